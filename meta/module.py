@@ -8,7 +8,9 @@ from torch.func import functional_call
 from meta.types import Tensors
 
 
-def call_module(module: nn.Module, parameters: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
+def call_module(
+    module: nn.Module, parameters: Tensors, buffers: Tensors, *args: Any, **kwargs: Any
+) -> tuple[Any, Tensors]:
     """Call `module` with other parameters and buffers; write to neither of them nor to the module.
 
     Args:

@@ -9,7 +9,7 @@ Tensors = dict[str, Tensor]
 """Named tensors: parameters, buffers, gradients, or outer parameters."""
 
 InnerLoss = Callable[[Tensors, Tensors, Tensors, Any], tuple[Tensor, Tensors]]
-"""`inner_loss(parameters, buffers, hyper, batch) -> (scalar loss, buffers after the step)`; pure: it writes to none of its arguments."""
+"""`inner_loss(parameters, buffers, hyper, batch) -> (scalar loss, buffers after)`; it writes to none of these."""
 
 OuterLoss = Callable[[Tensors, Tensors, Any], Tensor]
 """`outer_loss(parameters, buffers, batch) -> scalar loss`; pure."""
@@ -21,7 +21,8 @@ class State(NamedTuple):
     Attributes:
         parameters: The inner parameters, by name.
         buffers: Non-trained tensors such as BatchNorm statistics, by name.
-        optimizer: The inner optimiser's state: slot name (say `momentum_buffer`) → parameter name → tensor. Empty before the first step.
+        optimizer: The inner optimiser's state: slot name (say `momentum_buffer`) → parameter name → tensor. Empty
+            before the first step.
     """
 
     parameters: Tensors

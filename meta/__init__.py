@@ -1,0 +1,25 @@
+"""A bi-level engine: hypergradients of any inner training, by several estimators behind one signature."""
+
+from meta import optim
+from meta.estimators import ESTIMATORS
+from meta.module import call_module
+from meta.outer import OuterStep, outer_step
+from meta.rollout import rollout
+from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.verify import Verification, verify
+
+__all__ = [
+    "ESTIMATORS",
+    "Hypergradient",
+    "InnerLoss",
+    "OuterLoss",
+    "OuterStep",
+    "State",
+    "Tensors",
+    "Verification",
+    "call_module",
+    "optim",
+    "outer_step",
+    "rollout",
+    "verify",
+]

@@ -1,0 +1,80 @@
+"""What can be wrong with a bi-level problem, said in one clear line."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from meta.types import State, Tensors
+
+
+def check_inputs(state: State, hyper: Tensors, inner_batches: Sequence[Any]) -> None:
+    """Check, before anything is computed, all that the inputs alone can tell.
+
+    Raises:
+        ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, or trees that do not
+            match.
+    """
+    if len(inner_batches) == 0:
+        raise ValueError("a rollout needs at least one inner batch (K = 0 has no hypergradient)")
+    for kind, tensors in (("inner", state.parameters), ("outer", hyper)):
+        if not tensors:
+            raise ValueError(f"there are no {kind} parameters")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{kind} parameter {name!r} is of type {tensor.dtype}: only floating point can be learned"
+                )
+    if shared := state.parameters.keys() & state.buffers.keys():
+        raise ValueError(f"names of both a parameter and a buffer: {_listing(shared)}")
+    for slot, tensors in state.optimizer.items():
+        if strangers := tensors.keys() - state.parameters.keys():
+            raise ValueError(
+                f"the optimiser's slot {slot!r} holds tensors of no inner parameter: {_listing(strangers)}"
+            )
+        for name, tensor in tensors.items():
+            if tensor.dim() and tensor.shape != state.parameters[name].shape:
+                raise ValueError(
+                    f"the optimiser's slot {slot!r} has shape {tuple(tensor.shape)} for {name!r}, "
+                    f"whose shape is {tuple(state.parameters[name].shape)}"
+                )
+
+
+def check_scalar(kind: str, loss: Tensor) -> None:
+    """Check that a loss is a scalar that autograd can differentiate.
+
+    Raises:
+        ValueError: It is not zero-dimensional, or it is detached from every graph.
+    """
+    if loss.dim() != 0:
+        raise ValueError(f"the {kind} loss must be a scalar, but has shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the {kind} loss does not depend on the inner parameters it was given (is it detached, or computed with a "
+            "module's own parameters?)"
+        )
+
+
+def check_used(unused: Iterable[str]) -> None:
+    """Raise a ValueError that names the outer parameters that neither the inner loss nor the optimiser used, if any."""
+    if unused := list(unused):
+        raise ValueError(f"outer parameters that the inner loss never uses: {_listing(unused)}")
+
+
+def find_unused(losses: Sequence[Tensor], leaves: Tensors) -> list[str]:
+    """Name the `leaves` that no loss depends on, by searching the losses' graphs; nothing is computed."""
+    missing = {id(leaf): name for name, leaf in leaves.items()}
+    seen = set()
+    pending = [loss.grad_fn for loss in losses]
+    while pending and missing:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        missing.pop(id(getattr(node, "variable", None)), None)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return list(missing.values())
+
+
+def _listing(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,100 @@
+"""An estimator against finite differences of the outer objective."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from meta.estimators import Estimator
+from meta.estimators.parts import global_norm
+from meta.optim import OptimizerOrRecipe
+from meta.rollout import rollout
+from meta.types import InnerLoss, OuterLoss, State, Tensors
+
+
+class Verification(NamedTuple):
+    """Directional derivatives of the outer objective, two ways.
+
+    Attributes:
+        estimated: Hypergradient · direction, one entry per direction.
+        measured: Central difference of the outer objective along the same directions.
+        relative_error: ‖estimated − measured‖ / ‖measured‖.
+    """
+
+    estimated: Tensor
+    measured: Tensor
+    relative_error: float
+
+
+def verify(
+    estimator: Estimator,
+    inner_loss: InnerLoss,
+    outer_loss: OuterLoss,
+    state: State,
+    hyper: Tensors,
+    inner_batches: Sequence[Any],
+    outer_batch: Any,
+    optimizer: OptimizerOrRecipe,
+    *,
+    directions: int = 4,
+    step_size: float = 1e-5,
+    seed: int = 0,
+) -> Verification:
+    """Compare an estimator with central differences of the outer objective along random unit directions, in float64.
+
+    Every floating-point tensor of the state, the outer parameters and the batches is converted; tensors that the losses
+    close over are
+    the caller's to convert. Random numbers drawn by the losses are the same in every evaluation. Costs 2 · `directions`
+    rollouts. Kinks (ReLU, max-pooling) and
+    chaotic rollouts disturb the differences, not the estimator: then try another `step_size`.
+
+    Args:
+        estimator: The estimator to test.
+        inner_loss: As for the estimator.
+        outer_loss: As for the estimator.
+        state: As for the estimator.
+        hyper: As for the estimator.
+        inner_batches: As for the estimator.
+        outer_batch: As for the estimator.
+        optimizer: As for the estimator.
+        directions: How many directions to try.
+        step_size: Distance from `hyper` to either side, in units of max(1, ‖hyper‖).
+        seed: Seed of the directions and of the random numbers that the losses draw.
+    """
+    state, hyper, inner_batches, outer_batch = tree_map(_to_float64, (state, hyper, list(inner_batches), outer_batch))
+    distance = step_size * max(1.0, global_norm(hyper).item())
+    generator = torch.Generator().manual_seed(seed)
+
+    def objective(shifted: Tensors) -> Tensor:
+        torch.manual_seed(seed)
+        end = rollout(inner_loss, state, shifted, inner_batches, optimizer)
+        return outer_loss(end.parameters, end.buffers, outer_batch).detach()
+
+    estimated, measured = [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        grads = estimator(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer).grads
+        for _ in range(directions):
+            direction = _random_unit(hyper, generator)
+            ahead = objective({name: tensor + distance * direction[name] for name, tensor in hyper.items()})
+            behind = objective({name: tensor - distance * direction[name] for name, tensor in hyper.items()})
+            measured.append((ahead - behind) / (2 * distance))
+            estimated.append(sum(((grads[name] * direction[name]).sum() for name in hyper), torch.zeros_like(ahead)))
+    estimates, measurements = torch.stack(estimated), torch.stack(measured)
+    error = torch.linalg.vector_norm(estimates - measurements) / torch.linalg.vector_norm(measurements)
+    return Verification(estimates, measurements, error.item())
+
+
+def _to_float64(leaf: Any) -> Any:
+    return leaf.detach().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _random_unit(like: Tensors, generator: torch.Generator) -> Tensors:
+    drawn = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        for name, tensor in like.items()
+    }
+    norm = global_norm(drawn)
+    return {name: tensor / norm for name, tensor in drawn.items()}
