@@ -20,9 +20,7 @@ def save_loss(path: str | Path, loss: LearnedLoss, provenance: dict[str, Any]) -
         loss: The loss.
         provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON.
     """
-    parts = {
-        name: {"class": type(part).__name__, "arguments": part.architecture} for name, part in loss.parts.items()
-    }
+    parts = {name: {"class": type(part).__name__, "arguments": part.architecture} for name, part in loss.parts.items()}
     write_tensors(
         Path(path), loss.state_dict(), KIND, VERSION, {"architecture": {"parts": parts}, "provenance": provenance}
     )

@@ -33,13 +33,9 @@ def prepare_images(recipe: DataRecipe) -> Images:
         UserError: If the data set or the sizes are not good.
     """
     dataset = load_dataset(recipe.name, recipe.root)
-    splits = split_training_images(
-        dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed
-    )
+    splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
-    return Images(
-        dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint
-    )
+    return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
@@ -69,9 +65,8 @@ def prepare_teacher(
     """
     network, header = load_teacher_network(recipe.path)
     check_teacher(recipe.path, header["architecture"], images.train)
-    teacher: Teacher | UnreliableTeacher = Teacher(network.to(device))
-    if recipe.random_answers:
-        teacher = UnreliableTeacher(teacher, recipe.random_answers, data.split_seed)
+    reliable = Teacher(network.to(device))
+    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     return TabulatedTeacher(teacher, images.train, device) if data.augmentation == "none" else teacher
 
 
@@ -98,9 +93,5 @@ def introduce_networks(teacher: TeacherRecipe, student: ModelRecipe, images: Ima
     return [
         format_description("teacher", describe(network, header["architecture"]["name"], shape))
         + f", {top1:.2f} % on meta-validation{random}",
-        format_description(
-            "student", describe(prepare_student(student, images.train, 0, device), student.name, shape)
-        ),
+        format_description("student", describe(prepare_student(student, images.train, 0, device), student.name, shape)),
     ]
-
-

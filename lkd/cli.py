@@ -11,7 +11,10 @@ from lkd.errors import UserError
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
 COMMANDS: dict[str, tuple[type, str]] = {
-    "quickstart": (config.QuickstartRecipe, "learn a loss on embedded images, reuse it, compare it: the whole path in minutes"),
+    "quickstart": (
+        config.QuickstartRecipe,
+        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
+    ),
     "teacher": (config.TrainTeacherRecipe, "train a teacher"),
     "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
@@ -119,9 +122,11 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def explain(message: str, keys: list[str]) -> str:
-    """jsonargparse's message as one line, with the nearest keys where one was unknown."""
+    """Jsonargparse's message as one line, with the nearest keys where one was unknown."""
     line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
-    unknown = re.search(r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line)
+    unknown = re.search(
+        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line
+    )
     group = re.search(r"Group '([\w.]+)'", line)
     if not unknown:
         return line

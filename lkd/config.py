@@ -280,6 +280,7 @@ class CompareRecipe(RunRecipe):
         students: Networks.
         seeds: Number of paired seeds: seed, seed + 1, ...
         baseline: Label of the method that differences are taken to.
+        evaluate_every: Epochs between looks at meta-validation, from which the best epoch is chosen.
         workers: Processes that train side by side; 0 means one for every CPU core.
     """
 
@@ -295,6 +296,7 @@ class CompareRecipe(RunRecipe):
     students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
     seeds: int = 3
     baseline: str = "KD"
+    evaluate_every: int = 1
     workers: int = 0
 
 

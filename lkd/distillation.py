@@ -32,7 +32,7 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     loss = build_loss(recipe.loss)
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
-    print(*introduce_networks(recipe.teacher, recipe.student, images, run.device), sep="\n")
+    run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
 
@@ -44,7 +44,7 @@ def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
     """
     images = prepare_images(recipe.data)
     shape = images.train.image_shape
-    print(
+    run.say(
         format_description(
             "teacher", describe(prepare_student(recipe.model, images.train, 0, run.device), recipe.model.name, shape)
         )
@@ -69,7 +69,9 @@ def train_to_the_end(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    training = start_training(model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device)
+    training = start_training(
+        model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device
+    )
     checkpoint = run.path / "checkpoint.safetensors"
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
@@ -80,7 +82,7 @@ def train_to_the_end(
     def save() -> None:
         save_checkpoint(checkpoint, {"training": training.state_dict(), "history": history})
 
-    bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
         while training.step < training.total_steps:
             started, first = time.perf_counter(), training.step
@@ -107,7 +109,7 @@ def train_to_the_end(
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
     save_network(path, training.student, architecture_of(model, train), run.provenance() | {"meta_validation": results})
-    print(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
+    run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
 
 

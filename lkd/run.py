@@ -31,12 +31,26 @@ class Run:
         device: Where tensors go.
         tracker: The log.
         command: Command that made the run, say `"distill"`.
+        quiet: Whether the terminal belongs to someone else: no lines, no progress bars.
     """
 
     path: Path
     device: torch.device
     tracker: Tracker
     command: str
+    quiet: bool
+
+    def say(self, *lines: str) -> None:
+        """Print lines, and keep them in the run's `output.txt`."""
+        with (self.path / "output.txt").open("a", encoding="utf-8") as file:
+            print(*lines, sep="\n", file=file)
+        if not self.quiet:
+            print(*lines, sep="\n", flush=True)
+
+    @property
+    def hide_bars(self) -> bool | None:
+        """What tqdm's `disable` takes: None shows bars on a terminal only."""
+        return True if self.quiet else None
 
     def provenance(self) -> dict[str, Any]:
         """Command, full config and versions: what is saved with every result."""
@@ -44,7 +58,7 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: RunRecipe, command: str) -> Iterator[Run]:
+def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[Run]:
     """Open a run directory for one command; make it, or go on in it with `resume: auto`.
 
     Raises:
@@ -70,7 +84,7 @@ def open_run(recipe: RunRecipe, command: str) -> Iterator[Run]:
             torch.set_num_threads(recipe.threads)
         tracker = Tracker(path, recipe.wandb, config)
         try:
-            yield Run(path, choose_device(recipe.device), tracker, command)
+            yield Run(path, choose_device(recipe.device), tracker, command, quiet)
         finally:
             tracker.finish()
 
@@ -88,7 +102,9 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
             "go on with it by --resume auto, or choose another --run_dir"
         )
     if saved.get("command") != config["command"]:
-        raise UserError(f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`")
+        raise UserError(
+            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
+        )
     before, now = flatten(saved["recipe"]), flatten(config["recipe"])
     for key in sorted(before.keys() | now.keys()):
         if key.split(".")[0] not in MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
@@ -102,7 +118,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
-        key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
+        key: value
+        for name, child in tree.items()
+        for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
     }
 
 

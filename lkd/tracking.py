@@ -38,7 +38,9 @@ class Tracker:
                     resume="allow" if wandb.mode == "online" else None,
                 )
             except library.errors.Error as error:
-                raise UserError(f"wandb.mode: {wandb.mode} failed: {str(error).splitlines()[0]}; try offline") from error
+                raise UserError(
+                    f"wandb.mode: {wandb.mode} failed: {str(error).splitlines()[0]}; try offline"
+                ) from error
 
     def log(self, step: int, **metrics: float) -> None:
         """Record metrics at a step."""

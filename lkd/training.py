@@ -38,7 +38,12 @@ class Training:
     """
 
     def __init__(
-        self, student: nn.Module, loss: nn.Module, teacher: TeacherFunction | None, batches: Batches, recipe: TrainRecipe
+        self,
+        student: nn.Module,
+        loss: nn.Module,
+        teacher: TeacherFunction | None,
+        batches: Batches,
+        recipe: TrainRecipe,
     ) -> None:
         self.student = student.train()
         self.loss = loss.to(batches.device)

@@ -23,7 +23,12 @@ class Batches:
     """
 
     def __init__(
-        self, images: ImageSet, batch_size: int, seed: int, augmentation: str = "none", device: str | torch.device = "cpu"
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        augmentation: str = "none",
+        device: str | torch.device = "cpu",
     ) -> None:
         check_choice("data.augmentation", augmentation, AUGMENTATIONS)
         if not 1 <= batch_size <= len(images):

@@ -75,7 +75,9 @@ def read_embedded_archive(path: Path) -> dict[str, np.ndarray]:
     except (OSError, IndexError) as error:
         raise UserError(f"embedded data: cannot read {path} or its .sha256 ({error}): reinstall the package") from error
     if digest != expected:
-        raise UserError(f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {expected[:12]}…): reinstall")
+        raise UserError(
+            f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {expected[:12]}…): reinstall"
+        )
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
 

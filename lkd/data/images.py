@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     target: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field hides tuple.index
 
 
 @dataclass(frozen=True)

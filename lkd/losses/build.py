@@ -25,7 +25,9 @@ def build_loss(specification: str | dict[str, Any]) -> nn.Module:
     options = dict(specification) if isinstance(specification, dict) else {"name": specification}
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"loss: {specification!r} has no `name` (one of {', '.join(sorted(LOSSES))}, or a *{SUFFIX} path)")
+        raise UserError(
+            f"loss: {specification!r} has no `name` (one of {', '.join(sorted(LOSSES))}, or a *{SUFFIX} path)"
+        )
     if name.endswith(".safetensors") or Path(name).is_file():
         if options:
             raise UserError(f"loss: {name} is a learned loss and takes no {', '.join(options)}")

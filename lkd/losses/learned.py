@@ -34,7 +34,14 @@ class LogitLoss(nn.Module):
         ValueError: If an initial value is out of range.
     """
 
-    INPUTS = ("student target probability", "teacher target probability", "student entropy", "teacher entropy", "KL", "progress")
+    INPUTS = (
+        "student target probability",
+        "teacher target probability",
+        "student entropy",
+        "teacher entropy",
+        "KL",
+        "progress",
+    )
 
     def __init__(
         self,
@@ -57,10 +64,10 @@ class LogitLoss(nn.Module):
             "maximal_temperature": maximal_temperature,
         }
         self.maximal_temperature = maximal_temperature
+        head = nn.Linear(hidden, 2)
         self.body = nn.Sequential(
-            nn.Linear(len(self.INPUTS), hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2)
+            nn.Linear(len(self.INPUTS), hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), head
         )
-        head = self.body[-1]
         nn.init.zeros_(head.weight)
         share = (initial_temperature - 1) / (maximal_temperature - 1)
         head.bias.data.copy_(torch.logit(torch.tensor([initial_weight, share])))
@@ -92,7 +99,7 @@ class LogitLoss(nn.Module):
             ],
             1,
         )
-        weight, share = self.body(2 * inputs.to(self.body[0].weight.dtype) - 1).sigmoid().unbind(1)
+        weight, share = self.body(2 * inputs.to(next(self.parameters()).dtype) - 1).sigmoid().unbind(1)
         return weight, 1 + share * (self.maximal_temperature - 1)
 
     def forward(

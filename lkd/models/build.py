@@ -31,7 +31,9 @@ def build(
     """
     if name in SMALL_NETWORKS:
         if pretrained or options:
-            raise UserError(f"model {name!r} takes neither `pretrained` nor `options`: it is one of the quickstart's own")
+            raise UserError(
+                f"model {name!r} takes neither `pretrained` nor `options`: it is one of the quickstart's own"
+            )
         return SMALL_NETWORKS[name](num_classes, in_chans)
     import timm
 

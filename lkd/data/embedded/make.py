@@ -21,9 +21,7 @@ TEST_PER_CLASS = 400
 
 def draw_class_balanced(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
     """Draw `per_class` indices of every class, shuffled; [num_classes · per_class]."""
-    drawn = [
-        generator.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in np.unique(labels)
-    ]
+    drawn = [generator.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in np.unique(labels)]
     return generator.permutation(np.concatenate(drawn))
 
 
@@ -42,7 +40,7 @@ def main() -> None:
         arrays[f"{split}_labels"] = labels[index].astype(np.uint8)
         arrays[f"{split}_index"] = index.astype(np.int32)
     path = Path(__file__).with_name("fashion_mnist.npz")
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_suffix(".npz.sha256").write_text(f"{digest}  {path.name}\n")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, sha256 {digest}")
