@@ -5,7 +5,6 @@ import fcntl
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +52,9 @@ class Run:
         return True if self.quiet else None
 
     def provenance(self) -> dict[str, Any]:
-        """Command, full config and versions: what is saved with every result."""
-        return read_json(self.path / "config.json") | {"environment": read_json(self.path / "environment.json")}
+        """Command, full config and versions: what is saved with every result. Folders of this machine are left out."""
+        saved = read_json(self.path / "config.json") | {"environment": read_json(self.path / "environment.json")}
+        return shorten_paths(saved)
 
 
 @contextmanager
@@ -113,6 +113,15 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
             )
 
 
+def shorten_paths(tree: Any) -> Any:
+    """Absolute paths anywhere in a tree, reduced to their last part: a file to be shared should not tell where it was made."""
+    if isinstance(tree, dict):
+        return {key: shorten_paths(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [shorten_paths(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
     if not isinstance(tree, dict):
@@ -151,7 +160,6 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "commit": git.stdout.strip() or None,
-        "argv": sys.argv[1:],
     }
 
 

@@ -103,7 +103,7 @@ def small_mobilenet(num_classes: int, in_chans: int) -> StagedNetwork:
     return StagedNetwork(
         OrderedDict(
             stem=convolution(in_chans, 16, stride=2),
-            stage1=nn.Sequential(separable(16, 32, stride=2), separable(32, 32, stride=1)),
+            stage1=separable(16, 32, stride=2),
             stage2=nn.Sequential(separable(32, 64, stride=2), separable(64, 128, stride=1)),
         ),
         128,
