@@ -1,4 +1,6 @@
-"""LKD: knowledge distillation whose loss is learned. *Our reconstruction* of Ran, Huang, Yang, PLOS ONE 20(6): e0325599, 2025.
+"""LKD: knowledge distillation whose loss is learned.
+
+*Our reconstruction* of Ran, Huang, Yang, PLOS ONE 20(6): e0325599, 2025.
 
 loss = lkd.load_loss("fashion.lkd.safetensors")
 sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward()

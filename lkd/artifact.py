@@ -33,7 +33,8 @@ def load_loss(path: str | Path) -> LearnedLoss:
         path: A `*.lkd.safetensors` file.
 
     Returns:
-        An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of classes.
+        An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
+        classes.
 
     Raises:
         UserError: If the file is missing, truncated, not a learned loss, or of a newer format.

@@ -1,4 +1,7 @@
-"""From a recipe to the things that train: images, teacher, student. Everything that can be wrong is found here, before any long work."""
+"""From a recipe to the things that train: images, teacher, student.
+
+Everything that can be wrong is found here, before any long work.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -85,13 +88,19 @@ def check_teacher(path: str, architecture: dict[str, Any], images: ImageSet) -> 
 
 
 def introduce_networks(teacher: TeacherRecipe, student: ModelRecipe, images: Images, device: torch.device) -> list[str]:
-    """Say which teacher and which student this is, a line each, with the teacher's accuracy on meta-validation."""
-    network, header = load_teacher_network(teacher.path)
+    """Say which teacher and which student this is, a line each, with the teacher's accuracy on meta-validation.
+
+    Raises:
+        UserError: If one of them cannot be built or does not fit the images; before any long work.
+    """
     shape = images.train.image_shape
+    described = describe(prepare_student(student, images.train, 0, device), student.name, shape)
+    network, header = load_teacher_network(teacher.path)
+    check_teacher(teacher.path, header["architecture"], images.train)
     top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
     random = f", but answers at random on {teacher.random_answers:.0%} of the images" if teacher.random_answers else ""
     return [
         format_description("teacher", describe(network, header["architecture"]["name"], shape))
         + f", {top1:.2f} % on meta-validation{random}",
-        format_description("student", describe(prepare_student(student, images.train, 0, device), student.name, shape)),
+        format_description("student", described),
     ]

@@ -11,7 +11,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @torch.no_grad()
 def find_best_temperature(logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0) -> float:
-    """The temperature at which cross-entropy is least, by golden-section search over log τ (the function has one minimum there).
+    """The temperature at which cross-entropy is least.
+
+    By golden-section search over log τ, where the function has one minimum.
 
     Args:
         logits: [B, C].

@@ -1,4 +1,4 @@
-"""The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`; the line over the files, the files over the defaults."""
+"""The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
 
 import difflib
 import re
@@ -59,7 +59,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`lkd COMMAND --help` lists a command's options. Values on the command line win over recipe files, later files over earlier ones.",
+            "`lkd COMMAND --help` lists a command's options.",
+            "Values on the command line win over recipe files, later files over earlier ones.",
         ]
     )
 
@@ -98,14 +99,18 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        prog=f"lkd {command}", usage=f"lkd {command} [RECIPE.yaml ...] [--key value ...]", exit_on_error=False
+        prog=f"lkd {command}",
+        usage=f"lkd {command} [RECIPE.yaml ...] [--key value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     parser.add_class_arguments(COMMANDS[command][0])
     files = 0
     while files < len(words) and not words[files].startswith("-"):
         files += 1
-    expanded = [part for path in words[:files] for part in ("--config", path)] + words[files:]
+    recipes = [part for path in words[:files] for part in ("--config", path)]
+    expanded = recipes + complete_switches(words[files:], {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))
     except ArgumentError as error:
@@ -116,9 +121,23 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     return COMMANDS[command][0](**values)
 
 
-def known_keys(parser: Any) -> list[str]:
-    """The dotted keys that a parser accepts."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config", "config")]
+def complete_switches(words: list[str], switches: set[str]) -> list[str]:
+    """Let `--switch` alone mean `--switch true`."""
+    following = [*words[1:], "--"]
+    pairs = zip(words, following, strict=True)
+    return [
+        part for word, after in pairs for part in ([word, "true"] if word in switches and after[:2] == "--" else [word])
+    ]
+
+
+def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
+    """The dotted keys that a parser accepts; only those of one type if it is given."""
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest not in ("help", "print_config", "config")
+        and (of_type is None or getattr(action, "_typehint", None) is of_type)
+    ]
 
 
 def explain(message: str, keys: list[str]) -> str:

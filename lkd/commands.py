@@ -41,9 +41,8 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     images = prepare_images(recipe.data)
     part = images.test if recipe.split == "test" else images.meta_validation
     figures = evaluate_network(network.to(device), part, device)
-    print(
-        f"{header['architecture']['name']} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:"
-    )
+    name = header["architecture"]["name"]
+    print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
 

@@ -100,7 +100,10 @@ def plan_tuning(recipe: CompareRecipe) -> list[Cell]:
 
 
 def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, dict[str, Any] | str]:
-    """Each method's options: the best of its grid by meta-validation accuracy (calibrated cross-entropy breaks ties)."""
+    """Each method's options: the best of its grid on meta-validation.
+
+    By accuracy; calibrated cross-entropy breaks ties.
+    """
     picks: dict[str, dict[str, Any] | str] = {}
     for label, method in recipe.methods.items():
         cells = [cell for cell in plan_tuning(recipe) if cell.method == label]
@@ -163,7 +166,10 @@ def prepare_for_cells(data: str, teacher: str, device: str) -> tuple[Images, Tea
 
 
 def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
-    """Train one cell and write its result. The test split is read only if the cell is reported: at the last and the best epoch."""
+    """Train one cell and write its result.
+
+    The test split is read only if the cell is reported: at the last and the best epoch.
+    """
     images, teacher = prepare_for_cells(
         json.dumps(dataclasses.asdict(recipe.data)), json.dumps(dataclasses.asdict(recipe.teacher)), device
     )
@@ -209,7 +215,9 @@ def describe_row(label: str, row: Row) -> str | None:
     """One line about a finished cell."""
     figure = row["last"]["top1"] if row["reported"] else row["meta_validation"]["top1"]
     split = "test" if row["reported"] else "meta-validation"
-    return f"  {label}, {row['student']}, seed {row['seed']}, {row['loss']}: {figure:.2f} % on {split} ({row['seconds']:.0f} s)"
+
+    cell = f"{label}, {row['student']}, seed {row['seed']}, {row['loss']}"
+    return f"  {cell}: {figure:.2f} % on {split} ({row['seconds']:.0f} s)"
 
 
 def write_results(recipe: CompareRecipe, picks: dict[str, dict[str, Any] | str], folder: Path) -> list[Row]:

@@ -28,8 +28,8 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
         baseline: The method that differences are taken to, seed by seed.
 
     Returns:
-        One row for each method and student: `last`, `best` and `difference` (last, to the baseline), each (mean, standard error) in percent or
-        points of test accuracy; `seeds`; `seconds` (mean, of one training); `loss`.
+        One row for each method and student: `last`, `best` and `difference` (last, to the baseline), each (mean,
+        standard error) in percent or points of test accuracy; `seeds`; `seconds` (mean, of one training); `loss`.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:

@@ -15,7 +15,8 @@ class DataRecipe:
         name: Data set: embedded, fashion_mnist or fashion_mnist_rest.
         root: Folder of the data set's files (not for `embedded`).
         train_size: Images to train on; 0 takes all that meta-validation leaves.
-        meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from the test split.
+        meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
+            the test split.
         split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
         label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
         augmentation: none or flip_and_crop.
@@ -51,7 +52,8 @@ class TeacherRecipe:
 
     Args:
         path: File written by `lkd teacher`; `embedded` is the teacher that the package carries.
-        random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness to a bad teacher.
+        random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
+            to a bad teacher.
     """
 
     path: str = "embedded"
@@ -181,7 +183,8 @@ class MetaSettings:
         rollout_steps: K, the student's steps in one rollout.
         annealing: Learning rate within a rollout: cosine (to zero) or constant.
         estimator: How the hypergradient is computed: unrolled or higher (both exact).
-        objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best temperature).
+        objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best
+            temperature).
         outer_batch_size: Meta-validation images of one outer loss.
         learning_rate: Of Adam on the loss network's weights.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
@@ -208,7 +211,9 @@ class MetaSettings:
 
 @dataclass
 class MetaTrainRecipe(RunRecipe):
-    """Learn a loss (RUN_DIR/loss.lkd.safetensors). A pool is built in the run directory first, unless `pool_dir` names one.
+    """Learn a loss (RUN_DIR/loss.lkd.safetensors).
+
+    A pool is built in the run directory first, unless `pool_dir` names one.
 
     Args:
         data: The images.
@@ -269,8 +274,8 @@ class EvaluateRecipe:
 class CompareRecipe(RunRecipe):
     """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
 
-    A method is {name: ..., ...} or a learned-loss path. A method with `grid: {option: [values]}` is tuned first: every point of the grid is trained
-    with the first seed and the first student, and the best on meta-validation is used.
+    A method is {name: ..., ...} or a learned-loss path. A method with `grid: {option: [values]}` is tuned first: every
+    point of the grid is trained with the first seed and the first student, and the best on meta-validation is used.
 
     Args:
         data: The images.
@@ -302,7 +307,7 @@ class CompareRecipe(RunRecipe):
 
 @dataclass
 class QuickstartRecipe(RunRecipe):
-    """Learn a loss on the embedded images in three settings, reuse it, and compare it with cross-entropy and tuned KD (RUN_DIR/report.html).
+    """Learn a loss on embedded images in three settings, reuse it, compare it with CE and KD (RUN_DIR/report.html).
 
     Args:
         short: A small form of everything, under 90 seconds, that claims nothing.

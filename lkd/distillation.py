@@ -1,4 +1,7 @@
-"""Train a network to the end: checkpoints, log, meta-validation after every epoch. A teacher is a student of cross-entropy."""
+"""Train a network to the end: checkpoints, log, meta-validation after every epoch.
+
+A teacher is a student of cross-entropy.
+"""
 
 import time
 from pathlib import Path
@@ -31,8 +34,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     """
     loss = build_loss(recipe.loss)
     images = prepare_images(recipe.data)
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
     run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
 

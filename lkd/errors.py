@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A file, field or value that cannot be used. The message names it, what was seen, what is accepted, and what to do."""
+    """A file, field or value that cannot be used.
+
+    The message names it, what was seen, what is accepted, and what to do.
+    """
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:

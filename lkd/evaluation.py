@@ -19,7 +19,8 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_s
         batch_size: Images at a time.
 
     Returns:
-        `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature), `temperature` (that one), and
+        `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature),
+        `temperature` (that one), and
         `calibration_error` in percent.
     """
     training = network.training

@@ -1,8 +1,9 @@
-"""Learn a loss: draw students from the pool, roll each out with the current loss, differentiate their meta-validation loss, update the loss.
+"""Learn a loss: draw students from the pool, roll them out with it, differentiate meta-validation, update it.
 
-*Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured choices of ours: the learning
-rate is annealed to zero within each rollout, and the loss sees progress run from the student's age to 1 meanwhile, so that K steps stand for a
-whole training; students are young; the outer loss is cross-entropy at the best temperature.
+*Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured
+choices of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the
+student's age to 1 meanwhile, so that K steps stand for a whole training; students are young; the outer loss is
+cross-entropy at the best temperature.
 """
 
 import math
@@ -47,12 +48,11 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     """
     check_settings(recipe)
     images = prepare_images(recipe.data)
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+    architecture = architecture_of(recipe.student, images.train)
+    pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
     run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
-    if recipe.pool_dir:
-        pool = open_pool(Path(recipe.pool_dir), images, architecture_of(recipe.student, images.train))
-    else:
-        pool = build_pool(recipe, run.path / "pool", images, teacher, run)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+    pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
     training = MetaTraining(recipe, images, teacher, pool, run.device)
     run.say(f"learned loss: {sum(p.numel() for p in training.loss.parameters()):,} parameters")
     checkpoint = run.path / "checkpoint.safetensors"
@@ -115,7 +115,9 @@ def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
 
 
 class MetaTraining:
-    """The outer loop, a step at a time. Every draw is a function of the seed and the step, so nothing else need be saved.
+    """The outer loop, a step at a time.
+
+    Every draw is a function of the seed and the step, so nothing else need be saved.
 
     Args:
         recipe: The recipe.
@@ -197,7 +199,10 @@ class MetaTraining:
         return torch.stack(list(terms.values())).sum(), buffers
 
     def outer_loss(self, parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-        """The student's meta-validation loss. BatchNorm uses the batch's own statistics: the running ones have no derivative."""
+        """The student's meta-validation loss.
+
+        BatchNorm uses the batch's own statistics: the running ones have no derivative.
+        """
         outputs, _ = call_module(self.student, parameters, buffers, batch.images)
         return self.objective(outputs.logits, batch.target)
 

@@ -1,7 +1,7 @@
 """The pool: students at many ages, on disk, from which rollouts start.
 
-After LKD's "uniform sampling of diverse previously-trained student models"; which ages, and that the optimiser's state is kept too, is our
-reconstruction.
+After LKD's "uniform sampling of diverse previously-trained student models"; which ages, and that the optimiser's state
+is kept too, is our reconstruction.
 """
 
 from dataclasses import dataclass
@@ -81,8 +81,8 @@ def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Poo
     """Open a pool and check that it fits.
 
     Raises:
-        UserError: If there is none, or it was made of another network, or on another split of the data (its students may have seen the
-            meta-validation images).
+        UserError: If there is none, or it was made of another network, or on another split of the data (its students
+            may have seen the meta-validation images).
     """
     if not (folder / INDEX).is_file():
         raise UserError(f"pool_dir: {folder} holds no pool (no {INDEX}); `lkd pool` makes one")

@@ -1,7 +1,7 @@
 """The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report.
 
-The three settings share one recipe: clean labels; 40 % of the training labels flipped; clean labels with a teacher that answers at random on
-60 % of the images. The balance that suits one of them fails in another.
+The three settings share one recipe: clean labels; 40 % of the training labels flipped; clean labels with a teacher that
+answers at random on 60 % of the images. The balance that suits one of them fails in another.
 """
 
 import time
@@ -61,8 +61,8 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     )
     run.say(*networks)
     run.say(
-        f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation and {len(images.test):,} test images; "
-        f"three settings, one recipe, {recipe.seeds} paired seeds"
+        f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
+        f"{len(images.test):,} test images; three settings, one recipe, {recipe.seeds} paired seeds"
     )
     phases: dict[str, float] = {}
     device = str(run.device)
@@ -103,7 +103,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     phases["total"] = time.time() - started
     result = {
-        "command": "lkd quickstart" + (" --short true" if recipe.short else ""),
+        "command": "lkd quickstart" + (" --short" if recipe.short else ""),
         "commit": run.provenance()["environment"]["commit"],
         "versions": run.provenance()["environment"]["versions"],
         "machine": run.provenance()["environment"]["platform"],
@@ -183,10 +183,10 @@ def describe_job(label: str, result: dict[str, Any]) -> str | None:
     if "path" not in result:
         return None
     curve = read_provenance(result["path"])["curve"]
-    last = curve[-1]
+    weight, temperature = ([row[f"loss/{name}"] for row in curve] for name in ("weight", "temperature"))
     return (
-        f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher {curve[0]['loss/weight']:.2f} → "
-        f"{last['loss/weight']:.2f}, temperature {curve[0]['loss/temperature']:.1f} → {last['loss/temperature']:.1f}"
+        f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
+        f"{weight[0]:.2f} → {weight[-1]:.2f}, temperature {temperature[0]:.1f} → {temperature[-1]:.1f}"
     )
 
 
@@ -204,7 +204,7 @@ def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 def grid_accuracies(
     recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Meta-validation accuracy with the first seed and the seen student: of every fixed KD, and of CE and the learned loss.
+    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student.
 
     Returns:
         Fixed KD → setting → %, and method → setting → %.
@@ -229,7 +229,7 @@ def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) ->
 
 
 def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
-    """For each fixed choice and the learned loss: the largest gap, over the settings, to the best KD of that setting, in points."""
+    """For each loss, its largest gap over the settings to the best fixed KD of that setting, in points."""
     best = {setting: max(values[setting] for values in grid.values()) for setting in next(iter(grid.values()))}
     return {
         label: max(best[setting] - value for setting, value in values.items())

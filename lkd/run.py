@@ -62,7 +62,8 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
     """Open a run directory for one command; make it, or go on in it with `resume: auto`.
 
     Raises:
-        UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another config, or is in use.
+        UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
+            config, or is in use.
     """
     path = Path(recipe.run_dir)
     config = {"command": command, "recipe": dataclasses.asdict(recipe)}
@@ -109,12 +110,13 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
     for key in sorted(before.keys() | now.keys()):
         if key.split(".")[0] not in MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
             raise UserError(
-                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; a resumed run keeps its config"
+                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
+                "a resumed run keeps its config"
             )
 
 
 def shorten_paths(tree: Any) -> Any:
-    """Absolute paths anywhere in a tree, reduced to their last part: a file to be shared should not tell where it was made."""
+    """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
     if isinstance(tree, dict):
         return {key: shorten_paths(value) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -55,7 +55,9 @@ class TabulatedTeacher:
 
 
 class UnreliableTeacher:
-    """A teacher that answers at random on a fixed fraction of the images: there its logits are permuted over the classes, by image.
+    """A teacher that answers at random on a fixed fraction of the images.
+
+    There its logits are permuted over the classes, each image with a permutation of its own.
 
     Args:
         teacher: The teacher.

@@ -8,7 +8,16 @@ from torch.nn.functional import pad
 
 
 def flip_and_crop(images: Tensor, generator: Generator, padding: int = 2) -> Tensor:
-    """Flip each image with probability 1/2 and cut it out of its zero-padded self at a random place; [B, C, H, W] → same."""
+    """Flip each image with probability 1/2 and cut it out of its zero-padded self at a random place.
+
+    Args:
+        images: uint8, [B, C, H, W].
+        generator: Of the random numbers.
+        padding: Pixels of zeros on each side.
+
+    Returns:
+        Images of the same shape.
+    """
     count, _, height, width = images.shape
     flipped = torch.rand(count, generator=generator) < 0.5
     images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)

@@ -58,7 +58,10 @@ class Batches:
 
 
 def seeded_generator(*words: int) -> Generator:
-    """A CPU generator whose seed is mixed from several integers (splitmix64, so that neighbouring seeds share nothing)."""
+    """A CPU generator whose seed is mixed from several integers.
+
+    By splitmix64, so that neighbouring seeds share nothing.
+    """
     state = 0
     for word in words:
         state = (state ^ (word & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

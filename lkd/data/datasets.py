@@ -40,10 +40,12 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     """Load a data set.
 
     Args:
-        name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package), `fashion_mnist` (all of it, 60,000 + 10,000), or
-            `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the embedded test images: what a teacher of
-            embedded students may be trained on).
-        root: Folder for torchvision's copy of Fashion-MNIST; downloaded there if it is not and there is internet. Not used by `embedded`.
+        name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package), `fashion_mnist` (all of it, 60,000 +
+            10,000), or
+            `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the embedded test images:
+            what a teacher of embedded students may be trained on).
+        root: Folder for torchvision's copy of Fashion-MNIST; downloaded there if it is not and there is internet. Not
+            used by `embedded`.
 
     Raises:
         UserError: If the name is unknown, or the files are missing, damaged or of another shape.
@@ -97,7 +99,8 @@ def load_fashion_mnist(root: str | None) -> Dataset:
         images, count = full.data.numpy(), 60_000 if train else 10_000
         if images.shape != (count, 28, 28) or len(full.targets) != count:
             raise UserError(
-                f"data.root: {root!r} holds images of shape {images.shape} with {len(full.targets)} labels, not ({count}, 28, 28)"
+                f"data.root: {root!r} holds images of shape {images.shape} with {len(full.targets)} labels, "
+                f"not ({count}, 28, 28)"
             )
         parts.append(fashion_images(images, full.targets.numpy(), np.arange(count)))
     return Dataset("fashion_mnist", *parts)

@@ -30,7 +30,8 @@ def split_training_images(images: ImageSet, train_size: int, meta_validation_siz
 
     Args:
         images: The data set's training part.
-        train_size: Images for training; a multiple of the number of classes, or as even as it goes. 0 means all that meta-validation leaves.
+        train_size: Images for training; a multiple of the number of classes, or as even as it goes. 0 means all that
+            meta-validation leaves.
         meta_validation_size: Images for meta-validation.
         seed: Of the draw.
 

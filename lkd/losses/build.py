@@ -17,7 +17,8 @@ def build_loss(specification: str | dict[str, Any]) -> nn.Module:
     """Build a loss.
 
     Args:
-        specification: A name in `LOSSES`; the path of a learned-loss file; or a dict with `name` and the loss's own arguments.
+        specification: A name in `LOSSES`; the path of a learned-loss file; or a dict with `name` and the loss's own
+            arguments.
 
     Raises:
         UserError: If the name, an argument or the file is not good.

@@ -1,4 +1,7 @@
-"""The loss networks. *Our reconstruction*: the text and code of LKD (Ran, Huang, Yang, PLOS ONE 2025) are not public."""
+"""The loss networks.
+
+*Our reconstruction*: the text and code of LKD (Ran, Huang, Yang, PLOS ONE 2025) are not public.
+"""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +21,13 @@ class LogitLoss(nn.Module):
 
     For sample i, a network sees six numbers and sets α and τ; the loss is the mean of
     (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · KL(teacher_τ ‖ student_τ).
-    The six numbers are detached, so α and τ are chosen, not optimised, by the student: the student's and the teacher's probability of the target,
-    both entropies over log C, the squashed KL divergence at τ = 1, and the training's progress. None depends on the order or the number of the classes.
+    The six numbers are detached, so α and τ are chosen, not optimised, by the student: the student's and the teacher's
+    probability of the target, both entropies over log C, the squashed KL divergence at τ = 1, and the training's
+    progress. None depends on the order or the number of the classes.
 
-    The paper learns "generic loss networks for logits" with the balancing weight folded in; this form of it is ours. Bounded outputs keep the
-    gradient at the logits within that of KD, so that the loss cannot act as a learning rate in disguise.
+    The paper learns "generic loss networks for logits" with the balancing weight folded in; this form of it is ours.
+    Bounded outputs keep the gradient at the logits within that of KD, so that the loss cannot act as a learning rate in
+    disguise.
 
     Args:
         hidden: Width of the two hidden layers.
@@ -55,7 +60,8 @@ class LogitLoss(nn.Module):
             raise ValueError(f"initial_weight: {initial_weight} is not in (0, 1)")
         if not 1 < initial_temperature < maximal_temperature:
             raise ValueError(
-                f"initial_temperature: {initial_temperature} is not between 1 and maximal_temperature {maximal_temperature}"
+                f"initial_temperature: {initial_temperature} is not between 1 and "
+                f"maximal_temperature {maximal_temperature}"
             )
         self.architecture = {
             "hidden": hidden,

@@ -16,8 +16,8 @@ def build(
     """Build a network.
 
     Args:
-        name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), or one of the quickstart's networks
-            (`small_resnet`, `small_cnn`, `small_mobilenet`).
+        name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), or one of the quickstart's
+            networks (`small_resnet`, `small_cnn`, `small_mobilenet`).
         num_classes: Number of classes.
         in_chans: Channels of the input images.
         pretrained: Load timm's pretrained weights of that tag.
@@ -57,5 +57,5 @@ def first_line(error: BaseException) -> str:
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The network's own weights under the names that its library uses (a timm student loads with `timm.create_model`)."""
+    """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
     return (network.model if isinstance(network, TimmNetwork) else network).state_dict()

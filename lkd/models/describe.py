@@ -18,7 +18,8 @@ def describe(network: nn.Module, name: str, input_shape: tuple[int, int, int]) -
         input_shape: Channels, height and width of one image.
 
     Returns:
-        `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two), `activations` (class names),
+        `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
+        `activations` (class names),
         `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
     """
     training = network.training

@@ -1,7 +1,7 @@
 """The small networks of the quickstart, for images of about 28×28.
 
-A teacher and a student of the residual and the plain convolutional kind, and a student of another family (depthwise-separable, as MobileNet V1)
-that no meta-training sees.
+A teacher and a student of the residual and the plain convolutional kind, and a student of another family
+(depthwise-separable, as MobileNet V1) that no meta-training sees.
 """
 
 from collections import OrderedDict

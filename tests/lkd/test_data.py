@@ -129,7 +129,7 @@ def test_batches_are_a_function_of_the_step(embedded) -> None:
     epoch = torch.cat([batch.index for batch in in_order[:15]])
     assert epoch.unique().numel() == 15 * 64
     assert not torch.equal(in_order[0].index, in_order[15].index)
-    with pytest.raises(UserError, match="train.batch_size: 2000"):
+    with pytest.raises(UserError, match=r"train\.batch_size: 2000"):
         Batches(part, 2000, 0)
     with pytest.raises(UserError, match="nearest: flip_and_crop"):
         Batches(part, 10, 0, "flip_crop")

@@ -67,9 +67,7 @@ def test_learned_loss_starts_as_kd() -> None:
 def test_dense_one_hot_targets_equal_labels(loss) -> None:
     student, teacher, target = draw()
     dense = F.one_hot(target, 10).float()
-    torch.testing.assert_close(
-        total(loss(student, teacher, target, 0.5)), total(loss(student, teacher, dense, 0.5))
-    )
+    torch.testing.assert_close(total(loss(student, teacher, target, 0.5)), total(loss(student, teacher, dense, 0.5)))
 
 
 def test_permuting_the_classes_permutes_the_gradient(loss) -> None:

@@ -2,9 +2,10 @@
 
     python -m lkd.data.embedded.make --root DIR
 
-`DIR/FashionMNIST/raw/` holds the four original IDX files (torchvision's layout). Draws 1,200 training and 400 test images of each class with
-the seed below, in random order, and writes `fashion_mnist.npz` and its sha256 beside this file. `train_index` and `test_index` are positions in
-the full set, so that a teacher can be trained on exactly the images that are *not* here.
+`DIR/FashionMNIST/raw/` holds the four original IDX files (torchvision's layout). Draws 1,200 training and 400 test
+images of each class with the seed below, in random order, and writes `fashion_mnist.npz` and its sha256 beside this
+file. `train_index` and `test_index` are positions in the full set, so that a teacher can be trained on exactly the
+images that are *not* here.
 """
 
 import argparse
