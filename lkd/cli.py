@@ -123,11 +123,10 @@ def parse_recipe(command: str, words: list[str]) -> Any:
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:
     """Let `--switch` alone mean `--switch true`."""
-    following = [*words[1:], "--"]
-    pairs = zip(words, following, strict=True)
-    return [
-        part for word, after in pairs for part in ([word, "true"] if word in switches and after[:2] == "--" else [word])
-    ]
+    completed = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        completed += [word, "true"] if word in switches and following.startswith("--") else [word]
+    return completed
 
 
 def known_keys(parser: Any, of_type: type | None = None) -> list[str]:

@@ -27,7 +27,7 @@ SMALL = {
         "1",
     ],
     "distill": SMALL_TRAINING,
-    "compare": [*SMALL_TRAINING, "--seeds", "1", "--workers", "1", "--methods.KD.grid", "{weight: [0.5]}"],
+    "compare": [*SMALL_TRAINING, "--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"],
     "evaluate": [],
     "quickstart": ["--short"],
 }
@@ -70,3 +70,10 @@ def test_every_command_in_the_readme_runs(fashion_root: str, monkeypatch) -> Non
         if words[0] == "quickstart":
             continue  # tests/lkd/test_quickstart.py
         assert main([*words, *SMALL[words[0]]]) == 0, line
+
+
+def test_the_readmes_python_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
