@@ -1,7 +1,7 @@
 """A bi-level engine: hypergradients of any inner training, by several estimators behind one signature."""
 
 from meta import optim
-from meta.estimators import ESTIMATORS
+from meta.estimators import ESTIMATORS, Estimator, Particles
 from meta.module import call_module
 from meta.outer import OuterStep, outer_step
 from meta.rollout import rollout
@@ -10,10 +10,12 @@ from meta.verify import Verification, verify
 
 __all__ = [
     "ESTIMATORS",
+    "Estimator",
     "Hypergradient",
     "InnerLoss",
     "OuterLoss",
     "OuterStep",
+    "Particles",
     "State",
     "Tensors",
     "Verification",

@@ -1,8 +1,9 @@
 """What can be wrong with a bi-level problem, said in one clear line."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meta.types import State, Tensors
@@ -64,16 +65,46 @@ def check_used(unused: Iterable[str]) -> None:
 def find_unused(losses: Sequence[Tensor], leaves: Tensors) -> list[str]:
     """Name the `leaves` that no loss depends on, by searching the losses' graphs; nothing is computed."""
     missing = {id(leaf): name for name, leaf in leaves.items()}
-    seen = set()
-    pending = [loss.grad_fn for loss in losses]
-    while pending and missing:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _search([loss.grad_fn for loss in losses] if missing else []):
         missing.pop(id(getattr(node, "variable", None)), None)
-        pending.extend(parent for parent, _ in node.next_functions)
+        if not missing:
+            break
     return list(missing.values())
+
+
+def check_twice_differentiable(gradients: Iterable[Tensor | None]) -> None:
+    """Check, by searching the graph of first-order gradients, that they can be differentiated again.
+
+    Raises:
+        ValueError: An operation has no second derivative; the message names it.
+    """
+    for node in _search([gradient.grad_fn for gradient in gradients if gradient is not None]):
+        if node.name().endswith(("::NotImplemented", "::Error", "CompiledFunctionBackwardBackward")):
+            raise ValueError(
+                f"the inner loss cannot be differentiated twice: {_reason(node)}. Use the estimator 'first_order', or "
+                "do without that operation (fused attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or "
+                "timm.layers.set_fused_attn(False); a compiled loss: pass it uncompiled)"
+            )
+
+
+def _search(pending: list[Any]) -> Iterator[Any]:
+    """Yield every node of the autograd graphs that end in `pending`, once."""
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(parent for parent, _ in node.next_functions)
+
+
+def _reason(node: Any) -> str:
+    """Ask a node that has no derivative why: it raises the answer."""
+    try:
+        node(torch.zeros(()))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "an operation is differentiable only once"
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -1,14 +1,52 @@
-"""Inner training: K steps of an inner optimiser, with or without a graph behind them."""
+"""Inner training: K steps of an inner optimiser, and the trajectory they leave."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs, check_scalar
+from meta.checks import check_inputs, check_scalar, check_twice_differentiable
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
+from meta.randomness import GeneratorStates, read_generators
 from meta.types import InnerLoss, State, Tensors
+
+
+@dataclass(frozen=True)
+class Step:
+    """One inner step: all that the walk back needs to take it again.
+
+    Attributes:
+        index: The step within the rollout, 0 … K-1.
+        before: The state that the step started from.
+        batch: Its batch.
+        generators: Where the random generators stood.
+        gradients: The inner loss's gradients with respect to the parameters that it reached.
+        hyper_gradients: The same with respect to the outer parameters; empty if they were not asked for.
+    """
+
+    index: int
+    before: State
+    batch: Any
+    generators: GeneratorStates
+    gradients: Tensors
+    hyper_gradients: Tensors
+
+
+class Trajectory(NamedTuple):
+    """The steps of a rollout and the state after the last one."""
+
+    steps: list[Step]
+    end: State
+
+
+class Derivatives(NamedTuple):
+    """First-order derivatives of the inner loss; names that the loss does not reach are left out."""
+
+    parameters: Tensors
+    hyper: Tensors
+    buffers: Tensors
 
 
 def rollout(
@@ -30,24 +68,93 @@ def rollout(
     hyper = {name: tensor.detach() for name, tensor in hyper.items()}
     built = build_optimizer(optimizer, hyper)
     state = state.detach()
-    for step, batch in enumerate(inner_batches):
-        gradients, buffers = differentiate(inner_loss, state, hyper, batch)
+    for index, batch in enumerate(inner_batches):
+        derivatives = differentiate(inner_loss, state, hyper, batch)
         with torch.no_grad():
-            parameters, slots = built.update(state.parameters, gradients, state.optimizer, step)
-        state = State(parameters, buffers, slots)
+            parameters, slots = built.update(state.parameters, derivatives.parameters, state.optimizer, index)
+        state = State(parameters, derivatives.buffers, slots)
     return state
 
 
-def differentiate(inner_loss: InnerLoss, state: State, hyper: Tensors, batch: Any) -> tuple[Tensors, Tensors]:
-    """Return the inner loss's gradients with respect to the parameters, and the buffers after the step.
+def record(
+    inner_loss: InnerLoss,
+    state: State,
+    hyper: Tensors,
+    inner_batches: Sequence[Any],
+    optimizer: Optimizer,
+    *,
+    hyper_gradients: bool = False,
+    twice: bool = False,
+) -> Trajectory:
+    """Train as `rollout` does and keep every step; no graph is kept.
 
-    Parameters that the loss does not reach are left out of the gradients.
+    Args:
+        inner_loss: The loss that is descended.
+        state: Where to start; it is not written to.
+        hyper: The outer parameters.
+        inner_batches: One batch a step.
+        optimizer: The inner optimiser.
+        hyper_gradients: Whether to differentiate the inner loss with respect to `hyper` as well.
+        twice: Whether to check, at the first step, that the inner loss can be differentiated twice.
+
+    Raises:
+        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in state.parameters.items()}
+    detached = {name: tensor.detach() for name, tensor in hyper.items()}
+    state = state.detach()
+    steps: list[Step] = []
+    for index, batch in enumerate(inner_batches):
+        generators = read_generators(state.parameters)
+        derivatives = differentiate(
+            inner_loss, state, detached, batch, hyper=hyper_gradients, twice=twice and not steps
+        )
+        steps.append(Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper))
+        with torch.no_grad():
+            parameters, slots = optimizer.update(state.parameters, derivatives.parameters, state.optimizer, index)
+        state = State(parameters, derivatives.buffers, slots)
+    return Trajectory(steps, state)
+
+
+def differentiate(
+    inner_loss: InnerLoss,
+    state: State,
+    hyper_values: Tensors,
+    batch: Any,
+    *,
+    parameters: bool = True,
+    hyper: bool = False,
+    twice: bool = False,
+) -> Derivatives:
+    """Differentiate the inner loss once, with respect to the parameters, the outer parameters, or both; keep no graph.
+
+    Args:
+        inner_loss: The loss.
+        state: The parameters and buffers to evaluate it at.
+        hyper_values: The outer parameters.
+        batch: The batch.
+        parameters: Whether to differentiate with respect to the parameters.
+        hyper: Whether to differentiate with respect to the outer parameters.
+        twice: Whether to check that the loss can be differentiated once more.
+
+    Raises:
+        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice.
+    """
+    inner = {name: tensor.detach().requires_grad_(parameters) for name, tensor in state.parameters.items()}
+    outer = {name: tensor.detach().requires_grad_(hyper) for name, tensor in hyper_values.items()}
+    inner_targets, outer_targets = inner if parameters else {}, outer if hyper else {}
     with torch.enable_grad():
-        loss, buffers = inner_loss(leaves, state.buffers, hyper, batch)
-    check_scalar("inner", loss)
-    return _named_gradients(loss, leaves, create_graph=False), _detach(buffers)
+        loss, buffers = inner_loss(inner, state.buffers, outer, batch)
+        check_scalar("inner", loss)
+        targets = [*inner_targets.values(), *outer_targets.values()]
+        found = torch.autograd.grad(loss, targets, create_graph=twice, allow_unused=True)
+    inner_gradients = _drop_missing(inner_targets, found[: len(inner_targets)])
+    outer_gradients = _drop_missing(outer_targets, found[len(inner_targets) :])
+    if parameters and not inner_gradients:
+        raise ValueError("the inner loss does not depend on any inner parameter that it was given")
+    if twice:
+        check_twice_differentiable(inner_gradients.values())
+        inner_gradients, outer_gradients = _detach(inner_gradients), _detach(outer_gradients)
+    return Derivatives(inner_gradients, outer_gradients, _detach(buffers))
 
 
 def unroll(
@@ -72,24 +179,28 @@ def unroll(
 
     Returns:
         The state reached and each step's inner loss, all with their graph.
+
+    Raises:
+        ValueError: A loss is no scalar, depends on no parameter, or cannot be differentiated twice.
     """
     losses = []
-    for step, batch in enumerate(inner_batches, start=first_step):
+    for index, batch in enumerate(inner_batches, start=first_step):
         loss, buffers = inner_loss(state.parameters, state.buffers, hyper, batch)
         check_scalar("inner", loss)
-        gradients = _named_gradients(loss, state.parameters, create_graph=True)
-        parameters, slots = optimizer.update(state.parameters, gradients, state.optimizer, step)
+        found = torch.autograd.grad(loss, list(state.parameters.values()), create_graph=True, allow_unused=True)
+        gradients = _drop_missing(state.parameters, found)
+        if not gradients:
+            raise ValueError("the inner loss does not depend on any inner parameter that it was given")
+        if index == 0:
+            check_twice_differentiable(gradients.values())
+        parameters, slots = optimizer.update(state.parameters, gradients, state.optimizer, index)
         state = State(parameters, _detach(buffers), slots)
         losses.append(loss)
     return state, losses
 
 
-def _named_gradients(loss: Tensor, parameters: Tensors, create_graph: bool) -> Tensors:
-    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph, allow_unused=True)
-    named = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    if not named:
-        raise ValueError("the inner loss does not depend on any inner parameter it was given")
-    return named
+def _drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:
+    return {name: gradient for name, gradient in zip(targets, gradients, strict=True) if gradient is not None}
 
 
 def _detach(tensors: Tensors) -> Tensors:

@@ -48,9 +48,15 @@ class Hypergradient(NamedTuple):
         grads: d(outer loss)/d(hyper), by name, detached; the same names and shapes as `hyper`.
         final_state: The state that the rollout left, detached: the next window may continue from it.
         norm: The global 2-norm of `grads`, a detached scalar.
+        adjoint_norms: For estimators that walk back: the norm of d(outer loss)/d(inner parameters) at every state of
+            the walk, the last state first.
+        truncated_at: The inner step that the walk went back to when the adjoint had grown past its bound, so that
+            earlier steps were left out; None if the walk reached the start.
     """
 
     outer_value: Tensor
     grads: Tensors
     final_state: State
     norm: Tensor
+    adjoint_norms: Tensor | None = None
+    truncated_at: int | None = None

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from meta.estimators import Estimator
-from meta.estimators.parts import global_norm
-from meta.optim import OptimizerOrRecipe
+from meta.optim import OptimizerOrRecipe, evaluation_parameters
 from meta.rollout import rollout
+from meta.tensors import global_norm
 from meta.types import InnerLoss, OuterLoss, State, Tensors
 
 
@@ -70,7 +70,7 @@ def verify(
     def objective(shifted: Tensors) -> Tensor:
         torch.manual_seed(seed)
         end = rollout(inner_loss, state, shifted, inner_batches, optimizer)
-        return outer_loss(end.parameters, end.buffers, outer_batch).detach()
+        return outer_loss(evaluation_parameters(end), end.buffers, outer_batch).detach()
 
     estimated, measured = [], []
     with torch.random.fork_rng():

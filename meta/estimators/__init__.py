@@ -1,28 +1,37 @@
 """Ways to get the hypergradient, one file each, all with one signature."""
 
-from typing import Any, Protocol
-
+from meta.estimators.adjoint import adjoint
+from meta.estimators.base import Estimator
+from meta.estimators.evolution import Particles, evolution
+from meta.estimators.first_order import first_order
 from meta.estimators.higher import higher
+from meta.estimators.implicit import implicit
+from meta.estimators.last_step import last_step
+from meta.estimators.truncated import truncated
 from meta.estimators.unrolled import unrolled
-from meta.types import Hypergradient
 
-
-class Estimator(Protocol):
-    """The one signature; see `meta.estimators.unrolled` for the arguments."""
-
-    def __call__(
-        self,
-        inner_loss: Any,
-        outer_loss: Any,
-        state: Any,
-        hyper: Any,
-        inner_batches: Any,
-        outer_batch: Any,
-        optimizer: Any,
-    ) -> Hypergradient: ...
-
-
-ESTIMATORS: dict[str, Estimator] = {"higher": higher, "unrolled": unrolled}
+ESTIMATORS: dict[str, Estimator] = {
+    "higher": higher,
+    "unrolled": unrolled,
+    "adjoint": adjoint,
+    "first_order": first_order,
+    "truncated": truncated,
+    "last_step": last_step,
+    "implicit": implicit,
+    "evolution": evolution,
+}
 """Every estimator by its name."""
 
-__all__ = ["ESTIMATORS", "Estimator", "higher", "unrolled"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "Particles",
+    "adjoint",
+    "evolution",
+    "first_order",
+    "higher",
+    "implicit",
+    "last_step",
+    "truncated",
+    "unrolled",
+]

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs, check_scalar
-from meta.estimators.parts import as_leaves, collect, differentiate_outer
+from meta.checks import check_inputs, check_scalar, check_twice_differentiable, find_unused
+from meta.estimators.parts import collect
 from meta.optim import SGD, OptimizerOrRecipe, build_optimizer
+from meta.optim.base import setting_at
+from meta.tensors import as_leaves
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.walk import outer_cotangents
 
 
 @torch.enable_grad()
@@ -28,15 +31,6 @@ def higher(
     Unlike `higher` used
     by itself, it starts from the momentum in `state` and hands the momentum back.
 
-    Args:
-        inner_loss: `inner_loss(parameters, buffers, hyper, batch) -> (scalar, buffers)`.
-        outer_loss: `outer_loss(parameters, buffers, batch) -> scalar`, at the end of the rollout.
-        state: Where the rollout starts; it is not written to.
-        hyper: The outer parameters.
-        inner_batches: One batch a step.
-        outer_batch: The outer loss's batch.
-        optimizer: An SGD, or a function of `hyper` that returns one.
-
     Raises:
         ValueError: The inputs make no bi-level problem, or the optimiser is not SGD; the message says why.
     """
@@ -52,11 +46,12 @@ def higher(
     stepper = DifferentiableSGD(_seeded_optimizer(sgd, parameters, state.optimizer), list(parameters.values()))
     losses: list[Tensor] = []
     for step, batch in enumerate(inner_batches):
-        learning_rate = sgd.learning_rate(step) if callable(sgd.learning_rate) else sgd.learning_rate
+        learning_rate = setting_at(sgd.learning_rate, step)
         loss, buffers = inner_loss(parameters, buffers, leaves, batch)
         check_scalar("inner", loss)
         settings = {"lr": [learning_rate], "momentum": [sgd.momentum], "weight_decay": [sgd.weight_decay]}
-        stepped = stepper.step(loss, params=parameters.values(), override=settings)
+        callback = _check_gradients if step == 0 else None
+        stepped = stepper.step(loss, params=parameters.values(), override=settings, grad_callback=callback)
         parameters = dict(zip(parameters, stepped, strict=True))
         buffers = {name: buffer.detach() for name, buffer in buffers.items()}
         losses.append(loss)
@@ -64,8 +59,22 @@ def higher(
     slots = [stepper.state[0].get(index, {}).get("momentum_buffer") for index in range(len(parameters))]
     momentum = {name: slot for name, slot in zip(parameters, slots, strict=True) if slot is not None}
     end = State(parameters, buffers, {"momentum_buffer": momentum} if momentum else {})
-    value, grads = differentiate_outer(outer_loss, end, leaves, outer_batch)
-    return collect(value, grads, leaves, end, losses)
+    value, cotangents = outer_cotangents(outer_loss, end, outer_batch)
+    reached = [name for name, parameter in end.parameters.items() if parameter.requires_grad]
+    found = torch.autograd.grad(
+        [end.parameters[name] for name in reached],
+        list(leaves.values()),
+        [cotangents.parameters[name] for name in reached],
+        allow_unused=True,
+    )
+    grads = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    unused = find_unused(losses, {name: leaf for name, leaf in leaves.items() if name not in grads})
+    return collect(value, grads, leaves, end, unused)
+
+
+def _check_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    check_twice_differentiable(gradients)
+    return gradients
 
 
 def _seeded_optimizer(sgd: SGD, parameters: Tensors, slots: dict[str, Tensors]) -> torch.optim.SGD:

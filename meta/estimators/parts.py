@@ -1,57 +1,45 @@
-"""What the estimators share: leaves to differentiate, the outer loss's derivative, and the result put together."""
+"""What estimators share: pulling optimiser settings back to the outer parameters, and the result put together."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from meta.checks import check_scalar, check_used, find_unused
-from meta.types import Hypergradient, OuterLoss, State, Tensors
+from meta.checks import check_used
+from meta.tensors import add, global_norm
+from meta.types import Hypergradient, State, Tensors
 
 
-def as_leaves(tensors: Tensors) -> Tensors:
-    """Copy the tensors' handles to new leaves that require gradients; memory is shared, graphs are not."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-
-
-def differentiate_outer(
-    outer_loss: OuterLoss, state: State, targets: Tensors, batch: Any
-) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Evaluate the outer loss at `state` and differentiate it with respect to `targets` through the graph there is.
-
-    Returns:
-        The outer loss and, for every target, its gradient, or None where no graph leads to it.
-
-    Raises:
-        ValueError: The outer loss is no scalar, or does not depend on the state's parameters.
-    """
-    value = outer_loss(state.parameters, state.buffers, batch)
-    check_scalar("outer", value)
-    parameters = list(state.parameters.values())
-    gradients = torch.autograd.grad(value, [*targets.values(), *parameters], allow_unused=True)
-    if all(gradient is None for gradient in gradients[len(targets) :]):
-        raise ValueError("the outer loss does not depend on the inner parameters it was given")
-    return value, dict(zip(targets, gradients, strict=False))
+def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -> Tensors:
+    """Pull cotangents of optimiser settings back to the outer parameters that the settings were made of."""
+    grads: Tensors = {}
+    for setting, cotangent in settings:
+        if setting.requires_grad:
+            # Settings may share a graph, and one setting serves every step.
+            found = torch.autograd.grad(setting, list(leaves.values()), cotangent, allow_unused=True, retain_graph=True)
+            named = zip(leaves, found, strict=True)
+            grads = add(grads, {name: gradient for name, gradient in named if gradient is not None})
+    return grads
 
 
 def collect(
-    value: Tensor, grads: dict[str, Tensor | None], leaves: Tensors, final_state: State, losses: Sequence[Tensor]
+    value: Tensor,
+    grads: Tensors,
+    hyper: Tensors,
+    final_state: State,
+    unused: Iterable[str],
+    adjoint_norms: Tensor | None = None,
+    truncated_at: int | None = None,
 ) -> Hypergradient:
-    """Put an estimator's result together; an outer parameter without a gradient gets zeros if some inner loss uses it.
+    """Put an estimator's result together; an outer parameter that was used but has no gradient gets zeros.
 
     Raises:
-        ValueError: An outer parameter that no inner loss uses.
+        ValueError: There is an unused outer parameter.
     """
-    without = {name: leaves[name] for name, gradient in grads.items() if gradient is None}
-    check_used(find_unused(losses, without))
+    check_used(unused)
     found = {
-        name: torch.zeros_like(leaves[name]) if gradient is None else gradient.detach()
-        for name, gradient in grads.items()
+        name: grads[name].detach() if name in grads else torch.zeros_like(tensor.detach())
+        for name, tensor in hyper.items()
     }
-    return Hypergradient(value.detach(), found, final_state.detach(), global_norm(found))
-
-
-def global_norm(tensors: Tensors) -> Tensor:
-    """Return the 2-norm of all the tensors taken as one vector."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]))
+    norm = global_norm(found)
+    return Hypergradient(value.detach(), found, final_state.detach(), norm, adjoint_norms, truncated_at)

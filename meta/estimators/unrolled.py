@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from meta.checks import check_inputs
-from meta.estimators.parts import as_leaves, collect, differentiate_outer
-from meta.optim import OptimizerOrRecipe, build_optimizer
-from meta.rollout import unroll
+from meta.estimators.adjoint import adjoint
+from meta.optim import OptimizerOrRecipe
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 
-@torch.enable_grad()
 def unrolled(
     inner_loss: InnerLoss,
     outer_loss: OuterLoss,
@@ -28,21 +23,8 @@ def unrolled(
     evaluations a step and holds every step's activations at once: memory grows with K. Every operation of the inner
     loss needs a double backward.
 
-    Args:
-        inner_loss: `inner_loss(parameters, buffers, hyper, batch) -> (scalar, buffers)`.
-        outer_loss: `outer_loss(parameters, buffers, batch) -> scalar`, at the end of the rollout.
-        state: Where the rollout starts; it is not written to.
-        hyper: The outer parameters.
-        inner_batches: One batch a step.
-        outer_batch: The outer loss's batch.
-        optimizer: The inner optimiser, or a function of `hyper` that returns one.
-
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
     """
-    check_inputs(state, hyper, inner_batches)
-    leaves = as_leaves(hyper)
-    start = State(as_leaves(state.parameters), state.buffers, state.optimizer)
-    end, losses = unroll(inner_loss, start, leaves, inner_batches, build_optimizer(optimizer, leaves))
-    value, grads = differentiate_outer(outer_loss, end, leaves, outer_batch)
-    return collect(value, grads, leaves, end, losses)
+    segment = max(1, len(inner_batches))
+    return adjoint(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer, chunk=segment)

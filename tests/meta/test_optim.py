@@ -3,56 +3,228 @@ from typing import Any
 import pytest
 import torch
 
-from meta.optim import SGD, build_optimizer
+from meta import State
+from meta.optim import SGD, Adam, AdamW, Averaged, Clipped, Grouped, build_optimizer
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"weight_decay": 0.1},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
-    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+TORCH = {SGD: torch.optim.SGD, Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}
+CASES: list[tuple[type, dict[str, Any]]] = [
+    (SGD, {}),
+    (SGD, {"weight_decay": 0.1}),
+    (SGD, {"momentum": 0.9}),
+    (SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    (SGD, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}),
+    (Adam, {}),
+    (Adam, {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}),
+    (AdamW, {}),
+    (AdamW, {"betas": (0.8, 0.95), "weight_decay": 0.1}),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_sgd_equals_torch_over_50_steps(settings, scheduled):
-    torch.manual_seed(0)
-    start = {"weight": torch.randn(4, 3), "bias": torch.randn(4), "untouched": torch.randn(2)}
-    gradients = [{name: torch.randn_like(start[name]) for name in ("weight", "bias")} for _ in range(50)]
+def draw_start(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (4, 3), "bias": (4,), "untouched": (2,)}
+    return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
 
+
+def draw_gradients(steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"weight": (4, 3), "bias": (4,)}
+    return [
+        {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+        for _ in range(steps)
+    ]
+
+
+def run_ours(optimizer, steps: int):
+    parameters, slots = draw_start(), {}
+    for step, gradients in enumerate(draw_gradients(steps)):
+        parameters, slots = optimizer.update(parameters, gradients, slots, step)
+    return parameters, slots
+
+
+def run_torch(optimizer: torch.optim.Optimizer, parameters, steps: int, schedule=None, max_norm: float | None = None):
+    for step, gradients in enumerate(draw_gradients(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step) if schedule else group["lr"]
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.clone()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+        optimizer.step()
+
+
+def as_torch_parameters() -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(tensor) for name, tensor in draw_start().items()}
+
+
+def assert_same(ours, theirs):
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name].detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_updates_equal_torch_over_50_steps(kind, settings, scheduled):
     def rate(step: int) -> float:
         return 0.1 * (1 - step / 50) if scheduled else 0.1
 
-    theirs = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.items()}
-    reference = torch.optim.SGD(theirs.values(), lr=0.1, **settings)
-    ours, slots = start, {}
-    optimizer = SGD(rate, **settings)
-    for step, gradient in enumerate(gradients):
-        reference.param_groups[0]["lr"] = rate(step)
-        for name, tensor in gradient.items():
-            theirs[name].grad = tensor.clone()
-        reference.step()
-        ours, slots = optimizer.update(ours, gradient, slots, step)
+    theirs = as_torch_parameters()
+    reference = TORCH[kind](theirs.values(), lr=0.1, **settings)
+    run_torch(reference, theirs, 50, rate)
+    ours, slots = run_ours(kind(rate, **settings), 50)
+    assert_same(ours, theirs)
+    for slot, tensors in slots.items():
+        assert_same(tensors, {name: reference.state[theirs[name]][slot] for name in ("weight", "bias")})
+    if kind is SGD:
+        assert bool(slots) == bool(settings.get("momentum"))
 
-    for name in start:
-        torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=1e-6, atol=1e-6)
-    if settings.get("momentum"):
-        assert slots["momentum_buffer"].keys() == gradients[0].keys()
-        for name, buffer in slots["momentum_buffer"].items():
-            torch.testing.assert_close(buffer, reference.state[theirs[name]]["momentum_buffer"], rtol=1e-6, atol=1e-6)
+
+def test_groups_equal_torch_parameter_groups():
+    theirs = as_torch_parameters()
+    groups = [
+        {"params": [theirs["weight"]], "weight_decay": 0.1, "lr": 0.1},
+        {"params": [theirs["bias"], theirs["untouched"]], "weight_decay": 0.0, "lr": 0.2},
+    ]
+    run_torch(torch.optim.SGD(groups, lr=0.1, momentum=0.9), theirs, 50)
+    decayed, plain = SGD(0.1, momentum=0.9, weight_decay=0.1), SGD(0.2, momentum=0.9)
+    ours, _ = run_ours(Grouped(lambda name: decayed if name == "weight" else plain), 50)
+    assert list(ours) == list(theirs)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e3])
+def test_clipping_equals_torch(max_norm):
+    theirs = as_torch_parameters()
+    run_torch(torch.optim.SGD(theirs.values(), lr=0.1, momentum=0.9), theirs, 50, max_norm=max_norm)
+    ours, _ = run_ours(Clipped(SGD(0.1, momentum=0.9), max_norm), 50)
+    assert_same(ours, theirs)
+
+
+def test_average_equals_torch_averaged_model():
+    theirs = torch.nn.ParameterDict(draw_start())
+    averaged = torch.optim.swa_utils.AveragedModel(theirs, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(theirs)  # the first call copies
+    optimizer = torch.optim.SGD(theirs.values(), lr=0.1)
+    for gradients in draw_gradients(50):
+        for name, gradient in gradients.items():
+            theirs[name].grad = gradient.clone()
+        optimizer.step()
+        averaged.update_parameters(theirs)
+    _, slots = run_ours(Averaged(SGD(0.1), 0.9), 50)
+    assert_same(slots["average"], averaged.module)
+
+
+ADJOINT_CASES = {
+    "sgd": SGD(0.1, weight_decay=0.2),
+    "momentum": SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
+    "nesterov": SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.2),
+    "adam": Adam(0.1, weight_decay=0.2),
+    "adamw": AdamW(0.1, betas=(0.8, 0.9), weight_decay=0.2),
+    "clipped": Clipped(SGD(0.1, momentum=0.9), 1.0),
+    "not clipped": Clipped(Adam(0.1), 1e3),
+    "averaged": Averaged(SGD(0.1, momentum=0.9), 0.7),
+    "clipped averaged AdamW": Clipped(Averaged(AdamW(0.1), 0.7), 1.0),
+    "grouped": Grouped({"weight": SGD(0.1, momentum=0.9), "bias": AdamW(0.1), "untouched": SGD(0.3)}.__getitem__),
+}
+SETTINGS = {"rate": 0.1, "momentum": 0.7, "decay": 0.2}
+LEARNED_SETTINGS = {
+    "sgd": lambda hyper: SGD(hyper["rate"], momentum=hyper["momentum"], dampening=0.1, weight_decay=hyper["decay"]),
+    "nesterov": lambda hyper: SGD(
+        lambda step: hyper["rate"] / (1 + step), momentum=hyper["momentum"], nesterov=True, weight_decay=hyper["decay"]
+    ),
+    "adam": lambda hyper: Adam(hyper["rate"] + hyper["momentum"], weight_decay=hyper["decay"]),
+    "adamw": lambda hyper: AdamW(hyper["rate"] + hyper["momentum"], weight_decay=hyper["decay"]),
+}
+
+
+def flatten(state: State, gradients: dict[str, torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+    slots = {(slot, name): tensor for slot, tensors in state.optimizer.items() for name, tensor in tensors.items()}
+    return (
+        {("parameter", name): tensor for name, tensor in state.parameters.items()}
+        | {("gradient", name): tensor for name, tensor in gradients.items()}
+        | {key: tensor for key, tensor in slots.items() if key[0] != "step"}
+    )
+
+
+def check_adjoint(recipe, warm_steps: int):
+    """Compare the hand-derived adjoint of one update with autograd's."""
+    hyper = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in SETTINGS.items()}
+    optimizer = build_optimizer(recipe, hyper)
+    before = State(draw_start(torch.float64), {}, {})
+    *earlier, gradients = draw_gradients(warm_steps + 1, torch.float64)
+    for step, earlier_gradients in enumerate(earlier):
+        with torch.no_grad():
+            before = State(
+                *optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)[:1],
+                {},
+                optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)[1],
+            )
+    before = before.detach()
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    inputs = flatten(before, gradients)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+
+    parameters, slots = optimizer.update(before.parameters, gradients, before.optimizer, warm_steps)
+    outputs = flatten(State(parameters, {}, slots), {})
+    cotangents = {key: torch.randn_like(tensor) for key, tensor in outputs.items()}
+    scalar = sum((cotangents[key] * tensor).sum() for key, tensor in outputs.items())
+    targets = [*inputs.values(), *hyper.values()]
+    wanted = dict(zip([*inputs, *hyper], torch.autograd.grad(scalar, targets, allow_unused=True), strict=True))
+
+    cotangent_state = State(
+        {name: value for (kind, name), value in cotangents.items() if kind == "parameter"},
+        {},
+        {slot: {name: v for (kind, name), v in cotangents.items() if kind == slot} for slot in slots if slot != "step"},
+    )
+    with torch.no_grad():
+        found = optimizer.adjoint(before.detach(), gradients, warm_steps, cotangent_state)
+    got = flatten(State(found.parameters, {}, found.optimizer), found.gradients)
+    for key in inputs:
+        torch.testing.assert_close(
+            got.get(key, torch.zeros(())).expand_as(inputs[key]).double(),
+            torch.zeros_like(inputs[key]) if wanted[key] is None else wanted[key],
+            rtol=1e-10,
+            atol=1e-12,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
+    through_settings = sum((setting * cotangent).sum() for setting, cotangent in found.settings)
+    if isinstance(through_settings, torch.Tensor):
+        got_hyper = torch.autograd.grad(through_settings, list(hyper.values()), allow_unused=True)
+        for name, gradient in zip(hyper, got_hyper, strict=True):
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-12)
     else:
-        assert slots == {}
+        assert all(wanted[name] is None for name in hyper)
+
+
+@pytest.mark.parametrize("warm_steps", [0, 3])
+@pytest.mark.parametrize("case", ADJOINT_CASES)
+def test_adjoints_equal_autograd(case, warm_steps):
+    check_adjoint(ADJOINT_CASES[case], warm_steps)
+
+
+@pytest.mark.parametrize("warm_steps", [0, 3])
+@pytest.mark.parametrize("case", LEARNED_SETTINGS)
+def test_adjoints_of_settings_equal_autograd(case, warm_steps):
+    check_adjoint(LEARNED_SETTINGS[case], warm_steps)
+
+
+def test_adam_with_a_vanishing_gradient_has_a_finite_derivative():
+    gradient = torch.zeros(3, requires_grad=True)
+    updated, _ = Adam(0.1).update({"a": torch.ones(3)}, {"a": gradient}, {}, 0)
+    (derivative,) = torch.autograd.grad(updated["a"].sum(), gradient)
+    assert torch.isfinite(derivative).all()
+    before, cotangents = State({"a": torch.ones(3)}, {}, {}), State({"a": torch.ones(3)}, {}, {})
+    by_hand = Adam(0.1).adjoint(before, {"a": torch.zeros(3)}, 0, cotangents).gradients["a"]
+    torch.testing.assert_close(by_hand, derivative)
 
 
 def test_update_writes_to_no_argument():
     parameters, gradients = {"a": torch.ones(3)}, {"a": torch.ones(3)}
     slots = {"momentum_buffer": {"a": torch.ones(3)}}
     SGD(0.1, momentum=0.9, weight_decay=0.1).update(parameters, gradients, slots, 0)
-    assert all(
-        torch.equal(tensor, torch.ones(3))
-        for tensor in (parameters["a"], gradients["a"], slots["momentum_buffer"]["a"])
-    )
+    unchanged = (parameters["a"], gradients["a"], slots["momentum_buffer"]["a"])
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in unchanged)
 
 
 def test_nesterov_needs_momentum_without_dampening():

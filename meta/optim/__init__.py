@@ -1,0 +1,20 @@
+"""Inner optimisers as pure functions, step for step equal to `torch.optim`, with hand-derived adjoints."""
+
+from meta.optim.adam import Adam, AdamW
+from meta.optim.base import Optimizer, OptimizerOrRecipe, UpdateAdjoint, build_optimizer
+from meta.optim.sgd import SGD
+from meta.optim.wrappers import Averaged, Clipped, Grouped, evaluation_parameters
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Averaged",
+    "Clipped",
+    "Grouped",
+    "Optimizer",
+    "OptimizerOrRecipe",
+    "UpdateAdjoint",
+    "build_optimizer",
+    "evaluation_parameters",
+]

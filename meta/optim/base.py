@@ -1,0 +1,104 @@
+"""What an estimator needs of an inner optimiser: its update rule and the adjoint of that rule."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from meta.types import State, Tensors
+
+Setting = float | Tensor
+"""A setting of an optimiser: a number, or a zero-dimensional tensor that an outer parameter may stand behind."""
+
+Schedule = Setting | Callable[[int], Setting]
+"""A setting that may depend on the step within the rollout (0 … K-1)."""
+
+
+class UpdateAdjoint(NamedTuple):
+    """Cotangents of everything an update reads.
+
+    Attributes:
+        parameters: Of the parameters before the step, the gradients held fixed.
+        gradients: Of the gradients; only for parameters that had one.
+        optimizer: Of the optimiser state before the step.
+        settings: Pairs of a tensor setting and its cotangent; numbers have none.
+    """
+
+    parameters: Tensors
+    gradients: Tensors
+    optimizer: dict[str, Tensors]
+    settings: list[tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """An inner optimiser as a pure function."""
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """Take one step; write to none of the arguments.
+
+        Args:
+            parameters: The parameters, by name.
+            gradients: Their gradients. A parameter whose name is missing stays as it is, as `torch.optim` does where
+                `grad` is None.
+            optimizer_state: Slot name → parameter name → tensor; empty before the first step.
+            step: The step within the rollout, for schedules.
+
+        Returns:
+            The new parameters and the new optimiser state.
+        """
+        ...
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents of the state after the step back to everything that `update` read.
+
+        Args:
+            before: The state before the step.
+            gradients: The gradients that the step used.
+            step: The step within the rollout.
+            cotangents: Of the parameters and the optimiser state after the step. A missing slot or name counts as zero.
+        """
+        ...
+
+
+OptimizerOrRecipe = Optimizer | Callable[[Tensors], Optimizer]
+"""An optimiser, or a function that builds one from the outer parameters: then its settings are learned too."""
+
+
+def build_optimizer(optimizer: OptimizerOrRecipe, hyper: Tensors) -> Optimizer:
+    """Return the optimiser that `optimizer` names for these outer parameters.
+
+    Raises:
+        ValueError: It is neither one of this package's optimisers nor a function that returns one.
+    """
+    if not isinstance(optimizer, Optimizer) and callable(optimizer):
+        optimizer = optimizer(hyper)
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"unsupported inner optimiser {type(optimizer).__name__}: pass one of meta.optim, or a function of the "
+            "outer parameters that returns one"
+        )
+    return optimizer
+
+
+def setting_at(schedule: Schedule, step: int) -> Setting:
+    """Return the setting's value at a step of the rollout, with its graph to the outer parameters, if any."""
+    with torch.enable_grad():
+        return schedule(step) if callable(schedule) else schedule
+
+
+def pair_settings(terms: list[tuple[Setting, list[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Pair every tensor setting with the sum of its cotangents; leave out numbers, and settings without an effect."""
+    return [
+        (setting, torch.stack(cotangents).sum())
+        for setting, cotangents in terms
+        if isinstance(setting, Tensor) and cotangents
+    ]
+
+
+def is_active(setting: Setting) -> bool:
+    """Whether a setting has an effect: a tensor always counts, since its derivative does."""
+    return isinstance(setting, Tensor) or setting != 0

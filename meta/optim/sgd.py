@@ -1,0 +1,104 @@
+"""Stochastic gradient descent."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from meta.optim.base import Schedule, Setting, UpdateAdjoint, is_active, pair_settings, setting_at
+from meta.types import State, Tensors
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent, equal to `torch.optim.SGD`.
+
+    Its one slot, where there is momentum, is `momentum_buffer`.
+
+    Attributes:
+        learning_rate: A number, a zero-dimensional tensor, or a function of the step within the rollout.
+        momentum: Factor of the momentum buffer.
+        dampening: Fraction of the gradient kept out of the momentum buffer.
+        nesterov: Whether to look ahead along the momentum.
+        weight_decay: L2 penalty, added to the gradient.
+    """
+
+    learning_rate: Schedule
+    momentum: Setting = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: Setting = 0.0
+
+    def __post_init__(self) -> None:
+        if self.nesterov and (not is_active(self.momentum) or self.dampening != 0):
+            raise ValueError("Nesterov momentum needs a momentum and no dampening")
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """Take one step; see `Optimizer.update`."""
+        learning_rate = setting_at(self.learning_rate, step)
+        old_buffers = optimizer_state.get("momentum_buffer", {})
+        new_parameters, new_buffers = dict(parameters), dict(old_buffers)
+        for name, gradient in gradients.items():
+            direction, buffer = self._direction(parameters[name], gradient, old_buffers.get(name))
+            new_parameters[name] = parameters[name] - learning_rate * direction
+            if buffer is not None:
+                new_buffers[name] = buffer
+        return new_parameters, {"momentum_buffer": new_buffers} if is_active(self.momentum) else {}
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
+        learning_rate = setting_at(self.learning_rate, step)
+        old_buffers = before.optimizer.get("momentum_buffer", {})
+        buffer_cotangents = cotangents.optimizer.get("momentum_buffer", {})
+        to_parameters, to_buffers = dict(cotangents.parameters), dict(buffer_cotangents)
+        to_gradients: Tensors = {}
+        to_rate: list[Tensor] = []
+        to_momentum: list[Tensor] = []
+        to_decay: list[Tensor] = []
+
+        for name, gradient in gradients.items():
+            parameter, old_buffer = before.parameters[name], old_buffers.get(name)
+            to_parameter = to_parameters[name]
+            to_direction = -learning_rate * to_parameter
+            to_decayed = to_direction
+            if is_active(self.momentum):
+                lookahead = self.momentum * to_direction if self.nesterov else to_direction
+                to_buffer = lookahead + to_buffers.pop(name) if name in to_buffers else lookahead
+                carried = to_buffer if old_buffer is None else (1 - self.dampening) * to_buffer
+                to_decayed = to_direction + carried if self.nesterov else carried
+                if old_buffer is not None:
+                    to_buffers[name] = self.momentum * to_buffer
+            to_gradients[name] = to_decayed
+            if is_active(self.weight_decay):
+                to_parameters[name] = to_parameter + self.weight_decay * to_decayed
+
+            if isinstance(learning_rate, Tensor):
+                direction, _ = self._direction(parameter, gradient, old_buffer)
+                to_rate.append(-(to_parameter * direction).sum())
+            if isinstance(self.momentum, Tensor):
+                if old_buffer is not None:
+                    to_momentum.append((to_buffer * old_buffer).sum())
+                _, buffer = self._direction(parameter, gradient, old_buffer)
+                if self.nesterov and buffer is not None:
+                    to_momentum.append((to_direction * buffer).sum())
+            if isinstance(self.weight_decay, Tensor):
+                to_decay.append((to_decayed * parameter).sum())
+
+        settings = [(learning_rate, to_rate), (self.momentum, to_momentum), (self.weight_decay, to_decay)]
+        return UpdateAdjoint(
+            to_parameters,
+            to_gradients,
+            {"momentum_buffer": to_buffers} if to_buffers else {},
+            pair_settings(settings),
+        )
+
+    def _direction(
+        self, parameter: Tensor, gradient: Tensor, old_buffer: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the learning rate multiplies, and the new momentum buffer, if any."""
+        decayed = gradient + self.weight_decay * parameter if is_active(self.weight_decay) else gradient
+        if not is_active(self.momentum):
+            return decayed, None
+        buffer = decayed if old_buffer is None else self.momentum * old_buffer + (1 - self.dampening) * decayed
+        return (decayed + self.momentum * buffer if self.nesterov else buffer), buffer

@@ -1,0 +1,150 @@
+"""Optimisers made of optimisers: parameter groups, gradient clipping, averaged iterates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meta.optim.base import Optimizer, UpdateAdjoint
+from meta.types import State, Tensors
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Parameter groups: every parameter is stepped by the optimiser that its name selects.
+
+    `Grouped(lambda name: plain if name.endswith("bias") else decayed)` leaves the biases without weight decay.
+
+    Attributes:
+        select: Parameter name → optimiser. Parameters of one group must be given one and the same optimiser object.
+    """
+
+    select: Callable[[str], Optimizer]
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """Take one step; see `Optimizer.update`."""
+        new_parameters: Tensors = {}
+        new_state: dict[str, Tensors] = {}
+        for optimizer, names in self._groups(parameters):
+            state = _subset(State(parameters, {}, optimizer_state), names)
+            updated, slots = optimizer.update(state.parameters, _pick(gradients, names), state.optimizer, step)
+            new_parameters |= updated
+            _merge(new_state, slots)
+        return {name: new_parameters[name] for name in parameters}, new_state
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
+        whole = UpdateAdjoint({}, {}, {}, [])
+        for optimizer, names in self._groups(before.parameters):
+            part = optimizer.adjoint(_subset(before, names), _pick(gradients, names), step, _subset(cotangents, names))
+            whole.parameters.update(part.parameters)
+            whole.gradients.update(part.gradients)
+            _merge(whole.optimizer, part.optimizer)
+            whole.settings.extend(part.settings)
+        return whole
+
+    def _groups(self, parameters: Tensors) -> list[tuple[Optimizer, set[str]]]:
+        groups: dict[int, tuple[Optimizer, set[str]]] = {}
+        for name in parameters:
+            optimizer = self.select(name)
+            groups.setdefault(id(optimizer), (optimizer, set()))[1].add(name)
+        return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """An optimiser behind gradient clipping by the global norm, equal to `torch.nn.utils.clip_grad_norm_`.
+
+    Attributes:
+        optimizer: The optimiser that is given the clipped gradients.
+        max_norm: The largest norm that passes unchanged.
+    """
+
+    optimizer: Optimizer
+    max_norm: float
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """Take one step; see `Optimizer.update`."""
+        factor, _ = self._factor(gradients)
+        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        return self.optimizer.update(parameters, clipped, optimizer_state, step)
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
+        factor, norm = self._factor(gradients)
+        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        inner = self.optimizer.adjoint(before, clipped, step, cotangents)
+        along = torch.stack([(inner.gradients[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+        # The factor max_norm / (norm + 1e-6) shrinks along the gradient; below the bound it is a constant 1.
+        shrink = torch.where(factor < 1, factor * along / ((norm + 1e-6) * norm.clamp(min=1e-30)), 0.0)
+        to_gradients = {
+            name: factor * inner.gradients[name] - shrink * gradient for name, gradient in gradients.items()
+        }
+        return inner._replace(gradients=to_gradients)
+
+    def _factor(self, gradients: Tensors) -> tuple[Tensor, Tensor]:
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """An optimiser that also averages its iterates: slot `average`; the outer loss is then taken at the average.
+
+    The exponential moving average starts from the parameters before the first step and follows
+    average ← decay · average + (1 − decay) · parameters after each step.
+
+    Attributes:
+        optimizer: The optimiser that moves the parameters.
+        decay: How much of the average is kept at each step.
+    """
+
+    optimizer: Optimizer
+    decay: float
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """Take one step; see `Optimizer.update`."""
+        old = optimizer_state.get("average", parameters)
+        updated, slots = self.optimizer.update(parameters, gradients, optimizer_state, step)
+        average = {name: self.decay * old[name] + (1 - self.decay) * tensor for name, tensor in updated.items()}
+        return updated, {**slots, "average": average}
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
+        to_average = cotangents.optimizer.get("average", {})
+        to_parameters = dict(cotangents.parameters)
+        for name, cotangent in to_average.items():
+            to_parameters[name] = to_parameters[name] + (1 - self.decay) * cotangent
+        inner = self.optimizer.adjoint(before, gradients, step, cotangents._replace(parameters=to_parameters))
+        kept = {name: self.decay * cotangent for name, cotangent in to_average.items()}
+        if "average" in before.optimizer:
+            return inner._replace(optimizer={**inner.optimizer, "average": kept})
+        started = {name: tensor + kept[name] if name in kept else tensor for name, tensor in inner.parameters.items()}
+        return inner._replace(parameters=started)
+
+
+def evaluation_parameters(state: State) -> Tensors:
+    """Return the parameters that the outer loss sees: the averaged ones where there is an average."""
+    return state.optimizer.get("average", state.parameters)
+
+
+def _pick(tensors: Tensors, names: set[str]) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def _subset(state: State, names: set[str]) -> State:
+    slots = {slot: _pick(tensors, names) for slot, tensors in state.optimizer.items()}
+    return State(_pick(state.parameters, names), {}, slots)
+
+
+def _merge(slots: dict[str, Tensors], more: dict[str, Tensors]) -> None:
+    for slot, tensors in more.items():
+        slots.setdefault(slot, {}).update(tensors)

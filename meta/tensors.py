@@ -1,0 +1,40 @@
+"""Arithmetic on named tensors."""
+
+import torch
+from torch import Tensor
+
+from meta.types import State, Tensors
+
+PARAMETERS = "parameters"
+
+
+def as_leaves(tensors: Tensors) -> Tensors:
+    """Copy the tensors' handles to new leaves that require gradients; memory is shared, graphs are not."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def add(first: Tensors, second: Tensors) -> Tensors:
+    """Add by name; a name that one of the two lacks counts as zero there."""
+    total = dict(first)
+    for name, tensor in second.items():
+        total[name] = total[name] + tensor if name in total else tensor
+    return total
+
+
+def flatten_state(state: State) -> dict[tuple[str, str], Tensor]:
+    """Lay out a state's parameters and optimiser slots as one dict; buffers are left out."""
+    trees = {PARAMETERS: state.parameters, **state.optimizer}
+    return {(tree, name): tensor for tree, tensors in trees.items() for name, tensor in tensors.items()}
+
+
+def unflatten_state(tensors: dict[tuple[str, str], Tensor]) -> State:
+    """Undo `flatten_state`; the buffers are empty."""
+    trees: dict[str, Tensors] = {PARAMETERS: {}}
+    for (tree, name), tensor in tensors.items():
+        trees.setdefault(tree, {})[name] = tensor
+    return State(trees.pop(PARAMETERS), {}, trees)
+
+
+def global_norm(tensors: Tensors) -> Tensor:
+    """Return the 2-norm of all the tensors taken as one vector."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]))

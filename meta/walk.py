@@ -1,0 +1,87 @@
+"""The walk back over a trajectory that every adjoint estimator shares."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from meta.checks import check_scalar
+from meta.optim import evaluation_parameters
+from meta.tensors import add, as_leaves, global_norm
+from meta.types import OuterLoss, State, Tensors
+
+Segment = TypeVar("Segment")
+
+PullBack = Callable[[Segment, State, bool], tuple[State, Tensors]]
+"""`pull_back(segment, cotangents, to_start) -> (cotangents, hypergradient of the segment)`.
+
+Takes the cotangents of the state after a segment of steps to those of the state before it. Where `to_start` is true
+only the hypergradient is wanted. Outer parameters that the segment does not reach are left out."""
+
+
+class Walk(NamedTuple):
+    """What a walk back found.
+
+    Attributes:
+        grads: The hypergradient; names that no step used are left out.
+        norms: Norm of the parameters' cotangents at every state of the walk, the last state first.
+        segments_left: How many segments were not crossed because the walk stopped before them.
+    """
+
+    grads: Tensors
+    norms: Tensor
+    segments_left: int
+
+
+def outer_cotangents(outer_loss: OuterLoss, end: State, batch: Any) -> tuple[Tensor, State]:
+    """Return the outer loss at the end of a rollout, and its cotangents with respect to the state there.
+
+    Raises:
+        ValueError: The outer loss is no scalar, or does not depend on the parameters.
+    """
+    parameters = as_leaves(evaluation_parameters(end))
+    with torch.enable_grad():
+        value = outer_loss(parameters, end.buffers, batch)
+        check_scalar("outer", value)
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise ValueError("the outer loss does not depend on the inner parameters it was given")
+    cotangents = {
+        name: torch.zeros_like(tensor) if gradient is None else gradient
+        for (name, tensor), gradient in zip(parameters.items(), found, strict=True)
+    }
+    if "average" in end.optimizer:
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in end.parameters.items()}
+        return value.detach(), State(zeros, {}, {"average": cotangents})
+    return value.detach(), State(cotangents, {}, {})
+
+
+def walk_back(
+    segments: Sequence[Segment], cotangents: State, pull_back: PullBack[Segment], max_growth: float | None
+) -> Walk:
+    """Carry cotangents from the end of a trajectory to its start and collect the hypergradient on the way.
+
+    Args:
+        segments: The trajectory, cut into consecutive segments.
+        cotangents: Of the state after the last segment.
+        pull_back: How one segment is crossed.
+        max_growth: Stop where the parameters' cotangents have grown by more than this factor since the end; None never
+            stops.
+
+    Raises:
+        ValueError: `max_growth` is below 1, so that no step would be crossed.
+    """
+    if max_growth is not None and max_growth < 1:
+        raise ValueError(f"the adjoint cannot be bound to a factor below 1 ({max_growth})")
+    grads: Tensors = {}
+    norms = [global_norm(cotangents.parameters)]
+    for position in reversed(range(len(segments))):
+        if max_growth is not None and norms[-1] > max_growth * norms[0]:
+            return Walk(grads, torch.stack(norms), position + 1)
+        to_start = position == 0
+        cotangents, found = pull_back(segments[position], cotangents, to_start)
+        grads = add(grads, found)
+        if not to_start:
+            norms.append(global_norm(cotangents.parameters))
+    return Walk(grads, torch.stack(norms), 0)

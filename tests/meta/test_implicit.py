@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from meta import State
+from meta.estimators import implicit
+from meta.optim import SGD, Adam, AdamW
+
+TARGETS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+CURVATURES = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+
+def inner_loss(parameters, buffers, hyper, batch):
+    distance = parameters["x"] - hyper["centre"] ** 2
+    return 0.5 * (CURVATURES * distance.square()).sum(), buffers
+
+
+def outer_loss(parameters, buffers, batch):
+    return 0.5 * (parameters["x"] - TARGETS).square().sum()
+
+
+def solve(optimizer, **options):
+    start = State({"x": torch.zeros(3, dtype=torch.float64)}, {}, {})
+    hyper = {"centre": torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)}
+    return implicit(inner_loss, outer_loss, start, hyper, [None] * 400, None, optimizer, **options), hyper["centre"]
+
+
+@pytest.mark.parametrize("solver", [{"solver": "neumann", "terms": 400}, {"solver": "conjugate_gradient", "terms": 3}])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_converged_quadratic_has_its_closed_form(solver, decay):
+    result, centre = solve(SGD(0.2, weight_decay=decay), **solver)
+    pull = CURVATURES / (CURVATURES + decay)
+    optimum = pull * centre**2
+    expected = (optimum - TARGETS) * pull * 2 * centre
+    torch.testing.assert_close(result.grads["centre"], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_few_neumann_terms_fall_short():
+    full, _ = solve(SGD(0.2), terms=400)
+    short, _ = solve(SGD(0.2), terms=1)
+    assert short.norm < full.norm
+
+
+def test_adam_is_taken_at_its_stationary_point():
+    result, centre = solve(Adam(lambda step: 0.3 * 0.98**step), solver="conjugate_gradient", terms=3)
+    expected = (centre**2 - TARGETS) * 2 * centre
+    torch.testing.assert_close(result.grads["centre"], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(ValueError, match="supports SGD and Adam, not AdamW"):
+        solve(AdamW(0.1))
+    with pytest.raises(ValueError, match="unknown solver 'newton'"):
+        solve(SGD(0.1), solver="newton")
