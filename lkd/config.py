@@ -186,7 +186,7 @@ class MetaSettings:
         objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best
             temperature).
         outer_batch_size: Meta-validation images of one outer loss.
-        learning_rate: Of Adam on the loss network's weights.
+        learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
         hidden: Width of the loss network.
         initial_weight: Balance before meta-training.
@@ -194,7 +194,7 @@ class MetaSettings:
         checkpoint_every: Outer steps between checkpoints.
     """
 
-    outer_steps: int = 50
+    outer_steps: int = 40
     students_per_step: int = 3
     rollout_steps: int = 50
     annealing: Literal["cosine", "constant"] = "cosine"

@@ -114,6 +114,11 @@ def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     }
 
 
+def half_cosine(progress: float) -> float:
+    """From 1 at progress 0 to 0 at progress 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
 class MetaTraining:
     """The outer loop, a step at a time.
 
@@ -148,6 +153,8 @@ class MetaTraining:
 
     def run_step(self) -> OuterStep:
         """Average the hypergradients of several students and update the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
         hypergradients = [self.differentiate_student(number) for number in range(self.settings.students_per_step)]
         parameters = dict(self.loss.named_parameters())
         result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
@@ -187,7 +194,7 @@ class MetaTraining:
         """The learning rate as a function of the step within the rollout."""
         if self.settings.annealing == "constant":
             return learning_rate
-        return lambda step: learning_rate * (1 + math.cos(math.pi * step / self.settings.rollout_steps)) / 2
+        return lambda step: learning_rate * half_cosine(step / self.settings.rollout_steps)
 
     def inner_loss(
         self, parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: InnerBatch

@@ -21,12 +21,13 @@ class LogitLoss(nn.Module):
 
     For sample i, a network sees six numbers and sets α and τ; the loss is the mean of
     (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · KL(teacher_τ ‖ student_τ).
-    The six numbers are detached, so α and τ are chosen, not optimised, by the student: the student's and the teacher's
-    probability of the target, both entropies over log C, the squashed KL divergence at τ = 1, and the training's
-    progress. None depends on the order or the number of the classes.
+    The six numbers are the student's and the teacher's probability of the target, both entropies over log C, the
+    squashed KL divergence at τ = 1, and the training's progress. None depends on the order or the number of the
+    classes. α and τ move with the student's logits, and the gradient says so: the loss is a function, its Hessian is
+    symmetric, and every hypergradient estimator is exact on it or as near as it states.
 
     The paper learns "generic loss networks for logits" with the balancing weight folded in; this form of it is ours.
-    Bounded outputs keep the gradient at the logits within that of KD, so that the loss cannot act as a learning rate in
+    α in (0, 1) and a bounded τ keep the loss between cross-entropy and KD, so that it cannot act as a learning rate in
     disguise.
 
     Args:
@@ -84,12 +85,12 @@ class LogitLoss(nn.Module):
         """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B].
 
         Args:
-            student_logits: [B, C]; detached inside.
+            student_logits: [B, C].
             teacher_logits: [B, C].
             target: Class indices [B] or distributions [B, C].
             progress: How far the training is, in [0, 1]; none is taken as 0.
         """
-        student = log_softmax(widen(student_logits.detach()), 1)
+        student = log_softmax(widen(student_logits), 1)
         teacher = log_softmax(widen(teacher_logits.detach()), 1)
         dense = (target if target.is_floating_point() else one_hot(target, student.shape[1])).to(student.dtype)
         divergence = (teacher.exp() * (teacher - student)).sum(1)

@@ -27,7 +27,10 @@ SMALL = {
         "1",
     ],
     "distill": SMALL_TRAINING,
-    "compare": [*SMALL_TRAINING, "--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"],
+    "compare": [
+        *SMALL_TRAINING,
+        *("--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"),
+    ],
     "evaluate": [],
     "quickstart": ["--short"],
 }
