@@ -23,11 +23,11 @@ from lkd.config import (
     TeacherRecipe,
     TrainRecipe,
 )
-from lkd.files import read_json, write_json
+from lkd.files import read_json, write_json, write_text
 from lkd.losses.build import build_loss
 from lkd.meta_training import meta_train
 from lkd.plots import plot_learned_loss, plot_meta_training, plot_settings
-from lkd.report import write_quickstart_report
+from lkd.report import compare_regrets, write_quickstart_report
 from lkd.run import Run, open_run
 from lkd.workers import finish_all, start_workers
 
@@ -101,6 +101,8 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         plot_learned_loss(load_loss(loss_path(run.path, setting)), kd, label, path)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
+    regret = compare_regrets(regrets(grid, bold))
+    write_text(run.path / "regret.txt", regret + "\n")
     phases["total"] = time.time() - started
     result = {
         "command": "lkd quickstart" + (" --short" if recipe.short else ""),
@@ -110,7 +112,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(phases["total"], 1)},
     }
     write_json(run.path / "result.json", result)
-    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regrets(grid, bold))
+    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
     return page
 
 

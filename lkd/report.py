@@ -30,7 +30,7 @@ def write_quickstart_report(
     tables: dict[str, list[dict[str, Any]]],
     picks: dict[str, dict[str, Any]],
     phases: dict[str, float],
-    regret: dict[str, float],
+    regret: str,
 ) -> Path:
     """Write RUN_DIR/report.html.
 
@@ -41,14 +41,14 @@ def write_quickstart_report(
         tables: Setting → table rows.
         picks: Setting → method → options that were used.
         phases: Seconds of each phase.
-        regret: Largest gap over the settings to the best KD of each, by loss.
+        regret: A sentence about the largest gaps.
     """
     seen, unseen = dict.fromkeys(row["student"] for row in tables["clean"])
     config = {"recipe": dataclasses.asdict(recipe), **run.provenance()["environment"]}
     fields = {
         "note": NOTE if recipe.short else "",
         "summary": summary_table(tables),
-        "regret": escape(compare_regrets(regret)),
+        "regret": escape(regret),
         "picture": embed_picture(run.path / "quickstart.png", "accuracy of every loss in the three settings"),
         "seeds": recipe.seeds,
         "seen": escape(seen),
