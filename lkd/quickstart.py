@@ -103,17 +103,26 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
     write_text(run.path / "regret.txt", regret + "\n")
-    phases["total"] = time.time() - started
+    phases["report"] = time.time() - started - sum(phases.values())
+    phases = add_earlier_phases(phases, run.path / "phases.json")
     result = {
         "command": "lkd quickstart" + (" --short" if recipe.short else ""),
         "commit": run.provenance()["environment"]["commit"],
         "versions": run.provenance()["environment"]["versions"],
         "machine": run.provenance()["environment"]["platform"],
-        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(phases["total"], 1)},
+        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
     }
     write_json(run.path / "result.json", result)
     page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
     return page
+
+
+def add_earlier_phases(phases: dict[str, float], path: Path) -> dict[str, float]:
+    """Seconds of each phase, with those of earlier sessions of a run that was gone on with."""
+    earlier = read_json(path) if path.exists() else {}
+    total = {name: seconds + earlier.get(name, 0.0) for name, seconds in phases.items()}
+    write_json(path, total)
+    return total
 
 
 def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
