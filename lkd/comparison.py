@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, introduce_networks, prepare_images, prepare_teacher
+from lkd.assembly import Images, introduce_network, introduce_teacher, prepare_images, prepare_teacher
 from lkd.comparison_table import format_table, plot_table, summarize, write_csv
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.distillation import start_training
@@ -54,8 +54,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     """
     check_methods(recipe)
     images = prepare_images(recipe.data)
-    for student in recipe.students:
-        run.say(*introduce_networks(recipe.teacher, student, images, run.device))
+    run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
     with start_workers(recipe.workers) as workers:
         finish_all(submit(recipe, plan_tuning(recipe), run.path, workers, str(run.device)), describe_row, "tune")
         picks = pick_options(recipe, run.path)

@@ -17,7 +17,15 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from lkd.artifact import SUFFIX, save_loss
-from lkd.assembly import Images, architecture_of, introduce_networks, prepare_images, prepare_student, prepare_teacher
+from lkd.assembly import (
+    Images,
+    architecture_of,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_student,
+    prepare_teacher,
+)
 from lkd.calibration import OBJECTIVES
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import MetaTrainRecipe
@@ -50,7 +58,8 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     images = prepare_images(recipe.data)
     architecture = architecture_of(recipe.student, images.train)
     pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
-    run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
+    run.say(introduce_network("student", recipe.student, images, run.device))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
     pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
     training = MetaTraining(recipe, images, teacher, pool, run.device)
@@ -103,7 +112,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
 
 def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     """What is logged of one outer step."""
-    weight, temperature = training.mean_balance
+    weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
     return {
         "outer/value": result.value,
         "outer/hypergradient_norm": result.norm,
@@ -149,12 +158,13 @@ class MetaTraining:
         self.objective = OBJECTIVES[self.settings.objective]
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.mean_balance = (math.nan, math.nan)
+        self.balances: list[tuple[float, float]] = []
 
     def run_step(self) -> OuterStep:
         """Average the hypergradients of several students and update the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
+        self.balances.clear()
         hypergradients = [self.differentiate_student(number) for number in range(self.settings.students_per_step)]
         parameters = dict(self.loss.named_parameters())
         result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
@@ -215,12 +225,12 @@ class MetaTraining:
 
     @torch.no_grad()
     def record_balance(self, parameters: Tensors, buffers: Tensors, batch: InnerBatch) -> None:
-        """Remember the loss's mean weight and temperature on one batch, to be logged."""
+        """Remember the loss's mean weight and temperature on a rollout's first batch, to be logged."""
         images, teacher, progress = batch
         outputs, _ = call_module(self.student, parameters, buffers, images.images)
         part: Any = self.loss.parts["logits"]
         weight, temperature = part.weights_and_temperatures(outputs.logits, teacher.logits, images.target, progress)
-        self.mean_balance = (float(weight.mean()), float(temperature.mean()))
+        self.balances.append((float(weight.mean()), float(temperature.mean())))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-exactly."""

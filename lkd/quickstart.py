@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.artifact import SUFFIX, load_loss, read_provenance
-from lkd.assembly import introduce_networks, prepare_images
+from lkd.assembly import introduce_network, introduce_teacher, prepare_images
 from lkd.comparison import Cell, cell_path, pick_options, plan_report, plan_tuning, submit, write_results
 from lkd.config import (
     CompareRecipe,
@@ -52,13 +52,10 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
     first = compare_recipes["clean"]
     images = prepare_images(first.data)
-    networks = list(
-        dict.fromkeys(
-            line
-            for student in first.students
-            for line in introduce_networks(first.teacher, student, images, run.device)
-        )
-    )
+    networks = [
+        introduce_teacher(first.teacher, images, run.device),
+        *(introduce_network("student", student, images, run.device) for student in first.students),
+    ]
     run.say(*networks)
     run.say(
         f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
