@@ -136,13 +136,13 @@ def submit(
 
 def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
     identity = {
-        "cell": dataclasses.asdict(cell),
+        "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": [dataclasses.asdict(recipe.teacher), digest_of(recipe.teacher.path)],
+        "teacher": [digest_of(recipe.teacher.path) or recipe.teacher.path, recipe.teacher.random_answers],
         "train": dataclasses.asdict(recipe.train),
         "every": recipe.evaluate_every,
-        "loss": digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     kind = "report" if cell.reported else "tune"

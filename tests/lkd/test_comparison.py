@@ -7,11 +7,13 @@ import statistics
 import pytest
 import torch
 
+from lkd.artifact import save_loss
 from lkd.comparison import Cell, cell_path, check_methods, compare, expand_grid, pick_options, plan_report, plan_tuning
 from lkd.comparison_table import format_table, mean_and_error, summarize
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.errors import UserError
 from lkd.files import read_json, write_json
+from lkd.losses import LearnedLoss, LogitLoss
 from lkd.run import open_run
 
 
@@ -89,6 +91,13 @@ def test_any_change_of_the_recipe_is_another_cell(tmp_path) -> None:
     moved = tiny_recipe()
     moved.data.root = "/elsewhere"
     assert cell_path(moved, cell, tmp_path) == path
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(seed)
+        save_loss(f"{name}.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
+    learned = [
+        cell_path(recipe, Cell("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
+    ]
+    assert learned[0] == learned[1] != learned[2], "a learned loss is its content, not its path"
     tuned = Cell("CE", "cross_entropy", ModelRecipe(), 0, reported=False)
     assert cell_path(recipe, tuned, tmp_path) != path
 
@@ -131,7 +140,8 @@ def test_mistakes_show_before_any_training() -> None:
 
 
 def test_weight_zero_kd_is_paired_with_cross_entropy() -> None:
-    from lkd.comparison import run_cell
+    from lkd.artifact import save_loss
+from lkd.comparison import run_cell
 
     recipe = tiny_recipe()
     rows = [
