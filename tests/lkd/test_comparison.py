@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from lkd.artifact import save_loss
-from lkd.comparison import Cell, cell_path, check_methods, compare, expand_grid, pick_options, plan_report, plan_tuning
+from lkd.comparison import (
+    Cell,
+    cell_path,
+    check_methods,
+    compare,
+    expand_grid,
+    pick_options,
+    plan_report,
+    plan_tuning,
+    run_cell,
+)
 from lkd.comparison_table import format_table, mean_and_error, summarize
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.errors import UserError
@@ -139,23 +149,10 @@ def test_mistakes_show_before_any_training() -> None:
         check_methods(recipe)
 
 
-def test_weight_zero_kd_is_paired_with_cross_entropy() -> None:
-    from lkd.artifact import save_loss
-from lkd.comparison import run_cell
-
+def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     recipe = tiny_recipe()
-    rows = [
-        run_cell(recipe, Cell("x", loss, ModelRecipe(), 5, reported=True), run_path)
-        for loss, run_path in (
-            ("cross_entropy", tmp("a")),
-            ({"name": "kd", "weight": 0.0, "temperature": 2.0}, tmp("b")),
-        )
-    ]
-    assert rows[0]["last"] == rows[1]["last"]
-    torch.testing.assert_close(rows[0]["meta_validation"]["top1"], rows[1]["meta_validation"]["top1"])
-
-
-def tmp(name: str):
-    from pathlib import Path
-
-    return Path(f"{name}.json")
+    losses = ["cross_entropy", {"name": "kd", "weight": 0.0, "temperature": 2.0}]
+    cells = [Cell("x", loss, ModelRecipe(), 5, reported=True) for loss in losses]
+    first, second = (run_cell(recipe, cell, tmp_path / f"{n}.json") for n, cell in enumerate(cells))
+    assert first["last"] == second["last"]
+    assert first["meta_validation"] == second["meta_validation"]
