@@ -99,11 +99,16 @@ def _search(pending: list[Any]) -> Iterator[Any]:
 
 
 def _reason(node: Any) -> str:
-    """Ask a node that has no derivative why: it raises the answer."""
-    try:
-        node(torch.zeros(()))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    """Ask a node that has no derivative why: called with as many gradients as it expects, it raises the answer."""
+    if "Compiled" in node.name():
+        return "torch.compile supports no double backward"
+    for count in range(1, 20):
+        try:
+            node(*[torch.zeros(())] * count)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
     return "an operation is differentiable only once"
 
 
