@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_inputs
-from meta.estimators.parts import collect, pull_back_settings
+from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
 from meta.rollout import Step, Trajectory, differentiate, record
@@ -90,7 +90,9 @@ def walk_trajectory(
     used = {name for step in trajectory.steps for name in step.hyper_gradients} | walk.grads.keys()
     # Every segment is one step: the segments left are the step that the walk went back to.
     truncated_at = walk.segments_left or None
-    return collect(value, walk.grads, leaves, trajectory.end, leaves.keys() - used, walk.norms, truncated_at)
+    unused = leaves.keys() - used
+    result = collect(value, walk.grads, leaves, trajectory.end, unused, walk.norms, truncated_at)
+    return result if is_finite(result) else result._replace(fault=find_fault(trajectory.steps, trajectory.end))
 
 
 def _side(index: int) -> int:

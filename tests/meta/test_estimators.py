@@ -204,6 +204,17 @@ def test_dropout_is_replayed(estimator):
     assert verify(estimator, *problem._replace(inner_loss=noisy)).relative_error < 1e-4
 
 
+@pytest.mark.parametrize("estimator", [partial(adjoint, chunk=1), first_order])
+def test_the_first_tensor_that_is_not_finite_is_named(estimator):
+    problem = learned_loss_problem(steps=4)
+    images, targets = problem.inner_batches[2]
+    batches = [*problem.inner_batches[:2], (images / 0, targets), problem.inner_batches[3]]
+    result = estimator(*problem._replace(inner_batches=batches))
+    assert result.fault is not None
+    assert result.fault.startswith("inner step 2: gradient of '0.")
+    assert estimator(*problem).fault is None
+
+
 def test_a_constant_in_the_loss_has_a_zero_hypergradient_and_is_no_error():
     problem = learned_loss_problem()
 
