@@ -1,0 +1,106 @@
+"""From a recipe to the things that train: images, teacher, student.
+
+Everything that can be wrong is found here, before any long work.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe
+from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
+from lkd.errors import UserError
+from lkd.evaluation import evaluate
+from lkd.models import build, describe
+from lkd.models.describe import format_description
+from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher_network
+
+
+@dataclass(frozen=True)
+class Images:
+    """The three parts of a data set, and a fingerprint of the split."""
+
+    name: str
+    train: ImageSet
+    meta_validation: ImageSet
+    test: ImageSet
+    fingerprint: str
+
+
+def prepare_images(recipe: DataRecipe) -> Images:
+    """Load, split, and flip labels of the training part if the recipe says so.
+
+    Raises:
+        UserError: If the data set or the sizes are not good.
+    """
+    dataset = load_dataset(recipe.name, recipe.root)
+    splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
+    labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
+    return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
+
+
+def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
+    """Keyword arguments of `lkd.models.build` for a model on these images."""
+    return {
+        "name": model.name,
+        "num_classes": images.num_classes,
+        "in_chans": images.image_shape[0],
+        "pretrained": model.pretrained,
+        "options": model.options,
+    }
+
+
+def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: torch.device) -> nn.Module:
+    """Build a student whose initial weights are a function of the seed."""
+    torch.manual_seed(seed)
+    return build(**architecture_of(model, images)).to(device)
+
+
+def prepare_teacher(
+    recipe: TeacherRecipe, data: DataRecipe, images: Images, device: torch.device
+) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
+    """Load the teacher; without augmentation its answers to all training images are computed once.
+
+    Raises:
+        UserError: If the file is not good, or the teacher does not fit the images.
+    """
+    network, header = load_teacher_network(recipe.path)
+    check_teacher(recipe.path, header["architecture"], images.train)
+    reliable = Teacher(network.to(device))
+    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
+    return TabulatedTeacher(teacher, images.train, device) if data.augmentation == "none" else teacher
+
+
+def check_teacher(path: str, architecture: dict[str, Any], images: ImageSet) -> None:
+    """Check that a teacher fits the images.
+
+    Raises:
+        UserError: If its classes or channels differ from theirs.
+    """
+    for what, teachers, ours in (
+        ("classes", architecture["num_classes"], images.num_classes),
+        ("input channels", architecture["in_chans"], images.image_shape[0]),
+    ):
+        if teachers != ours:
+            raise UserError(f"teacher.path: {path} has {teachers} {what}, the data and the student have {ours}")
+
+
+def introduce_networks(teacher: TeacherRecipe, student: ModelRecipe, images: Images, device: torch.device) -> list[str]:
+    """Say which teacher and which student this is, a line each, with the teacher's accuracy on meta-validation.
+
+    Raises:
+        UserError: If one of them cannot be built or does not fit the images; before any long work.
+    """
+    shape = images.train.image_shape
+    described = describe(prepare_student(student, images.train, 0, device), student.name, shape)
+    network, header = load_teacher_network(teacher.path)
+    check_teacher(teacher.path, header["architecture"], images.train)
+    top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
+    random = f", but answers at random on {teacher.random_answers:.0%} of the images" if teacher.random_answers else ""
+    return [
+        format_description("teacher", describe(network, header["architecture"]["name"], shape))
+        + f", {top1:.2f} % on meta-validation{random}",
+        format_description("student", described),
+    ]

@@ -1,0 +1,157 @@
+"""The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lkd import __version__, config
+from lkd.errors import UserError
+
+# Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "quickstart": (
+        config.QuickstartRecipe,
+        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
+    ),
+    "teacher": (config.TrainTeacherRecipe, "train a teacher"),
+    "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
+    "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
+    "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
+    "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
+    "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0; 2 for a mistake that the user can mend; 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"lkd {__version__}")
+        return 0
+    try:
+        return run_command(words[0], words[1:])
+    except UserError as error:
+        print(f"lkd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lkd: interrupted", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """What `lkd --help` says."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lkd COMMAND [RECIPE.yaml ...] [--key value ...]",
+            "",
+            "Knowledge distillation whose loss is learned.",
+            "",
+            *lines,
+            "",
+            "`lkd COMMAND --help` lists a command's options.",
+            "Values on the command line win over recipe files, later files over earlier ones.",
+        ]
+    )
+
+
+def run_command(command: str, words: list[str]) -> int:
+    """Parse one command's recipe and do its work."""
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1) or list(COMMANDS)
+        raise UserError(f"unknown command {command!r}; nearest: {', '.join(near)}")
+    recipe = parse_recipe(command, words)
+    if recipe is None:
+        return 0
+    from lkd import commands
+    from lkd.interrupt import Interrupted
+
+    work: Callable[[Any], None] = getattr(commands, command.replace("-", "_"))
+    try:
+        work(recipe)
+    except Interrupted as stopped:
+        print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_resume(command: str, words: list[str]) -> list[str]:
+    """The same command line with `--resume auto`."""
+    return [command, *words] if "--resume" in words else [command, *words, "--resume", "auto"]
+
+
+def parse_recipe(command: str, words: list[str]) -> Any:
+    """Turn recipe files and overrides into the command's dataclass; None if only help was asked for.
+
+    Raises:
+        UserError: If a file cannot be read, a key is unknown or a value is of the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"lkd {command}",
+        usage=f"lkd {command} [RECIPE.yaml ...] [--key value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
+    parser.add_class_arguments(COMMANDS[command][0])
+    files = 0
+    while files < len(words) and not words[files].startswith("-"):
+        files += 1
+    recipes = [part for path in words[:files] for part in ("--config", path)]
+    expanded = recipes + complete_switches(words[files:], {f"--{key}" for key in known_keys(parser, bool)})
+    try:
+        parsed = parser.instantiate(parser.parse_args(expanded))
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_keys(parser))) from error
+    except SystemExit:
+        return None
+    values = {key: value for key, value in vars(parsed).items() if key != "config"}
+    return COMMANDS[command][0](**values)
+
+
+def complete_switches(words: list[str], switches: set[str]) -> list[str]:
+    """Let `--switch` alone mean `--switch true`."""
+    completed = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        completed += [word, "true"] if word in switches and following.startswith("--") else [word]
+    return completed
+
+
+def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
+    """The dotted keys that a parser accepts; only those of one type if it is given."""
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest not in ("help", "print_config", "config")
+        and (of_type is None or getattr(action, "_typehint", None) is of_type)
+    ]
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """Jsonargparse's message as one line, with the nearest keys where one was unknown."""
+    line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
+    unknown = re.search(
+        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line
+    )
+    group = re.search(r"Group '([\w.]+)'", line)
+    if not unknown:
+        return line
+    name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
+    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
+    return f"unknown key {name!r}; nearest: {', '.join(near)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What each command does with its recipe: open the run, do the work, say where the result is."""
+
+from lkd.assembly import prepare_images, prepare_teacher
+from lkd.comparison import compare as compare_methods
+from lkd.config import (
+    CompareRecipe,
+    DistillRecipe,
+    EvaluateRecipe,
+    MetaTrainRecipe,
+    PoolRecipe,
+    QuickstartRecipe,
+    TrainTeacherRecipe,
+)
+from lkd.distillation import distill as distill_student
+from lkd.distillation import train_teacher
+from lkd.evaluation import evaluate as evaluate_network
+from lkd.meta_training import meta_train as learn_loss
+from lkd.pool import build_pool
+from lkd.quickstart import SETTINGS, loss_path
+from lkd.quickstart import quickstart as run_quickstart
+from lkd.run import choose_device, open_run
+from lkd.teacher import load_teacher_network
+
+
+def teacher(recipe: TrainTeacherRecipe) -> None:
+    """`lkd teacher`."""
+    with open_run(recipe, "teacher") as run:
+        train_teacher(recipe, run)
+
+
+def distill(recipe: DistillRecipe) -> None:
+    """`lkd distill`."""
+    with open_run(recipe, "distill") as run:
+        distill_student(recipe, run)
+
+
+def evaluate(recipe: EvaluateRecipe) -> None:
+    """`lkd evaluate`."""
+    device = choose_device(recipe.device)
+    network, header = load_teacher_network(recipe.checkpoint)
+    images = prepare_images(recipe.data)
+    part = images.test if recipe.split == "test" else images.meta_validation
+    figures = evaluate_network(network.to(device), part, device)
+    name = header["architecture"]["name"]
+    print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")
+    for name, value in figures.items():
+        print(f"  {name:24} {value:.4f}")
+
+
+def pool(recipe: PoolRecipe) -> None:
+    """`lkd pool`."""
+    with open_run(recipe, "pool") as run:
+        images = prepare_images(recipe.data)
+        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+        built = build_pool(recipe, run.path / "pool", images, teacher, run)
+        print(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
+
+
+def meta_train(recipe: MetaTrainRecipe) -> None:
+    """`lkd meta-train`."""
+    with open_run(recipe, "meta-train") as run:
+        learn_loss(recipe, run)
+
+
+def compare(recipe: CompareRecipe) -> None:
+    """`lkd compare`."""
+    with open_run(recipe, "compare") as run:
+        compare_methods(recipe, run)
+        print((run.path / "table.txt").read_text())
+        print(f"{run.path}: table.txt, cells.csv, picks.json, comparison.png")
+
+
+def quickstart(recipe: QuickstartRecipe) -> None:
+    """`lkd quickstart`."""
+    with open_run(recipe, "quickstart") as run:
+        page = run_quickstart(recipe, run)
+        for setting in SETTINGS:
+            print(f"\n{setting}\n{(run.path / setting / 'table.txt').read_text().rstrip()}")
+        path = loss_path(run.path, "clean")
+        print(f"\npage: {page}\nlearned loss: {path}\nreuse it: loss = lkd.load_loss({str(path)!r})")

@@ -1,0 +1,321 @@
+"""The recipes: one dataclass a command. A recipe file is YAML with these fields; the command line overrides it.
+
+Nothing here imports torch, so that `lkd --help` answers at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class DataRecipe:
+    """Which images.
+
+    Args:
+        name: Data set: embedded, fashion_mnist or fashion_mnist_rest.
+        root: Folder of the data set's files (not for `embedded`).
+        train_size: Images to train on; 0 takes all that meta-validation leaves.
+        meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
+            the test split.
+        split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
+        label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
+        augmentation: none or flip_and_crop.
+    """
+
+    name: str = "embedded"
+    root: str | None = None
+    train_size: int = 4000
+    meta_validation_size: int = 4000
+    split_seed: int = 0
+    label_noise: float = 0.0
+    augmentation: str = "none"
+
+
+@dataclass
+class ModelRecipe:
+    """Which network.
+
+    Args:
+        name: A timm model name (with its tag, as in resnet50.tv_in1k), or small_resnet, small_cnn, small_mobilenet.
+        pretrained: Start from timm's pretrained weights.
+        options: Further arguments of timm.create_model, such as {act_layer: relu}.
+    """
+
+    name: str = "small_cnn"
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TeacherRecipe:
+    """Which teacher.
+
+    Args:
+        path: File written by `lkd teacher`; `embedded` is the teacher that the package carries.
+        random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
+            to a bad teacher.
+    """
+
+    path: str = "embedded"
+    random_answers: float = 0.0
+
+
+@dataclass
+class TrainRecipe:
+    """How a network is trained (SGD).
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images a step.
+        learning_rate: At the start, or after warm-up.
+        momentum: Of SGD.
+        nesterov: Nesterov's momentum.
+        weight_decay: L2 penalty, coupled as in torch.optim.SGD.
+        schedule: timm's name of the learning-rate schedule, stepped every update (cosine, step, ...).
+        warmup_epochs: Linear warm-up.
+    """
+
+    epochs: int = 13
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+
+
+@dataclass
+class WandbRecipe:
+    """Weights & Biases.
+
+    Args:
+        mode: disabled, offline or online.
+        project: Project name.
+        name: Run name; the run directory's name if left out.
+    """
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "lkd"
+    name: str | None = None
+
+
+@dataclass
+class RunRecipe:
+    """What every run has.
+
+    Args:
+        run_dir: Where the run's config, log, checkpoints and results go.
+        resume: never, or auto: go on with the run in `run_dir` if there is one.
+        seed: Of initial weights and of the order of the batches.
+        device: cpu, cuda, or auto (cuda where there is one).
+        threads: CPU threads of torch; 0 leaves its own choice.
+        wandb: Weights & Biases.
+    """
+
+    run_dir: str = "runs/run"
+    resume: Literal["never", "auto"] = "never"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    wandb: WandbRecipe = field(default_factory=WandbRecipe)
+
+
+@dataclass
+class TrainTeacherRecipe(RunRecipe):
+    """Train a teacher with cross-entropy and save it as one file (RUN_DIR/teacher.safetensors).
+
+    Args:
+        data: Training and meta-validation images.
+        model: The network.
+        train: The training.
+    """
+
+    run_dir: str = "runs/teacher"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=lambda: ModelRecipe(name="small_resnet"))
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+
+@dataclass
+class PoolSettings:
+    """Which ages of which students the pool keeps.
+
+    Args:
+        students: Trainings, each from its own initial weights.
+        snapshots: States kept of each, evenly spaced over [0, max_age].
+        max_age: Progress up to which students are trained and kept, in [0, 1]; 1 is the end of the training.
+        loss: What they are trained with: a loss name, or {name: ..., ...}.
+    """
+
+    students: int = 4
+    snapshots: int = 6
+    max_age: float = 0.1
+    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
+
+
+@dataclass
+class PoolRecipe(RunRecipe):
+    """Train students and keep them at many ages (RUN_DIR/pool).
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The whole training, of which the pool keeps the part up to `pool.max_age`.
+        pool: Which ages are kept.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+
+
+@dataclass
+class MetaSettings:
+    """The outer loop.
+
+    Args:
+        outer_steps: Updates of the loss network.
+        students_per_step: Students drawn from the pool for each update; their hypergradients are averaged.
+        rollout_steps: K, the student's steps in one rollout.
+        annealing: Learning rate within a rollout: cosine (to zero) or constant.
+        estimator: How the hypergradient is computed: unrolled or higher (both exact).
+        objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best
+            temperature).
+        outer_batch_size: Meta-validation images of one outer loss.
+        learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
+        clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
+        hidden: Width of the loss network.
+        initial_weight: Balance before meta-training.
+        initial_temperature: Temperature before meta-training.
+        checkpoint_every: Outer steps between checkpoints.
+    """
+
+    outer_steps: int = 40
+    students_per_step: int = 3
+    rollout_steps: int = 50
+    annealing: Literal["cosine", "constant"] = "cosine"
+    estimator: str = "unrolled"
+    objective: str = "calibrated_cross_entropy"
+    outer_batch_size: int = 1000
+    learning_rate: float = 0.02
+    clip_norm: float = 1.0
+    hidden: int = 16
+    initial_weight: float = 0.5
+    initial_temperature: float = 4.0
+    checkpoint_every: int = 10
+
+
+@dataclass
+class MetaTrainRecipe(RunRecipe):
+    """Learn a loss (RUN_DIR/loss.lkd.safetensors).
+
+    A pool is built in the run directory first, unless `pool_dir` names one.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The students' training: the loss is learned for it.
+        pool: The pool to build.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run.
+        meta: The outer loop.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    pool_dir: str | None = None
+    meta: MetaSettings = field(default_factory=MetaSettings)
+
+
+@dataclass
+class DistillRecipe(RunRecipe):
+    """Train a student with any loss (RUN_DIR/student.safetensors).
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The training.
+        loss: A loss name, {name: ..., ...}, or the path of a learned-loss file.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+
+
+@dataclass
+class EvaluateRecipe:
+    """Measure a teacher's or a student's file.
+
+    Args:
+        checkpoint: File written by `lkd teacher` or `lkd distill`, or `embedded`.
+        split: test, or meta_validation.
+        data: The images.
+        device: cpu, cuda or auto.
+    """
+
+    checkpoint: str = "embedded"
+    split: Literal["test", "meta_validation"] = "test"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    device: str = "auto"
+
+
+@dataclass
+class CompareRecipe(RunRecipe):
+    """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
+
+    A method is {name: ..., ...} or a learned-loss path. A method with `grid: {option: [values]}` is tuned first: every
+    point of the grid is trained with the first seed and the first student, and the best on meta-validation is used.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        train: The training.
+        methods: Label → method.
+        students: Networks.
+        seeds: Number of paired seeds: seed, seed + 1, ...
+        baseline: Label of the method that differences are taken to.
+        evaluate_every: Epochs between looks at meta-validation, from which the best epoch is chosen.
+        workers: Processes that train side by side; 0 means one for every CPU core.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    methods: dict[str, dict[str, Any] | str] = field(
+        default_factory=lambda: {
+            "CE": {"name": "cross_entropy"},
+            "KD": {"name": "kd", "grid": {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}},
+        }
+    )
+    students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
+    seeds: int = 3
+    baseline: str = "KD"
+    evaluate_every: int = 1
+    workers: int = 0
+
+
+@dataclass
+class QuickstartRecipe(RunRecipe):
+    """Learn a loss on embedded images in three settings, reuse it, compare it with CE and KD (RUN_DIR/report.html).
+
+    Args:
+        short: A small form of everything, under 90 seconds, that claims nothing.
+        workers: Processes that train side by side; 0 means one for every CPU core.
+        seeds: Paired seeds of the comparison.
+    """
+
+    run_dir: str = "runs/quickstart"
+    short: bool = False
+    workers: int = 0
+    seeds: int = 3

@@ -1,0 +1,81 @@
+"""Training images split into *train* and *meta-validation*; labels flipped on purpose."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lkd.data.batches import seeded_generator
+from lkd.data.images import ImageSet
+from lkd.errors import UserError
+
+
+class Splits(NamedTuple):
+    """Two disjoint parts of the training images.
+
+    Attributes:
+        train: What students are trained on.
+        meta_validation: What the outer loop, tuning and the choice of a checkpoint may look at.
+        fingerprint: A hash of which images went where: equal fingerprints, equal splits.
+    """
+
+    train: ImageSet
+    meta_validation: ImageSet
+    fingerprint: str
+
+
+def split_training_images(images: ImageSet, train_size: int, meta_validation_size: int, seed: int) -> Splits:
+    """Split stratified by class, disjoint, a function of the seed alone.
+
+    Args:
+        images: The data set's training part.
+        train_size: Images for training; a multiple of the number of classes, or as even as it goes. 0 means all that
+            meta-validation leaves.
+        meta_validation_size: Images for meta-validation.
+        seed: Of the draw.
+
+    Raises:
+        UserError: If the sizes are impossible.
+    """
+    train_size = train_size or len(images) - meta_validation_size
+    if train_size < 1 or meta_validation_size < 1 or train_size + meta_validation_size > len(images):
+        raise UserError(
+            f"data.train_size + data.meta_validation_size: {train_size} + {meta_validation_size} do not fit "
+            f"into the {len(images)} training images (each must be at least 1)"
+        )
+    order = interleave_classes(images.labels, images.num_classes, seed)
+    # Interleaved classes: any contiguous piece is as balanced as the data are.
+    validation, train = order[:meta_validation_size], order[meta_validation_size : meta_validation_size + train_size]
+    digest = hashlib.sha256()
+    for part in (images.index[train], images.index[validation]):
+        digest.update(part.sort().values.numpy().tobytes())
+    return Splits(images.select(train), images.select(validation), digest.hexdigest()[:16])
+
+
+def interleave_classes(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """Order positions so that every prefix holds each class in proportion; a permutation of [0, N)."""
+    generator = seeded_generator(seed, 2)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    counts = torch.bincount(labels, minlength=num_classes)
+    rank = torch.zeros(len(labels), dtype=torch.float64)
+    for label in range(num_classes):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / max(int(counts[label]), 1)
+    return shuffled[rank[shuffled].argsort(stable=True)]
+
+
+def flip_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
+    """Give a fraction of the labels another class, drawn uniformly from the others; [N] → [N].
+
+    Raises:
+        UserError: If `fraction` is not in [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise UserError(f"data.label_noise: {fraction} is not in [0, 1]")
+    generator = seeded_generator(seed, 3)
+    flipped = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, num_classes, (len(flipped),), generator=generator)
+    noisy = labels.clone()
+    noisy[flipped] = (labels[flipped] + shift) % num_classes
+    return noisy

@@ -1,0 +1,132 @@
+"""Train a network to the end: checkpoints, log, meta-validation after every epoch.
+
+A teacher is a student of cross-entropy.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lkd.assembly import architecture_of, introduce_networks, prepare_images, prepare_student, prepare_teacher
+from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
+from lkd.data import Batches, ImageSet
+from lkd.evaluation import evaluate
+from lkd.interrupt import Interrupted, deferred_interrupts
+from lkd.losses import CrossEntropyLoss
+from lkd.losses.build import build_loss
+from lkd.models import describe
+from lkd.models.describe import format_description
+from lkd.models.network_file import save_network
+from lkd.run import Run
+from lkd.training import TeacherFunction, Training
+
+
+def distill(recipe: DistillRecipe, run: Run) -> Path:
+    """Train a student with any loss.
+
+    Returns:
+        The student's file; its provenance holds the meta-validation figures of the last and of the best epoch.
+    """
+    loss = build_loss(recipe.loss)
+    images = prepare_images(recipe.data)
+    run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+    return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
+
+
+def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
+    """Train a teacher with cross-entropy.
+
+    Returns:
+        The teacher's file.
+    """
+    images = prepare_images(recipe.data)
+    shape = images.train.image_shape
+    run.say(
+        format_description(
+            "teacher", describe(prepare_student(recipe.model, images.train, 0, run.device), recipe.model.name, shape)
+        )
+    )
+    return train_to_the_end(
+        recipe, recipe.model, images.train, images.meta_validation, CrossEntropyLoss(), None, run, "teacher"
+    )
+
+
+def train_to_the_end(
+    recipe: DistillRecipe | TrainTeacherRecipe,
+    model: ModelRecipe,
+    train: ImageSet,
+    meta_validation: ImageSet,
+    loss: nn.Module,
+    teacher: TeacherFunction | None,
+    run: Run,
+    role: str,
+) -> Path:
+    """Train, evaluating after every epoch; resume from the run's checkpoint if there is one.
+
+    Raises:
+        Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+    training = start_training(
+        model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device
+    )
+    checkpoint = run.path / "checkpoint.safetensors"
+    history: list[dict[str, Any]] = []
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        training.load_state_dict(saved["training"])
+        history = saved["history"]
+
+    def save() -> None:
+        save_checkpoint(checkpoint, {"training": training.state_dict(), "history": history})
+
+    bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
+    with deferred_interrupts() as stop, bar:
+        while training.step < training.total_steps:
+            started, first = time.perf_counter(), training.step
+            terms = training.run_step()
+            bar.update()
+            while training.step % training.batches.steps_per_epoch and not stop:
+                terms = training.run_step()
+                bar.update()
+            if stop:
+                save()
+                raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
+            seconds = (time.perf_counter() - started) / (training.step - first)
+            figures = evaluate(training.student, meta_validation, run.device)
+            history.append({"step": training.step, **figures})
+            run.tracker.log(
+                training.step,
+                **{f"loss/{name}": float(value) for name, value in terms.items()},
+                **{f"meta_validation/{name}": value for name, value in figures.items()},
+                learning_rate=training.learning_rate,
+                images_per_second=training.batches.batch_size / seconds,
+            )
+            bar.set_postfix(top1=f"{figures['top1']:.2f}", lr=f"{training.learning_rate:.4f}")
+            save()
+    path = run.path / f"{role}.safetensors"
+    results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
+    save_network(path, training.student, architecture_of(model, train), run.provenance() | {"meta_validation": results})
+    run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
+    return path
+
+
+def start_training(
+    model: ModelRecipe,
+    train: ImageSet,
+    loss: nn.Module,
+    teacher: TeacherFunction | None,
+    recipe: TrainRecipe,
+    augmentation: str,
+    seed: int,
+    device: torch.device,
+) -> Training:
+    """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss."""
+    student = prepare_student(model, train, seed, device)
+    batches = Batches(train, recipe.batch_size, seed, augmentation, device)
+    return Training(student, loss, teacher, batches, recipe)

@@ -1,0 +1,41 @@
+"""What a network reaches on a set of images."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lkd.calibration import expected_calibration_error, find_best_temperature
+from lkd.data import ImageSet
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500) -> dict[str, float]:
+    """Evaluate a network, in eval mode; its mode is restored.
+
+    Args:
+        network: Returns `Outputs`.
+        images: The images; every one counts once.
+        device: Where the network is.
+        batch_size: Images at a time.
+
+    Returns:
+        `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature),
+        `temperature` (that one), and
+        `calibration_error` in percent.
+    """
+    training = network.training
+    network.eval()
+    batches = [images.batch(positions, device) for positions in torch.arange(len(images)).split(batch_size)]
+    logits = torch.cat([network(batch.images).logits for batch in batches]).float()
+    target = torch.cat([batch.target for batch in batches])
+    network.train(training)
+    ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)
+    temperature = find_best_temperature(logits, target)
+    return {
+        "top1": 100 * ranked[:, 0].double().mean().item(),
+        "top5": 100 * ranked.any(1).double().mean().item(),
+        "cross_entropy": float(cross_entropy(logits, target)),
+        "calibrated_cross_entropy": float(cross_entropy(logits / temperature, target)),
+        "temperature": temperature,
+        "calibration_error": 100 * expected_calibration_error(logits.softmax(1), target),
+    }

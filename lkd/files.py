@@ -1,0 +1,116 @@
+"""Files that are never half written: safetensors with a JSON header, and JSON."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lkd.errors import UserError
+
+HEADER_KEY = "lkd"
+
+
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it replaces `path`, on failure it goes.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: If it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: int, header: dict[str, Any]) -> None:
+    """Write tensors and a JSON header as one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        tensors: Name → tensor.
+        kind: What the file is, say `"learned loss"`; checked on reading.
+        version: Format version of that kind.
+        header: JSON content.
+    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {HEADER_KEY: json.dumps({"kind": kind, "format_version": version, **header})}
+    with replaced_atomically(path) as temporary:
+        temporary.write_bytes(save(plain, metadata))
+
+
+def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that `write_tensors` wrote; runs no code from it.
+
+    Args:
+        path: The file.
+        kind: What it must be.
+        version: The newest format version that can be read.
+
+    Returns:
+        The tensors, on the CPU, and the header.
+
+    Raises:
+        UserError: If the file is missing, truncated, of another kind or of a newer format.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a {kind})")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        header = json.loads(metadata.get(HEADER_KEY, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        found = header.get("kind") if isinstance(header, dict) else "a safetensors file of another program"
+        raise UserError(f"{path}: is not a {kind} but {found}")
+    if not isinstance(header.get("format_version"), int) or header["format_version"] > version:
+        raise UserError(
+            f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "
+            "that this package reads: update lkd"
+        )
+    return tensors, header

@@ -1,0 +1,7 @@
+"""Losses: `loss(student, teacher, target, progress=None) -> dict of named scalar terms`, whose sum is the loss."""
+
+from lkd.losses.cross_entropy import CrossEntropyLoss
+from lkd.losses.kd import KDLoss
+from lkd.losses.learned import LearnedLoss, LogitLoss
+
+__all__ = ["CrossEntropyLoss", "KDLoss", "LearnedLoss", "LogitLoss"]

@@ -1,0 +1,61 @@
+"""From a name to a network."""
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from lkd.errors import UserError, check_choice
+from lkd.models.small import SMALL_NETWORKS
+from lkd.models.timm_network import TimmNetwork
+
+
+def build(
+    name: str, num_classes: int, in_chans: int = 3, pretrained: bool = False, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """Build a network.
+
+    Args:
+        name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), or one of the quickstart's
+            networks (`small_resnet`, `small_cnn`, `small_mobilenet`).
+        num_classes: Number of classes.
+        in_chans: Channels of the input images.
+        pretrained: Load timm's pretrained weights of that tag.
+        options: Further keyword arguments of `timm.create_model`, say `{"act_layer": "relu"}`.
+
+    Returns:
+        A module whose forward maps images [B, in_chans, H, W] to `Outputs`.
+
+    Raises:
+        UserError: If the name is unknown, or pretrained weights or options are asked of a network that has none.
+    """
+    if name in SMALL_NETWORKS:
+        if pretrained or options:
+            raise UserError(
+                f"model {name!r} takes neither `pretrained` nor `options`: it is one of the quickstart's own"
+            )
+        return SMALL_NETWORKS[name](num_classes, in_chans)
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    check_choice("model", architecture, [*timm.list_models(), *SMALL_NETWORKS])
+    if tag:
+        check_choice(f"pretrained tag of {architecture}", name, timm.list_pretrained(f"{architecture}.*"))
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(options or {})
+        )
+    except (TypeError, RuntimeError, OSError) as error:
+        raise UserError(f"model {name!r} cannot be built with {options or {}}: {first_line(error)}") from error
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    return TimmNetwork(model)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
+    return (network.model if isinstance(network, TimmNetwork) else network).state_dict()

@@ -1,0 +1,157 @@
+"""The pool: students at many ages, on disk, from which rollouts start.
+
+After LKD's "uniform sampling of diverse previously-trained student models"; which ages, and that the optimiser's state
+is kept too, is our reconstruction.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator
+from tqdm import tqdm
+
+from lkd.assembly import Images, architecture_of
+from lkd.config import MetaTrainRecipe, PoolRecipe
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.files import read_json, read_tensors, write_json, write_tensors
+from lkd.interrupt import Interrupted, deferred_interrupts
+from lkd.losses.build import build_loss
+from lkd.run import Run
+from lkd.training import TeacherFunction, Training
+from meta import State
+
+KIND, VERSION = "pool student", 1
+INDEX = "index.json"
+
+
+class PoolStudent(NamedTuple):
+    """A student as it was at some age.
+
+    Attributes:
+        state: Parameters, buffers and the optimiser's state.
+        learning_rate: Of its next step.
+        progress: Its age: the part of its training that was over, in [0, 1].
+    """
+
+    state: State
+    learning_rate: float
+    progress: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool on disk.
+
+    Attributes:
+        folder: Holds the index and a file for each student and age.
+        index: What the index says: `students` (a list of `file`, `training`, `progress`), `architecture`, `split`.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.index["students"])
+
+    def draw(self, generator: Generator, device: torch.device) -> PoolStudent:
+        """Draw a student, uniformly over all trainings and ages."""
+        position = int(torch.randint(len(self), (), generator=generator))
+        return self.read(position, device)
+
+    def read(self, position: int, device: torch.device) -> PoolStudent:
+        """Read the student at this position of the index.
+
+        Raises:
+            UserError: If its file is missing or damaged.
+        """
+        tensors, header = read_tensors(self.folder / self.index["students"][position]["file"], KIND, VERSION)
+        parts: dict[str, dict[str, torch.Tensor]] = {"parameters": {}, "buffers": {}, "momentum_buffer": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition(":")
+            parts[part][key] = tensor.to(device)
+        momentum = parts.pop("momentum_buffer")
+        state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
+        return PoolStudent(state, header["learning_rate"], header["progress"])
+
+
+def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Pool:
+    """Open a pool and check that it fits.
+
+    Raises:
+        UserError: If there is none, or it was made of another network, or on another split of the data (its students
+            may have seen the meta-validation images).
+    """
+    if not (folder / INDEX).is_file():
+        raise UserError(f"pool_dir: {folder} holds no pool (no {INDEX}); `lkd pool` makes one")
+    index = read_json(folder / INDEX)
+    if index["split"] != images.fingerprint:
+        raise UserError(
+            f"pool_dir: {folder} was made on another split of the data ({index['split']}, not {images.fingerprint}): "
+            "its students may have seen meta-validation images; make it anew with this data recipe"
+        )
+    if index["architecture"] != architecture:
+        raise UserError(
+            f"pool_dir: {folder} holds {index['architecture']['name']} students, not {architecture['name']}"
+        )
+    return Pool(folder, index)
+
+
+def build_pool(
+    recipe: PoolRecipe | MetaTrainRecipe, folder: Path, images: Images, teacher: TeacherFunction, run: Run
+) -> Pool:
+    """Train students and keep them at several ages; students that are already there are not trained again.
+
+    Raises:
+        UserError: If the settings are impossible.
+        Interrupted: On Ctrl-C or SIGTERM; finished students stay.
+    """
+    settings = recipe.pool
+    if settings.students < 1 or settings.snapshots < 1 or not 0 <= settings.max_age <= 1:
+        raise UserError("pool: students and snapshots must be at least 1, max_age in [0, 1]")
+    architecture = architecture_of(recipe.student, images.train)
+    index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
+    if (folder / INDEX).exists():
+        index = open_pool(folder, images, architecture).index
+    done = {entry["training"] for entry in index["students"]}
+    with deferred_interrupts() as stop:
+        for number in tqdm(range(settings.students), desc="pool", unit="student", disable=run.hide_bars):
+            if number in done:
+                continue
+            training = start_training(
+                recipe.student,
+                images.train,
+                build_loss(settings.loss),
+                teacher,
+                recipe.train,
+                recipe.data.augmentation,
+                recipe.seed + 1000 * (number + 1),
+                run.device,
+            )
+            ages = torch.linspace(0, settings.max_age, settings.snapshots) * training.total_steps
+            for step in sorted({round(age) for age in ages.tolist()}):
+                while training.step < step and not stop:
+                    training.run_step()
+                if stop:
+                    raise Interrupted(f"{number} of {settings.students} students of the pool are finished")
+                name = f"student-{number:03d}-step-{step:06d}.safetensors"
+                write_student(folder / name, training)
+                index["students"].append({"file": name, "training": number, "progress": training.progress})
+            write_json(folder / INDEX, index)
+    return Pool(folder, index)
+
+
+def write_student(path: Path, training: Training) -> None:
+    """Write a training's student as it is now."""
+    tensors: dict[str, torch.Tensor] = {
+        f"parameters:{name}": tensor for name, tensor in training.student.named_parameters()
+    }
+    tensors |= {f"buffers:{name}": tensor for name, tensor in training.student.named_buffers()}
+    for name, parameter in training.student.named_parameters():
+        momentum = training.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum_buffer:{name}"] = momentum
+    header = {"learning_rate": training.learning_rate, "progress": training.progress, "step": training.step}
+    write_tensors(path, tensors, KIND, VERSION, header)

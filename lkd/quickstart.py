@@ -1,0 +1,237 @@
+"""The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report.
+
+The three settings share one recipe: clean labels; 40 % of the training labels flipped; clean labels with a teacher that
+answers at random on 60 % of the images. The balance that suits one of them fails in another.
+"""
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from lkd.artifact import SUFFIX, load_loss, read_provenance
+from lkd.assembly import introduce_networks, prepare_images
+from lkd.comparison import Cell, cell_path, pick_options, plan_report, plan_tuning, submit, write_results
+from lkd.config import (
+    CompareRecipe,
+    DataRecipe,
+    MetaSettings,
+    MetaTrainRecipe,
+    ModelRecipe,
+    PoolSettings,
+    QuickstartRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+)
+from lkd.files import read_json, write_json
+from lkd.losses.build import build_loss
+from lkd.meta_training import meta_train
+from lkd.plots import plot_learned_loss, plot_meta_training, plot_settings
+from lkd.report import write_quickstart_report
+from lkd.run import Run, open_run
+from lkd.workers import finish_all, start_workers
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "clean": {},
+    "noisy": {"label_noise": 0.4},
+    "bad_teacher": {"random_answers": 0.6},
+}
+SEEN, UNSEEN = ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")
+LABELS = {"CE": "ce", "KD": "kd", "learned": "learned"}
+GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
+
+
+def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
+    """Run everything that has not been run yet.
+
+    Returns:
+        The HTML page.
+    """
+    started = time.time()
+    meta_recipes = {setting: meta_recipe(recipe, setting, run.path) for setting in SETTINGS}
+    compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
+    first = compare_recipes["clean"]
+    images = prepare_images(first.data)
+    networks = list(
+        dict.fromkeys(
+            line
+            for student in first.students
+            for line in introduce_networks(first.teacher, student, images, run.device)
+        )
+    )
+    run.say(*networks)
+    run.say(
+        f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
+        f"{len(images.test):,} test images; three settings, one recipe, {recipe.seeds} paired seeds"
+    )
+    phases: dict[str, float] = {}
+    device = str(run.device)
+    with start_workers(recipe.workers) as workers:
+        jobs: dict[Future[Any], str] = {
+            workers.submit(learn_in_worker, meta): setting
+            for setting, meta in meta_recipes.items()
+            if not loss_path(run.path, setting).exists()
+        }
+        for setting, compare in compare_recipes.items():
+            jobs |= submit(compare, plan_tuning(compare), setting_folder(run.path, setting), workers, device)
+        finish_all(jobs, describe_job, "learn losses, tune KD")
+        phases["learn_and_tune"] = time.time() - started
+        picks = {
+            setting: pick_options(compare, setting_folder(run.path, setting))
+            for setting, compare in compare_recipes.items()
+        }
+        for setting, pick in picks.items():
+            run.say(f"{setting}: KD's pick on meta-validation: {pick['KD']}")
+        reported: dict[Future[Any], str] = {}
+        for setting, compare in compare_recipes.items():
+            cells = plan_report(compare, picks[setting])
+            reported |= submit(compare, cells, setting_folder(run.path, setting), workers, device)
+        finish_all(reported, lambda label, row: None, "train fresh students")
+    phases["train_fresh_students"] = time.time() - started - phases["learn_and_tune"]
+    tables = {
+        setting: write_results(compare, picks[setting], setting_folder(run.path, setting))
+        for setting, compare in compare_recipes.items()
+    }
+    curves = {setting: read_provenance(loss_path(run.path, setting))["curve"] for setting in SETTINGS}
+    plot_meta_training(curves, run.path / "meta-training.png")
+    for setting, pick in picks.items():
+        path = setting_folder(run.path, setting) / "learned-loss.png"
+        kd: Any = build_loss(pick["KD"])
+        label = f"KD({kd.weight:g}, {kd.temperature:g})"
+        plot_learned_loss(load_loss(loss_path(run.path, setting)), kd, label, path)
+    grid, bold = grid_accuracies(compare_recipes, picks, run.path)
+    plot_settings(grid, bold, tables, run.path / "quickstart.png")
+    phases["total"] = time.time() - started
+    result = {
+        "command": "lkd quickstart" + (" --short" if recipe.short else ""),
+        "commit": run.provenance()["environment"]["commit"],
+        "versions": run.provenance()["environment"]["versions"],
+        "machine": run.provenance()["environment"]["platform"],
+        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(phases["total"], 1)},
+    }
+    write_json(run.path / "result.json", result)
+    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regrets(grid, bold))
+    return page
+
+
+def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
+    """The recipe of one setting's meta-training: the defaults, but for the setting itself and the short form."""
+    learned = MetaTrainRecipe(
+        run_dir=str(setting_folder(folder, setting) / "meta-train"),
+        resume="auto",
+        seed=recipe.seed,
+        device=recipe.device,
+        student=SEEN,
+    )
+    if recipe.short:
+        learned.train = TrainRecipe(epochs=2)
+        learned.pool = PoolSettings(students=1, snapshots=2)
+        learned.meta = MetaSettings(outer_steps=2, students_per_step=1, rollout_steps=4, outer_batch_size=200)
+    return place_setting(learned, recipe, setting)
+
+
+def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
+    """The recipe of one setting's comparison."""
+    grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
+    compared = CompareRecipe(
+        run_dir=str(setting_folder(folder, setting)),
+        seed=recipe.seed,
+        device=recipe.device,
+        methods={
+            "CE": {"name": "cross_entropy"},
+            "KD": {"name": "kd", "grid": grid},
+            "learned": str(loss_path(folder, setting)),
+        },
+        students=[SEEN, UNSEEN],
+        seeds=recipe.seeds,
+        evaluate_every=4,
+    )
+    if recipe.short:
+        compared.train = TrainRecipe(epochs=2)
+    return place_setting(compared, recipe, setting)
+
+
+def place_setting(placed: "MetaTrainRecipe | CompareRecipe", recipe: QuickstartRecipe, setting: str) -> Any:
+    """Put a setting's labels and teacher into a recipe."""
+    size = 640 if recipe.short else 4000
+    values = SETTINGS[setting]
+    placed.data = DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0))
+    placed.teacher = TeacherRecipe(random_answers=values.get("random_answers", 0.0))
+    return placed
+
+
+def setting_folder(folder: Path, setting: str) -> Path:
+    """Where a setting's files go."""
+    return folder / setting
+
+
+def loss_path(folder: Path, setting: str) -> Path:
+    """A setting's learned-loss file."""
+    return setting_folder(folder, setting) / "meta-train" / f"loss{SUFFIX}"
+
+
+def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
+    """Meta-train in a worker process."""
+    started = time.perf_counter()
+    with open_run(recipe, "meta-train", quiet=True) as run:
+        path = meta_train(recipe, run)
+    return {"path": str(path), "seconds": time.perf_counter() - started}
+
+
+def describe_job(label: str, result: dict[str, Any]) -> str | None:
+    """One line about a learned loss; tuning cells are silent."""
+    if "path" not in result:
+        return None
+    curve = read_provenance(result["path"])["curve"]
+    weight, temperature = ([row[f"loss/{name}"] for row in curve] for name in ("weight", "temperature"))
+    return (
+        f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
+        f"{weight[0]:.2f} → {weight[-1]:.2f}, temperature {temperature[0]:.1f} → {temperature[-1]:.1f}"
+    )
+
+
+def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The evidence's figures: test accuracy, percent, mean over seeds, and its standard error."""
+    figures: dict[str, float] = {}
+    for setting, table in tables.items():
+        suffix = "" if setting == "clean" else f"_{setting}"
+        for row in table:
+            name = f"{LABELS[row['method']]}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
+            figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["last"])
+    return figures
+
+
+def grid_accuracies(
+    recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student.
+
+    Returns:
+        Fixed KD → setting → %, and method → setting → %.
+    """
+    grid: dict[str, dict[str, float]] = {}
+    bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
+    for setting, recipe in recipes.items():
+        place = setting_folder(folder, setting)
+        for cell in plan_tuning(recipe):
+            options: Any = cell.loss
+            label = f"KD({options['weight']:g}, {options['temperature']:g})"
+            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, cell, place)
+        for cell in plan_report(recipe, picks[setting]):
+            if cell.method in bold and cell.student == SEEN and cell.seed == recipe.seed:
+                bold[cell.method][setting] = meta_validation_accuracy(recipe, cell, place)
+    return grid, bold
+
+
+def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) -> float:
+    """A finished cell's accuracy on meta-validation at the last step, %."""
+    return read_json(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
+
+
+def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
+    """For each loss, its largest gap over the settings to the best fixed KD of that setting, in points."""
+    best = {setting: max(values[setting] for values in grid.values()) for setting in next(iter(grid.values()))}
+    return {
+        label: max(best[setting] - value for setting, value in values.items())
+        for label, values in (grid | bold).items()
+    }

@@ -1,0 +1,173 @@
+"""A run directory: config, versions, log and results, one process at a time."""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lkd.config import RunRecipe
+from lkd.errors import UserError
+from lkd.files import read_json, write_json
+from lkd.tracking import Tracker
+
+PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
+MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run.
+
+    Attributes:
+        path: The run directory.
+        device: Where tensors go.
+        tracker: The log.
+        command: Command that made the run, say `"distill"`.
+        quiet: Whether the terminal belongs to someone else: no lines, no progress bars.
+    """
+
+    path: Path
+    device: torch.device
+    tracker: Tracker
+    command: str
+    quiet: bool
+
+    def say(self, *lines: str) -> None:
+        """Print lines, and keep them in the run's `output.txt`."""
+        with (self.path / "output.txt").open("a", encoding="utf-8") as file:
+            print(*lines, sep="\n", file=file)
+        if not self.quiet:
+            print(*lines, sep="\n", flush=True)
+
+    @property
+    def hide_bars(self) -> bool | None:
+        """What tqdm's `disable` takes: None shows bars on a terminal only."""
+        return True if self.quiet else None
+
+    def provenance(self) -> dict[str, Any]:
+        """Command, full config and versions: what is saved with every result. Folders of this machine are left out."""
+        saved = read_json(self.path / "config.json") | {"environment": read_json(self.path / "environment.json")}
+        return shorten_paths(saved)
+
+
+@contextmanager
+def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[Run]:
+    """Open a run directory for one command; make it, or go on in it with `resume: auto`.
+
+    Raises:
+        UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
+            config, or is in use.
+    """
+    path = Path(recipe.run_dir)
+    config = {"command": command, "recipe": dataclasses.asdict(recipe)}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"run_dir: {path} is in use by another process") from error
+        if (path / "config.json").exists():
+            check_resumable(path, config, recipe.resume)
+        write_json(path / "config.json", config)
+        write_json(path / "environment.json", environment())
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        tracker = Tracker(path, recipe.wandb, config)
+        try:
+            yield Run(path, choose_device(recipe.device), tracker, command, quiet)
+        finally:
+            tracker.finish()
+
+
+def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
+    """Check that a run directory that holds a run may be gone on with.
+
+    Raises:
+        UserError: If not.
+    """
+    saved = read_json(path / "config.json")
+    if resume == "never":
+        raise UserError(
+            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
+            "go on with it by --resume auto, or choose another --run_dir"
+        )
+    if saved.get("command") != config["command"]:
+        raise UserError(
+            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
+        )
+    before, now = flatten(saved["recipe"]), flatten(config["recipe"])
+    for key in sorted(before.keys() | now.keys()):
+        if key.split(".")[0] not in MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
+                "a resumed run keeps its config"
+            )
+
+
+def shorten_paths(tree: Any) -> Any:
+    """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
+    if isinstance(tree, dict):
+        return {key: shorten_paths(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [shorten_paths(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one.
+
+    Raises:
+        UserError: If the device is unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is not a device; cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {name} was asked for, but torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and the source's commit."""
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a package, if it is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

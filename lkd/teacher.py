@@ -1,0 +1,91 @@
+"""A teacher: a callable from a batch to its outputs, without gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkd.data import Batch, ImageSet, seeded_generator
+from lkd.data.embedded import TEACHER
+from lkd.errors import UserError
+from lkd.models.network_file import load_network
+from lkd.outputs import Outputs
+
+
+class Teacher:
+    """A frozen network that is asked anew for every batch.
+
+    Args:
+        network: The network; put into eval mode.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Outputs:
+        """Answer a batch."""
+        return self.network(batch.images)
+
+
+class TabulatedTeacher:
+    """A teacher's logits for every image of a set, computed once: right as long as the images are not augmented.
+
+    Args:
+        teacher: The teacher.
+        images: The images that it will be asked about.
+        device: Where the table lies.
+        batch_size: Images at a time while it is made.
+    """
+
+    def __init__(
+        self, teacher: "Teacher | UnreliableTeacher", images: ImageSet, device: torch.device, batch_size: int = 500
+    ) -> None:
+        rows = [
+            teacher(images.batch(positions, device)).logits for positions in torch.arange(len(images)).split(batch_size)
+        ]
+        self.logits = torch.cat(rows)
+        self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
+        self.row[images.index.to(device)] = torch.arange(len(images), device=device)
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Look a batch up by the images' index; features are not kept."""
+        return Outputs(self.logits[self.row[batch.index]], {})
+
+
+class UnreliableTeacher:
+    """A teacher that answers at random on a fixed fraction of the images.
+
+    There its logits are permuted over the classes, each image with a permutation of its own.
+
+    Args:
+        teacher: The teacher.
+        fraction: Of the images, in [0, 1].
+        seed: Which images, and which permutation each.
+    """
+
+    def __init__(self, teacher: Teacher, fraction: float, seed: int) -> None:
+        if not 0 <= fraction <= 1:
+            raise UserError(f"teacher.random_answers: {fraction} is not in [0, 1]")
+        self.teacher = teacher
+        self.fraction = fraction
+        self.seed = seed
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Answer a batch."""
+        outputs = self.teacher(batch)
+        order = torch.stack([self.class_order(int(i), outputs.logits.shape[1]) for i in batch.index])
+        return Outputs(outputs.logits.gather(1, order.to(outputs.logits.device)), outputs.features)
+
+    def class_order(self, index: int, num_classes: int) -> Tensor:
+        """The permutation of the classes for one image: the identity where the teacher is reliable."""
+        generator = seeded_generator(self.seed, 4, index)
+        if torch.rand((), generator=generator) >= self.fraction:
+            return torch.arange(num_classes)
+        return torch.randperm(num_classes, generator=generator)
+
+
+def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a teacher's file; `embedded` is the one that the package carries."""
+    return load_network(TEACHER if path == "embedded" else Path(path))

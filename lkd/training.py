@@ -1,0 +1,140 @@
+"""One student's training, a step at a time: what distillation, the pool and every comparison share."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from lkd.checkpoint import random_state, set_random_state
+from lkd.config import TrainRecipe
+from lkd.data import Batch, Batches
+from lkd.errors import UserError
+from lkd.outputs import Outputs
+
+TeacherFunction = Callable[[Batch], Outputs]
+
+
+class Scheduler(Protocol):
+    """A timm scheduler: its learning rate is a function of the update count alone."""
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the optimiser's learning rate for this update."""
+
+
+class Training:
+    """A student, its loss, and everything that goes on from step to step.
+
+    Args:
+        student: The network, returning `Outputs`; put into train mode.
+        loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
+        teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
+        batches: The batch of every step.
+        recipe: Epochs, learning rate, schedule.
+
+    Raises:
+        UserError: If the schedule is unknown.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        loss: nn.Module,
+        teacher: TeacherFunction | None,
+        batches: Batches,
+        recipe: TrainRecipe,
+    ) -> None:
+        self.student = student.train()
+        self.loss = loss.to(batches.device)
+        self.teacher = teacher
+        self.batches = batches
+        self.total_steps = recipe.epochs * batches.steps_per_epoch
+        self.step = 0
+        trained = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            trained,
+            recipe.learning_rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
+        self.scheduler.step_update(0)
+
+    @property
+    def progress(self) -> float:
+        """How far the training is, in [0, 1]."""
+        return self.step / self.total_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def run_step(self) -> dict[str, Tensor]:
+        """Do one step of SGD.
+
+        Returns:
+            The loss's terms, detached.
+
+        Raises:
+            UserError: If a term is not finite.
+        """
+        batch = self.batches.at(self.step)
+        teacher = self.teacher(batch) if self.teacher else None
+        terms = self.loss(self.student(batch.images), teacher, batch.target, self.progress)
+        total = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(total):
+            values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
+            raise UserError(
+                f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
+                "lower train.learning_rate"
+            )
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-exactly; batches are a function of the step."""
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state(self.batches.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"], self.batches.device)
+        self.scheduler.step_update(self.step)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps_per_epoch: int) -> Scheduler:
+    """Build timm's scheduler, stepped every update.
+
+    Raises:
+        UserError: If timm knows no such schedule.
+    """
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.schedule,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's ({error})") from error
+    if scheduler is None:
+        raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's; cosine, step, multistep, poly, ...")
+    return scheduler

@@ -1,0 +1,159 @@
+"""The command line as a user meets it: help, overrides, mistakes, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lkd.cli import COMMANDS, main, parse_recipe
+from lkd.files import read_json
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
+
+
+def run_lkd(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "lkd.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def test_help_answers_at_once() -> None:
+    started = time.perf_counter()
+    result = run_lkd("--help")
+    assert time.perf_counter() - started < 1
+    assert all(command in result.stdout for command in COMMANDS)
+    assert main([]) == 0
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command: str, capsys) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "type:" in text
+    for line in text.split("\noptions:")[1].splitlines():
+        assert not line.strip().startswith("--") or "(type" in line or line.strip(), line
+
+
+def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("seed: 1\ntrain: {epochs: 3, batch_size: 5}\n")
+    second.write_text("train: {epochs: 4}\n")
+    recipe = parse_recipe("distill", [str(first), str(second), "--seed", "9"])
+    assert (recipe.seed, recipe.train.epochs, recipe.train.batch_size, recipe.train.momentum) == (9, 4, 5, 0.9)
+    assert parse_recipe("quickstart", ["--short", "--seeds", "2"]).short is True
+    assert parse_recipe("quickstart", ["--short", "false"]).short is False
+    assert parse_recipe("distill", ["--loss", "kd"]).loss == "kd"
+    assert parse_recipe("distill", ["--loss", "{name: kd, weight: 0.2}"]).loss == {"name": "kd", "weight": 0.2}
+    assert parse_recipe("distill", ["--loss.name", "kd", "--loss.weight", "0.2"]).loss == {"name": "kd", "weight": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distil"], "unknown command 'distil'; nearest: distill"),
+        (["distill", "--trian.epochs", "3"], "unknown key 'trian.epochs'; nearest: train.epochs"),
+        (["distill", "--train.epoch", "3"], "unknown key 'train.epoch'; nearest: train.epochs"),
+        (["distill", "--train.epochs", "three"], "three"),
+        (["distill", "missing.yaml"], "missing.yaml"),
+        (["distill", "--student.name", "smal_cnn"], "model: unknown name 'smal_cnn'; nearest: small_cnn"),
+        (["distill", "--loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
+        (["distill", "--loss", "{name: kd, tau: 3}"], "tau"),
+        (["distill", "--data.name", "fashion"], "data.name: unknown name 'fashion'; nearest: fashion_mnist"),
+        (["distill", "--data.name", "fashion_mnist"], "data.root: missing"),
+        (["distill", "--teacher.path", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["distill", "--device", "cuda:99"], "device"),
+        (["distill", "--run_dir", "/proc/nowhere"], "run_dir: /proc/nowhere cannot be written"),
+        (["meta-train", "--meta.estimator", "magic"], "meta.estimator: unknown name 'magic'"),
+        (["meta-train", "--pool_dir", "nowhere"], "pool_dir: nowhere holds no pool"),
+        (["evaluate", "--checkpoint", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("lkd: error: ")
+    assert "\n" not in error
+
+
+def test_an_unknown_key_in_a_file_is_an_error(tmp_path, capsys) -> None:
+    (tmp_path / "r.yaml").write_text("train: {epoch: 3}\n")
+    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
+    assert "unknown key 'train.epoch'; nearest: train.epochs" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text("train: [\n")
+    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
+
+
+def test_a_used_run_directory_is_not_overwritten(capsys) -> None:
+    assert main(["distill", "--run_dir", "r", *TINY]) == 0
+    assert main(["distill", "--run_dir", "r", *TINY]) == 2
+    assert "already holds a run of `lkd distill`; go on with it by --resume auto" in capsys.readouterr().err
+    assert main(["distill", "--run_dir", "r", *TINY, "--resume", "auto", "--seed", "4"]) == 2
+    assert "seed: is 4, but the run in r has 0" in capsys.readouterr().err
+    assert main(["evaluate", "--run_dir", "r"]) == 2
+    assert main(["pool", "--run_dir", "r", "--resume", "auto", *TINY]) == 2
+    assert "holds a run of `lkd distill`, not of `lkd pool`" in capsys.readouterr().err
+
+
+def test_the_path_from_pool_to_reuse(capsys) -> None:
+    small = ["--meta.outer_steps", "1", "--meta.rollout_steps", "2", "--meta.students_per_step", "1"]
+    pool = ["--pool.students", "1", "--pool.snapshots", "2"]
+    assert main(["pool", "--run_dir", "p", *TINY, *pool]) == 0
+    assert main(["meta-train", "--run_dir", "m", "--pool_dir", "p/pool", *TINY, *small]) == 0
+    loss = "m/loss.lkd.safetensors"
+    unseen = ["--student.name", "small_mobilenet"]
+    assert main(["distill", "--run_dir", "d", "--loss", loss, *TINY, *unseen, "--wandb.mode", "disabled"]) == 0
+    capsys.readouterr()
+    sizes = TINY[:4]
+    assert main(["evaluate", "--checkpoint", "d/student.safetensors", "--split", "meta_validation", *sizes]) == 0
+    measured = capsys.readouterr().out
+    rows = Path("d/log.jsonl").read_text().splitlines()
+    last = float(rows[-1].split('"meta_validation/top1": ')[1].split(",")[0])
+    assert f"{last:.4f}" in measured, "evaluate must give the figure that training logged"
+    assert {"config.json", "environment.json", "log.jsonl", "output.txt"} <= {p.name for p in Path("d").iterdir()}
+    assert read_json(Path("d/environment.json"))["versions"]["torch"]
+
+
+def test_a_teacher_can_be_trained_and_used() -> None:
+    assert main(["teacher", "--run_dir", "t", *TINY, "--model.name", "small_mobilenet"]) == 0
+    assert main(["distill", "--run_dir", "d", *TINY, "--teacher.path", "t/teacher.safetensors"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_to_the_same_student(number: int) -> None:
+    """Stopped at whatever step it is, and gone on with: the same bits as a run that nobody disturbed."""
+    words = ["distill", "--data.train_size", "500", "--data.meta_validation_size", "100", "--train.epochs", "40"]
+    assert main([*words, "--run_dir", "whole"]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lkd.cli", *words, "--run_dir", "cut", "--threads", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    wait_for_lines(Path("cut/log.jsonl"), 3)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "go on with: lkd distill" in error
+    assert error.rstrip().endswith("--resume auto")
+    assert not Path("cut/student.safetensors").exists()
+    assert main([*words, "--run_dir", "cut", "--threads", "1", "--resume", "auto"]) == 0
+    from lkd.models.network_file import load_network
+
+    whole, cut = (load_network(Path(name, "student.safetensors"))[0].state_dict() for name in ("whole", "cut"))
+    assert all((whole[name] == cut[name]).all() for name in whole)
+
+
+def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never got {count} lines")

@@ -1,0 +1,168 @@
+"""Data sets, splits and batches."""
+
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from lkd.assembly import prepare_images
+from lkd.config import DataRecipe
+from lkd.data import Batches, flip_labels, load_dataset, seeded_generator, split_training_images
+from lkd.data.augmentation import flip_and_crop
+from lkd.data.datasets import read_embedded_archive
+from lkd.data.embedded import ARCHIVE
+from lkd.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_dataset("embedded")
+
+
+def write_fashion_mnist(root, train: int = 60_000, side: int = 28) -> str:
+    """Random images and labels in Fashion-MNIST's own format."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name, count in (("train", train), ("t10k", 10_000)):
+        pixels = generator.integers(0, 256, (count, side, side), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        header = struct.pack(">4i", 0x803, count, side, side)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
+    return str(root)
+
+
+def test_the_embedded_set_is_balanced_and_disjoint(embedded) -> None:
+    assert torch.bincount(embedded.train.labels).tolist() == [1200] * 10
+    assert torch.bincount(embedded.test.labels).tolist() == [400] * 10
+    assert embedded.train.index.unique().numel() == 12_000
+    pixels = embedded.train.images.float() / 255
+    assert abs(pixels.mean() - embedded.train.mean[0]) < 0.01
+    assert abs(pixels.std() - embedded.train.std[0]) < 0.01
+    assert ARCHIVE.stat().st_size < 8e6
+
+
+def test_a_damaged_archive_is_refused(tmp_path) -> None:
+    copy = tmp_path / ARCHIVE.name
+    shutil.copy(ARCHIVE, copy)
+    shutil.copy(f"{ARCHIVE}.sha256", f"{copy}.sha256")
+    read_embedded_archive(copy)
+    damaged = bytearray(copy.read_bytes())
+    damaged[1000] ^= 1
+    copy.write_bytes(damaged)
+    with pytest.raises(UserError, match="is damaged"):
+        read_embedded_archive(copy)
+    copy.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        read_embedded_archive(copy)
+
+
+def test_fashion_mnist_and_its_rest(tmp_path) -> None:
+    root = write_fashion_mnist(tmp_path)
+    assert len(load_dataset("fashion_mnist", root).train) == 60_000
+    rest, embedded = load_dataset("fashion_mnist_rest", root), load_dataset("embedded")
+    assert len(rest.train) == 48_000
+    assert not set(rest.train.index.tolist()) & set(embedded.train.index.tolist())
+
+
+@pytest.mark.parametrize("options", [{"side": 32}, {"train": 100}])
+def test_images_of_another_shape_are_refused(tmp_path, options) -> None:
+    root = write_fashion_mnist(tmp_path, **{"train": 60_000} | options)
+    with pytest.raises(UserError, match=r"holds images of shape|cannot be read"):
+        load_dataset("fashion_mnist", root)
+
+
+def test_unusable_data_sets_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="nearest: fashion_mnist"):
+        load_dataset("fashionmnist")
+    with pytest.raises(UserError, match=r"data\.root: missing"):
+        load_dataset("fashion_mnist")
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_dataset("fashion_mnist", str(tmp_path))
+
+
+def test_splits_are_stratified_disjoint_and_seeded(embedded) -> None:
+    splits = split_training_images(embedded.train, 4000, 1000, seed=0)
+    assert torch.bincount(splits.train.labels).tolist() == [400] * 10
+    assert torch.bincount(splits.meta_validation.labels).tolist() == [100] * 10
+    assert not set(splits.train.index.tolist()) & set(splits.meta_validation.index.tolist())
+    again, other = (split_training_images(embedded.train, 4000, 1000, seed) for seed in (0, 1))
+    assert torch.equal(again.train.index, splits.train.index)
+    assert again.fingerprint == splits.fingerprint
+    assert other.fingerprint != splits.fingerprint
+    assert len(split_training_images(embedded.train, 0, 1000, 0).train) == 11_000
+    with pytest.raises(UserError, match="do not fit"):
+        split_training_images(embedded.train, 12_000, 1000, 0)
+
+
+def test_flipped_labels_are_wrong_and_uniform() -> None:
+    labels = torch.arange(10).repeat(1000)
+    noisy = flip_labels(labels, 0.4, 10, seed=0)
+    changed = noisy != labels
+    assert changed.sum() == 4000
+    shift = torch.bincount((noisy - labels)[changed] % 10, minlength=10)
+    assert shift[0] == 0
+    assert (shift[1:] - 4000 / 9).abs().max() < 100
+    with pytest.raises(UserError, match="not in"):
+        flip_labels(labels, 1.5, 10, 0)
+
+
+def test_label_noise_leaves_meta_validation_alone() -> None:
+    clean, noisy = (prepare_images(DataRecipe(label_noise=noise)) for noise in (0.0, 0.4))
+    assert (clean.train.labels != noisy.train.labels).float().mean() == pytest.approx(0.4)
+    assert torch.equal(clean.meta_validation.labels, noisy.meta_validation.labels)
+    assert clean.fingerprint == noisy.fingerprint
+
+
+def test_batches_are_a_function_of_the_step(embedded) -> None:
+    part = split_training_images(embedded.train, 1000, 1000, 0).train
+    first, second = (Batches(part, 64, seed=3, augmentation="flip_and_crop") for _ in range(2))
+    in_order = [first.at(step) for step in range(20)]
+    for step in (17, 2, 19):
+        batch = second.at(step)
+        assert torch.equal(batch.images, in_order[step].images)
+        assert torch.equal(batch.index, in_order[step].index)
+    epoch = torch.cat([batch.index for batch in in_order[:15]])
+    assert epoch.unique().numel() == 15 * 64
+    assert not torch.equal(in_order[0].index, in_order[15].index)
+    with pytest.raises(UserError, match=r"train\.batch_size: 2000"):
+        Batches(part, 2000, 0)
+    with pytest.raises(UserError, match="nearest: flip_and_crop"):
+        Batches(part, 10, 0, "flip_crop")
+
+
+def test_batches_are_normalised_and_labelled(embedded) -> None:
+    batch = Batches(embedded.train, 500, seed=0).at(0)
+    by_index = {int(i): n for n, i in enumerate(embedded.train.index)}
+    positions = torch.tensor([by_index[int(i)] for i in batch.index])
+    assert torch.equal(batch.target, embedded.train.labels[positions])
+    expected = (embedded.train.images[positions].numpy() / 255 - 0.2860) / 0.3530
+    np.testing.assert_allclose(batch.images.numpy(), expected, atol=1e-5)
+
+
+def test_flip_and_crop_moves_pixels_only() -> None:
+    images = torch.randint(1, 255, (200, 2, 9, 7), dtype=torch.uint8)
+    moved = flip_and_crop(images, seeded_generator(0), padding=1)
+    assert moved.shape == images.shape
+    assert moved.dtype == torch.uint8
+    padded = torch.nn.functional.pad(images, [1] * 4)
+    for before, after in zip(padded, moved, strict=True):
+        windows = [
+            view[:, top : top + 9, left : left + 7]
+            for view in (before, before.flip(-1))
+            for top in range(3)
+            for left in range(3)
+        ]
+        assert any(torch.equal(window, after) for window in windows)
+    unchanged = sum(torch.equal(a, b) for a, b in zip(images, moved, strict=True))
+    assert 0 < unchanged < 40
+
+
+def test_neighbouring_seeds_share_nothing() -> None:
+    draws = torch.stack([torch.rand(50, generator=seeded_generator(a, b)) for a in range(10) for b in range(10)])
+    correlation = torch.corrcoef(draws) - torch.eye(100)
+    assert correlation.abs().max() < 0.7

@@ -1,0 +1,138 @@
+"""Learned-loss files, network files and checkpoints: round trips, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import lkd
+from lkd.artifact import VERSION, read_provenance, save_loss
+from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.errors import UserError
+from lkd.files import replaced_atomically, write_tensors
+from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses.build import build_loss
+from lkd.models import build
+from lkd.models.network_file import load_network, save_network
+from lkd.outputs import Outputs
+
+
+def make_loss() -> LearnedLoss:
+    loss = LearnedLoss({"logits": LogitLoss(hidden=8, initial_weight=0.3)})
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter)
+    return loss
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_a_learned_loss_survives_its_file_for_any_number_of_classes(tmp_path, classes: int) -> None:
+    loss, path = make_loss(), tmp_path / "a.lkd.safetensors"
+    save_loss(path, loss, {"seed": 3})
+    loaded = lkd.load_loss(path)
+    outputs = Outputs(torch.randn(5, classes), {}), Outputs(torch.randn(5, classes), {})
+    target = torch.randint(classes, (5,))
+    for name, value in loss(*outputs, target, 0.3).items():
+        torch.testing.assert_close(loaded(*outputs, target, 0.3)[name], value, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert read_provenance(path) == {"seed": 3}
+
+
+def test_build_loss_takes_a_path(tmp_path) -> None:
+    save_loss(tmp_path / "a.lkd.safetensors", make_loss(), {})
+    assert isinstance(build_loss(str(tmp_path / "a.lkd.safetensors")), LearnedLoss)
+    with pytest.raises(UserError, match="takes no temperature"):
+        build_loss({"name": str(tmp_path / "a.lkd.safetensors"), "temperature": 2})
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path, kept: int) -> None:
+    path = tmp_path / "a.lkd.safetensors"
+    save_loss(path, make_loss(), {})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="damaged or not a safetensors file") as caught:
+        lkd.load_loss(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path) -> None:
+    path = tmp_path / "a.lkd.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        lkd.load_loss(path)
+    path.write_text("hello")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        lkd.load_loss(path)
+    save_network(path, build("small_cnn", 10, 1), {"name": "small_cnn", "num_classes": 10, "in_chans": 1}, {})
+    with pytest.raises(UserError, match="is not a learned loss but network"):
+        lkd.load_loss(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="another program"):
+        lkd.load_loss(path)
+
+
+def test_a_newer_format_is_refused(tmp_path) -> None:
+    path = tmp_path / "a.lkd.safetensors"
+    write_tensors(path, {}, "learned loss", VERSION + 1, {})
+    with pytest.raises(UserError, match="newer than the 1 that this package reads: update lkd"):
+        lkd.load_loss(path)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
+    path = tmp_path / "a.lkd.safetensors"
+    parts = {"logits": {"class": "LogitLoss", "arguments": {"hidden": 4}}}
+    header = {"architecture": {"parts": parts}, "provenance": {}}
+    write_tensors(path, make_loss().state_dict(), "learned loss", VERSION, header)
+    with pytest.raises(UserError, match="do not fit"):
+        lkd.load_loss(path)
+    parts["logits"]["class"] = "os.system"
+    write_tensors(path, make_loss().state_dict(), "learned loss", VERSION, header)
+    with pytest.raises(UserError, match="do not fit"):
+        lkd.load_loss(path)
+
+
+def test_a_network_survives_its_file(tmp_path) -> None:
+    network = build("small_mobilenet", 7, 3).eval()
+    architecture = {"name": "small_mobilenet", "num_classes": 7, "in_chans": 3}
+    save_network(tmp_path / "n.safetensors", network, architecture, {"top1": 1.0})
+    loaded, header = load_network(tmp_path / "n.safetensors")
+    images = torch.randn(2, 3, 28, 28)
+    assert torch.equal(loaded(images).logits, network(images).logits)
+    assert header["provenance"] == {"top1": 1.0}
+
+
+def test_a_checkpoint_keeps_every_bit_and_type(tmp_path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    tree = {
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "history": [{"a": 0.1, "b": None, "c": "x", "d": True, "e": float("nan")}],
+        3: (1, 2.5),
+    }
+    save_checkpoint(tmp_path / "c", tree)
+    loaded = load_checkpoint(tmp_path / "c")
+    assert loaded["optimizer"]["param_groups"] == tree["optimizer"]["param_groups"]
+    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], tree["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(loaded["random"], tree["random"])
+    assert loaded[3] == (1, 2.5)
+    assert json.dumps(loaded["history"]) == json.dumps(tree["history"])
+    with pytest.raises(TypeError, match="object"):
+        save_checkpoint(tmp_path / "c", object())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with replaced_atomically(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="fire"):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,166 @@
+"""The pool and the outer loop."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lkd.assembly import architecture_of, prepare_images, prepare_teacher
+from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, PoolSettings, TrainRecipe
+from lkd.data import seeded_generator
+from lkd.errors import UserError
+from lkd.meta_training import MetaTraining, check_settings, meta_train
+from lkd.pool import build_pool, open_pool
+from lkd.run import open_run
+from meta import verify
+from meta.estimators import ESTIMATORS
+from meta.optim import SGD
+
+CPU = torch.device("cpu")
+
+
+def tiny_recipe(**meta) -> MetaTrainRecipe:
+    settings = {"outer_steps": 3, "students_per_step": 2, "rollout_steps": 3, "outer_batch_size": 50} | meta
+    return MetaTrainRecipe(
+        run_dir="run",
+        data=DataRecipe(train_size=200, meta_validation_size=100),
+        train=TrainRecipe(epochs=2, batch_size=20),
+        pool=PoolSettings(students=2, snapshots=3, max_age=1.0),
+        meta=MetaSettings(**settings),
+    )
+
+
+@pytest.fixture
+def built():
+    recipe = tiny_recipe()
+    images = prepare_images(recipe.data)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
+    with open_run(recipe, "pool", quiet=True) as run:
+        pool = build_pool(recipe, run.path / "pool", images, teacher, run)
+        yield recipe, images, teacher, pool, run
+
+
+def test_the_pool_keeps_whole_students(built) -> None:
+    _, _, _, pool, _ = built
+    assert [entry["progress"] for entry in pool.index["students"]] == [0, 0.5, 1, 0, 0.5, 1]
+    fresh, half, old = (pool.read(position, CPU) for position in range(3))
+    assert fresh.state.optimizer == {}
+    assert fresh.learning_rate == pytest.approx(0.1)
+    assert half.learning_rate == pytest.approx(0.05)
+    assert set(half.state.optimizer["momentum_buffer"]) == set(half.state.parameters)
+    assert old.state.buffers["stages.stage1.1.num_batches_tracked"] == 20
+    assert not torch.equal(fresh.state.parameters["classifier.weight"], old.state.parameters["classifier.weight"])
+
+
+def test_the_pool_is_drawn_uniformly(built) -> None:
+    _, _, _, pool, _ = built
+    seen = [pool.draw(seeded_generator(0, n), CPU).progress for n in range(300)]
+    assert all(70 < seen.count(age) < 130 for age in (0, 0.5, 1))
+
+
+def test_a_pool_goes_on_where_it_stopped_and_is_refused_where_it_does_not_fit(built) -> None:
+    recipe, images, teacher, pool, run = built
+    before = {path: path.stat().st_mtime_ns for path in pool.folder.iterdir()}
+    recipe.pool.students = 3
+    grown = build_pool(recipe, pool.folder, images, teacher, run)
+    assert len(grown) == 9
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "index.json")
+    architecture = architecture_of(recipe.student, images.train)
+    other = prepare_images(DataRecipe(train_size=200, meta_validation_size=100, split_seed=1))
+    with pytest.raises(UserError, match="may have seen meta-validation"):
+        open_pool(pool.folder, other, architecture)
+    with pytest.raises(UserError, match="holds small_cnn students, not small_mobilenet"):
+        open_pool(pool.folder, images, architecture_of(ModelRecipe("small_mobilenet"), images.train))
+    with pytest.raises(UserError, match="holds no pool"):
+        open_pool(run.path, images, architecture)
+
+
+def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
+    """In float64, through a student with BatchNorm, momentum and weight decay, against central differences."""
+    recipe, images, teacher, pool, _ = built
+    training = MetaTraining(recipe, images, teacher, pool, CPU)
+    training.student.double()
+    training.loss.double()
+    for parameter in training.loss.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = pool.read(1, CPU).state
+    state = type(state)(
+        *({k: v.double() if v.is_floating_point() else v for k, v in part.items()} for part in state[:2]),
+        {slot: {k: v.double() for k, v in part.items()} for slot, part in state.optimizer.items()},
+    )
+
+    def widen(batch):
+        return batch._replace(images=batch.images.double())
+
+    from lkd.data import Batches
+
+    batches = Batches(images.train, 20, seed=0)
+    inner = [(widen(batches.at(k)), teacher(batches.at(k)), k / 3) for k in range(3)]
+    inner = [(batch, answer._replace(logits=answer.logits.double()), progress) for batch, answer, progress in inner]
+    outer = widen(images.meta_validation.batch(torch.arange(50), CPU))
+    hyper = {name: parameter.detach() for name, parameter in training.loss.named_parameters()}
+    optimizer = SGD(training.anneal(0.05), 0.9, weight_decay=5e-4)
+    problem = (training.inner_loss, training.outer_loss, state, hyper, inner, outer, optimizer)
+    results = {name: ESTIMATORS[name](*problem) for name in ("unrolled", "higher")}
+    for name, gradient in results["unrolled"].grads.items():
+        torch.testing.assert_close(results["higher"].grads[name], gradient, rtol=1e-8, atol=1e-14)
+    assert results["unrolled"].norm > 0
+    checked = verify(ESTIMATORS["unrolled"], *problem)
+    assert checked.relative_error < 1e-3
+
+
+def test_the_rollouts_learning_rate_ends_at_zero(built) -> None:
+    recipe, images, teacher, pool, _ = built
+    recipe.meta.rollout_steps = 50
+    rates = [MetaTraining(recipe, images, teacher, pool, CPU).anneal(0.2)(step) for step in range(51)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[50] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    recipe.meta.annealing = "constant"
+    assert MetaTraining(recipe, images, teacher, pool, CPU).anneal(0.2) == 0.2
+
+
+def test_meta_training_resumes_to_the_bit(built, tmp_path) -> None:
+    recipe, images, teacher, pool, _ = built
+    whole, first, second = (MetaTraining(recipe, images, teacher, pool, CPU) for _ in range(3))
+    for _ in range(3):
+        whole.run_step()
+    first.run_step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        second.run_step()
+    for a, b in zip(whole.loss.parameters(), second.loss.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_meta_training_leaves_a_bad_balance() -> None:
+    """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
+    recipe = tiny_recipe(outer_steps=12, rollout_steps=15, learning_rate=0.1, initial_weight=0.9, outer_batch_size=100)
+    recipe.teacher.random_answers = 1.0
+    recipe.pool.max_age = 0.0
+    recipe.pool.snapshots = 1
+    with open_run(recipe, "meta-train", quiet=True) as run:
+        path = meta_train(recipe, run)
+    from lkd.artifact import load_loss, read_provenance
+
+    curve = read_provenance(path)["curve"]
+    assert len(curve) == 12
+    assert curve[0]["loss/weight"] == pytest.approx(0.9, abs=1e-5)
+    assert curve[-1]["loss/weight"] < 0.6
+    assert all(math.isfinite(row["outer/hypergradient_norm"]) for row in curve)
+    assert load_loss(path).parts["logits"].architecture["initial_weight"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"estimator": "unroled"}, "nearest: unrolled"),
+        ({"objective": "accuracy"}, "nearest: calibrated_cross_entropy, cross_entropy"),
+        ({"rollout_steps": 0}, "meta.rollout_steps: 0 is not at least 1"),
+        ({"clip_norm": -1.0}, "meta.clip_norm: -1.0 is negative"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_settings(tiny_recipe(**setting))

@@ -1,0 +1,60 @@
+"""The quickstart in its short form: everything runs and is reported, nothing is claimed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lkd
+from lkd.cli import main
+from lkd.files import read_json
+from lkd.quickstart import SETTINGS, regrets
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quickstart") / "run"
+    assert main(["quickstart", "--short", "--run_dir", str(path), "--seeds", "2"]) == 0
+    return path
+
+
+def test_the_figures_file_is_complete(quickstart: Path) -> None:
+    result = read_json(quickstart / "result.json")
+    assert {"command", "commit", "versions", "machine", "figures"} == set(result)
+    names = [
+        f"{loss}_{student}{suffix}"
+        for loss in ("ce", "kd", "learned")
+        for student in ("seen", "unseen")
+        for suffix in ("", "_noisy", "_bad_teacher")
+    ]
+    assert set(result["figures"]) == {*names, *(f"{name}_se" for name in names), "seeds", "seconds_total"}
+    assert all(0 <= result["figures"][name] <= 100 for name in names)
+    table = (quickstart / "clean" / "table.txt").read_text()
+    assert f"{result['figures']['learned_seen']:.2f} ± " in table
+
+
+def test_the_page_stands_alone(quickstart: Path) -> None:
+    page = (quickstart / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + len(SETTINGS)
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
+    assert "claims nothing" in page
+    assert "lkd.load_loss(" in page
+    assert "/meta-train/loss.lkd.safetensors" in page
+
+
+def test_the_losses_can_be_reused(quickstart: Path) -> None:
+    for setting in SETTINGS:
+        loss = lkd.load_loss(quickstart / setting / "meta-train" / "loss.lkd.safetensors")
+        assert sum(p.numel() for p in loss.parameters()) < 50_000
+
+
+def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) -> None:
+    cells = {path: path.stat().st_mtime_ns for path in quickstart.glob("*/cells/*.json")}
+    assert cells
+    assert main(["quickstart", "--short", "--run_dir", str(quickstart), "--seeds", "2", "--resume", "auto"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in quickstart.glob("*/cells/*.json")} == cells
+
+
+def test_regret_is_the_worst_gap_to_the_best_fixed_choice() -> None:
+    grid = {"KD(a)": {"x": 80.0, "y": 60.0}, "KD(b)": {"x": 70.0, "y": 65.0}}
+    assert regrets(grid, {"learned": {"x": 79.0, "y": 66.0}}) == {"KD(a)": 5.0, "KD(b)": 10.0, "learned": 1.0}

@@ -1,0 +1,69 @@
+"""Teachers: live, tabulated, unreliable."""
+
+import pytest
+import torch
+
+from lkd.assembly import check_teacher, prepare_images, prepare_teacher
+from lkd.config import DataRecipe, TeacherRecipe
+from lkd.data import Batches
+from lkd.data.embedded import TEACHER
+from lkd.errors import UserError
+from lkd.models import build
+from lkd.models.network_file import load_network
+from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare_images(DataRecipe(train_size=300, meta_validation_size=300))
+
+
+def test_a_table_answers_as_the_network_does(images) -> None:
+    teacher = Teacher(build("small_cnn", 10, 1))
+    table = TabulatedTeacher(teacher, images.train, CPU, batch_size=70)
+    batch = Batches(images.train, 50, seed=1).at(3)
+    torch.testing.assert_close(table(batch).logits, teacher(batch).logits)
+
+
+def test_the_teacher_is_frozen_and_in_eval_mode() -> None:
+    teacher = Teacher(build("small_cnn", 10, 1).train())
+    assert not any(module.training for module in teacher.network.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+
+
+def test_random_answers_stay_with_the_image(images) -> None:
+    reliable = Teacher(build("small_cnn", 10, 1))
+    teacher = UnreliableTeacher(reliable, 0.6, seed=0)
+    batches = Batches(images.train, 300, seed=1)
+    first, second = batches.at(0), batches.at(1)
+    assert not torch.equal(first.index, second.index)
+    answers = {
+        int(i): row for batch in (first, second) for i, row in zip(batch.index, teacher(batch).logits, strict=True)
+    }
+    torch.testing.assert_close(torch.stack([answers[int(i)] for i in first.index]), teacher(first).logits)
+    truth = reliable(first).logits
+    changed = (teacher(first).logits != truth).any(1).float().mean()
+    assert 0.5 < changed < 0.7
+    assert torch.equal(teacher(first).logits.sort(1).values, truth.sort(1).values)
+
+
+def test_the_embedded_teacher_never_saw_an_embedded_image(tmp_path) -> None:
+    network, header = load_network(TEACHER)
+    data = header["provenance"]["recipe"]["data"]
+    assert data["name"] == "fashion_mnist_rest"
+    assert TEACHER.stat().st_size < 3e6
+    assert header["provenance"]["environment"]["commit"]
+    assert sum(p.numel() for p in network.parameters()) > 300_000
+
+
+def test_a_teacher_that_does_not_fit_is_refused(images, tmp_path) -> None:
+    with pytest.raises(UserError, match="has 100 classes, the data and the student have 10"):
+        check_teacher("t", {"num_classes": 100, "in_chans": 1}, images.train)
+    with pytest.raises(UserError, match="has 3 input channels"):
+        check_teacher("t", {"num_classes": 10, "in_chans": 3}, images.train)
+    with pytest.raises(UserError, match="no such file"):
+        prepare_teacher(TeacherRecipe("missing.safetensors"), DataRecipe(), images, CPU)
+    with pytest.raises(UserError, match=r"teacher\.random_answers: 1\.5"):
+        prepare_teacher(TeacherRecipe(random_answers=1.5), DataRecipe(), images, CPU)

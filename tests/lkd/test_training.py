@@ -1,0 +1,99 @@
+"""One student's training: equal to a plain loop, and resumed to the bit."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lkd.assembly import prepare_images, prepare_student
+from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
+from lkd.data import Batches
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.losses import CrossEntropyLoss, KDLoss
+from lkd.models import build
+from lkd.outputs import Outputs
+from lkd.teacher import Teacher
+from lkd.training import Training
+
+CPU = torch.device("cpu")
+RECIPE = TrainRecipe(epochs=3, batch_size=50, learning_rate=0.1, nesterov=True)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare_images(DataRecipe(train_size=300, meta_validation_size=300)).train
+
+
+def start(images, loss=None, **changes) -> Training:
+    recipe = TrainRecipe(**{**vars(RECIPE), **changes})
+    teacher = Teacher(build("small_cnn", 10, 1)) if isinstance(loss, KDLoss) else None
+    return start_training(
+        ModelRecipe("small_cnn"), images, loss or CrossEntropyLoss(), teacher, recipe, "flip_and_crop", 7, CPU
+    )
+
+
+def test_training_equals_a_plain_loop(images) -> None:
+    training = start(images)
+    while training.step < training.total_steps:
+        training.run_step()
+    student = prepare_student(ModelRecipe("small_cnn"), images, 7, CPU).train()
+    batches = Batches(images, 50, 7, "flip_and_crop")
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for step in range(18):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 18))
+        batch = batches.at(step)
+        optimizer.zero_grad()
+        cross_entropy(student(batch.images).logits, batch.target).backward()
+        optimizer.step()
+    for ours, plain in zip(training.student.state_dict().values(), student.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [1, 6, 11])
+def test_a_resumed_training_is_the_same_to_the_bit(images, tmp_path, stop: int) -> None:
+    whole, first, second = (start(images, KDLoss()) for _ in range(3))
+    second.teacher = first.teacher = whole.teacher
+    while whole.step < whole.total_steps:
+        whole.run_step()
+    while first.step < stop:
+        first.run_step()
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    while second.step < second.total_steps:
+        second.run_step()
+    for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equal_seeds_pair_the_losses(images) -> None:
+    first, second = start(images), start(images, KDLoss())
+    assert torch.equal(first.batches.at(4).images, second.batches.at(4).images)
+    for a, b in zip(first.student.parameters(), second.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_learning_rate_warms_up_and_ends_low(images) -> None:
+    training = start(images, warmup_epochs=1)
+    rates = []
+    while training.step < training.total_steps:
+        rates.append(training.learning_rate)
+        training.run_step()
+    assert rates[0] < rates[3] < max(rates) <= 0.1 + 1e-9
+    assert rates[-1] < 0.01
+
+
+def test_a_loss_that_is_not_finite_is_named(images) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, student: Outputs, teacher, target, progress=None):
+            return {"task": student.logits.mean(), "distillation": student.logits.sum() * math.inf}
+
+    with pytest.raises(UserError, match=r"step 0: the loss is not finite \(task = .*, distillation = .*inf|nan"):
+        start(images, Broken()).run_step()
+
+
+def test_an_unknown_schedule_is_refused(images) -> None:
+    with pytest.raises(UserError, match=r"train\.schedule: 'cosin'"):
+        start(images, schedule="cosin")
