@@ -106,8 +106,11 @@ def _difference(
     """Difference the inner loss's gradients along `direction`.
 
     Returns:
-        The Hessian product (empty if `to_start`: no one needs it) and the mixed product.
+        The Hessian product (empty if `to_start`: no one needs it) and the mixed product (empty where the step does not
+        use the outer parameters).
     """
+    if to_start and not step.hyper_gradients:
+        return {}, {}
     parameters = step.before.parameters
     length = radius * global_norm({name: parameters[name] for name in direction})
     scale = _side(step.index) * length / global_norm(direction).clamp(min=1e-30)

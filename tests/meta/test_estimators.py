@@ -113,6 +113,21 @@ def test_optimizer_settings_can_be_outer_parameters(name):
     assert verify(estimator, *problem).relative_error < (1e-6 if name in EXACT else 1e-4)
 
 
+@pytest.mark.parametrize("estimator", [adjoint, unrolled, *BY_DIFFERENCES.values()])
+def test_optimizer_settings_can_be_the_only_outer_parameters(estimator):
+    problem = learned_loss_problem()
+
+    def fixed_loss(parameters, buffers, hyper, batch):
+        return problem.inner_loss(parameters, buffers, problem.hyper, batch)
+
+    changed = problem._replace(
+        inner_loss=fixed_loss,
+        hyper={"rate": torch.tensor(0.05)},
+        optimizer=lambda hyper: SGD(hyper["rate"], momentum=0.9),
+    )
+    assert verify(estimator, *changed).relative_error < 1e-4
+
+
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_the_final_state_is_the_rollouts_and_nothing_is_written_to(name):
     problem = learned_loss_problem()
