@@ -35,9 +35,8 @@ def first_order(
     autocast, operations without a second derivative). Costs K gradient evaluations forward and K (`central`: 2K) back,
     and holds K states and gradients, no activations. Biased: O(`radius`) one-sided (sides change from step to step, so
     that most of it cancels), O(`radius`²) central, plus rounding over `radius`; across kinks (ReLU) the difference is
-    the
-    mean curvature over the step instead of the curvature almost everywhere. DARTS (Liu et al. 2019) takes such a
-    difference at one step.
+    the mean curvature over the step instead of the curvature almost everywhere. (DARTS, Liu et al. 2019, takes such a
+    difference at one step.)
 
     Args (beside those of every `Estimator`):
         radius: Length of the perturbation of the inner parameters, relative to their norm.
