@@ -9,6 +9,10 @@ from torch import Tensor
 from meta.types import State, Tensors
 
 
+class NotTwiceDifferentiableError(ValueError):
+    """An operation of the inner loss has no second derivative."""
+
+
 def check_inputs(state: State, hyper: Tensors, inner_batches: Sequence[Any]) -> None:
     """Check, before anything is computed, all that the inputs alone can tell.
 
@@ -76,11 +80,11 @@ def check_twice_differentiable(gradients: Iterable[Tensor | None]) -> None:
     """Check, by searching the graph of first-order gradients, that they can be differentiated again.
 
     Raises:
-        ValueError: An operation has no second derivative; the message names it.
+        NotTwiceDifferentiableError: An operation has no second derivative; the message names it.
     """
     for node in _search([gradient.grad_fn for gradient in gradients if gradient is not None]):
         if node.name().endswith(("::NotImplemented", "::Error", "CompiledFunctionBackwardBackward")):
-            raise ValueError(
+            raise NotTwiceDifferentiableError(
                 f"the inner loss cannot be differentiated twice: {_reason(node)}. Use the estimator 'first_order', or "
                 "do without that operation (fused attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or "
                 "timm.layers.set_fused_attn(False); a compiled loss: pass it uncompiled)"
@@ -99,11 +103,16 @@ def _search(pending: list[Any]) -> Iterator[Any]:
 
 
 def _reason(node: Any) -> str:
-    """Ask a node that has no derivative why: it raises the answer."""
-    try:
-        node(torch.zeros(()))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    """Ask a node that has no derivative why: called with as many gradients as it expects, it raises the answer."""
+    if "Compiled" in node.name():
+        return "torch.compile supports no double backward"
+    for count in range(1, 20):
+        try:
+            node(*[torch.zeros(())] * count)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
     return "an operation is differentiable only once"
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from meta.types import Hypergradient
+from meta.types import Hypergradient, Tensors
 
 
 class OuterStep(NamedTuple):
@@ -17,7 +18,8 @@ class OuterStep(NamedTuple):
         norm: Norm of the averaged hypergradient before clipping; NaN if no student counted.
         clipped: Whether the norm was above the bound.
         skipped: Whether no student had a finite hypergradient, so that nothing was updated.
-        left_out: For each student left out, its index and what was not finite, such as `"2: weight, outer value"`.
+        left_out: For each of this process's students left out, its index and what was not finite, such as
+            `"2: weight, outer value"` or `"2: inner step 4: gradient of 'conv.weight'"`.
     """
 
     value: float
@@ -34,6 +36,9 @@ def outer_step(
     clip_norm: float | None = None,
 ) -> OuterStep:
     """Average the finite hypergradients, clip the average to `clip_norm`, and let `optimizer` apply it.
+
+    Under torch.distributed the average is over the students of all processes, each of which must call this with the
+    same parameters and ends with the same update. Processes may bring different numbers of students.
 
     Args:
         hypergradients: One per student.
@@ -54,12 +59,12 @@ def outer_step(
     faults = [_name_nonfinite(hypergradient) for hypergradient in hypergradients]
     left_out = tuple(f"{index}: {', '.join(names)}" for index, names in enumerate(faults) if names)
     counted = [hypergradient for hypergradient, names in zip(hypergradients, faults, strict=True) if not names]
-    if not counted:
+    value, grads, count = _average(counted, parameters)
+    if count == 0:
         return OuterStep(float("nan"), float("nan"), clipped=False, skipped=True, left_out=left_out)
 
     for name, parameter in parameters.items():
-        parameter.grad = torch.stack([hypergradient.grads[name] for hypergradient in counted]).mean(0).to(parameter)
-    value = torch.stack([hypergradient.outer_value for hypergradient in counted]).mean().item()
+        parameter.grad = grads[name]
     bound = float("inf") if clip_norm is None else clip_norm
     norm = nn.utils.clip_grad_norm_(parameters.values(), bound).item()
     optimizer.step()
@@ -67,8 +72,30 @@ def outer_step(
     return OuterStep(value, norm, clipped=norm > bound, skipped=False, left_out=left_out)
 
 
+def _average(
+    hypergradients: Sequence[Hypergradient], parameters: dict[str, nn.Parameter]
+) -> tuple[float, Tensors, int]:
+    """Average outer values and hypergradients over the students of every process; also return how many there were."""
+    like = next(iter(parameters.values()))
+    rows = [
+        torch.cat([h.outer_value.to(like).reshape(1), *(h.grads[name].to(like).flatten() for name in parameters)])
+        for h in hypergradients
+    ]
+    size = 1 + sum(parameter.numel() for parameter in parameters.values())
+    total = torch.stack(rows).sum(0) if rows else like.new_zeros(size)
+    total = torch.cat([total, total.new_tensor([len(rows)])])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    count = int(total[-1].item())
+    value, *flat = (total[:-1] / max(1, count)).split([1, *(parameter.numel() for parameter in parameters.values())])
+    pairs = zip(parameters.items(), flat, strict=True)
+    return value.item(), {name: entry.view_as(parameter).to(parameter) for (name, parameter), entry in pairs}, count
+
+
 def _name_nonfinite(hypergradient: Hypergradient) -> list[str]:
     """Name what is not finite in a hypergradient."""
+    if hypergradient.fault is not None:
+        return [hypergradient.fault]
 
     def is_finite(tensor: Tensor) -> bool:
         return bool(torch.isfinite(tensor).all())

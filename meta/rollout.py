@@ -108,7 +108,9 @@ def record(
         derivatives = differentiate(
             inner_loss, state, detached, batch, hyper=hyper_gradients, twice=twice and not steps
         )
-        steps.append(Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper))
+        # In one block: many small tensors that outlive the activations around them would fragment the heap.
+        before, gradients = _pack(state, derivatives.parameters)
+        steps.append(Step(index, before, batch, generators, gradients, derivatives.hyper))
         with torch.no_grad():
             parameters, slots = optimizer.update(state.parameters, derivatives.parameters, state.optimizer, index)
         state = State(parameters, derivatives.buffers, slots)
@@ -197,6 +199,31 @@ def unroll(
         state = State(parameters, _detach(buffers), slots)
         losses.append(loss)
     return state, losses
+
+
+def _pack(state: State, gradients: Tensors) -> tuple[State, Tensors]:
+    """Copy a state and gradients into as few blocks of memory as they have data types and devices."""
+    trees = [state.parameters, gradients, *state.optimizer.values()]
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for tensor in (tensor for tree in trees for tensor in tree.values()):
+        key = (tensor.dtype, tensor.device)
+        sizes[key] = sizes.get(key, 0) + tensor.numel()
+    blocks = {key: torch.empty(size, dtype=key[0], device=key[1]) for key, size in sizes.items()}
+    filled = dict.fromkeys(blocks, 0)
+
+    def copy(tensors: Tensors) -> Tensors:
+        copies = {}
+        for name, tensor in tensors.items():
+            key = (tensor.dtype, tensor.device)
+            place = blocks[key][filled[key] : filled[key] + tensor.numel()]
+            filled[key] += tensor.numel()
+            dense = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            view = place.as_strided(tensor.shape, tensor.stride()) if dense else place.view(tensor.shape)
+            copies[name] = view.copy_(tensor)
+        return copies
+
+    packed = State(copy(state.parameters), state.buffers, {slot: copy(tree) for slot, tree in state.optimizer.items()})
+    return packed, copy(gradients)
 
 
 def _drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:

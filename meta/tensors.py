@@ -35,6 +35,12 @@ def unflatten_state(tensors: dict[tuple[str, str], Tensor]) -> State:
     return State(trees.pop(PARAMETERS), {}, trees)
 
 
+def cosine_similarity(first: Tensors, second: Tensors) -> float:
+    """Return the cosine between two sets of tensors, each taken as one vector; NaN if one of them vanishes."""
+    dot = torch.stack([(first[name].double() * tensor.double()).sum() for name, tensor in second.items()]).sum()
+    return (dot / (global_norm(first).double() * global_norm(second).double())).item()
+
+
 def global_norm(tensors: Tensors) -> Tensor:
     """Return the 2-norm of all the tensors taken as one vector."""
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]))

@@ -52,6 +52,7 @@ class Hypergradient(NamedTuple):
             the walk, the last state first.
         truncated_at: The inner step that the walk went back to when the adjoint had grown past its bound, so that
             earlier steps were left out; None if the walk reached the start.
+        fault: If something was not finite, the first such tensor, such as `inner step 4: gradient of 'conv.weight'`.
     """
 
     outer_value: Tensor
@@ -60,3 +61,4 @@ class Hypergradient(NamedTuple):
     norm: Tensor
     adjoint_norms: Tensor | None = None
     truncated_at: int | None = None
+    fault: str | None = None

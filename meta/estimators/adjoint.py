@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_inputs, find_unused
-from meta.estimators.parts import collect
+from meta.estimators.parts import collect, find_fault, is_finite
 from meta.optim import OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
 from meta.rollout import record, unroll
@@ -87,7 +87,8 @@ def adjoint(
     truncated_at = None if walk.segments_left == 0 else bounds[walk.segments_left]
     # Steps that were not crossed may use what the others do not.
     unused = {} if walk.segments_left else unused
-    return collect(value, walk.grads, hyper, last.end, unused, walk.norms, truncated_at)
+    result = collect(value, walk.grads, hyper, last.end, unused, walk.norms, truncated_at)
+    return result if is_finite(result) else result._replace(fault=find_fault(recorded.steps, last.end))
 
 
 class _Segment(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_inputs
-from meta.estimators.parts import collect, pull_back_settings
+from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
 from meta.rollout import Step, Trajectory, differentiate, record
@@ -35,9 +35,8 @@ def first_order(
     autocast, operations without a second derivative). Costs K gradient evaluations forward and K (`central`: 2K) back,
     and holds K states and gradients, no activations. Biased: O(`radius`) one-sided (sides change from step to step, so
     that most of it cancels), O(`radius`²) central, plus rounding over `radius`; across kinks (ReLU) the difference is
-    the
-    mean curvature over the step instead of the curvature almost everywhere. DARTS (Liu et al. 2019) takes such a
-    difference at one step.
+    the mean curvature over the step instead of the curvature almost everywhere. (DARTS, Liu et al. 2019, takes such a
+    difference at one step.)
 
     Args (beside those of every `Estimator`):
         radius: Length of the perturbation of the inner parameters, relative to their norm.
@@ -90,7 +89,9 @@ def walk_trajectory(
     used = {name for step in trajectory.steps for name in step.hyper_gradients} | walk.grads.keys()
     # Every segment is one step: the segments left are the step that the walk went back to.
     truncated_at = walk.segments_left or None
-    return collect(value, walk.grads, leaves, trajectory.end, leaves.keys() - used, walk.norms, truncated_at)
+    unused = leaves.keys() - used
+    result = collect(value, walk.grads, leaves, trajectory.end, unused, walk.norms, truncated_at)
+    return result if is_finite(result) else result._replace(fault=find_fault(trajectory.steps, trajectory.end))
 
 
 def _side(index: int) -> int:
@@ -104,8 +105,11 @@ def _difference(
     """Difference the inner loss's gradients along `direction`.
 
     Returns:
-        The Hessian product (empty if `to_start`: no one needs it) and the mixed product.
+        The Hessian product (empty if `to_start`: no one needs it) and the mixed product (empty where the step does not
+        use the outer parameters).
     """
+    if to_start and not step.hyper_gradients:
+        return {}, {}
     parameters = step.before.parameters
     length = radius * global_norm({name: parameters[name] for name in direction})
     scale = _side(step.index) * length / global_norm(direction).clamp(min=1e-30)

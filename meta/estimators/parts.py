@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_used
+from meta.rollout import Step
 from meta.tensors import add, global_norm
 from meta.types import Hypergradient, State, Tensors
 
@@ -20,6 +21,23 @@ def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -
             named = zip(leaves, found, strict=True)
             grads = add(grads, {name: gradient for name, gradient in named if gradient is not None})
     return grads
+
+
+def find_fault(steps: Iterable[Step], end: State) -> str | None:
+    """Name the first tensor of a trajectory that is not finite, or None if all are."""
+    for step in steps:
+        trees = {"gradient of": step.gradients, "parameter": step.before.parameters}
+        for kind, tensors in trees.items():
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    return f"inner step {step.index}: {kind} {name!r}"
+    faults = (name for name, tensor in end.parameters.items() if not torch.isfinite(tensor).all())
+    return next((f"end of the rollout: parameter {name!r}" for name in faults), None)
+
+
+def is_finite(hypergradient: Hypergradient) -> bool:
+    """Whether the outer value and the hypergradient are finite."""
+    return bool(torch.isfinite(hypergradient.norm + hypergradient.outer_value))
 
 
 def collect(

@@ -2,6 +2,7 @@
 
 from meta.optim.adam import Adam, AdamW
 from meta.optim.base import Optimizer, OptimizerOrRecipe, UpdateAdjoint, build_optimizer
+from meta.optim.from_torch import from_torch, read_slots
 from meta.optim.sgd import SGD
 from meta.optim.wrappers import Averaged, Clipped, Grouped, evaluation_parameters
 
@@ -17,4 +18,6 @@ __all__ = [
     "UpdateAdjoint",
     "build_optimizer",
     "evaluation_parameters",
+    "from_torch",
+    "read_slots",
 ]

@@ -113,6 +113,21 @@ def test_optimizer_settings_can_be_outer_parameters(name):
     assert verify(estimator, *problem).relative_error < (1e-6 if name in EXACT else 1e-4)
 
 
+@pytest.mark.parametrize("estimator", [adjoint, unrolled, *BY_DIFFERENCES.values()])
+def test_optimizer_settings_can_be_the_only_outer_parameters(estimator):
+    problem = learned_loss_problem()
+
+    def fixed_loss(parameters, buffers, hyper, batch):
+        return problem.inner_loss(parameters, buffers, problem.hyper, batch)
+
+    changed = problem._replace(
+        inner_loss=fixed_loss,
+        hyper={"rate": torch.tensor(0.05)},
+        optimizer=lambda hyper: SGD(hyper["rate"], momentum=0.9),
+    )
+    assert verify(estimator, *changed).relative_error < 1e-4
+
+
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_the_final_state_is_the_rollouts_and_nothing_is_written_to(name):
     problem = learned_loss_problem()
@@ -202,6 +217,17 @@ def test_dropout_is_replayed(estimator):
         return loss + (mask * hyper["weight"]).sum() * parameters["0.weight"].square().sum(), buffers
 
     assert verify(estimator, *problem._replace(inner_loss=noisy)).relative_error < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [partial(adjoint, chunk=1), first_order])
+def test_the_first_tensor_that_is_not_finite_is_named(estimator):
+    problem = learned_loss_problem(steps=4)
+    images, targets = problem.inner_batches[2]
+    batches = [*problem.inner_batches[:2], (images / 0, targets), problem.inner_batches[3]]
+    result = estimator(*problem._replace(inner_batches=batches))
+    assert result.fault is not None
+    assert result.fault.startswith("inner step 2: gradient of '0.")
+    assert estimator(*problem).fault is None
 
 
 def test_a_constant_in_the_loss_has_a_zero_hypergradient_and_is_no_error():

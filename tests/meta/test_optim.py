@@ -154,11 +154,8 @@ def check_adjoint(recipe, warm_steps: int):
     *earlier, gradients = draw_gradients(warm_steps + 1, torch.float64)
     for step, earlier_gradients in enumerate(earlier):
         with torch.no_grad():
-            before = State(
-                *optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)[:1],
-                {},
-                optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)[1],
-            )
+            parameters, slots = optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)
+        before = State(parameters, {}, slots)
     before = before.detach()
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     inputs = flatten(before, gradients)

@@ -1,0 +1,210 @@
+"""Compare hypergradient engines: `python benchmarks/hypergradient.py` (needs the extra `bench`).
+
+Time: all engines interleaved in one process, one thread, processor time, median. Memory: every engine in its own
+process, peak resident memory above the idle one. Accuracy: cosine to the exact hypergradient in float64. Every
+measurement is a row of a CSV file in the output folder and is not taken again while it stands there; delete the files
+to start over.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from hypergradient_problem import ENGINES, Problem, compile_problem
+from hypergradient_report import write_picture, write_table
+
+from meta.estimators import adjoint, first_order
+from meta.tensors import cosine_similarity
+
+TIME_CASES = [(8, 5), (8, 20), (20, 5), (20, 20)]
+REPEATS = 5
+MEMORY_CASES = [
+    *[(engine, 8, steps) for steps in (1, 5, 20) for engine in ENGINES],
+    *[(engine, 20, 20) for engine in ("higher", "adjoint", "first_order")],
+    *[(engine, 8, 200) for engine in ("sgd", "first_order")],
+]
+ACCURACY_CASES = [(False, 5, 3), (False, 20, 3), (True, 20, 5)]
+TIME_COLUMNS = ["engine", "depth", "steps", "repeat", "cpu_seconds", "wall_seconds"]
+MEMORY_COLUMNS = ["engine", "depth", "steps", "peak_mib"]
+ACCURACY_COLUMNS = ["engine", "distill", "steps", "seed", "cosine", "norm_ratio", "adjoint_growth"]
+Row = dict[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence/hypergradient"))
+    parser.add_argument("--peak", nargs=3, metavar=("ENGINE", "DEPTH", "K"), help="measure one peak, print it, stop")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        engine, depth, steps = options.peak
+        print(measure_peak(engine, int(depth), int(steps)))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for depth, steps in TIME_CASES:
+        measure_times(options.out / "time.csv", depth, steps)
+    measure_memory(options.out / "memory.csv")
+    measure_accuracy(options.out / "accuracy.csv")
+    measure_compiled(options.out / "time_compiled.csv", options.out / "compile.csv")
+    report(options.out)
+
+
+def measure_times(path: Path, depth: int, steps: int) -> None:
+    """Time the engines in turn, after a round that is thrown away."""
+    problems = {engine: Problem(depth, steps) for engine in ENGINES}
+    for repeat in range(-1, REPEATS):
+        if matching(path, depth=depth, steps=steps, repeat=max(repeat, 0), engine="first_order"):
+            continue
+        for engine, problem in problems.items():
+            row = take_time(engine, problem)
+            if repeat >= 0:
+                write_row(path, TIME_COLUMNS, [engine, depth, steps, repeat, *row])
+
+
+def measure_compiled(path: Path, compile_path: Path) -> None:
+    """Time `first_order` on a compiled inner loss beside higher, and the compilation apart."""
+    depth, steps = 8, 20
+    if matching(path, repeat=REPEATS - 1, engine="first_order"):
+        return
+    compiled, plain = Problem(depth, steps), Problem(depth, steps)
+    write_row(compile_path, ["depth", "seconds"], [depth, round(compile_problem(compiled), 1)])
+    for repeat in range(REPEATS):
+        for engine, problem in (("higher", plain), ("first_order", compiled)):
+            write_row(path, TIME_COLUMNS, [engine, depth, steps, repeat, *take_time(engine, problem)])
+
+
+def take_time(engine: str, problem: Problem) -> tuple[float, float]:
+    """Return processor and wall seconds of one hypergradient."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    ENGINES[engine](problem)
+    return round(time.process_time() - cpu, 4), round(time.perf_counter() - wall, 4)
+
+
+def measure_memory(path: Path) -> None:
+    """Measure every engine's peak in a process of its own."""
+    for engine, depth, steps in MEMORY_CASES:
+        if not matching(path, engine=engine, depth=depth, steps=steps):
+            command = [sys.executable, __file__, "--peak", engine, str(depth), str(steps)]
+            peak = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, peak])
+
+
+def measure_peak(engine: str, depth: int, steps: int) -> float:
+    """Return the MiB by which an engine's peak exceeds what this process, with the problem built, holds when idle."""
+    warm = Problem(depth, 1)
+    warm.inner_batches = [(images[:2], labels[:2], teacher[:2]) for images, labels, teacher in warm.inner_batches]
+    ENGINES["sgd"](warm)
+    problem = Problem(depth, steps)
+    idle = read_status("VmRSS")
+    ENGINES[engine](problem)
+    return round((read_status("VmHWM") - idle) / 1024, 1)
+
+
+def read_status(key: str) -> int:
+    """Return an entry of this process's status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def measure_accuracy(path: Path) -> None:
+    """Compare hypergradients in float32 with the exact one in float64."""
+    for distill, steps, seeds in ACCURACY_CASES:
+        for seed in range(seeds):
+            if matching(path, distill=distill, steps=steps, seed=seed, engine="first_order"):
+                continue
+            exact = adjoint(*Problem(8, steps, seed, distill, torch.float64).arguments)
+            assert exact.adjoint_norms is not None
+            growth = (exact.adjoint_norms.max() / exact.adjoint_norms[0]).item()
+            problem = Problem(8, steps, seed, distill)
+            for engine, estimator in (("adjoint", adjoint), ("first_order", first_order)):
+                result = estimator(*problem.arguments)
+                cosine, ratio = cosine_similarity(result.grads, exact.grads), (result.norm / exact.norm).item()
+                figures = [round(cosine, 6), round(ratio, 4), round(growth, 2)]
+                write_row(path, ACCURACY_COLUMNS, [engine, distill, steps, seed, *figures])
+
+
+def report(out: Path) -> None:
+    """Write result.json, the table and the picture from the rows."""
+    times, compiled, memory, accuracy = (
+        out / f"{name}.csv" for name in ("time", "time_compiled", "memory", "accuracy")
+    )
+
+    def time_ratio(engine: str, peer: str, depth: int, steps: int) -> float:
+        seconds = (median(times, "cpu_seconds", engine=name, depth=depth, steps=steps) for name in (engine, peer))
+        return next(seconds) / next(seconds)
+
+    def peak(engine: str, steps: int) -> float:
+        return median(memory, "peak_mib", engine=engine, depth=8, steps=steps)
+
+    figures = {}
+    for prefix, engine in (("", "first_order"), ("adjoint_", "adjoint")):
+        for depth, steps in TIME_CASES:
+            for peer in ("higher", "torchopt", "sgd"):
+                key = f"{prefix}time_vs_{peer}_resnet{depth}_k{steps}"
+                figures[key] = time_ratio(engine, peer, depth, steps)
+        for peer in ("higher", "torchopt"):
+            figures[f"{prefix}memory_vs_{peer}_resnet8_k20"] = peak(engine, 20) / peak(peer, 20)
+    compiled_seconds, higher_seconds = (
+        median(compiled, "cpu_seconds", engine=engine) for engine in ("first_order", "higher")
+    )
+    figures["compiled_time_vs_higher_resnet8_k20"] = compiled_seconds / higher_seconds
+    figures["compile_seconds"] = median(out / "compile.csv", "seconds", depth=8)
+    for steps in (5, 200):
+        figures[f"peak_mib_resnet8_k{steps}"] = peak("first_order", steps)
+    for steps in (5, 20):
+        figures[f"cosine_resnet8_k{steps}"] = median(
+            accuracy, "cosine", engine="first_order", distill=False, steps=steps
+        )
+    figures["cosine_kd_resnet8_k20"] = median(accuracy, "cosine", engine="first_order", distill=True, steps=20)
+    figures["exact_float32_cosine_kd_resnet8_k20"] = median(
+        accuracy, "cosine", engine="adjoint", distill=True, steps=20
+    )
+    figures = {key: round(value, 6) for key, value in figures.items()}
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    result = {
+        "command": "python benchmarks/hypergradient.py",
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": f"{platform.machine()} CPU, 1 thread",
+        "figures": figures,
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_table(out / "README.md", figures)
+    write_picture(out / "hypergradient.png", read_rows(times), read_rows(memory))
+
+
+def read_rows(path: Path) -> list[Row]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def matching(path: Path, **wanted: object) -> list[Row]:
+    """Return the rows of a file that have these values."""
+    return [row for row in read_rows(path) if all(row[column] == str(value) for column, value in wanted.items())]
+
+
+def median(path: Path, column: str, **wanted: object) -> float:
+    return statistics.median(float(row[column]) for row in matching(path, **wanted))
+
+
+def write_row(path: Path, columns: list[str], values: Iterable[object]) -> None:
+    """Append a row, after the header where the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(columns)
+        writer.writerow(values)
+    print(path.stem, *values, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""A running check of `first_order` against the exact hypergradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from meta.checks import NotTwiceDifferentiableError
+from meta.estimators.adjoint import adjoint
+from meta.estimators.base import Estimator
+from meta.estimators.first_order import first_order
+from meta.optim import OptimizerOrRecipe
+from meta.randomness import read_generators, replaying
+from meta.tensors import cosine_similarity
+from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+
+RADII = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+class Audit(NamedTuple):
+    """How near `first_order` comes to the exact hypergradient.
+
+    Attributes:
+        cosine: Cosine between the two at the best radius.
+        norm_ratio: Norm of the first-order hypergradient over that of the exact one, at the best radius.
+        radius: The best radius.
+        cosines: The cosine at every radius tried.
+    """
+
+    cosine: float
+    norm_ratio: float
+    radius: float
+    cosines: dict[float, float]
+
+
+def audit(
+    inner_loss: InnerLoss,
+    outer_loss: OuterLoss,
+    state: State,
+    hyper: Tensors,
+    inner_batches: Sequence[Any],
+    outer_batch: Any,
+    optimizer: OptimizerOrRecipe,
+    *,
+    radii: Sequence[float] = RADII,
+    central: bool = False,
+    examples: int | None = None,
+    reference: Estimator = adjoint,
+) -> Audit:
+    """Compare `first_order` at several radii with an exact estimator; the random generators are left as they were.
+
+    Costs one exact and `len(radii)` first-order hypergradients on the examples chosen.
+
+    Args (beside those of every `Estimator`):
+        radii: The perturbation lengths to try.
+        central: Whether the differences are central.
+        examples: Cut every tensor of the batches to this many leading entries; None takes whole batches.
+        reference: The exact estimator.
+
+    Raises:
+        NotTwiceDifferentiableError: The inner loss allows no exact hypergradient.
+        ValueError: The inputs make no bi-level problem.
+    """
+    batches, last = tree_map(lambda leaf: _head(leaf, examples), (list(inner_batches), outer_batch))
+    problem = (inner_loss, outer_loss, state, hyper, batches, last, optimizer)
+    generators = read_generators(state.parameters)
+    with replaying(generators):
+        exact = reference(*problem)
+    cosines, ratios = {}, {}
+    for radius in radii:
+        with replaying(generators):
+            estimate = first_order(*problem, radius=radius, central=central)
+        cosines[radius] = cosine_similarity(estimate.grads, exact.grads)
+        ratios[radius] = (estimate.norm / exact.norm).item()
+    best = max(cosines, key=lambda radius: cosines[radius])
+    return Audit(cosines[best], ratios[best], best, cosines)
+
+
+@dataclass
+class Audited:
+    """`first_order` that audits itself: an estimator with a memory.
+
+    At the first call and at every `every`-th after it, `audit` chooses the radius. Where even the best radius stays
+    under `threshold`, `adjoint` takes over until the next audit. A loss that cannot be differentiated twice cannot be
+    audited: then `first_order` goes on with the middle radius, and the audit's cosine is NaN.
+
+    Attributes:
+        every: Calls between audits.
+        threshold: Cosine that an audit has to reach.
+        radii: The perturbation lengths to choose from.
+        central: Whether the differences are central.
+        examples: Leading examples of every batch that an audit looks at; None takes whole batches.
+        max_growth: Where the walk is truncated; see `first_order`.
+        audits: Call number → audit, for logging.
+        exact: Whether `adjoint` is in charge at present.
+        radius: The radius in use.
+    """
+
+    every: int = 100
+    threshold: float = 0.99
+    radii: Sequence[float] = RADII
+    central: bool = False
+    examples: int | None = 16
+    max_growth: float | None = None
+    audits: dict[int, Audit] = field(default_factory=dict)
+    exact: bool = False
+    radius: float = field(init=False)
+    _calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.radius = self._middle_radius()
+
+    def __call__(
+        self,
+        inner_loss: InnerLoss,
+        outer_loss: OuterLoss,
+        state: State,
+        hyper: Tensors,
+        inner_batches: Sequence[Any],
+        outer_batch: Any,
+        optimizer: OptimizerOrRecipe,
+    ) -> Hypergradient:
+        """Estimate the hypergradient; see `Estimator`."""
+        problem = (inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer)
+        if self._calls % self.every == 0:
+            try:
+                found = audit(*problem, radii=self.radii, central=self.central, examples=self.examples)
+                self.radius, self.exact = found.radius, found.cosine < self.threshold
+            except NotTwiceDifferentiableError:
+                found = Audit(float("nan"), float("nan"), self._middle_radius(), {})
+            self.audits[self._calls] = found
+        self._calls += 1
+        if self.exact:
+            return adjoint(*problem, max_growth=self.max_growth)
+        return first_order(*problem, radius=self.radius, central=self.central, max_growth=self.max_growth)
+
+    def _middle_radius(self) -> float:
+        return sorted(self.radii)[(len(self.radii) - 1) // 2]
+
+
+class Horizon(NamedTuple):
+    """How far back a hypergradient can be trusted.
+
+    Attributes:
+        steps: The longest rollout tried up to which every cosine reached the threshold; 0 if none did.
+        cosines: Rollout length → cosine between the hypergradients of two rollouts that started a rounding error apart.
+    """
+
+    steps: int
+    cosines: dict[int, float]
+
+
+def horizon(
+    inner_loss: InnerLoss,
+    outer_loss: OuterLoss,
+    state: State,
+    hyper: Tensors,
+    inner_batches: Sequence[Any],
+    outer_batch: Any,
+    optimizer: OptimizerOrRecipe,
+    *,
+    lengths: Sequence[int] | None = None,
+    estimator: Estimator = adjoint,
+    noise: float = 1e-6,
+    threshold: float = 0.9,
+    seed: int = 0,
+) -> Horizon:
+    """Find up to which K the hypergradient of this problem means something.
+
+    Where the rollout is chaotic, two students a rounding error apart have unrelated hypergradients, and the exact one
+    of either is of no use. Costs two hypergradients for each length.
+
+    Args (beside those of every `Estimator`):
+        lengths: Rollout lengths to try; None doubles from 1 up to `len(inner_batches)`.
+        estimator: The estimator that is compared with itself.
+        noise: Relative size of the disturbance of every inner parameter; the default is some float32 roundings.
+        threshold: Cosine that a length has to reach.
+        seed: Seed of the disturbance.
+    """
+    tried = _double_up_to(len(inner_batches)) if lengths is None else sorted(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    shifted = {
+        name: tensor * (1 + noise * torch.randn(tensor.shape, generator=generator).to(tensor))
+        for name, tensor in state.parameters.items()
+    }
+    generators = read_generators(state.parameters)
+    cosines: dict[int, float] = {}
+    for length in tried:
+        found = []
+        for parameters in (state.parameters, shifted):
+            start = state._replace(parameters=parameters)
+            with replaying(generators):
+                batches = inner_batches[:length]
+                found.append(estimator(inner_loss, outer_loss, start, hyper, batches, outer_batch, optimizer).grads)
+        cosines[length] = cosine_similarity(*found)
+    trusted = 0
+    for length in tried:
+        if not cosines[length] >= threshold:
+            break
+        trusted = length
+    return Horizon(trusted, cosines)
+
+
+def _double_up_to(longest: int) -> list[int]:
+    lengths = [1]
+    while lengths[-1] * 2 < longest:
+        lengths.append(lengths[-1] * 2)
+    return sorted({*lengths, longest})
+
+
+def _head(leaf: Any, examples: int | None) -> Any:
+    return leaf[:examples] if isinstance(leaf, Tensor) and leaf.dim() else leaf

@@ -1,0 +1,132 @@
+"""The hypergradient of a student's real training steps, for the price of the walk back."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meta.estimators.first_order import walk_trajectory
+from meta.optim import Optimizer, UpdateAdjoint, from_torch, read_slots
+from meta.randomness import GeneratorStates, read_generators
+from meta.rollout import Step, Trajectory
+from meta.tensors import as_leaves
+from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+
+
+class Tape:
+    """Records the last steps of an ordinary training loop, so that `first_order` need not take them again.
+
+    In the loop, `tape.watch(batch)` comes before the forward pass; the optimiser's `step` is noticed by itself:
+
+        tape = Tape(student, optimizer, dict(loss_network.named_parameters()), steps=20)
+        for batch in loader:
+            tape.watch(batch)
+            optimizer.zero_grad()
+            loss_network(student(batch.images), batch.targets).backward()
+            optimizer.step()
+        hypergradient = tape.hypergradient(inner_loss, outer_loss, outer_batch)
+
+    Each step's backward pass must leave the gradients of `inner_loss` on that batch, and nothing else, in the `.grad`
+    of the student's parameters and in those of the outer parameters, which `watch` clears. Holds one copy of the
+    student's parameters, gradients and optimiser state for each step.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, hyper: Mapping[str, Tensor], steps: int
+    ) -> None:
+        """Start to record.
+
+        Args:
+            module: The student. Only parameters that require gradients are recorded.
+            optimizer: Its optimiser: SGD, Adam or AdamW of torch.
+            hyper: The outer parameters.
+            steps: How many steps to keep.
+
+        Raises:
+            ValueError: The optimiser has no functional equal in `meta.optim`.
+        """
+        self.module, self.optimizer, self.hyper = module, optimizer, dict(hyper)
+        from_torch(optimizer, module)
+        self._steps: deque[tuple[Step, Optimizer]] = deque(maxlen=steps)
+        self._watched: tuple[Any, GeneratorStates, Tensors] | None = None
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self._capture())
+
+    def watch(self, batch: Any) -> None:
+        """Announce the batch of the step that begins now, before its forward pass."""
+        for parameter in self.hyper.values():
+            parameter.grad = None
+        self._watched = (batch, read_generators(self._parameters()), _copy(dict(self.module.named_buffers())))
+
+    def hypergradient(
+        self,
+        inner_loss: InnerLoss,
+        outer_loss: OuterLoss,
+        outer_batch: Any,
+        *,
+        radius: float = 3e-3,
+        central: bool = False,
+        max_growth: float | None = None,
+    ) -> Hypergradient:
+        """Walk back over the recorded steps, from the student as it is now; see `meta.estimators.first_order`.
+
+        Raises:
+            ValueError: Nothing is recorded, or the losses make no bi-level problem.
+        """
+        if not self._steps:
+            raise ValueError("the tape is empty: call watch(batch) before each forward pass")
+        steps = [replace(step, index=index) for index, (step, _) in enumerate(self._steps)]
+        return walk_trajectory(
+            Trajectory(steps, self._read_state(dict(self.module.named_buffers()))),
+            inner_loss,
+            outer_loss,
+            as_leaves(self.hyper),
+            outer_batch,
+            _Recorded([optimizer for _, optimizer in self._steps]),
+            radius=radius,
+            central=central,
+            max_growth=max_growth,
+        )
+
+    def close(self) -> None:
+        """Stop recording."""
+        self._hook.remove()
+
+    def _capture(self) -> None:
+        """Record the step that the optimiser is about to take."""
+        if self._watched is None:
+            return
+        batch, generators, buffers = self._watched
+        self._watched = None
+        gradients = {name: tensor.grad for name, tensor in self._parameters().items() if tensor.grad is not None}
+        hyper_gradients = {name: tensor.grad for name, tensor in self.hyper.items() if tensor.grad is not None}
+        state = self._read_state(buffers)
+        step = Step(0, state, batch, generators, _copy(gradients), _copy(hyper_gradients))
+        self._steps.append((step, from_torch(self.optimizer, self.module)))
+
+    def _parameters(self) -> Tensors:
+        return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
+
+    def _read_state(self, buffers: Tensors) -> State:
+        return State(_copy(self._parameters()), _copy(buffers), read_slots(self.optimizer, self.module))
+
+
+class _Recorded:
+    """The optimiser as it was at every recorded step."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def update(
+        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        return self.optimizers[step].update(parameters, gradients, optimizer_state, step)
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        return self.optimizers[step].adjoint(before, gradients, step, cotangents)
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

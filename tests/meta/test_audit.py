@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+from bilevel_problems import learned_loss_problem
+from test_networks import build, network_problem
+
+from meta import Audited, audit, horizon
+from meta.estimators import adjoint, first_order
+from meta.optim import SGD
+
+
+def test_an_audit_finds_the_radius_and_leaves_the_generators_alone():
+    problem = learned_loss_problem(steps=4)
+    before = torch.get_rng_state()
+    found = audit(*problem, radii=(1e-4, 1.0), examples=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.radius == 1e-4
+    assert found.cosine == found.cosines[1e-4] > 0.9999
+    assert found.cosines[1.0] < found.cosine
+    assert found.norm_ratio == pytest.approx(1, abs=1e-3)
+
+
+def test_audited_audits_on_schedule_and_is_first_order_in_between():
+    problem = learned_loss_problem(steps=3)
+    estimator = Audited(every=2, radii=(1e-4, 1.0))
+    results = [estimator(*problem) for _ in range(3)]
+    assert sorted(estimator.audits) == [0, 2]
+    assert not estimator.exact
+    expected = first_order(*problem, radius=1e-4)
+    for result in results:
+        torch.testing.assert_close(result.grads, expected.grads)
+
+
+def test_audited_falls_back_to_the_exact_walk():
+    problem = learned_loss_problem(steps=3)
+    estimator = Audited(radii=(3.0,), threshold=0.9999)
+    result = estimator(*problem)
+    assert estimator.exact
+    assert estimator.audits[0].cosine < 0.9999
+    torch.testing.assert_close(result.grads, adjoint(*problem).grads)
+
+
+def test_audited_goes_on_where_nothing_exact_can_be_had():
+    problem = network_problem(build("vision transformer with fused attention"))
+    estimator = Audited()
+    result = estimator(*problem)
+    assert math.isnan(estimator.audits[0].cosine)
+    assert not estimator.exact
+    torch.testing.assert_close(result.grads, first_order(*problem, radius=estimator.radius).grads)
+
+
+def test_horizon_tells_a_calm_problem_from_a_chaotic_one():
+    calm = horizon(*learned_loss_problem(steps=6))
+    assert calm.steps == 6
+    assert sorted(calm.cosines) == [1, 2, 4, 6]
+
+    def logistic_map(parameters, buffers, hyper, batch):
+        x = parameters["x"]
+        # One step at rate 1 is x ← 4 x (1 − x) up to the outer parameter: chaos.
+        return (x.square() / 2 - hyper["a"] * (x.square() / 2 - x**3 / 3)).sum(), buffers
+
+    problem = learned_loss_problem()
+    state = problem.state._replace(parameters={"x": torch.rand(5, dtype=torch.float64)}, buffers={}, optimizer={})
+    hyper = {"a": torch.tensor(4.0, dtype=torch.float64)}
+
+    def outer_loss(parameters, buffers, batch):
+        return parameters["x"].sum()
+
+    chaotic = horizon(logistic_map, outer_loss, state, hyper, [None] * 64, None, SGD(1.0))
+    assert 1 <= chaotic.steps < 64
+    assert min(chaotic.cosines, key=chaotic.cosines.get) > chaotic.steps

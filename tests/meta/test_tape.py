@@ -1,0 +1,94 @@
+import pytest
+import torch
+from bilevel_problems import relative_distance
+from torch import nn
+from torch.nn import functional as F
+
+from meta import State, Tape, call_module
+from meta.estimators import first_order
+from meta.optim import SGD, AdamW, from_torch, read_slots
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Dropout(0.3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def weighted_loss(logits, targets, weights):
+    return (weights.exp() * F.cross_entropy(logits, targets, reduction="none")).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "functional"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01), SGD(0.1, 0.9, weight_decay=0.01)),
+        (lambda p: torch.optim.AdamW(p, lr=0.01), AdamW(0.01)),
+    ],
+)
+@pytest.mark.parametrize("central", [False, True])
+def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central):
+    torch.manual_seed(0)
+    student = Student().double()
+    weights = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    batches = [(torch.randn(5, 6, dtype=torch.float64), torch.randint(3, (5,))) for _ in range(5)]
+    optimizer = kind(student.parameters())
+
+    def inner_loss(parameters, buffers, hyper, batch):
+        logits, buffers = call_module(student, parameters, buffers, batch[0])
+        return weighted_loss(logits, batch[1], hyper["weights"]), buffers
+
+    def outer_loss(parameters, buffers, batch):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return F.cross_entropy(call_module(student, parameters, buffers, batch[0])[0], batch[1])
+
+    tape = Tape(student, optimizer, {"weights": weights}, steps=3)
+    for index, batch in enumerate(batches[:4]):
+        if index == 1:
+            state = State(
+                {name: p.detach().clone() for name, p in student.named_parameters()},
+                {name: b.clone() for name, b in student.named_buffers()},
+                read_slots(optimizer, student),
+            )
+            generators = torch.get_rng_state()
+        tape.watch(batch)
+        optimizer.zero_grad()
+        weighted_loss(student(batch[0]), batch[1], weights).backward()
+        optimizer.step()
+    options = {"radius": 1e-3, "central": central}
+    taped = tape.hypergradient(inner_loss, outer_loss, batches[4], **options)
+
+    torch.set_rng_state(generators)
+    hyper = {"weights": weights}
+    expected = first_order(inner_loss, outer_loss, state, hyper, batches[1:4], batches[4], functional, **options)
+    assert relative_distance(taped.grads, expected.grads) < 1e-8
+    assert relative_distance(taped.final_state.parameters, expected.final_state.parameters) < 1e-10
+    tape.close()
+    optimizer.step()
+
+
+def test_an_empty_tape_and_an_unknown_optimizer_are_errors():
+    student = Student()
+    with pytest.raises(ValueError, match="unsupported inner optimiser Adagrad"):
+        Tape(student, torch.optim.Adagrad(student.parameters()), {}, steps=2)
+    tape = Tape(student, torch.optim.SGD(student.parameters(), lr=0.1), {}, steps=2)
+    with pytest.raises(ValueError, match="tape is empty"):
+        tape.hypergradient(lambda *a: None, lambda *a: None, None)
+
+
+def test_parameter_groups_are_converted():
+    student = Student()
+    groups = [
+        {"params": student.body.parameters(), "lr": 0.1},
+        {"params": student.head.parameters(), "lr": 0.2, "momentum": 0.5},
+    ]
+    grouped = from_torch(torch.optim.SGD(groups, lr=0.3), student)
+    assert grouped.select("body.0.weight") == SGD(0.1)
+    assert grouped.select("head.bias") == SGD(0.2, momentum=0.5)
+    with pytest.raises(ValueError, match="amsgrad"):
+        from_torch(torch.optim.Adam(student.parameters(), amsgrad=True), student)
