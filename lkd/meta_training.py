@@ -37,11 +37,12 @@ from lkd.outputs import Outputs
 from lkd.pool import Pool, build_pool, open_pool
 from lkd.run import Run
 from lkd.training import TeacherFunction
-from meta import ESTIMATORS, Hypergradient, OuterStep, call_module, outer_step
+from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, call_module, outer_step
 from meta.optim import SGD
 from meta.types import Tensors
 
 InnerBatch = tuple[Batch, Outputs, float]
+AUDITED = "audited"
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
@@ -101,7 +102,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     Raises:
         UserError: If one is impossible.
     """
-    check_choice("meta.estimator", recipe.meta.estimator, ESTIMATORS)
+    check_choice("meta.estimator", recipe.meta.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", recipe.meta.objective, OBJECTIVES)
     for name in ("outer_steps", "students_per_step", "rollout_steps", "outer_batch_size", "checkpoint_every"):
         if getattr(recipe.meta, name) < 1:
@@ -113,7 +114,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
 def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     """What is logged of one outer step."""
     weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
-    return {
+    row = {
         "outer/value": result.value,
         "outer/hypergradient_norm": result.norm,
         "outer/clipped": float(result.clipped),
@@ -121,6 +122,10 @@ def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
         "loss/weight": weight,
         "loss/temperature": temperature,
     }
+    if isinstance(training.estimator, Audited) and training.estimator.audits:
+        latest = list(training.estimator.audits.values())[-1]
+        row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
+    return row
 
 
 def half_cosine(progress: float) -> float:
@@ -156,6 +161,9 @@ class MetaTraining:
         self.loss = LearnedLoss({"logits": part}).to(device)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
         self.objective = OBJECTIVES[self.settings.objective]
+        self.estimator: Estimator = (
+            Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
+        )
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.balances: list[tuple[float, float]] = []
@@ -190,7 +198,7 @@ class MetaTraining:
         optimizer = SGD(
             self.anneal(student.learning_rate), train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay
         )
-        return ESTIMATORS[settings.estimator](
+        return self.estimator(
             self.inner_loss,
             self.outer_loss,
             student.state,
@@ -239,6 +247,7 @@ class MetaTraining:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
+            "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -247,3 +256,5 @@ class MetaTraining:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = state["history"]
+        if isinstance(self.estimator, Audited):
+            self.estimator.load_state_dict(state["estimator"])
