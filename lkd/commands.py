@@ -1,6 +1,6 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
-from lkd.assembly import check_network, prepare_images, prepare_teacher
+from lkd.assembly import check_network, introduce_network, introduce_teacher, prepare_images, prepare_teacher
 from lkd.comparison import compare as compare_methods
 from lkd.config import (
     CompareRecipe,
@@ -15,7 +15,7 @@ from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
 from lkd.meta_training import meta_train as learn_loss
-from lkd.pool import build_pool
+from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
 from lkd.run import choose_device, open_run
@@ -51,10 +51,13 @@ def evaluate(recipe: EvaluateRecipe) -> None:
 def pool(recipe: PoolRecipe) -> None:
     """`lkd pool`."""
     with open_run(recipe, "pool") as run:
+        check_pool(recipe.pool)
         images = prepare_images(recipe.data)
+        run.say(introduce_network("student", recipe.student, images, run.device))
+        run.say(introduce_teacher(recipe.teacher, images, run.device))
         teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
         built = build_pool(recipe, run.path / "pool", images, teacher, run)
-        print(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
+        run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 
 
 def meta_train(recipe: MetaTrainRecipe) -> None:

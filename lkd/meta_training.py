@@ -34,7 +34,7 @@ from lkd.errors import UserError, check_choice
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.losses import LearnedLoss, LogitLoss
 from lkd.outputs import Outputs
-from lkd.pool import Pool, build_pool, open_pool
+from lkd.pool import Pool, build_pool, check_pool, open_pool
 from lkd.run import Run
 from lkd.training import TeacherFunction
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, call_module, outer_step
@@ -102,6 +102,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     Raises:
         UserError: If one is impossible.
     """
+    check_pool(recipe.pool)
     check_choice("meta.estimator", recipe.meta.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", recipe.meta.objective, OBJECTIVES)
     for name in ("outer_steps", "students_per_step", "rollout_steps", "outer_batch_size", "checkpoint_every"):

@@ -13,7 +13,7 @@ from torch import Generator
 from tqdm import tqdm
 
 from lkd.assembly import Images, architecture_of
-from lkd.config import MetaTrainRecipe, PoolRecipe
+from lkd.config import MetaTrainRecipe, PoolRecipe, PoolSettings
 from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.files import read_json, read_tensors, write_json, write_tensors
@@ -109,8 +109,7 @@ def build_pool(
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.
     """
     settings = recipe.pool
-    if settings.students < 1 or settings.snapshots < 1 or not 0 <= settings.max_age <= 1:
-        raise UserError("pool: students and snapshots must be at least 1, max_age in [0, 1]")
+    check_pool(settings)
     architecture = architecture_of(recipe.student, images.train)
     index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
     if (folder / INDEX).exists():
@@ -141,6 +140,20 @@ def build_pool(
                 index["students"].append({"file": name, "training": number, "progress": training.progress})
             write_json(folder / INDEX, index)
     return Pool(folder, index)
+
+
+def check_pool(settings: PoolSettings) -> None:
+    """Check what a pool is to hold, before any training.
+
+    Raises:
+        UserError: If a setting is impossible.
+    """
+    for name in ("students", "snapshots"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"pool.{name}: {getattr(settings, name)} is not at least 1")
+    if not 0 <= settings.max_age <= 1:
+        raise UserError(f"pool.max_age: {settings.max_age} is not in [0, 1]")
+    build_loss(settings.loss)
 
 
 def write_student(path: Path, training: Training) -> None:
