@@ -67,40 +67,45 @@ def prepare_teacher(
         UserError: If the file is not good, or the teacher does not fit the images.
     """
     network, header = load_teacher_network(recipe.path)
-    check_teacher(recipe.path, header["architecture"], images.train)
+    check_network(recipe.path, header["architecture"], images.train)
     reliable = Teacher(network.to(device))
     teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     return TabulatedTeacher(teacher, images.train, device) if data.augmentation == "none" else teacher
 
 
-def check_teacher(path: str, architecture: dict[str, Any], images: ImageSet) -> None:
-    """Check that a teacher fits the images.
+def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:
+    """Check that a network's file fits the images.
 
     Raises:
         UserError: If its classes or channels differ from theirs.
     """
-    for what, teachers, ours in (
+    for what, theirs, ours in (
         ("classes", architecture["num_classes"], images.num_classes),
         ("input channels", architecture["in_chans"], images.image_shape[0]),
     ):
-        if teachers != ours:
-            raise UserError(f"teacher.path: {path} has {teachers} {what}, the data and the student have {ours}")
+        if theirs != ours:
+            raise UserError(f"{path}: has {theirs} {what}, the data set and its students have {ours}")
 
 
-def introduce_networks(teacher: TeacherRecipe, student: ModelRecipe, images: Images, device: torch.device) -> list[str]:
-    """Say which teacher and which student this is, a line each, with the teacher's accuracy on meta-validation.
+def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.device) -> str:
+    """Say which teacher this is, with its accuracy on meta-validation.
 
     Raises:
-        UserError: If one of them cannot be built or does not fit the images; before any long work.
+        UserError: If its file is not good or it does not fit the images.
     """
-    shape = images.train.image_shape
-    described = describe(prepare_student(student, images.train, 0, device), student.name, shape)
-    network, header = load_teacher_network(teacher.path)
-    check_teacher(teacher.path, header["architecture"], images.train)
+    network, header = load_teacher_network(recipe.path)
+    check_network(recipe.path, header["architecture"], images.train)
+    described = describe(network, header["architecture"]["name"], images.train.image_shape)
     top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
-    random = f", but answers at random on {teacher.random_answers:.0%} of the images" if teacher.random_answers else ""
-    return [
-        format_description("teacher", describe(network, header["architecture"]["name"], shape))
-        + f", {top1:.2f} % on meta-validation{random}",
-        format_description("student", described),
-    ]
+    random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
+    return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
+
+
+def introduce_network(role: str, model: ModelRecipe, images: Images, device: torch.device) -> str:
+    """Say which network this is that will be trained.
+
+    Raises:
+        UserError: If it cannot be built.
+    """
+    network = prepare_student(model, images.train, 0, device)
+    return format_description(role, describe(network, model.name, images.train.image_shape))

@@ -1,6 +1,6 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
-from lkd.assembly import prepare_images, prepare_teacher
+from lkd.assembly import check_network, prepare_images, prepare_teacher
 from lkd.comparison import compare as compare_methods
 from lkd.config import (
     CompareRecipe,
@@ -39,6 +39,7 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint)
     images = prepare_images(recipe.data)
+    check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else images.meta_validation
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, introduce_networks, prepare_images, prepare_teacher
+from lkd.assembly import Images, introduce_network, introduce_teacher, prepare_images, prepare_teacher
 from lkd.comparison_table import format_table, plot_table, summarize, write_csv
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.distillation import start_training
@@ -54,8 +54,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     """
     check_methods(recipe)
     images = prepare_images(recipe.data)
-    for student in recipe.students:
-        run.say(*introduce_networks(recipe.teacher, student, images, run.device))
+    run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
     with start_workers(recipe.workers) as workers:
         finish_all(submit(recipe, plan_tuning(recipe), run.path, workers, str(run.device)), describe_row, "tune")
         picks = pick_options(recipe, run.path)
@@ -136,13 +136,13 @@ def submit(
 
 def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
     identity = {
-        "cell": dataclasses.asdict(cell),
+        "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": [dataclasses.asdict(recipe.teacher), digest_of(recipe.teacher.path)],
+        "teacher": [digest_of(recipe.teacher.path) or recipe.teacher.path, recipe.teacher.random_answers],
         "train": dataclasses.asdict(recipe.train),
         "every": recipe.evaluate_every,
-        "loss": digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     kind = "report" if cell.reported else "tune"

@@ -182,7 +182,8 @@ class MetaSettings:
         students_per_step: Students drawn from the pool for each update; their hypergradients are averaged.
         rollout_steps: K, the student's steps in one rollout.
         annealing: Learning rate within a rollout: cosine (to zero) or constant.
-        estimator: How the hypergradient is computed: unrolled or higher (both exact).
+        estimator: How the hypergradient is computed: one of meta's (unrolled, adjoint and higher are exact; first_order
+            is leaner), or audited: first_order as long as its audit against the exact one holds, else adjoint.
         objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best
             temperature).
         outer_batch_size: Meta-validation images of one outer loss.

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lkd.assembly import architecture_of, introduce_networks, prepare_images, prepare_student, prepare_teacher
+from lkd.assembly import (
+    architecture_of,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_student,
+    prepare_teacher,
+)
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import Batches, ImageSet
@@ -19,8 +26,6 @@ from lkd.evaluation import evaluate
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.losses import CrossEntropyLoss
 from lkd.losses.build import build_loss
-from lkd.models import describe
-from lkd.models.describe import format_description
 from lkd.models.network_file import save_network
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
@@ -34,7 +39,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     """
     loss = build_loss(recipe.loss)
     images = prepare_images(recipe.data)
-    run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
+    run.say(introduce_network("student", recipe.student, images, run.device))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
@@ -46,12 +52,7 @@ def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
         The teacher's file.
     """
     images = prepare_images(recipe.data)
-    shape = images.train.image_shape
-    run.say(
-        format_description(
-            "teacher", describe(prepare_student(recipe.model, images.train, 0, run.device), recipe.model.name, shape)
-        )
-    )
+    run.say(introduce_network("teacher", recipe.model, images, run.device))
     return train_to_the_end(
         recipe, recipe.model, images.train, images.meta_validation, CrossEntropyLoss(), None, run, "teacher"
     )

@@ -17,7 +17,15 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from lkd.artifact import SUFFIX, save_loss
-from lkd.assembly import Images, architecture_of, introduce_networks, prepare_images, prepare_student, prepare_teacher
+from lkd.assembly import (
+    Images,
+    architecture_of,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_student,
+    prepare_teacher,
+)
 from lkd.calibration import OBJECTIVES
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import MetaTrainRecipe
@@ -29,11 +37,12 @@ from lkd.outputs import Outputs
 from lkd.pool import Pool, build_pool, open_pool
 from lkd.run import Run
 from lkd.training import TeacherFunction
-from meta import ESTIMATORS, Hypergradient, OuterStep, call_module, outer_step
+from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, call_module, outer_step
 from meta.optim import SGD
 from meta.types import Tensors
 
 InnerBatch = tuple[Batch, Outputs, float]
+AUDITED = "audited"
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
@@ -50,7 +59,8 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     images = prepare_images(recipe.data)
     architecture = architecture_of(recipe.student, images.train)
     pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
-    run.say(*introduce_networks(recipe.teacher, recipe.student, images, run.device))
+    run.say(introduce_network("student", recipe.student, images, run.device))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
     pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
     training = MetaTraining(recipe, images, teacher, pool, run.device)
@@ -92,7 +102,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     Raises:
         UserError: If one is impossible.
     """
-    check_choice("meta.estimator", recipe.meta.estimator, ESTIMATORS)
+    check_choice("meta.estimator", recipe.meta.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", recipe.meta.objective, OBJECTIVES)
     for name in ("outer_steps", "students_per_step", "rollout_steps", "outer_batch_size", "checkpoint_every"):
         if getattr(recipe.meta, name) < 1:
@@ -103,8 +113,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
 
 def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     """What is logged of one outer step."""
-    weight, temperature = training.mean_balance
-    return {
+    weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
+    row = {
         "outer/value": result.value,
         "outer/hypergradient_norm": result.norm,
         "outer/clipped": float(result.clipped),
@@ -112,6 +122,10 @@ def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
         "loss/weight": weight,
         "loss/temperature": temperature,
     }
+    if isinstance(training.estimator, Audited) and training.estimator.audits:
+        latest = list(training.estimator.audits.values())[-1]
+        row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
+    return row
 
 
 def half_cosine(progress: float) -> float:
@@ -147,14 +161,18 @@ class MetaTraining:
         self.loss = LearnedLoss({"logits": part}).to(device)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
         self.objective = OBJECTIVES[self.settings.objective]
+        self.estimator: Estimator = (
+            Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
+        )
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.mean_balance = (math.nan, math.nan)
+        self.balances: list[tuple[float, float]] = []
 
     def run_step(self) -> OuterStep:
         """Average the hypergradients of several students and update the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
+        self.balances.clear()
         hypergradients = [self.differentiate_student(number) for number in range(self.settings.students_per_step)]
         parameters = dict(self.loss.named_parameters())
         result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
@@ -180,7 +198,7 @@ class MetaTraining:
         optimizer = SGD(
             self.anneal(student.learning_rate), train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay
         )
-        return ESTIMATORS[settings.estimator](
+        return self.estimator(
             self.inner_loss,
             self.outer_loss,
             student.state,
@@ -215,12 +233,12 @@ class MetaTraining:
 
     @torch.no_grad()
     def record_balance(self, parameters: Tensors, buffers: Tensors, batch: InnerBatch) -> None:
-        """Remember the loss's mean weight and temperature on one batch, to be logged."""
+        """Remember the loss's mean weight and temperature on a rollout's first batch, to be logged."""
         images, teacher, progress = batch
         outputs, _ = call_module(self.student, parameters, buffers, images.images)
         part: Any = self.loss.parts["logits"]
         weight, temperature = part.weights_and_temperatures(outputs.logits, teacher.logits, images.target, progress)
-        self.mean_balance = (float(weight.mean()), float(temperature.mean()))
+        self.balances.append((float(weight.mean()), float(temperature.mean())))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-exactly."""
@@ -229,6 +247,7 @@ class MetaTraining:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
+            "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,3 +256,5 @@ class MetaTraining:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = state["history"]
+        if isinstance(self.estimator, Audited):
+            self.estimator.load_state_dict(state["estimator"])

@@ -89,12 +89,13 @@ def plot_settings(
         path: The picture.
     """
     settings = list(tables)
+    names = [setting.replace("_", " ") for setting in settings]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=[1, 1.25])
     for number, values in enumerate(grid.values()):
         label = f"KD, each of {len(grid)} fixed (weight, temperature)" if number == 0 else None
-        left.plot(settings, [values[s] for s in settings], color="0.7", lw=1, marker=".", label=label)
+        left.plot(names, [values[s] for s in settings], color="0.7", lw=1, marker=".", label=label)
     for (method, values), color in zip(bold.items(), ("tab:blue", "tab:red"), strict=False):
-        left.plot(settings, [values[s] for s in settings], lw=2.2, marker="o", color=color, label=method)
+        left.plot(names, [values[s] for s in settings], lw=2.2, marker="o", color=color, label=method)
     left.set_ylabel("meta-validation accuracy, %")
     left.set_title("one line for each fixed choice, first seed", fontsize=10)
     left.legend(fontsize=8, frameon=False, loc="lower left")
@@ -115,7 +116,7 @@ def plot_settings(
                 color=colors[method],
                 label=method if place == 0 else None,
             )
-        ticks[place] = f"{setting}\n{student}"
+        ticks[place] = f"{setting.replace('_', ' ')}\n{student}"
     right.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
     right.set_ylabel("test accuracy, %")
     right.set_title("fresh students, mean ± standard error over paired seeds", fontsize=10)

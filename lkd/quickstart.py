@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.artifact import SUFFIX, load_loss, read_provenance
-from lkd.assembly import introduce_networks, prepare_images
+from lkd.assembly import introduce_network, introduce_teacher, prepare_images
 from lkd.comparison import Cell, cell_path, pick_options, plan_report, plan_tuning, submit, write_results
 from lkd.config import (
     CompareRecipe,
@@ -23,11 +23,11 @@ from lkd.config import (
     TeacherRecipe,
     TrainRecipe,
 )
-from lkd.files import read_json, write_json
+from lkd.files import read_json, write_json, write_text
 from lkd.losses.build import build_loss
 from lkd.meta_training import meta_train
 from lkd.plots import plot_learned_loss, plot_meta_training, plot_settings
-from lkd.report import write_quickstart_report
+from lkd.report import compare_regrets, write_quickstart_report
 from lkd.run import Run, open_run
 from lkd.workers import finish_all, start_workers
 
@@ -52,13 +52,10 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
     first = compare_recipes["clean"]
     images = prepare_images(first.data)
-    networks = list(
-        dict.fromkeys(
-            line
-            for student in first.students
-            for line in introduce_networks(first.teacher, student, images, run.device)
-        )
-    )
+    networks = [
+        introduce_teacher(first.teacher, images, run.device),
+        *(introduce_network("student", student, images, run.device) for student in first.students),
+    ]
     run.say(*networks)
     run.say(
         f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
@@ -101,17 +98,28 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         plot_learned_loss(load_loss(loss_path(run.path, setting)), kd, label, path)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
-    phases["total"] = time.time() - started
+    regret = compare_regrets(regrets(grid, bold))
+    write_text(run.path / "regret.txt", regret + "\n")
+    phases["report"] = time.time() - started - sum(phases.values())
+    phases = add_earlier_phases(phases, run.path / "phases.json")
     result = {
         "command": "lkd quickstart" + (" --short" if recipe.short else ""),
         "commit": run.provenance()["environment"]["commit"],
         "versions": run.provenance()["environment"]["versions"],
         "machine": run.provenance()["environment"]["platform"],
-        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(phases["total"], 1)},
+        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
     }
     write_json(run.path / "result.json", result)
-    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regrets(grid, bold))
+    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
     return page
+
+
+def add_earlier_phases(phases: dict[str, float], path: Path) -> dict[str, float]:
+    """Seconds of each phase, with those of earlier sessions of a run that was gone on with."""
+    earlier = read_json(path) if path.exists() else {}
+    total = {name: seconds + earlier.get(name, 0.0) for name, seconds in phases.items()}
+    write_json(path, total)
+    return total
 
 
 def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:

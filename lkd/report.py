@@ -30,7 +30,7 @@ def write_quickstart_report(
     tables: dict[str, list[dict[str, Any]]],
     picks: dict[str, dict[str, Any]],
     phases: dict[str, float],
-    regret: dict[str, float],
+    regret: str,
 ) -> Path:
     """Write RUN_DIR/report.html.
 
@@ -41,14 +41,14 @@ def write_quickstart_report(
         tables: Setting → table rows.
         picks: Setting → method → options that were used.
         phases: Seconds of each phase.
-        regret: Largest gap over the settings to the best KD of each, by loss.
+        regret: A sentence about the largest gaps.
     """
     seen, unseen = dict.fromkeys(row["student"] for row in tables["clean"])
     config = {"recipe": dataclasses.asdict(recipe), **run.provenance()["environment"]}
     fields = {
         "note": NOTE if recipe.short else "",
         "summary": summary_table(tables),
-        "regret": escape(compare_regrets(regret)),
+        "regret": escape(regret),
         "picture": embed_picture(run.path / "quickstart.png", "accuracy of every loss in the three settings"),
         "seeds": recipe.seeds,
         "seen": escape(seen),
@@ -62,7 +62,10 @@ def write_quickstart_report(
         ),
         "reuse": escape(reuse_lines(f"{run.path}/clean/meta-train/loss.lkd.safetensors", unseen)),
         "networks": "".join(f"<li>{escape(line)}</li>" for line in networks),
-        "phases": html_table(["phase", "seconds"], [[key.replace("_", " "), f"{v:.0f}"] for key, v in phases.items()]),
+        "phases": html_table(
+            ["phase", "seconds"],
+            [[key.replace("_", " "), f"{v:.0f}"] for key, v in (phases | {"total": sum(phases.values())}).items()],
+        ),
         "config": escape(json.dumps(config, indent=2)),
     }
     path = run.path / "report.html"
@@ -87,7 +90,7 @@ def summary_table(tables: dict[str, list[dict[str, Any]]]) -> str:
             (ce,) = (row for row in table if row["method"] == "CE" and row["student"] == learned["student"])
             over_ce = f"{learned['last'][0] - ce['last'][0]:+.2f}"
             rows.append([NAMES[setting], learned["student"], format_figure(learned["difference"], True), over_ce])
-    return html_table(["setting", "student", "learned − KD tuned for it, points", "learned − CE, points"], rows)
+    return html_table(["setting", "student", "learned − tuned KD", "learned − CE"], rows)
 
 
 def compare_regrets(regret: dict[str, float]) -> str:

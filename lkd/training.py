@@ -34,7 +34,7 @@ class Training:
         recipe: Epochs, learning rate, schedule.
 
     Raises:
-        UserError: If the schedule is unknown.
+        UserError: If a setting is impossible or the schedule is unknown.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class Training:
         batches: Batches,
         recipe: TrainRecipe,
     ) -> None:
+        if recipe.epochs < 1:
+            raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
         self.student = student.train()
         self.loss = loss.to(batches.device)
         self.teacher = teacher
@@ -52,13 +54,16 @@ class Training:
         self.total_steps = recipe.epochs * batches.steps_per_epoch
         self.step = 0
         trained = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            trained,
-            recipe.learning_rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
+        try:
+            self.optimizer = torch.optim.SGD(
+                trained,
+                recipe.learning_rate,
+                momentum=recipe.momentum,
+                nesterov=recipe.nesterov,
+                weight_decay=recipe.weight_decay,
+            )
+        except ValueError as error:
+            raise UserError(f"train: {error}") from error
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
 

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
@@ -49,16 +49,12 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
     with deferred_interrupts() as stop, tqdm(total=len(futures), desc=title, unit="job", disable=None) as bar:
         pending = set(futures)
         while pending:
-            if stop:
-                raise Interrupted(f"{len(futures) - len(pending)} of {len(futures)} jobs are finished and kept")
-            try:
-                for future in as_completed(pending, timeout=0.5):
-                    pending.remove(future)
-                    line = describe(futures[future], future.result())
-                    bar.update()
-                    if line:
-                        tqdm.write(line)
-                    if stop:
-                        break
-            except TimeoutError:
-                continue
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                line = describe(futures[future], future.result())
+                bar.update()
+                if line:
+                    tqdm.write(line)
+            if stop and pending:
+                done = len(futures) - len(pending)
+                raise Interrupted(f"{done} of {len(futures)} jobs are finished and kept")

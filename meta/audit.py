@@ -137,6 +137,14 @@ class Audited:
             return adjoint(*problem, max_growth=self.max_growth)
         return first_order(*problem, radius=self.radius, central=self.central, max_growth=self.max_growth)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next call depends on, for a checkpoint."""
+        return {"calls": self._calls, "radius": self.radius, "exact": self.exact}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; earlier audits are not kept."""
+        self._calls, self.radius, self.exact = state["calls"], state["radius"], state["exact"]
+
     def _middle_radius(self) -> float:
         return sorted(self.radii)[(len(self.radii) - 1) // 2]
 

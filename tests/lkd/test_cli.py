@@ -157,3 +157,23 @@ def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"{path} never got {count} lines")
+
+
+def test_an_interrupted_comparison_keeps_its_finished_cells() -> None:
+    words = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "1", "--seeds", "2"]
+    words += ["--methods", "{KD: kd, CE: cross_entropy}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lkd.cli", *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not list(Path("c").glob("cells/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "go on with: lkd compare" in error
+    kept = {path: path.stat().st_mtime_ns for path in Path("c").glob("cells/*.json")}
+    assert 1 <= len(kept) < 4
+    assert main([*words, "--resume", "auto"]) == 0
+    assert len(list(Path("c").glob("cells/*.json"))) == 4
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())

@@ -7,11 +7,23 @@ import statistics
 import pytest
 import torch
 
-from lkd.comparison import Cell, cell_path, check_methods, compare, expand_grid, pick_options, plan_report, plan_tuning
+from lkd.artifact import save_loss
+from lkd.comparison import (
+    Cell,
+    cell_path,
+    check_methods,
+    compare,
+    expand_grid,
+    pick_options,
+    plan_report,
+    plan_tuning,
+    run_cell,
+)
 from lkd.comparison_table import format_table, mean_and_error, summarize
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.errors import UserError
 from lkd.files import read_json, write_json
+from lkd.losses import LearnedLoss, LogitLoss
 from lkd.run import open_run
 
 
@@ -89,6 +101,13 @@ def test_any_change_of_the_recipe_is_another_cell(tmp_path) -> None:
     moved = tiny_recipe()
     moved.data.root = "/elsewhere"
     assert cell_path(moved, cell, tmp_path) == path
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(seed)
+        save_loss(f"{name}.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
+    learned = [
+        cell_path(recipe, Cell("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
+    ]
+    assert learned[0] == learned[1] != learned[2], "a learned loss is its content, not its path"
     tuned = Cell("CE", "cross_entropy", ModelRecipe(), 0, reported=False)
     assert cell_path(recipe, tuned, tmp_path) != path
 
@@ -130,22 +149,10 @@ def test_mistakes_show_before_any_training() -> None:
         check_methods(recipe)
 
 
-def test_weight_zero_kd_is_paired_with_cross_entropy() -> None:
-    from lkd.comparison import run_cell
-
+def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     recipe = tiny_recipe()
-    rows = [
-        run_cell(recipe, Cell("x", loss, ModelRecipe(), 5, reported=True), run_path)
-        for loss, run_path in (
-            ("cross_entropy", tmp("a")),
-            ({"name": "kd", "weight": 0.0, "temperature": 2.0}, tmp("b")),
-        )
-    ]
-    assert rows[0]["last"] == rows[1]["last"]
-    torch.testing.assert_close(rows[0]["meta_validation"]["top1"], rows[1]["meta_validation"]["top1"])
-
-
-def tmp(name: str):
-    from pathlib import Path
-
-    return Path(f"{name}.json")
+    losses = ["cross_entropy", {"name": "kd", "weight": 0.0, "temperature": 2.0}]
+    cells = [Cell("x", loss, ModelRecipe(), 5, reported=True) for loss in losses]
+    first, second = (run_cell(recipe, cell, tmp_path / f"{n}.json") for n, cell in enumerate(cells))
+    assert first["last"] == second["last"]
+    assert first["meta_validation"] == second["meta_validation"]

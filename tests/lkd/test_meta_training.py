@@ -121,8 +121,10 @@ def test_the_rollouts_learning_rate_ends_at_zero(built) -> None:
     assert MetaTraining(recipe, images, teacher, pool, CPU).anneal(0.2) == 0.2
 
 
-def test_meta_training_resumes_to_the_bit(built, tmp_path) -> None:
+@pytest.mark.parametrize("estimator", ["unrolled", "audited"])
+def test_meta_training_resumes_to_the_bit(built, estimator: str) -> None:
     recipe, images, teacher, pool, _ = built
+    recipe.meta.estimator = estimator
     whole, first, second = (MetaTraining(recipe, images, teacher, pool, CPU) for _ in range(3))
     for _ in range(3):
         whole.run_step()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lkd.assembly import check_teacher, prepare_images, prepare_teacher
+from lkd.assembly import check_network, prepare_images, prepare_teacher
 from lkd.config import DataRecipe, TeacherRecipe
 from lkd.data import Batches
 from lkd.data.embedded import TEACHER
@@ -59,10 +59,10 @@ def test_the_embedded_teacher_never_saw_an_embedded_image(tmp_path) -> None:
 
 
 def test_a_teacher_that_does_not_fit_is_refused(images, tmp_path) -> None:
-    with pytest.raises(UserError, match="has 100 classes, the data and the student have 10"):
-        check_teacher("t", {"num_classes": 100, "in_chans": 1}, images.train)
+    with pytest.raises(UserError, match="has 100 classes, the data set and its students have 10"):
+        check_network("t", {"num_classes": 100, "in_chans": 1}, images.train)
     with pytest.raises(UserError, match="has 3 input channels"):
-        check_teacher("t", {"num_classes": 10, "in_chans": 3}, images.train)
+        check_network("t", {"num_classes": 10, "in_chans": 3}, images.train)
     with pytest.raises(UserError, match="no such file"):
         prepare_teacher(TeacherRecipe("missing.safetensors"), DataRecipe(), images, CPU)
     with pytest.raises(UserError, match=r"teacher\.random_answers: 1\.5"):

@@ -94,6 +94,15 @@ def test_a_loss_that_is_not_finite_is_named(images) -> None:
         start(images, Broken()).run_step()
 
 
+def test_impossible_settings_are_refused(images) -> None:
+    with pytest.raises(UserError, match=r"train\.epochs: 0 is not at least 1"):
+        start(images, epochs=0)
+    with pytest.raises(UserError, match="train: Invalid learning rate: -1"):
+        start(images, learning_rate=-1.0)
+    with pytest.raises(UserError, match="train: Nesterov"):
+        start(images, momentum=0.0)
+
+
 def test_an_unknown_schedule_is_refused(images) -> None:
     with pytest.raises(UserError, match=r"train\.schedule: 'cosin'"):
         start(images, schedule="cosin")

@@ -1,0 +1,44 @@
+"""Run directories: one process at a time, provenance without local paths, W&B offline."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lkd.cli import main
+from lkd.config import DistillRecipe
+from lkd.errors import UserError
+from lkd.run import open_run
+from lkd.tracking import read_log
+from tests.lkd.test_cli import TINY
+
+
+def test_a_run_directory_serves_one_process() -> None:
+    recipe = DistillRecipe(run_dir="r")
+    with open_run(recipe, "distill", quiet=True):
+        with pytest.raises(UserError, match="is in use by another process"):
+            with open_run(DistillRecipe(run_dir="r", resume="auto"), "distill", quiet=True):
+                pass
+    with open_run(DistillRecipe(run_dir="r", resume="auto"), "distill", quiet=True) as run:
+        assert run.provenance()["recipe"]["train"]["epochs"] == 13
+
+
+def test_provenance_tells_no_folders(tmp_path) -> None:
+    recipe = DistillRecipe(run_dir=str(tmp_path / "r"))
+    recipe.data.root = str(tmp_path)
+    with open_run(recipe, "distill", quiet=True) as run:
+        assert str(tmp_path.parent) not in json.dumps(run.provenance())
+        assert run.provenance()["recipe"]["run_dir"] == "r"
+
+
+def test_a_log_that_a_crash_cut_off_is_still_read(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a"'
+    )
+    assert [row["a"] for row in read_log(tmp_path / "log.jsonl")] == [1, 3]
+
+
+def test_wandb_works_offline(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]) == 0
+    assert list(Path("r").glob("wandb/offline-run-*/*.wandb"))
