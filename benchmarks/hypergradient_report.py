@@ -41,8 +41,9 @@ def write_table(path: Path, figures: dict[str, float]) -> None:
         f"| | goal | measured |\n|---|---|---|\n{rows}\n\n"
         "![time and peak memory against K](hypergradient.png)\n\n"
         "Times are processor time on one thread of a shared machine: trust the ratios, which are interleaved, not the\n"
-        "seconds. Peak memory is resident memory: it includes what the allocator does not give back, also plain SGD's.\n"
-        "Where the adjoint grew more than tenfold (`adjoint_growth` in accuracy.csv) no float32 hypergradient is reliable.\n"
+        "seconds. Peak memory is resident memory: it includes what the allocator does not give back, even for SGD.\n"
+        "Where the adjoint grew more than tenfold (`adjoint_growth` in accuracy.csv) no float32 hypergradient can be\n"
+        "relied upon.\n"
         "Nothing here was measured on a GPU.\n"
     )
 
