@@ -9,6 +9,7 @@ to start over.
 import argparse
 import csv
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -167,7 +168,7 @@ def report(out: Path) -> None:
     figures["exact_float32_cosine_kd_resnet8_k20"] = median(
         accuracy, "cosine", engine="adjoint", distill=True, steps=20
     )
-    figures = {key: round(value, 6) for key, value in figures.items()}
+    figures = {key: round(value, 6) for key, value in figures.items() if not math.isnan(value)}
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     result = {
@@ -192,7 +193,8 @@ def matching(path: Path, **wanted: object) -> list[Row]:
 
 
 def median(path: Path, column: str, **wanted: object) -> float:
-    return statistics.median(float(row[column]) for row in matching(path, **wanted))
+    """Return the median of a column over the rows that have these values; NaN where nothing was measured."""
+    return statistics.median([float(row[column]) for row in matching(path, **wanted)] or [math.nan])
 
 
 def write_row(path: Path, columns: list[str], values: Iterable[object]) -> None:
