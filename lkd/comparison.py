@@ -62,7 +62,9 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
         finish_all(
             submit(recipe, plan_report(recipe, picks), run.path, workers, str(run.device)), describe_row, "train"
         )
-    return write_results(recipe, picks, run.path)
+    table = write_results(recipe, picks, run.path)
+    run.tracker.log(0, **{f"{row['student']}/{row['method']}/test_last": row["last"][0] for row in table})
+    return table
 
 
 def check_methods(recipe: CompareRecipe) -> None:

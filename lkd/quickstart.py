@@ -4,6 +4,7 @@ The three settings share one recipe: clean labels; 40 % of the training labels f
 answers at random on 60 % of the images. The balance that suits one of them fails in another.
 """
 
+import dataclasses
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -110,6 +111,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
     }
     write_json(run.path / "result.json", result)
+    run.tracker.log(0, **result["figures"])
     page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
     return page
 
@@ -129,6 +131,7 @@ def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTra
         resume="auto",
         seed=recipe.seed,
         device=recipe.device,
+        wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-{setting}"),
         student=SEEN,
     )
     if recipe.short:
