@@ -1,7 +1,6 @@
 """Inner training: K steps of an inner optimiser, and the trajectory they leave."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,36 +8,9 @@ from torch import Tensor
 
 from meta.checks import check_inputs, check_scalar, check_twice_differentiable
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
-from meta.randomness import GeneratorStates, read_generators
+from meta.randomness import read_generators
+from meta.trajectory import Step, Storage, StoredSteps, Trajectory
 from meta.types import InnerLoss, State, Tensors
-
-
-@dataclass(frozen=True)
-class Step:
-    """One inner step: all that the walk back needs to take it again.
-
-    Attributes:
-        index: The step within the rollout, 0 … K-1.
-        before: The state that the step started from.
-        batch: Its batch.
-        generators: Where the random generators stood.
-        gradients: The inner loss's gradients with respect to the parameters that it reached.
-        hyper_gradients: The same with respect to the outer parameters; empty if they were not asked for.
-    """
-
-    index: int
-    before: State
-    batch: Any
-    generators: GeneratorStates
-    gradients: Tensors
-    hyper_gradients: Tensors
-
-
-class Trajectory(NamedTuple):
-    """The steps of a rollout and the state after the last one."""
-
-    steps: list[Step]
-    end: State
 
 
 class Derivatives(NamedTuple):
@@ -85,6 +57,7 @@ def record(
     *,
     hyper_gradients: bool = False,
     twice: bool = False,
+    storage: Storage = "memory",
 ) -> Trajectory:
     """Train as `rollout` does and keep every step; no graph is kept.
 
@@ -96,21 +69,21 @@ def record(
         optimizer: The inner optimiser.
         hyper_gradients: Whether to differentiate the inner loss with respect to `hyper` as well.
         twice: Whether to check, at the first step, that the inner loss can be differentiated twice.
+        storage: How the steps are stored.
 
     Raises:
-        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice.
+        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice; or there is no
+            such storage.
     """
     detached = {name: tensor.detach() for name, tensor in hyper.items()}
     state = state.detach()
-    steps: list[Step] = []
+    steps = StoredSteps(storage)
     for index, batch in enumerate(inner_batches):
         generators = read_generators(state.parameters)
         derivatives = differentiate(
             inner_loss, state, detached, batch, hyper=hyper_gradients, twice=twice and not steps
         )
-        # In one block: many small tensors that outlive the activations around them would fragment the heap.
-        before, gradients = _pack(state, derivatives.parameters)
-        steps.append(Step(index, before, batch, generators, gradients, derivatives.hyper))
+        steps.append(Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper))
         with torch.no_grad():
             parameters, slots = optimizer.update(state.parameters, derivatives.parameters, state.optimizer, index)
         state = State(parameters, derivatives.buffers, slots)
@@ -199,31 +172,6 @@ def unroll(
         state = State(parameters, _detach(buffers), slots)
         losses.append(loss)
     return state, losses
-
-
-def _pack(state: State, gradients: Tensors) -> tuple[State, Tensors]:
-    """Copy a state and gradients into as few blocks of memory as they have data types and devices."""
-    trees = [state.parameters, gradients, *state.optimizer.values()]
-    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-    for tensor in (tensor for tree in trees for tensor in tree.values()):
-        key = (tensor.dtype, tensor.device)
-        sizes[key] = sizes.get(key, 0) + tensor.numel()
-    blocks = {key: torch.empty(size, dtype=key[0], device=key[1]) for key, size in sizes.items()}
-    filled = dict.fromkeys(blocks, 0)
-
-    def copy(tensors: Tensors) -> Tensors:
-        copies = {}
-        for name, tensor in tensors.items():
-            key = (tensor.dtype, tensor.device)
-            place = blocks[key][filled[key] : filled[key] + tensor.numel()]
-            filled[key] += tensor.numel()
-            dense = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-            view = place.as_strided(tensor.shape, tensor.stride()) if dense else place.view(tensor.shape)
-            copies[name] = view.copy_(tensor)
-        return copies
-
-    packed = State(copy(state.parameters), state.buffers, {slot: copy(tree) for slot, tree in state.optimizer.items()})
-    return packed, copy(gradients)
 
 
 def _drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from meta.estimators.first_order import walk_trajectory
 from meta.optim import Optimizer, UpdateAdjoint, from_torch, read_slots
 from meta.randomness import GeneratorStates, read_generators
-from meta.rollout import Step, Trajectory
 from meta.tensors import as_leaves
+from meta.trajectory import Step, Trajectory
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 

@@ -13,6 +13,7 @@ from meta.optim import OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
 from meta.rollout import record, unroll
 from meta.tensors import as_leaves, flatten_state, unflatten_state
+from meta.trajectory import Storage
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 from meta.walk import outer_cotangents, walk_back
 
@@ -29,6 +30,7 @@ def adjoint(
     *,
     chunk: int = 1,
     max_growth: float | None = None,
+    storage: Storage = "memory",
 ) -> Hypergradient:
     """Walk the adjoint back over segments of `chunk` steps, each taken again with its graph.
 
@@ -40,6 +42,7 @@ def adjoint(
     Args (beside those of every `Estimator`):
         chunk: Steps in a segment; the first segment may be shorter.
         max_growth: Stop the walk where the adjoint's norm has grown by more than this factor; None never stops.
+        storage: How the K states are stored; see `meta.trajectory.Storage`.
 
     Raises:
         ValueError: The inputs make no bi-level problem, or an operation has no double backward; the message says why.
@@ -50,7 +53,7 @@ def adjoint(
     leaves = as_leaves(hyper)
     head = max(0, len(inner_batches) - chunk)
     detached = build_optimizer(optimizer, {name: leaf.detach() for name, leaf in leaves.items()})
-    recorded = record(inner_loss, state, leaves, inner_batches[:head], detached, twice=True)
+    recorded = record(inner_loss, state, leaves, inner_batches[:head], detached, twice=True, storage=storage)
 
     def take(segment: range, before: State) -> _Segment:
         start = State(

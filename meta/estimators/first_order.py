@@ -10,8 +10,9 @@ from meta.checks import check_inputs
 from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
-from meta.rollout import Step, Trajectory, differentiate, record
+from meta.rollout import differentiate, record
 from meta.tensors import add, as_leaves, global_norm
+from meta.trajectory import Step, Storage, Trajectory
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 from meta.walk import outer_cotangents, walk_back
 
@@ -28,6 +29,7 @@ def first_order(
     radius: float = 3e-3,
     central: bool = False,
     max_growth: float | None = None,
+    storage: Storage = "memory",
 ) -> Hypergradient:
     """Walk the adjoint back; take each Hessian and mixed product as a difference of two gradients of the inner loss.
 
@@ -42,6 +44,7 @@ def first_order(
         radius: Length of the perturbation of the inner parameters, relative to their norm.
         central: Whether to step to both sides; otherwise the rollout's own gradient is one of the two.
         max_growth: Stop the walk where the adjoint's norm has grown by more than this factor; None never stops.
+        storage: How the K states are stored; see `meta.trajectory.Storage`.
 
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
@@ -49,7 +52,7 @@ def first_order(
     check_inputs(state, hyper, inner_batches)
     leaves = as_leaves(hyper)
     built = build_optimizer(optimizer, leaves)
-    trajectory = record(inner_loss, state, leaves, inner_batches, built, hyper_gradients=True)
+    trajectory = record(inner_loss, state, leaves, inner_batches, built, hyper_gradients=True, storage=storage)
     return walk_trajectory(
         trajectory,
         inner_loss,
@@ -86,10 +89,11 @@ def walk_trajectory(
     with torch.no_grad():
         value, cotangents = outer_cotangents(outer_loss, trajectory.end, outer_batch)
         walk = walk_back(trajectory.steps, cotangents, pull_back, max_growth)
-    used = {name for step in trajectory.steps for name in step.hyper_gradients} | walk.grads.keys()
     # Every segment is one step: the segments left are the step that the walk went back to.
     truncated_at = walk.segments_left or None
-    unused = leaves.keys() - used
+    unused = leaves.keys() - walk.grads.keys()
+    if unused:
+        unused -= {name for step in trajectory.steps for name in step.hyper_gradients}
     result = collect(value, walk.grads, leaves, trajectory.end, unused, walk.norms, truncated_at)
     return result if is_finite(result) else result._replace(fault=find_fault(trajectory.steps, trajectory.end))
 

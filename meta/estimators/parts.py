@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_used
-from meta.rollout import Step
 from meta.tensors import add, global_norm
+from meta.trajectory import Step
 from meta.types import Hypergradient, State, Tensors
 
 

@@ -1,0 +1,174 @@
+"""The steps of a rollout, and how they are stored until the walk back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args, overload
+
+import torch
+from torch import Tensor
+
+from meta.randomness import GeneratorStates
+from meta.types import State, Tensors
+
+Storage = Literal["memory", "cpu", "bfloat16"]
+"""How a rollout's steps are stored:
+
+- `memory`: as they are, on their device.
+- `cpu`: parameters, gradients and optimiser state of CUDA rollouts in pinned CPU memory; otherwise as `memory`.
+- `bfloat16`: parameters as bfloat16 differences from step to step, optimiser state rounded to bfloat16, gradients as
+  they are: for each float32 parameter and step 8 bytes instead of 12 under SGD with momentum, 10 instead of 16 under
+  Adam. Each difference is taken to the parameters that will be read back for the step before, so that errors do not add
+  up over the steps: every step is off by 2⁻⁹ of its own difference, and by what the additions round.
+
+Cosine of the hypergradient with `bfloat16` to that with `memory`, ResNet-8, K = 20: under SGD with momentum `adjoint`
+1.0000, `first_order` 1.0000 with a learned loss and 0.9998 with distillation beside it; under Adam from a cold start
+`adjoint` 0.9999, `first_order`, which is itself far from exact there, 0.94."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One inner step: all that the walk back needs to take it again.
+
+    Attributes:
+        index: The step within the rollout, 0 … K-1.
+        before: The state that the step started from.
+        batch: Its batch.
+        generators: Where the random generators stood.
+        gradients: The inner loss's gradients with respect to the parameters that it reached.
+        hyper_gradients: The same with respect to the outer parameters; empty if they were not asked for.
+    """
+
+    index: int
+    before: State
+    batch: Any
+    generators: GeneratorStates
+    gradients: Tensors
+    hyper_gradients: Tensors
+
+
+class Trajectory(NamedTuple):
+    """The steps of a rollout and the state after the last one."""
+
+    steps: Sequence[Step]
+    end: State
+
+
+class StoredSteps(Sequence[Step]):
+    """The steps of a rollout, to be read one after the other, from either end."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Store nothing yet.
+
+        Raises:
+            ValueError: There is no such storage.
+        """
+        if storage not in get_args(Storage):
+            raise ValueError(f"no storage {storage!r}; there are {', '.join(get_args(Storage))}")
+        self._storage = storage
+        self._stored: list[Step] = []
+        self._devices: dict[str, torch.device] = {}
+        self._start: Tensors = {}
+        # The parameters that are read back for the step `_position`.
+        self._parameters: Tensors = {}
+        self._position = 0
+
+    def append(self, step: Step) -> None:
+        """Store a step; nothing may be read before the last one is stored."""
+        if self._storage == "bfloat16":
+            step = replace(step, before=self._encode(step.before))
+        self._stored.append(_pack(step, self._storage == "cpu"))
+        self._devices = {name: tensor.device for name, tensor in step.before.parameters.items()}
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        index = range(len(self))[index]
+        step = self._stored[index]
+        if self._storage == "cpu":
+            before = State(
+                self._upload(step.before.parameters),
+                step.before.buffers,
+                {slot: self._upload(tensors) for slot, tensors in step.before.optimizer.items()},
+            )
+            return replace(step, before=before, gradients=self._upload(step.gradients))
+        if self._storage == "bfloat16":
+            return replace(step, before=self._decode(step.before, index))
+        return step
+
+    def _upload(self, tensors: Tensors) -> Tensors:
+        return {name: tensor.to(self._devices[name], non_blocking=True) for name, tensor in tensors.items()}
+
+    def _encode(self, before: State) -> State:
+        if not self._stored:
+            self._start = self._parameters = before.parameters
+        deltas = {name: (tensor - self._parameters[name]).bfloat16() for name, tensor in before.parameters.items()}
+        self._parameters = {name: tensor + deltas[name] for name, tensor in self._parameters.items()}
+        self._position = len(self._stored)
+        slots = {
+            slot: {name: tensor.bfloat16() if tensor.dim() else tensor for name, tensor in tensors.items()}
+            for slot, tensors in before.optimizer.items()
+        }
+        return State(deltas, before.buffers, slots)
+
+    def _decode(self, before: State, index: int) -> State:
+        while self._position > index:
+            deltas = self._stored[self._position].before.parameters
+            self._parameters = {name: tensor - deltas[name] for name, tensor in self._parameters.items()}
+            self._position -= 1
+        while self._position < index:
+            self._position += 1
+            deltas = self._stored[self._position].before.parameters
+            self._parameters = {name: tensor + deltas[name] for name, tensor in self._parameters.items()}
+        if index == 0:
+            # Nothing comes back from infinity by subtraction: whoever looks for a fault begins here.
+            self._parameters = self._start
+        parameters = self._parameters
+        slots = {
+            slot: {name: tensor.to(parameters[name].dtype) for name, tensor in tensors.items()}
+            for slot, tensors in before.optimizer.items()
+        }
+        return State(parameters, before.buffers, slots)
+
+
+def _pack(step: Step, pinned: bool) -> Step:
+    """Copy a step's tensors into as few blocks of memory as they have data types and devices.
+
+    Many small tensors that outlive the activations around them would fragment the heap.
+    """
+    trees = [step.before.parameters, step.gradients, *step.before.optimizer.values()]
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for tensor in (tensor for tree in trees for tensor in tree.values()):
+        key = (tensor.dtype, tensor.device)
+        sizes[key] = sizes.get(key, 0) + tensor.numel()
+    blocks = {key: _allocate(size, *key, pinned) for key, size in sizes.items()}
+    filled = dict.fromkeys(blocks, 0)
+
+    def copy(tensors: Tensors) -> Tensors:
+        copies = {}
+        for name, tensor in tensors.items():
+            key = (tensor.dtype, tensor.device)
+            place = blocks[key][filled[key] : filled[key] + tensor.numel()]
+            filled[key] += tensor.numel()
+            dense = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            view = place.as_strided(tensor.shape, tensor.stride()) if dense else place.view(tensor.shape)
+            copies[name] = view.copy_(tensor, non_blocking=pinned)
+        return copies
+
+    before = step.before
+    packed = State(
+        copy(before.parameters), before.buffers, {slot: copy(tree) for slot, tree in before.optimizer.items()}
+    )
+    return replace(step, before=packed, gradients=copy(step.gradients))
+
+
+def _allocate(size: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    if pinned and device.type == "cuda":
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+    return torch.empty(size, dtype=dtype, device=device)
