@@ -27,8 +27,8 @@ class LogitLoss(nn.Module):
     symmetric, and every hypergradient estimator is exact on it or as near as it states.
 
     The paper learns "generic loss networks for logits" with the balancing weight folded in; this form of it is ours.
-    α in (0, 1) and a bounded τ keep the loss between cross-entropy and KD, so that it cannot act as a learning rate in
-    disguise.
+    α in (0, 1) and a bounded τ keep its value between those of cross-entropy and of KD; nothing normalises its
+    gradient, so compare losses at learning rates of their own.
 
     Args:
         hidden: Width of the two hidden layers.
