@@ -1,7 +1,7 @@
 """The steps of a rollout, and how they are stored until the walk back."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -15,7 +15,7 @@ Storage = Literal["memory", "cpu", "bfloat16"]
 """How a rollout's steps are stored:
 
 - `memory`: as they are, on their device.
-- `cpu`: parameters, gradients and optimiser state of CUDA rollouts in pinned CPU memory; otherwise as `memory`.
+- `cpu`: parameters, buffers, gradients and optimiser state of CUDA rollouts in pinned CPU memory; else as `memory`.
 - `bfloat16`: parameters as bfloat16 differences from step to step, optimiser state rounded to bfloat16, gradients as
   they are: for each float32 parameter and step 2 bytes instead of 4. Each difference is taken to the parameters that
   will be read back for the step before, so that errors do not add up over the steps: every step is off by 2⁻⁹ of its
@@ -84,7 +84,7 @@ class StoredSteps(Sequence[Step]):
         self._capacity = capacity
         self._row = 0
         self._blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._devices: dict[str, torch.device] = {}
+        self._device = torch.device("cpu")
         self._start: Tensors = {}
         # The parameters that are read back for the step `_position`.
         self._parameters: Tensors = {}
@@ -96,14 +96,9 @@ class StoredSteps(Sequence[Step]):
             self._drop_oldest()
         if self._storage == "bfloat16":
             step = replace(step, before=self._encode(step.before))
-        before = State(
-            self._copy("parameters", step.before.parameters),
-            step.before.buffers,
-            {slot: self._copy(f"optimizer {slot}", tensors) for slot, tensors in step.before.optimizer.items()},
-        )
-        self._stored.append(replace(step, before=before, gradients=self._copy("gradients", step.gradients)))
+        self._device = next(iter(step.before.parameters.values())).device
+        self._stored.append(_map_trees(step, self._copy))
         self._row = (self._row + 1) % self._capacity
-        self._devices = {name: tensor.device for name, tensor in step.before.parameters.items()}
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -118,19 +113,15 @@ class StoredSteps(Sequence[Step]):
         index = range(len(self))[index]
         step = self._stored[index]
         if self._storage == "cpu":
-            before = State(
-                self._upload(step.before.parameters),
-                step.before.buffers,
-                {slot: self._upload(tensors) for slot, tensors in step.before.optimizer.items()},
-            )
-            return replace(step, before=before, gradients=self._upload(step.gradients))
+            return _map_trees(step, self._upload)
         if self._storage == "bfloat16":
             return replace(step, before=self._decode(step.before, index))
         return step
 
-    def _upload(self, tensors: Tensors) -> Tensors:
+    def _upload(self, tree: str, tensors: Tensors) -> Tensors:
+        # Adam's step counts lie on the CPU all along.
         return {
-            name: tensor if tensor.is_meta else tensor.to(self._devices[name], non_blocking=True)
+            name: tensor.to(self._device, non_blocking=True) if tensor.is_pinned() else tensor
             for name, tensor in tensors.items()
         }
 
@@ -203,3 +194,18 @@ class StoredSteps(Sequence[Step]):
         if index == 0:
             # Nothing comes back from infinity by subtraction: whoever looks for a fault begins here.
             self._parameters = self._start
+
+
+def _map_trees(step: Step, function: Callable[[str, Tensors], Tensors]) -> Step:
+    """Apply a function to all of a step's named tensors but the batch, tree by tree."""
+    before = State(
+        function("parameters", step.before.parameters),
+        function("buffers", step.before.buffers),
+        {slot: function(f"optimizer {slot}", tensors) for slot, tensors in step.before.optimizer.items()},
+    )
+    return replace(
+        step,
+        before=before,
+        gradients=function("gradients", step.gradients),
+        hyper_gradients=function("outer gradients", step.hyper_gradients),
+    )
