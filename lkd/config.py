@@ -199,7 +199,7 @@ class MetaSettings:
     students_per_step: int = 3
     rollout_steps: int = 50
     annealing: Literal["cosine", "constant"] = "cosine"
-    estimator: str = "unrolled"
+    estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
     outer_batch_size: int = 1000
     learning_rate: float = 0.02
