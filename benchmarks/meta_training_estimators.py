@@ -1,8 +1,8 @@
 """Does a loss that was learned on cheaper hypergradients serve as well?
 
-`python benchmarks/meta_training_estimators.py` meta-trains the quickstart's loss (clean labels, all defaults) with each estimator and several meta seeds, and reuses
-every loss on the same fresh students. Everything is scored on meta-validation; the test split is not read. Finished
-runs in RUN_DIR are kept: to go on, start it again.
+`python benchmarks/meta_training_estimators.py` meta-trains the quickstart's loss (clean labels, all defaults) with each
+estimator and several meta seeds, and reuses every loss on the same fresh students. Everything is scored on
+meta-validation; the test split is not read. Finished runs in RUN_DIR are kept: to go on, start it again.
 """
 
 import argparse
