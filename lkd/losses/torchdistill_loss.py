@@ -65,6 +65,8 @@ class TorchdistillLoss(nn.Module):
         check_options(task=self.task, distillation=self.distillation)
         self.options = self.recipe.options | options
         pairs = choose_pairs(stages, student_stages, teacher_stages, self.recipe.pairing) if self.recipe.pairing else []
+        if len(pairs) > 1 and not self.recipe.several_pairs:
+            raise ValueError(f"stages: it takes one pair [student stage, teacher stage], not {len(pairs)}")
         self.teacher_stages = tuple(dict.fromkeys(teacher for _, teacher in pairs))
         self.criterion_class: Any = getattr(mid_level, name)
         shaped = shape_pairs(pairs, student_stages, teacher_stages)

@@ -286,6 +286,7 @@ class Recipe:
         pairing: Default pairs of stages; None for a loss over logits.
         task: Default weight of cross-entropy; 0 where the loss has its own.
         several_images: Whether it compares images, or normalises over them, and so needs two.
+        several_pairs: Whether it takes more than one pair of stages.
     """
 
     wire: Callable[[type[nn.Module], list[StagePair], dict[str, Any]], Wiring]
@@ -294,6 +295,7 @@ class Recipe:
     pairing: Callable[[Stages, Stages], Pairs] | None = None
     task: float = 1.0
     several_images: bool = True
+    several_pairs: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -305,7 +307,12 @@ RECIPES: dict[str, Recipe] = {
     "SKDInstanceLoss": Recipe(wire_logits, 1.0, {"temperature": 4.0, "mode": "paper"}, several_images=False),
     "SKDDirectionLoss": Recipe(wire_logits, 1.0, {"tikhonov": 0.1, "mode": "paper"}),
     "ATLoss": Recipe(
-        wire_maps(lambda pair: [], "at_pairs"), 1000.0, {"mode": "code"}, pair_equal_sizes, several_images=False
+        wire_maps(lambda pair: [], "at_pairs"),
+        1000.0,
+        {"mode": "code"},
+        pair_equal_sizes,
+        several_images=False,
+        several_pairs=True,
     ),
     "SPKDLoss": Recipe(wire_similarities, 3000.0, {"reduction": "batchmean"}, pair_last),
     "RKDLoss": Recipe(
@@ -319,14 +326,22 @@ RECIPES: dict[str, Recipe] = {
         {"feature_dimension": 128, "num_negative_samples": 16384, "temperature": 0.07, "momentum": 0.5, "eps": 1e-7},
         pair_last,
     ),
-    "VIDLoss": Recipe(wire_maps(regress, "feature_pairs"), 1.0, {}, pair_equal_sizes, several_images=False),
-    "AltActTransferLoss": Recipe(
-        wire_maps(connect, "feature_pairs"), 0.001, {"margin": 1.0, "reduction": "mean"}, pair_equal_sizes
+    "VIDLoss": Recipe(
+        wire_maps(regress, "feature_pairs"), 1.0, {}, pair_equal_sizes, several_images=False, several_pairs=True
     ),
-    "ChSimLoss": Recipe(wire_maps(embed_channels, "feature_pairs"), 500.0, {}, pair_last),
-    "FSPLoss": Recipe(wire_flow, 1.0, {}, pair_equal_sizes, several_images=False),
+    "AltActTransferLoss": Recipe(
+        wire_maps(connect, "feature_pairs"),
+        0.001,
+        {"margin": 1.0, "reduction": "mean"},
+        pair_equal_sizes,
+        several_pairs=True,
+    ),
+    "ChSimLoss": Recipe(wire_maps(embed_channels, "feature_pairs"), 500.0, {}, pair_last, several_pairs=True),
+    "FSPLoss": Recipe(wire_flow, 1.0, {}, pair_equal_sizes, several_images=False, several_pairs=True),
     "FTLoss": Recipe(wire_factors, 1000.0, {"p": 1, "rate": 0.5}, pair_last),
-    "HierarchicalContextLoss": Recipe(wire_review, 1.0, {"output_sizes": [4, 2, 1]}, pair_equal_sizes),
+    "HierarchicalContextLoss": Recipe(
+        wire_review, 1.0, {"output_sizes": [4, 2, 1]}, pair_equal_sizes, several_pairs=True
+    ),
     "PADL2Loss": Recipe(wire_variances, 1.0, {"eps": 1e-6}, pair_last),
     "SRDLoss": Recipe(wire_projector, 1.0, {"exponent": 4.0, "temperature": 1.0}, pair_last),
 }

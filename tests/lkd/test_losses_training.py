@@ -187,6 +187,7 @@ def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
             "unknown option temperature; it takes task, distill.*, stages",
         ),
         ({"name": "torchdistill/VIDLoss", "stages": [["a", "c"]]}, "teacher has no stage 'c'; it has a"),
+        ({"name": "torchdistill/PKTLoss", "stages": [["a", "a"], ["b", "b"]]}, "takes one pair .* not 2"),
         ({"name": "torchdistill/ATLoss", "mode": "neither"}, "mode `neither`"),
         ({"name": "torchdistill/RKDLoss", "task": -1}, "task: -1 is negative"),
     ],
