@@ -15,7 +15,7 @@ from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
-from lkd.losses.build import build_loss
+from lkd.losses.build import build_loss, reads_features
 from lkd.models import build, describe
 from lkd.models.describe import find_stages, format_description
 from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher_network
@@ -105,6 +105,8 @@ def prepare_loss(
     Raises:
         UserError: If the loss, or one of the networks, is not good.
     """
+    if not reads_features(specification):
+        return build_loss(specification)
     shape = images.train.image_shape
     network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
     taught_by, header = load_teacher_network(teacher.path)

@@ -69,7 +69,7 @@ def build_loss(
     try:
         if name == "logit_standardization":
             return standardize_inner(options)
-        if name not in FEATURE_LOSSES and not name.startswith(TORCHDISTILL):
+        if not reads_features(name):
             return LOSSES[name](**options)
         if student_stages is None or teacher_stages is None:
             raise UserError(f"loss {name!r} reads features: give build_loss the student's and the teacher's stages")
@@ -78,6 +78,12 @@ def build_loss(
         return build_torchdistill(name, student_stages, teacher_stages, options)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss {name!r}: {error}") from error
+
+
+def reads_features(specification: str | dict[str, Any]) -> bool:
+    """Whether `build_loss` needs the stages' shapes for this loss."""
+    name = specification.get("name") if isinstance(specification, dict) else specification
+    return name in FEATURE_LOSSES or str(name).startswith(TORCHDISTILL)
 
 
 def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:

@@ -37,8 +37,10 @@ class TorchdistillLoss(nn.Module):
         ValueError: If a stage does not exist, or an option is unknown.
     """
 
-    labels: Tensor
     row: Tensor
+    by_class: Tensor
+    class_start: Tensor
+    class_size: Tensor
 
     def __init__(
         self,
@@ -87,9 +89,11 @@ class TorchdistillLoss(nn.Module):
         """
         if len(labels.unique()) < 2:
             raise UserError("loss 'torchdistill/CRDLoss': all training images are of one class: there are no negatives")
-        self.register_buffer("labels", labels)
         self.register_buffer("row", torch.zeros(int(index.max()) + 1, dtype=torch.int64))
         self.row[index] = torch.arange(len(index))
+        self.register_buffer("by_class", labels.argsort())
+        self.register_buffer("class_size", labels.bincount())
+        self.register_buffer("class_start", self.class_size.cumsum(0) - self.class_size)
         options = {name: value for name, value in self.options.items() if name != "feature_dimension"}
         options["num_negative_samples"] = min(options["num_negative_samples"], len(index) - 1)
         sizes = {
@@ -142,14 +146,16 @@ class TorchdistillLoss(nn.Module):
             raise ValueError(
                 "CRDLoss: call enroll(index, labels) with the training images, and give forward an `index`"
             )
-        rows = self.row[index]
         memory: Any = self.criteria[0]
-        shape = (len(rows), memory.num_negative_samples)
-        drawn = torch.randint(len(self.labels), shape, device=rows.device)
-        for _ in range(20):  # two even classes: one negative in a million is still of the same class
-            same = self.labels[drawn] == labels.unsqueeze(1)
-            drawn = torch.where(same, torch.randint(len(self.labels), shape, device=rows.device), drawn)
-        return {"pos_idx": rows, "contrast_idx": torch.cat([rows.unsqueeze(1), drawn], 1)}
+        rows, size, start = (column.unsqueeze(1) for column in (self.row[index], *self.class_range(labels)))
+        draws = torch.rand(len(rows), memory.num_negative_samples, device=rows.device, dtype=torch.float64)
+        place = (draws * (len(self.by_class) - size)).long()
+        negatives = self.by_class[place + size * (place >= start)]  # sorted by class, the image's own class skipped
+        return {"pos_idx": rows.squeeze(1), "contrast_idx": torch.cat([rows, negatives], 1)}
+
+    def class_range(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """How many images there are of each label, and where they start in `by_class`, [B] and [B]."""
+        return self.class_size[labels], self.class_start[labels]
 
 
 def known() -> str:

@@ -135,6 +135,15 @@ def test_dkd_ramps_the_teacher_up() -> None:
     assert loss(student, teacher, target, 0.0)["target_class"] == 0
 
 
+def test_dkd_takes_the_most_probable_class_of_dense_targets() -> None:
+    student, teacher, target = draw()
+    mixed = 0.7 * F.one_hot(target, 5).double() + 0.3 * F.one_hot((target + 1) % 5, 5).double()
+    hard, soft = (build_loss("dkd")(student, teacher, form) for form in (target, mixed))
+    torch.testing.assert_close(soft["target_class"], hard["target_class"])
+    torch.testing.assert_close(soft["other_classes"], hard["other_classes"])
+    torch.testing.assert_close(soft["task"], F.cross_entropy(student.logits, mixed))
+
+
 def test_logit_mse_equals_torch() -> None:
     student, teacher, target = draw()
     terms = build_loss({"name": "logit_mse", "task": 0.5, "distillation": 2.0})(student, teacher, target)

@@ -47,12 +47,13 @@ def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "no
 
 @pytest.mark.parametrize("student", [CNN, VIT], ids=["cnn", "vit"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_loss_trains_every_student(images, name: str, student: ModelRecipe) -> None:
+def test_every_loss_trains_every_student(images, tmp_path, name: str, student: ModelRecipe) -> None:
     if name == "torchdistill/FSPLoss" and student is VIT:
         with pytest.raises(UserError, match="FSP is about the flow between stages and needs two pairs, not 1"):
             start(images, name, student)
         return
     training = start(images, name, student)
+    save_checkpoint(tmp_path / "checkpoint", training.state_dict())
     before = [p.detach().clone() for p in [*training.student.parameters(), *training.loss.parameters()]]
     terms = [training.run_step() for _ in range(2)]
     assert all(torch.isfinite(value) for step in terms for value in step.values())
@@ -97,7 +98,22 @@ def test_crd_remembers_the_batch_and_contrasts_with_other_classes(images) -> Non
     drawn = loss.draw_negatives(batch.index, batch.target)
     assert torch.equal(images.train.index[drawn["pos_idx"]], batch.index)
     assert torch.equal(drawn["contrast_idx"][:, 0], drawn["pos_idx"])
-    assert (loss.labels[drawn["contrast_idx"][:, 1:]] != batch.target.unsqueeze(1)).all()
+    negatives = drawn["contrast_idx"][:, 1:]
+    assert (images.train.labels[negatives] != batch.target.unsqueeze(1)).all()
+
+
+def test_crd_draws_every_other_image_equally_often() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 0, 2])
+    loss = TorchdistillLoss("CRDLoss", STAGES, STAGES)
+    loss.enroll(torch.arange(7) + 30, labels)
+    times = torch.zeros(3, 7)
+    for _ in range(2000):
+        negatives = loss.draw_negatives(torch.tensor([31, 33, 30]), torch.tensor([0, 1, 2]))["contrast_idx"][:, 1:]
+        times.scatter_add_(1, negatives, torch.ones(negatives.shape))
+    for label in range(3):
+        assert (times[label][labels == label] == 0).all()
+        others = times[label][labels != label]
+        torch.testing.assert_close(others / others.mean(), torch.ones(len(others)), rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("name", ["torchdistill/SPKDLoss", "torchdistill/ATLoss", "torchdistill/DISTLoss"])
