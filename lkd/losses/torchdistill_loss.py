@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lkd.errors import UserError, check_choice
 from lkd.losses.functions import check_options, cross_entropies, label_of
 from lkd.losses.stages import Stages, choose_pairs
-from lkd.losses.torchdistill_wiring import RECIPES, REFUSED, shape_pairs
+from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
+from lkd.losses.torchdistill_taps import shape_pairs
 from lkd.outputs import Outputs
 
 

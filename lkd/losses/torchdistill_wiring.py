@@ -1,94 +1,27 @@
-"""What each of torchdistill's losses reads, and the small trainable modules that the literature puts in between.
-
-torchdistill names what a loss reads by module path and fills it by forward hooks; here a *tap* computes it from
-`Outputs`. Importing this module needs torchdistill.
-"""
+"""How each of torchdistill's losses is built, and which taps feed it. Importing this module needs torchdistill."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, mse_loss
+from torch import nn
 from torchdistill.models.wrapper import (
-    AttentionBasedFusion,
     ChannelSimilarityEmbed,
     Normalizer4CRD,
-    Paraphraser4FactorTransfer,
     Regressor4VID,
     Translator4FactorTransfer,
 )
 
-from lkd.losses.functions import widen
-from lkd.losses.stages import Pairs, Stages, as_map, map_shape, pair_equal_sizes, pair_last, pool
-from lkd.outputs import Outputs
-
-
-class StagePair(NamedTuple):
-    """A student's and a teacher's stage, their channels, and the smaller of their sizes (height, width)."""
-
-    student: str
-    teacher: str
-    student_channels: int
-    teacher_channels: int
-    size: tuple[int, int]
-
-
-class Tap(nn.Module):
-    """Something that a loss reads from a network's outputs: `path` → `modules(read(outputs))`."""
-
-    def __init__(self, path: str, read: Callable[[Outputs], Tensor], *modules: nn.Module) -> None:
-        super().__init__()
-        self.path = path
-        self.read = read
-        self.modules_between = nn.Sequential(*modules)
-
-    def forward(self, outputs: Outputs) -> dict[str, Any]:
-        """From a network's outputs to what the loss finds at the path."""
-        return {self.path: self.modules_between(self.read(outputs))}
-
-
-class Paraphrase(nn.Module):
-    """The teacher's factor, for FT: an autoencoder, trained by its own term `reconstruction`."""
-
-    def __init__(self, pair: StagePair, rate: float) -> None:
-        super().__init__()
-        self.read = read_map(pair.teacher, pair.size)
-        self.paraphraser = Paraphraser4FactorTransfer(rate, pair.teacher_channels)
-
-    def forward(self, outputs: Outputs) -> dict[str, Any]:
-        """Compute the factor, without gradient, and the error of its reconstruction."""
-        feature = self.read(outputs)
-        factor = self.paraphraser.encoder(feature)
-        return {
-            "paraphraser": factor.detach(),
-            "reconstruction": mse_loss(self.paraphraser.decoder(factor), feature),
-        }
-
-
-class Review(nn.Module):
-    """The student's fused features, for knowledge review: from the deepest stage up, each with what came before."""
-
-    def __init__(self, levels: list[StagePair]) -> None:
-        super().__init__()
-        self.sizes = [pair.size[0] for pair in levels]
-        self.reads = [read_map(pair.student, pair.size) for pair in levels]
-        middle = min(512, levels[-1].student_channels)
-        self.fusions = nn.ModuleList(
-            AttentionBasedFusion(pair.student_channels, middle, pair.teacher_channels, pair is not levels[-1])
-            for pair in levels
-        )
-
-    def forward(self, outputs: Outputs) -> dict[str, Any]:
-        """Compute `feature0`, `feature1`, …, each a pair as torchdistill's module returns it."""
-        fused: dict[str, Any] = {}
-        residual: Tensor | None = None
-        for number in reversed(range(len(self.reads))):
-            feature = self.reads[number](outputs)
-            fused[f"feature{number}"] = self.fusions[number](feature, residual, self.sizes[number])
-            residual = fused[f"feature{number}"][1]
-        return fused
+from lkd.losses.torchdistill_taps import (
+    Paraphrase,
+    Review,
+    StagePair,
+    Tap,
+    read_embedding,
+    read_logits,
+    read_map,
+    read_stage,
+)
 
 
 class Wiring(NamedTuple):
@@ -98,26 +31,6 @@ class Wiring(NamedTuple):
     student: list[nn.Module]
     teacher: list[nn.Module]
     terms: tuple[str, ...] = ()
-
-
-def read_logits(outputs: Outputs) -> Tensor:
-    """The logits, [B, C]."""
-    return widen(outputs.logits)
-
-
-def read_map(stage: str, size: tuple[int, int]) -> Callable[[Outputs], Tensor]:
-    """A reader of a stage's feature map, averaged down to a size."""
-    return lambda outputs: adaptive_avg_pool2d(as_map(outputs.features[stage]), size)
-
-
-def read_stage(stage: str) -> Callable[[Outputs], Tensor]:
-    """A reader of a stage's feature map as it is."""
-    return lambda outputs: as_map(outputs.features[stage])
-
-
-def read_embedding(stage: str) -> Callable[[Outputs], Tensor]:
-    """A reader of a stage's global average, [B, c]."""
-    return lambda outputs: pool(outputs.features[stage])
 
 
 def name_paths(loss: type[nn.Module], path: str) -> dict[str, str]:
@@ -272,97 +185,3 @@ def regress(pair: StagePair) -> list[nn.Module]:
 def embed_channels(pair: StagePair) -> list[nn.Module]:
     """ICKD's embedding."""
     return [ChannelSimilarityEmbed(pair.student_channels, pair.teacher_channels)]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a torchdistill loss is used.
-
-    Attributes:
-        wire: Builds it and its taps.
-        distillation: Default weight.
-        options: The options that a user may set, with defaults; weights and options are those of RepDistiller's scripts
-            or of torchdistill's sample recipes, where these have them.
-        pairing: Default pairs of stages; None for a loss over logits.
-        task: Default weight of cross-entropy; 0 where the loss has its own.
-        several_images: Whether it compares images, or normalises over them, and so needs two.
-        several_pairs: Whether it takes more than one pair of stages.
-    """
-
-    wire: Callable[[type[nn.Module], list[StagePair], dict[str, Any]], Wiring]
-    distillation: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-    pairing: Callable[[Stages, Stages], Pairs] | None = None
-    task: float = 1.0
-    several_images: bool = True
-    several_pairs: bool = False
-
-
-RECIPES: dict[str, Recipe] = {
-    "KDLoss": Recipe(wire_logits, 1.0, {"temperature": 4.0, "alpha": 0.5, "beta": None}, task=0, several_images=False),
-    "LogitStdKDLoss": Recipe(
-        wire_logits, 1.0, {"temperature": 2.0, "alpha": 0.1, "beta": 9.0}, task=0, several_images=False
-    ),
-    "DISTLoss": Recipe(wire_logits, 1.0, {"beta": 2.0, "gamma": 2.0, "tau": 1.0}),
-    "SKDInstanceLoss": Recipe(wire_logits, 1.0, {"temperature": 4.0, "mode": "paper"}, several_images=False),
-    "SKDDirectionLoss": Recipe(wire_logits, 1.0, {"tikhonov": 0.1, "mode": "paper"}),
-    "ATLoss": Recipe(
-        wire_maps(lambda pair: [], "at_pairs"),
-        1000.0,
-        {"mode": "code"},
-        pair_equal_sizes,
-        several_images=False,
-        several_pairs=True,
-    ),
-    "SPKDLoss": Recipe(wire_similarities, 3000.0, {"reduction": "batchmean"}, pair_last),
-    "RKDLoss": Recipe(
-        wire_embeddings, 1.0, {"dist_factor": 25.0, "angle_factor": 50.0, "reduction": "mean"}, pair_last
-    ),
-    "PKTLoss": Recipe(wire_embeddings, 30000.0, {"eps": 1e-7}, pair_last),
-    "CCKDLoss": Recipe(wire_correlations, 0.003, {"gamma": 0.4, "max_p": 2, "feature_dimension": 128}, pair_last),
-    "CRDLoss": Recipe(
-        wire_contrast,
-        0.8,
-        {"feature_dimension": 128, "num_negative_samples": 16384, "temperature": 0.07, "momentum": 0.5, "eps": 1e-7},
-        pair_last,
-    ),
-    "VIDLoss": Recipe(
-        wire_maps(regress, "feature_pairs"), 1.0, {}, pair_equal_sizes, several_images=False, several_pairs=True
-    ),
-    "AltActTransferLoss": Recipe(
-        wire_maps(connect, "feature_pairs"),
-        0.001,
-        {"margin": 1.0, "reduction": "mean"},
-        pair_equal_sizes,
-        several_pairs=True,
-    ),
-    "ChSimLoss": Recipe(wire_maps(embed_channels, "feature_pairs"), 500.0, {}, pair_last, several_pairs=True),
-    "FSPLoss": Recipe(wire_flow, 1.0, {}, pair_equal_sizes, several_images=False, several_pairs=True),
-    "FTLoss": Recipe(wire_factors, 1000.0, {"p": 1, "rate": 0.5}, pair_last),
-    "HierarchicalContextLoss": Recipe(
-        wire_review, 1.0, {"output_sizes": [4, 2, 1]}, pair_equal_sizes, several_pairs=True
-    ),
-    "PADL2Loss": Recipe(wire_variances, 1.0, {"eps": 1e-6}, pair_last),
-    "SRDLoss": Recipe(wire_projector, 1.0, {"exponent": 4.0, "temperature": 1.0}, pair_last),
-}
-
-REFUSED = {
-    "DISTPlusLoss": "its channel term is a correlation that training would minimise, which drives features apart",
-    "AuxSSKDLoss": "it trains a teacher's head on four rotations of every image",
-    "SSKDLoss": "it needs four rotations of every image and a head trained on them",
-    "KTALoss": "it needs a translator trained in an earlier stage, for dense prediction",
-    "AffinityLoss": "it is one half of KTA, for dense prediction",
-    "RegularizationLoss": "it compares nothing with a teacher",
-    "SimpleLossWrapper": "it wraps any loss of torch and defines none",
-    "DictLossWrapper": "it wraps any loss of torch and defines none",
-}
-
-
-def shape_pairs(pairs: Pairs, student: Stages, teacher: Stages) -> list[StagePair]:
-    """Add channels and common size to pairs of stages."""
-    shaped = []
-    for s, t in pairs:
-        ours, theirs = map_shape(student[s]), map_shape(teacher[t])
-        size = (min(ours[1], theirs[1]), min(ours[2], theirs[2]))
-        shaped.append(StagePair(s, t, ours[0], theirs[0], size))
-    return shaped

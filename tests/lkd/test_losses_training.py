@@ -13,7 +13,7 @@ from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.torchdistill_loss import TorchdistillLoss
-from lkd.losses.torchdistill_wiring import RECIPES, REFUSED
+from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
 from lkd.outputs import Outputs
 from lkd.teacher import TabulatedTeacher, Teacher
 from lkd.training import Training
