@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lkd.claims import process_exists
 from lkd.cli import main
+from lkd.config import CompareRecipe
+from lkd.errors import UserError
 from lkd.files import read_json
+from lkd.run import open_run
 from lkd.workers import assign_device
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +28,8 @@ RECIPE = {
         "CE": "cross_entropy",
         "KD": {"name": "kd", "grid": {"weight": [0.2, 0.5, 1.0], "train.learning_rate": [0.05, 0.1]}},
     },
-    "tuning_trainings": 4,
-    "seeds": 2,
+    "tuning_trainings": 2,
+    "seeds": 1,
     "workers": 1,
 }
 
@@ -41,66 +46,81 @@ def start(*options: str) -> "subprocess.Popen[str]":
 
 
 def trained(output: str) -> list[str]:
-    return re.findall(r"^  (.*): [\d.]+ % on", output, re.MULTILINE)
+    return re.findall(r"^  (.*): [\d.]+ % on (.*) \(", output, re.MULTILINE)
 
 
-def wait_for_claim(finished: int) -> int:
-    """The process that holds a claim, once so many cells are finished."""
-    cells, end = Path("shared/cells"), time.monotonic() + 120
+def stop_a_worker() -> int:
+    """Stop a process while it holds a claim."""
+    end = time.monotonic() + 120
     while time.monotonic() < end:
-        for claim in cells.glob("*.claim.*"):
-            try:
+        for claim in Path("shared/cells").glob("*.claim.*"):
+            with suppress(UserError):  # just released, or just made
                 owner = read_json(claim)["pid"]
-            except Exception:
-                continue  # just released, or just made
-            if len(list(cells.glob("*.json"))) >= finished:
-                return owner
+                os.kill(owner, signal.SIGSTOP)
+                if claim.exists():
+                    return owner
+                os.kill(owner, signal.SIGCONT)
         time.sleep(0.01)
     raise AssertionError("no claim was seen")
 
 
-def test_killed_processes_lose_nothing_and_no_cell_is_trained_twice() -> None:
+def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     first = start()
-    worker = wait_for_claim(finished=1)
-    refused = start()
+    victim = stop_a_worker()
+    assert main(["compare", "recipe.yaml", "--run_dir", "shared", "--resume", "auto"]) == 2
+    assert "shared is in use by another process; to share its work use --join" in capsys.readouterr().err
     second = start("--join")
-    assert "use --join" in refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2
-    os.kill(worker, signal.SIGKILL)
+    assert second.stdout
+    output = ""
+    while "waiting for 1 trainings" not in output:
+        line = second.stdout.readline()
+        assert line, second.communicate()
+        output += line
+    os.kill(victim, signal.SIGKILL)
     first_output, first_error = first.communicate(timeout=120)
-    output, error = second.communicate(timeout=240)
-    assert second.returncode == 0, error
     assert first.returncode == 2
     assert "a worker process was killed" in first_error
+    rest, error = second.communicate(timeout=240)
+    assert second.returncode == 0, error
+    output += rest
     finished = trained(first_output) + trained(output)
     cells = list(Path("shared/cells").iterdir())
-    assert len(cells) == 4 + 2 * 2, cells
+    assert len(cells) == 2 + 2, cells
     assert len(finished) == len(set(finished)) == len(cells)
-    assert trained(output)
     assert "last − KD" in output
 
 
-def test_a_killed_invocation_takes_its_workers_along() -> None:
-    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    first = start("--join")
-    worker = wait_for_claim(finished=0)
-    first.kill()
-    first.communicate(timeout=60)
-    end = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
+def test_workers_go_with_a_killed_parent() -> None:
+    script = """
+import os, signal
+from lkd.workers import start_workers
+if __name__ == "__main__":
+    with start_workers(1) as workers:
+        print(workers.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    Path("parent.py").write_text(script)
+    result = subprocess.run(
+        [sys.executable, "parent.py"], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    worker, end = int(result.stdout), time.monotonic() + 20
+    while process_exists(worker) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not Path(f"/proc/{worker}").exists()
+    assert result.returncode == -signal.SIGKILL
+    assert not process_exists(worker)
 
 
-def test_another_comparison_is_not_joined(capsys) -> None:
-    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"methods": {"KD": {"name": "kd"}}, "seeds": 1}))
-    assert main(["compare", "recipe.yaml", "--run_dir", "shared", "--join", "--workers", "1"]) == 0
-    capsys.readouterr()
-    assert main(["compare", "recipe.yaml", "--run_dir", "shared", "--join", "--methods.KD", "{name: kd, weight: 0.1}"])
-    error = capsys.readouterr().err
-    assert re.search(r"methods\.KD\.weight: is 0\.1, but the run in shared has None", error)
-    assert error.count("\n") == 1
+def test_another_comparison_is_not_joined() -> None:
+    recipe = CompareRecipe(run_dir="shared", join=True)
+    with open_run(recipe, "compare") as first, open_run(recipe, "compare") as second:
+        assert first.path == second.path
+        recipe.methods["KD"] = "kd"
+        with (
+            pytest.raises(UserError, match=r"methods\.KD: is .kd., but the run in shared has None"),
+            open_run(recipe, "compare"),
+        ):
+            pass
 
 
 @pytest.mark.parametrize(
