@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -14,7 +13,15 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, introduce_network, introduce_teacher, prepare_images, prepare_teacher
+from lkd.assembly import (
+    Images,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
 from lkd.claims import Watch, claimed
 from lkd.comparison_plot import plot_table
 from lkd.comparison_table import (
@@ -30,11 +37,11 @@ from lkd.comparison_table import (
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost
 from lkd.distillation import start_training
-from lkd.errors import UserError, check_choice
+from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
-from lkd.losses.build import LOSSES, build_loss
+from lkd.losses.build import LOSSES
 from lkd.published import find_published
 from lkd.run import Run
 from lkd.teacher import load_teacher_network
@@ -71,8 +78,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     Returns:
         The table's rows.
     """
-    check_methods(recipe)
     images = prepare_images(recipe.data)
+    check_methods(recipe, images)
     run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     on_gpus = run.device.type == "cuda" and run.device.index is None
@@ -88,8 +95,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe) -> None:
-    """Build every loss and optimiser once, so that a mistake shows before any training.
+def check_methods(recipe: CompareRecipe, images: Images) -> None:
+    """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
 
     Raises:
         UserError: If a method, a student, the baseline, the number of seeds or the tuning budget is not good.
@@ -106,11 +113,9 @@ def check_methods(recipe: CompareRecipe) -> None:
     for label, method in recipe.methods.items():
         for point in expand_grid(method):
             loss, train = split_method(point, recipe.train)
-            if isinstance(loss, dict) and str(loss.get("name")) in LOSSES:
-                for option in loss.keys() - {"name"}:
-                    check_choice(f"methods.{label}", option, inspect.signature(LOSSES[loss["name"]]).parameters)
             try:
-                build_loss(loss)
+                for student in recipe.students:
+                    prepare_loss(loss, student, recipe.teacher, images, recipe.seed)
                 build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
             except UserError as error:
                 raise UserError(f"methods.{label}: {error}") from error
@@ -224,12 +229,17 @@ def digest_of(path: str) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def prepare_for_cells(data: str, teacher: str, device: str) -> tuple[Images, TeacherFunction]:
-    """Images and teacher, once a process; the arguments are the recipes' JSON."""
-    data_recipe = DataRecipe(**json.loads(data))
-    images = prepare_images(data_recipe)
-    chosen = torch.device(device)
-    return images, prepare_teacher(TeacherRecipe(**json.loads(teacher)), data_recipe, images, chosen)
+def prepare_images_for_cells(data: str) -> Images:
+    """Images, once a process; the argument is the recipe's JSON."""
+    return prepare_images(DataRecipe(**json.loads(data)))
+
+
+@lru_cache(maxsize=8)
+def prepare_teacher_for_cells(data: str, teacher: str, device: str, stages: tuple[str, ...]) -> TeacherFunction:
+    """A teacher for the losses that read these stages, once a process; the recipes are JSON."""
+    images = prepare_images_for_cells(data)
+    recipes = TeacherRecipe(**json.loads(teacher)), DataRecipe(**json.loads(data))
+    return prepare_teacher(*recipes, images, torch.device(device), stages)
 
 
 def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
@@ -238,15 +248,16 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     The test split is read only if the cell is reported: at the last and the best epoch.
     """
     device = own_device(device)
-    images, teacher = prepare_for_cells(
-        json.dumps(dataclasses.asdict(recipe.data)), json.dumps(dataclasses.asdict(recipe.teacher)), device
-    )
+    data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
+    images = prepare_images_for_cells(data)
+    specification, train = split_method(cell.loss, recipe.train)
+    loss = prepare_loss(specification, cell.student, recipe.teacher, images, cell.seed)
+    teacher = prepare_teacher_for_cells(data, taught, device, read_teacher_stages(loss))
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)
-    loss, train = split_method(cell.loss, recipe.train)
     training = start_training(
-        cell.student, images.train, build_loss(loss), teacher, train, recipe.data.augmentation, cell.seed, place
+        cell.student, images.train, loss, teacher, train, recipe.data.augmentation, cell.seed, place
     )
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
@@ -321,7 +332,7 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         f"Test accuracy, mean ± standard error over {recipe.seeds} paired seeds; 95 % interval of the paired "
         "difference by Student's t. Best: the epoch that is best on meta-validation.",
         "Cost: medians over seeds; steps/s and peak memory of the training steps alone, evaluation left out, on a "
-        "machine shared by all workers; peak above what images and teacher take.",
+        "machine shared by all workers; peak above what images, teacher and loss take.",
     ]
     tuned = {row["method"]: row["tuned_over"] for row in table}
     if any(tuned.values()):

@@ -244,7 +244,7 @@ class DistillRecipe(RunRecipe):
         teacher: The teacher.
         student: The network.
         train: The training.
-        loss: A loss name, {name: ..., ...}, or the path of a learned-loss file.
+        loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
