@@ -337,7 +337,7 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
     tuned = {row["method"]: row["tuned_over"] for row in table}
     if any(tuned.values()):
         notes.append(
-            f"Tuned over: trainings on {recipe.students[0].name}, {recipe.tuning_seeds} for each point, one a seed, "
+            f"Tuned over: trainings on {recipe.students[0].name}, {recipe.tuning_seeds} for each point (one a seed), "
             "from which the options below were picked on meta-validation"
             + (f"; the budget was {recipe.tuning_trainings} for each." if recipe.tuning_trainings else ".")
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lkd.intervals import confidence_interval, mean_and_error
+from lkd.run import shorten_paths
 
 Row = dict[str, Any]
 
@@ -158,7 +159,7 @@ def list_cells(rows: list[Row]) -> list[list[object]]:
                 row["method"],
                 row["student"],
                 row["seed"],
-                row["loss"] if isinstance(row["loss"], str) else json.dumps(row["loss"]),
+                json.dumps(shorten_paths(row["loss"])) if isinstance(row["loss"], dict) else shorten_paths(row["loss"]),
                 f"{row['last']['top1']:.4f}",
                 f"{row['best']['top1']:.4f}",
                 f"{row['meta_validation']['top1']:.4f}",
@@ -174,7 +175,8 @@ def list_cells(rows: list[Row]) -> list[list[object]]:
 
 
 def format_options(method: dict[str, Any] | str) -> str:
-    """A method's options as words."""
+    """A method's options as words; absolute paths are reduced to their last part."""
+    method = shorten_paths(method)
     if isinstance(method, str):
         return method
     options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
