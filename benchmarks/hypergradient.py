@@ -9,10 +9,8 @@ to start over.
 
 import argparse
 import csv
-import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,9 @@ import torch
 from hypergradient_problem import ENGINES, Problem, compile_problem
 from hypergradient_report import write_picture, write_table
 
+from lkd.evidence import evidence
+from lkd.files import write_json
+from lkd.run import environment
 from meta.estimators import adjoint, first_order
 from meta.tensors import cosine_similarity, global_norm
 
@@ -218,15 +219,7 @@ def report(out: Path) -> None:
     )
     figures = {key: round(value, 6) for key, value in figures.items() if not math.isnan(value)}
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    result = {
-        "command": "python benchmarks/hypergradient.py",
-        "commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": f"{platform.machine()} CPU, 1 thread",
-        "figures": figures,
-    }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "result.json", evidence("python benchmarks/hypergradient.py", environment(), figures))
     write_table(out / "README.md", Path(__file__).with_name("README.md"), figures)
     write_picture(out / "hypergradient.png", read_rows(times), read_rows(memory))
 

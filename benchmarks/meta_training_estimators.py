@@ -16,6 +16,7 @@ from lkd.artifact import SUFFIX, read_provenance
 from lkd.comparison import Cell, run_cell
 from lkd.comparison_table import format_figure, mean_and_error
 from lkd.config import CompareRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe
+from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
 from lkd.meta_training import meta_train
 from lkd.run import open_run
@@ -111,16 +112,9 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         "audited_minus_unrolled_seed0": by["audited"][0]["accuracy"] - by["unrolled"][0]["accuracy"],
         "audit_cosine_lowest": min(by["audited"][0]["audit_cosines"]),
     }
-    write_json(
-        EVIDENCE / "result.json",
-        {
-            "command": "python benchmarks/meta_training_estimators.py",
-            "commit": environment["commit"],
-            "versions": environment["versions"],
-            "machine": environment["platform"],
-            "figures": {name: round(value, 4) for name, value in figures.items()},
-        },
-    )
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    result = evidence("python benchmarks/meta_training_estimators.py", environment, rounded)
+    write_json(EVIDENCE / "result.json", result)
 
 
 if __name__ == "__main__":

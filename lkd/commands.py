@@ -80,7 +80,7 @@ def compare(recipe: CompareRecipe) -> None:
     with open_run(recipe, "compare") as run:
         compare_methods(recipe, run)
         print((run.path / "table.txt").read_text())
-        print(f"{run.path}: table.txt, cells.csv, picks.json, comparison.png")
+        print(f"{run.path}: table.txt, table.csv, table.tex, cells.csv, comparison.png, picks.json, result.json")
 
 
 def quickstart(recipe: QuickstartRecipe) -> None:

@@ -1,23 +1,17 @@
-"""Statistics and pictures of a comparison."""
+"""The table of a comparison: its rows, and the same table as text, CSV and LaTeX."""
 
 import csv
 import io
+import json
 import math
-from pathlib import Path
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
-from lkd.files import replaced_atomically, write_text
+from lkd.intervals import confidence_interval, mean_and_error
+from lkd.run import shorten_paths
 
 Row = dict[str, Any]
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (NaN for a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
 
 
 def summarize(rows: list[Row], baseline: str) -> list[Row]:
@@ -29,7 +23,9 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
 
     Returns:
         One row for each method and student: `last`, `best` and `difference` (last, to the baseline), each (mean,
-        standard error) in percent or points of test accuracy; `seeds`; `seconds` (mean, of one training); `loss`.
+        standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
+        `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
+        (None where it was not measured); `loss_parameters`; `loss`.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
@@ -38,92 +34,157 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
     for (student, method), seeds in groups.items():
         base = groups[student, baseline]
         differences = [row["last"]["top1"] - base[seed]["last"]["top1"] for seed, row in seeds.items()]
+        cells = list(seeds.values())
+        peaks = [row["peak_mib"] for row in cells if row["peak_mib"] is not None]
         table.append(
             {
                 "student": student,
                 "method": method,
-                "loss": next(iter(seeds.values()))["loss"],
+                "loss": cells[0]["loss"],
                 "seeds": len(seeds),
-                "last": mean_and_error([row["last"]["top1"] for row in seeds.values()]),
-                "best": mean_and_error([row["best"]["top1"] for row in seeds.values()]),
+                "last": mean_and_error([row["last"]["top1"] for row in cells]),
+                "best": mean_and_error([row["best"]["top1"] for row in cells]),
                 "difference": (0.0, 0.0) if method == baseline else mean_and_error(differences),
-                "seconds": mean_and_error([row["seconds"] for row in seeds.values()])[0],
+                "interval": confidence_interval(differences),
+                "differences": differences,
+                "steps_per_second": statistics.median(row["steps_per_second"] for row in cells),
+                "loss_parameters": cells[0]["loss_parameters"],
+                "peak_mib": statistics.median(peaks) if peaks else None,
             }
         )
     return table
 
 
-def format_table(table: list[Row], baseline: str) -> str:
-    """The table as text: test accuracy, mean ± standard error over paired seeds."""
-    header = ["student", "method", "last epoch %", "best epoch %", f"last − {baseline}", "seeds", "s/training"]
+def tabulate(table: list[Row], baseline: str) -> list[list[str]]:
+    """The header and the rows as words; the column of published numbers only where there is one."""
+    header = [
+        *("student", "method", "last epoch %", "best epoch %", f"last − {baseline}", "95 % interval", "seeds"),
+        *("tuned over", "steps/s", "loss parameters", "peak MiB", "published %"),
+    ]
     lines = [header]
     for row in table:
+        compared = row["method"] != baseline
+        low, high = row["interval"]
         lines.append(
             [
                 row["student"],
                 row["method"],
                 format_figure(row["last"]),
                 format_figure(row["best"]),
-                "" if row["method"] == baseline else format_figure(row["difference"], True),
+                format_figure(row["difference"], True) if compared else "",
+                f"[{low:+.2f}, {high:+.2f}]".replace("-", "−") if compared and not math.isnan(low) else "",
                 str(row["seeds"]),
-                f"{row['seconds']:.0f}",
+                str(row["tuned_over"]),
+                f"{row['steps_per_second']:.1f}",
+                f"{row['loss_parameters']:,}",
+                "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+                "" if row["published"] is None else f"{row['published']['accuracy']:.2f}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+
+
+def format_table(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
+    """A table for the terminal, with notes below."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
+
+
+def format_latex(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
+    r"""A LaTeX `tabular` (needs `\usepackage{booktabs}`), with the notes as comments."""
+    header, *body = ([escape_latex(cell) for cell in line] for line in lines)
+    rows = [" & ".join(line) + r" \\" for line in body]
+    for position in range(len(body) - 1, 0, -1):
+        if body[position][0] != body[position - 1][0]:
+            rows.insert(position, r"\midrule")
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        [
+            *(f"% {note}" for note in notes),
+            r"\begin{tabular}{ll" + "r" * (len(header) - 2) + "}",
+            r"\toprule",
+            " & ".join(header) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
     )
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    signs = {character: f"\\{character}" for character in "&%$#_{}"}
+    signs |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    signs |= {"−": "$-$", "±": r"$\pm$", "[": "{[}", "]": "{]}", "<": "$<$", ">": "$>$"}
+    return "".join(signs.get(character, character) for character in text)
+
+
+def format_csv(lines: Sequence[Sequence[object]]) -> str:
+    """Rows as CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    return buffer.getvalue()
+
+
+def list_rows(table: list[Row]) -> list[list[object]]:
+    """The table's numbers, unrounded, under a header; nothing where there is none."""
+    header: list[object] = [
+        *("student", "method", "last", "last_se", "best", "best_se", "difference", "difference_se"),
+        *("interval_low", "interval_high", "seeds", "tuned_over", "steps_per_second", "loss_parameters", "peak_mib"),
+        *("published", "published_source"),
+    ]
+    rows = [
+        [
+            *(row["student"], row["method"], *row["last"], *row["best"], *row["difference"], *row["interval"]),
+            *(row["seeds"], row["tuned_over"], row["steps_per_second"], row["loss_parameters"], row["peak_mib"]),
+            *((row["published"] or {}).get(key) for key in ("accuracy", "source")),
+        ]
+        for row in table
+    ]
+    return [header, *([None if value != value else value for value in row] for row in rows)]
+
+
+def list_cells(rows: list[Row]) -> list[list[object]]:
+    """Every seed's figures, under a header."""
+    header: list[object] = [
+        *("method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step"),
+        *("seconds", "steps_per_second", "loss_parameters", "peak_mib"),
+    ]
+    return [
+        header,
+        *(
+            [
+                row["method"],
+                row["student"],
+                row["seed"],
+                json.dumps(shorten_paths(row["loss"])) if isinstance(row["loss"], dict) else shorten_paths(row["loss"]),
+                f"{row['last']['top1']:.4f}",
+                f"{row['best']['top1']:.4f}",
+                f"{row['meta_validation']['top1']:.4f}",
+                row["best_step"],
+                f"{row['seconds']:.1f}",
+                f"{row['steps_per_second']:.2f}",
+                row["loss_parameters"],
+                "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def format_options(method: dict[str, Any] | str) -> str:
+    """A method's options as words; absolute paths are reduced to their last part."""
+    method = shorten_paths(method)
+    if isinstance(method, str):
+        return method
+    options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
+    return " ".join([method["name"], *(f"{key}={value}" for key, value in options.items())])
 
 
 def format_figure(figure: tuple[float, float], signed: bool = False) -> str:
     """Mean ± standard error; no ± where there is one seed only."""
     mean, error = figure
     text = f"{mean:+.2f}" if signed else f"{mean:.2f}"
-    return text if math.isnan(error) else f"{text} ± {error:.2f}"
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Write every seed's figures."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step", "seconds"]
-    )
-    for row in rows:
-        writer.writerow(
-            [
-                row["method"],
-                row["student"],
-                row["seed"],
-                row["loss"],
-                f"{row['last']['top1']:.4f}",
-                f"{row['best']['top1']:.4f}",
-                f"{row['meta_validation']['top1']:.4f}",
-                row["best_step"],
-                f"{row['seconds']:.1f}",
-            ]
-        )
-    write_text(path, buffer.getvalue())
-
-
-def plot_table(table: list[Row], path: Path) -> None:
-    """Draw each student's methods as points with error bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    students = list(dict.fromkeys(row["student"] for row in table))
-    figure, axes = plt.subplots(1, len(students), figsize=(4 * len(students), 3), squeeze=False, layout="constrained")
-    for axis, student in zip(axes[0], students, strict=True):
-        rows = [row for row in table if row["student"] == student]
-        for position, row in enumerate(rows):
-            mean, error = row["last"]
-            axis.errorbar(position, mean, 0 if math.isnan(error) else error, fmt="o", capsize=4)
-        axis.set_xticks(range(len(rows)), [row["method"] for row in rows])
-        axis.set_title(student)
-        axis.set_ylabel("test accuracy, %")
-        axis.margins(x=0.2)
-    with replaced_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    return (text if math.isnan(error) else f"{text} ± {error:.2f}").replace("-", "−")

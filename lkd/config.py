@@ -275,8 +275,9 @@ class EvaluateRecipe:
 class CompareRecipe(RunRecipe):
     """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
 
-    A method is {name: ..., ...} or a learned-loss path. A method with `grid: {option: [values]}` is tuned first: every
-    point of the grid is trained with the first seed and the first student, and the best on meta-validation is used.
+    A method is {name: ..., ...} or a learned-loss path; `train: {learning_rate: ...}` in it sets the training for it
+    alone. A method with `grid: {option: [values]}` is tuned first: points of the grid are trained with the first seeds
+    and the first student, and the best on meta-validation is used. `train.learning_rate` can be in a grid too.
 
     Args:
         data: The images.
@@ -286,8 +287,14 @@ class CompareRecipe(RunRecipe):
         students: Networks.
         seeds: Number of paired seeds: seed, seed + 1, ...
         baseline: Label of the method that differences are taken to.
+        tuning_trainings: Trainings that each method with a grid may use for tuning, all seeds together: of a larger
+            grid a spread of points is drawn; 0 trains every point.
+        tuning_seeds: Seeds that each point of a grid is trained with.
         evaluate_every: Epochs between looks at meta-validation, from which the best epoch is chosen.
-        workers: Processes that train side by side; 0 means one for every CPU core.
+        workers: Processes that train side by side; 0 means one for every CPU core, or for every GPU. They take turns on
+            the GPUs.
+        join: Share run_dir with other processes and hosts that run the same comparison: no training is done twice.
+            Needs a file system that all of them see. W&B is left to the run that was started without it.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -302,8 +309,11 @@ class CompareRecipe(RunRecipe):
     students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
     seeds: int = 3
     baseline: str = "KD"
+    tuning_trainings: int = 0
+    tuning_seeds: int = 1
     evaluate_every: int = 1
     workers: int = 0
+    join: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, allow_nan=True) + "\n")
+
+
+def create_json(path: Path, content: Any) -> bool:
+    """Write a JSON file if there is none of that name, atomically; whether it was written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}")
+    write_json(temporary, content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -24,6 +24,7 @@ from lkd.config import (
     TeacherRecipe,
     TrainRecipe,
 )
+from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
 from lkd.losses.build import build_loss
 from lkd.meta_training import meta_train
@@ -103,13 +104,11 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     write_text(run.path / "regret.txt", regret + "\n")
     phases["report"] = time.time() - started - sum(phases.values())
     phases = add_earlier_phases(phases, run.path / "phases.json")
-    result = {
-        "command": "lkd quickstart" + (" --short" if recipe.short else ""),
-        "commit": run.provenance()["environment"]["commit"],
-        "versions": run.provenance()["environment"]["versions"],
-        "machine": run.provenance()["environment"]["platform"],
-        "figures": figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
-    }
+    result = evidence(
+        "lkd quickstart" + (" --short" if recipe.short else ""),
+        run.provenance()["environment"],
+        figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
+    )
     write_json(run.path / "result.json", result)
     run.tracker.log(0, **result["figures"])
     page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)

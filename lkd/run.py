@@ -8,17 +8,17 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from lkd.config import RunRecipe
+from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
 from lkd.errors import UserError
-from lkd.files import read_json, write_json
+from lkd.files import create_json, read_json, write_json
 from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
-MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device")
+MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
             config, or is in use.
     """
     path = Path(recipe.run_dir)
+    joined = isinstance(recipe, CompareRecipe) and recipe.join
     config = {"command": command, "recipe": dataclasses.asdict(recipe)}
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -73,21 +74,35 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
     except OSError as error:
         raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"run_dir: {path} is in use by another process") from error
-        if (path / "config.json").exists():
-            check_resumable(path, config, recipe.resume)
-        write_json(path / "config.json", config)
-        write_json(path / "environment.json", environment())
+        take_lock(lock, path, joined, command)
+        new = create_json(path / "config.json", config) if joined else not (path / "config.json").exists()
+        if not new:
+            check_resumable(path, config, "auto" if joined else recipe.resume)
+        if new or not joined:
+            write_json(path / "config.json", config)
+            write_json(path / "environment.json", environment())
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        tracker = Tracker(path, recipe.wandb, config)
+        tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
         try:
             yield Run(path, choose_device(recipe.device), tracker, command, quiet)
         finally:
             tracker.finish()
+
+
+def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
+    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too.
+
+    Raises:
+        UserError: If another process has it.
+    """
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if joined else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        hint = "; to share its work use --join" if command == "compare" and not joined else ""
+        raise UserError(f"run_dir: {path} is in use by another process{hint}") from error
+    if command == "compare":
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
@@ -108,7 +123,7 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         )
     before, now = flatten(saved["recipe"]), flatten(config["recipe"])
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] not in MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
+        if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
             raise UserError(
                 f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
                 "a resumed run keeps its config"

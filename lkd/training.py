@@ -47,8 +47,6 @@ class Training:
         batches: Batches,
         recipe: TrainRecipe,
     ) -> None:
-        if recipe.epochs < 1:
-            raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
         self.student = student.train()
         self.needs_index = bool(getattr(loss, "needs_index", False))
         if self.needs_index:
@@ -59,17 +57,8 @@ class Training:
         self.batches = batches
         self.total_steps = recipe.epochs * batches.steps_per_epoch
         self.step = 0
-        trained = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
-        try:
-            self.optimizer = torch.optim.SGD(
-                trained,
-                recipe.learning_rate,
-                momentum=recipe.momentum,
-                nesterov=recipe.nesterov,
-                weight_decay=recipe.weight_decay,
-            )
-        except ValueError as error:
-            raise UserError(f"train: {error}") from error
+        trained: list[Tensor] = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(trained, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
 
@@ -130,12 +119,32 @@ class Training:
         self.scheduler.step_update(self.step)
 
 
+def build_optimizer(parameters: list[Tensor], recipe: TrainRecipe) -> torch.optim.Optimizer:
+    """Build SGD.
+
+    Raises:
+        UserError: If a setting is impossible.
+    """
+    try:
+        return torch.optim.SGD(
+            parameters,
+            recipe.learning_rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps_per_epoch: int) -> Scheduler:
     """Build timm's scheduler, stepped every update.
 
     Raises:
-        UserError: If timm knows no such schedule.
+        UserError: If timm knows no such schedule, or it has no epochs.
     """
+    if recipe.epochs < 1:
+        raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,

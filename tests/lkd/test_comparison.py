@@ -14,18 +14,19 @@ from lkd.comparison import (
     cell_path,
     check_methods,
     compare,
-    expand_grid,
     pick_options,
     plan_report,
     plan_tuning,
     run_cell,
 )
-from lkd.comparison_table import format_table, mean_and_error, summarize
+from lkd.comparison_table import format_table, summarize, tabulate
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.errors import UserError
 from lkd.files import read_json, write_json
+from lkd.intervals import mean_and_error
 from lkd.losses import LearnedLoss, LogitLoss
 from lkd.run import open_run
+from lkd.tuning import expand_grid
 
 
 def tiny_recipe() -> CompareRecipe:
@@ -58,6 +59,9 @@ def test_differences_are_paired_over_seeds() -> None:
             "loss": m,
             "seed": seed,
             "seconds": 1.0,
+            "steps_per_second": 100.0,
+            "loss_parameters": 0,
+            "peak_mib": None,
             "last": {"top1": top1},
             "best": {"top1": top1 + 1},
         }
@@ -68,7 +72,7 @@ def test_differences_are_paired_over_seeds() -> None:
     assert kd["last"] == pytest.approx((85.0, 5.0))
     assert learned["difference"] == pytest.approx((1.0, 0.0))
     assert learned["best"][0] == pytest.approx(87.0)
-    table = format_table([kd, learned], "KD")
+    table = format_table(tabulate([row | {"tuned_over": 0, "published": None} for row in (kd, learned)], "KD"))
     assert "+1.00 ± 0.00" in table
     assert "85.00 ± 5.00" in table
 

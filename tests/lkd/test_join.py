@@ -1,0 +1,137 @@
+"""Several processes share one comparison: real processes, one killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lkd.claims import process_exists
+from lkd.cli import main
+from lkd.config import CompareRecipe
+from lkd.errors import UserError
+from lkd.files import read_json
+from lkd.run import open_run
+from lkd.workers import assign_device
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {
+    "data": {"train_size": 400, "meta_validation_size": 200},
+    "train": {"epochs": 4, "batch_size": 50},
+    "methods": {
+        "CE": "cross_entropy",
+        "KD": {"name": "kd", "grid": {"weight": [0.2, 0.5, 1.0], "train.learning_rate": [0.05, 0.1]}},
+    },
+    "tuning_trainings": 2,
+    "seeds": 1,
+    "workers": 1,
+}
+
+
+def start(*options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "lkd.cli", "compare", "recipe.yaml", "--run_dir", "shared", *options]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def trained(output: str) -> list[str]:
+    return re.findall(r"^  (.*): [\d.]+ % on (.*) \(", output, re.MULTILINE)
+
+
+def stop_a_worker() -> int:
+    """Stop a process while it holds a claim."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for claim in Path("shared/cells").glob("*.claim.*"):
+            with suppress(UserError):  # just released, or just made
+                owner = read_json(claim)["pid"]
+                os.kill(owner, signal.SIGSTOP)
+                if claim.exists():
+                    return owner
+                os.kill(owner, signal.SIGCONT)
+        time.sleep(0.01)
+    raise AssertionError("no claim was seen")
+
+
+def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> None:
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    first = start()
+    victim = stop_a_worker()
+    assert main(["compare", "recipe.yaml", "--run_dir", "shared", "--resume", "auto"]) == 2
+    assert "shared is in use by another process; to share its work use --join" in capsys.readouterr().err
+    second = start("--join")
+    assert second.stdout
+    output = ""
+    while "waiting for 1 trainings" not in output:
+        line = second.stdout.readline()
+        assert line, second.communicate()
+        output += line
+    os.kill(victim, signal.SIGKILL)
+    first_output, first_error = first.communicate(timeout=120)
+    assert first.returncode == 2
+    assert "a worker process was killed" in first_error
+    rest, error = second.communicate(timeout=240)
+    assert second.returncode == 0, error
+    output += rest
+    finished = trained(first_output) + trained(output)
+    cells = list(Path("shared/cells").iterdir())
+    assert len(cells) == 2 + 2, cells
+    assert len(finished) == len(set(finished)) == len(cells)
+    assert "last − KD" in output
+
+
+def test_workers_go_with_a_killed_parent() -> None:
+    script = """
+import os, signal
+from lkd.workers import start_workers
+if __name__ == "__main__":
+    with start_workers(1) as workers:
+        print(workers.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    Path("parent.py").write_text(script)
+    result = subprocess.run(
+        [sys.executable, "parent.py"], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    worker, end = int(result.stdout), time.monotonic() + 20
+    while process_exists(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert result.returncode == -signal.SIGKILL
+    assert not process_exists(worker)
+
+
+def test_another_comparison_is_not_joined() -> None:
+    recipe = CompareRecipe(run_dir="shared", join=True)
+    with open_run(recipe, "compare") as first, open_run(recipe, "compare") as second:
+        assert first.path == second.path
+        recipe.methods["KD"] = "kd"
+        with (
+            pytest.raises(UserError, match=r"methods\.KD: is .kd., but the run in shared has None"),
+            open_run(recipe, "compare"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("device", "worker", "gpus", "expected"),
+    [
+        ("cpu", 3, 0, "cpu"),
+        ("cpu", 3, 2, "cpu"),
+        ("cuda", 0, 1, "cuda:0"),
+        ("cuda", 5, 4, "cuda:1"),
+        ("cuda:1", 2, 4, "cuda:1"),
+    ],
+)
+def test_workers_take_turns_on_the_gpus(device: str, worker: int, gpus: int, expected: str) -> None:
+    assert assign_device(device, worker, gpus) == expected
