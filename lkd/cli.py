@@ -1,13 +1,16 @@
 """The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lkd import __version__, config
 from lkd.errors import UserError
+from lkd.recipe_files import read_recipe
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -104,12 +107,12 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
+    parser.add_argument("--config", action="config", help="A recipe file without `base`; one with it is named first.")
     parser.add_class_arguments(COMMANDS[command][0])
     files = 0
     while files < len(words) and not words[files].startswith("-"):
         files += 1
-    recipes = [part for path in words[:files] for part in ("--config", path)]
+    recipes = [part for path in words[:files] for part in ("--config", json.dumps(read_recipe(Path(path))))]
     expanded = recipes + complete_switches(words[files:], {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))

@@ -142,7 +142,7 @@ def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     identity = {
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": [digest_of(recipe.teacher.path) or recipe.teacher.path, recipe.teacher.random_answers],
+        "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
         "train": dataclasses.asdict(recipe.train),
         "every": recipe.evaluate_every,
     }

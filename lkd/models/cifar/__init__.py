@@ -30,8 +30,7 @@ VGGS = {"cifar_vgg8": 1, "cifar_vgg13": 2}  # convolutions a stage
 
 CIFAR_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **{
-        name: partial(ResNet, make_basic_block, (depth,) * 3, widths)
-        for name, (depth, widths) in BASIC_RESNETS.items()
+        name: partial(ResNet, make_basic_block, (depth,) * 3, widths) for name, (depth, widths) in BASIC_RESNETS.items()
     },
     "cifar_resnet50": partial(ResNet, make_bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512)),
     **{name: partial(WideResNet, depth, factor) for name, (depth, factor) in WIDE_RESNETS.items()},

@@ -65,9 +65,7 @@ class MobileNetV2(nn.Module):
         for expansion, outputs, depth, stride in STAGES:
             stage = nn.Sequential()
             for number in range(depth):
-                stage.append(
-                    InvertedResidual(channels, int(outputs * width), stride if number == 0 else 1, expansion)
-                )
+                stage.append(InvertedResidual(channels, int(outputs * width), stride if number == 0 else 1, expansion))
                 channels = int(outputs * width)
             self.blocks.append(stage)
         self.conv2 = normalized(convolve(channels, 1280, 1))

@@ -45,9 +45,7 @@ def make_basic_block(inputs: int, width: int, stride: int) -> ResidualBlock:
 
 def make_bottleneck(inputs: int, width: int, stride: int) -> ResidualBlock:
     """1×1, 3×3, 1×1 convolutions; four times as wide on the outside."""
-    return ResidualBlock(
-        convolve(inputs, width, 1), convolve(width, width, 3, stride), convolve(width, 4 * width, 1)
-    )
+    return ResidualBlock(convolve(inputs, width, 1), convolve(width, width, 3, stride), convolve(width, 4 * width, 1))
 
 
 class ResNet(nn.Module):
