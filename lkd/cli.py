@@ -107,13 +107,13 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="A recipe file without `base`; one with it is named first.")
+    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     parser.add_class_arguments(COMMANDS[command][0])
     files = 0
     while files < len(words) and not words[files].startswith("-"):
         files += 1
-    recipes = [part for path in words[:files] for part in ("--config", json.dumps(read_recipe(Path(path))))]
-    expanded = recipes + complete_switches(words[files:], {f"--{key}" for key in known_keys(parser, bool)})
+    words = [part for path in words[:files] for part in ("--config", path)] + words[files:]
+    expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))
     except ArgumentError as error:
@@ -122,6 +122,14 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         return None
     values = {key: value for key, value in vars(parsed).items() if key != "config"}
     return COMMANDS[command][0](**values)
+
+
+def read_recipes(words: list[str]) -> list[str]:
+    """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
+    return [
+        json.dumps(read_recipe(Path(word)), default=str) if before == "--config" else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
 
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:

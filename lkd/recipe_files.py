@@ -18,6 +18,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: If a file is missing, is not a YAML mapping, or is its own base.
     """
+    import yaml
     from jsonargparse import get_loader
 
     trail = " → ".join(str(file) for file in (*above, path))
@@ -28,7 +29,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
         raise UserError(f"{trail}: cannot be read: {reason}") from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{trail}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{trail}: is not a mapping of keys to values")
