@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
+from torchvision.transforms.functional import center_crop, resize
 
 from lkd.errors import UserError
 
@@ -44,15 +45,10 @@ class ImageFiles:
 
 
 def cut_centers(files: ImageFiles) -> Tensor:
-    """Decode, scale the shorter side to 256/224 of the size, and cut out the centre: uint8, [N, 3, size, size]."""
+    """Decode, scale the shorter side to 256/224 of the size, cut out the centre: uint8, [N, 3, size, size]."""
 
     def cut(path: Path) -> Image.Image:
-        image = open_image(path)
-        scale = files.size * 256 / 224 / min(image.size)
-        width, height = (max(files.size, round(side * scale)) for side in image.size)
-        left, top = (width - files.size) // 2, (height - files.size) // 2
-        scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-        return scaled.crop((left, top, left + files.size, top + files.size))
+        return center_crop(resize(open_image(path), round(files.size * 256 / 224)), files.size)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return stack(threads.map(cut, files.paths))
