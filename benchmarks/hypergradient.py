@@ -1,7 +1,8 @@
 """Compare hypergradient engines: `python benchmarks/hypergradient.py` (needs the extra `bench`).
 
 Time: all engines interleaved in one process, one thread, processor time, median. Memory: every engine in its own
-process, peak resident memory above the idle one. Accuracy: cosine to the exact hypergradient in float64. Every
+process, peak resident memory above the idle one. Profile: share of each operation in the eager and the compiled run.
+Accuracy: cosine to the exact hypergradient in float64. Every
 measurement is a row of a CSV file in the output folder and is not taken again while it stands there; delete the files
 to start over.
 """
@@ -10,6 +11,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -23,18 +25,24 @@ from hypergradient_problem import ENGINES, Problem, compile_problem
 from hypergradient_report import write_picture, write_table
 
 from meta.estimators import adjoint, first_order
-from meta.tensors import cosine_similarity
+from meta.tensors import cosine_similarity, global_norm
 
 TIME_CASES = [(8, 5), (8, 20), (20, 5), (20, 20)]
 REPEATS = 5
+PEAK_REPEATS = 3
+LEAN = ("sgd", "first_order", "central", "central_bfloat16")
 MEMORY_CASES = [
-    *[(engine, 8, steps) for steps in (1, 5, 20) for engine in ENGINES],
-    *[(engine, 20, 20) for engine in ("higher", "adjoint", "first_order")],
-    *[(engine, 8, 200) for engine in ("sgd", "first_order")],
+    *[(engine, 8, steps, "returned") for steps in (1, 5, 20) for engine in ENGINES],
+    *[(engine, 20, 20, "returned") for engine in ("sgd", "higher", "adjoint", "first_order", "central")],
+    *[(engine, 8, 200, "returned") for engine in LEAN],
+    *[(engine, 8, 20, "default") for engine in ("sgd", "higher", "adjoint", "first_order", "central")],
 ]
+# glibc gives blocks of this size back to the system as soon as they are free; by default it keeps them and splits them.
+ALLOCATORS = {"returned": {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}, "default": {}}
 ACCURACY_CASES = [(False, 5, 3), (False, 20, 3), (True, 20, 5)]
 TIME_COLUMNS = ["engine", "depth", "steps", "repeat", "cpu_seconds", "wall_seconds"]
-MEMORY_COLUMNS = ["engine", "depth", "steps", "peak_mib"]
+MEMORY_COLUMNS = ["engine", "depth", "steps", "allocator", "peak_mib"]
+PROFILE_COLUMNS = ["run", "operation", "calls", "share"]
 ACCURACY_COLUMNS = ["engine", "distill", "steps", "seed", "cosine", "norm_ratio", "adjoint_growth"]
 Row = dict[str, str]
 
@@ -55,6 +63,7 @@ def main() -> None:
     measure_memory(options.out / "memory.csv")
     measure_accuracy(options.out / "accuracy.csv")
     measure_compiled(options.out / "time_compiled.csv", options.out / "compile.csv")
+    profile_runs(options.out / "profile.csv")
     report(options.out)
 
 
@@ -62,7 +71,7 @@ def measure_times(path: Path, depth: int, steps: int) -> None:
     """Time the engines in turn, after a round that is thrown away."""
     problems = {engine: Problem(depth, steps) for engine in ENGINES}
     for repeat in range(-1, REPEATS):
-        if matching(path, depth=depth, steps=steps, repeat=max(repeat, 0), engine="first_order"):
+        if matching(path, depth=depth, steps=steps, repeat=max(repeat, 0), engine=list(ENGINES)[-1]):
             continue
         for engine, problem in problems.items():
             row = take_time(engine, problem)
@@ -89,13 +98,34 @@ def take_time(engine: str, problem: Problem) -> tuple[float, float]:
     return round(time.process_time() - cpu, 4), round(time.perf_counter() - wall, 4)
 
 
+def profile_runs(path: Path) -> None:
+    """Say where the time of `first_order` goes, eager and with the inner loss compiled: the ten largest shares."""
+    if path.exists():
+        return
+    problems = {"eager": Problem(8, 20), "compiled": Problem(8, 20)}
+    compile_problem(problems["compiled"])
+    for run, problem in problems.items():
+        first_order(*problem.arguments)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            first_order(*problem.arguments)
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        for event in events[:10]:
+            share = round(event.self_cpu_time_total / total, 4)
+            write_row(path, PROFILE_COLUMNS, [run, event.key, event.count, share])
+
+
 def measure_memory(path: Path) -> None:
     """Measure every engine's peak in a process of its own."""
-    for engine, depth, steps in MEMORY_CASES:
-        if not matching(path, engine=engine, depth=depth, steps=steps):
+    for engine, depth, steps, allocator in MEMORY_CASES:
+        if not matching(path, engine=engine, depth=depth, steps=steps, allocator=allocator):
             command = [sys.executable, __file__, "--peak", engine, str(depth), str(steps)]
-            peak = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
-            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, peak])
+            environment = os.environ | ALLOCATORS[allocator]
+            peaks = [
+                float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
+                for _ in range(PEAK_REPEATS)
+            ]
+            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, allocator, statistics.median(peaks)])
 
 
 def measure_peak(engine: str, depth: int, steps: int) -> float:
@@ -125,9 +155,14 @@ def measure_accuracy(path: Path) -> None:
             assert exact.adjoint_norms is not None
             growth = (exact.adjoint_norms.max() / exact.adjoint_norms[0]).item()
             problem = Problem(8, steps, seed, distill)
-            for engine, estimator in (("adjoint", adjoint), ("first_order", first_order)):
-                result = estimator(*problem.arguments)
-                cosine, ratio = cosine_similarity(result.grads, exact.grads), (result.norm / exact.norm).item()
+            estimates = {
+                "adjoint": adjoint(*problem.arguments).grads,
+                "central": first_order(*problem.arguments, central=True).grads,
+                "betty": ENGINES["betty"](problem),
+                "first_order": first_order(*problem.arguments).grads,
+            }
+            for engine, grads in estimates.items():
+                cosine, ratio = cosine_similarity(grads, exact.grads), (global_norm(grads) / exact.norm).item()
                 figures = [round(cosine, 6), round(ratio, 4), round(growth, 2)]
                 write_row(path, ACCURACY_COLUMNS, [engine, distill, steps, seed, *figures])
 
@@ -142,27 +177,40 @@ def report(out: Path) -> None:
         seconds = (median(times, "cpu_seconds", engine=name, depth=depth, steps=steps) for name in (engine, peer))
         return next(seconds) / next(seconds)
 
-    def peak(engine: str, steps: int) -> float:
-        return median(memory, "peak_mib", engine=engine, depth=8, steps=steps)
+    def peak(engine: str, steps: int, allocator: str = "returned") -> float:
+        return median(memory, "peak_mib", engine=engine, depth=8, steps=steps, allocator=allocator)
 
     figures = {}
-    for prefix, engine in (("", "first_order"), ("adjoint_", "adjoint")):
+    for prefix, engine in (("", "first_order"), ("adjoint_", "adjoint"), ("central_", "central")):
         for depth, steps in TIME_CASES:
-            for peer in ("higher", "torchopt", "sgd"):
+            for peer in ("higher", "torchopt", "betty", "sgd"):
                 key = f"{prefix}time_vs_{peer}_resnet{depth}_k{steps}"
                 figures[key] = time_ratio(engine, peer, depth, steps)
-        for peer in ("higher", "torchopt"):
+        for peer in ("higher", "torchopt", "betty"):
             figures[f"{prefix}memory_vs_{peer}_resnet8_k20"] = peak(engine, 20) / peak(peer, 20)
+        figures[f"{prefix}memory_vs_higher_resnet8_k20_default_allocator"] = peak(engine, 20, "default") / peak(
+            "higher", 20, "default"
+        )
+    figures["central_bfloat16_memory_vs_higher_resnet8_k20"] = peak("central_bfloat16", 20) / peak("higher", 20)
+    figures["sgd_memory_vs_higher_resnet8_k20"] = peak("sgd", 20) / peak("higher", 20)
     compiled_seconds, higher_seconds = (
         median(compiled, "cpu_seconds", engine=engine) for engine in ("first_order", "higher")
     )
     figures["compiled_time_vs_higher_resnet8_k20"] = compiled_seconds / higher_seconds
+    for run in ("eager", "compiled"):
+        shares = [float(row["share"]) for row in matching(out / "profile.csv", run=run) if "conv" in row["operation"]]
+        figures[f"convolution_share_{run}"] = sum(shares) or math.nan
     figures["compile_seconds"] = median(out / "compile.csv", "seconds", depth=8)
     for steps in (5, 200):
         figures[f"peak_mib_resnet8_k{steps}"] = peak("first_order", steps)
+    stored = sum(tensor.nbytes for tensor in Problem(8, 1).arguments[2].parameters.values()) * 2 / 2**20
+    figures["stored_mib_resnet8_k200_k5"] = stored * 195
     for steps in (5, 20):
         figures[f"cosine_resnet8_k{steps}"] = median(
             accuracy, "cosine", engine="first_order", distill=False, steps=steps
+        )
+        figures[f"betty_cosine_resnet8_k{steps}"] = median(
+            accuracy, "cosine", engine="betty", distill=False, steps=steps
         )
     figures["cosine_kd_resnet8_k20"] = median(accuracy, "cosine", engine="first_order", distill=True, steps=20)
     figures["exact_float32_cosine_kd_resnet8_k20"] = median(
@@ -179,7 +227,7 @@ def report(out: Path) -> None:
         "figures": figures,
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_table(out / "README.md", figures)
+    write_table(out / "README.md", Path(__file__).with_name("README.md"), figures)
     write_picture(out / "hypergradient.png", read_rows(times), read_rows(memory))
 
 

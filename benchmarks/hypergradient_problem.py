@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypergradient_betty import run_betty
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,11 +142,14 @@ def compile_problem(problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-ENGINES: dict[str, Callable[[Problem], object]] = {
+ENGINES: dict[str, Callable[[Problem], Any]] = {
     "sgd": train_plainly,
     "higher": lambda problem: higher(*problem.arguments),
     "torchopt": run_torchopt,
+    "betty": lambda problem: run_betty(problem, LEARNING_RATE, MOMENTUM),
     "adjoint": lambda problem: adjoint(*problem.arguments),
+    "central": lambda problem: first_order(*problem.arguments, central=True),
+    "central_bfloat16": lambda problem: first_order(*problem.arguments, central=True, storage="bfloat16"),
     "first_order": lambda problem: first_order(*problem.arguments),
 }
 """Every engine under its name; `sgd` computes no hypergradient."""

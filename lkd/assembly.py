@@ -3,6 +3,8 @@
 Everything that can be wrong is found here, before any long work.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,12 @@ from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
+from lkd.losses.build import build_loss, reads_features
 from lkd.models import build, describe
-from lkd.models.describe import format_description
+from lkd.models.describe import find_stages, format_description
 from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher, name_teacher
+
+TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,17 @@ def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: tor
 
 
 def prepare_teacher(
-    recipe: TeacherRecipe, data: DataRecipe, images: Images, device: torch.device
+    recipe: TeacherRecipe, data: DataRecipe, images: Images, device: torch.device, stages: tuple[str, ...] = ()
 ) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
     """Load the teacher; without augmentation its answers to all training images are computed once.
+
+    Args:
+        recipe: The teacher.
+        data: The images' recipe.
+        images: The images.
+        device: Where it runs.
+        stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
+            than `TABLE_BYTES`, else the teacher is asked for every batch.
 
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
@@ -70,7 +83,42 @@ def prepare_teacher(
     check_network(name_teacher(recipe), architecture, images.train)
     reliable = Teacher(network.to(device))
     teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
-    return TabulatedTeacher(teacher, images.train, device) if data.augmentation == "none" else teacher
+    shapes = find_stages(network, images.train.image_shape) if stages else {}
+    size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
+    if data.augmentation != "none" or size > TABLE_BYTES:
+        return teacher
+    return TabulatedTeacher(teacher, images.train, device, stages=stages)
+
+
+def prepare_loss(
+    specification: "dict[str, Any] | str", student: ModelRecipe, teacher: TeacherRecipe, images: Images, seed: int
+) -> nn.Module:
+    """Build a loss for a student and a teacher; a loss over features finds their shapes by a dry run of each.
+
+    Args:
+        specification: What `build_loss` takes.
+        student: The student.
+        teacher: The teacher.
+        images: The images.
+        seed: Of the initial weights of the loss's adapters.
+
+    Raises:
+        UserError: If the loss, or one of the networks, is not good.
+    """
+    if not reads_features(specification):
+        return build_loss(specification)
+    shape = images.train.image_shape
+    network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
+    taught_by, architecture = load_teacher(teacher, images.train)
+    check_network(name_teacher(teacher), architecture, images.train)
+    stages = find_stages(network, shape), find_stages(taught_by, shape)
+    torch.manual_seed(seed)
+    return build_loss(specification, *stages)
+
+
+def read_teacher_stages(loss: nn.Module) -> tuple[str, ...]:
+    """The teacher's stages whose features a loss reads."""
+    return getattr(loss, "teacher_stages", ())
 
 
 def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:

@@ -1,6 +1,14 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
-from lkd.assembly import check_network, introduce_network, introduce_teacher, prepare_images, prepare_teacher
+from lkd.assembly import (
+    check_network,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
 from lkd.comparison import compare as compare_methods
 from lkd.config import (
     CompareRecipe,
@@ -53,9 +61,10 @@ def pool(recipe: PoolRecipe) -> None:
     with open_run(recipe, "pool") as run:
         check_pool(recipe.pool)
         images = prepare_images(recipe.data)
+        loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
         run.say(introduce_network("student", recipe.student, images, run.device))
         run.say(introduce_teacher(recipe.teacher, images, run.device))
-        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
         built = build_pool(recipe, run.path / "pool", images, teacher, run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 

@@ -12,14 +12,21 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, introduce_network, introduce_teacher, prepare_images, prepare_teacher
+from lkd.assembly import (
+    Images,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
 from lkd.comparison_table import format_table, plot_table, summarize, write_csv
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.files import read_json, write_json, write_text
-from lkd.losses.build import build_loss
 from lkd.run import Run
 from lkd.training import TeacherFunction
 from lkd.workers import finish_all, start_workers
@@ -52,8 +59,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     Returns:
         The table's rows.
     """
-    check_methods(recipe)
     images = prepare_images(recipe.data)
+    check_methods(recipe, images)
     run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     with start_workers(recipe.workers) as workers:
@@ -67,8 +74,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe) -> None:
-    """Build every loss once, so that a mistake shows before any training.
+def check_methods(recipe: CompareRecipe, images: Images) -> None:
+    """Build every loss once for every student, so that a mistake shows before any training.
 
     Raises:
         UserError: If a method, the baseline or the number of seeds is not good.
@@ -79,7 +86,8 @@ def check_methods(recipe: CompareRecipe) -> None:
         raise UserError(f"seeds: {recipe.seeds} is not at least 1")
     for method in recipe.methods.values():
         for options in expand_grid(method):
-            build_loss(options)
+            for student in recipe.students:
+                prepare_loss(options, student, recipe.teacher, images, recipe.seed)
 
 
 def expand_grid(method: dict[str, Any] | str) -> list[dict[str, Any] | str]:
@@ -159,12 +167,17 @@ def digest_of(path: str) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def prepare_for_cells(data: str, teacher: str, device: str) -> tuple[Images, TeacherFunction]:
-    """Images and teacher, once a process; the arguments are the recipes' JSON."""
-    data_recipe = DataRecipe(**json.loads(data))
-    images = prepare_images(data_recipe)
-    chosen = torch.device(device)
-    return images, prepare_teacher(TeacherRecipe(**json.loads(teacher)), data_recipe, images, chosen)
+def prepare_images_for_cells(data: str) -> Images:
+    """Images, once a process; the argument is the recipe's JSON."""
+    return prepare_images(DataRecipe(**json.loads(data)))
+
+
+@lru_cache(maxsize=8)
+def prepare_teacher_for_cells(data: str, teacher: str, device: str, stages: tuple[str, ...]) -> TeacherFunction:
+    """A teacher for the losses that read these stages, once a process; the recipes are JSON."""
+    images = prepare_images_for_cells(data)
+    recipes = TeacherRecipe(**json.loads(teacher)), DataRecipe(**json.loads(data))
+    return prepare_teacher(*recipes, images, torch.device(device), stages)
 
 
 def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
@@ -172,15 +185,16 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
 
     The test split is read only if the cell is reported: at the last and the best epoch.
     """
-    images, teacher = prepare_for_cells(
-        json.dumps(dataclasses.asdict(recipe.data)), json.dumps(dataclasses.asdict(recipe.teacher)), device
-    )
+    data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
+    images = prepare_images_for_cells(data)
+    loss = prepare_loss(cell.loss, cell.student, recipe.teacher, images, cell.seed)
+    teacher = prepare_teacher_for_cells(data, taught, device, read_teacher_stages(loss))
     place = torch.device(device)
     started = time.perf_counter()
     training = start_training(
         cell.student,
         images.train,
-        build_loss(cell.loss),
+        loss,
         teacher,
         recipe.train,
         recipe.data.augmentation,

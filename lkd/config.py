@@ -214,7 +214,7 @@ class MetaSettings:
     students_per_step: int = 3
     rollout_steps: int = 50
     annealing: Literal["cosine", "constant"] = "cosine"
-    estimator: str = "unrolled"
+    estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
     outer_batch_size: int = 1000
     learning_rate: float = 0.02
@@ -259,7 +259,7 @@ class DistillRecipe(RunRecipe):
         teacher: The teacher.
         student: The network.
         train: The training.
-        loss: A loss name, {name: ..., ...}, or the path of a learned-loss file.
+        loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)

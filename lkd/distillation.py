@@ -16,8 +16,10 @@ from lkd.assembly import (
     introduce_network,
     introduce_teacher,
     prepare_images,
+    prepare_loss,
     prepare_student,
     prepare_teacher,
+    read_teacher_stages,
 )
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
@@ -25,7 +27,6 @@ from lkd.data import Batches, ImageSet
 from lkd.evaluation import evaluate
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.losses import CrossEntropyLoss
-from lkd.losses.build import build_loss
 from lkd.models.network_file import save_network
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
@@ -37,11 +38,11 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     Returns:
         The student's file; its provenance holds the meta-validation figures of the last and of the best epoch.
     """
-    loss = build_loss(recipe.loss)
     images = prepare_images(recipe.data)
+    loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
 

@@ -23,8 +23,10 @@ from lkd.assembly import (
     introduce_network,
     introduce_teacher,
     prepare_images,
+    prepare_loss,
     prepare_student,
     prepare_teacher,
+    read_teacher_stages,
 )
 from lkd.calibration import OBJECTIVES
 from lkd.checkpoint import load_checkpoint, save_checkpoint
@@ -59,9 +61,10 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     images = prepare_images(recipe.data)
     architecture = architecture_of(recipe.student, images.train)
     pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
+    pool_loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(pool_loss))
     pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
     training = MetaTraining(recipe, images, teacher, pool, run.device)
     run.say(f"learned loss: {sum(p.numel() for p in training.loss.parameters()):,} parameters")

@@ -12,13 +12,12 @@ import torch
 from torch import Generator
 from tqdm import tqdm
 
-from lkd.assembly import Images, architecture_of
+from lkd.assembly import Images, architecture_of, prepare_loss
 from lkd.config import MetaTrainRecipe, PoolRecipe, PoolSettings
 from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.files import read_json, read_tensors, write_json, write_tensors
 from lkd.interrupt import Interrupted, deferred_interrupts
-from lkd.losses.build import build_loss
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
 from meta import State
@@ -122,7 +121,7 @@ def build_pool(
             training = start_training(
                 recipe.student,
                 images.train,
-                build_loss(settings.loss),
+                prepare_loss(settings.loss, recipe.student, recipe.teacher, images, recipe.seed + 1000 * (number + 1)),
                 teacher,
                 recipe.train,
                 recipe.data.augmentation,
@@ -153,7 +152,6 @@ def check_pool(settings: PoolSettings) -> None:
             raise UserError(f"pool.{name}: {getattr(settings, name)} is not at least 1")
     if not 0 <= settings.max_age <= 1:
         raise UserError(f"pool.max_age: {settings.max_age} is not in [0, 1]")
-    build_loss(settings.loss)
 
 
 def write_student(path: Path, training: Training) -> None:

@@ -33,28 +33,37 @@ class Teacher:
 
 
 class TabulatedTeacher:
-    """A teacher's logits for every image of a set, computed once: right as long as the images are not augmented.
+    """A teacher's answers to every image of a set, computed once: right as long as the images are not augmented.
 
     Args:
         teacher: The teacher.
         images: The images that it will be asked about.
         device: Where the table lies.
         batch_size: Images at a time while it is made.
+        stages: The features that are kept beside the logits.
     """
 
     def __init__(
-        self, teacher: "Teacher | UnreliableTeacher", images: ImageSet, device: torch.device, batch_size: int = 500
+        self,
+        teacher: "Teacher | UnreliableTeacher",
+        images: ImageSet,
+        device: torch.device,
+        batch_size: int = 500,
+        stages: tuple[str, ...] = (),
     ) -> None:
-        rows = [
-            teacher(images.batch(positions, device)).logits for positions in torch.arange(len(images)).split(batch_size)
-        ]
-        self.logits = torch.cat(rows)
+        rows = []
+        for positions in torch.arange(len(images)).split(batch_size):
+            outputs = teacher(images.batch(positions, device))
+            rows.append((outputs.logits, *(outputs.features[stage] for stage in stages)))
+        self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
+        self.features = dict(zip(stages, features, strict=True))
         self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
         self.row[images.index.to(device)] = torch.arange(len(images), device=device)
 
     def __call__(self, batch: Batch) -> Outputs:
-        """Look a batch up by the images' index; features are not kept."""
-        return Outputs(self.logits[self.row[batch.index]], {})
+        """Look a batch up by the images' index; the only features are those that were kept."""
+        rows = self.row[batch.index]
+        return Outputs(self.logits[rows], {stage: feature[rows] for stage, feature in self.features.items()})
 
 
 class UnreliableTeacher:

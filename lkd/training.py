@@ -29,6 +29,8 @@ class Training:
     Args:
         student: The network, returning `Outputs`; put into train mode.
         loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
+            One that must know which image is which sets `needs_index`: then `loss.enroll(index, labels)` is told all
+            training images once, and each call is given the batch's `index`.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
@@ -48,6 +50,10 @@ class Training:
         if recipe.epochs < 1:
             raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
         self.student = student.train()
+        self.needs_index = bool(getattr(loss, "needs_index", False))
+        if self.needs_index:
+            enroll: Any = loss.enroll
+            enroll(batches.images.index, batches.images.labels)
         self.loss = loss.to(batches.device)
         self.teacher = teacher
         self.batches = batches
@@ -88,7 +94,8 @@ class Training:
         """
         batch = self.batches.at(self.step)
         teacher = self.teacher(batch) if self.teacher else None
-        terms = self.loss(self.student(batch.images), teacher, batch.target, self.progress)
+        identity = {"index": batch.index} if self.needs_index else {}
+        terms = self.loss(self.student(batch.images), teacher, batch.target, self.progress, **identity)
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())

@@ -15,6 +15,7 @@ from meta.estimators.first_order import first_order
 from meta.optim import OptimizerOrRecipe
 from meta.randomness import read_generators, replaying
 from meta.tensors import cosine_similarity
+from meta.trajectory import Storage
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 RADII = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -94,6 +95,7 @@ class Audited:
         central: Whether the differences are central.
         examples: Leading examples of every batch that an audit looks at; None takes whole batches.
         max_growth: Where the walk is truncated; see `first_order`.
+        storage: How trajectories are stored; see `meta.trajectory.Storage`.
         audits: Call number → audit, for logging.
         exact: Whether `adjoint` is in charge at present.
         radius: The radius in use.
@@ -105,6 +107,7 @@ class Audited:
     central: bool = False
     examples: int | None = 16
     max_growth: float | None = None
+    storage: Storage = "memory"
     audits: dict[int, Audit] = field(default_factory=dict)
     exact: bool = False
     radius: float = field(init=False)
@@ -134,8 +137,10 @@ class Audited:
             self.audits[self._calls] = found
         self._calls += 1
         if self.exact:
-            return adjoint(*problem, max_growth=self.max_growth)
-        return first_order(*problem, radius=self.radius, central=self.central, max_growth=self.max_growth)
+            return adjoint(*problem, max_growth=self.max_growth, storage=self.storage)
+        return first_order(
+            *problem, radius=self.radius, central=self.central, max_growth=self.max_growth, storage=self.storage
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What the next call depends on, for a checkpoint."""

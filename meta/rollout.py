@@ -1,7 +1,8 @@
 """Inner training: K steps of an inner optimiser, and the trajectory they leave."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from torch import Tensor
 from meta.checks import check_inputs, check_scalar, check_twice_differentiable
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
 from meta.randomness import read_generators
-from meta.trajectory import Step, Storage, StoredSteps, Trajectory
+from meta.trajectory import Step, Storage, StoredSteps, Trajectory, without_values
 from meta.types import InnerLoss, State, Tensors
+
+WayBack = Literal["graph", "difference", "central difference"]
+"""How steps are walked back: taken again with their graph, or by differences of gradients to one side or to both."""
 
 
 class Derivatives(NamedTuple):
@@ -54,12 +58,10 @@ def record(
     hyper: Tensors,
     inner_batches: Sequence[Any],
     optimizer: Optimizer,
-    *,
-    hyper_gradients: bool = False,
-    twice: bool = False,
+    back: WayBack,
     storage: Storage = "memory",
 ) -> Trajectory:
-    """Train as `rollout` does and keep every step; no graph is kept.
+    """Train as `rollout` does and keep of every step what the walk back needs; no graph is kept.
 
     Args:
         inner_loss: The loss that is descended.
@@ -67,8 +69,7 @@ def record(
         hyper: The outer parameters.
         inner_batches: One batch a step.
         optimizer: The inner optimiser.
-        hyper_gradients: Whether to differentiate the inner loss with respect to `hyper` as well.
-        twice: Whether to check, at the first step, that the inner loss can be differentiated twice.
+        back: How the steps will be walked back.
         storage: How the steps are stored.
 
     Raises:
@@ -77,13 +78,15 @@ def record(
     """
     detached = {name: tensor.detach() for name, tensor in hyper.items()}
     state = state.detach()
-    steps = StoredSteps(storage)
+    steps = StoredSteps(storage, max(1, len(inner_batches)))
     for index, batch in enumerate(inner_batches):
         generators = read_generators(state.parameters)
+        by_graph = back == "graph"
         derivatives = differentiate(
-            inner_loss, state, detached, batch, hyper=hyper_gradients, twice=twice and not steps
+            inner_loss, state, detached, batch, hyper=not by_graph, twice=by_graph and not steps
         )
-        steps.append(Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper))
+        step = Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper)
+        steps.append(_strip(step, back, optimizer.reads_values(index)))
         with torch.no_grad():
             parameters, slots = optimizer.update(state.parameters, derivatives.parameters, state.optimizer, index)
         state = State(parameters, derivatives.buffers, slots)
@@ -172,6 +175,19 @@ def unroll(
         state = State(parameters, _detach(buffers), slots)
         losses.append(loss)
     return state, losses
+
+
+def _strip(step: Step, back: WayBack, reads_values: bool) -> Step:
+    """Leave out the values that the walk back does not read; the names stay."""
+    gradients, hyper_gradients, slots = step.gradients, step.hyper_gradients, step.before.optimizer
+    if back == "graph" or (back == "central difference" and not reads_values):
+        gradients = without_values(gradients)
+    if back == "central difference":
+        hyper_gradients = without_values(hyper_gradients)
+    if back != "graph" and not reads_values:
+        slots = {slot: without_values(tensors) for slot, tensors in slots.items()}
+    before = step.before._replace(optimizer=slots)
+    return replace(step, before=before, gradients=gradients, hyper_gradients=hyper_gradients)
 
 
 def _drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:

@@ -12,7 +12,7 @@ from meta.estimators.first_order import walk_trajectory
 from meta.optim import Optimizer, UpdateAdjoint, from_torch, read_slots
 from meta.randomness import GeneratorStates, read_generators
 from meta.tensors import as_leaves
-from meta.trajectory import Step, Trajectory
+from meta.trajectory import Step, Storage, StoredSteps, Trajectory
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 
@@ -35,7 +35,12 @@ class Tape:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, hyper: Mapping[str, Tensor], steps: int
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        hyper: Mapping[str, Tensor],
+        steps: int,
+        storage: Storage = "memory",
     ) -> None:
         """Start to record.
 
@@ -44,13 +49,15 @@ class Tape:
             optimizer: Its optimiser: SGD, Adam or AdamW of torch.
             hyper: The outer parameters.
             steps: How many steps to keep.
+            storage: How they are stored; see `meta.trajectory.Storage`.
 
         Raises:
-            ValueError: The optimiser has no functional equal in `meta.optim`.
+            ValueError: The optimiser has no functional equal in `meta.optim`, or there is no such storage.
         """
         self.module, self.optimizer, self.hyper = module, optimizer, dict(hyper)
         from_torch(optimizer, module)
-        self._steps: deque[tuple[Step, Optimizer]] = deque(maxlen=steps)
+        self._steps = StoredSteps(storage, steps)
+        self._optimizers: deque[Optimizer] = deque(maxlen=steps)
         self._watched: tuple[Any, GeneratorStates, Tensors] | None = None
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._capture())
 
@@ -77,14 +84,14 @@ class Tape:
         """
         if not self._steps:
             raise ValueError("the tape is empty: call watch(batch) before each forward pass")
-        steps = [replace(step, index=index) for index, (step, _) in enumerate(self._steps)]
+        steps = [replace(step, index=index) for index, step in enumerate(self._steps)]
         return walk_trajectory(
             Trajectory(steps, self._read_state(dict(self.module.named_buffers()))),
             inner_loss,
             outer_loss,
             as_leaves(self.hyper),
             outer_batch,
-            _Recorded([optimizer for _, optimizer in self._steps]),
+            _Recorded(list(self._optimizers)),
             radius=radius,
             central=central,
             max_growth=max_growth,
@@ -102,9 +109,9 @@ class Tape:
         self._watched = None
         gradients = {name: tensor.grad for name, tensor in self._parameters().items() if tensor.grad is not None}
         hyper_gradients = {name: tensor.grad for name, tensor in self.hyper.items() if tensor.grad is not None}
-        state = self._read_state(buffers)
-        step = Step(0, state, batch, generators, _copy(gradients), _copy(hyper_gradients))
-        self._steps.append((step, from_torch(self.optimizer, self.module)))
+        step = Step(0, self._read_state(buffers), batch, generators, gradients, _copy(hyper_gradients))
+        self._steps.append(step)
+        self._optimizers.append(from_torch(self.optimizer, self.module))
 
     def _parameters(self) -> Tensors:
         return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
@@ -126,6 +133,9 @@ class _Recorded:
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         return self.optimizers[step].adjoint(before, gradients, step, cotangents)
+
+    def reads_values(self, step: int) -> bool:
+        return True
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -7,21 +7,52 @@ from torch import nn
 
 from lkd.artifact import SUFFIX, load_loss
 from lkd.errors import UserError, check_choice
+from lkd.losses.attention_transfer import AttentionTransferLoss
 from lkd.losses.cross_entropy import CrossEntropyLoss
+from lkd.losses.dist import DISTLoss
+from lkd.losses.dkd import DKDLoss
+from lkd.losses.fitnet import FitNetLoss
 from lkd.losses.kd import KDLoss
+from lkd.losses.logit_mse import LogitMSELoss
+from lkd.losses.logit_standardization import LogitStandardizationLoss
+from lkd.losses.rkd import RKDLoss
+from lkd.losses.similarity_preserving import SimilarityPreservingLoss
+from lkd.losses.stages import Stages
 
-LOSSES: dict[str, type[nn.Module]] = {"cross_entropy": CrossEntropyLoss, "kd": KDLoss}
+TEACHER_LOGIT_LOSSES: dict[str, type[nn.Module]] = {
+    "kd": KDLoss,
+    "logit_mse": LogitMSELoss,
+    "dkd": DKDLoss,
+    "dist": DISTLoss,
+}
+FEATURE_LOSSES: dict[str, type[nn.Module]] = {
+    "fitnet": FitNetLoss,
+    "at": AttentionTransferLoss,
+    "sp": SimilarityPreservingLoss,
+    "rkd": RKDLoss,
+}
+LOSSES: dict[str, type[nn.Module]] = {
+    "cross_entropy": CrossEntropyLoss,
+    **TEACHER_LOGIT_LOSSES,
+    "logit_standardization": LogitStandardizationLoss,
+    **FEATURE_LOSSES,
+}
+TORCHDISTILL = "torchdistill/"
 
 
-def build_loss(specification: str | dict[str, Any]) -> nn.Module:
+def build_loss(
+    specification: str | dict[str, Any], student_stages: Stages | None = None, teacher_stages: Stages | None = None
+) -> nn.Module:
     """Build a loss.
 
     Args:
-        specification: A name in `LOSSES`; the path of a learned-loss file; or a dict with `name` and the loss's own
-            arguments.
+        specification: A name in `LOSSES`, or `torchdistill/` and the name of a class there; the path of a learned-loss
+            file; or a dict with `name` and the loss's own arguments.
+        student_stages: Shape of each stage's feature for one image; needed by losses over features.
+        teacher_stages: The same of the teacher.
 
     Raises:
-        UserError: If the name, an argument or the file is not good.
+        UserError: If the name, an argument, a stage or the file is not good.
     """
     options = dict(specification) if isinstance(specification, dict) else {"name": specification}
     name = options.pop("name", None)
@@ -33,8 +64,53 @@ def build_loss(specification: str | dict[str, Any]) -> nn.Module:
         if options:
             raise UserError(f"loss: {name} is a learned loss and takes no {', '.join(options)}")
         return load_loss(name)
-    check_choice("loss", name, LOSSES)
+    if not name.startswith(TORCHDISTILL):
+        check_choice("loss", name, LOSSES)
     try:
-        return LOSSES[name](**options)
+        if name == "logit_standardization":
+            return standardize_inner(options)
+        if not reads_features(name):
+            return LOSSES[name](**options)
+        if student_stages is None or teacher_stages is None:
+            raise UserError(f"loss {name!r} reads features: give build_loss the student's and the teacher's stages")
+        if name in FEATURE_LOSSES:
+            return FEATURE_LOSSES[name](student_stages, teacher_stages, **options)
+        return build_torchdistill(name, student_stages, teacher_stages, options)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss {name!r}: {error}") from error
+
+
+def reads_features(specification: str | dict[str, Any]) -> bool:
+    """Whether `build_loss` needs the stages' shapes for this loss."""
+    name = specification.get("name") if isinstance(specification, dict) else specification
+    return name in FEATURE_LOSSES or str(name).startswith(TORCHDISTILL)
+
+
+def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:
+    """Build logit standardisation around the loss that `options` names.
+
+    Raises:
+        UserError: If that is not one of the losses over a teacher's logits.
+    """
+    inner = options.pop("loss", {"name": "kd", "weight": 0.9, "temperature": 2.0})
+    name = inner.get("name") if isinstance(inner, dict) else inner
+    if name not in TEACHER_LOGIT_LOSSES:
+        raise UserError(
+            f"loss 'logit_standardization': its `loss` {name!r} is not one of {', '.join(TEACHER_LOGIT_LOSSES)}"
+        )
+    return LogitStandardizationLoss(build_loss(inner), **options)
+
+
+def build_torchdistill(name: str, student: Stages, teacher: Stages, options: dict[str, Any]) -> nn.Module:
+    """Build one of torchdistill's losses.
+
+    Raises:
+        UserError: If torchdistill is not installed.
+    """
+    try:
+        from lkd.losses.torchdistill_loss import TorchdistillLoss
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'loss: {name} needs a package that is not installed ({error.name}); pip install "lkd[torchdistill]"'
+        ) from error
+    return TorchdistillLoss(name.removeprefix(TORCHDISTILL), student, teacher, **options)

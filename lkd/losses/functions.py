@@ -1,8 +1,8 @@
-"""The two divergences that every logit loss here is made of: float32, log space, one value a sample."""
+"""What the losses here are made of: float32, log space, one value a sample."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -32,3 +32,27 @@ def kl_divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     student = log_softmax(widen(student_logits) / temperature, 1)
     teacher = log_softmax(widen(teacher_logits) / temperature, 1)
     return (teacher.exp() * (teacher - student)).sum(1)
+
+
+def label_of(target: Tensor) -> Tensor:
+    """Class indices [B] of a target: itself, or the most probable class of distributions [B, C]."""
+    return target.argmax(1) if target.is_floating_point() else target
+
+
+def pearson_correlations(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation of each row of `a` with that row of `b`, [N, M] → [N]; 0 where a row is constant."""
+    a, b = (normalize(x - x.mean(1, keepdim=True), dim=1, eps=eps) for x in (a, b))
+    return (a * b).sum(1)
+
+
+def check_options(temperature: float | None = None, **weights: float) -> None:
+    """Check a loss's options.
+
+    Raises:
+        ValueError: If the temperature is not positive or a weight is negative.
+    """
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} is not positive")
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name}: {weight} is negative")

@@ -41,6 +41,21 @@ def describe(network: nn.Module, name: str, input_shape: tuple[int, int, int]) -
     }
 
 
+def find_stages(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them.
+
+    Args:
+        network: The network, returning `Outputs`.
+        input_shape: Channels, height and width of one image.
+    """
+    training = network.training
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        outputs = network.eval()(torch.zeros(1, *input_shape, device=device))
+    network.train(training)
+    return {stage: tuple(feature.shape[1:]) for stage, feature in outputs.features.items()}
+
+
 def format_description(role: str, description: dict[str, Any]) -> str:
     """One line for the terminal: role, architecture, size, activation, tag."""
     return (

@@ -53,7 +53,7 @@ def adjoint(
     leaves = as_leaves(hyper)
     head = max(0, len(inner_batches) - chunk)
     detached = build_optimizer(optimizer, {name: leaf.detach() for name, leaf in leaves.items()})
-    recorded = record(inner_loss, state, leaves, inner_batches[:head], detached, twice=True, storage=storage)
+    recorded = record(inner_loss, state, leaves, inner_batches[:head], detached, "graph", storage)
 
     def take(segment: range, before: State) -> _Segment:
         start = State(
@@ -91,7 +91,9 @@ def adjoint(
     # Steps that were not crossed may use what the others do not.
     unused = {} if walk.segments_left else unused
     result = collect(value, walk.grads, hyper, last.end, unused, walk.norms, truncated_at)
-    return result if is_finite(result) else result._replace(fault=find_fault(recorded.steps, last.end))
+    if is_finite(result):
+        return result
+    return result._replace(fault=find_fault(inner_loss, leaves, recorded.steps, last.end))
 
 
 class _Segment(NamedTuple):

@@ -10,7 +10,7 @@ from meta.checks import check_inputs
 from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
 from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
 from meta.randomness import replaying
-from meta.rollout import differentiate, record
+from meta.rollout import WayBack, differentiate, record
 from meta.tensors import add, as_leaves, global_norm
 from meta.trajectory import Step, Storage, Trajectory
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
@@ -35,7 +35,8 @@ def first_order(
 
     No double backward: it works wherever the inner loss can be trained at all (fused attention, torch.compile,
     autocast, operations without a second derivative). Costs K gradient evaluations forward and K (`central`: 2K) back,
-    and holds K states and gradients, no activations. Biased: O(`radius`) one-sided (sides change from step to step, so
+    and holds K parameters and gradients (`central`: parameters; optimiser state too where the update is not linear in
+    it), no activations. Biased: O(`radius`) one-sided (sides change from step to step, so
     that most of it cancels), O(`radius`²) central, plus rounding over `radius`; across kinks (ReLU) the difference is
     the mean curvature over the step instead of the curvature almost everywhere. (DARTS, Liu et al. 2019, takes such a
     difference at one step.)
@@ -52,7 +53,8 @@ def first_order(
     check_inputs(state, hyper, inner_batches)
     leaves = as_leaves(hyper)
     built = build_optimizer(optimizer, leaves)
-    trajectory = record(inner_loss, state, leaves, inner_batches, built, hyper_gradients=True, storage=storage)
+    back: WayBack = "central difference" if central else "difference"
+    trajectory = record(inner_loss, state, leaves, inner_batches, built, back, storage)
     return walk_trajectory(
         trajectory,
         inner_loss,
@@ -95,7 +97,9 @@ def walk_trajectory(
     if unused:
         unused -= {name for step in trajectory.steps for name in step.hyper_gradients}
     result = collect(value, walk.grads, leaves, trajectory.end, unused, walk.norms, truncated_at)
-    return result if is_finite(result) else result._replace(fault=find_fault(trajectory.steps, trajectory.end))
+    if is_finite(result):
+        return result
+    return result._replace(fault=find_fault(inner_loss, leaves, trajectory.steps, trajectory.end))
 
 
 def _side(index: int) -> int:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_used
+from meta.randomness import replaying
+from meta.rollout import differentiate
 from meta.tensors import add, global_norm
 from meta.trajectory import Step
-from meta.types import Hypergradient, State, Tensors
+from meta.types import Hypergradient, InnerLoss, State, Tensors
 
 
 def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -> Tensors:
@@ -23,11 +25,12 @@ def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -
     return grads
 
 
-def find_fault(steps: Iterable[Step], end: State) -> str | None:
-    """Name the first tensor of a trajectory that is not finite, or None if all are."""
+def find_fault(inner_loss: InnerLoss, hyper: Tensors, steps: Iterable[Step], end: State) -> str | None:
+    """Name the first tensor of a trajectory that is not finite, or None if all are; takes the gradients again."""
     for step in steps:
-        trees = {"gradient of": step.gradients, "parameter": step.before.parameters}
-        for kind, tensors in trees.items():
+        with replaying(step.generators):
+            gradients = differentiate(inner_loss, step.before, hyper, step.batch).parameters
+        for kind, tensors in (("parameter", step.before.parameters), ("gradient of", gradients)):
             for name, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
                     return f"inner step {step.index}: {kind} {name!r}"

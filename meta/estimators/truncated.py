@@ -1,13 +1,14 @@
 """The hypergradient of the last inner steps only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meta.checks import check_inputs
 from meta.estimators.base import Estimator
 from meta.estimators.first_order import first_order
-from meta.optim import Optimizer, OptimizerOrRecipe, UpdateAdjoint, build_optimizer
+from meta.optim import SGD, Optimizer, OptimizerOrRecipe, UpdateAdjoint, build_optimizer
+from meta.optim.base import setting_at
 from meta.rollout import rollout
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
@@ -33,7 +34,7 @@ def truncated(
 
     Args (beside those of every `Estimator`):
         steps: How many steps to differentiate through.
-        estimator: Any estimator but `higher`, applied to the last steps.
+        estimator: Any estimator, applied to the last steps.
 
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
@@ -47,7 +48,10 @@ def truncated(
     middle = rollout(inner_loss, state, hyper, inner_batches[:cut], optimizer)
 
     def recipe(hyper: Tensors) -> Optimizer:
-        return _Shifted(build_optimizer(optimizer, hyper), cut)
+        built = build_optimizer(optimizer, hyper)
+        if isinstance(built, SGD):  # stays one: `higher` takes nothing else
+            return replace(built, learning_rate=lambda step: setting_at(built.learning_rate, step + cut))
+        return _Shifted(built, cut)
 
     result = estimator(inner_loss, outer_loss, middle, hyper, inner_batches[cut:], outer_batch, recipe)
     return result._replace(truncated_at=cut + (result.truncated_at or 0))
@@ -67,3 +71,6 @@ class _Shifted:
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         return self.optimizer.adjoint(before, gradients, step + self.offset, cotangents)
+
+    def reads_values(self, step: int) -> bool:
+        return self.optimizer.reads_values(step + self.offset)

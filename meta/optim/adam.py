@@ -95,6 +95,10 @@ class Adam:
             pair_settings(settings),
         )
 
+    def reads_values(self, step: int) -> bool:
+        """Always: the update is not linear in the gradient; see `Optimizer.reads_values`."""
+        return True
+
     def _advance(self, parameter: Tensor, gradient: Tensor, old: dict[str, Tensor | None]) -> "_Moments":
         """Advance one parameter's moments."""
         beta1, beta2 = self.betas

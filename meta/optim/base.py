@@ -63,6 +63,13 @@ class Optimizer(Protocol):
         """
         ...
 
+    def reads_values(self, step: int) -> bool:
+        """Whether `adjoint` reads the values of gradients and optimiser state at this step.
+
+        Where the update is linear in them it only asks which there are; the trajectory then need not keep them.
+        """
+        ...
+
 
 OptimizerOrRecipe = Optimizer | Callable[[Tensors], Optimizer]
 """An optimiser, or a function that builds one from the outer parameters: then its settings are learned too."""

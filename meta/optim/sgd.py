@@ -93,6 +93,11 @@ class SGD:
             pair_settings(settings),
         )
 
+    def reads_values(self, step: int) -> bool:
+        """Only to learn a setting: the update is linear; see `Optimizer.reads_values`."""
+        settings = (setting_at(self.learning_rate, step), self.momentum, self.weight_decay)
+        return any(isinstance(setting, Tensor) for setting in settings)
+
     def _direction(
         self, parameter: Tensor, gradient: Tensor, old_buffer: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:

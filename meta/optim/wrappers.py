@@ -46,6 +46,10 @@ class Grouped:
             whole.settings.extend(part.settings)
         return whole
 
+    def reads_values(self, step: int) -> bool:
+        """Taken as given, since the groups are not known here; see `Optimizer.reads_values`."""
+        return True
+
     def _groups(self, parameters: Tensors) -> list[tuple[Optimizer, set[str]]]:
         groups: dict[int, tuple[Optimizer, set[str]]] = {}
         for name in parameters:
@@ -86,6 +90,10 @@ class Clipped:
             name: factor * inner.gradients[name] - shrink * gradient for name, gradient in gradients.items()
         }
         return inner._replace(gradients=to_gradients)
+
+    def reads_values(self, step: int) -> bool:
+        """Always: the factor depends on the gradients; see `Optimizer.reads_values`."""
+        return True
 
     def _factor(self, gradients: Tensors) -> tuple[Tensor, Tensor]:
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
@@ -129,6 +137,10 @@ class Averaged:
             return inner._replace(optimizer={**inner.optimizer, "average": kept})
         started = {name: tensor + kept[name] if name in kept else tensor for name, tensor in inner.parameters.items()}
         return inner._replace(parameters=started)
+
+    def reads_values(self, step: int) -> bool:
+        """As the optimiser does: the average is linear; see `Optimizer.reads_values`."""
+        return self.optimizer.reads_values(step)
 
 
 def evaluation_parameters(state: State) -> Tensors:

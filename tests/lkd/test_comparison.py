@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lkd.artifact import save_loss
+from lkd.assembly import prepare_images
 from lkd.comparison import (
     Cell,
     cell_path,
@@ -136,17 +137,18 @@ def test_a_comparison_runs_once_and_reports_every_seed() -> None:
 
 def test_mistakes_show_before_any_training() -> None:
     recipe = tiny_recipe()
+    images = prepare_images(recipe.data)
     recipe.methods["KD"]["grid"]["weight"] = [0.5, 2.0]
     with pytest.raises(UserError, match=r"weight: 2\.0 is not in \[0, 1\]"):
-        check_methods(recipe)
+        check_methods(recipe, images)
     recipe = tiny_recipe()
     recipe.baseline = "DKD"
     with pytest.raises(UserError, match="baseline: 'DKD' is not one of the methods CE, KD"):
-        check_methods(recipe)
+        check_methods(recipe, images)
     recipe = tiny_recipe()
     recipe.methods["learned"] = "missing.lkd.safetensors"
     with pytest.raises(UserError, match=r"missing\.lkd\.safetensors: no such file"):
-        check_methods(recipe)
+        check_methods(recipe, images)
 
 
 def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:

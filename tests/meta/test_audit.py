@@ -7,7 +7,7 @@ from test_networks import build, network_problem
 
 from meta import Audited, audit, horizon
 from meta.estimators import adjoint, first_order
-from meta.optim import SGD
+from meta.optim import SGD, Adam
 
 
 def test_an_audit_finds_the_radius_and_leaves_the_generators_alone():
@@ -39,6 +39,21 @@ def test_audited_falls_back_to_the_exact_walk():
     assert estimator.exact
     assert estimator.audits[0].cosine < 0.9999
     torch.testing.assert_close(result.grads, adjoint(*problem).grads)
+
+
+def test_the_audit_sees_what_adam_from_a_cold_start_does_to_differences():
+    """Early in Adam the update divides by roots of almost nothing."""
+    problem = network_problem(build("in-place ReLU"), dtype=torch.float32, steps=20)._replace(optimizer=Adam(0.05))
+    estimator = Audited(radii=(1e-3, 3e-3), examples=None, storage="bfloat16")
+    result = estimator(*problem)
+    assert estimator.audits[0].cosine < 0.6
+    assert estimator.exact
+    torch.testing.assert_close(result.grads, adjoint(*problem, storage="bfloat16").grads)
+    calmer = problem._replace(optimizer=Adam(0.01))
+    found = audit(*calmer, radii=(1e-3, 3e-2))
+    assert found.radius == 3e-2
+    assert found.cosines[1e-3] < 0.6
+    assert found.cosine > 0.99
 
 
 def test_audited_goes_on_where_nothing_exact_can_be_had():

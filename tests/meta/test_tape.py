@@ -30,8 +30,9 @@ def weighted_loss(logits, targets, weights):
         (lambda p: torch.optim.AdamW(p, lr=0.01), AdamW(0.01)),
     ],
 )
+@pytest.mark.parametrize("storage", ["memory", "bfloat16"])
 @pytest.mark.parametrize("central", [False, True])
-def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central):
+def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central, storage):
     torch.manual_seed(0)
     student = Student().double()
     weights = nn.Parameter(torch.zeros(5, dtype=torch.float64))
@@ -47,7 +48,7 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central)
             torch.manual_seed(7)
             return F.cross_entropy(call_module(student, parameters, buffers, batch[0])[0], batch[1])
 
-    tape = Tape(student, optimizer, {"weights": weights}, steps=3)
+    tape = Tape(student, optimizer, {"weights": weights}, steps=3, storage=storage)
     for index, batch in enumerate(batches[:4]):
         if index == 1:
             state = State(
@@ -66,7 +67,9 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central)
     torch.set_rng_state(generators)
     hyper = {"weights": weights}
     expected = first_order(inner_loss, outer_loss, state, hyper, batches[1:4], batches[4], functional, **options)
-    assert relative_distance(taped.grads, expected.grads) < 1e-8
+    # A one-sided difference divides what the parameters are off by the radius.
+    rounded = 1e-2 if central else 1e-1
+    assert relative_distance(taped.grads, expected.grads) < (1e-8 if storage == "memory" else rounded)
     assert relative_distance(taped.final_state.parameters, expected.final_state.parameters) < 1e-10
     tape.close()
     optimizer.step()

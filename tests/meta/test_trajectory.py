@@ -9,9 +9,10 @@ from test_estimators import OPTIMIZERS
 
 from meta import State
 from meta.estimators import adjoint, first_order, truncated
-from meta.optim import SGD
+from meta.optim import SGD, Adam
 from meta.rollout import record
 from meta.tensors import cosine_similarity
+from meta.trajectory import StoredSteps
 from meta.types import Tensors
 
 
@@ -30,9 +31,9 @@ def to_float32(problem: Problem) -> Problem:
     )
 
 
-def record_problem(problem: Problem, storage):
+def record_problem(problem: Problem, storage="memory", back="difference"):
     inner_loss, _, state, hyper, batches, _, optimizer = problem
-    return record(inner_loss, state, hyper, batches, optimizer, storage=storage)
+    return record(inner_loss, state, hyper, batches, optimizer, back, storage)
 
 
 def stored_bytes(trajectory) -> int:
@@ -40,9 +41,8 @@ def stored_bytes(trajectory) -> int:
     blocks = {}
     for step in trajectory.steps._stored:
         for tree in (step.before.parameters, step.gradients, *step.before.optimizer.values()):
-            blocks |= {
-                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tree.values()
-            }
+            kept = (tensor.untyped_storage() for tensor in tree.values() if not tensor.is_meta)
+            blocks |= {storage.data_ptr(): storage.nbytes() for storage in kept}
     return sum(blocks.values())
 
 
@@ -62,10 +62,40 @@ def test_pinned_memory_changes_nothing_on_the_cpu(estimator):
     assert all(torch.equal(tensor, plain.grads[name]) for name, tensor in stored.grads.items())
 
 
-def test_bfloat16_differences_save_a_third():
-    problem = to_float32(learned_loss_problem(20))
-    plain, stored = record_problem(problem, "memory"), record_problem(problem, "bfloat16")
-    assert stored_bytes(stored) == stored_bytes(plain) * 8 // 12
+@pytest.mark.parametrize(
+    ("optimizer", "back", "storage", "bytes_each"),
+    [
+        (MOMENTUM_SGD, "difference", "memory", 8),  # parameters, gradients
+        (MOMENTUM_SGD, "central difference", "memory", 4),
+        (MOMENTUM_SGD, "graph", "memory", 8),  # parameters, momentum
+        (MOMENTUM_SGD, "difference", "bfloat16", 6),
+        (MOMENTUM_SGD, "central difference", "bfloat16", 2),
+        (Adam(0.01), "difference", "memory", 16),
+        (Adam(0.01), "graph", "bfloat16", 6),
+    ],
+)
+def test_only_what_the_walk_back_reads_is_stored(optimizer, back, storage, bytes_each):
+    problem = to_float32(learned_loss_problem(20, optimizer))
+    if isinstance(optimizer, Adam):
+        moments = {slot: dict(problem.state.parameters) for slot in ("exp_avg", "exp_avg_sq")}
+        steps = {name: torch.ones(()) for name in problem.state.parameters}
+        problem = problem._replace(state=problem.state._replace(optimizer={"step": steps, **moments}))
+    parameters = sum(tensor.numel() for tensor in problem.state.parameters.values())
+    counters = 4 * len(problem.state.parameters) if isinstance(optimizer, Adam) else 0
+    assert stored_bytes(record_problem(problem, storage, back)) == 20 * (parameters * bytes_each + counters)
+
+
+@pytest.mark.parametrize("storage", ["memory", "bfloat16"])
+def test_the_oldest_step_makes_room(storage):
+    problem = to_float32(learned_loss_problem(12))
+    whole = record_problem(problem, storage).steps
+    last = StoredSteps(storage, 5)
+    for step in record_problem(problem).steps:
+        last.append(step)
+        assert torch.equal(last[-1].gradients["0.weight"], step.gradients["0.weight"])  # reads in between do no harm
+    assert [step.index for step in last] == [7, 8, 9, 10, 11]
+    for kept, step in zip(reversed(last), reversed(whole), strict=False):
+        torch.testing.assert_close(kept.before.parameters, step.before.parameters, rtol=1e-6, atol=1e-7)
 
 
 def test_errors_do_not_add_up():

@@ -1,0 +1,260 @@
+"""Every loss, ours and torchdistill's, trains real pairs of networks and is checkpointed with all it holds."""
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from lkd.assembly import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.cli import main
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.data import Batches
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.losses.build import LOSSES, build_loss
+from lkd.losses.torchdistill_loss import TorchdistillLoss
+from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
+from lkd.outputs import Outputs
+from lkd.teacher import TabulatedTeacher, Teacher
+from lkd.training import Training
+
+CPU = torch.device("cpu")
+CNN = ModelRecipe("small_cnn")
+VIT = ModelRecipe(
+    "vit_tiny_patch16_224", options={"img_size": 28, "patch_size": 7, "depth": 2, "embed_dim": 24, "num_heads": 2}
+)
+NAMES = [*LOSSES, *(f"torchdistill/{name}" for name in RECIPES)]
+SMALL_MEMORY = {"torchdistill/CRDLoss": {"num_negative_samples": 64}}
+STAGES = {"a": (8, 4, 4), "b": (12, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare_images(DataRecipe(train_size=120, meta_validation_size=50))
+
+
+def specify(name: str) -> dict:
+    return {"name": name, **SMALL_MEMORY.get(name, {})}
+
+
+def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "none", batch_size: int = 20) -> Training:
+    loss = prepare_loss(specify(name), student, TeacherRecipe(), images, 3)
+    data = DataRecipe(augmentation=augmentation)
+    teacher = prepare_teacher(TeacherRecipe(), data, images, CPU, read_teacher_stages(loss))
+    recipe = TrainRecipe(epochs=2, batch_size=batch_size, learning_rate=0.001)
+    return start_training(student, images.train, loss, teacher, recipe, augmentation, 3, CPU)
+
+
+@pytest.mark.parametrize("student", [CNN, VIT], ids=["cnn", "vit"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_trains_every_student(images, tmp_path, name: str, student: ModelRecipe) -> None:
+    if name == "torchdistill/FSPLoss" and student is VIT:
+        with pytest.raises(UserError, match="FSP is about the flow between stages and needs two pairs, not 1"):
+            start(images, name, student)
+        return
+    training = start(images, name, student)
+    save_checkpoint(tmp_path / "checkpoint", training.state_dict())
+    before = [p.detach().clone() for p in [*training.student.parameters(), *training.loss.parameters()]]
+    terms = [training.run_step() for _ in range(2)]
+    assert all(torch.isfinite(value) for step in terms for value in step.values())
+    if name != "cross_entropy":
+        assert any(value != 0 for term, value in terms[1].items() if term != "task")
+    after = [*training.student.parameters(), *training.loss.parameters()]
+    moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert all(moved[len(list(training.student.parameters())) :]), "an adapter that nothing trains"
+    assert any(moved[: len(list(training.student.parameters()))])
+
+
+@pytest.mark.parametrize("name", ["torchdistill/CRDLoss", "torchdistill/HierarchicalContextLoss", "fitnet"])
+def test_what_a_loss_holds_resumes_to_the_bit(images, tmp_path, name: str) -> None:
+    whole = start(images, name)
+    for _ in range(4):
+        whole.run_step()
+    first = start(images, name)
+    for _ in range(2):
+        first.run_step()
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    second = start(images, name)
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    for _ in range(2):
+        second.run_step()
+    for module in ("student", "loss"):
+        expected, resumed = (getattr(training, module).state_dict() for training in (whole, second))
+        assert expected.keys() == resumed.keys()
+        assert all(torch.equal(tensor, resumed[key]) for key, tensor in expected.items())
+    assert not any("regressor" in key or "memory" in key for key in second.student.state_dict())
+
+
+def test_crd_remembers_the_batch_and_contrasts_with_other_classes(images) -> None:
+    training = start(images, "torchdistill/CRDLoss")
+    loss = training.loss
+    memory = loss.criteria[0].memory_v1
+    before = memory.clone()
+    batch = training.batches.at(0)
+    training.run_step()
+    changed = (memory != before).any(1)
+    assert torch.equal(changed.nonzero()[:, 0], loss.row[batch.index].sort().values)
+    torch.testing.assert_close(memory[changed].norm(dim=1), torch.ones(len(batch.index)))
+    drawn = loss.draw_negatives(batch.index, batch.target)
+    assert torch.equal(images.train.index[drawn["pos_idx"]], batch.index)
+    assert torch.equal(drawn["contrast_idx"][:, 0], drawn["pos_idx"])
+    negatives = drawn["contrast_idx"][:, 1:]
+    assert (images.train.labels[negatives] != batch.target.unsqueeze(1)).all()
+
+
+def test_crd_draws_every_other_image_equally_often() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 0, 2])
+    loss = TorchdistillLoss("CRDLoss", STAGES, STAGES)
+    loss.enroll(torch.arange(7) + 30, labels)
+    times = torch.zeros(3, 7)
+    for _ in range(2000):
+        negatives = loss.draw_negatives(torch.tensor([31, 33, 30]), torch.tensor([0, 1, 2]))["contrast_idx"][:, 1:]
+        times.scatter_add_(1, negatives, torch.ones(negatives.shape))
+    for label in range(3):
+        assert (times[label][labels == label] == 0).all()
+        others = times[label][labels != label]
+        torch.testing.assert_close(others / others.mean(), torch.ones(len(others)), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("name", ["torchdistill/SPKDLoss", "torchdistill/ATLoss", "torchdistill/DISTLoss"])
+def test_the_adapter_adds_nothing_to_the_loss(name: str) -> None:
+    """Against torchdistill's class called by hand."""
+    student, teacher = (
+        Outputs(torch.randn(6, 5), {stage: torch.randn(6, *shape) for stage, shape in STAGES.items()}) for _ in range(2)
+    )
+    loss = build_loss({"name": name, "task": 0.0, "distillation": 2.0}, STAGES, STAGES)
+    taps = [
+        {**{s: {"output": f} for s, f in o.features.items()}, ".": {"output": o.logits}} for o in (student, teacher)
+    ]
+    where = {side: {"path": "b", "io": "output"} for side in ("student", "teacher")}
+    first = {side: {"path": "a", "io": "output"} for side in ("student", "teacher")}
+    by_hand = {
+        "torchdistill/SPKDLoss": lambda cls: cls("b", "b", "batchmean"),
+        "torchdistill/ATLoss": lambda cls: cls({"1": first, "2": where}),
+        "torchdistill/DISTLoss": lambda cls: cls(".", "output", ".", "output", beta=2.0, gamma=2.0),
+    }[name](loss.criterion_class)
+    terms = loss(student, teacher, torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(terms, {"distillation": 2 * by_hand(*taps)})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("torchdistill")])
+def test_adapted_losses_take_dense_targets(images, name: str) -> None:
+    training = start(images, name)
+    batch = training.batches.at(0)
+    outputs = training.student(batch.images), training.teacher(batch)
+    identity = {"index": batch.index} if training.needs_index else {}
+    terms = training.loss(*outputs, one_hot(batch.target, 10).float(), 0.5, **identity)
+    assert all(torch.isfinite(value) for value in terms.values())
+
+
+def test_a_table_keeps_the_features_that_the_loss_reads(images, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = start(images, "at")
+    table = training.teacher
+    assert isinstance(table, TabulatedTeacher)
+    assert set(table.features) == set(training.loss.teacher_stages) == {"stage1", "stage2", "stage3"}
+    live = start(images, "at", augmentation="flip_and_crop").teacher
+    assert isinstance(live, Teacher)
+    batch = Batches(images.train, 30, seed=1).at(2)
+    for stage, feature in table(batch).features.items():
+        torch.testing.assert_close(feature, live(batch).features[stage])
+    monkeypatch.setattr("lkd.assembly.TABLE_BYTES", 1000)
+    assert isinstance(start(images, "at").teacher, Teacher), "too large a table: the teacher is asked live"
+    assert isinstance(start(images, "kd").teacher, TabulatedTeacher)
+
+
+def test_adapters_are_a_function_of_the_seed(images) -> None:
+    first, second, other = (prepare_loss("fitnet", CNN, TeacherRecipe(), images, seed) for seed in (3, 3, 4))
+    weights = [loss.regressors[0].weight for loss in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("name", sorted(name for name, recipe in RECIPES.items() if recipe.several_images))
+def test_a_batch_of_one_is_refused(images, name: str) -> None:
+    with pytest.raises(UserError, match=f"torchdistill/{name}' needs at least 2 images a batch"):
+        start(images, f"torchdistill/{name}", batch_size=1).run_step()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, recipe in RECIPES.items() if not recipe.several_images))
+def test_a_batch_of_one_is_taken_elsewhere(images, name: str) -> None:
+    assert all(
+        torch.isfinite(value) for value in start(images, f"torchdistill/{name}", batch_size=1).run_step().values()
+    )
+
+
+def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
+    import torchdistill.losses.mid_level as mid_level
+
+    defined = {name for name, item in vars(mid_level).items() if getattr(item, "__module__", "") == mid_level.__name__}
+    assert {name for name in defined if isinstance(getattr(mid_level, name), type)} == set(RECIPES) | set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        (
+            {"name": "torchdistill/DISTPlusLoss"},
+            r"torchdistill/DISTPlusLoss cannot be run here: its channel term .* ATLoss",
+        ),
+        ({"name": "torchdistill/SSKDLoss"}, "cannot be run here: it needs four rotations"),
+        ({"name": "torchdistill/CRD"}, "unknown name 'torchdistill/CRD'; nearest: torchdistill/CRDLoss"),
+        (
+            {"name": "torchdistill/PKTLoss", "temperature": 2},
+            "unknown option temperature; it takes task, distill.*, stages",
+        ),
+        ({"name": "torchdistill/VIDLoss", "stages": [["a", "c"]]}, "teacher has no stage 'c'; it has a"),
+        ({"name": "torchdistill/PKTLoss", "stages": [["a", "a"], ["b", "b"]]}, "takes one pair .* not 2"),
+        ({"name": "torchdistill/ATLoss", "mode": "neither"}, "mode `neither`"),
+        ({"name": "torchdistill/RKDLoss", "task": -1}, "task: -1 is negative"),
+    ],
+)
+def test_bad_specifications_are_one_clear_line(specification, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_loss(specification, STAGES, STAGES)
+    assert "\n" not in str(error.value)
+
+
+def test_without_torchdistill_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lkd.losses.torchdistill_loss", None)
+    with pytest.raises(UserError, match=r'pip install "lkd\[torchdistill\]"'):
+        build_loss("torchdistill/PKTLoss", STAGES, STAGES)
+
+
+def test_crd_must_be_told_the_images() -> None:
+    loss = TorchdistillLoss("CRDLoss", STAGES, STAGES)
+    outputs = Outputs(torch.randn(4, 3), {stage: torch.randn(4, *shape) for stage, shape in STAGES.items()})
+    with pytest.raises(ValueError, match="call enroll"):
+        loss(outputs, outputs, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match="all training images are of one class"):
+        loss.enroll(torch.arange(4), torch.zeros(4, dtype=torch.int64))
+
+
+TINY = [
+    "--data.train_size",
+    "120",
+    "--data.meta_validation_size",
+    "50",
+    "--train.epochs",
+    "1",
+    "--train.batch_size",
+    "20",
+]
+
+
+def test_commands_run_losses_over_features() -> None:
+    assert main(["distill", *TINY, "--train.learning_rate", "0.01", "--loss", "torchdistill/CRDLoss"]) == 0
+    assert main(["pool", *TINY, "--pool.loss", "fitnet", "--pool.students", "1", "--run_dir", "pool"]) == 0
+    methods = (
+        "{CE: cross_entropy, AT: at, VID: torchdistill/VIDLoss, SP: {name: sp, grid: {distillation: [1.0, 10.0]}}}"
+    )
+    command = ["compare", *TINY, "--methods", methods, "--baseline", "CE", "--seeds", "1", "--workers", "1"]
+    assert main([*command, "--run_dir", "comparison"]) == 0
+
+
+@pytest.mark.parametrize("command", ["distill", "compare"])
+def test_a_stage_that_is_not_there_stops_a_command_before_any_training(command: str, capsys) -> None:
+    wrong = "{name: at, stages: [[stage9, stage3]]}"
+    option = ["--loss", wrong] if command == "distill" else ["--methods", f"{{KD: {wrong}}}"]
+    assert main([command, *TINY, *option]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the student has no stage 'stage9'; it has stage1 [8, 14, 14], stage2 [16, 7, 7]" in message
