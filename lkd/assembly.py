@@ -18,7 +18,7 @@ from lkd.evaluation import evaluate
 from lkd.losses.build import build_loss, reads_features
 from lkd.models import build, describe
 from lkd.models.describe import find_stages, format_description
-from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher_network
+from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher, name_teacher
 
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
@@ -40,7 +40,7 @@ def prepare_images(recipe: DataRecipe) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    dataset = load_dataset(recipe.name, recipe.root)
+    dataset = load_dataset(recipe.name, recipe.root, recipe.image_size)
     splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
     return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
@@ -79,8 +79,8 @@ def prepare_teacher(
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
     """
-    network, header = load_teacher_network(recipe.path)
-    check_network(recipe.path, header["architecture"], images.train)
+    network, architecture = load_teacher(recipe, images.train)
+    check_network(name_teacher(recipe), architecture, images.train)
     reliable = Teacher(network.to(device))
     teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     shapes = find_stages(network, images.train.image_shape) if stages else {}
@@ -109,8 +109,8 @@ def prepare_loss(
         return build_loss(specification)
     shape = images.train.image_shape
     network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
-    taught_by, header = load_teacher_network(teacher.path)
-    check_network(teacher.path, header["architecture"], images.train)
+    taught_by, architecture = load_teacher(teacher, images.train)
+    check_network(name_teacher(teacher), architecture, images.train)
     stages = find_stages(network, shape), find_stages(taught_by, shape)
     torch.manual_seed(seed)
     return build_loss(specification, *stages)
@@ -141,9 +141,9 @@ def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.devic
     Raises:
         UserError: If its file is not good or it does not fit the images.
     """
-    network, header = load_teacher_network(recipe.path)
-    check_network(recipe.path, header["architecture"], images.train)
-    described = describe(network, header["architecture"]["name"], images.train.image_shape)
+    network, architecture = load_teacher(recipe, images.train)
+    check_network(name_teacher(recipe), architecture, images.train)
+    described = describe(network, architecture["name"], images.train.image_shape)
     top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"

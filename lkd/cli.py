@@ -1,13 +1,16 @@
 """The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lkd import __version__, config
 from lkd.errors import UserError
+from lkd.recipe_files import read_recipe
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -109,8 +112,8 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     files = 0
     while files < len(words) and not words[files].startswith("-"):
         files += 1
-    recipes = [part for path in words[:files] for part in ("--config", path)]
-    expanded = recipes + complete_switches(words[files:], {f"--{key}" for key in known_keys(parser, bool)})
+    words = [part for path in words[:files] for part in ("--config", path)] + words[files:]
+    expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))
     except ArgumentError as error:
@@ -119,6 +122,14 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         return None
     values = {key: value for key, value in vars(parsed).items() if key != "config"}
     return COMMANDS[command][0](**values)
+
+
+def read_recipes(words: list[str]) -> list[str]:
+    """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
+    return [
+        json.dumps(read_recipe(Path(word)), default=str) if before == "--config" else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
 
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:

@@ -212,7 +212,7 @@ def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": [digest_of(recipe.teacher.path) or recipe.teacher.path, recipe.teacher.random_answers],
+        "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
         "train": dataclasses.asdict(split_method(cell.loss, recipe.train)[1]),
         "every": recipe.evaluate_every,
     }

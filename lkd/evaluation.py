@@ -25,9 +25,10 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_s
     """
     training = network.training
     network.eval()
-    batches = [images.batch(positions, device) for positions in torch.arange(len(images)).split(batch_size)]
-    logits = torch.cat([network(batch.images).logits for batch in batches]).float()
-    target = torch.cat([batch.target for batch in batches])
+    batches = (images.batch(positions, device) for positions in torch.arange(len(images)).split(batch_size))
+    answers = [(network(batch.images).logits, batch.target) for batch in batches]
+    logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    logits = logits.float()
     network.train(training)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)
     temperature = find_best_temperature(logits, target)

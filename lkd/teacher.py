@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lkd.config import TeacherRecipe
 from lkd.data import Batch, ImageSet, seeded_generator
 from lkd.data.embedded import TEACHER
-from lkd.errors import UserError
+from lkd.errors import UserError, check_choice
+from lkd.models import build
+from lkd.models.foreign_checkpoint import load_crd_checkpoint
 from lkd.models.network_file import load_network
 from lkd.outputs import Outputs
 
@@ -98,3 +101,68 @@ class UnreliableTeacher:
 def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """Load a teacher's file; `embedded` is the one that the package carries."""
     return load_network(TEACHER if path == "embedded" else Path(path))
+
+
+def load_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
+    """Get the teacher that a recipe names.
+
+    Args:
+        recipe: A file, or a network with timm's weights or with none.
+        images: What an untrained network is built for.
+
+    Returns:
+        The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
+
+    Raises:
+        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
+    """
+    check_teacher_recipe(recipe)
+    architecture: dict[str, Any] = {"name": recipe.name, "options": recipe.options}
+    if recipe.pretrained:
+        import timm
+
+        check_choice("teacher.name", str(recipe.name), timm.list_pretrained())
+        configuration = timm.get_pretrained_cfg(recipe.name)
+        architecture |= {"num_classes": configuration.num_classes, "in_chans": 3, "pretrained": True}
+        return build(**architecture).eval(), architecture
+    if recipe.path == "random":
+        architecture |= {"num_classes": images.num_classes, "in_chans": images.image_shape[0], "pretrained": False}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build(**architecture).eval(), architecture
+    if recipe.path.endswith((".pth", ".pt")):
+        network, num_classes = load_crd_checkpoint(Path(recipe.path), str(recipe.name))
+        return network, architecture | {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
+    network, header = load_teacher_network(recipe.path)
+    found = header["architecture"]["name"]
+    if recipe.name not in (None, found):
+        raise UserError(
+            f"teacher.path: {recipe.path} holds a {found}, not the {recipe.name} of teacher.name: give the file of a "
+            f"{recipe.name}, or teacher.pretrained true for timm's weights"
+        )
+    return network, header["architecture"]
+
+
+def check_teacher_recipe(recipe: TeacherRecipe) -> None:
+    """Check that a teacher's fields go together.
+
+    Raises:
+        UserError: If they do not.
+    """
+    is_checkpoint = recipe.path.endswith((".pth", ".pt"))
+    if recipe.pretrained and recipe.path != "embedded":
+        raise UserError(f"teacher.path: {recipe.path} and teacher.pretrained exclude each other: give one")
+    if recipe.name is None and (recipe.pretrained or is_checkpoint or recipe.path == "random"):
+        what = "pretrained" if recipe.pretrained else recipe.path
+        raise UserError(f"teacher.name: missing; {what} needs the network's name, as in resnet32x4")
+    if recipe.pretrained and "." not in str(recipe.name):
+        raise UserError(
+            f"teacher.name: {recipe.name} has no tag; timm has several weights of it: name one, as in resnet34.tv_in1k"
+        )
+    if recipe.options and not (recipe.pretrained or recipe.path == "random"):
+        raise UserError(f"teacher.options: {recipe.options} do not apply to a file, which says what it holds")
+
+
+def name_teacher(recipe: TeacherRecipe) -> str:
+    """What a teacher is called in messages: its file, or else its name."""
+    return str(recipe.name) if recipe.pretrained or recipe.path == "random" else recipe.path

@@ -141,15 +141,19 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     """Build timm's scheduler, stepped every update.
 
     Raises:
-        UserError: If timm knows no such schedule, or it has no epochs.
+        UserError: If timm knows no such schedule, it has no epochs, or the milestones do not fit it.
     """
     if recipe.epochs < 1:
         raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
+    check_milestones(recipe)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=recipe.schedule,
             num_epochs=recipe.epochs,
+            # timm decays one update before a milestone; half an update more puts it where torch's MultiStepLR has it.
+            decay_milestones=[milestone + 0.5 / steps_per_epoch for milestone in recipe.milestones],
+            decay_rate=recipe.decay_rate,
             warmup_epochs=recipe.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
@@ -159,3 +163,21 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     if scheduler is None:
         raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's; cosine, step, multistep, poly, ...")
     return scheduler
+
+
+def check_milestones(recipe: TrainRecipe) -> None:
+    """Check the milestones of a multistep schedule.
+
+    Raises:
+        UserError: If they are missing, unordered or of another schedule.
+    """
+    if recipe.schedule != "multistep":
+        if recipe.milestones:
+            raise UserError(
+                f"train.milestones: {recipe.milestones} belong to schedule multistep, not {recipe.schedule}"
+            )
+    elif not recipe.milestones or recipe.milestones != sorted({m for m in recipe.milestones if m > 0}):
+        raise UserError(
+            f"train.milestones: {recipe.milestones} are not increasing epochs, as in [150, 180, 210]; "
+            "schedule multistep needs them"
+        )

@@ -1,10 +1,14 @@
 """Augmentation of uint8 batches, a pure function of its generator."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
+
+from lkd.data.image_files import ImageFiles, cut_centers, cut_random_crops
 
 
 def flip_and_crop(images: Tensor, generator: Generator, padding: int = 2) -> Tensor:
@@ -34,4 +38,17 @@ def keep(images: Tensor, generator: Generator) -> Tensor:
     return images
 
 
-AUGMENTATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {"none": keep, "flip_and_crop": flip_and_crop}
+AUGMENTATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "none": keep,
+    "flip_and_crop": flip_and_crop,
+    "flip_and_crop_4": partial(flip_and_crop, padding=4),
+}
+FILE_AUGMENTATIONS: dict[str, Callable[[ImageFiles, Generator], Tensor]] = {
+    "none": lambda files, generator: cut_centers(files),
+    "random_resized_crop": cut_random_crops,
+}
+
+
+def augmentations_of(images: Tensor | ImageFiles) -> dict[str, Callable[[Any, Generator], Tensor]]:
+    """The augmentations by name that these images can have."""
+    return FILE_AUGMENTATIONS if isinstance(images, ImageFiles) else AUGMENTATIONS

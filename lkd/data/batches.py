@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from lkd.data.augmentation import AUGMENTATIONS
+from lkd.data.augmentation import augmentations_of
 from lkd.data.images import Batch, ImageSet
 from lkd.errors import UserError, check_choice
 
@@ -15,7 +15,7 @@ class Batches:
         images: The training images.
         batch_size: Images a batch.
         seed: Of the order and of the augmentation.
-        augmentation: A name in `AUGMENTATIONS`.
+        augmentation: A name in `augmentations_of` these images.
         device: Where batches go.
 
     Raises:
@@ -30,13 +30,14 @@ class Batches:
         augmentation: str = "none",
         device: str | torch.device = "cpu",
     ) -> None:
-        check_choice("data.augmentation", augmentation, AUGMENTATIONS)
+        known = augmentations_of(images.images)
+        check_choice("data.augmentation", augmentation, known)
         if not 1 <= batch_size <= len(images):
             raise UserError(f"train.batch_size: {batch_size} is not between 1 and the {len(images)} training images")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
-        self.augment = AUGMENTATIONS[augmentation]
+        self.augment = known[augmentation]
         self.device = torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
         self._epoch = -1

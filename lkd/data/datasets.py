@@ -2,13 +2,16 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from lkd.data.cifar import load_cifar
+from lkd.data.dataset import Dataset
 from lkd.data.embedded import ARCHIVE
+from lkd.data.image_folder import load_image_folder
 from lkd.data.images import ImageSet
 from lkd.errors import UserError, check_choice
 
@@ -27,30 +30,25 @@ FASHION_CLASSES = (
 FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A named data set: its training part, to be split further, and its test part, for reported numbers only."""
-
-    name: str
-    train: ImageSet
-    test: ImageSet
-
-
-def load_dataset(name: str, root: str | None = None) -> Dataset:
+def load_dataset(name: str, root: str | None = None, image_size: int = 224) -> Dataset:
     """Load a data set.
 
     Args:
         name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package), `fashion_mnist` (all of it, 60,000 +
             10,000), or
             `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the embedded test images:
-            what a teacher of embedded students may be trained on).
-        root: Folder for torchvision's copy of Fashion-MNIST; downloaded there if it is not and there is internet. Not
-            used by `embedded`.
+            what a teacher of embedded students may be trained on); `cifar10` or `cifar100`; `image_folder` (ImageNet,
+            or any images of that layout).
+        root: Folder of the data set. Fashion-MNIST is downloaded there if it is not and there is internet. Not used by
+            `embedded`.
+        image_size: Pixels of the crops that `image_folder` cuts.
 
     Raises:
         UserError: If the name is unknown, or the files are missing, damaged or of another shape.
     """
     check_choice("data.name", name, DATASETS)
+    if name == "image_folder":
+        return load_image_folder(root, image_size)
     return DATASETS[name](root)
 
 
@@ -126,8 +124,11 @@ def fashion_images(images: np.ndarray, labels: np.ndarray, index: np.ndarray) ->
     )
 
 
-DATASETS: dict[str, Callable[[str | None], Dataset]] = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "embedded": load_embedded,
     "fashion_mnist": load_fashion_mnist,
     "fashion_mnist_rest": load_fashion_mnist_rest,
+    "cifar10": partial(load_cifar, "cifar10"),
+    "cifar100": partial(load_cifar, "cifar100"),
+    "image_folder": load_image_folder,
 }

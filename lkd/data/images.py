@@ -1,10 +1,12 @@
-"""Image sets held in memory, and the batches drawn from them."""
+"""Image sets, and the batches drawn from them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lkd.data.image_files import ImageFiles, cut_centers
 
 
 class Batch(NamedTuple):
@@ -23,10 +25,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images in memory.
+    """Labelled images, in memory or in files.
 
     Attributes:
-        images: uint8, [N, C, H, W].
+        images: uint8, [N, C, H, W]; or the files that they are decoded from when a batch needs them.
         labels: Class indices, int64, [N].
         index: Position of each image in its source data set, int64, [N].
         class_names: Name of each class.
@@ -34,7 +36,7 @@ class ImageSet:
         std: Per-channel standard deviation of the pixels scaled to [0, 1].
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
     index: Tensor
     class_names: tuple[str, ...]
@@ -78,8 +80,10 @@ class ImageSet:
 
     def batch(self, positions: Tensor, device: torch.device) -> Batch:
         """The batch at these positions, without augmentation."""
+        chosen = self.images[positions]
+        pixels = cut_centers(chosen) if isinstance(chosen, ImageFiles) else chosen
         return Batch(
-            self.normalize(self.images[positions].to(device)),
+            self.normalize(pixels.to(device)),
             self.labels[positions].to(device),
             self.index[positions].to(device),
         )

@@ -6,8 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lkd.errors import UserError, check_choice
+from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.small import SMALL_NETWORKS
 from lkd.models.timm_network import TimmNetwork
+
+OWN_NETWORKS = {**SMALL_NETWORKS, **CIFAR_NETWORKS}
 
 
 def build(
@@ -16,8 +19,9 @@ def build(
     """Build a network.
 
     Args:
-        name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), or one of the quickstart's
-            networks (`small_resnet`, `small_cnn`, `small_mobilenet`).
+        name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), one of the literature's
+            CIFAR networks (`resnet32x4`, `wrn_40_2`, ...: `CIFAR_NETWORKS`), or one of the quickstart's
+            (`small_resnet`, `small_cnn`, `small_mobilenet`).
         num_classes: Number of classes.
         in_chans: Channels of the input images.
         pretrained: Load timm's pretrained weights of that tag.
@@ -29,16 +33,14 @@ def build(
     Raises:
         UserError: If the name is unknown, or pretrained weights or options are asked of a network that has none.
     """
-    if name in SMALL_NETWORKS:
+    if name in OWN_NETWORKS:
         if pretrained or options:
-            raise UserError(
-                f"model {name!r} takes neither `pretrained` nor `options`: it is one of the quickstart's own"
-            )
-        return SMALL_NETWORKS[name](num_classes, in_chans)
+            raise UserError(f"model {name!r} takes neither `pretrained` nor `options`: it is not one of timm's")
+        return OWN_NETWORKS[name](num_classes, in_chans)
     import timm
 
     architecture, _, tag = name.partition(".")
-    check_choice("model", architecture, [*timm.list_models(), *SMALL_NETWORKS])
+    check_choice("model", architecture, [*timm.list_models(), *OWN_NETWORKS])
     if tag:
         check_choice(f"pretrained tag of {architecture}", name, timm.list_pretrained(f"{architecture}.*"))
     try:

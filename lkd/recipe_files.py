@@ -1,0 +1,54 @@
+"""Recipe files that build on others: `base: FILE` or `base: [FILE, ...]`, relative to the file that says it."""
+
+from pathlib import Path
+from typing import Any
+
+from lkd.errors import UserError
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe file, merged with its bases.
+
+    Nested keys are merged one by one; the file wins over its bases, a later base over an earlier one.
+
+    Args:
+        path: The YAML file.
+        above: The files that led here, to find cycles.
+
+    Raises:
+        UserError: If a file is missing, is not a YAML mapping, or is its own base.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    trail = " → ".join(str(file) for file in (*above, path))
+    if path.resolve() in {file.resolve() for file in above}:
+        raise UserError(f"base: {trail} is a cycle: remove one of these")
+    try:
+        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"{trail}: cannot be read: {reason}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{trail}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{trail}: is not a mapping of keys to values")
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{trail}: base: {bases!r} is not a file name or a list of file names")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read_recipe(path.parent / base, (*above, path)))
+    return merge(merged, content)
+
+
+def merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested dicts; `over` wins."""
+    both = {key: merge(below[key], over[key]) for key in below.keys() & over.keys() if is_nested(below[key], over[key])}
+    return {**below, **over, **both}
+
+
+def is_nested(*values: Any) -> bool:
+    """Whether all of the values are dicts."""
+    return all(isinstance(value, dict) for value in values)

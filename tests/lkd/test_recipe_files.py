@@ -1,0 +1,76 @@
+"""Recipe files that build on others; schedules with milestones."""
+
+import pytest
+import torch
+
+from lkd.cli import main, parse_recipe
+from lkd.config import TrainRecipe
+from lkd.errors import UserError
+from lkd.recipe_files import read_recipe
+from lkd.training import build_scheduler
+
+
+def test_bases_are_merged_under_the_files_own_keys(tmp_path) -> None:
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "all.yaml").write_text("seed: 1\ntrain: {epochs: 3, learning_rate: 5e-4, batch_size: 9}\n")
+    (tmp_path / "loss.yaml").write_text("seed: 2\nloss: {name: kd, weight: 0.3}\n")
+    (tmp_path / "pair" / "pair.yaml").write_text("base: ../all.yaml\ntrain: {epochs: 4}\n")
+    top = tmp_path / "pair" / "top.yaml"
+    top.write_text("base: [pair.yaml, ../loss.yaml]\nloss: {weight: 0.5}\ntrain: {batch_size: 8}\n")
+    for words in ([str(top)], ["--config", str(top)]):
+        recipe = parse_recipe("distill", [*words, "--train.momentum", "0.8"])
+        train = recipe.train
+        assert (train.epochs, train.learning_rate, train.batch_size, train.momentum) == (4, 5e-4, 8, 0.8)
+        assert recipe.loss == {"name": "kd", "weight": 0.5}
+        assert recipe.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: r.yaml", "r.yaml is a cycle"),
+        ("base: other.yaml", "r.yaml is a cycle"),
+        ("base: missing.yaml", "missing.yaml: cannot be read: No such file"),
+        ("base: {a: 1}", "is not a file name or a list of file names"),
+        ("base: .", "cannot be read: Is a directory"),
+        ("- 1", "is not a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bases_that_cannot_be_used_are_one_line(text: str, message: str, tmp_path, capsys) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("base: r.yaml")
+    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    with pytest.raises(UserError):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 7])
+def test_milestones_are_torchs(steps_per_epoch: int) -> None:
+    recipe = TrainRecipe(epochs=10, learning_rate=1.0, schedule="multistep", milestones=[3, 6, 9], decay_rate=0.1)
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0) for _ in range(2))
+    scheduler = build_scheduler(ours, recipe, steps_per_epoch)
+    oracle = torch.optim.lr_scheduler.MultiStepLR(theirs, [m * steps_per_epoch for m in (3, 6, 9)], 0.1)
+    for step in range(10 * steps_per_epoch):
+        scheduler.step_update(step)
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"]), step
+        theirs.step()
+        oracle.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "message"),
+    [
+        ("cosine", [3], "belong to schedule multistep, not cosine"),
+        ("multistep", [], "not increasing"),
+        ("multistep", [5, 3], "not increasing"),
+        ("multistep", [0, 3], "not increasing"),
+    ],
+)
+def test_milestones_that_do_not_fit_are_refused(schedule: str, milestones: list[int], message: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    with pytest.raises(UserError, match=message):
+        build_scheduler(optimizer, TrainRecipe(schedule=schedule, milestones=milestones), 2)
