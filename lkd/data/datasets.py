@@ -36,6 +36,7 @@ def load_dataset(name: str, root: str | None = None, image_size: int = 224) -> D
     Args:
         name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package), `fashion_mnist` (all of it, 60,000 +
             10,000), or
+            `fashion_mnist_unseen` (the 12,000 training images of `embedded`, with all 10,000 test images), or
             `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the embedded test images:
             what a teacher of embedded students may be trained on); `cifar10` or `cifar100`; `image_folder` (ImageNet,
             or any images of that layout).
@@ -112,6 +113,11 @@ def load_fashion_mnist_rest(root: str | None) -> Dataset:
     return Dataset("fashion_mnist_rest", full.select(kept.nonzero().flatten()), embedded.test)
 
 
+def load_fashion_mnist_unseen(root: str | None) -> Dataset:
+    """Load the embedded training images, which the embedded teacher never saw, with the full test part."""
+    return Dataset("fashion_mnist_unseen", load_embedded().train, load_fashion_mnist(root).test)
+
+
 def fashion_images(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> ImageSet:
     """Wrap arrays of Fashion-MNIST ([N, 28, 28], [N], [N])."""
     return ImageSet(
@@ -128,6 +134,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "embedded": load_embedded,
     "fashion_mnist": load_fashion_mnist,
     "fashion_mnist_rest": load_fashion_mnist_rest,
+    "fashion_mnist_unseen": load_fashion_mnist_unseen,
     "cifar10": partial(load_cifar, "cifar10"),
     "cifar100": partial(load_cifar, "cifar100"),
     "image_folder": load_image_folder,

@@ -66,6 +66,9 @@ def test_fashion_mnist_and_its_rest(tmp_path) -> None:
     rest, embedded = load_dataset("fashion_mnist_rest", root), load_dataset("embedded")
     assert len(rest.train) == 48_000
     assert not set(rest.train.index.tolist()) & set(embedded.train.index.tolist())
+    unseen = load_dataset("fashion_mnist_unseen", root)
+    assert torch.equal(unseen.train.images, embedded.train.images)
+    assert len(unseen.test) == 10_000
 
 
 @pytest.mark.parametrize("options", [{"side": 32}, {"train": 100}])
