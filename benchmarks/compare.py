@@ -24,8 +24,8 @@ README = """# Comparison
 Made by `python benchmarks/compare.py DATA_ROOT`: `lkd meta-train` with the settings of
 `configs/embedded/meta-train.yaml`, then `lkd compare configs/fashion_mnist/compare.yaml`, both on one split of
 Fashion-MNIST: {train} labelled training images, {meta_validation} meta-validation images, the 10,000 test images. The
-teacher was trained on the other 48,000 training images and saw none of these. Every method has {budget} trainings to tune its main options and its learning rate on meta-validation; the test split is read
-for reported numbers only.
+teacher was trained on the other 48,000 training images and saw none of these. Every method has {budget} trainings to
+tune its main options and its learning rate on meta-validation; the test split is read for reported numbers only.
 
 ```
 {table}```
@@ -33,8 +33,9 @@ for reported numbers only.
 ![Accuracy and paired differences](comparison.png)
 
 What it does not show: larger networks, other data sets, more labels. The loss was learned with `small_cnn` at learning
-rate 0.1; learning it is not counted in the budget. Options were picked with one student and used for both. The test images are the same for every seed, so that the intervals are those of seeds,
-not of images. Differences are not corrected for their number.
+rate 0.1; learning it is not counted in the budget. Options were picked with one student and used for both. The test
+images are the same for every seed, so that the intervals are those of seeds, not of images. Differences are not
+corrected for their number.
 
 `result.json`: the figures; `cells.csv`: every seed's row; `table.csv`, `table.tex`: the table.
 """

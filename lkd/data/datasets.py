@@ -34,12 +34,11 @@ def load_dataset(name: str, root: str | None = None, image_size: int = 224) -> D
     """Load a data set.
 
     Args:
-        name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package), `fashion_mnist` (all of it, 60,000 +
-            10,000), or
-            `fashion_mnist_unseen` (the 12,000 training images of `embedded`, with all 10,000 test images), or
-            `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the embedded test images:
-            what a teacher of embedded students may be trained on); `cifar10` or `cifar100`; `image_folder` (ImageNet,
-            or any images of that layout).
+        name: `embedded` (12,000 + 4,000 images of Fashion-MNIST, in the package); `fashion_mnist` (all of it, 60,000 +
+            10,000); `fashion_mnist_unseen` (the training images of `embedded`, which its teacher never saw, with all
+            10,000 test images); `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the
+            embedded test images: what a teacher of embedded students may be trained on); `cifar10` or `cifar100`;
+            `image_folder` (ImageNet, or any images of that layout).
         root: Folder of the data set. Fashion-MNIST is downloaded there if it is not and there is internet. Not used by
             `embedded`.
         image_size: Pixels of the crops that `image_folder` cuts.
