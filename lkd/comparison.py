@@ -38,14 +38,14 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost
 from lkd.distillation import start_training
 from lkd.errors import UserError
-from lkd.evaluation import evaluate
+from lkd.evaluation import evaluate, guess
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
 from lkd.losses.build import LOSSES
 from lkd.published import find_published
 from lkd.run import Run
 from lkd.teacher import load_teacher_network
-from lkd.training import TeacherFunction, build_optimizer, build_scheduler
+from lkd.training import DivergedError, TeacherFunction, build_optimizer, build_scheduler
 from lkd.tuning import Method, check_tuning, choose_points, expand_grid, split_method
 from lkd.workers import finish_all, own_device, start_workers
 
@@ -245,7 +245,8 @@ def prepare_teacher_for_cells(data: str, teacher: str, device: str, stages: tupl
 def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
     """Train one cell and write its result.
 
-    The test split is read only if the cell is reported: at the last and the best epoch.
+    The test split is read only if the cell is reported: at the last and the best epoch. A training that diverges is a
+    result too: that of guessing.
     """
     device = own_device(device)
     data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
@@ -262,11 +263,17 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
     every = recipe.evaluate_every * training.batches.steps_per_epoch if cell.reported else training.total_steps
+    diverged_at = None
     while training.step < training.total_steps:
         left = training.total_steps - training.step
-        with cost.measured():
-            for _ in range((left - 1) % every + 1):
-                training.run_step()
+        try:
+            with cost.measured():
+                for _ in range((left - 1) % every + 1):
+                    training.run_step()
+        except DivergedError:
+            diverged_at = training.step
+            figures = {"step": training.step, **guess(images.meta_validation)}
+            break
         figures = {"step": training.step, **evaluate(training.student, images.meta_validation, place)}
         if figures["top1"] > best["top1"]:
             best = figures
@@ -275,16 +282,21 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
         **dataclasses.asdict(cell),
         "student": cell.student.name,
         "meta_validation": figures,
-        "best_step": best["step"],
+        "best_step": best.get("step", 0),
         "seconds": time.perf_counter() - started,
-        "steps_per_second": training.total_steps / cost.seconds,
+        "steps_per_second": training.step / cost.seconds,
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
         "peak_mib": cost.peak_mib,
     }
+    if diverged_at is not None:
+        row["diverged_at"] = diverged_at
     if cell.reported:
-        row["last"] = evaluate(training.student, images.test, place)
-        training.student.load_state_dict(best_weights)
-        row["best"] = evaluate(training.student, images.test, place)
+        row["last"] = row["best"] = guess(images.test)
+        if diverged_at is None:
+            row["last"] = evaluate(training.student, images.test, place)
+        if best_weights:
+            training.student.load_state_dict(best_weights)
+            row["best"] = evaluate(training.student, images.test, place)
     write_json(path, row)
     return row
 
@@ -296,6 +308,8 @@ def describe_row(label: str, row: Row | None) -> str | None:
     figure = row["last"]["top1"] if row["reported"] else row["meta_validation"]["top1"]
     split = "test" if row["reported"] else "meta-validation"
     cell = f"{label}, {row['student']}, seed {row['seed']}, {format_options(row['loss'])}"
+    if "diverged_at" in row:
+        return f"  {cell}: diverged at step {row['diverged_at']} ({row['seconds']:.0f} s)"
     return f"  {cell}: {figure:.2f} % on {split} ({row['seconds']:.0f} s)"
 
 
@@ -307,7 +321,7 @@ def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path)
         row | {"tuned_over": tuned.count(row["method"]), "published": published_beside(recipe, row)}
         for row in summarize(rows, recipe.baseline)
     ]
-    lines, notes = tabulate(table, recipe.baseline), write_notes(recipe, picks, table)
+    lines, notes = tabulate(table, recipe.baseline), write_notes(recipe, picks, table) + note_diverged(rows)
     write_text(folder / "table.txt", format_table(lines, notes))
     write_text(folder / "table.csv", format_csv(list_rows(table)))
     write_text(folder / "table.tex", format_latex(lines, notes))
@@ -322,7 +336,7 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     epochs = split_method(row["loss"], recipe.train)[1].epochs
     if recipe.data.label_noise or recipe.teacher.random_answers or loss not in LOSSES:
         return None
-    teacher = load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
+    teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
     return find_published(recipe.data.name, teacher, row["student"], epochs, loss)
 
 
@@ -347,6 +361,13 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
     sources = {row["published"]["source"]: None for row in table if row["published"]}
     return [*notes, *(f"Published, students trained on all training images: {source}" for source in sources)]
+
+
+def note_diverged(rows: list[Row]) -> list[str]:
+    """Say which seeds diverged."""
+    diverged = [row for row in rows if "diverged_at" in row]
+    cells = ", ".join(f"{row['method']} on {row['student']}, seed {row['seed']}" for row in diverged)
+    return [f"Diverged, and counted as guessing: {cells}."] if diverged else []
 
 
 def figures_of(table: list[Row], baseline: str) -> dict[str, float]:

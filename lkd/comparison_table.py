@@ -150,7 +150,7 @@ def list_cells(rows: list[Row]) -> list[list[object]]:
     """Every seed's figures, under a header."""
     header: list[object] = [
         *("method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step"),
-        *("seconds", "steps_per_second", "loss_parameters", "peak_mib"),
+        *("diverged_at", "seconds", "steps_per_second", "loss_parameters", "peak_mib"),
     ]
     return [
         header,
@@ -164,6 +164,7 @@ def list_cells(rows: list[Row]) -> list[list[object]]:
                 f"{row['best']['top1']:.4f}",
                 f"{row['meta_validation']['top1']:.4f}",
                 row["best_step"],
+                row.get("diverged_at", ""),
                 f"{row['seconds']:.1f}",
                 f"{row['steps_per_second']:.2f}",
                 row["loss_parameters"],

@@ -37,10 +37,12 @@ class Cost:
         """Count what happens within."""
         self._reset()
         started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds += time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else resident("VmHWM")
         if self.idle is not None and peak is not None:
             self.peak_mib = max(self.peak_mib or 0.0, peak - self.idle)

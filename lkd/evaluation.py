@@ -1,5 +1,7 @@
 """What a network reaches on a set of images."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -39,4 +41,18 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_s
         "calibrated_cross_entropy": float(cross_entropy(logits / temperature, target)),
         "temperature": temperature,
         "calibration_error": 100 * expected_calibration_error(logits.softmax(1), target),
+    }
+
+
+def guess(images: ImageSet) -> dict[str, float]:
+    """What `evaluate` would give of a network that finds all classes equally likely: all that a diverged one knows."""
+    classes = images.num_classes
+    entropy = math.log(classes)
+    return {
+        "top1": 100 / classes,
+        "top5": 100 * min(5, classes) / classes,
+        "cross_entropy": entropy,
+        "calibrated_cross_entropy": entropy,
+        "temperature": 1.0,
+        "calibration_error": 0.0,
     }

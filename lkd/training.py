@@ -16,6 +16,10 @@ from lkd.outputs import Outputs
 TeacherFunction = Callable[[Batch], Outputs]
 
 
+class DivergedError(UserError):
+    """The loss of a training is not finite."""
+
+
 class Scheduler(Protocol):
     """A timm scheduler: its learning rate is a function of the update count alone."""
 
@@ -79,7 +83,7 @@ class Training:
             The loss's terms, detached.
 
         Raises:
-            UserError: If a term is not finite.
+            DivergedError: If a term is not finite.
         """
         batch = self.batches.at(self.step)
         teacher = self.teacher(batch) if self.teacher else None
@@ -88,7 +92,7 @@ class Training:
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
-            raise UserError(
+            raise DivergedError(
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
                 "lower train.learning_rate"
             )

@@ -162,3 +162,24 @@ def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     first, second = (run_cell(recipe, cell, tmp_path / f"{n}.json") for n, cell in enumerate(cells))
     assert first["last"] == second["last"]
     assert first["meta_validation"] == second["meta_validation"]
+
+
+def test_a_training_that_diverges_is_a_result() -> None:
+    recipe = tiny_recipe()
+    recipe.seeds, recipe.students = 1, [ModelRecipe("small_cnn")]
+    recipe.methods = {
+        "CE": {"name": "cross_entropy", "grid": {"train.learning_rate": [1e30, 0.1]}},
+        "wild": {"name": "cross_entropy", "train": {"learning_rate": 1e30}},
+    }
+    recipe.baseline = "CE"
+    with open_run(recipe, "compare", quiet=True) as run:
+        table = compare(recipe, run)
+        picks = read_json(run.path / "picks.json")
+        text, cells = ((run.path / name).read_text() for name in ("table.txt", "cells.csv"))
+    assert picks["CE"]["train"]["learning_rate"] == 0.1
+    assert table[0]["last"][0] != 10.0
+    assert table[1]["last"][0] == table[1]["best"][0] == 10.0
+    assert "Diverged, and counted as guessing: wild on small_cnn, seed 0." in text
+    diverged = [row["diverged_at"] for row in csv.DictReader(cells.splitlines())]
+    assert diverged[0] == ""
+    assert 0 < int(diverged[1]) < 8
