@@ -1,7 +1,7 @@
 """The steps of a rollout, and how they are stored until the walk back."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -63,8 +63,8 @@ def without_values(tensors: Tensors) -> Tensors:
 class StoredSteps(Sequence[Step]):
     """The last steps of a rollout, to be read one after the other, from either end.
 
-    Their tensors are copied into blocks of memory that are laid out once for all steps: many small tensors that outlive
-    the activations around them would fragment the heap.
+    Their tensors are copied into blocks of memory that are laid out once for all steps, and made anew when a step is
+    read: many small objects that outlive the activations around them would fragment the heap.
     """
 
     def __init__(self, storage: Storage, capacity: int) -> None:
@@ -80,10 +80,11 @@ class StoredSteps(Sequence[Step]):
         if storage not in get_args(Storage):
             raise ValueError(f"no storage {storage!r}; there are {', '.join(get_args(Storage))}")
         self._storage = storage
-        self._stored: deque[Step] = deque(maxlen=capacity)
         self._capacity = capacity
-        self._row = 0
-        self._blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._rows: deque[_Row] = deque(maxlen=capacity)
+        self._next_place = 0
+        self._blocks: dict[_Key, Tensor] = {}
+        self._layout: _Layout = {}
         self._device = torch.device("cpu")
         self._start: Tensors = {}
         # The parameters that are read back for the step `_position`.
@@ -97,11 +98,19 @@ class StoredSteps(Sequence[Step]):
         if self._storage == "bfloat16":
             step = replace(step, before=self._encode(step.before))
         self._device = next(iter(step.before.parameters.values())).device
-        self._stored.append(_map_trees(step, self._copy))
-        self._row = (self._row + 1) % self._capacity
+        trees = _list_trees(step)
+        layout = {tree: _lay_out(tree, tensors) for tree, tensors in trees.items()}
+        if layout != self._layout:
+            self._layout = layout
+        row = _Row(step.index, step.batch, self._layout, self._next_place, self._reserve(self._layout))
+        for tree, places in self._layout.items():
+            for name, place in places.items():
+                self._view(row, place).copy_(trees[tree][name], non_blocking=self._storage == "cpu")
+        self._rows.append(row)
+        self._next_place = (self._next_place + 1) % self._capacity
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -111,56 +120,61 @@ class StoredSteps(Sequence[Step]):
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
         index = range(len(self))[index]
-        step = self._stored[index]
-        if self._storage == "cpu":
-            return _map_trees(step, self._upload)
-        if self._storage == "bfloat16":
-            return replace(step, before=self._decode(step.before, index))
-        return step
+        step = self._read(self._rows[index])
+        return replace(step, before=self._decode(step.before, index)) if self._storage == "bfloat16" else step
 
-    def _upload(self, tree: str, tensors: Tensors) -> Tensors:
-        # Adam's step counts lie on the CPU all along.
-        return {
-            name: tensor.to(self._device, non_blocking=True) if tensor.is_pinned() else tensor
-            for name, tensor in tensors.items()
+    def _read(self, row: "_Row") -> Step:
+        trees = {
+            tree: {name: self._upload(self._view(row, place)) for name, place in places.items()}
+            for tree, places in row.layout.items()
         }
+        slots = {tree.removeprefix(SLOT): tensors for tree, tensors in trees.items() if tree.startswith(SLOT)}
+        # torch.set_rng_state crashes on a view.
+        generators = {name: self._view(row, place).clone() for name, place in row.layout["generators"].items()}
+        return Step(
+            row.number,
+            State(trees["parameters"], trees["buffers"], slots),
+            row.batch,
+            GeneratorStates(generators.pop("cpu"), {int(name): state for name, state in generators.items()}),
+            trees["gradients"],
+            trees["outer gradients"],
+        )
 
-    def _copy(self, tree: str, tensors: Tensors) -> Tensors:
-        """Copy tensors into this step's row of the tree's blocks, one block for each data type and device."""
-        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-        for tensor in tensors.values():
-            key = (tensor.dtype, tensor.device)
-            sizes[key] = sizes.get(key, 0) + tensor.numel()
-        rows = {key: self._reserve(tree, size, *key) for key, size in sizes.items() if key[1].type != "meta"}
-        copies = {}
-        for name, tensor in tensors.items():
-            if tensor.is_meta:
-                copies[name] = tensor
-                continue
-            key = (tensor.dtype, tensor.device)
-            place, rows[key] = rows[key][: tensor.numel()], rows[key][tensor.numel() :]
-            dense = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-            view = place.as_strided(tensor.shape, tensor.stride()) if dense else place.view(tensor.shape)
-            copies[name] = view.copy_(tensor, non_blocking=self._storage == "cpu")
-        return copies
+    def _upload(self, tensor: Tensor) -> Tensor:
+        # Adam's step counts lie on the CPU all along.
+        return tensor.to(self._device, non_blocking=True) if tensor.is_pinned() else tensor
 
-    def _reserve(self, tree: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        pinned = self._storage == "cpu" and device.type == "cuda"
-        place = {"pin_memory": True} if pinned else {"device": device}
-        block = self._blocks.setdefault((tree, dtype, device), torch.empty(0))
-        if not len(block):
-            block = self._blocks[tree, dtype, device] = torch.empty(self._capacity, size, dtype=dtype, **place)
-        # A step that reaches other parameters than the first one did gets memory of its own.
-        return block[self._row] if block.shape[1] == size else torch.empty(size, dtype=dtype, **place)
+    def _view(self, row: "_Row", place: "_Place") -> Tensor:
+        if place.key[2].type == "meta":
+            return torch.empty_strided(place.shape, place.stride, dtype=place.key[1], device="meta")
+        block = row.own[place.key] if place.key in row.own else self._blocks[place.key][row.place]
+        return block[place.start : place.start + place.shape.numel()].as_strided(place.shape, place.stride)
+
+    def _reserve(self, layout: "_Layout") -> dict["_Key", Tensor]:
+        """Make the blocks that are not there yet; memory of its own for a step that does not fit into its row."""
+        widths: dict[_Key, int] = {}
+        for places in layout.values():
+            for place in places.values():
+                if place.key[2].type != "meta":
+                    widths[place.key] = place.start + place.shape.numel()
+        own = {}
+        for (tree, dtype, device), width in widths.items():
+            pinned = self._storage == "cpu" and device.type == "cuda" and tree != "generators"
+            options: dict[str, Any] = {"pin_memory": True} if pinned else {"device": device}
+            if (tree, dtype, device) not in self._blocks:
+                self._blocks[tree, dtype, device] = torch.empty(self._capacity, width, dtype=dtype, **options)
+            elif self._blocks[tree, dtype, device].shape[1] != width:
+                own[tree, dtype, device] = torch.empty(width, dtype=dtype, **options)
+        return own
 
     def _drop_oldest(self) -> None:
         if self._storage == "bfloat16" and len(self) > 1:
             self._seek(1)
             self._start, self._position = self._parameters, 0
-        self._stored.popleft()
+        self._rows.popleft()
 
     def _encode(self, before: State) -> State:
-        if self._stored:
+        if self._rows:
             self._seek(len(self) - 1)
         else:
             self._start = self._parameters = before.parameters
@@ -184,28 +198,65 @@ class StoredSteps(Sequence[Step]):
 
     def _seek(self, index: int) -> None:
         while self._position > index:
-            deltas = self._stored[self._position].before.parameters
+            deltas = self._read(self._rows[self._position]).before.parameters
             self._parameters = {name: tensor - deltas[name] for name, tensor in self._parameters.items()}
             self._position -= 1
         while self._position < index:
             self._position += 1
-            deltas = self._stored[self._position].before.parameters
+            deltas = self._read(self._rows[self._position]).before.parameters
             self._parameters = {name: tensor + deltas[name] for name, tensor in self._parameters.items()}
         if index == 0:
             # Nothing comes back from infinity by subtraction: whoever looks for a fault begins here.
             self._parameters = self._start
 
 
-def _map_trees(step: Step, function: Callable[[str, Tensors], Tensors]) -> Step:
-    """Apply a function to all of a step's named tensors but the batch, tree by tree."""
-    before = State(
-        function("parameters", step.before.parameters),
-        function("buffers", step.before.buffers),
-        {slot: function(f"optimizer {slot}", tensors) for slot, tensors in step.before.optimizer.items()},
-    )
-    return replace(
-        step,
-        before=before,
-        gradients=function("gradients", step.gradients),
-        hyper_gradients=function("outer gradients", step.hyper_gradients),
-    )
+SLOT = "optimizer "
+_Key = tuple[str, torch.dtype, torch.device]  # a block holds one tree's tensors of one type on one device
+
+
+class _Place(NamedTuple):
+    """Where in its row of which block a tensor lies; one on the `meta` device lies nowhere."""
+
+    key: _Key
+    start: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+_Layout = dict[str, dict[str, _Place]]
+
+
+class _Row(NamedTuple):
+    """A stored step: its row in the blocks, and blocks of its own where it does not fit there."""
+
+    number: int
+    batch: Any
+    layout: _Layout
+    place: int
+    own: dict[_Key, Tensor]
+
+
+def _list_trees(step: Step) -> dict[str, Tensors]:
+    """All of a step's named tensors but the batch."""
+    cuda = {str(device): state for device, state in step.generators.cuda.items()}
+    return {
+        "parameters": step.before.parameters,
+        "buffers": step.before.buffers,
+        "gradients": step.gradients,
+        "outer gradients": step.hyper_gradients,
+        "generators": {"cpu": step.generators.cpu, **cuda},
+        **{SLOT + slot: tensors for slot, tensors in step.before.optimizer.items()},
+    }
+
+
+def _lay_out(tree: str, tensors: Tensors) -> dict[str, _Place]:
+    """Give every tensor its place in a row."""
+    filled: dict[_Key, int] = {}
+    places = {}
+    for name, tensor in tensors.items():
+        key = (tree, tensor.dtype, tensor.device)
+        dense = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        stride = tensor.stride() if dense else torch.empty(tensor.shape, device="meta").stride()
+        places[name] = _Place(key, filled.get(key, 0), tensor.shape, stride)
+        filled[key] = filled.get(key, 0) + tensor.numel()
+    return places

@@ -37,13 +37,11 @@ def record_problem(problem: Problem, storage="memory", back="difference"):
 
 
 def stored_bytes(trajectory) -> int:
-    """Size of the memory blocks that the steps lie in, buffers and batches aside."""
-    blocks = {}
-    for step in trajectory.steps._stored:
-        for tree in (step.before.parameters, step.gradients, *step.before.optimizer.values()):
-            kept = (tensor.untyped_storage() for tensor in tree.values() if not tensor.is_meta)
-            blocks |= {storage.data_ptr(): storage.nbytes() for storage in kept}
-    return sum(blocks.values())
+    """Size of the memory blocks that parameters, gradients and optimiser state lie in."""
+    blocks = trajectory.steps._blocks.items()
+    return sum(
+        block.nbytes for (tree, *_), block in blocks if tree.startswith(("parameters", "gradients", "optimizer"))
+    )
 
 
 @pytest.mark.parametrize("estimator", [first_order, partial(adjoint, chunk=3)], ids=["first_order", "adjoint"])
