@@ -78,5 +78,6 @@ def draw_projection(channels: int, size: int, role: str) -> Tensor:
         role: student or teacher: each has its own.
     """
     generator = np.random.default_rng([channels, size, role == "teacher"])
-    orthonormal = np.linalg.qr(generator.standard_normal((max(channels, size), min(channels, size))))[0]
+    q, r = np.linalg.qr(generator.standard_normal((max(channels, size), min(channels, size))))
+    orthonormal = q * np.sign(np.diag(r))  # the one factor that every LAPACK agrees on
     return torch.from_numpy(orthonormal.T if size < channels else orthonormal).float()

@@ -50,6 +50,7 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
         terms = loss(Outputs(logits, {}), Outputs(teacher, {}), target, progress)
         return torch.stack(list(terms.values())).sum()
 
-    gradient = torch.func.grad(total)(student)
+    with torch.autocast(like.device.type, enabled=False):
+        gradient = torch.func.grad(total)(student)
     plain = (softmax(student, 1) - one_hot(target, NUM_CLASSES)) / len(target)
     return plain.norm() * (gradient.square().sum() + 1e-12).rsqrt()
