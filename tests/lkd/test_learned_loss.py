@@ -91,9 +91,9 @@ def test_impossible_recipes_are_one_clear_line(kind: str, options, message: str)
 
 
 def test_features_need_networks_that_give_some() -> None:
-    with pytest.raises(UserError, match="meta.kind both: it reads features, but the student gives none"):
+    with pytest.raises(UserError, match=r"meta.kind both: it reads features, but the student gives none"):
         build_learned_loss("both", {}, {}, STAGES)
-    with pytest.raises(UserError, match="meta.kind features: give build_learned_loss the student's"):
+    with pytest.raises(UserError, match=r"meta.kind features: give build_learned_loss the student's"):
         build_learned_loss("features", {})
 
 
@@ -158,11 +158,15 @@ def test_a_mistake_in_the_recipe_stops_the_command(capsys) -> None:
 def test_gradient_shares_are_those_of_the_terms() -> None:
     """KD's by hand: the task's gradient is (1 − w)(p − y) / B, the distillation's w τ (p_τ − t_τ) / B."""
     student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
-    shares = gradient_shares(KDLoss(0.3, 2.0), student, teacher, target)
-    task = 0.7 * (student.logits.softmax(1) - torch.nn.functional.one_hot(target, 10)).norm()
-    distillation = 0.3 * 2 * ((student.logits / 2).softmax(1) - (teacher.logits / 2).softmax(1)).norm()
+    shares = gradient_shares(KDLoss(0.9, 3.0), student, teacher, target)
+    plain = (student.logits.softmax(1) - torch.nn.functional.one_hot(target, 10)).norm()
+    distillation = 0.9 * 3 * ((student.logits / 3).softmax(1) - (teacher.logits / 3).softmax(1)).norm()
+    task = 0.1 * plain
+    assert task + distillation > plain
     assert shares["task"] == pytest.approx(float(task / (task + distillation)), rel=1e-5)
     assert sum(shares.values()) == pytest.approx(1)
+    weak = gradient_shares(KDLoss(0.9, 3.0), student, student, target)
+    assert weak == pytest.approx({"task": 0.1, "distillation": 0}, abs=1e-5), "beside cross-entropy"
 
 
 def test_shares_of_a_learned_loss_count_features_and_leave_the_student_alone() -> None:
