@@ -157,7 +157,8 @@ def test_a_mistake_in_the_recipe_stops_the_command(capsys) -> None:
 
 def test_gradient_shares_are_those_of_the_terms() -> None:
     """KD's by hand: the task's gradient is (1 − w)(p − y) / B, the distillation's w τ (p_τ − t_τ) / B."""
-    student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
+    student, teacher = (Outputs(5 * torch.randn(8, 10), {}) for _ in range(2))
+    target = torch.randint(10, (8,))
     shares = gradient_shares(KDLoss(0.9, 3.0), student, teacher, target)
     plain = (student.logits.softmax(1) - torch.nn.functional.one_hot(target, 10)).norm()
     distillation = 0.9 * 3 * ((student.logits / 3).softmax(1) - (teacher.logits / 3).softmax(1)).norm()

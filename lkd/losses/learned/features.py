@@ -122,9 +122,10 @@ class FeatureLoss(nn.Module):
             for name in list(stages)[-self.deepest :]:
                 map_shape(stages[name])
         self.stages = list(student_stages), list(teacher_stages)
-        for name in self.stages[0][-self.deepest :] if adapters else []:
-            channels = map_shape(student_stages[name])[0]
-            self.adapters.append(nn.Parameter(draw_projection(channels, self.channels, "student").clone()))
+        self.adapters = nn.ParameterList(
+            draw_projection(map_shape(student_stages[name])[0], self.channels, "student").clone()
+            for name in (self.stages[0][-self.deepest :] if adapters else [])
+        )
         return self
 
     @property
