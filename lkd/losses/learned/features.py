@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lkd.errors import UserError
 from lkd.losses.learned.class_network import log_of_factor
 from lkd.losses.learned.comparisons import attend_places, draw_projection, project_channels, relate_images
+from lkd.losses.learned.entries import EntryNetwork
 from lkd.losses.learned.inputs import (
     CONDITIONING,
     Progress,
@@ -17,10 +18,9 @@ from lkd.losses.learned.inputs import (
     name_sample_inputs,
     read_logits,
     sample_inputs,
-    squash,
 )
 from lkd.losses.learned.pairing import PairingNetwork, relative_depths
-from lkd.losses.learned.perceptron import Perceptron
+from lkd.losses.learned.perceptron import Perceptron, check_network_options
 from lkd.losses.stages import Stages, map_shape
 from lkd.outputs import Outputs
 
@@ -63,7 +63,7 @@ class FeatureLoss(nn.Module):
 
     def __init__(
         self,
-        hidden: int = 16,
+        hidden: int = 8,
         initial_weight: float = 0.3,
         maximal_weight: float = 10.0,
         maximal_factor: float = 8.0,
@@ -97,7 +97,8 @@ class FeatureLoss(nn.Module):
             "lipschitz": lipschitz,
         }
         kinds = len(COMPARISONS)
-        self.entries = Perceptron(4 + kinds + len(name_sample_inputs(self.conditioning)), hidden, 1, lipschitz)
+        check_network_options(hidden, lipschitz)
+        self.entries = EntryNetwork(2 + kinds, len(name_sample_inputs(self.conditioning)), hidden, lipschitz)
         self.weights = Perceptron(1 + ("progress" in self.conditioning), hidden, kinds, lipschitz)
         nn.init.constant_(self.weights.head.bias, math.log(initial_weight / (maximal_weight - initial_weight)))
         self.pairing = PairingNetwork(hidden, lipschitz)
@@ -217,14 +218,8 @@ class FeatureLoss(nn.Module):
             samples: What is seen of each sample, [B, n].
         """
         difference = ours.unsqueeze(1) - theirs.unsqueeze(0)
-        shape = difference.shape
-        columns = [
-            squash(difference),
-            squash(theirs).unsqueeze(0).expand(shape),
-            (2 * student_depths - 1).view(-1, 1, 1, 1).expand(shape),
-            (2 * teacher_depths - 1).view(1, -1, 1, 1).expand(shape),
-            *(torch.full_like(difference, float(kind == other)) for other in range(len(COMPARISONS))),
-        ]
-        seen = torch.cat([torch.stack(columns, 4), samples.view(1, 1, len(samples), 1, -1).expand(*shape, -1)], 4)
-        factor = (self.log_factor * self.entries(seen).squeeze(4).tanh()).exp()
+        student, teacher = torch.broadcast_tensors(student_depths.unsqueeze(1), teacher_depths.unsqueeze(0))
+        chosen = (torch.full_like(student, float(kind == other)) for other in range(len(COMPARISONS)))
+        places = torch.stack([2 * student - 1, 2 * teacher - 1, *chosen], 2)
+        factor = (self.log_factor * self.entries(difference, theirs, places, samples)).exp()
         return (factor * difference.square()).mean((2, 3))

@@ -23,7 +23,31 @@ class BoundedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the bounded map."""
-        return linear(x, self.weight * (1 + self.weight.square().sum() / self.bound**2).rsqrt(), self.bias)
+        return linear(x, effective_weight(self), self.bias)
+
+
+def check_network_options(hidden: int, lipschitz: float) -> None:
+    """Check the options that every loss network has.
+
+    Raises:
+        ValueError: If `hidden` is not positive or `lipschitz` is negative.
+    """
+    if hidden < 1:
+        raise ValueError(f"hidden: {hidden} is not at least 1")
+    if not lipschitz >= 0:
+        raise ValueError(f"lipschitz: {lipschitz} is negative; 0 sets no bound")
+
+
+def build_linear(inputs: int, outputs: int, bound: float) -> nn.Linear:
+    """A linear layer whose 2-norm is below a bound; 0 sets none."""
+    return BoundedLinear(inputs, outputs, bound) if bound else nn.Linear(inputs, outputs)
+
+
+def effective_weight(layer: nn.Linear) -> Tensor:
+    """The weight with which a layer acts."""
+    if not isinstance(layer, BoundedLinear):
+        return layer.weight
+    return layer.weight * (1 + layer.weight.square().sum() / layer.bound**2).rsqrt()
 
 
 class Perceptron(nn.Sequential):
@@ -40,20 +64,11 @@ class Perceptron(nn.Sequential):
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, lipschitz: float = 0.0) -> None:
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is not at least 1")
-        if not lipschitz >= 0:
-            raise ValueError(f"lipschitz: {lipschitz} is negative; 0 sets no bound")
-
-        def layer(width_in: int, width_out: int) -> nn.Linear:
-            return (
-                BoundedLinear(width_in, width_out, lipschitz ** (1 / 3))
-                if lipschitz
-                else nn.Linear(width_in, width_out)
-            )
-
-        head = layer(hidden, outputs)
-        super().__init__(layer(inputs, hidden), nn.Tanh(), layer(hidden, hidden), nn.Tanh(), head)
+        check_network_options(hidden, lipschitz)
+        bound = lipschitz ** (1 / 3)
+        head = build_linear(hidden, outputs, bound)
+        body = build_linear(inputs, hidden, bound), nn.Tanh(), build_linear(hidden, hidden, bound), nn.Tanh()
+        super().__init__(*body, head)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
 
