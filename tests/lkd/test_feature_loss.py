@@ -154,9 +154,9 @@ def test_hypergradients_through_features_are_right(kind: str) -> None:
     for position, (inputs, teacher, target, progress) in enumerate(problem[4]):
         answers = draw_outputs(stages, 7, 3, torch.float64)
         problem[4][position] = (inputs, Outputs(teacher.logits, answers.features), target, progress)
-    assert verify(ESTIMATORS["unrolled"], *problem).relative_error < 1e-5
-    exact, walked = (ESTIMATORS[name](*problem) for name in ("unrolled", "adjoint"))
-    torch.testing.assert_close(walked.grads, exact.grads, rtol=1e-6, atol=1e-10)
+    assert verify(ESTIMATORS["adjoint"], *problem).relative_error < 1e-5
+    exact, tracked = (ESTIMATORS[name](*problem) for name in ("adjoint", "higher"))
+    torch.testing.assert_close(tracked.grads, exact.grads, rtol=1e-6, atol=1e-10)
     assert all(grads.abs().max() > 0 for name, grads in exact.grads.items() if name != "parts.features.pairing.4.bias")
 
 

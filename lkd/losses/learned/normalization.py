@@ -28,6 +28,9 @@ def reference_logits() -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, torch.zeros(len(rows), dtype=torch.int64)
 
 
+REFERENCE = reference_logits()
+
+
 def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
     """Norm of cross-entropy's gradient over that of the loss's, at the reference logits; a scalar.
 
@@ -43,8 +46,8 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
         progress: In [0, 1].
     """
     like = next(loss.parameters())
-    student, teacher, target = reference_logits()
-    student, teacher, target = student.to(like), teacher.to(like), target.to(like.device)
+    student, teacher, target = (tensor.to(like.device) for tensor in REFERENCE)
+    student, teacher = student.to(like.dtype), teacher.to(like.dtype)
 
     def total(logits: Tensor) -> Tensor:
         terms = loss(Outputs(logits, {}), Outputs(teacher, {}), target, progress)
