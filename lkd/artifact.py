@@ -3,27 +3,36 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lkd.errors import UserError
 from lkd.files import read_tensors, write_tensors
-from lkd.losses.learned import LearnedLoss, LogitLoss
+from lkd.losses.cross_entropy import CrossEntropyLoss
+from lkd.losses.learned import FORMS, FeatureLoss, LearnedLoss, LogitLoss
 
-KIND, VERSION = "learned loss", 1
+KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
-PARTS = {"LogitLoss": LogitLoss}
+PARTS: dict[str, type[nn.Module]] = {
+    "LogitLoss": LogitLoss,  # the balance form's name in format version 1
+    **{network.__name__: network for network in (*FORMS.values(), FeatureLoss, CrossEntropyLoss)},
+}
 
 
 def save_loss(path: str | Path, loss: LearnedLoss, provenance: dict[str, Any]) -> None:
-    """Write a learned loss, atomically.
+    """Write a learned loss, atomically; adapters of features, which fit one pair of networks, are left out.
 
     Args:
         path: The file; by custom it ends in `.lkd.safetensors`.
         loss: The loss.
         provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON.
     """
-    parts = {name: {"class": type(part).__name__, "arguments": part.architecture} for name, part in loss.parts.items()}
-    write_tensors(
-        Path(path), loss.state_dict(), KIND, VERSION, {"architecture": {"parts": parts}, "provenance": provenance}
-    )
+    parts = {
+        name: {"class": type(part).__name__, "arguments": getattr(part, "architecture", {})}
+        for name, part in loss.parts.items()
+    }
+    architecture = {"parts": parts, "normalize_gradient": loss.normalize_gradient}
+    tensors = {name: tensor for name, tensor in loss.state_dict().items() if ".adapters." not in name}
+    write_tensors(Path(path), tensors, KIND, VERSION, {"architecture": architecture, "provenance": provenance})
 
 
 def load_loss(path: str | Path) -> LearnedLoss:
@@ -34,17 +43,16 @@ def load_loss(path: str | Path) -> LearnedLoss:
 
     Returns:
         An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
-        classes.
+        classes and, if it reads features, for any stages: it compares the deepest that the outputs hold.
 
     Raises:
         UserError: If the file is missing, truncated, not a learned loss, or of a newer format.
     """
     tensors, header = read_tensors(Path(path), KIND, VERSION)
     try:
-        parts = {
-            name: PARTS[part["class"]](**part["arguments"]) for name, part in header["architecture"]["parts"].items()
-        }
-        loss = LearnedLoss(parts)
+        architecture = header["architecture"]
+        parts = {name: PARTS[part["class"]](**part["arguments"]) for name, part in architecture["parts"].items()}
+        loss = LearnedLoss(parts, architecture.get("normalize_gradient", False))
         loss.load_state_dict(tensors)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its weights and its architecture do not fit: {error}") from error

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe
+from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.losses.build import build_loss, reads_features
+from lkd.losses.learned import LearnedLoss, build_learned_loss
+from lkd.losses.stages import Stages
 from lkd.models import build, describe
 from lkd.models.describe import find_stages, format_description
 from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher, name_teacher
@@ -107,13 +109,33 @@ def prepare_loss(
     """
     if not reads_features(specification):
         return build_loss(specification)
+    stages = prepare_stages(student, teacher, images)
+    torch.manual_seed(seed)
+    return build_loss(specification, *stages)
+
+
+def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
+    """Build the loss networks that a recipe is to learn; their initial weights are a function of its seed.
+
+    Raises:
+        UserError: If `meta.kind` or `meta.loss`, or one of the networks, is not good.
+    """
+    stages = () if recipe.meta.kind == "logits" else prepare_stages(recipe.student, recipe.teacher, images)
+    torch.manual_seed(recipe.seed)
+    return build_learned_loss(recipe.meta.kind, recipe.meta.loss, *stages)
+
+
+def prepare_stages(student: ModelRecipe, teacher: TeacherRecipe, images: Images) -> tuple[Stages, Stages]:
+    """Shapes of the student's and the teacher's features, by a dry run of each.
+
+    Raises:
+        UserError: If one of the networks is not good.
+    """
     shape = images.train.image_shape
     network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
     taught_by, architecture = load_teacher(teacher, images.train)
     check_network(name_teacher(teacher), architecture, images.train)
-    stages = find_stages(network, shape), find_stages(taught_by, shape)
-    torch.manual_seed(seed)
-    return build_loss(specification, *stages)
+    return find_stages(network, shape), find_stages(taught_by, shape)
 
 
 def read_teacher_stages(loss: nn.Module) -> tuple[str, ...]:

@@ -205,9 +205,10 @@ class MetaSettings:
         outer_batch_size: Meta-validation images of one outer loss.
         learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
-        hidden: Width of the loss network.
-        initial_weight: Balance before meta-training.
-        initial_temperature: Temperature before meta-training.
+        kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
+        loss: Options of the loss networks: `form` (balance, generic, residual, target), that form's own (hidden,
+            initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and under
+            `features` those of the network over features; see docs/losses.md.
         checkpoint_every: Outer steps between checkpoints.
     """
 
@@ -220,9 +221,8 @@ class MetaSettings:
     outer_batch_size: int = 1000
     learning_rate: float = 0.02
     clip_norm: float = 1.0
-    hidden: int = 16
-    initial_weight: float = 0.5
-    initial_temperature: float = 4.0
+    kind: str = "logits"
+    loss: dict[str, Any] = field(default_factory=dict)
     checkpoint_every: int = 10
 
 

@@ -23,6 +23,7 @@ from lkd.assembly import (
     introduce_network,
     introduce_teacher,
     prepare_images,
+    prepare_learned_loss,
     prepare_loss,
     prepare_student,
     prepare_teacher,
@@ -34,7 +35,6 @@ from lkd.config import MetaTrainRecipe
 from lkd.data import Batch, Batches, draw_positions, seeded_generator
 from lkd.errors import UserError, check_choice
 from lkd.interrupt import Interrupted, deferred_interrupts
-from lkd.losses import LearnedLoss, LogitLoss
 from lkd.outputs import Outputs
 from lkd.pool import Pool, build_pool, check_pool, open_pool
 from lkd.run import Run
@@ -64,7 +64,8 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     pool_loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(pool_loss))
+    stages = (*read_teacher_stages(pool_loss), *prepare_learned_loss(recipe, images).teacher_stages)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
     pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
     training = MetaTraining(recipe, images, teacher, pool, run.device)
     run.say(f"learned loss: {sum(p.numel() for p in training.loss.parameters()):,} parameters")
@@ -82,7 +83,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
             training.history.append({"step": training.step, **row})
             run.tracker.log(training.step, **row)
             bar.update()
-            bar.set_postfix(outer=f"{result.value:.4f}", norm=f"{result.norm:.2e}", balance=f"{row['loss/weight']:.2f}")
+            bar.set_postfix(outer=f"{result.value:.4f}", norm=f"{result.norm:.2e}")
             if stop or training.step % recipe.meta.checkpoint_every == 0:
                 save_checkpoint(checkpoint, training.state_dict())
             if stop:
@@ -117,15 +118,15 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
 
 def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     """What is logged of one outer step."""
-    weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
     row = {
         "outer/value": result.value,
         "outer/hypergradient_norm": result.norm,
         "outer/clipped": float(result.clipped),
         "outer/left_out": float(len(result.left_out)),
-        "loss/weight": weight,
-        "loss/temperature": temperature,
     }
+    if training.balances:
+        weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
+        row |= {"loss/weight": weight, "loss/temperature": temperature}
     if isinstance(training.estimator, Audited) and training.estimator.audits:
         latest = list(training.estimator.audits.values())[-1]
         row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
@@ -160,9 +161,7 @@ class MetaTraining:
         self.pool = pool
         self.device = device
         self.student = prepare_student(recipe.student, images.train, recipe.seed, device).train()
-        torch.manual_seed(recipe.seed)
-        part = LogitLoss(self.settings.hidden, self.settings.initial_weight, self.settings.initial_temperature)
-        self.loss = LearnedLoss({"logits": part}).to(device)
+        self.loss = prepare_learned_loss(recipe, images).to(device)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
         self.objective = OBJECTIVES[self.settings.objective]
         self.estimator: Estimator = (
@@ -239,6 +238,8 @@ class MetaTraining:
     def record_balance(self, parameters: Tensors, buffers: Tensors, batch: InnerBatch) -> None:
         """Remember the loss's mean weight and temperature on a rollout's first batch, to be logged."""
         images, teacher, progress = batch
+        if "logits" not in self.loss.parts:
+            return
         outputs, _ = call_module(self.student, parameters, buffers, images.images)
         part: Any = self.loss.parts["logits"]
         weight, temperature = part.weights_and_temperatures(outputs.logits, teacher.logits, images.target, progress)

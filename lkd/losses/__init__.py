@@ -2,6 +2,6 @@
 
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.kd import KDLoss
-from lkd.losses.learned import LearnedLoss, LogitLoss
+from lkd.losses.learned import FeatureLoss, LearnedLoss, LogitLoss
 
-__all__ = ["CrossEntropyLoss", "KDLoss", "LearnedLoss", "LogitLoss"]
+__all__ = ["CrossEntropyLoss", "FeatureLoss", "KDLoss", "LearnedLoss", "LogitLoss"]

@@ -13,6 +13,7 @@ from lkd.losses.dist import DISTLoss
 from lkd.losses.dkd import DKDLoss
 from lkd.losses.fitnet import FitNetLoss
 from lkd.losses.kd import KDLoss
+from lkd.losses.learned import FeatureLoss, LearnedLoss
 from lkd.losses.logit_mse import LogitMSELoss
 from lkd.losses.logit_standardization import LogitStandardizationLoss
 from lkd.losses.rkd import RKDLoss
@@ -60,10 +61,8 @@ def build_loss(
         raise UserError(
             f"loss: {specification!r} has no `name` (one of {', '.join(sorted(LOSSES))}, or a *{SUFFIX} path)"
         )
-    if name.endswith(".safetensors") or Path(name).is_file():
-        if options:
-            raise UserError(f"loss: {name} is a learned loss and takes no {', '.join(options)}")
-        return load_loss(name)
+    if is_learned(name):
+        return build_from_file(name, student_stages, teacher_stages, options)
     if not name.startswith(TORCHDISTILL):
         check_choice("loss", name, LOSSES)
     try:
@@ -82,8 +81,53 @@ def build_loss(
 
 def reads_features(specification: str | dict[str, Any]) -> bool:
     """Whether `build_loss` needs the stages' shapes for this loss."""
-    name = specification.get("name") if isinstance(specification, dict) else specification
-    return name in FEATURE_LOSSES or str(name).startswith(TORCHDISTILL)
+    name = str(specification.get("name") if isinstance(specification, dict) else specification)
+    if is_learned(name):
+        return find_feature_part(load_loss(name)) is not None
+    return name in FEATURE_LOSSES or name.startswith(TORCHDISTILL)
+
+
+def is_learned(name: str) -> bool:
+    """Whether a loss's name is the path of a learned-loss file."""
+    return name.endswith(".safetensors") or Path(name).is_file()
+
+
+def find_feature_part(loss: LearnedLoss) -> FeatureLoss | None:
+    """The part of a learned loss that reads features, if there is one."""
+    return next((part for part in loss.parts.values() if isinstance(part, FeatureLoss)), None)
+
+
+def build_from_file(
+    path: str, student_stages: Stages | None, teacher_stages: Stages | None, options: dict[str, Any]
+) -> LearnedLoss:
+    """Load a learned loss and, if it reads features, attach it to the networks' stages.
+
+    Args:
+        path: The file.
+        student_stages: As for `build_loss`.
+        teacher_stages: As for `build_loss`.
+        options: Of a loss that reads features, `adapters`: whether the student's channels are adapted by 1×1
+            convolutions that are trained along.
+
+    Raises:
+        UserError: If the file is not good, takes no such option, or reads features that a network does not give.
+    """
+    loss = load_loss(path)
+    features = find_feature_part(loss)
+    adapters = options.pop("adapters", False) if features else False
+    if options:
+        raise UserError(f"loss: {path} is a learned loss and takes no {', '.join(options)}")
+    if features is None:
+        return loss
+    if student_stages is None or teacher_stages is None:
+        raise UserError(f"loss {path!r} reads features: give build_loss the student's and the teacher's stages")
+    if not isinstance(adapters, bool):
+        raise UserError(f"loss {path!r}: adapters: {adapters!r} is neither true nor false")
+    try:
+        features.attach(student_stages, teacher_stages, adapters)
+    except ValueError as error:
+        raise UserError(f"loss {path!r}: {error}") from error
+    return loss
 
 
 def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:

@@ -74,7 +74,7 @@ def test_other_files_are_refused(tmp_path) -> None:
 def test_a_newer_format_is_refused(tmp_path) -> None:
     path = tmp_path / "a.lkd.safetensors"
     write_tensors(path, {}, "learned loss", VERSION + 1, {})
-    with pytest.raises(UserError, match="newer than the 1 that this package reads: update lkd"):
+    with pytest.raises(UserError, match="newer than the 2 that this package reads: update lkd"):
         lkd.load_loss(path)
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
+from lkd.losses.learned import build_learned_loss
 from lkd.outputs import Outputs
 
 
@@ -35,6 +36,10 @@ LOSSES = {
     "logit_standardization": lambda: build_loss("logit_standardization"),
     "standardized_dkd": lambda: build_loss({"name": "logit_standardization", "loss": "dkd"}),
     "learned": lambda: wander(LearnedLoss({"logits": LogitLoss()})),
+    "learned_generic": lambda: wander(build_learned_loss("logits", {"form": "generic"})),
+    "learned_residual": lambda: wander(build_learned_loss("logits", {"form": "residual"})),
+    "learned_target": lambda: wander(build_learned_loss("logits", {"form": "target"})),
+    "learned_normalized": lambda: wander(build_learned_loss("logits", {"normalize_gradient": True})),
 }
 
 

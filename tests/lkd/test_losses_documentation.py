@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.losses.build import FEATURE_LOSSES, LOSSES, build_loss
+from lkd.losses.learned import FORMS, FeatureLoss
 from lkd.losses.stages import pair_equal_sizes, pair_last
 from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
 
@@ -13,6 +14,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
 ROWS = {
     name: [cell.strip() for cell in cells.split("|")]
     for name, cells in re.findall(r"^\| `([\w/]+)` \| (.*) \|$", TEXT, re.MULTILINE)
+    if name != "features"
 }
 NETWORK = {"first": (4, 6, 6), "middle": (6, 3, 3), "last": (8, 1, 1)}
 
@@ -41,6 +43,15 @@ def test_our_options_are_as_documented() -> None:
         assert (ROWS[name][3] != "no") == (name in FEATURE_LOSSES), name
     inner = build_loss("logit_standardization").loss
     assert f"its default is `{{name: kd, weight: {inner.weight}, temperature: {inner.temperature}}}`" in TEXT
+
+
+def test_the_options_of_learned_losses_are_as_documented() -> None:
+    rows = dict(re.findall(r"^\| (?:form )?`(\w+)` \| .* \| (`[^`]*`) \|$", TEXT, re.MULTILINE))
+    for name, network in {**FORMS, "features": FeatureLoss}.items():
+        parameters = inspect.signature(network.__init__).parameters
+        options = {n: p.default for n, p in parameters.items() if n != "self"}
+        options["conditioning"] = f"[{', '.join(options['conditioning'])}]"
+        assert rows[name] == format_options(options), name
 
 
 def test_the_options_of_torchdistill_s_are_as_documented() -> None:

@@ -138,7 +138,8 @@ def test_meta_training_resumes_to_the_bit(built, estimator: str) -> None:
 
 def test_meta_training_leaves_a_bad_balance() -> None:
     """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
-    recipe = tiny_recipe(outer_steps=12, rollout_steps=15, learning_rate=0.1, initial_weight=0.9, outer_batch_size=100)
+    recipe = tiny_recipe(outer_steps=12, rollout_steps=15, learning_rate=0.1, outer_batch_size=100)
+    recipe.meta.loss = {"initial_weight": 0.9}
     recipe.teacher.random_answers = 1.0
     recipe.pool.max_age = 0.0
     recipe.pool.snapshots = 1

@@ -1,0 +1,276 @@
+"""The four forms of a learned loss over logits: invariants, bounds, and that the bi-level engine is right on them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lkd.losses import KDLoss, LearnedLoss
+from lkd.losses.learned import FORMS, GenericLoss, ResidualLoss, TargetLoss, build_learned_loss
+from lkd.losses.learned.inputs import read_logits
+from lkd.losses.learned.normalization import reference_logits
+from lkd.losses.learned.perceptron import Perceptron
+from lkd.outputs import Outputs
+from meta import ESTIMATORS, State, call_module, verify
+from meta.optim import SGD
+
+CONDITIONING = [["progress", "state"], ["progress"], ["state"], []]
+
+
+def wander(loss: nn.Module, size: float = 0.5, seed: int = 0) -> nn.Module:
+    """A float64 loss network with weights away from its initial ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in loss.double().parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return loss
+
+
+def total(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float = 0.3) -> Tensor:
+    return torch.stack(list(loss(Outputs(student, {}), Outputs(teacher, {}), target, progress).values())).sum()
+
+
+def gradient(loss: nn.Module, student: Tensor, *rest) -> Tensor:
+    student = student.detach().requires_grad_()
+    return torch.autograd.grad(total(loss, student, *rest), student)[0]
+
+
+@st.composite
+def batches(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    classes, size = draw(st.sampled_from([2, 3, 10, 40])), draw(st.integers(1, 6))
+    scale = draw(st.sampled_from([0.1, 3.0, 40.0]))
+    student, teacher = (scale * torch.randn(size, classes, generator=generator, dtype=torch.float64) for _ in range(2))
+    if draw(st.booleans()):
+        return student, teacher, torch.randint(classes, (size,), generator=generator)
+    return student, teacher, torch.randn(size, classes, generator=generator, dtype=torch.float64).softmax(1)
+
+
+def permute(target: Tensor, order: Tensor) -> Tensor:
+    return target[:, order] if target.is_floating_point() else order.argsort()[target]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=batches(),
+    form=st.sampled_from(sorted(FORMS)),
+    conditioning=st.sampled_from(CONDITIONING),
+    normalize=st.booleans(),
+    lipschitz=st.sampled_from([0.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_every_form_keeps_its_invariants(batch, form, conditioning, normalize, lipschitz, seed) -> None:
+    options = {"form": form, "conditioning": conditioning, "lipschitz": lipschitz, "normalize_gradient": normalize}
+    loss = wander(build_learned_loss("logits", options), seed=seed)
+    student, teacher, target = batch
+    value, slope = total(loss, *batch).detach(), gradient(loss, *batch)
+    assert torch.isfinite(slope).all()
+    assert value > -1e-12
+    torch.testing.assert_close(slope.sum(1), torch.zeros(len(student), dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(total(loss, student + 7.5, teacher - 3.25, target), value)
+    order = torch.randperm(student.shape[1], generator=torch.Generator().manual_seed(seed))
+    permuted = student[:, order], teacher[:, order], permute(target, order)
+    torch.testing.assert_close(total(loss, *permuted), value)
+    torch.testing.assert_close(gradient(loss, *permuted), slope[:, order], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+def test_conditioning_says_what_is_seen(form: str, conditioning: list[str]) -> None:
+    part = wander(FORMS[form](conditioning=conditioning))
+    student, other, teacher = (3 * torch.randn(20, 10, dtype=torch.float64) for _ in range(3))
+    target = torch.randint(10, (20,))
+    same = torch.equal(total(part, student, teacher, target, 0.0), total(part, student, teacher, target, 1.0))
+    assert same == ("progress" not in conditioning)
+    weight, _ = part.weights_and_temperatures(student, teacher, target, 0.5)
+    moved, _ = part.weights_and_temperatures(other, teacher, target, 0.5)
+    if form != "residual":
+        assert torch.equal(weight, moved) == ("state" not in conditioning)
+    assert part.architecture["conditioning"] == conditioning
+    with pytest.raises(ValueError, match=r"conditioning: .*weather.* is not a list of some of progress, state"):
+        FORMS[form](conditioning=["weather"])
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_generic_form_is_at_rest_where_the_student_equals_its_target(conditioning, dense: bool) -> None:
+    loss = wander(GenericLoss(conditioning=conditioning))
+    teacher, other = (2 * torch.randn(8, 10, dtype=torch.float64) for _ in range(2))
+    target = other.softmax(1) if dense else torch.randint(10, (8,))
+    student = other
+    for _ in range(1000):  # the target follows the student's state: go to its fixed point
+        before, student = student, loss.mix_target(read_logits(student, teacher, target), 0.3).log().detach()
+        if (student - before).abs().max() < 1e-13:
+            break
+    assert total(loss, student, teacher, target).abs() < 1e-12
+    assert gradient(loss, student, teacher, target).abs().max() < 1e-9
+    assert gradient(loss, other, teacher, target).abs().max() > 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), conditioning=st.sampled_from(CONDITIONING), seed=st.integers(0, 1000))
+def test_the_target_form_is_convex_and_its_gradient_a_difference_of_distributions(batch, conditioning, seed) -> None:
+    loss = wander(TargetLoss(conditioning=conditioning, targets=3), size=1.0, seed=seed)
+    student, teacher, target = batch
+    hessian = torch.autograd.functional.hessian(lambda s: total(loss, s, teacher, target), student)
+    assert torch.linalg.eigvalsh(hessian.reshape(student.numel(), -1)).min() > -1e-10
+    implied = student.softmax(1) - len(student) * gradient(loss, student, teacher, target)
+    assert implied.min() > -1e-9
+    torch.testing.assert_close(implied.sum(1), torch.ones(len(student), dtype=torch.float64))
+
+
+def test_the_target_form_with_one_target_is_at_rest_there() -> None:
+    loss = wander(TargetLoss(conditioning=["progress"]))
+    teacher, target = torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,))
+    student = torch.zeros(5, 4, dtype=torch.float64)
+    optimum = (student.softmax(1) - 5 * gradient(loss, student, teacher, target)).log()
+    assert total(loss, optimum, teacher, target).abs() < 1e-12
+    assert gradient(loss, optimum, teacher, target).abs().max() < 1e-12
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), bound=st.sampled_from([0.1, 0.5, 0.9]), seed=st.integers(0, 1000))
+def test_the_residual_is_never_larger_than_its_share_of_kd(batch, bound: float, seed: int) -> None:
+    loss = wander(ResidualLoss(bound=bound), size=2.0, seed=seed)
+    weight, temperature = (x[0].item() for x in loss.weights_and_temperatures(*batch))
+    kd = KDLoss(weight, temperature)(Outputs(batch[0], {}), Outputs(batch[1], {}), batch[2])
+    if batch[2].is_floating_point():
+        kd["task"] = kd["task"] - (1 - weight) * torch.special.entr(batch[2]).sum(1).mean()
+    plain, learned = sum(kd.values()).item(), total(loss, *batch).item()
+    assert (1 - bound) * plain - 1e-9 <= learned <= (1 + bound) * plain + 1e-9
+
+
+def test_every_form_starts_where_it_says() -> None:
+    student, teacher, target = 3 * torch.randn(9, 5), 3 * torch.randn(9, 5), torch.randint(5, (9,))
+    kd = sum(KDLoss(0.3, 2.5)(Outputs(student, {}), Outputs(teacher, {}), target).values())
+    start = {"initial_weight": 0.3, "initial_temperature": 2.5}
+    for form in ("balance", "residual"):
+        torch.testing.assert_close(total(FORMS[form](**start), student, teacher, target), kd)
+    mixture = 0.3 * (teacher / 2.5).softmax(1) + 0.7 * nn.functional.one_hot(target, 5)
+    divergence = nn.functional.kl_div(student.log_softmax(1), mixture, reduction="batchmean")
+    for loss in (GenericLoss(**start), TargetLoss(**start, conditioning=["progress"])):
+        torch.testing.assert_close(total(loss, student, teacher, target), divergence)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_normalizing_fixes_the_gradient_norm_at_the_reference(form: str) -> None:
+    """Against autograd through cross-entropy: whatever the weights, and at every progress."""
+    student, teacher, target = reference_logits()
+    expected = torch.autograd.grad(nn.functional.cross_entropy(student.requires_grad_(), target), student)[0].norm()
+    for seed, progress in ((0, 0.0), (1, 0.7), (2, 1.0)):
+        loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": True}), 1.0, seed)
+        torch.testing.assert_close(gradient(loss, student, teacher, target, progress).norm(), expected)
+        plain = wander(build_learned_loss("logits", {"form": form}), 1.0, seed)
+        assert (gradient(plain, student, teacher, target, progress).norm() / expected - 1).abs() > 1e-3
+
+
+def test_the_lipschitz_bound_holds_for_any_weights() -> None:
+    points = torch.randn(50, 4, dtype=torch.float64)
+
+    def largest_slope(network: nn.Module) -> float:
+        jacobians = torch.stack([torch.autograd.functional.jacobian(network, point) for point in points])
+        return float(torch.linalg.matrix_norm(jacobians, 2).max())
+
+    for size in (0.1, 1.0, 30.0):
+        assert largest_slope(wander(Perceptron(4, 8, 2, lipschitz=3.0), size)) < 3.0
+    assert largest_slope(wander(Perceptron(4, 8, 2), 2.0)) > 3.0
+
+
+class Student(nn.Module):
+    """A tiny float64 student over ten inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(self.body(x), {})
+
+
+def bilevel_problem(loss: LearnedLoss, student: nn.Module, steps: int = 4):
+    """The student's training with the loss, scored by cross-entropy, as every estimator takes it."""
+
+    def inner_loss(parameters, buffers, hyper, batch):
+        inputs, teacher, target, progress = batch
+        outputs, buffers = call_module(student, parameters, buffers, inputs)
+        terms = functional_call(loss, hyper, (outputs, teacher, target, progress))
+        return torch.stack(list(terms.values())).sum(), buffers
+
+    def outer_loss(parameters, buffers, batch):
+        return nn.functional.cross_entropy(call_module(student, parameters, buffers, batch[0])[0].logits, batch[1])
+
+    def draw():
+        return torch.randn(7, 6, dtype=torch.float64), torch.randint(3, (7,))
+
+    inner = []
+    for step in range(steps):
+        inputs, target = draw()
+        inner.append((inputs, Outputs(3 * torch.randn(7, 3, dtype=torch.float64), {}), target, step / steps))
+    state = State({name: p.detach() for name, p in student.named_parameters()}, {}, {})
+    hyper = {name: parameter.detach() for name, parameter in loss.named_parameters()}
+    return inner_loss, outer_loss, state, hyper, inner, draw(), SGD(0.3, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_gradient": True}, {"lipschitz": 4.0}], ids=["plain", "norm", "lip"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_hypergradients_of_every_form_are_right(form: str, options) -> None:
+    """In float64 against central differences; and two estimators that share no code agree."""
+    loss = wander(build_learned_loss("logits", {"form": form, "hidden": 4, **options}))
+    problem = bilevel_problem(loss, Student())
+    assert verify(ESTIMATORS["adjoint"], *problem).relative_error < 1e-6
+    exact, tracked = (ESTIMATORS[name](*problem) for name in ("adjoint", "higher"))
+    torch.testing.assert_close(tracked.grads, exact.grads, rtol=1e-7, atol=1e-11)
+    assert exact.norm > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_gradient_is_that_of_a_function(form: str, normalize: bool) -> None:
+    """Nothing is detached: the gradient equals central differences and its Jacobian is symmetric."""
+    loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": normalize}))
+    student, teacher = (2 * torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    target = torch.randint(4, (3,))
+    assert torch.autograd.gradcheck(lambda s: total(loss, s, teacher, target), student.clone().requires_grad_())
+    jacobian = torch.autograd.functional.hessian(lambda s: total(loss, s, teacher, target), student).view(12, 12)
+    torch.testing.assert_close(jacobian, jacobian.T)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_gradients_and_their_derivatives_stay_finite_at_extreme_gaps(form: str, classes: int, normalize: bool) -> None:
+    """In float32, with logits 1e4 apart, in agreement and against each other, also through the second derivative."""
+    loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": normalize})).float()
+    drawn = 1e4 * torch.randn(6, classes)
+    target = torch.randint(classes, (6,))
+    for teacher in (drawn, -drawn, torch.zeros_like(drawn)):
+        for student in (drawn, torch.zeros_like(drawn), torch.full_like(drawn, 3.0).index_fill_(1, target[:1], 1e4)):
+            student = student.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(total(loss, student, teacher, target), student, create_graph=True)
+            assert torch.isfinite(slope).all()
+            assert slope.norm() < 1e3
+            mixed = torch.autograd.grad(
+                (slope * torch.randn_like(slope)).sum(), [student, *loss.parameters()], allow_unused=True
+            )
+            assert all(torch.isfinite(tensor).all() for tensor in mixed if tensor is not None)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("generic", {"maximal_factor": 1.0}, "maximal_factor: 1.0 is not greater than 1"),
+        ("generic", {"initial_weight": 0.0}, "initial_weight: 0.0 is not in"),
+        ("residual", {"bound": 1.0}, "bound: 1.0 is not in"),
+        ("target", {"targets": 1}, "targets: 1 is not at least 2"),
+        ("target", {"initial_temperature": 1.0}, "initial_temperature: 1.0 is not between 1 and"),
+        ("balance", {"hidden": 0}, "hidden: 0 is not at least 1"),
+        ("balance", {"lipschitz": -1.0}, "lipschitz: -1.0 is negative"),
+    ],
+)
+def test_impossible_options_are_refused(form: str, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FORMS[form](**options)

@@ -1,0 +1,214 @@
+"""From a recipe to a learned loss, its file, and each part's share of the gradient."""
+
+import pytest
+import torch
+
+import lkd
+from lkd.artifact import KIND, save_loss
+from lkd.assembly import prepare_images, prepare_learned_loss
+from lkd.cli import main
+from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe
+from lkd.errors import UserError
+from lkd.files import write_tensors
+from lkd.losses import FeatureLoss, KDLoss, LearnedLoss, LogitLoss
+from lkd.losses.build import build_loss
+from lkd.losses.learned import FORMS, build_learned_loss, find_saturated, gradient_shares
+from lkd.outputs import Outputs
+from tests.lkd.test_learned_forms import wander
+
+STAGES = {"first": (4, 6, 6), "last": (8, 3, 3)}
+
+
+def draw_outputs(batch: int = 8, classes: int = 10) -> Outputs:
+    features = {name: torch.randn(batch, *shape) for name, shape in STAGES.items()}
+    return Outputs(2 * torch.randn(batch, classes), features)
+
+
+@pytest.mark.parametrize("kind", ["logits", "features", "both"])
+def test_the_kind_says_which_parts_there_are(kind: str) -> None:
+    loss = build_learned_loss(kind, {}, STAGES, STAGES)
+    parts = {"logits": ["logits"], "features": ["task", "features"], "both": ["logits", "features"]}
+    assert list(loss.parts) == parts[kind]
+    assert loss.teacher_stages == (() if kind == "logits" else ("first", "last"))
+    terms = loss(draw_outputs(), draw_outputs(), torch.randint(10, (8,)), 0.2)
+    assert {name.partition("/")[0] for name in terms} == set(parts[kind])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["logits", "both"])
+def test_a_learned_loss_is_small(kind: str, form: str) -> None:
+    loss = build_learned_loss(kind, {"form": form}, STAGES, STAGES)
+    assert 0 < sum(parameter.numel() for parameter in loss.parameters()) <= 50_000
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_every_form_survives_its_file(tmp_path, form: str, normalize: bool, classes: int) -> None:
+    options = {"form": form, "hidden": 5, "conditioning": ["state"], "lipschitz": 3.0, "normalize_gradient": normalize}
+    loss = wander(build_learned_loss("both", options, STAGES, STAGES)).float()
+    save_loss(tmp_path / "a.lkd.safetensors", loss, {})
+    loaded = lkd.load_loss(tmp_path / "a.lkd.safetensors")
+    call = draw_outputs(classes=classes), draw_outputs(classes=classes), torch.randint(classes, (8,)), 0.6
+    for name, value in loss(*call).items():
+        assert torch.equal(loaded(*call)[name], value), name
+    assert loaded.parts["logits"].architecture == loss.parts["logits"].architecture
+
+
+def test_files_of_format_version_1_keep_loading(tmp_path) -> None:
+    """As this package wrote them when the balance form was the only one: no conditioning, no bound, no scale."""
+    loss = wander(LearnedLoss({"logits": LogitLoss(hidden=8)})).float()
+    arguments = {"hidden": 8, "initial_weight": 0.5, "initial_temperature": 4.0, "maximal_temperature": 10.0}
+    header = {"architecture": {"parts": {"logits": {"class": "LogitLoss", "arguments": arguments}}}, "provenance": {}}
+    names = [f"parts.logits.body.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+    assert list(loss.state_dict()) == names
+    write_tensors(tmp_path / "a.lkd.safetensors", loss.state_dict(), KIND, 1, header)
+    call = draw_outputs(), draw_outputs(), torch.randint(10, (8,)), 0.6
+    assert lkd.load_loss(tmp_path / "a.lkd.safetensors")(*call) == loss(*call)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("logit", {}, "meta.kind: unknown name 'logit'; nearest: logits"),
+        ("logits", {"form": "generous"}, "meta.loss.form: unknown name 'generous'; nearest: generic"),
+        ("logits", {"hiden": 3}, "meta.loss: unknown option 'hiden'; form balance takes hidden, initial_weight"),
+        ("logits", {"form": "target", "bound": 0.5}, "unknown option 'bound'; form target takes"),
+        ("logits", {"initial_weight": 2.0}, r"meta.loss: initial_weight: 2.0 is not in \(0, 1\)"),
+        ("logits", {"hidden": "wide"}, "meta.loss: "),
+        ("logits", {"conditioning": "state"}, "meta.loss: conditioning: 'state' is not a list"),
+        ("logits", {"normalize_gradient": 1}, "meta.loss.normalize_gradient: 1 is neither true nor false"),
+        ("logits", {"features": {"grid": 2}}, "meta.loss.features: kind logits has no network over features"),
+        ("features", {"form": "target"}, "kind features has no network over logits, which form could be for"),
+        ("both", {"features": {"grd": 2}}, "meta.loss.features: unknown option 'grd'; the network over features takes"),
+        ("both", {"features": 3}, "meta.loss.features: 3 is not a mapping"),
+    ],
+)
+def test_impossible_recipes_are_one_clear_line(kind: str, options, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_learned_loss(kind, options, STAGES, STAGES)
+    assert "\n" not in str(error.value)
+
+
+def test_features_need_networks_that_give_some() -> None:
+    with pytest.raises(UserError, match=r"meta.kind both: it reads features, but the student gives none"):
+        build_learned_loss("both", {}, {}, STAGES)
+    with pytest.raises(UserError, match=r"meta.kind features: give build_learned_loss the student's"):
+        build_learned_loss("features", {})
+
+
+def test_a_recipe_names_its_loss_and_seeds_it() -> None:
+    recipe = MetaTrainRecipe(data=DataRecipe(train_size=100, meta_validation_size=50))
+    images = prepare_images(recipe.data)
+    recipe.meta = MetaSettings(kind="both", loss={"form": "generic", "features": {"deepest": 2}})
+    first, again = prepare_learned_loss(recipe, images), prepare_learned_loss(recipe, images)
+    recipe.seed = 1
+    other = prepare_learned_loss(recipe, images)
+    assert first.teacher_stages == ("stage2", "stage3")
+    weights = [loss.parts["features"].entries.hidden.weight for loss in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+TINY = [
+    "--data.train_size",
+    "120",
+    "--data.meta_validation_size",
+    "60",
+    "--train.epochs",
+    "1",
+    "--train.batch_size",
+    "20",
+]
+META = [
+    *("--pool.students", "1", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--meta.outer_steps", "2"),
+    *("--meta.rollout_steps", "3", "--meta.students_per_step", "1", "--meta.outer_batch_size", "50"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("logits", "{form: generic, normalize_gradient: true}"),
+        ("logits", "{form: residual, conditioning: []}"),
+        ("logits", "{form: target, lipschitz: 8.0}"),
+        ("features", "{features: {hidden: 4}}"),
+        ("both", "{form: target, features: {hidden: 4, deepest: 1}}"),
+    ],
+)
+def test_a_loss_of_every_kind_is_learned_and_reused(kind: str, loss: str) -> None:
+    """The commands, end to end; reused on a student with other stages."""
+    command = ["meta-train", *TINY, *META, "--meta.kind", kind, "--meta.loss", loss, "--run_dir", "learned"]
+    assert main(command) == 0
+    path = "learned/loss.lkd.safetensors"
+    fresh = build_learned_loss(kind, {"form": "target"} if kind == "both" else {}, STAGES, STAGES)
+    learned = lkd.load_loss(path)
+    assert list(learned.parts) == list(fresh.parts)
+    moved = [
+        p for name, p in learned.named_parameters() if name.endswith(("4.weight", "head.weight")) and p.abs().max() > 0
+    ]
+    assert moved, "the heads started at zero"
+    reuse = ["distill", *TINY, "--student.name", "small_mobilenet", "--train.learning_rate", "0.01", "--loss", path]
+    assert main([*reuse, "--run_dir", "reused"]) == 0
+
+
+def test_a_mistake_in_the_recipe_stops_the_command(capsys) -> None:
+    assert main(["meta-train", *TINY, *META, "--meta.loss", "{form: balance, heat: 3}"]) == 2
+    assert "unknown option 'heat'" in capsys.readouterr().err
+
+
+def test_gradient_shares_are_those_of_the_terms() -> None:
+    """KD's by hand: the task's gradient is (1 − w)(p − y) / B, the distillation's w τ (p_τ − t_τ) / B."""
+    student, teacher = (Outputs(5 * torch.randn(8, 10), {}) for _ in range(2))
+    target = torch.randint(10, (8,))
+    shares = gradient_shares(KDLoss(0.9, 3.0), student, teacher, target)
+    plain = (student.logits.softmax(1) - torch.nn.functional.one_hot(target, 10)).norm()
+    distillation = 0.9 * 3 * ((student.logits / 3).softmax(1) - (teacher.logits / 3).softmax(1)).norm()
+    task = 0.1 * plain
+    assert task + distillation > plain
+    assert shares["task"] == pytest.approx(float(task / (task + distillation)), rel=1e-5)
+    assert sum(shares.values()) == pytest.approx(1)
+    weak = gradient_shares(KDLoss(0.9, 3.0), student, student, target)
+    assert weak == pytest.approx({"task": 0.1, "distillation": 0}, abs=1e-5), "beside cross-entropy"
+
+
+def test_shares_of_a_learned_loss_count_features_and_leave_the_student_alone() -> None:
+    loss = build_learned_loss("both", {}, STAGES, STAGES)
+    student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
+    student.logits.requires_grad_()
+    with torch.no_grad():
+        shares = gradient_shares(loss, student, teacher, target, 0.5)
+    assert set(shares) == set(loss(student, teacher, target, 0.5))
+    assert all(0 < share < 1 for share in shares.values())
+    assert student.logits.grad is None
+    assert find_saturated(shares) == []
+
+
+def test_a_saturated_network_is_found() -> None:
+    loss = build_learned_loss("both", {"form": "target", "conditioning": ["progress"]}, STAGES, STAGES)
+    student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
+    weights: FeatureLoss = loss.parts["features"]
+    with torch.no_grad():
+        weights.weights.head.bias.fill_(-20.0)
+    assert find_saturated(gradient_shares(loss, student, teacher, target)) == ["features"]
+    mixture = loss.parts["logits"].weights_and_temperatures(student.logits, teacher.logits, target)
+    weight, temperature = (x.detach().unsqueeze(1) for x in mixture)
+    dense = torch.nn.functional.one_hot(target, 10)
+    optimum = ((1 - weight) * dense + weight * (teacher.logits / temperature).softmax(1)).log()
+    at_rest = gradient_shares(loss, Outputs(optimum, student.features), teacher, target)
+    assert set(find_saturated(at_rest)) == {"logits", "features"}, "both are nothing beside cross-entropy"
+
+
+def test_shares_of_a_constant_are_zero_and_not_a_number_is_saturated() -> None:
+    class Constant(torch.nn.Module):
+        def forward(self, student, teacher, target, progress=None):
+            return {"a/constant": torch.zeros(()), "b/term": student.logits.sum() * 0 + student.logits.square().sum()}
+
+    shares = gradient_shares(Constant(), draw_outputs(), draw_outputs(), torch.randint(10, (8,)))
+    assert shares == {"a/constant": 0.0, "b/term": 1.0}
+    assert find_saturated({**shares, "c/term": float("nan")}) == ["a", "c"]
+
+
+def test_hand_made_losses_still_refuse_options_of_learned_ones() -> None:
+    with pytest.raises(UserError, match="adapters"):
+        build_loss({"name": "kd", "adapters": True})
