@@ -6,14 +6,12 @@ student's age to 1 meanwhile, so that K steps stand for a whole training; studen
 cross-entropy at the best temperature.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from tqdm import tqdm
 
 from lkd.artifact import SUFFIX, save_loss
@@ -35,15 +33,20 @@ from lkd.data import Batch, Batches, draw_positions, seeded_generator
 from lkd.errors import UserError, check_choice
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.losses import LearnedLoss, LogitLoss
-from lkd.outputs import Outputs
 from lkd.pool import Pool, build_pool, check_pool, open_pool
+from lkd.rollouts import (
+    InnerBatch,
+    build_inner_optimizer,
+    compute_inner_loss,
+    compute_outer_logits,
+    half_cosine,
+    list_inner_batches,
+)
 from lkd.run import Run
 from lkd.training import TeacherFunction
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, call_module, outer_step
-from meta.optim import SGD
 from meta.types import Tensors
 
-InnerBatch = tuple[Batch, Outputs, float]
 AUDITED = "audited"
 
 
@@ -132,11 +135,6 @@ def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
     return row
 
 
-def half_cosine(progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
 class MetaTraining:
     """The outer loop, a step at a time.
 
@@ -190,18 +188,12 @@ class MetaTraining:
         student = self.pool.draw(generator, self.device)
         seed = int(torch.randint(2**62, (), generator=generator))
         batches = Batches(self.images.train, train.batch_size, seed, self.recipe.data.augmentation, self.device)
-        inner_batches: list[InnerBatch] = []
-        for step in range(settings.rollout_steps):
-            batch = batches.at(step)
-            progress = student.progress + (1 - student.progress) * step / settings.rollout_steps
-            inner_batches.append((batch, self.teacher(batch), progress))
+        inner_batches = list_inner_batches(batches, self.teacher, student.progress, settings.rollout_steps)
         self.record_balance(student.state.parameters, student.state.buffers, inner_batches[0])
         validation = self.images.meta_validation
         size = min(settings.outer_batch_size, len(validation))
         outer_batch = validation.batch(draw_positions(len(validation), size, generator), self.device)
-        optimizer = SGD(
-            self.anneal(student.learning_rate), train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay
-        )
+        optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, settings.rollout_steps)
         return self.estimator(
             self.inner_loss,
             self.outer_loss,
@@ -212,28 +204,15 @@ class MetaTraining:
             optimizer,
         )
 
-    def anneal(self, learning_rate: float) -> Any:
-        """The learning rate as a function of the step within the rollout."""
-        if self.settings.annealing == "constant":
-            return learning_rate
-        return lambda step: learning_rate * half_cosine(step / self.settings.rollout_steps)
-
     def inner_loss(
         self, parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: InnerBatch
     ) -> tuple[Tensor, Tensors]:
         """The learned loss of one student step."""
-        images, teacher, progress = batch
-        outputs, buffers = call_module(self.student, parameters, buffers, images.images)
-        terms = functional_call(self.loss, hyper, (outputs, teacher, images.target, progress))
-        return torch.stack(list(terms.values())).sum(), buffers
+        return compute_inner_loss(self.student, self.loss, parameters, buffers, hyper, batch)
 
     def outer_loss(self, parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-        """The student's meta-validation loss.
-
-        BatchNorm uses the batch's own statistics: the running ones have no derivative.
-        """
-        outputs, _ = call_module(self.student, parameters, buffers, batch.images)
-        return self.objective(outputs.logits, batch.target)
+        """The student's meta-validation loss."""
+        return self.objective(compute_outer_logits(self.student, parameters, buffers, batch), batch.target)
 
     @torch.no_grad()
     def record_balance(self, parameters: Tensors, buffers: Tensors, batch: InnerBatch) -> None:

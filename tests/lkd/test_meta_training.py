@@ -1,6 +1,5 @@
 """The pool and the outer loop."""
 
-import itertools
 import math
 
 import pytest
@@ -12,10 +11,10 @@ from lkd.data import seeded_generator
 from lkd.errors import UserError
 from lkd.meta_training import MetaTraining, check_settings, meta_train
 from lkd.pool import build_pool, open_pool
+from lkd.rollouts import build_inner_optimizer
 from lkd.run import open_run
 from meta import verify
 from meta.estimators import ESTIMATORS
-from meta.optim import SGD
 
 CPU = torch.device("cpu")
 
@@ -100,7 +99,7 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     inner = [(batch, answer._replace(logits=answer.logits.double()), progress) for batch, answer, progress in inner]
     outer = widen(images.meta_validation.batch(torch.arange(50), CPU))
     hyper = {name: parameter.detach() for name, parameter in training.loss.named_parameters()}
-    optimizer = SGD(training.anneal(0.05), 0.9, weight_decay=5e-4)
+    optimizer = build_inner_optimizer(recipe.train, 0.05, "cosine", 3)
     problem = (training.inner_loss, training.outer_loss, state, hyper, inner, outer, optimizer)
     results = {name: ESTIMATORS[name](*problem) for name in ("unrolled", "higher")}
     for name, gradient in results["unrolled"].grads.items():
@@ -108,17 +107,6 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     assert results["unrolled"].norm > 0
     checked = verify(ESTIMATORS["unrolled"], *problem)
     assert checked.relative_error < 1e-3
-
-
-def test_the_rollouts_learning_rate_ends_at_zero(built) -> None:
-    recipe, images, teacher, pool, _ = built
-    recipe.meta.rollout_steps = 50
-    rates = [MetaTraining(recipe, images, teacher, pool, CPU).anneal(0.2)(step) for step in range(51)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[50] == pytest.approx(0, abs=1e-12)
-    assert all(a > b for a, b in itertools.pairwise(rates))
-    recipe.meta.annealing = "constant"
-    assert MetaTraining(recipe, images, teacher, pool, CPU).anneal(0.2) == 0.2
 
 
 @pytest.mark.parametrize("estimator", ["unrolled", "audited"])
