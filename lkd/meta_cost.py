@@ -11,12 +11,24 @@ from lkd.assembly import Images
 from lkd.config import MetaTrainRecipe, ModelRecipe
 from lkd.distillation import start_training
 from lkd.losses import LearnedLoss
+from lkd.pools import list_students
 from lkd.training import TeacherFunction
 
 WARM_UP, TIMED = 3, 30
 
 
 def measure_training_seconds(
+    recipe: MetaTrainRecipe, images: Images, teacher: TeacherFunction, loss: LearnedLoss, device: torch.device
+) -> float:
+    """Seconds of one whole training with this loss, evaluation left out; the mean over the architectures.
+
+    The median of a few steps, times their number: a training itself would take as long as it takes.
+    """
+    models = list_students(recipe)
+    return sum(time_training(recipe, model, images, teacher, loss, device) for model in models) / len(models)
+
+
+def time_training(
     recipe: MetaTrainRecipe,
     model: ModelRecipe,
     images: Images,
@@ -24,10 +36,7 @@ def measure_training_seconds(
     loss: LearnedLoss,
     device: torch.device,
 ) -> float:
-    """Seconds of one whole training of a student with this loss, evaluation left out.
-
-    The median of a few steps, times their number: a training itself would take as long as it takes.
-    """
+    """Seconds of one whole training of a student of this architecture."""
     frozen = copy.deepcopy(loss).requires_grad_(False)
     augmentation = recipe.data.augmentation
     training = start_training(model, images.train, frozen, teacher, recipe.train, augmentation, recipe.seed, device)

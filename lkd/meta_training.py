@@ -104,15 +104,12 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
     """
     checkpoint, settings, first_pools = run.path / "checkpoint.safetensors", recipe.meta, loop.pools
     images, teacher = loop.images, loop.teacher
+    training_seconds = 0.0
     if checkpoint.exists():
         saved = load_checkpoint(checkpoint)
         loop.load_state_dict(saved["loop"])
         reuse.load_state_dict(saved["reuse"])
         training_seconds = saved["training_seconds"]
-    else:
-        models = list_students(recipe)
-        measured = [measure_training_seconds(recipe, m, images, teacher, loop.loss, run.device) for m in models]
-        training_seconds = sum(measured) / len(measured)
 
     def save() -> None:
         state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
@@ -120,6 +117,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
 
     bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
+        training_seconds = training_seconds or measure_training_seconds(recipe, images, teacher, loop.loss, run.device)
         try:
             while True:
                 if reuse.is_due(loop.step):

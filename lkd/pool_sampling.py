@@ -98,7 +98,7 @@ def read_fidelity(path: str | None) -> tuple[Tensor, Tensor]:
             f"pool.fidelity_file: {path} has no `age_weights` [[age, weight of at least 0], ...], each age once; "
             "`lkd fidelity` writes such a file"
         )
-    return pairs[:, 0], pairs[:, 1]
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 
 def interpolate(points: Tensor, known: Tensor, values: Tensor) -> Tensor:

@@ -7,29 +7,19 @@ import pytest
 import torch
 
 from lkd.assembly import architecture_of, prepare_images, prepare_teacher
-from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, PoolSettings, TrainRecipe
+from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
 from lkd.errors import UserError
 from lkd.meta_checks import check_settings
-from lkd.meta_training import build_loss_networks, meta_train
+from lkd.meta_training import build_loss_networks
 from lkd.outer_loop import OuterLoop
 from lkd.pool import build_pool, open_pool
 from lkd.rollouts import build_inner_optimizer, compute_inner_loss
 from lkd.run import open_run
 from meta import verify
 from meta.estimators import ESTIMATORS
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 
 CPU = torch.device("cpu")
-
-
-def tiny_recipe(**meta) -> MetaTrainRecipe:
-    settings = {"outer_steps": 3, "students_per_step": 2, "rollout_steps": 3, "outer_batch_size": 50} | meta
-    return MetaTrainRecipe(
-        run_dir="run",
-        data=DataRecipe(train_size=200, meta_validation_size=100),
-        train=TrainRecipe(epochs=2, batch_size=20),
-        pool=PoolSettings(students=2, snapshots=3, max_age=1.0),
-        meta=MetaSettings(**settings),
-    )
 
 
 def make_loop(recipe: MetaTrainRecipe, images, teacher, *pools) -> OuterLoop:
@@ -132,8 +122,7 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     recipe.teacher.random_answers = 1.0
     recipe.pool.max_age = 0.0
     recipe.pool.snapshots = 1
-    with open_run(recipe, "meta-train", quiet=True) as run:
-        path = meta_train(recipe, run)
+    path = run_recipe(recipe)
     from lkd.artifact import load_loss, read_provenance
 
     curve = read_provenance(path)["curve"]
