@@ -55,13 +55,15 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     check_schedule(recipe, images, pools)
     loss = build_loss_networks(recipe)
     models = list_students(recipe)
-    pool_losses = [prepare_loss(recipe.pool.loss, model, recipe.teacher, images, recipe.seed) for model in models]
+    draws = bool(alternation_start(recipe.meta))
+    pool_loss = recipe.pool.loss
+    pool_losses = [prepare_loss(pool_loss, m, recipe.teacher, images, recipe.seed) for m in models] if draws else []
     for model in models:
         run.say(introduce_network("student", model, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     stages = [stage for reader in (loss, *pool_losses) for stage in read_teacher_stages(reader)]
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
-    if alternation_start(recipe.meta):
+    if draws:
         pools = pools or build_pools(recipe, run.path / "pool", images, teacher, run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
     loop = OuterLoop(recipe, images, teacher, loss, pools, run.device)

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.files import read_json
 from lkd.interrupt import Interrupted
-from lkd.losses import LearnedLoss
+from lkd.losses import LearnedLoss, LogitLoss
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_cost import summarize_cost
 from lkd.meta_training import build_loss_networks
@@ -309,3 +310,31 @@ def test_a_pool_of_another_split_is_a_leak(pool_dir) -> None:
     recipe.pool_dir, recipe.data.split_seed = str(pool_dir), 1
     with pytest.raises(UserError, match="its students may have seen meta-validation images"):
         run_recipe(recipe)
+
+
+class FeaturePart(torch.nn.Module):
+    """A loss network over one stage of both networks."""
+
+    architecture: ClassVar[dict] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, student: Outputs, teacher: Outputs, target, progress=None) -> dict[str, torch.Tensor]:
+        assert set(teacher.features) == {"stage2"}
+        a, b = (outputs.features["stage2"].mean((1, 2, 3)) for outputs in (student, teacher))
+        return {"difference": self.weight.exp() * (a - b).square().mean()}
+
+
+@pytest.mark.parametrize("interleaving", ["before", "alternate"])
+def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(interleaving: str, monkeypatch) -> None:
+    def build(recipe: MetaTrainRecipe) -> LearnedLoss:
+        loss = LearnedLoss({"logits": LogitLoss(), "features": FeaturePart()})
+        loss.teacher_stages = ("stage2",)
+        return loss
+
+    monkeypatch.setattr("lkd.meta_training.build_loss_networks", build)
+    path = run_recipe(tiny_recipe(SMALL, interleaving=interleaving, reuse_every=3, reuse_epochs=1))
+    changed = [key for key, tensor in load_file(path).items() if "features" in key and tensor != 0]
+    assert changed
