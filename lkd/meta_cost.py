@@ -17,10 +17,15 @@ from lkd.training import TeacherFunction
 WARM_UP, TIMED = 3, 30
 
 
+def read_clock(device: torch.device) -> float:
+    """Seconds of work: on a CPU those of this process, which others do not disturb, else wall time."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
 def measure_training_seconds(
     recipe: MetaTrainRecipe, images: Images, teacher: TeacherFunction, loss: LearnedLoss, device: torch.device
 ) -> float:
-    """Seconds of one whole training with this loss, evaluation left out; the mean over the architectures.
+    """Seconds by `read_clock` of one whole training with this loss, without evaluation; the architectures' mean.
 
     The median of a few steps, times their number: a training itself would take as long as it takes.
     """
@@ -42,9 +47,9 @@ def time_training(
     training = start_training(model, images.train, frozen, teacher, recipe.train, augmentation, recipe.seed, device)
     seconds = []
     for _ in range(min(WARM_UP + TIMED, training.total_steps)):
-        started = time.perf_counter()
+        started = read_clock(device)
         training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
-        seconds.append(time.perf_counter() - started)
+        seconds.append(read_clock(device) - started)
     return training.total_steps * statistics.median(seconds[WARM_UP:] or seconds)
 
 
@@ -56,8 +61,9 @@ def summarize_cost(
     Args:
         pool_trainings: Of all pools, in trainings: a pool's students are trained a known part of their way.
         reuse_trainings: Of all looks at reuse, in trainings.
-        outer_seconds: Of the outer steps: rollouts, hypergradients, and the trainings that the loss alternated with.
-        training_seconds: Of one training.
+        outer_seconds: By `read_clock`, of the outer steps: rollouts, hypergradients, and the trainings that the loss
+            alternated with.
+        training_seconds: By `read_clock`, of one training.
     """
     outer = outer_seconds / training_seconds
     parts = {"pool": pool_trainings, "outer_steps": outer, "reuse": reuse_trainings}

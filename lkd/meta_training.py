@@ -77,7 +77,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         "curve": loop.history,
         "reuse": reuse.rows,
         "seconds": round(loop.seconds, 1),
-        **summarize_cost(pool_trainings, reuse.trainings, loop.seconds, training_seconds),
+        **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
     }
     path = run.path / f"loss{SUFFIX}"
     save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)

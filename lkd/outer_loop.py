@@ -13,6 +13,7 @@ from lkd.data import Batch, Batches, draw_positions, seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
 from lkd.losses import LearnedLoss
 from lkd.meta_checks import AUDITED
+from lkd.meta_cost import read_clock
 from lkd.meta_log import measure_balance
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool
@@ -49,7 +50,8 @@ class OuterLoop:
         step: Outer steps taken.
         points: The weights of the loss: one point, or, once it alternates, one for each stretch of progress.
         balances: What `measure_balance` found for each student of the latest step.
-        seconds: What the steps took.
+        seconds: What the steps took, by the wall's clock.
+        work_seconds: The same by `read_clock`.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class OuterLoop:
         self.course: list[Point] = []
         self.history: list[dict[str, Any]] = []
         self.balances: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = self.work_seconds = 0.0
 
     @property
     def alternates(self) -> bool:
@@ -94,7 +96,7 @@ class OuterLoop:
 
     def run_step(self) -> OuterStep:
         """Average the hypergradients of several students and update the loss."""
-        started = time.perf_counter()
+        started, work_started = time.perf_counter(), read_clock(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
         self.balances.clear()
@@ -108,6 +110,7 @@ class OuterLoop:
         if self.course and self.own[0].training.progress < 1:
             self.course.append((self.own[0].training.progress, copy_state(self.loss)))
         self.seconds += time.perf_counter() - started
+        self.work_seconds += read_clock(self.device) - work_started
         return result
 
     def differentiate_pool_student(self, number: int) -> Hypergradient:
@@ -185,12 +188,13 @@ class OuterLoop:
             "own": [own.training.state_dict() for own in self.own],
             "course": self.course,
             "seconds": self.seconds,
+            "work_seconds": self.work_seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.step, self.course, self.history = state["step"], state["course"], state["history"]
-        self.seconds = state["seconds"]
+        self.seconds, self.work_seconds = state["seconds"], state["work_seconds"]
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.estimator, Audited):
