@@ -49,6 +49,11 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
         )
     if settings.reuse_patience and not settings.reuse_every:
         raise UserError(f"meta.reuse_patience: {settings.reuse_patience} needs looks at reuse; set meta.reuse_every")
+    if settings.interleaving != "before" and settings.students_per_step < len(recipe.students):
+        raise UserError(
+            f"meta.students_per_step: {settings.students_per_step} leaves out some of the {len(recipe.students)} "
+            f"students that meta.interleaving {settings.interleaving} trains side by side; take at least as many"
+        )
     if not alternation_start(settings):
         if recipe.pool_dir:
             raise UserError(f"pool_dir: {recipe.pool_dir} is not used by meta.interleaving alternate; leave it out")

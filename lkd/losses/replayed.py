@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lkd.losses.learned import LearnedLoss, Progress
+from lkd.losses.learned import LearnedLoss
 from lkd.outputs import Outputs
 
 
@@ -37,7 +37,7 @@ class ReplayedLoss(nn.Module):
         """The teacher's stages whose features the losses read."""
         return getattr(self.losses[0], "teacher_stages", ())
 
-    def at(self, progress: Progress) -> nn.Module:
+    def at(self, progress: float | Tensor | None) -> nn.Module:
         """The loss in charge at this progress.
 
         Raises:
@@ -48,7 +48,7 @@ class ReplayedLoss(nn.Module):
         return self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | Tensor | None = None
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss in charge.
 

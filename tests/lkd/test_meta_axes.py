@@ -266,10 +266,13 @@ def test_impossible_settings_are_refused(pool, meta, message: str) -> None:
         check_settings(tiny_recipe(pool, **meta))
 
 
-def test_a_pool_that_alternation_would_not_use_is_refused() -> None:
+def test_what_alternation_would_not_use_is_refused() -> None:
     recipe = tiny_recipe(interleaving="alternate")
     recipe.pool_dir = "pool"
     with pytest.raises(UserError, match="pool_dir: pool is not used by"):
+        check_settings(recipe)
+    recipe.pool_dir, recipe.students = None, [ModelRecipe()] * 3
+    with pytest.raises(UserError, match="students_per_step: 2 leaves out some of the 3 students"):
         check_settings(recipe)
 
 
