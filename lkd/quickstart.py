@@ -97,7 +97,8 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         path = setting_folder(run.path, setting) / "learned-loss.png"
         kd: Any = build_loss(pick["KD"])
         label = f"KD({kd.weight:g}, {kd.temperature:g})"
-        plot_learned_loss(load_loss(loss_path(run.path, setting)), kd, label, path)
+        learned: Any = load_loss(loss_path(run.path, setting))
+        plot_learned_loss(learned, kd, label, path)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))

@@ -40,6 +40,8 @@ SMALL = {
         "2",
         "--meta.students_per_step",
         "1",
+        "--meta.reuse_epochs",
+        "1",
     ],
     "distill": SMALL_TRAINING,
     "compare": [
@@ -101,6 +103,7 @@ def test_recipes_of_the_literature_do_two_steps(recipe: Path, literature_roots, 
         words += ["--loss", str(tmp_path / "l.lkd.safetensors")]
     if command == "meta-train":
         words += [*SMALL["meta-train"][len(SMALL_TRAINING) :]]
+        words += ["--data.meta_validation_size", "100" if data == "cifar100" else "4"]  # every class
     assert main([command, str(recipe), *words]) == 0
 
 
