@@ -359,7 +359,8 @@ class FidelityRecipe(RunRecipe):
         annealing: Learning rates within a rollout: cosine (to zero) or constant.
         objectives: Outer objectives by name, as in `lkd meta-train`; an empty list takes all there are.
         outer_batch_size: Meta-validation images that a rollout is scored on.
-        full_seeds: Full trainings of each loss, with paired seeds: seed, seed + 1, ...
+        full_seeds: Full trainings of each loss, with paired seeds: seed, seed + 1, ...; at least 2, and from 4 on the
+            noise ceiling has an interval worth its name.
         rollouts: Rollouts of each loss, age, K and annealing; the losses share students and batches. Each takes the
             next student of the pool, and as many students as rollouts are best.
         workers: Processes that work side by side; 0 means one for every CPU core, or for every GPU.

@@ -58,8 +58,7 @@ def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> dic
 
     Args:
         settings: The fidelity of each setting.
-        tolerance: How far the full trainings' own ranking is below itself: the noise ceiling less the lower end of its
-            interval. A smaller difference in ρ means nothing.
+        tolerance: Differences in ρ that mean nothing, as `tolerance_of` has them.
 
     Returns:
         `annealing`, `objective` and `rollout_steps`; None if no rollout ranks the losses as full trainings do at all
@@ -74,6 +73,11 @@ def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> dic
         return None
     steps = min(steps for steps, low in lows.items() if low >= max(lows.values()) - tolerance)
     return {"rollout_steps": steps, "objective": objective, "annealing": annealing}
+
+
+def tolerance_of(ceiling: dict[str, float]) -> float:
+    """How far full trainings fall short of their own ranking by chance: the noise ceiling above its lower end."""
+    return max(0.0, ceiling["rho"] - ceiling["low"])
 
 
 def weights_of(settings: dict[Setting, SettingFidelity], recommended: dict[str, Any] | None) -> list[list[float]]:

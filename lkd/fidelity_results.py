@@ -16,6 +16,7 @@ from lkd.fidelity_recommendation import (
     average_ages,
     recommend,
     setting_of,
+    tolerance_of,
     weights_of,
 )
 from lkd.fidelity_rollouts import list_objectives
@@ -49,7 +50,7 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
         for criterion, score in scores.items()
     }
     ceiling = ceilings["accuracy"]
-    recommended = recommend(settings, ceiling["rho"] - ceiling["low"])
+    recommended = recommend(settings, tolerance_of(ceiling))
     provenance = run.provenance()
     result = {
         "recommended": recommended,

@@ -4,7 +4,7 @@ from typing import Any
 
 from lkd.comparison_table import format_figure, format_table
 from lkd.config import FidelityRecipe
-from lkd.fidelity_recommendation import Setting, SettingFidelity, setting_of, weights_of
+from lkd.fidelity_recommendation import Setting, SettingFidelity, setting_of, tolerance_of, weights_of
 from lkd.intervals import mean_and_error
 from lkd.rank_correlation import REPLICATES
 
@@ -80,7 +80,7 @@ def write_notes(
         "Ages by weight: mean over ages with weights proportional to max(0, ρ)².",
         "Rule: the annealing and objective with the highest ρ (ages by weight, mean over K); of these the smallest K "
         "whose interval's lower end is at most the ceiling's distance to its own lower end "
-        f"({ceiling['rho'] - ceiling['low']:.2f}) under the best K's.",
+        f"({tolerance_of(ceiling):.2f}) under the best K's.",
     ]
     if recommended is None:
         return [
