@@ -68,9 +68,8 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
     write_text(run.path / "rows.csv", format_csv([list(rows[0]), *(list(row.values()) for row in rows)]))
     write_text(run.path / "trainings.csv", format_csv(list_trainings(full)))
     write_text(run.path / "rollouts.csv", format_csv(list_rollouts(rollouts)))
-    plot_fidelity(
-        [row for row in rows if row["criterion"] == "accuracy"], ceiling, recommended, run.path / "fidelity.png"
-    )
+    by_accuracy = [row for row in rows if row["criterion"] == "accuracy"]
+    plot_fidelity(by_accuracy, ceiling, recommended, result["age_weights"], run.path / "fidelity.png")
     return result
 
 
