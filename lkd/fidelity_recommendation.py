@@ -17,6 +17,7 @@ class SettingFidelity(NamedTuple):
     Attributes:
         ages: The ages.
         weights: With which each age would be drawn; they sum to 1, or are all 0 if no age ranks at all.
+        mean: The plain mean of ρ over the ages.
         rho: The weighted mean of ρ over the ages.
         low: Lower end of its interval.
         high: Upper end.
@@ -24,6 +25,7 @@ class SettingFidelity(NamedTuple):
 
     ages: list[float]
     weights: list[float]
+    mean: float
     rho: float
     low: float
     high: float
@@ -47,29 +49,35 @@ def average_ages(ages: list[float], rhos: list[float], draws: list[Tensor]) -> S
     """
     weights = weigh_ages(rhos)
     low, high = percentile_interval(torch.stack([w * draw for w, draw in zip(weights, draws, strict=True)]).sum(0))
-    return SettingFidelity(ages, weights, sum(w * rho for w, rho in zip(weights, rhos, strict=True)), low, high)
+    weighted = sum(w * rho for w, rho in zip(weights, rhos, strict=True))
+    return SettingFidelity(ages, weights, sum(rhos) / len(rhos), weighted, low, high)
 
 
 def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> dict[str, Any] | None:
     """Choose annealing, objective and K.
 
-    The annealing and the objective: those with the highest fidelity in the mean over K. Then K: the smallest whose
-    interval's lower end is at most `tolerance` under the best K's.
+    The annealing and the objective: those with the highest ρ in the plain mean over ages and K (a mean weighted by ρ
+    itself would favour noise). Then K: the smallest whose weighted ρ has a lower end of its interval that is at most
+    `tolerance` under the best K's.
 
     Args:
         settings: The fidelity of each setting.
         tolerance: Differences in ρ that mean nothing, as `tolerance_of` has them.
 
     Returns:
-        `annealing`, `objective` and `rollout_steps`; None if no rollout ranks the losses as full trainings do at all
-        (no ρ is positive).
+        `annealing`, `objective` and `rollout_steps`; None if these do not rank the losses as full trainings do at all
+        (no ρ is positive, at any age and K).
     """
     means: dict[tuple[str, str], list[float]] = {}
     for (annealing, objective, _), found in settings.items():
-        means.setdefault((annealing, objective), []).append(found.rho)
+        means.setdefault((annealing, objective), []).append(found.mean)
     annealing, objective = max(means, key=lambda pair: sum(means[pair]) / len(means[pair]))
-    lows = {steps: found.low for (*pair, steps), found in settings.items() if pair == [annealing, objective]}
-    if max(means[annealing, objective]) <= 0:
+    lows = {
+        steps: found.low
+        for (*pair, steps), found in settings.items()
+        if pair == [annealing, objective] and found.rho > 0
+    }
+    if not lows:
         return None
     steps = min(steps for steps, low in lows.items() if low >= max(lows.values()) - tolerance)
     return {"rollout_steps": steps, "objective": objective, "annealing": annealing}

@@ -78,8 +78,8 @@ def write_notes(
         f"Intervals: percentile bootstrap over rollout draws and seeds ({REPLICATES} replicates): what other draws and "
         "seeds would change, not what other losses would. Resampling adds noise, so an interval may lie low.",
         "Ages by weight: mean over ages with weights proportional to max(0, ρ)².",
-        "Rule: the annealing and objective with the highest ρ (ages by weight, mean over K); of these the smallest K "
-        "whose interval's lower end is at most the ceiling's distance to its own lower end "
+        "Rule: the annealing and objective with the highest ρ (plain mean over ages and K); of these the smallest K "
+        "whose ρ (ages by weight) has a lower end that is at most the ceiling's distance to its own lower end "
         f"({tolerance_of(ceiling):.2f}) under the best K's.",
     ]
     if recommended is None:

@@ -22,7 +22,7 @@ from lkd.run import open_run
 
 
 def fidelity_of(rho: float, low: float) -> SettingFidelity:
-    return SettingFidelity([0.0], [1.0], rho, low, 1.0)
+    return SettingFidelity([0.0], [1.0], rho, rho, low, 1.0)
 
 
 def test_ages_are_weighed_by_squared_positive_correlation() -> None:
@@ -30,6 +30,7 @@ def test_ages_are_weighed_by_squared_positive_correlation() -> None:
     assert weigh_ages([-0.1, 0.0]) == [0, 0]
     draws = [torch.linspace(0, 1, 101).double(), torch.ones(101).double()]
     found = average_ages([0.0, 0.5], [0.8, 0.4], draws)
+    assert found.mean == pytest.approx(0.6)
     assert found.rho == pytest.approx(0.8 * 0.8 + 0.2 * 0.4)
     assert (found.low, found.high) == pytest.approx((0.8 * 0.025 + 0.2, 0.8 * 0.975 + 0.2))
 
