@@ -32,6 +32,11 @@ SMALL_POOL = [*SMALL_TRAINING, "--pool.students", "1", "--pool.snapshots", "2"]
 SMALL = {
     "teacher": SMALL_TRAINING,
     "pool": SMALL_POOL,
+    "fidelity": [
+        *SMALL_POOL,
+        *("--pool.max_age", "0.5", "--ages", "[0.0, 0.5]", "--rollout_lengths", "[1, 2]", "--workers", "1"),
+        *("--rollouts", "2", "--full_seeds", "2", "--losses", "{a: cross_entropy, b: kd, c: dkd}"),
+    ],
     "meta-train": [
         *SMALL_POOL,
         "--meta.outer_steps",
