@@ -98,12 +98,13 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
     """
     checkpoint, settings, first_pools = run.path / "checkpoint.safetensors", recipe.meta, loop.pools
     images, teacher = loop.images, loop.teacher
-    training_seconds, warned = 0.0, False
+    training_seconds = 0.0
     if checkpoint.exists():
         saved = load_checkpoint(checkpoint)
         loop.load_state_dict(saved["loop"])
         reuse.load_state_dict(saved["reuse"])
         training_seconds = saved["training_seconds"]
+    warned = any(describe_saturation(row) for row in loop.history)
 
     def save() -> None:
         state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
