@@ -30,7 +30,7 @@ def test_one_loss_over_features_is_learned_with_two_architectures(interleaving: 
     for row in read_provenance(path)["curve"]:
         assert "loss/weight" not in row
         shares = {name: value for name, value in row.items() if name.startswith("share/")}
-        assert set(shares) >= {"share/task/cross_entropy", "share/features/places"}
+        assert set(shares) >= {"share/task/task", "share/features/places"}
         assert 0.5 < sum(shares.values()) < 1.0001
 
 
