@@ -30,7 +30,6 @@ from meta.tensors import cosine_similarity, global_norm
 
 TIME_CASES = [(8, 5), (8, 20), (20, 5), (20, 20)]
 REPEATS = 5
-PEAK_REPEATS = 3
 MEMORY_CASES = [
     *[(engine, 8, steps, "returned") for steps in (1, 5, 20) for engine in ENGINES],
     *[(engine, 20, 20, "returned") for engine in ("sgd", "higher", "adjoint", "first_order", "central")],
@@ -121,11 +120,8 @@ def measure_memory(path: Path) -> None:
         if not matching(path, engine=engine, depth=depth, steps=steps, allocator=allocator):
             command = [sys.executable, __file__, "--peak", engine, str(depth), str(steps)]
             environment = os.environ | ALLOCATORS[allocator]
-            peaks = [
-                float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
-                for _ in range(PEAK_REPEATS)
-            ]
-            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, allocator, statistics.median(peaks)])
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, allocator, float(run.stdout)])
 
 
 def measure_peak(engine: str, depth: int, steps: int) -> float:
