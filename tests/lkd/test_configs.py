@@ -44,7 +44,7 @@ SMALL = {
     "distill": SMALL_TRAINING,
     "compare": [
         *SMALL_TRAINING,
-        *("--tuning_trainings", "2", "--tuning_seeds", "1"),
+        *("--tuning_trainings", "2", "--tuning_seeds", "1", "--students", "[{name: small_cnn}]"),
         *("--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"),
     ],
     "evaluate": [],
