@@ -73,7 +73,6 @@ def learn_and_reuse(estimator: str, seed: int, folder: Path) -> dict[str, Any]:
     row = {
         "estimator": estimator,
         "meta_seed": seed,
-        "meta_training_seconds": provenance["seconds"],
         "accuracy": round(sum(accuracies) / len(accuracies), 4),
         "audit_cosines": sorted({round(entry["outer/audit_cosine"], 3) for entry in provenance["curve"]})
         if estimator == "audited"
@@ -90,10 +89,9 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
     pairs = zip(by["first_order"], by["unrolled"], strict=True)
     difference = mean_and_error([mine["accuracy"] - exact["accuracy"] for mine, exact in pairs])
     spread = accuracy["unrolled"][1] * len(by["unrolled"]) ** 0.5
-    lines = ["| estimator | meta seeds | accuracy | seconds |", "|---|---|---|---|"]
+    lines = ["| estimator | meta seeds | accuracy |", "|---|---|---|"]
     for name, group in by.items():
-        seconds = mean_and_error([row["meta_training_seconds"] for row in group])[0]
-        lines.append(f"| `{name}` | {len(group)} | {format_figure(accuracy[name])} | {seconds:.0f} |")
+        lines.append(f"| `{name}` | {len(group)} | {format_figure(accuracy[name])} |")
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     text = README.format(
         fresh=len(FRESH_SEEDS),
