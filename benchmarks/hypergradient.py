@@ -145,7 +145,7 @@ def measure_accuracy(path: Path) -> None:
     """Compare hypergradients in float32 with the exact one in float64."""
     for distill, steps, seeds in ACCURACY_CASES:
         for seed in range(seeds):
-            if matching(path, distill=distill, steps=steps, seed=seed, engine="betty"):
+            if matching(path, distill=distill, steps=steps, seed=seed, engine="first_order"):
                 continue
             exact = adjoint(*Problem(8, steps, seed, distill, torch.float64).arguments)
             assert exact.adjoint_norms is not None
@@ -155,8 +155,9 @@ def measure_accuracy(path: Path) -> None:
                 "adjoint": adjoint(*problem.arguments).grads,
                 "central": first_order(*problem.arguments, central=True).grads,
                 "first_order": first_order(*problem.arguments).grads,
-                "betty": ENGINES["betty"](problem),  # last: it moves the student
             }
+            if "betty" in ENGINES:
+                estimates["betty"] = ENGINES["betty"](problem)  # last: it moves the student
             for engine, grads in estimates.items():
                 cosine, ratio = cosine_similarity(grads, exact.grads), (global_norm(grads) / exact.norm).item()
                 figures = [round(cosine, 6), round(ratio, 4), round(growth, 2)]
