@@ -30,11 +30,10 @@ from meta.tensors import cosine_similarity, global_norm
 
 TIME_CASES = [(8, 5), (8, 20), (20, 5), (20, 20)]
 REPEATS = 5
-PEAK_REPEATS = 3
 MEMORY_CASES = [
     *[(engine, 8, steps, "returned") for steps in (1, 5, 20) for engine in ENGINES],
     *[(engine, 20, 20, "returned") for engine in ("sgd", "higher", "adjoint", "first_order", "central")],
-    *[(engine, 8, 200, "returned") for engine in ("sgd", "first_order", "central")],
+    *[(engine, 8, 200, "returned") for engine in ("sgd", "first_order")],
     *[(engine, 8, 20, "default") for engine in ("sgd", "higher", "adjoint", "first_order", "central")],
 ]
 # glibc gives blocks of this size back to the system as soon as they are free; by default it keeps them and splits them.
@@ -121,11 +120,8 @@ def measure_memory(path: Path) -> None:
         if not matching(path, engine=engine, depth=depth, steps=steps, allocator=allocator):
             command = [sys.executable, __file__, "--peak", engine, str(depth), str(steps)]
             environment = os.environ | ALLOCATORS[allocator]
-            peaks = [
-                float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
-                for _ in range(PEAK_REPEATS)
-            ]
-            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, allocator, statistics.median(peaks)])
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+            write_row(path, MEMORY_COLUMNS, [engine, depth, steps, allocator, float(run.stdout)])
 
 
 def measure_peak(engine: str, depth: int, steps: int) -> float:
@@ -149,7 +145,7 @@ def measure_accuracy(path: Path) -> None:
     """Compare hypergradients in float32 with the exact one in float64."""
     for distill, steps, seeds in ACCURACY_CASES:
         for seed in range(seeds):
-            if matching(path, distill=distill, steps=steps, seed=seed, engine="betty"):
+            if matching(path, distill=distill, steps=steps, seed=seed, engine="first_order"):
                 continue
             exact = adjoint(*Problem(8, steps, seed, distill, torch.float64).arguments)
             assert exact.adjoint_norms is not None
@@ -159,8 +155,9 @@ def measure_accuracy(path: Path) -> None:
                 "adjoint": adjoint(*problem.arguments).grads,
                 "central": first_order(*problem.arguments, central=True).grads,
                 "first_order": first_order(*problem.arguments).grads,
-                "betty": ENGINES["betty"](problem),  # last: it moves the student
             }
+            if "betty" in ENGINES:
+                estimates["betty"] = ENGINES["betty"](problem)  # last: it moves the student
             for engine, grads in estimates.items():
                 cosine, ratio = cosine_similarity(grads, exact.grads), (global_norm(grads) / exact.norm).item()
                 figures = [round(cosine, 6), round(ratio, 4), round(growth, 2)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -146,10 +147,11 @@ ENGINES: dict[str, Callable[[Problem], Any]] = {
     "sgd": train_plainly,
     "higher": lambda problem: higher(*problem.arguments),
     "torchopt": run_torchopt,
-    "betty": lambda problem: run_betty(problem, LEARNING_RATE, MOMENTUM),
     "adjoint": lambda problem: adjoint(*problem.arguments),
     "central": lambda problem: first_order(*problem.arguments, central=True),
     "central_bfloat16": lambda problem: first_order(*problem.arguments, central=True, storage="bfloat16"),
     "first_order": lambda problem: first_order(*problem.arguments),
 }
-"""Every engine under its name; `sgd` computes no hypergradient."""
+if find_spec("betty"):
+    ENGINES = {"betty": lambda problem: run_betty(problem, LEARNING_RATE, MOMENTUM), **ENGINES}
+"""Every engine under its name, betty where it is installed; `sgd` computes no hypergradient."""

@@ -30,6 +30,7 @@ class Cost:
         self.device = device
         self.seconds = 0.0
         self.peak_mib: float | None = None
+        gc.collect()
         self.idle = self._reset()
 
     @contextmanager
@@ -52,7 +53,6 @@ class Cost:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device) / 2**20
-        gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")

@@ -124,21 +124,20 @@ class StoredSteps(Sequence[Step]):
         return replace(step, before=self._decode(step.before, index)) if self._storage == "bfloat16" else step
 
     def _read(self, row: "_Row") -> Step:
-        trees = {
-            tree: {name: self._upload(self._view(row, place)) for name, place in places.items()}
-            for tree, places in row.layout.items()
-        }
-        slots = {tree.removeprefix(SLOT): tensors for tree, tensors in trees.items() if tree.startswith(SLOT)}
+        slots = {tree.removeprefix(SLOT): self._read_tree(row, tree) for tree in row.layout if tree.startswith(SLOT)}
         # torch.set_rng_state crashes on a view.
         generators = {name: self._view(row, place).clone() for name, place in row.layout["generators"].items()}
         return Step(
             row.number,
-            State(trees["parameters"], trees["buffers"], slots),
+            State(self._read_tree(row, "parameters"), self._read_tree(row, "buffers"), slots),
             row.batch,
             GeneratorStates(generators.pop("cpu"), {int(name): state for name, state in generators.items()}),
-            trees["gradients"],
-            trees["outer gradients"],
+            self._read_tree(row, "gradients"),
+            self._read_tree(row, "outer gradients"),
         )
+
+    def _read_tree(self, row: "_Row", tree: str) -> Tensors:
+        return {name: self._upload(self._view(row, place)) for name, place in row.layout[tree].items()}
 
     def _upload(self, tensor: Tensor) -> Tensor:
         # Adam's step counts lie on the CPU all along.
@@ -198,12 +197,12 @@ class StoredSteps(Sequence[Step]):
 
     def _seek(self, index: int) -> None:
         while self._position > index:
-            deltas = self._read(self._rows[self._position]).before.parameters
+            deltas = self._read_tree(self._rows[self._position], "parameters")
             self._parameters = {name: tensor - deltas[name] for name, tensor in self._parameters.items()}
             self._position -= 1
         while self._position < index:
             self._position += 1
-            deltas = self._read(self._rows[self._position]).before.parameters
+            deltas = self._read_tree(self._rows[self._position], "parameters")
             self._parameters = {name: tensor + deltas[name] for name, tensor in self._parameters.items()}
         if index == 0:
             # Nothing comes back from infinity by subtraction: whoever looks for a fault begins here.
