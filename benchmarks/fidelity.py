@@ -20,8 +20,9 @@ README = """# Ranking fidelity
 
 Made by `{command}`,
 which runs `lkd fidelity configs/embedded/fidelity.yaml` with these options: {losses} losses (cross-entropy and KD),
-{seeds} full trainings of each, and {rollouts} rollouts of each from every age, length and annealing; embedded images of Fashion-MNIST, one student (`small_cnn`), one teacher. Everything is measured on
-meta-validation; the test split is not read. Does a rollout rank the losses as full trainings do?
+{seeds} full trainings of each, and {rollouts} rollouts of each from every age, length and annealing; embedded images
+of Fashion-MNIST, one student (`small_cnn`), one teacher. Everything is measured on meta-validation; the test split is
+not read. Does a rollout rank the losses as full trainings do?
 
 ```
 {table}```
