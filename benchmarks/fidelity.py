@@ -1,10 +1,11 @@
 """Evidence of ranking fidelity: run `lkd fidelity` on the embedded images, keep it in docs/evidence/fidelity.
 
-python benchmarks/fidelity.py [RUN_DIR]
+python benchmarks/fidelity.py [RUN_DIR [--key value ...]]
 
-Goes on with an interrupted run in RUN_DIR.
+Goes on with an interrupted run in RUN_DIR. Further words are options of `lkd fidelity`.
 """
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,11 @@ EVIDENCE = ROOT / "docs" / "evidence" / "fidelity"
 RECIPE = ROOT / "configs" / "embedded" / "fidelity.yaml"
 README = """# Ranking fidelity
 
-Made by `python benchmarks/fidelity.py`, which runs `lkd fidelity configs/embedded/fidelity.yaml`: {losses} losses
-(cross-entropy and KD), {seeds} full trainings of each, and {rollouts} rollouts of each from every age, length and
-annealing; embedded images of Fashion-MNIST, one student (`small_cnn`), one teacher. Everything is measured on
-meta-validation; the test split is not read. Does a rollout rank the losses as full trainings do?
+Made by `{command}`,
+which runs `lkd fidelity configs/embedded/fidelity.yaml` with these options: {losses} losses (cross-entropy and KD),
+{seeds} full trainings of each, and {rollouts} rollouts of each from every age, length and annealing; embedded images
+of Fashion-MNIST, one student (`small_cnn`), one teacher. Everything is measured on meta-validation; the test split is
+not read. Does a rollout rank the losses as full trainings do?
 
 ```
 {table}```
@@ -38,23 +40,30 @@ rollout.
 
 
 def main() -> int:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fidelity-evidence")
-    command = [sys.executable, "-m", "lkd.cli", "fidelity", str(RECIPE), "--run_dir", str(folder), "--resume", "auto"]
-    if status := subprocess.run(command, check=False).returncode:
+    folder, options = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fidelity-evidence"), sys.argv[2:]
+    words = ["fidelity", str(RECIPE), "--run_dir", str(folder), "--resume", "auto", *options]
+    if status := subprocess.run([sys.executable, "-m", "lkd.cli", *words], check=False).returncode:
         return status
+    keep_evidence(folder, options)
+    return 0
+
+
+def keep_evidence(folder: Path, options: list[str]) -> None:
+    """Copy a finished run's results into the evidence folder, with a README."""
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     result, recipe = read_json(folder / "result.json"), read_json(folder / "fidelity.json")["recipe"]
-    write_json(EVIDENCE / "result.json", result | {"command": "python benchmarks/fidelity.py"})
+    command = " ".join(["python benchmarks/fidelity.py", *(["RUN_DIR", shlex.join(options)] if options else [])])
+    write_json(EVIDENCE / "result.json", result | {"command": command})
     for name in ("table.txt", "rows.csv", "trainings.csv", "rollouts.csv", "fidelity.png"):
         shutil.copyfile(folder / name, EVIDENCE / name)
     text = README.format(
+        command=command,
         losses=len(recipe["losses"]),
         seeds=recipe["full_seeds"],
         rollouts=recipe["rollouts"],
         table=(folder / "table.txt").read_text(),
     )
     write_text(EVIDENCE / "README.md", text)
-    return 0
 
 
 if __name__ == "__main__":
