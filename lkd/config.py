@@ -41,7 +41,7 @@ class ModelRecipe:
 
     Args:
         name: A timm model name (with its tag, as in resnet50.tv_in1k), a CIFAR network (resnet32x4, wrn_40_2, ...), or
-            small_resnet, small_cnn, small_mobilenet.
+            small_resnet, small_cnn, tiny_cnn, small_mobilenet.
         pretrained: Start from timm's pretrained weights.
         options: Further arguments of timm.create_model, such as {act_layer: relu}.
     """
@@ -230,6 +230,8 @@ class MetaSettings:
             update.
         initial_rollout_steps: K at the first outer step, from which it grows evenly to `rollout_steps`; 0 for no
             growth. From the pool only.
+        rollout_epochs: How often a rollout from the pool sees each of its images: 1, all different; more, a part of the
+            training images again and again, as a whole training does.
         annealing: Learning rate within a rollout from the pool: cosine (to zero) or constant.
         average: The outer loss sees an exponential moving average of the rollout's iterates with this decay; 0 for the
             last iterate. From the pool only.
@@ -260,6 +262,7 @@ class MetaSettings:
     students_per_step: int = 3
     rollout_steps: int = 50
     initial_rollout_steps: int = 0
+    rollout_epochs: int = 1
     annealing: Literal["cosine", "constant"] = "cosine"
     average: float = 0.0
     estimator: str = "audited"

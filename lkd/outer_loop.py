@@ -24,6 +24,7 @@ from lkd.rollouts import (
     build_inner_optimizer,
     compute_inner_loss,
     compute_outer_logits,
+    draw_rollout_images,
     half_cosine,
     list_inner_batches,
 )
@@ -123,8 +124,11 @@ class OuterLoop:
         state = student.state if self.recipe.pool.restore_momentum else student.state._replace(optimizer={})
         seed = int(torch.randint(2**62, (), generator=generator))
         torch.manual_seed(seed)  # of dropout
-        batches = Batches(self.images.train, train.batch_size, seed, self.recipe.data.augmentation, self.device)
         steps = self.rollout_length()
+        images = draw_rollout_images(
+            self.images.train, steps, train.batch_size, settings.rollout_epochs, seeded_generator(seed, 9)
+        )
+        batches = Batches(images, train.batch_size, seed, self.recipe.data.augmentation, self.device)
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, inner_batches[0]))
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)

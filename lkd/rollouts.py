@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from lkd.config import TrainRecipe
-from lkd.data import Batch, Batches
+from lkd.data import Batch, Batches, ImageSet, draw_positions
 from lkd.outputs import Outputs
 from lkd.training import TeacherFunction
 from meta import call_module
@@ -38,6 +38,18 @@ def build_inner_optimizer(train: TrainRecipe, learning_rate: float, annealing: s
     """SGD with the training's momentum and weight decay, from this learning rate on."""
     rate = anneal_rate(learning_rate, annealing, steps)
     return SGD(rate, train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
+
+
+def draw_rollout_images(images: ImageSet, steps: int, batch_size: int, epochs: int, generator: Generator) -> ImageSet:
+    """So many of the images that a rollout sees each of them `epochs` times; all of them for one epoch.
+
+    A training sees its images again and again, and what a loss does against overfitting shows only then. A rollout
+    over all images sees none twice, and so favours losses that learn fast.
+    """
+    if epochs == 1:
+        return images
+    count = min(len(images), max(1, round(steps / epochs)) * batch_size)
+    return images.select(draw_positions(len(images), count, generator))
 
 
 def list_inner_batches(batches: Batches, teacher: TeacherFunction, age: float, steps: int) -> list[InnerBatch]:

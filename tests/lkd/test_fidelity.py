@@ -20,6 +20,8 @@ from lkd.fidelity_results import write_results
 from lkd.files import read_json
 from lkd.run import open_run
 
+OBJECTIVES = ["cross_entropy", "calibrated_cross_entropy"]
+
 
 def fidelity_of(rho: float, low: float) -> SettingFidelity:
     return SettingFidelity([0.0], [1.0], rho, rho, low, 1.0)
@@ -84,7 +86,7 @@ def make_results(recipe: FidelityRecipe, good: float) -> tuple[list, list]:
             "progress": age,
             "values": {
                 objective: {label: 2 - signal * place - noise(0.5) for place, label in enumerate(labels)}
-                for objective, signal in (("cross_entropy", -abs(slope)), ("calibrated_cross_entropy", slope))
+                for objective, signal in zip(OBJECTIVES, (-abs(slope), slope), strict=True)
             },
         }
         for (annealing, age), slope in order.items()
@@ -96,7 +98,7 @@ def make_results(recipe: FidelityRecipe, good: float) -> tuple[list, list]:
 
 
 def test_known_rankings_are_found_and_written() -> None:
-    recipe = FidelityRecipe(run_dir="run", ages=[0.0, 0.5])
+    recipe = FidelityRecipe(run_dir="run", ages=[0.0, 0.5], objectives=OBJECTIVES)
     full, rollouts = make_results(recipe, good=1.0)
     with open_run(recipe, "fidelity", quiet=True) as run:
         result = write_results(recipe, full, rollouts, run)
@@ -125,7 +127,7 @@ def test_known_rankings_are_found_and_written() -> None:
 
 
 def test_where_nothing_ranks_nothing_is_recommended() -> None:
-    recipe = FidelityRecipe(run_dir="run", ages=[0.5], annealing=["cosine"])
+    recipe = FidelityRecipe(run_dir="run", ages=[0.5], annealing=["cosine"], objectives=OBJECTIVES)
     full, rollouts = make_results(recipe, good=1.0)
     with open_run(recipe, "fidelity", quiet=True) as run:
         result = write_results(

@@ -8,6 +8,7 @@ from torch import nn
 from lkd.errors import UserError, check_choice
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.learned.balance import BalanceLoss
+from lkd.losses.learned.decoupled import DecoupledLoss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.generic import GenericLoss
 from lkd.losses.learned.learned_loss import LearnedLoss
@@ -17,6 +18,7 @@ from lkd.losses.stages import Stages
 
 FORMS: dict[str, type[nn.Module]] = {
     "balance": BalanceLoss,
+    "decoupled": DecoupledLoss,
     "generic": GenericLoss,
     "residual": ResidualLoss,
     "target": TargetLoss,
