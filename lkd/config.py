@@ -244,36 +244,36 @@ class MetaSettings:
         learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
-        loss: Options of the loss networks: `form` (balance, generic, residual, target), that form's own (hidden,
-            initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and under
-            `features` those of the network over features; see docs/losses.md.
+        loss: Options of the loss networks: `form` (decoupled, balance, generic, residual, target), that form's own
+            (hidden, initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and
+            under `features` those of the network over features; see docs/losses.md.
         reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
             meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
             0 for no look: the last loss is saved.
         reuse_epochs: Epochs of such a training, with the whole schedule of `train`; each costs reuse_epochs /
-            train.epochs trainings.
+            train.epochs trainings. 0 for as many as `train` has.
         reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
         checkpoint_every: Outer steps between checkpoints.
     """
 
-    outer_steps: int = 40
+    outer_steps: int = 20
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
-    students_per_step: int = 3
-    rollout_steps: int = 50
+    students_per_step: int = 2
+    rollout_steps: int = 100
     initial_rollout_steps: int = 0
-    rollout_epochs: int = 1
+    rollout_epochs: int = 13
     annealing: Literal["cosine", "constant"] = "cosine"
     average: float = 0.0
     estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
     outer_batch_size: int = 1000
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     clip_norm: float = 1.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
-    reuse_every: int = 0
-    reuse_epochs: int = 4
+    reuse_every: int = 5
+    reuse_epochs: int = 0
     reuse_patience: int = 0
     checkpoint_every: int = 10
 

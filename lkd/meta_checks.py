@@ -26,7 +26,14 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     build_age_weights(recipe.pool)
     check_choice("meta.estimator", settings.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", settings.objective, OBJECTIVES)
-    for name in ("outer_steps", "students_per_step", "rollout_steps", "outer_batch_size", "checkpoint_every"):
+    for name in (
+        "outer_steps",
+        "students_per_step",
+        "rollout_steps",
+        "rollout_epochs",
+        "outer_batch_size",
+        "checkpoint_every",
+    ):
         if getattr(settings, name) < 1:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is not at least 1")
     if recipe.train.epochs < 1:
@@ -43,9 +50,10 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     for name in ("reuse_every", "reuse_patience"):
         if getattr(settings, name) < 0:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is negative; 0 turns it off")
-    if settings.reuse_every and not 1 <= settings.reuse_epochs <= recipe.train.epochs:
+    if settings.reuse_every and not 0 <= settings.reuse_epochs <= recipe.train.epochs:
         raise UserError(
-            f"meta.reuse_epochs: {settings.reuse_epochs} is not between 1 and train.epochs {recipe.train.epochs}"
+            f"meta.reuse_epochs: {settings.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "
+            f"{recipe.train.epochs}"
         )
     if settings.reuse_patience and not settings.reuse_every:
         raise UserError(f"meta.reuse_patience: {settings.reuse_patience} needs looks at reuse; set meta.reuse_every")

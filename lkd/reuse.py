@@ -44,7 +44,7 @@ class Reuse:
         device: torch.device,
     ) -> None:
         self.recipe, self.models, self.images, self.teacher, self.device = recipe, models, images, teacher, device
-        self.train = shorten(recipe.train, recipe.meta.reuse_epochs)
+        self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
         self.rows: list[dict[str, float]] = []
         self.best: list[Point] = []
 
@@ -56,7 +56,7 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        return len(self.rows) * len(self.models) * self.recipe.meta.reuse_epochs / self.recipe.train.epochs
+        return len(self.rows) * len(self.models) * self.train.epochs / self.recipe.train.epochs
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""

@@ -25,7 +25,7 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
     accuracies = {
         name: read_accuracies(Path(recipe.run_dir), recipe.students[0].name) for name, recipe in comparisons.items()
     }
-    unseen = read_accuracies(Path(comparisons[CLEAN].run_dir), UNSEEN.name)
+    unseen = read_accuracies(Path(comparisons[CLEAN].run_dir), UNSEEN)
     provenance = {name: read_provenance(Path(recipe.run_dir) / f"loss{SUFFIX}") for name, recipe in learned.items()}
     figures = list_figures(accuracies, unseen, provenance[CLEAN]["cost_in_trainings"])
     environment = read_json(Path(comparisons[CLEAN].run_dir) / "environment.json")
@@ -91,8 +91,8 @@ def tabulate_settings(accuracies: dict[str, Accuracies]) -> str:
 def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> str:
     """All arms on the student that losses were learned with, on one never seen, with another teacher, on other data."""
     columns = {
-        f"{STUDENT.name} (seen)": accuracies[CLEAN],
-        f"{UNSEEN.name} (unseen)": unseen,
+        f"{STUDENT} (seen)": accuracies[CLEAN],
+        f"{UNSEEN} (unseen)": unseen,
         "another teacher": accuracies["other_teacher"],
         "digits": accuracies["digits"],
     }

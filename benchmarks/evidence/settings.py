@@ -7,9 +7,9 @@ from typing import Any
 from lkd.artifact import SUFFIX
 from lkd.config import CompareRecipe, DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 
-STUDENT, UNSEEN, TINY = (ModelRecipe(name) for name in ("small_cnn", "small_mobilenet", "tiny_cnn"))
-RATES = [0.1, 0.2, 0.3, 0.4]
-BUDGET = 16  # trainings that each hand-made loss with options is tuned with
+STUDENT, UNSEEN, TINY = "small_cnn", "small_mobilenet", "tiny_cnn"
+RATES = [0.2, 0.1, 0.3]
+BUDGET = 20  # trainings that each hand-made loss with options is tuned with
 SEEDS, ABLATION_SEEDS = 10, 5
 META_RATE = 0.2  # learning rate of the students that losses are learned with
 
@@ -45,7 +45,7 @@ class Setting:
     data: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    student: ModelRecipe = STUDENT
+    student: str = STUDENT
 
     def images(self, root: str) -> DataRecipe:
         """The data recipe."""
@@ -73,9 +73,11 @@ SIGN_CHANGES = ("tiny_student", "few_labels", "noisy_labels", "bad_teacher")
 # Within the meta-validation images of `clean`, so that no image of its students is seen.
 OTHER_HALF = Setting("another data half", {"train_size": 4000, "meta_validation_size": 4000})
 
-KINDS: dict[str, dict[str, Any]] = {"features": {"kind": "features"}, "both": {"kind": "both"}}
+KINDS = ("features", "both")
 POOL = {"max_age": 0.8, "snapshots": 9}
 """Ages for the ablation of sampling, where the default's pool is of young students only."""
+WINDOWS = {"rollout_steps": 40, "estimator": "first_order"}
+"""Updates that alternate with a training of 806 steps lie 40 apart."""
 ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "sampling": {
         "young students (default)": ({}, {}),
@@ -85,11 +87,13 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "latest": ({}, POOL | {"sampling": "latest"}),
         "live": ({}, POOL | {"sampling": "live"}),
     },
+    "form": {"decoupled (default)": ({}, {})}
+    | {form: ({"loss": {"form": form}}, {}) for form in ("balance", "generic", "target")},
     "batches": {"different (default)": ({}, {}), "same": ({"batches": "same"}, {})},
     "interleaving": {
         "before (default)": ({}, {}),
-        "alternate": ({"interleaving": "alternate"}, {}),
-        "both": ({"interleaving": "both"}, {}),
+        "alternate": ({"interleaving": "alternate"} | WINDOWS, {}),
+        "both": ({"interleaving": "both"} | WINDOWS, {}),
     },
 }
 """Axis → row → what differs from the default recipe: of `meta` and of `pool`. The axis of the kind is in `KINDS`."""
@@ -105,10 +109,10 @@ def learn_recipe(
         device="cpu",
         data=setting.images(root),
         teacher=replace(TeacherRecipe(), **setting.teacher),
-        student=setting.student,
+        student=ModelRecipe(setting.student),
         train=setting.training(),
     )
-    recipe.meta = replace(recipe.meta, **meta)
+    recipe.meta = replace(recipe.meta, **{"estimator": "unrolled"} | meta)
     recipe.pool = replace(recipe.pool, **(pool or {}))
     return recipe
 
@@ -118,7 +122,7 @@ def list_learned(root: str, folder: Path) -> dict[str, MetaTrainRecipe]:
     clean = SETTINGS[CLEAN]
     recipes = {name: learn_recipe(name, setting, root, folder, {}) for name, setting in SETTINGS.items()}
     recipes["other_half"] = learn_recipe("other_half", OTHER_HALF, root, folder, {})
-    recipes |= {kind: learn_recipe(kind, clean, root, folder, meta) for kind, meta in KINDS.items()}
+    recipes |= {f"kind-{kind}": learn_recipe(f"kind-{kind}", clean, root, folder, {"kind": kind}) for kind in KINDS}
     for rows in ABLATIONS.values():
         for row, (meta, pool) in rows.items():
             if meta or pool:
@@ -147,7 +151,7 @@ def compare_recipe(name: str, setting: Setting, root: str, folder: Path, methods
         teacher=replace(TeacherRecipe(), **setting.teacher),
         train=setting.training(),
         methods=methods,
-        students=[setting.student],
+        students=[ModelRecipe(setting.student)],
         seeds=SEEDS,
         baseline="KD",
         tuning_trainings=BUDGET,
@@ -161,13 +165,13 @@ def list_comparisons(
     """Every comparison, by name, in the order in which they are run."""
     hand_made = {"CE": CE, "KD(0.5, 4)": FIXED_KD, "KD": KD, "DKD": DKD}
     learned = {"learned": learned_method(CLEAN, folder)}
-    kinds = {f"learned {kind}": learned_method(kind, folder) for kind in KINDS}
+    kinds = {f"learned {kind}": learned_method(f"kind-{kind}", folder) for kind in KINDS}
     half = {"learned on other data": learned_method("other_half", folder)}
     clean = SETTINGS[CLEAN]
     comparisons = {
         CLEAN: compare_recipe(CLEAN, clean, root, folder, hand_made | {"DIST": DIST} | learned | kinds | half)
     }
-    comparisons[CLEAN].students = [STUDENT, UNSEEN]
+    comparisons[CLEAN].students = [ModelRecipe(STUDENT), ModelRecipe(UNSEEN)]
     for name, setting in SETTINGS.items():
         if name != CLEAN:
             methods = hand_made | {"learned": learned_method(name, folder)}

@@ -96,7 +96,7 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     for name, gradient in results["unrolled"].grads.items():
         torch.testing.assert_close(results["higher"].grads[name], gradient, rtol=1e-8, atol=1e-14)
     assert results["unrolled"].norm > 0
-    checked = verify(ESTIMATORS["unrolled"], *problem)
+    checked = verify(ESTIMATORS["unrolled"], *problem, step_size=1e-6)
     assert checked.relative_error < 1e-3
 
 

@@ -13,7 +13,7 @@ from lkd.losses.learned.residual import ResidualLoss
 from lkd.losses.learned.shares import find_saturated, gradient_shares
 from lkd.losses.learned.target import TargetLoss
 
-LogitLoss = BalanceLoss  # the default form, under the name that format version 1 of learned-loss files knows
+LogitLoss = BalanceLoss  # under the name that format version 1 of learned-loss files knows
 
 __all__ = [
     "FORMS",

@@ -46,7 +46,7 @@ def build_learned_loss(
     """
     check_choice("meta.kind", kind, KINDS)
     remaining = dict(options)
-    form = remaining.pop("form", "balance")
+    form = remaining.pop("form", "decoupled")
     normalize_gradient = remaining.pop("normalize_gradient", False)
     feature_options = remaining.pop("features", {})
     if not isinstance(normalize_gradient, bool):

@@ -49,7 +49,7 @@ class DecoupledLoss(nn.Module):
         self,
         hidden: int = 16,
         initial_weight: float = 0.5,
-        initial_temperature: float = 4.0,
+        initial_temperature: float = 2.0,
         maximal_temperature: float = 10.0,
         maximal_factor: float = 8.0,
         conditioning: Sequence[str] = CONDITIONING,
