@@ -10,7 +10,7 @@ from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
 from lkd.data import Batches
 from lkd.losses.build import build_loss
 from lkd.outputs import Outputs
-from lkd.rollouts import anneal_rate, build_inner_optimizer, compute_inner_loss, list_inner_batches
+from lkd.rollouts import anneal_rate, build_inner_optimizer, compute_inner_loss, draw_rollout_images, list_inner_batches
 from lkd.training import Training
 from meta import State, rollout
 
@@ -31,6 +31,19 @@ def test_progress_runs_from_the_age_to_the_end() -> None:
     inner = list_inner_batches(Batches(images, 20, seed=3), lambda batch: Outputs(batch.target, {}), 0.2, 4)
     assert [progress for _, _, progress in inner] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert all(torch.equal(answer.logits, batch.target) for batch, answer, _ in inner)
+
+
+def test_a_rollout_sees_its_images_as_often_as_it_is_told() -> None:
+    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=50)).train
+    part = draw_rollout_images(images, 20, 10, 5, torch.Generator().manual_seed(0))
+    assert len(part) == 40
+    batches = Batches(part, 10, seed=1)
+    seen = torch.cat([batches.at(step).index for step in range(20)])
+    assert (seen.unique(return_counts=True)[1] == 5).all()
+    assert torch.isin(seen, images.index).all()
+    assert draw_rollout_images(images, 20, 10, 1, torch.Generator()) is images
+    assert len(draw_rollout_images(images, 900, 10, 2, torch.Generator())) == 400
+    assert len(draw_rollout_images(images, 3, 10, 50, torch.Generator())) == 10
 
 
 def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
