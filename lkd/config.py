@@ -411,6 +411,7 @@ class FidelityRecipe(RunRecipe):
             losses that have such parts are refused.
         ages: Ages of the students that rollouts start from, in [0, 1].
         rollout_lengths: K, the student's steps in one rollout.
+        rollout_epochs: How often a rollout sees each of its images, as in `lkd meta-train`.
         annealing: Learning rates within a rollout: cosine (to zero) or constant.
         objectives: Outer objectives by name, as in `lkd meta-train`; an empty list takes all there are.
         outer_batch_size: Meta-validation images that a rollout is scored on.
@@ -431,6 +432,7 @@ class FidelityRecipe(RunRecipe):
     losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
     ages: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
     rollout_lengths: list[int] = field(default_factory=lambda: [20, 60])
+    rollout_epochs: int = 13
     annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
     objectives: list[str] = field(default_factory=list)
     outer_batch_size: int = 1000

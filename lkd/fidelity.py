@@ -105,7 +105,7 @@ def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> No
         UserError: If a setting is impossible.
     """
     check_pool(recipe.pool)
-    for name, least in (("full_seeds", 2), ("rollouts", 2), ("outer_batch_size", 1)):
+    for name, least in (("full_seeds", 2), ("rollouts", 2), ("outer_batch_size", 1), ("rollout_epochs", 1)):
         if getattr(recipe, name) < least:
             raise UserError(f"{name}: {getattr(recipe, name)} is not at least {least}")
     for name in ("ages", "rollout_lengths", "annealing"):

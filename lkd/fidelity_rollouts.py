@@ -13,13 +13,14 @@ from torch import nn
 from lkd.assembly import architecture_of, prepare_loss, prepare_student, read_teacher_stages
 from lkd.comparison import digest_of, prepare_images_for_cells, prepare_teacher_for_cells
 from lkd.config import FidelityRecipe
-from lkd.data import Batch, Batches, draw_positions, seeded_generator
+from lkd.data import Batch, draw_positions, seeded_generator
 from lkd.files import write_json
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import INDEX, PoolStudent, open_pool
 from lkd.rollouts import (
     InnerBatch,
     build_inner_optimizer,
+    build_rollout_batches,
     compute_inner_loss,
     compute_outer_logits,
     list_inner_batches,
@@ -27,7 +28,7 @@ from lkd.rollouts import (
 from lkd.workers import own_device
 from meta import rollout
 
-ROW_FORMAT = 1
+ROW_FORMAT = 2
 
 
 class Draw(NamedTuple):
@@ -85,6 +86,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
         "losses": {label: digest_of(names[label]) or loss for label, loss in recipe.losses.items()},
         "objectives": list_objectives(recipe),
         "outer_batch_size": recipe.outer_batch_size,
+        "rollout_epochs": recipe.rollout_epochs,
         "data": dataclasses.asdict(recipe.data) | {"root": None},
         "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
         "student": dataclasses.asdict(recipe.student),
@@ -117,7 +119,9 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     start = pool.read(draw.student, place)
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
-    batches = Batches(images.train, recipe.train.batch_size, seed, recipe.data.augmentation, place)
+    batches = build_rollout_batches(
+        images.train, recipe.train, draw.steps, recipe.rollout_epochs, seed, recipe.data.augmentation, place
+    )
     inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps)
     size = min(recipe.outer_batch_size, len(images.meta_validation))
     outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)

@@ -92,7 +92,8 @@ def write_notes(
     weights = ", ".join(f"{age:g}: {weight:.2f}" for age, weight in weights_of(settings, recommended))
     annealing, objective, steps = setting_of(recommended)
     lines = [
-        f"Recommended: --meta.rollout_steps {steps} --meta.annealing {annealing} --meta.objective {objective}",
+        f"Recommended: --meta.rollout_steps {steps} --meta.annealing {annealing} --meta.objective {objective} "
+        f"--meta.rollout_epochs {recipe.rollout_epochs}",
         f"Weights for drawing ages (age: weight): {weights}; expected ρ {format_rho(found._asdict())}",
     ]
     if found.low <= 0:

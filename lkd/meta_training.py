@@ -32,7 +32,7 @@ from lkd.meta_cost import measure_training_seconds, summarize_cost
 from lkd.meta_log import describe_saturation, log_row
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
-from lkd.pools import build_pools, count_pool_trainings, list_students, open_pools, renew_pools
+from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
 from lkd.reuse import FIGURES, Reuse
 from lkd.run import Run
 
@@ -109,6 +109,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
     def save() -> None:
         state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
         save_checkpoint(checkpoint, state)
+        drop_superseded_pools(recipe, loop.step, run)
 
     bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:

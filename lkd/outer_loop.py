@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lkd.assembly import Images, prepare_student
 from lkd.config import MetaTrainRecipe
-from lkd.data import Batch, Batches, draw_positions, seeded_generator
+from lkd.data import Batch, draw_positions, seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
 from lkd.losses import LearnedLoss
 from lkd.meta_checks import AUDITED
@@ -22,9 +22,9 @@ from lkd.pools import list_students
 from lkd.rollouts import (
     InnerBatch,
     build_inner_optimizer,
+    build_rollout_batches,
     compute_inner_loss,
     compute_outer_logits,
-    draw_rollout_images,
     half_cosine,
     list_inner_batches,
 )
@@ -125,10 +125,15 @@ class OuterLoop:
         seed = int(torch.randint(2**62, (), generator=generator))
         torch.manual_seed(seed)  # of dropout
         steps = self.rollout_length()
-        images = draw_rollout_images(
-            self.images.train, steps, train.batch_size, settings.rollout_epochs, seeded_generator(seed, 9)
+        batches = build_rollout_batches(
+            self.images.train,
+            train,
+            steps,
+            settings.rollout_epochs,
+            seed,
+            self.recipe.data.augmentation,
+            self.device,
         )
-        batches = Batches(images, train.batch_size, seed, self.recipe.data.augmentation, self.device)
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, inner_batches[0]))
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 
 from lkd.assembly import Images, architecture_of
@@ -11,6 +12,8 @@ from lkd.losses import LearnedLoss
 from lkd.pool import Pool, build_pool, open_pool
 from lkd.run import Run
 from lkd.training import TeacherFunction
+
+LIVE = "live"  # the folder of renewed pools
 
 
 def list_students(recipe: MetaTrainRecipe) -> list[ModelRecipe]:
@@ -81,11 +84,23 @@ def renew_pools(
     renewals, since = divmod(outer_step, recipe.pool.refresh_every)
     if not renewals:
         return first_pools
-    folder = run.path / "live" / f"step-{outer_step - since:06d}"
+    folder = run.path / LIVE / name_renewal(outer_step - since)
     if since:
         return open_pools(recipe, folder, images)
     frozen = copy.deepcopy(loss).requires_grad_(False)
     return build_pools(recipe, folder, images, teacher, run, frozen, renewals * recipe.pool.students)
+
+
+def drop_superseded_pools(recipe: MetaTrainRecipe, outer_step: int, run: Run) -> None:
+    """Delete renewed pools that a run which goes on from this outer step draws from no more."""
+    for folder in (run.path / LIVE).glob("step-*"):
+        if folder.name < name_renewal(outer_step - outer_step % recipe.pool.refresh_every):
+            shutil.rmtree(folder)
+
+
+def name_renewal(outer_step: int) -> str:
+    """The folder of the pools that were renewed at an outer step; names sort by it."""
+    return f"step-{outer_step:06d}"
 
 
 def count_pool_trainings(recipe: MetaTrainRecipe, first_pools: list[Pool], outer_steps: int) -> float:

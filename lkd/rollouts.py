@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from lkd.config import TrainRecipe
-from lkd.data import Batch, Batches, ImageSet, draw_positions
+from lkd.data import Batch, Batches, ImageSet, draw_positions, seeded_generator
 from lkd.outputs import Outputs
 from lkd.training import TeacherFunction
 from meta import call_module
@@ -50,6 +50,20 @@ def draw_rollout_images(images: ImageSet, steps: int, batch_size: int, epochs: i
         return images
     count = min(len(images), max(1, round(steps / epochs)) * batch_size)
     return images.select(draw_positions(len(images), count, generator))
+
+
+def build_rollout_batches(
+    images: ImageSet,
+    train: TrainRecipe,
+    steps: int,
+    epochs: int,
+    seed: int,
+    augmentation: str,
+    device: torch.device,
+) -> Batches:
+    """The batches of one rollout, a function of the seed, over the images of `draw_rollout_images`."""
+    part = draw_rollout_images(images, steps, train.batch_size, epochs, seeded_generator(seed, 9))
+    return Batches(part, train.batch_size, seed, augmentation, device)
 
 
 def list_inner_batches(batches: Batches, teacher: TeacherFunction, age: float, steps: int) -> list[InnerBatch]:

@@ -22,9 +22,9 @@ def tiny_recipe(pool: dict | None = None, run_dir: str = "run", **meta) -> MetaT
     )
 
 
-def run_recipe(recipe: MetaTrainRecipe) -> Path:
+def run_recipe(recipe: MetaTrainRecipe, quiet: bool = True) -> Path:
     """Meta-train; the learned-loss file."""
-    with open_run(recipe, "meta-train", quiet=True) as run:
+    with open_run(recipe, "meta-train", quiet=quiet) as run:
         return meta_train(recipe, run)
 
 

@@ -11,6 +11,7 @@ from lkd.config import ModelRecipe
 from lkd.interleaving import assemble_loss, copy_state
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.meta_log import describe_saturation
+from lkd.outer_loop import OuterLoop
 from lkd.outputs import Outputs
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
@@ -59,6 +60,27 @@ def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapte
         values.append(total.item())
         assert all(g.abs().sum() > 0 for g in torch.autograd.grad(total, trained))
     assert values[0] != values[1]
+
+
+def test_a_saturated_part_is_told_once_even_if_the_run_goes_on_later(monkeypatch, capsys) -> None:
+    recipe = tiny_recipe(outer_steps=4, checkpoint_every=1)
+    recipe.resume = "auto"
+    monkeypatch.setattr("lkd.meta_log.SATURATED", 2.0)
+    monkeypatch.setattr("lkd.meta_log.find_saturated", lambda shares: ["logits"])
+    run_step = OuterLoop.run_step
+    for stop_after in (2, None):
+
+        def stopping(loop, stop_after=stop_after):
+            if loop.step == stop_after:
+                raise KeyboardInterrupt
+            return run_step(loop)
+
+        monkeypatch.setattr(OuterLoop, "run_step", stopping)
+        try:
+            run_recipe(recipe, quiet=False)
+        except KeyboardInterrupt:
+            assert stop_after == 2
+    assert capsys.readouterr().out.count("warning: saturated") == 1
 
 
 def test_a_saturated_part_is_described_and_a_teaching_one_is_not() -> None:
