@@ -5,7 +5,7 @@ from pathlib import Path
 
 from figures import HAND_MADE, LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
 from pictures import draw_gains, draw_learned, draw_settings
-from settings import ABLATIONS, CLEAN, KINDS, SETTINGS, SIGN_CHANGES, STUDENT, UNSEEN
+from settings import ABLATIONS, CLEAN, DEFAULTS, KINDS, SETTINGS, SIGN_CHANGES, STUDENT, UNSEEN
 
 from lkd.artifact import SUFFIX, read_provenance
 from lkd.comparison_table import format_figure
@@ -97,6 +97,7 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
         "digits": accuracies["digits"],
     }
     methods = [*HAND_MADE, LEARNED, *(f"learned {kind}" for kind in KINDS), "learned on other data"]
+    columns[f"{STUDENT} (seen)"] |= {m: found for m, found in accuracies["kinds"].items() if m != "learned logits"}
     lines = [f"| loss | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:
         cells = [
@@ -115,9 +116,11 @@ def tabulate_ablations(accuracies: dict[str, Accuracies]) -> str:
     tables = []
     for axis, rows in ABLATIONS.items():
         found = accuracies["ablations"]
-        tables.append(tabulate_axis(axis, {row: found[f"{axis}: {row}"] for row in rows}, next(iter(rows))))
-    kinds = {"logits (default)": LEARNED} | {kind: f"learned {kind}" for kind in KINDS}
-    found = {row: accuracies[CLEAN][method] for row, method in kinds.items()}
+        shown = {row: found["default" if row == DEFAULTS[axis] else f"{axis}: {row}"] for row in rows}
+        tables.append(tabulate_axis(axis, shown, DEFAULTS[axis]))
+    kinds = {f"{kind}": f"learned {kind}" for kind in KINDS}
+    found = {"logits (default)": accuracies["kinds"]["learned logits"]}
+    found |= {row: accuracies["kinds"][method] for row, method in kinds.items()}
     return "\n".join([*tables, tabulate_axis("kind", found, "logits (default)")])
 
 

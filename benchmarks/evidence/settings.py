@@ -10,7 +10,7 @@ from lkd.config import CompareRecipe, DataRecipe, MetaTrainRecipe, ModelRecipe, 
 STUDENT, UNSEEN, TINY = "small_cnn", "small_mobilenet", "tiny_cnn"
 RATES = [0.2, 0.1, 0.3]
 BUDGET = 20  # trainings that each hand-made loss with options is tuned with
-SEEDS, ABLATION_SEEDS = 10, 5
+SEEDS, FEWER_SEEDS = 10, 5
 META_RATE = 0.2  # learning rate of the students that losses are learned with
 
 CE = {"name": "cross_entropy", "grid": {"train.learning_rate": RATES}}
@@ -69,6 +69,7 @@ SETTINGS = {
 }
 SIGN_CHANGES = ("tiny_student", "few_labels", "noisy_labels", "bad_teacher")
 """The settings in which the best hand-made weight changes sign: the first question."""
+ROBUSTNESS = ("some_noise", "small_meta_validation")
 
 # Within the meta-validation images of `clean`, so that no image of its students is seen.
 OTHER_HALF = Setting("another data half", {"train_size": 4000, "meta_validation_size": 4000})
@@ -96,7 +97,8 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "both": ({"interleaving": "both"} | WINDOWS, {}),
     },
 }
-"""Axis → row → what differs from the default recipe: of `meta` and of `pool`. The axis of the kind is in `KINDS`."""
+"""Axis → row → what differs from the default recipe, of `meta` and of `pool`; the kind's axis is in `KINDS`."""
+DEFAULTS = {axis: next(iter(rows)) for axis, rows in ABLATIONS.items()}
 
 
 def learn_recipe(
@@ -168,14 +170,15 @@ def list_comparisons(
     kinds = {f"learned {kind}": learned_method(f"kind-{kind}", folder) for kind in KINDS}
     half = {"learned on other data": learned_method("other_half", folder)}
     clean = SETTINGS[CLEAN]
-    comparisons = {
-        CLEAN: compare_recipe(CLEAN, clean, root, folder, hand_made | {"DIST": DIST} | learned | kinds | half)
-    }
+    comparisons = {CLEAN: compare_recipe(CLEAN, clean, root, folder, hand_made | {"DIST": DIST} | learned | half)}
     comparisons[CLEAN].students = [ModelRecipe(STUDENT), ModelRecipe(UNSEEN)]
-    for name, setting in SETTINGS.items():
-        if name != CLEAN:
-            methods = hand_made | {"learned": learned_method(name, folder)}
-            comparisons[name] = compare_recipe(name, setting, root, folder, methods)
+
+    def add_setting(name: str) -> None:
+        methods = hand_made | {"learned": learned_method(name, folder)}
+        comparisons[name] = compare_recipe(name, SETTINGS[name], root, folder, methods)
+
+    for name in SIGN_CHANGES:
+        add_setting(name)
     taught = replace(clean, teacher={"path": str(other_teacher)})
     comparisons["other_teacher"] = compare_recipe("other_teacher", taught, root, folder, hand_made | learned)
     root_of_digits, digits_teacher = digits
@@ -187,11 +190,18 @@ def list_comparisons(
         {"epochs": 60, "batch_size": 32},
     )
     comparisons["digits"] = compare_recipe("digits", read, root, folder, hand_made | learned)
+    comparisons["kinds"] = compare_recipe("kinds", clean, root, folder, {"learned logits": learned["learned"]} | kinds)
+    comparisons["kinds"].baseline = "learned logits"
     rows = {
-        f"{axis}: {row}": learned_method(file_name(row) if meta or pool else CLEAN, folder)
+        f"{axis}: {row}": learned_method(file_name(row), folder)
         for axis, table in ABLATIONS.items()
-        for row, (meta, pool) in table.items()
+        for row in table
+        if row != DEFAULTS[axis]
     }
-    comparisons["ablations"] = compare_recipe("ablations", clean, root, folder, {"KD": KD} | rows)
-    comparisons["ablations"].seeds = ABLATION_SEEDS
+    comparisons["ablations"] = compare_recipe("ablations", clean, root, folder, {"default": learned["learned"]} | rows)
+    comparisons["ablations"].baseline = "default"
+    for name in ROBUSTNESS:
+        add_setting(name)
+    for name in ("ablations", *ROBUSTNESS):
+        comparisons[name].seeds = FEWER_SEEDS
     return comparisons

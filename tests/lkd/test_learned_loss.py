@@ -123,6 +123,7 @@ TINY = [
 META = [
     *("--pool.students", "1", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--meta.outer_steps", "2"),
     *("--meta.rollout_steps", "3", "--meta.students_per_step", "1", "--meta.outer_batch_size", "50"),
+    *("--meta.reuse_every", "0"),
 ]
 
 
