@@ -15,7 +15,7 @@ from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
-from lkd.losses.build import build_loss, reads_features
+from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned import LearnedLoss, build_learned_loss
 from lkd.losses.stages import Stages
 from lkd.models import build, describe
@@ -117,12 +117,23 @@ def prepare_loss(
 def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
     """Build the loss networks that a recipe is to learn; their initial weights are a function of its seed.
 
+    Features of several architectures are read from whichever student the loss meets.
+
     Raises:
         UserError: If `meta.kind` or `meta.loss`, or one of the networks, is not good.
     """
-    stages = () if recipe.meta.kind == "logits" else prepare_stages(recipe.student, recipe.teacher, images)
-    torch.manual_seed(recipe.seed)
-    return build_learned_loss(recipe.meta.kind, recipe.meta.loss, *stages)
+    settings, seed = recipe.meta, recipe.seed
+    if settings.kind == "logits":
+        torch.manual_seed(seed)
+        return build_learned_loss(settings.kind, settings.loss)
+    for model in recipe.students or [recipe.student]:
+        stages = prepare_stages(model, recipe.teacher, images)
+        torch.manual_seed(seed)
+        loss = build_learned_loss(settings.kind, settings.loss, *stages)
+    if len(recipe.students) > 1:
+        for part in find_feature_parts(loss):
+            part.free_student()
+    return loss
 
 
 def prepare_stages(student: ModelRecipe, teacher: TeacherRecipe, images: Images) -> tuple[Stages, Stages]:

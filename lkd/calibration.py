@@ -1,6 +1,4 @@
-"""Temperature scaling (Guo et al., 2017) and the outer objectives built on it."""
-
-from collections.abc import Callable
+"""Temperature scaling and calibration (Guo et al., 2017)."""
 
 import torch
 from torch import Tensor
@@ -46,12 +44,6 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     The temperature is a minimiser, so its own derivative is zero there and the gradient is exact (envelope theorem).
     """
     return cross_entropy(logits / find_best_temperature(logits.detach(), target), target)
-
-
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "calibrated_cross_entropy": calibrated_cross_entropy,
-}
 
 
 def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:

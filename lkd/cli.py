@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     ),
     "teacher": (config.TrainTeacherRecipe, "train a teacher"),
     "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
+    "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),

@@ -14,6 +14,7 @@ from lkd.config import (
     CompareRecipe,
     DistillRecipe,
     EvaluateRecipe,
+    FidelityRecipe,
     MetaTrainRecipe,
     PoolRecipe,
     QuickstartRecipe,
@@ -22,6 +23,7 @@ from lkd.config import (
 from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
+from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
@@ -67,6 +69,14 @@ def pool(recipe: PoolRecipe) -> None:
         teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
         built = build_pool(recipe, run.path / "pool", images, teacher, run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
+
+
+def fidelity(recipe: FidelityRecipe) -> None:
+    """`lkd fidelity`."""
+    with open_run(recipe, "fidelity") as run:
+        measure_fidelity(recipe, run)
+        print((run.path / "table.txt").read_text())
+        print(f"{run.path}: fidelity.json, fidelity.png, table.txt, rows.csv, trainings.csv, rollouts.csv, result.json")
 
 
 def meta_train(recipe: MetaTrainRecipe) -> None:

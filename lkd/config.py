@@ -41,7 +41,7 @@ class ModelRecipe:
 
     Args:
         name: A timm model name (with its tag, as in resnet50.tv_in1k), a CIFAR network (resnet32x4, wrn_40_2, ...), or
-            small_resnet, small_cnn, small_mobilenet.
+            small_resnet, small_cnn, tiny_cnn, small_mobilenet.
         pretrained: Start from timm's pretrained weights.
         options: Further arguments of timm.create_model, such as {act_layer: relu}.
     """
@@ -154,7 +154,7 @@ class TrainTeacherRecipe(RunRecipe):
 
 
 @dataclass
-class PoolSettings:
+class PoolContents:
     """Which ages of which students the pool keeps.
 
     Args:
@@ -168,6 +168,30 @@ class PoolSettings:
     snapshots: int = 6
     max_age: float = 0.1
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
+
+
+@dataclass
+class PoolSettings(PoolContents):
+    """A pool, and how meta-training draws students from it.
+
+    Args:
+        sampling: uniform over all students of the pool; gaussian, ages near `gaussian_age`; fixed_step, the ages one
+            after another, again and again; latest, the oldest age only; live, uniform over students that were trained
+            with the loss as it is, anew every `refresh_every` outer steps; fidelity, ages weighted as `lkd fidelity`
+            recommends.
+        gaussian_age: The age at which sampling gaussian draws most.
+        gaussian_spread: Standard deviation of the ages of sampling gaussian.
+        refresh_every: Outer steps between two pools of sampling live; each costs `students` trainings up to `max_age`.
+        fidelity_file: The fidelity.json that sampling fidelity takes its weights from.
+        restore_momentum: Start a rollout with the momentum that the student had; else with none.
+    """
+
+    sampling: Literal["uniform", "gaussian", "fixed_step", "latest", "live", "fidelity"] = "uniform"
+    gaussian_age: float = 0.0
+    gaussian_spread: float = 0.1
+    refresh_every: int = 10
+    fidelity_file: str | None = None
+    restore_momentum: bool = True
 
 
 @dataclass
@@ -186,7 +210,7 @@ class PoolRecipe(RunRecipe):
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     student: ModelRecipe = field(default_factory=ModelRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
-    pool: PoolSettings = field(default_factory=PoolSettings)
+    pool: PoolContents = field(default_factory=PoolContents)
 
 
 @dataclass
@@ -195,34 +219,62 @@ class MetaSettings:
 
     Args:
         outer_steps: Updates of the loss network.
-        students_per_step: Students drawn from the pool for each update; their hypergradients are averaged.
-        rollout_steps: K, the student's steps in one rollout.
-        annealing: Learning rate within a rollout: cosine (to zero) or constant.
+        interleaving: before, the loss is learned from the pool and then reused; alternate, it is updated while students
+            of its own are trained with it from start to end, at even distances, and its course is saved, to be replayed
+            by progress; both, half of the outer steps each, in this order.
+        batches: The outer loss looks at meta-validation images (different), or at the rollout's own training images
+            (same).
+        students_per_step: Students whose hypergradients are averaged for each update: drawn from the pool, or, where
+            the loss alternates with their training, trained side by side.
+        rollout_steps: K, the student's steps in one rollout. Where the loss alternates, its last steps before each
+            update.
+        initial_rollout_steps: K at the first outer step, from which it grows evenly to `rollout_steps`; 0 for no
+            growth. From the pool only.
+        rollout_epochs: How often a rollout from the pool sees each of its images: 1, all different; more, a part of the
+            training images again and again, as a whole training does.
+        annealing: Learning rate within a rollout from the pool: cosine (to zero) or constant.
+        average: The outer loss sees an exponential moving average of the rollout's iterates with this decay; 0 for the
+            last iterate. From the pool only.
         estimator: How the hypergradient is computed: one of meta's (unrolled, adjoint and higher are exact; first_order
-            is leaner), or audited: first_order as long as its audit against the exact one holds, else adjoint.
-        objective: Outer loss on a meta-validation batch: cross_entropy, or calibrated_cross_entropy (at the best
-            temperature).
-        outer_batch_size: Meta-validation images of one outer loss.
+            is leaner), or audited: first_order as long as its audit against the exact one holds, else adjoint. Where
+            the loss alternates with a training, first_order walks back over the training's own steps.
+        objective: Outer loss: cross_entropy, calibrated_cross_entropy (at the best temperature), brier, or
+            smoothed_error (a sigmoid of the margin in place of the error's step).
+        outer_batch_size: Images of one outer loss.
         learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
-        loss: Options of the loss networks: `form` (balance, generic, residual, target), that form's own (hidden,
-            initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and under
-            `features` those of the network over features; see docs/losses.md.
+        loss: Options of the loss networks: `form` (decoupled, balance, generic, residual, target), that form's own
+            (hidden, initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and
+            under `features` those of the network over features; see docs/losses.md.
+        reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
+            meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
+            0 for no look: the last loss is saved.
+        reuse_epochs: Epochs of such a training, with the whole schedule of `train`; each costs reuse_epochs /
+            train.epochs trainings. 0 for as many as `train` has.
+        reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
         checkpoint_every: Outer steps between checkpoints.
     """
 
-    outer_steps: int = 40
-    students_per_step: int = 3
-    rollout_steps: int = 50
+    outer_steps: int = 20
+    interleaving: Literal["before", "alternate", "both"] = "before"
+    batches: Literal["different", "same"] = "different"
+    students_per_step: int = 2
+    rollout_steps: int = 100
+    initial_rollout_steps: int = 0
+    rollout_epochs: int = 13
     annealing: Literal["cosine", "constant"] = "cosine"
+    average: float = 0.0
     estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
     outer_batch_size: int = 1000
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     clip_norm: float = 1.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
+    reuse_every: int = 5
+    reuse_epochs: int = 0
+    reuse_patience: int = 0
     checkpoint_every: int = 10
 
 
@@ -236,15 +288,17 @@ class MetaTrainRecipe(RunRecipe):
         data: The images.
         teacher: The teacher.
         student: The network.
+        students: Networks to learn with instead of `student`, in turn; each has a pool of its own.
         train: The students' training: the loss is learned for it.
-        pool: The pool to build.
-        pool_dir: A pool to use instead: the `pool` folder of an earlier run.
+        pool: The pool to build, and how students are drawn.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run, with the same network or `students`.
         meta: The outer loop.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     student: ModelRecipe = field(default_factory=ModelRecipe)
+    students: list[ModelRecipe] = field(default_factory=list)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     pool: PoolSettings = field(default_factory=PoolSettings)
     pool_dir: str | None = None
@@ -330,6 +384,61 @@ class CompareRecipe(RunRecipe):
     evaluate_every: int = 1
     workers: int = 0
     join: bool = False
+
+
+def default_ranked_losses() -> dict[str, dict[str, Any] | str]:
+    """Cross-entropy, and KD from too little of the teacher to nothing else, too cold to too warm."""
+    points = [(0.2, 1.0), (0.2, 4.0), (0.5, 2.0), (0.5, 8.0), (0.8, 4.0), (1.0, 1.0), (1.0, 2.0)]
+    kd = {f"KD({w:g}, {t:g})": {"name": "kd", "weight": w, "temperature": t} for w, t in points}
+    return {"CE": {"name": "cross_entropy"}, **kd}
+
+
+@dataclass
+class FidelityRecipe(RunRecipe):
+    """Do short rollouts rank losses as full trainings do? Spearman's correlation for each kind of rollout (RUN_DIR).
+
+    To be asked before any meta-training, which sees rollouts only. Writes a table, a picture, and fidelity.json with
+    the recommended rollout length, annealing, objective, and weights for drawing ages from the pool.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The full training, and that of which a rollout is a stretch.
+        pool: The pool to build; it must hold the `ages`.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run.
+        losses: Label → loss to rank, at least 3. What a loss trains along with the student (adapters) has no age, so
+            losses that have such parts are refused.
+        ages: Ages of the students that rollouts start from, in [0, 1].
+        rollout_lengths: K, the student's steps in one rollout.
+        rollout_epochs: How often a rollout sees each of its images, as in `lkd meta-train`.
+        annealing: Learning rates within a rollout: cosine (to zero) or constant.
+        objectives: Outer objectives by name, as in `lkd meta-train`; an empty list takes all there are.
+        outer_batch_size: Meta-validation images that a rollout is scored on.
+        full_seeds: Full trainings of each loss, with paired seeds: seed, seed + 1, ...; at least 2, and from 4 on the
+            noise ceiling has an interval worth its name.
+        rollouts: Rollouts of each loss, age, K and annealing; the losses share students and batches. Each takes the
+            next student of the pool, and as many students as rollouts are best.
+        workers: Processes that work side by side; 0 means one for every CPU core, or for every GPU.
+    """
+
+    run_dir: str = "runs/fidelity"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    pool: PoolContents = field(default_factory=lambda: PoolContents(students=8, snapshots=9, max_age=0.8))
+    pool_dir: str | None = None
+    losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
+    ages: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
+    rollout_lengths: list[int] = field(default_factory=lambda: [20, 60])
+    rollout_epochs: int = 13
+    annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
+    objectives: list[str] = field(default_factory=list)
+    outer_batch_size: int = 1000
+    full_seeds: int = 4
+    rollouts: int = 8
+    workers: int = 0
 
 
 @dataclass

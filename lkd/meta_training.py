@@ -3,48 +3,38 @@
 *Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured
 choices of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the
 student's age to 1 meanwhile, so that K steps stand for a whole training; students are young; the outer loss is
-cross-entropy at the best temperature.
+cross-entropy at the best temperature. The paper's axes (how students are sampled, which images the outer loss sees, how
+the trainings of loss and student are interleaved) are options of the recipe.
 """
 
-import math
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.func import functional_call
 from tqdm import tqdm
 
 from lkd.artifact import SUFFIX, save_loss
 from lkd.assembly import (
-    Images,
     architecture_of,
     introduce_network,
     introduce_teacher,
     prepare_images,
     prepare_learned_loss,
     prepare_loss,
-    prepare_student,
     prepare_teacher,
     read_teacher_stages,
 )
-from lkd.calibration import OBJECTIVES
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import MetaTrainRecipe
-from lkd.data import Batch, Batches, draw_positions, seeded_generator
-from lkd.errors import UserError, check_choice
+from lkd.evaluation import evaluate
+from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
-from lkd.outputs import Outputs
-from lkd.pool import Pool, build_pool, check_pool, open_pool
+from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
+from lkd.meta_cost import measure_training_seconds, summarize_cost
+from lkd.meta_log import describe_saturation, log_row
+from lkd.models.network_file import save_network
+from lkd.outer_loop import OuterLoop
+from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
+from lkd.reuse import FIGURES, Reuse
 from lkd.run import Run
-from lkd.training import TeacherFunction
-from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, call_module, outer_step
-from meta.optim import SGD
-from meta.types import Tensors
-
-InnerBatch = tuple[Batch, Outputs, float]
-AUDITED = "audited"
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
@@ -59,207 +49,106 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     """
     check_settings(recipe)
     images = prepare_images(recipe.data)
-    architecture = architecture_of(recipe.student, images.train)
-    pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
-    pool_loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
-    run.say(introduce_network("student", recipe.student, images, run.device))
+    check_meta_validation(images)
+    pools = open_pools(recipe, Path(recipe.pool_dir), images) if recipe.pool_dir else []
+    check_schedule(recipe, images, pools)
+    loss = prepare_learned_loss(recipe, images)
+    models = list_students(recipe)
+    draws = bool(alternation_start(recipe.meta))
+    pool_loss = recipe.pool.loss
+    pool_losses = [prepare_loss(pool_loss, m, recipe.teacher, images, recipe.seed) for m in models] if draws else []
+    for model in models:
+        run.say(introduce_network("student", model, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    stages = (*read_teacher_stages(pool_loss), *prepare_learned_loss(recipe, images).teacher_stages)
+    stages = [stage for reader in (loss, *pool_losses) for stage in read_teacher_stages(reader)]
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
-    pool = pool or build_pool(recipe, run.path / "pool", images, teacher, run)
-    training = MetaTraining(recipe, images, teacher, pool, run.device)
-    run.say(f"learned loss: {sum(p.numel() for p in training.loss.parameters()):,} parameters")
-    checkpoint = run.path / "checkpoint.safetensors"
-    if checkpoint.exists():
-        training.load_state_dict(load_checkpoint(checkpoint))
-    started = time.perf_counter()
-    bar = tqdm(
-        total=recipe.meta.outer_steps, initial=training.step, desc="meta-train", unit="step", disable=run.hide_bars
-    )
-    with deferred_interrupts() as stop, bar:
-        while training.step < recipe.meta.outer_steps:
-            result = training.run_step()
-            row = log_row(result, training)
-            training.history.append({"step": training.step, **row})
-            run.tracker.log(training.step, **row)
-            bar.update()
-            bar.set_postfix(outer=f"{result.value:.4f}", norm=f"{result.norm:.2e}")
-            if stop or training.step % recipe.meta.checkpoint_every == 0:
-                save_checkpoint(checkpoint, training.state_dict())
-            if stop:
-                raise Interrupted(f"stopped at outer step {training.step} of {recipe.meta.outer_steps}")
-    save_checkpoint(checkpoint, training.state_dict())
-    path = run.path / f"loss{SUFFIX}"
+    if draws:
+        pools = pools or build_pools(recipe, run.path / "pool", images, teacher, run)
+    run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
+    loop = OuterLoop(recipe, images, teacher, loss, pools, run.device)
+    reuse = Reuse(recipe, models, images, teacher, run.device)
+    training_seconds = learn(recipe, loop, reuse, run)
+    if loop.own:
+        save_own_student(recipe, loop, run)
+    pool_trainings = count_pool_trainings(recipe, pools, loop.step)
     provenance = run.provenance() | {
         "split": images.fingerprint,
-        "curve": training.history,
-        "seconds": round(time.perf_counter() - started, 1),
+        "curve": loop.history,
+        "reuse": reuse.rows,
+        "seconds": round(loop.seconds, 1),
+        **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
     }
-    save_loss(path, training.loss, provenance)
+    path = run.path / f"loss{SUFFIX}"
+    save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
+    if reuse.rows:
+        run.say(f"best by reuse: the loss after outer step {reuse.best_row['step']} of {loop.step}")
+    run.say(f"cost: {provenance['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
     run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
     return path
 
 
-def check_settings(recipe: MetaTrainRecipe) -> None:
-    """Check the outer loop's settings.
+def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> float:
+    """Take all outer steps, or those that a resumed run has left.
+
+    Returns:
+        Seconds of one student training.
 
     Raises:
-        UserError: If one is impossible.
+        Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    check_pool(recipe.pool)
-    check_choice("meta.estimator", recipe.meta.estimator, [*ESTIMATORS, AUDITED])
-    check_choice("meta.objective", recipe.meta.objective, OBJECTIVES)
-    for name in ("outer_steps", "students_per_step", "rollout_steps", "outer_batch_size", "checkpoint_every"):
-        if getattr(recipe.meta, name) < 1:
-            raise UserError(f"meta.{name}: {getattr(recipe.meta, name)} is not at least 1")
-    if recipe.meta.clip_norm < 0:
-        raise UserError(f"meta.clip_norm: {recipe.meta.clip_norm} is negative; 0 turns clipping off")
+    checkpoint, settings, first_pools = run.path / "checkpoint.safetensors", recipe.meta, loop.pools
+    images, teacher = loop.images, loop.teacher
+    training_seconds = 0.0
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        loop.load_state_dict(saved["loop"])
+        reuse.load_state_dict(saved["reuse"])
+        training_seconds = saved["training_seconds"]
+    warned = any(describe_saturation(row) for row in loop.history)
+
+    def save() -> None:
+        state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
+        save_checkpoint(checkpoint, state)
+        drop_superseded_pools(recipe, loop.step, run)
+
+    bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
+    with deferred_interrupts() as stop, bar:
+        training_seconds = training_seconds or measure_training_seconds(recipe, images, teacher, loop.loss, run.device)
+        try:
+            while True:
+                if reuse.is_due(loop.step):
+                    row = reuse.look(loop.step, loop.loss, loop.points, stop)
+                    run.tracker.log(loop.step, **{f"reuse/{name}": row[name] for name in FIGURES})
+                if loop.step == settings.outer_steps or reuse.is_exhausted():
+                    break
+                if recipe.pool.sampling == "live" and not loop.alternates:
+                    loop.pools = renew_pools(recipe, loop.step, first_pools, images, teacher, run, loop.loss)
+                row = log_row(loop.run_step(), loop.balances, loop.estimator)
+                loop.history.append({"step": loop.step, **row})
+                run.tracker.log(loop.step, **row)
+                warning = describe_saturation(row)
+                if warning and not warned:
+                    run.say(f"outer step {loop.step}: {warning}")
+                warned = warned or bool(warning)
+                bar.update()
+                shown = {"outer": "outer/value", "norm": "outer/hypergradient_norm"}
+                bar.set_postfix({name: f"{row[key]:.3g}" for name, key in shown.items()})
+                if stop:
+                    raise Interrupted(f"stopped at outer step {loop.step} of {settings.outer_steps}")
+                if loop.step % settings.checkpoint_every == 0:
+                    save()
+        except Interrupted:
+            save()
+            raise
+    save()
+    return training_seconds
 
 
-def log_row(result: OuterStep, training: "MetaTraining") -> dict[str, float]:
-    """What is logged of one outer step."""
-    row = {
-        "outer/value": result.value,
-        "outer/hypergradient_norm": result.norm,
-        "outer/clipped": float(result.clipped),
-        "outer/left_out": float(len(result.left_out)),
-    }
-    if training.balances:
-        weight, temperature = (sum(values) / len(values) for values in zip(*training.balances, strict=True))
-        row |= {"loss/weight": weight, "loss/temperature": temperature}
-    if isinstance(training.estimator, Audited) and training.estimator.audits:
-        latest = list(training.estimator.audits.values())[-1]
-        row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
-    return row
-
-
-def half_cosine(progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-class MetaTraining:
-    """The outer loop, a step at a time.
-
-    Every draw is a function of the seed and the step, so nothing else need be saved.
-
-    Args:
-        recipe: The recipe.
-        images: The images.
-        teacher: From a batch to the teacher's outputs.
-        pool: Where students come from.
-        device: Where tensors go.
-    """
-
-    def __init__(
-        self, recipe: MetaTrainRecipe, images: Images, teacher: TeacherFunction, pool: Pool, device: torch.device
-    ) -> None:
-        self.recipe = recipe
-        self.settings = recipe.meta
-        self.images = images
-        self.teacher = teacher
-        self.pool = pool
-        self.device = device
-        self.student = prepare_student(recipe.student, images.train, recipe.seed, device).train()
-        self.loss = prepare_learned_loss(recipe, images).to(device)
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
-        self.objective = OBJECTIVES[self.settings.objective]
-        self.estimator: Estimator = (
-            Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
-        )
-        self.step = 0
-        self.history: list[dict[str, Any]] = []
-        self.balances: list[tuple[float, float]] = []
-
-    def run_step(self) -> OuterStep:
-        """Average the hypergradients of several students and update the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
-        self.balances.clear()
-        hypergradients = [self.differentiate_student(number) for number in range(self.settings.students_per_step)]
-        parameters = dict(self.loss.named_parameters())
-        result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
-        self.step += 1
-        return result
-
-    def differentiate_student(self, number: int) -> Hypergradient:
-        """Draw a student and batches, roll out, and differentiate the outer loss with respect to the loss's weights."""
-        settings, train = self.settings, self.recipe.train
-        generator = seeded_generator(self.recipe.seed, 5, self.step, number)
-        student = self.pool.draw(generator, self.device)
-        seed = int(torch.randint(2**62, (), generator=generator))
-        batches = Batches(self.images.train, train.batch_size, seed, self.recipe.data.augmentation, self.device)
-        inner_batches: list[InnerBatch] = []
-        for step in range(settings.rollout_steps):
-            batch = batches.at(step)
-            progress = student.progress + (1 - student.progress) * step / settings.rollout_steps
-            inner_batches.append((batch, self.teacher(batch), progress))
-        self.record_balance(student.state.parameters, student.state.buffers, inner_batches[0])
-        validation = self.images.meta_validation
-        size = min(settings.outer_batch_size, len(validation))
-        outer_batch = validation.batch(draw_positions(len(validation), size, generator), self.device)
-        optimizer = SGD(
-            self.anneal(student.learning_rate), train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay
-        )
-        return self.estimator(
-            self.inner_loss,
-            self.outer_loss,
-            student.state,
-            {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
-            inner_batches,
-            outer_batch,
-            optimizer,
-        )
-
-    def anneal(self, learning_rate: float) -> Any:
-        """The learning rate as a function of the step within the rollout."""
-        if self.settings.annealing == "constant":
-            return learning_rate
-        return lambda step: learning_rate * half_cosine(step / self.settings.rollout_steps)
-
-    def inner_loss(
-        self, parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: InnerBatch
-    ) -> tuple[Tensor, Tensors]:
-        """The learned loss of one student step."""
-        images, teacher, progress = batch
-        outputs, buffers = call_module(self.student, parameters, buffers, images.images)
-        terms = functional_call(self.loss, hyper, (outputs, teacher, images.target, progress))
-        return torch.stack(list(terms.values())).sum(), buffers
-
-    def outer_loss(self, parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-        """The student's meta-validation loss.
-
-        BatchNorm uses the batch's own statistics: the running ones have no derivative.
-        """
-        outputs, _ = call_module(self.student, parameters, buffers, batch.images)
-        return self.objective(outputs.logits, batch.target)
-
-    @torch.no_grad()
-    def record_balance(self, parameters: Tensors, buffers: Tensors, batch: InnerBatch) -> None:
-        """Remember the loss's mean weight and temperature on a rollout's first batch, to be logged."""
-        images, teacher, progress = batch
-        if "logits" not in self.loss.parts:
-            return
-        outputs, _ = call_module(self.student, parameters, buffers, images.images)
-        part: Any = self.loss.parts["logits"]
-        weight, temperature = part.weights_and_temperatures(outputs.logits, teacher.logits, images.target, progress)
-        self.balances.append((float(weight.mean()), float(temperature.mean())))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly."""
-        return {
-            "step": self.step,
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self.step = state["step"]
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history = state["history"]
-        if isinstance(self.estimator, Audited):
-            self.estimator.load_state_dict(state["estimator"])
+def save_own_student(recipe: MetaTrainRecipe, loop: OuterLoop, run: Run) -> None:
+    """Save the first student that was trained while the loss was learned: what the dynamic strategy itself gives."""
+    student, path = loop.own[0].training.student, run.path / "student.safetensors"
+    figures = evaluate(student, loop.images.meta_validation, run.device)
+    provenance = run.provenance() | {"meta_validation": {"last": figures}}
+    architecture = architecture_of(list_students(recipe)[0], loop.images.train)
+    save_network(path, student, architecture, provenance)
+    run.say(f"{path}: {figures['top1']:.2f} % on meta-validation")

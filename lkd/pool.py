@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lkd.assembly import Images, architecture_of, prepare_loss
-from lkd.config import MetaTrainRecipe, PoolRecipe, PoolSettings
+from lkd.config import MetaTrainRecipe, PoolContents, PoolRecipe
 from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.files import read_json, read_tensors, write_json, write_tensors
@@ -55,10 +55,18 @@ class Pool:
     def __len__(self) -> int:
         return len(self.index["students"])
 
-    def draw(self, generator: Generator, device: torch.device) -> PoolStudent:
-        """Draw a student, uniformly over all trainings and ages."""
-        position = int(torch.randint(len(self), (), generator=generator))
-        return self.read(position, device)
+    @property
+    def ages(self) -> Tensor:
+        """The students' ages in [0, 1], float64, [N]."""
+        return torch.tensor([entry["progress"] for entry in self.index["students"]], dtype=torch.float64)
+
+    @property
+    def trainings(self) -> float:
+        """What the pool cost, in units of one whole training: each of its trainings went up to its oldest student."""
+        oldest: dict[int, float] = {}
+        for entry in self.index["students"]:
+            oldest[entry["training"]] = max(entry["progress"], oldest.get(entry["training"], 0.0))
+        return sum(oldest.values())
 
     def read(self, position: int, device: torch.device) -> PoolStudent:
         """Read the student at this position of the index.
@@ -99,9 +107,24 @@ def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Poo
 
 
 def build_pool(
-    recipe: PoolRecipe | MetaTrainRecipe, folder: Path, images: Images, teacher: TeacherFunction, run: Run
+    recipe: PoolRecipe | MetaTrainRecipe,
+    folder: Path,
+    images: Images,
+    teacher: TeacherFunction,
+    run: Run,
+    loss: nn.Module | None = None,
+    first: int = 0,
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
+
+    Args:
+        recipe: The recipe.
+        folder: Where the pool goes, or is gone on with.
+        images: The images.
+        teacher: From a batch to the teacher's outputs.
+        run: The run.
+        loss: What the students are trained with; by default what `pool.loss` names.
+        first: Number of the first training: equal numbers give equal initial weights and batches.
 
     Raises:
         UserError: If the settings are impossible.
@@ -114,26 +137,27 @@ def build_pool(
     if (folder / INDEX).exists():
         index = open_pool(folder, images, architecture).index
     done = {entry["training"] for entry in index["students"]}
+    numbers = range(first, first + settings.students)
     with deferred_interrupts() as stop:
-        for number in tqdm(range(settings.students), desc="pool", unit="student", disable=run.hide_bars):
+        for number in tqdm(numbers, desc="pool", unit="student", disable=run.hide_bars):
             if number in done:
                 continue
+            seed = recipe.seed + 1000 * (number + 1)
             training = start_training(
                 recipe.student,
                 images.train,
-                prepare_loss(settings.loss, recipe.student, recipe.teacher, images, recipe.seed + 1000 * (number + 1)),
+                loss or prepare_loss(settings.loss, recipe.student, recipe.teacher, images, seed),
                 teacher,
                 recipe.train,
                 recipe.data.augmentation,
-                recipe.seed + 1000 * (number + 1),
+                seed,
                 run.device,
             )
-            ages = torch.linspace(0, settings.max_age, settings.snapshots) * training.total_steps
-            for step in sorted({round(age) for age in ages.tolist()}):
+            for step in list_snapshots(settings, training.total_steps):
                 while training.step < step and not stop:
                     training.run_step()
                 if stop:
-                    raise Interrupted(f"{number} of {settings.students} students of the pool are finished")
+                    raise Interrupted(f"{number - first} of {settings.students} students of the pool are finished")
                 name = f"student-{number:03d}-step-{step:06d}.safetensors"
                 write_student(folder / name, training)
                 index["students"].append({"file": name, "training": number, "progress": training.progress})
@@ -141,7 +165,13 @@ def build_pool(
     return Pool(folder, index)
 
 
-def check_pool(settings: PoolSettings) -> None:
+def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
+    """The steps at which a student is kept."""
+    steps = torch.linspace(0, settings.max_age, settings.snapshots) * total_steps
+    return sorted({round(step) for step in steps.tolist()})
+
+
+def check_pool(settings: PoolContents) -> None:
     """Check what a pool is to hold, before any training.
 
     Raises:

@@ -76,8 +76,11 @@ class Training:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def run_step(self) -> dict[str, Tensor]:
+    def run_step(self, watch: Callable[[tuple[Batch, Any, float]], None] | None = None) -> dict[str, Tensor]:
         """Do one step of SGD.
+
+        Args:
+            watch: Told the batch, the teacher's outputs and the progress before the student sees the batch.
 
         Returns:
             The loss's terms, detached.
@@ -87,6 +90,8 @@ class Training:
         """
         batch = self.batches.at(self.step)
         teacher = self.teacher(batch) if self.teacher else None
+        if watch:
+            watch((batch, teacher, self.progress))
         identity = {"index": batch.index} if self.needs_index else {}
         terms = self.loss(self.student(batch.images), teacher, batch.target, self.progress, **identity)
         total = torch.stack(list(terms.values())).sum()

@@ -13,8 +13,13 @@ class NotTwiceDifferentiableError(ValueError):
     """An operation of the inner loss has no second derivative."""
 
 
-def check_inputs(state: State, hyper: Tensors, inner_batches: Sequence[Any]) -> None:
+def check_inputs(state: State, hyper: Tensors | None, inner_batches: Sequence[Any]) -> None:
     """Check, before anything is computed, all that the inputs alone can tell.
+
+    Args:
+        state: Where the rollout starts.
+        hyper: The outer parameters; None where there are none to differentiate.
+        inner_batches: One batch a step.
 
     Raises:
         ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, or trees that do not
@@ -22,7 +27,8 @@ def check_inputs(state: State, hyper: Tensors, inner_batches: Sequence[Any]) -> 
     """
     if len(inner_batches) == 0:
         raise ValueError("a rollout needs at least one inner batch (K = 0 has no hypergradient)")
-    for kind, tensors in (("inner", state.parameters), ("outer", hyper)):
+    groups = [("inner", state.parameters), *([] if hyper is None else [("outer", hyper)])]
+    for kind, tensors in groups:
         if not tensors:
             raise ValueError(f"there are no {kind} parameters")
         for name, tensor in tensors.items():

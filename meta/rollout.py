@@ -33,14 +33,14 @@ def rollout(
     Args:
         inner_loss: The loss that is descended.
         state: Where to start; it is not written to.
-        hyper: The outer parameters.
+        hyper: The outer parameters; empty where the loss has none.
         inner_batches: One batch a step.
         optimizer: The inner optimiser, or a function of `hyper` that returns one.
 
     Raises:
         ValueError: There is no step to take, or the loss cannot be differentiated with respect to the parameters.
     """
-    check_inputs(state, hyper, inner_batches)
+    check_inputs(state, hyper or None, inner_batches)
     hyper = {name: tensor.detach() for name, tensor in hyper.items()}
     built = build_optimizer(optimizer, hyper)
     state = state.detach()

@@ -16,6 +16,7 @@ from lkd.losses.kd import KDLoss
 from lkd.losses.learned import FeatureLoss, LearnedLoss
 from lkd.losses.logit_mse import LogitMSELoss
 from lkd.losses.logit_standardization import LogitStandardizationLoss
+from lkd.losses.replayed import ReplayedLoss
 from lkd.losses.rkd import RKDLoss
 from lkd.losses.similarity_preserving import SimilarityPreservingLoss
 from lkd.losses.stages import Stages
@@ -83,7 +84,7 @@ def reads_features(specification: str | dict[str, Any]) -> bool:
     """Whether `build_loss` needs the stages' shapes for this loss."""
     name = str(specification.get("name") if isinstance(specification, dict) else specification)
     if is_learned(name):
-        return find_feature_part(load_loss(name)) is not None
+        return bool(find_feature_parts(load_loss(name)))
     return name in FEATURE_LOSSES or name.startswith(TORCHDISTILL)
 
 
@@ -92,14 +93,14 @@ def is_learned(name: str) -> bool:
     return name.endswith(".safetensors") or Path(name).is_file()
 
 
-def find_feature_part(loss: LearnedLoss) -> FeatureLoss | None:
-    """The part of a learned loss that reads features, if there is one."""
-    return next((part for part in loss.parts.values() if isinstance(part, FeatureLoss)), None)
+def find_feature_parts(loss: nn.Module) -> list[FeatureLoss]:
+    """The parts of a learned loss that read features: none, one, or one for each loss that is replayed."""
+    return [part for part in loss.modules() if isinstance(part, FeatureLoss)]
 
 
 def build_from_file(
     path: str, student_stages: Stages | None, teacher_stages: Stages | None, options: dict[str, Any]
-) -> LearnedLoss:
+) -> LearnedLoss | ReplayedLoss:
     """Load a learned loss and, if it reads features, attach it to the networks' stages.
 
     Args:
@@ -113,18 +114,20 @@ def build_from_file(
         UserError: If the file is not good, takes no such option, or reads features that a network does not give.
     """
     loss = load_loss(path)
-    features = find_feature_part(loss)
-    adapters = options.pop("adapters", False) if features else False
+    parts = find_feature_parts(loss)
+    adapters = options.pop("adapters", False) if parts else False
     if options:
         raise UserError(f"loss: {path} is a learned loss and takes no {', '.join(options)}")
-    if features is None:
+    if not parts:
         return loss
     if student_stages is None or teacher_stages is None:
         raise UserError(f"loss {path!r} reads features: give build_loss the student's and the teacher's stages")
     if not isinstance(adapters, bool):
         raise UserError(f"loss {path!r}: adapters: {adapters!r} is neither true nor false")
     try:
-        features.attach(student_stages, teacher_stages, adapters)
+        for part in parts:
+            part.attach(student_stages, teacher_stages, adapters)
+            part.adapters = parts[0].adapters  # a student has one set, whichever loss is in charge
     except ValueError as error:
         raise UserError(f"loss {path!r}: {error}") from error
     return loss

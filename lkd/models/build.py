@@ -21,7 +21,7 @@ def build(
     Args:
         name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), one of the literature's
             CIFAR networks (`resnet32x4`, `wrn_40_2`, ...: `CIFAR_NETWORKS`), or one of the quickstart's
-            (`small_resnet`, `small_cnn`, `small_mobilenet`).
+            (`small_resnet`, `small_cnn`, `tiny_cnn`, `small_mobilenet`).
         num_classes: Number of classes.
         in_chans: Channels of the input images.
         pretrained: Load timm's pretrained weights of that tag.

@@ -98,6 +98,19 @@ def small_cnn(num_classes: int, in_chans: int) -> StagedNetwork:
     )
 
 
+def tiny_cnn(num_classes: int, in_chans: int) -> StagedNetwork:
+    """A student that can learn little: three strided convolutions, 1.4 k parameters."""
+    return StagedNetwork(
+        OrderedDict(
+            stage1=convolution(in_chans, 4, stride=2),
+            stage2=convolution(4, 8, stride=2),
+            stage3=convolution(8, 12, stride=2),
+        ),
+        12,
+        num_classes,
+    )
+
+
 def small_mobilenet(num_classes: int, in_chans: int) -> StagedNetwork:
     """The student that meta-training never sees: depthwise-separable, 14 k parameters."""
     return StagedNetwork(
@@ -111,4 +124,9 @@ def small_mobilenet(num_classes: int, in_chans: int) -> StagedNetwork:
     )
 
 
-SMALL_NETWORKS = {"small_resnet": small_resnet, "small_cnn": small_cnn, "small_mobilenet": small_mobilenet}
+SMALL_NETWORKS = {
+    "small_resnet": small_resnet,
+    "small_cnn": small_cnn,
+    "tiny_cnn": tiny_cnn,
+    "small_mobilenet": small_mobilenet,
+}

@@ -33,6 +33,11 @@ SMALL_POOL = [*SMALL_TRAINING, "--pool.students", "1", "--pool.snapshots", "2"]
 SMALL = {
     "teacher": SMALL_TRAINING,
     "pool": SMALL_POOL,
+    "fidelity": [
+        *SMALL_POOL,
+        *("--pool.max_age", "0.5", "--ages", "[0.0, 0.5]", "--rollout_lengths", "[1, 2]", "--workers", "1"),
+        *("--rollouts", "2", "--full_seeds", "2", "--losses", "{a: cross_entropy, b: kd, c: dkd}"),
+    ],
     "meta-train": [
         *SMALL_POOL,
         "--meta.outer_steps",
@@ -40,6 +45,8 @@ SMALL = {
         "--meta.rollout_steps",
         "2",
         "--meta.students_per_step",
+        "1",
+        "--meta.reuse_epochs",
         "1",
     ],
     "distill": SMALL_TRAINING,
@@ -104,6 +111,7 @@ def test_recipes_of_the_literature_do_two_steps(recipe: Path, literature_roots, 
         words += ["--loss", str(tmp_path / "l.lkd.safetensors")]
     if command == "meta-train":
         words += [*SMALL["meta-train"][len(SMALL_TRAINING) :]]
+        words += ["--data.meta_validation_size", "100" if data == "cifar100" else "4"]  # every class
     assert main([command, str(recipe), *words]) == 0
 
 

@@ -72,7 +72,7 @@ def test_files_of_format_version_1_keep_loading(tmp_path) -> None:
     [
         ("logit", {}, "meta.kind: unknown name 'logit'; nearest: logits"),
         ("logits", {"form": "generous"}, "meta.loss.form: unknown name 'generous'; nearest: generic"),
-        ("logits", {"hiden": 3}, "meta.loss: unknown option 'hiden'; form balance takes hidden, initial_weight"),
+        ("logits", {"hiden": 3}, "meta.loss: unknown option 'hiden'; form decoupled takes hidden, initial_weight"),
         ("logits", {"form": "target", "bound": 0.5}, "unknown option 'bound'; form target takes"),
         ("logits", {"initial_weight": 2.0}, r"meta.loss: initial_weight: 2.0 is not in \(0, 1\)"),
         ("logits", {"hidden": "wide"}, "meta.loss: "),
@@ -123,6 +123,7 @@ TINY = [
 META = [
     *("--pool.students", "1", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--meta.outer_steps", "2"),
     *("--meta.rollout_steps", "3", "--meta.students_per_step", "1", "--meta.outer_batch_size", "50"),
+    *("--meta.reuse_every", "0"),
 ]
 
 

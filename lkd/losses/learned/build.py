@@ -8,6 +8,7 @@ from torch import nn
 from lkd.errors import UserError, check_choice
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.learned.balance import BalanceLoss
+from lkd.losses.learned.decoupled import DecoupledLoss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.generic import GenericLoss
 from lkd.losses.learned.learned_loss import LearnedLoss
@@ -17,6 +18,7 @@ from lkd.losses.stages import Stages
 
 FORMS: dict[str, type[nn.Module]] = {
     "balance": BalanceLoss,
+    "decoupled": DecoupledLoss,
     "generic": GenericLoss,
     "residual": ResidualLoss,
     "target": TargetLoss,
@@ -44,7 +46,7 @@ def build_learned_loss(
     """
     check_choice("meta.kind", kind, KINDS)
     remaining = dict(options)
-    form = remaining.pop("form", "balance")
+    form = remaining.pop("form", "decoupled")
     normalize_gradient = remaining.pop("normalize_gradient", False)
     feature_options = remaining.pop("features", {})
     if not isinstance(normalize_gradient, bool):

@@ -129,6 +129,13 @@ class FeatureLoss(nn.Module):
         )
         return self
 
+    def free_student(self) -> "FeatureLoss":
+        """Keep the teacher's stages only, and of any student take the deepest that it gives; returns itself."""
+        if self.stages:
+            self.stages = [], self.stages[1]
+        self.adapters = nn.ParameterList()
+        return self
+
     @property
     def teacher_stages(self) -> tuple[str, ...]:
         """The teacher's stages that are read; none before `attach`: then the deepest that it gives."""
@@ -142,7 +149,7 @@ class FeatureLoss(nn.Module):
         """
         chosen, depths = [], []
         for number, (role, outputs) in enumerate((("student", student), ("teacher", teacher))):
-            names = self.stages[number] if self.stages else list(outputs.features)
+            names = (self.stages[number] if self.stages else []) or list(outputs.features)
             last = names[-self.deepest :]
             missing = [name for name in last if name not in outputs.features]
             if not last or missing:

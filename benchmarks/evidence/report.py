@@ -1,0 +1,142 @@
+"""Tables, pictures, `result.json` and the text of docs/evidence/learned_loss."""
+
+import shutil
+from pathlib import Path
+
+from figures import HAND_MADE, LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
+from pictures import draw_gains, draw_learned, draw_settings
+from settings import ABLATIONS, CLEAN, DEFAULTS, KINDS, SETTINGS, SIGN_CHANGES, STUDENT, UNSEEN
+
+from lkd.artifact import SUFFIX, read_provenance
+from lkd.comparison_table import format_figure
+from lkd.config import CompareRecipe, MetaTrainRecipe
+from lkd.evidence import evidence
+from lkd.files import read_json, write_json, write_text
+from lkd.intervals import mean_and_error
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "learned_loss"
+COMMAND = "python benchmarks/evidence/run.py DATA_ROOT"
+FIXED = "KD(0.5, 4)"
+
+
+def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: dict[str, MetaTrainRecipe]) -> None:
+    """Write everything; only what the comparisons left is read."""
+    EVIDENCE.mkdir(parents=True, exist_ok=True)
+    accuracies = {
+        name: read_accuracies(Path(recipe.run_dir), recipe.students[0].name) for name, recipe in comparisons.items()
+    }
+    unseen = read_accuracies(Path(comparisons[CLEAN].run_dir), UNSEEN)
+    provenance = {name: read_provenance(Path(recipe.run_dir) / f"loss{SUFFIX}") for name, recipe in learned.items()}
+    figures = list_figures(accuracies, unseen, provenance[CLEAN]["cost_in_trainings"])
+    environment = read_json(Path(comparisons[CLEAN].run_dir) / "environment.json")
+    write_json(EVIDENCE / "result.json", evidence(COMMAND, environment, figures))
+    for name, recipe in comparisons.items():
+        for file in ("cells.csv", "table.txt"):
+            place = EVIDENCE / name / file
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(recipe.run_dir) / file, place)
+    draw_settings({name: accuracies[name] for name in (CLEAN, *SIGN_CHANGES)}, FIXED, EVIDENCE / "settings.png")
+    draw_gains(accuracies | {"unseen_student": unseen}, EVIDENCE / "gains.png")
+    for name in (CLEAN, *SIGN_CHANGES):
+        draw_learned(Path(learned[name].run_dir) / f"loss{SUFFIX}", EVIDENCE / f"learned-{name}.png")
+    tables = {
+        "settings": tabulate_settings(accuracies),
+        "transfer": tabulate_transfer(accuracies, unseen),
+        "ablations": tabulate_ablations(accuracies),
+        "costs": tabulate_costs(provenance),
+    }
+    for name, table in tables.items():
+        write_text(EVIDENCE / f"{name}.md", table)
+    print(*tables.values(), *(f"{key}: {value}" for key, value in figures.items()), sep="\n")
+
+
+def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: float) -> dict[str, float]:
+    """The figures; gain = learned − the best hand-made loss, each tuned, in points."""
+    gaps = [gain(accuracies[name], LEARNED)[0] for name in SIGN_CHANGES]
+    fixed = [gain(accuracies[name], LEARNED, FIXED)[0] for name in SIGN_CHANGES]
+    same, same_error = gain(accuracies[CLEAN], LEARNED)
+    other, other_error = gain(unseen, LEARNED)
+    figures = {
+        "seeds": len(accuracies[CLEAN][LEARNED]),
+        "worst_gap_over_settings": min(gaps),
+        "mean_gain_over_settings": sum(gaps) / len(gaps),
+        "mean_gain_over_fixed_default": sum(fixed) / len(fixed),
+        "gain_same_student": same,
+        "gain_same_student_in_se": same / same_error,
+        "gain_unseen_student": other,
+        "gain_unseen_student_in_se": other / other_error,
+        "gain_other_teacher": gain(accuracies["other_teacher"], LEARNED)[0],
+        "gain_other_data": gain(accuracies["digits"], LEARNED)[0],
+        "other_data_minus_kd": gain(accuracies["digits"], LEARNED, "KD")[0],
+        "cost_in_trainings": cost,
+        "bad_teacher_minus_ce": gain(accuracies["bad_teacher"], LEARNED, "CE")[0],
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def tabulate_settings(accuracies: dict[str, Accuracies]) -> str:
+    """Every setting against every loss; the gain is over the best hand-made loss there."""
+    methods = [*(m for m in HAND_MADE if m != "DIST"), LEARNED]
+    lines = [f"| setting | {' | '.join(methods)} | learned − best | best |", "|---" * (len(methods) + 3) + "|"]
+    for name, setting in SETTINGS.items():
+        found = accuracies[name]
+        cells = [format_figure(mean_and_error(list(found[method].values()))) for method in methods]
+        best = find_best_hand_made(found)
+        lines.append(
+            f"| {setting.title} | {' | '.join(cells)} | {format_figure(gain(found, LEARNED), True)} | {best} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> str:
+    """All arms on the student that losses were learned with, on one never seen, with another teacher, on other data."""
+    columns = {
+        f"{STUDENT} (seen)": accuracies[CLEAN],
+        f"{UNSEEN} (unseen)": unseen,
+        "another teacher": accuracies["other_teacher"],
+        "digits": accuracies["digits"],
+    }
+    methods = [*HAND_MADE, LEARNED, *(f"learned {kind}" for kind in KINDS), "learned on other data"]
+    columns[f"{STUDENT} (seen)"] |= {m: found for m, found in accuracies["kinds"].items() if m != "learned logits"}
+    lines = [f"| loss | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method in methods:
+        cells = [
+            format_figure(mean_and_error(list(found[method].values()))) if method in found else ""
+            for found in columns.values()
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    gains = [
+        f"{format_figure(gain(found, LEARNED), True)} ({find_best_hand_made(found)})" for found in columns.values()
+    ]
+    return "\n".join([*lines, f"| learned − best hand-made | {' | '.join(gains)} |"]) + "\n"
+
+
+def tabulate_ablations(accuracies: dict[str, Accuracies]) -> str:
+    """One table for each axis; the kinds come from the comparison on clean labels."""
+    tables = []
+    for axis, rows in ABLATIONS.items():
+        found = accuracies["ablations"]
+        shown = {row: found["default" if row == DEFAULTS[axis] else f"{axis}: {row}"] for row in rows}
+        tables.append(tabulate_axis(axis, shown, DEFAULTS[axis]))
+    kinds = {f"{kind}": f"learned {kind}" for kind in KINDS}
+    found = {"logits (default)": accuracies["kinds"]["learned logits"]}
+    found |= {row: accuracies["kinds"][method] for row, method in kinds.items()}
+    return "\n".join([*tables, tabulate_axis("kind", found, "logits (default)")])
+
+
+def tabulate_axis(axis: str, found: Accuracies, default: str) -> str:
+    """Accuracy of every row of an axis, and its paired difference to the default."""
+    lines = [f"| {axis} | accuracy % | − default | seeds |", "|---|---|---|---|"]
+    for row, seeds in found.items():
+        difference = "" if row == default else format_figure(gain(found, row, default), True)
+        lines.append(f"| {row} | {format_figure(mean_and_error(list(seeds.values())))} | {difference} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tabulate_costs(provenance: dict[str, dict]) -> str:
+    """What learning each loss cost, in units of one training of its student."""
+    lines = ["| loss | pool | outer loop and reuse | in all, trainings | minutes |", "|---|---|---|---|---|"]
+    for name, known in provenance.items():
+        pool, whole = known["parts_in_trainings"]["pool"], known["cost_in_trainings"]
+        lines.append(f"| {name} | {pool:.1f} | {whole - pool:.1f} | {whole:.1f} | {known['seconds'] / 60:.1f} |")
+    return "\n".join(lines) + "\n"

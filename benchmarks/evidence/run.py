@@ -1,0 +1,89 @@
+"""Do learned losses pay? Learn them, tune the hand-made ones, train fresh students, and keep all figures.
+
+python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR]
+
+Goes on with an interrupted run in RUN_DIR. Options are picked on meta-validation; the test split is read for reported
+numbers only.
+"""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from digits import write_digits
+from report import write_report
+from settings import META_RATE, list_comparisons, list_learned
+
+from lkd.comparison import compare
+from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
+from lkd.distillation import train_teacher
+from lkd.errors import UserError
+from lkd.meta_training import meta_train
+from lkd.run import Run, open_run
+from lkd.workers import finish_all, start_workers
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        print("usage: python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR]", file=sys.stderr)
+        return 2
+    root, folder = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "runs/learned-loss-evidence").resolve()
+    digits = write_digits(folder / "digits")
+    learned, teachers = list_learned(root, folder), list_teachers(root, folder, digits[0])
+    jobs: dict[str, Callable[[], Path]] = {
+        **{name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()},
+        **{name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in learned.items()},
+    }
+    with start_workers(0) as workers:
+        futures: dict[Future[Any], str] = {workers.submit(job): name for name, job in jobs.items()}
+        finish_all(futures, lambda name, path: f"{name}: {path}", "learn")
+    files = {name: Path(recipe.run_dir) / "teacher.safetensors" for name, recipe in teachers.items()}
+    comparisons = list_comparisons(root, folder, files["other"], (digits[1], files["digits"]))
+    for name, recipe in comparisons.items():
+        print(f"== {name}", flush=True)
+        with open_run(recipe, "compare") as run:
+            compare(recipe, run)
+    write_report(folder, comparisons, learned)
+    return 0
+
+
+def list_teachers(root: str, folder: Path, digits: Path) -> dict[str, TrainTeacherRecipe]:
+    """The teachers beside the embedded one; neither sees an image that a student is trained or scored on."""
+    other = TrainTeacherRecipe(
+        run_dir=str(folder / "teachers" / "other"),
+        resume="auto",
+        device="cpu",
+        data=DataRecipe("fashion_mnist_rest", root, train_size=40_000, meta_validation_size=8000),
+        model=ModelRecipe("small_mobilenet"),
+        train=TrainRecipe(epochs=8, learning_rate=META_RATE),
+    )
+    small = DataRecipe("image_folder", str(digits), image_size=28, train_size=597, meta_validation_size=100)
+    taught = TrainTeacherRecipe(
+        run_dir=str(folder / "teachers" / "digits"),
+        resume="auto",
+        device="cpu",
+        data=small,
+        model=ModelRecipe("small_resnet"),
+        train=TrainRecipe(epochs=30, batch_size=32),
+    )
+    return {"other": other, "digits": taught}
+
+
+def finish(recipe: RunRecipe, command: Callable[[Any, Run], Path], name: str) -> Path:
+    """Run a command, unless it was run to its end."""
+    output = Path(recipe.run_dir) / {"teacher": "teacher.safetensors", "meta-train": "loss.lkd.safetensors"}[name]
+    if not output.exists():
+        with open_run(recipe, name, quiet=True) as run:
+            command(recipe, run)
+    return output
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,173 @@
+"""Ranking fidelity: do short rollouts rank losses as full trainings do?
+
+Meta-training sees rollouts only; a loss that it prefers is better for a whole training only as far as rollouts rank
+losses as whole trainings do. That can be measured beforehand, with losses whose full trainings are affordable. The
+measurement is ours; the paper (LKD) has none.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lkd.assembly import (
+    Images,
+    architecture_of,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
+from lkd.comparison import Cell, cell_path, finish_cells
+from lkd.config import CompareRecipe, FidelityRecipe, PoolRecipe
+from lkd.errors import UserError, check_choice
+from lkd.fidelity_results import write_results
+from lkd.fidelity_rollouts import draw_path, find_students, list_objectives, plan_draws, run_draw
+from lkd.files import read_json
+from lkd.outer_objectives import OBJECTIVES
+from lkd.pool import Pool, build_pool, check_pool, open_pool
+from lkd.run import Run
+from lkd.training import build_optimizer, build_scheduler
+from lkd.workers import finish_all, start_workers
+
+
+def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
+    """Train every loss fully, roll every loss out, correlate; write tables, picture and `fidelity.json`.
+
+    Returns:
+        What `fidelity.json` holds.
+
+    Raises:
+        UserError: If the recipe, the data, the teacher or the pool is not good.
+        Interrupted: On Ctrl-C or SIGTERM; finished trainings and rollouts stay.
+    """
+    images = prepare_images(recipe.data)
+    total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
+    check_recipe(recipe, images, total_steps)
+    architecture = architecture_of(recipe.student, images.train)
+    pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
+    check_ages(recipe, pool, total_steps)
+    run.say(introduce_network("student", recipe.student, images, run.device))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
+    pool = pool or make_pool(recipe, images, run)
+    started = time.perf_counter()
+    on_gpus = run.device.type == "cuda" and run.device.index is None
+    with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
+        trainings = plan_trainings(recipe)
+        finish_cells(as_comparison(recipe), trainings, run, workers, "full trainings")
+        draws = {
+            draw_path(recipe, draw, pool.folder, run.path): draw
+            for draw in plan_draws(recipe, pool.index["students"], total_steps)
+        }
+        jobs = {
+            workers.submit(run_draw, recipe, draw, pool.folder, path, str(run.device)): ""
+            for path, draw in draws.items()
+            if not path.exists()
+        }
+        finish_all(jobs, lambda *_: None, "rollouts")
+    run.say(f"trainings and rollouts: {time.perf_counter() - started:.0f} s")
+    full = [read_json(cell_path(as_comparison(recipe), cell, run.path)) for cell in trainings]
+    return write_results(recipe, full, [read_json(path) for path in draws], run)
+
+
+def as_comparison(recipe: FidelityRecipe) -> CompareRecipe:
+    """The full trainings as a comparison's, so that they are run and kept as those are."""
+    return CompareRecipe(
+        data=recipe.data, teacher=recipe.teacher, train=recipe.train, methods=recipe.losses, students=[recipe.student]
+    )
+
+
+def plan_trainings(recipe: FidelityRecipe) -> list[Cell]:
+    """The full trainings: each loss with every seed. They are not reported: no one reads the test split."""
+    return [
+        Cell(label, loss, recipe.student, recipe.seed + offset, reported=False)
+        for offset in range(recipe.full_seeds)
+        for label, loss in recipe.losses.items()
+    ]
+
+
+def make_pool(recipe: FidelityRecipe, images: Images, run: Run) -> Pool:
+    """Build the pool in the run directory."""
+    stages = read_teacher_stages(prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed))
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages)
+    parts = {name: getattr(recipe, name) for name in ("seed", "data", "teacher", "student", "train", "pool")}
+    return build_pool(PoolRecipe(**parts), run.path / "pool", images, teacher, run)
+
+
+def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> None:
+    """Check everything but the ages, before any training.
+
+    Raises:
+        UserError: If a setting is impossible.
+    """
+    check_pool(recipe.pool)
+    for name, least in (("full_seeds", 2), ("rollouts", 2), ("outer_batch_size", 1), ("rollout_epochs", 1)):
+        if getattr(recipe, name) < least:
+            raise UserError(f"{name}: {getattr(recipe, name)} is not at least {least}")
+    for name in ("ages", "rollout_lengths", "annealing"):
+        values = getattr(recipe, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name}: {values} must hold at least one value, and each once")
+    for objective in list_objectives(recipe):
+        check_choice("objectives", objective, OBJECTIVES)
+    build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
+    check_losses(recipe, images)
+    for steps in recipe.rollout_lengths:
+        if steps < 1:
+            raise UserError(f"rollout_lengths: {steps} is not at least 1")
+        longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)
+        if "constant" in recipe.annealing and steps > longest:
+            raise UserError(
+                f"rollout_lengths: a rollout of {steps} steps without annealing goes on past the end of the training: "
+                f"at age {max(recipe.ages):g}, {longest} of {total_steps} steps are left; "
+                "leave out `constant`, that age or that length"
+            )
+
+
+def check_losses(recipe: FidelityRecipe, images: Images) -> None:
+    """Check the losses to rank.
+
+    Raises:
+        UserError: If there are fewer than 3, or one cannot be built, has a grid or a training of its own, or has parts
+            that are trained along.
+    """
+    if len(recipe.losses) < 3:
+        raise UserError(f"losses: {len(recipe.losses)} given ({', '.join(recipe.losses)}); a ranking needs at least 3")
+    for label, specification in recipe.losses.items():
+        try:
+            for key in ("grid", "train"):
+                if isinstance(specification, dict) and key in specification:
+                    raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
+            loss = prepare_loss(specification, recipe.student, recipe.teacher, images, recipe.seed)
+            if getattr(loss, "needs_index", False) or any(p.requires_grad for p in loss.parameters()):
+                raise UserError(
+                    "has parts that are trained along with the student, which a student of the pool has not; "
+                    "take a loss without adapters"
+                )
+        except UserError as error:
+            raise UserError(f"losses.{label}: {error}") from error
+
+
+def check_ages(recipe: FidelityRecipe, pool: Pool | None, total_steps: int) -> None:
+    """Check that the pool holds, or will hold, students of every age.
+
+    Raises:
+        UserError: If not.
+    """
+    settings = recipe.pool
+    planned = torch.linspace(0, settings.max_age, settings.snapshots).tolist()
+    entries = (
+        pool.index["students"] if pool else [{"progress": round(age * total_steps) / total_steps} for age in planned]
+    )
+    held = sorted({round(entry["progress"], 3) for entry in entries})
+    for age in recipe.ages:
+        if not find_students(entries, age, total_steps):
+            hint = "take another pool" if pool else "change pool.snapshots and pool.max_age"
+            raise UserError(
+                f"ages: {age:g} is not an age of the pool, which has {', '.join(f'{a:g}' for a in held)}; "
+                f"take one of these, or {hint}"
+            )

@@ -1,0 +1,117 @@
+"""The decoupled form of a learned loss over logits: α, τ and β of each sample (our reconstruction)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lkd.losses.dkd import decouple
+from lkd.losses.functions import cross_entropies, label_of
+from lkd.losses.learned.class_network import log_of_factor
+from lkd.losses.learned.inputs import (
+    CONDITIONING,
+    LogProbabilities,
+    Progress,
+    check_conditioning,
+    name_sample_inputs,
+    read_logits,
+    sample_inputs,
+)
+from lkd.losses.learned.perceptron import Perceptron, bound_balance, unbound_balance
+from lkd.outputs import Outputs
+
+
+class DecoupledLoss(nn.Module):
+    """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
+
+    For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
+    (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the target
+    class against the rest, and among the other classes. With β = 1 − the teacher's probability of the target it is
+    `BalanceLoss`; with β = 1 or more, what the teacher knows of the other classes counts on samples that it is sure of
+    too. Of dense targets the most probable class is the target class.
+
+    α, τ and β move with the student's logits, and the gradient says so.
+
+    Args:
+        hidden: Width of the two hidden layers.
+        initial_weight: α before any meta-training, in (0, 1).
+        initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
+        maximal_temperature: Upper bound of τ.
+        maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
+        conditioning: What the network sees besides the teacher: some of progress, state.
+        lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden: int = 16,
+        initial_weight: float = 0.5,
+        initial_temperature: float = 2.0,
+        maximal_temperature: float = 10.0,
+        maximal_factor: float = 8.0,
+        conditioning: Sequence[str] = CONDITIONING,
+        lipschitz: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conditioning = check_conditioning(conditioning)
+        self.maximal_temperature = maximal_temperature
+        self.log_factor = log_of_factor(maximal_factor)
+        self.architecture = {
+            "hidden": hidden,
+            "initial_weight": initial_weight,
+            "initial_temperature": initial_temperature,
+            "maximal_temperature": maximal_temperature,
+            "maximal_factor": maximal_factor,
+            "conditioning": self.conditioning,
+            "lipschitz": lipschitz,
+        }
+        bias = unbound_balance(initial_weight, initial_temperature, maximal_temperature)
+        self.body = Perceptron(len(name_sample_inputs(self.conditioning)), hidden, 3, lipschitz)
+        self.body.head.bias.data[:2] = bias
+
+    def set_weights(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
+        """The α in (0, 1), τ in (1, `maximal_temperature`) and β of each sample, all [B]."""
+        free = self.body(sample_inputs(logs, progress, self.conditioning))
+        weight, temperature = bound_balance(free[:, :2], self.maximal_temperature)
+        return weight, temperature, (self.log_factor * free[:, 2].tanh()).exp()
+
+    def weights_and_temperatures(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
+    ) -> tuple[Tensor, Tensor]:
+        """The α and τ of each sample, both [B].
+
+        Args:
+            student_logits: [B, C].
+            teacher_logits: [B, C].
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1]; none is taken as 0.
+        """
+        return self.set_weights(read_logits(student_logits, teacher_logits, target), progress)[:2]
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
+    ) -> dict[str, Tensor]:
+        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD).
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's outputs for the same images.
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1].
+        """
+        with torch.autocast(student.logits.device.type, enabled=False):
+            logs = read_logits(student.logits, teacher.logits, target)
+            weight, temperature, factor = self.set_weights(logs, progress)
+            label = label_of(target)
+            (binary_s, other_s), (binary_t, other_t) = (
+                decouple(logits / temperature.unsqueeze(1), label) for logits in (logs.student, logs.teacher)
+            )
+            scale = weight * temperature.square()
+            return {
+                "task": ((1 - weight) * cross_entropies(student.logits, target)).mean(),
+                "target_class": (scale * (binary_t.exp() * (binary_t - binary_s)).sum(1)).mean(),
+                "other_classes": (scale * factor * (other_t.exp() * (other_t - other_s)).sum(1)).mean(),
+            }

@@ -1,0 +1,212 @@
+"""The outer loop, a step at a time: draw students, roll them out, differentiate their outer loss, update the loss."""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkd.assembly import Images, prepare_student
+from lkd.config import MetaTrainRecipe
+from lkd.data import Batch, draw_positions, seeded_generator
+from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
+from lkd.losses import LearnedLoss
+from lkd.meta_checks import AUDITED
+from lkd.meta_cost import read_clock
+from lkd.meta_log import measure_balance
+from lkd.outer_objectives import OBJECTIVES
+from lkd.pool import Pool
+from lkd.pool_sampling import build_age_weights, draw_position
+from lkd.pools import list_students
+from lkd.rollouts import (
+    InnerBatch,
+    build_inner_optimizer,
+    build_rollout_batches,
+    compute_inner_loss,
+    compute_outer_logits,
+    half_cosine,
+    list_inner_batches,
+)
+from lkd.training import TeacherFunction
+from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
+from meta.optim import Averaged, Optimizer
+from meta.types import Tensors
+
+
+class OuterLoop:
+    """The outer loop.
+
+    Every draw is a function of the seed and the step, so nothing random need be saved.
+
+    Args:
+        recipe: The recipe.
+        images: The images.
+        teacher: From a batch to the teacher's outputs.
+        loss: The loss to learn.
+        pools: Where students come from: one for each architecture; none if the loss only alternates.
+        device: Where tensors go.
+
+    Attributes:
+        step: Outer steps taken.
+        points: The weights of the loss: one point, or, once it alternates, one for each stretch of progress.
+        balances: What `measure_balance` found for each student of the latest step.
+        seconds: What the steps took, by the wall's clock.
+        work_seconds: The same by `read_clock`.
+    """
+
+    def __init__(
+        self,
+        recipe: MetaTrainRecipe,
+        images: Images,
+        teacher: TeacherFunction,
+        loss: LearnedLoss,
+        pools: list[Pool],
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.settings, self.images = recipe, recipe.meta, images
+        self.teacher, self.loss, self.pools, self.device = teacher, loss.to(device), pools, device
+        models = list_students(recipe)
+        self.students = [prepare_student(model, images.train, recipe.seed, device).train() for model in models]
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
+        self.objective = OBJECTIVES[self.settings.objective]
+        self.estimator: Estimator = (
+            Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
+        )
+        self.age_weights = build_age_weights(recipe.pool)
+        self.own: list[OwnStudent] = []
+        if self.settings.interleaving != "before":
+            numbers = range(self.settings.students_per_step)
+            picked = [(models[number % len(models)], number) for number in numbers]
+            self.own = [OwnStudent(recipe, model, images, teacher, self.loss, n, device) for model, n in picked]
+        self.step = 0
+        self.course: list[Point] = []
+        self.history: list[dict[str, Any]] = []
+        self.balances: list[dict[str, float]] = []
+        self.seconds = self.work_seconds = 0.0
+
+    @property
+    def alternates(self) -> bool:
+        """Whether the next step alternates with the training of the loop's own students."""
+        return self.step >= alternation_start(self.settings)
+
+    @property
+    def points(self) -> list[Point]:
+        """The weights of the loss, and from which progress on they are in charge."""
+        return self.course or [(0.0, copy_state(self.loss))]
+
+    def run_step(self) -> OuterStep:
+        """Average the hypergradients of several students and update the loss."""
+        started, work_started = time.perf_counter(), read_clock(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
+        self.balances.clear()
+        if self.alternates:
+            self.course = self.points
+        differentiate = self.differentiate_own_student if self.alternates else self.differentiate_pool_student
+        hypergradients = [differentiate(number) for number in range(self.settings.students_per_step)]
+        parameters = dict(self.loss.named_parameters())
+        result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
+        self.step += 1
+        if self.course and self.own[0].training.progress < 1:
+            self.course.append((self.own[0].training.progress, copy_state(self.loss)))
+        self.seconds += time.perf_counter() - started
+        self.work_seconds += read_clock(self.device) - work_started
+        return result
+
+    def differentiate_pool_student(self, number: int) -> Hypergradient:
+        """Draw a student and batches, roll out, and differentiate the outer loss with respect to the loss's weights."""
+        settings, train = self.settings, self.recipe.train
+        generator = seeded_generator(self.recipe.seed, 5, self.step, number)
+        draw, architecture = divmod(self.step * settings.students_per_step + number, len(self.students))
+        network, pool = self.students[architecture], self.pools[architecture]
+        student = pool.read(draw_position(self.age_weights(pool.ages, draw), generator), self.device)
+        state = student.state if self.recipe.pool.restore_momentum else student.state._replace(optimizer={})
+        seed = int(torch.randint(2**62, (), generator=generator))
+        torch.manual_seed(seed)  # of dropout
+        steps = self.rollout_length()
+        batches = build_rollout_batches(
+            self.images.train,
+            train,
+            steps,
+            settings.rollout_epochs,
+            seed,
+            self.recipe.data.augmentation,
+            self.device,
+        )
+        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)
+        self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, inner_batches[0]))
+        optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
+        return self.estimator(
+            partial(compute_inner_loss, network, self.loss),
+            self.outer_loss(network),
+            state,
+            {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
+            inner_batches,
+            self.draw_outer_batch(inner_batches, generator),
+            Averaged(optimizer, settings.average) if settings.average else optimizer,
+        )
+
+    def differentiate_own_student(self, number: int) -> Hypergradient:
+        """Train a student of the loop's own up to the next update, and walk its last steps back."""
+        own = self.own[number]
+        training = own.training
+        batches = own.advance(window_end(self.settings, self.step, training.total_steps))
+        parameters: Tensors = dict(training.student.named_parameters())
+        buffers = dict(training.student.named_buffers())
+        self.balances.append(measure_balance(self.loss, training.student, parameters, buffers, batches[-1]))
+        torch.manual_seed(draw_seed(self.recipe.seed, 8, self.step, number))
+        generator = seeded_generator(self.recipe.seed, 5, self.step, number)
+        return own.tape.hypergradient(
+            partial(compute_inner_loss, training.student, self.loss),
+            self.outer_loss(training.student),
+            self.draw_outer_batch(batches, generator),
+        )
+
+    def rollout_length(self) -> int:
+        """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""
+        first, last = self.settings.initial_rollout_steps or self.settings.rollout_steps, self.settings.rollout_steps
+        return first + round((last - first) * self.step / max(alternation_start(self.settings) - 1, 1))
+
+    def draw_outer_batch(self, inner_batches: list[InnerBatch], generator: torch.Generator) -> Batch:
+        """Images for the outer loss: of meta-validation, or those that the rollout was trained on."""
+        size = self.settings.outer_batch_size
+        if self.settings.batches == "different":
+            part = self.images.meta_validation
+            return part.batch(draw_positions(len(part), size, generator), self.device)
+        columns = [torch.cat(column) for column in zip(*(batch for batch, _, _ in inner_batches), strict=True)]
+        positions = draw_positions(len(columns[0]), size, generator).to(self.device)
+        return Batch(*(column[positions] for column in columns))
+
+    def outer_loss(self, student: nn.Module) -> OuterLoss:
+        """The outer objective of a student as a function of its parameters."""
+
+        def compute(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+            return self.objective(compute_outer_logits(student, parameters, buffers, batch), batch.target)
+
+        return compute
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-exactly."""
+        return {
+            "step": self.step,
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
+            "own": [own.training.state_dict() for own in self.own],
+            "course": self.course,
+            "seconds": self.seconds,
+            "work_seconds": self.work_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.step, self.course, self.history = state["step"], state["course"], state["history"]
+        self.seconds, self.work_seconds = state["seconds"], state["work_seconds"]
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.estimator, Audited):
+            self.estimator.load_state_dict(state["estimator"])
+        for own, saved in zip(self.own, state["own"], strict=True):
+            own.training.load_state_dict(saved)

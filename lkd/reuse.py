@@ -1,0 +1,125 @@
+"""Judge a loss by its use: fresh students trained with it frozen, scored on meta-validation."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lkd.assembly import Images
+from lkd.config import MetaTrainRecipe, ModelRecipe, TrainRecipe
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.evaluation import evaluate
+from lkd.interleaving import Point, assemble_loss, draw_seed
+from lkd.interrupt import Interrupted, StopRequest
+from lkd.losses import LearnedLoss
+from lkd.training import TeacherFunction
+
+SCORE = "calibrated_cross_entropy"  # ranks like accuracy, but is less noisy
+FIGURES = (SCORE, "top1")
+
+
+class Reuse:
+    """Looks at how good the loss is when it is reused, and the best loss so far.
+
+    Each look trains one fresh student of each architecture, the same in all looks, so that losses are compared in
+    pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+
+    Args:
+        recipe: The recipe.
+        models: The students' architectures.
+        images: The images.
+        teacher: From a batch to the teacher's outputs.
+        device: Where tensors go.
+    """
+
+    def __init__(
+        self,
+        recipe: MetaTrainRecipe,
+        models: Sequence[ModelRecipe],
+        images: Images,
+        teacher: TeacherFunction,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.models, self.images, self.teacher, self.device = recipe, models, images, teacher, device
+        self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
+        self.rows: list[dict[str, float]] = []
+        self.best: list[Point] = []
+
+    @property
+    def best_row(self) -> dict[str, float]:
+        """What the best loss reached."""
+        return min(self.rows, key=lambda row: row[SCORE])
+
+    @property
+    def trainings(self) -> float:
+        """The cost of all looks, in units of one whole training."""
+        return len(self.rows) * len(self.models) * self.train.epochs / self.recipe.train.epochs
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
+        settings = self.recipe.meta
+        seen = bool(self.rows) and self.rows[-1]["step"] == step
+        due = settings.reuse_every and (step % settings.reuse_every == 0 or step == settings.outer_steps)
+        return bool(due) and not seen
+
+    def is_exhausted(self) -> bool:
+        """Whether so many looks in a row found no better loss that meta-training ends."""
+        patience = self.recipe.meta.reuse_patience
+        if not patience or not self.rows:
+            return False
+        since = sum(row["step"] > self.best_row["step"] for row in self.rows)
+        return since >= patience
+
+    def look(self, step: int, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest) -> dict[str, float]:
+        """Train fresh students with the loss of these points and score them.
+
+        Raises:
+            Interrupted: If `stop` was asked for; the look counts for nothing.
+        """
+        figures = [self.train_student(model, networks, points, stop) for model in self.models]
+        mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
+        self.rows.append({"step": step, **mean})
+        if self.best_row["step"] == step:
+            self.best = [(start, copy.deepcopy(state)) for start, state in points]
+        return self.rows[-1]
+
+    def train_student(
+        self, model: ModelRecipe, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest
+    ) -> dict[str, float]:
+        """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
+        training = start_training(
+            model,
+            self.images.train,
+            assemble_loss(networks, points),
+            self.teacher,
+            self.train,
+            self.recipe.data.augmentation,
+            draw_seed(self.recipe.seed, 7),
+            self.device,
+        )
+        while training.step < training.total_steps:
+            if stop:
+                raise Interrupted("stopped while the loss was tried on a fresh student")
+            try:
+                training.run_step()
+            except UserError:  # not finite
+                return {SCORE: float("inf"), "top1": 0.0}
+        return evaluate(training.student, self.images.meta_validation, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return {"rows": self.rows, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.rows, self.best = state["rows"], state["best"]
+
+
+def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
+    """A training of fewer epochs whose warm-up and milestones shrink in proportion."""
+    milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
+    warmup = round(train.warmup_epochs * epochs / train.epochs)
+    return dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_epochs=warmup)

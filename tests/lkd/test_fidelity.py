@@ -1,0 +1,248 @@
+"""Ranking fidelity: its rule, a problem whose answer is known, what it writes, what it refuses."""
+
+import csv
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lkd.assembly import prepare_images
+from lkd.cli import main, parse_recipe
+from lkd.config import DataRecipe, FidelityRecipe, PoolSettings, TrainRecipe
+from lkd.errors import UserError
+from lkd.fidelity import check_ages, check_recipe
+from lkd.fidelity_recommendation import SettingFidelity, average_ages, recommend, weigh_ages
+from lkd.fidelity_results import write_results
+from lkd.files import read_json
+from lkd.run import open_run
+
+OBJECTIVES = ["cross_entropy", "calibrated_cross_entropy"]
+
+
+def fidelity_of(rho: float, low: float) -> SettingFidelity:
+    return SettingFidelity([0.0], [1.0], rho, rho, low, 1.0)
+
+
+def test_ages_are_weighed_by_squared_positive_correlation() -> None:
+    assert weigh_ages([0.8, 0.4, -0.9, 0.0]) == pytest.approx([0.8, 0.2, 0, 0])
+    assert weigh_ages([-0.1, 0.0]) == [0, 0]
+    draws = [torch.linspace(0, 1, 101).double(), torch.ones(101).double()]
+    found = average_ages([0.0, 0.5], [0.8, 0.4], draws)
+    assert found.mean == pytest.approx(0.6)
+    assert found.rho == pytest.approx(0.8 * 0.8 + 0.2 * 0.4)
+    assert (found.low, found.high) == pytest.approx((0.8 * 0.025 + 0.2, 0.8 * 0.975 + 0.2))
+
+
+def test_the_rule() -> None:
+    settings = {
+        ("constant", "brier", 20): fidelity_of(0.95, 0.9),
+        ("constant", "brier", 60): fidelity_of(0.2, 0.1),
+        ("cosine", "brier", 20): fidelity_of(0.6, 0.2),
+        ("cosine", "brier", 60): fidelity_of(0.8, 0.5),
+        ("cosine", "brier", 200): fidelity_of(0.9, 0.6),
+    }
+    best = {"annealing": "cosine", "objective": "brier"}  # 0.77 in the mean over K against 0.58
+    assert recommend(settings, 0.05) == best | {"rollout_steps": 200}
+    assert recommend(settings, 0.15) == best | {"rollout_steps": 60}
+    assert recommend(settings, 0.5) == best | {"rollout_steps": 20}
+    assert recommend({("cosine", "brier", 20): fidelity_of(0.0, 0.0)}, 0.1) is None
+
+
+def make_results(recipe: FidelityRecipe, good: float) -> tuple[list, list]:
+    """Rows of trainings that rank the losses in their order, and of rollouts that do so at age 0 and annealed only."""
+    generator = torch.Generator().manual_seed(1)
+    labels = list(recipe.losses)
+
+    def noise(scale: float) -> float:
+        return scale * float(torch.randn((), generator=generator))
+
+    full = [
+        {
+            "method": label,
+            "seed": seed,
+            "seconds": 1.0,
+            "meta_validation": {
+                "top1": 80 + number + noise(0.1),
+                "cross_entropy": 1.0,
+                "calibrated_cross_entropy": 1 - 0.1 * number,
+                "temperature": 1.0,
+            },
+        }
+        for seed in range(recipe.full_seeds)
+        for number, label in enumerate(labels)
+    ]
+    order = {("cosine", 0.0): good, ("constant", 0.0): 0.3, ("constant", 0.5): -1.0, ("cosine", 0.5): -1.0}
+    rollouts = [
+        {
+            "annealing": annealing,
+            "steps": steps,
+            "age": age,
+            "number": number,
+            "student": number,
+            "progress": age,
+            "values": {
+                objective: {label: 2 - signal * place - noise(0.5) for place, label in enumerate(labels)}
+                for objective, signal in zip(OBJECTIVES, (-abs(slope), slope), strict=True)
+            },
+        }
+        for (annealing, age), slope in order.items()
+        for steps in recipe.rollout_lengths
+        for number in range(recipe.rollouts)
+    ]
+    rollouts[0]["values"]["cross_entropy"][labels[0]] = math.inf  # one that diverged
+    return full, rollouts
+
+
+def test_known_rankings_are_found_and_written() -> None:
+    recipe = FidelityRecipe(run_dir="run", ages=[0.0, 0.5], objectives=OBJECTIVES)
+    full, rollouts = make_results(recipe, good=1.0)
+    with open_run(recipe, "fidelity", quiet=True) as run:
+        result = write_results(recipe, full, rollouts, run)
+        table = (run.path / "table.txt").read_text()
+    assert result["recommended"] == {
+        "annealing": "cosine",
+        "objective": "calibrated_cross_entropy",
+        "rollout_steps": 20,
+    }
+    assert result["age_weights"] == [[0.0, 1.0], [0.5, 0.0]]
+    rows = {
+        (r["annealing"], r["objective"], r["rollout_steps"], r["age"]): r
+        for r in result["rows"]
+        if r["criterion"] == "accuracy"
+    }
+    assert rows["cosine", "calibrated_cross_entropy", 20, 0.0]["rho"] == 1
+    assert rows["cosine", "cross_entropy", 60, 0.0]["rho"] == -1
+    assert rows["cosine", "calibrated_cross_entropy", 60, 0.5]["rho"] == -1
+    assert all(row["low"] <= row["high"] for row in result["rows"])
+    assert result["ceilings"]["accuracy"]["rho"] == 1
+    assert read_json(run.path / "fidelity.json") == result
+    assert {"commit", "versions", "recipe"} <= result.keys()
+    assert "--meta.rollout_steps 20 --meta.annealing cosine --meta.objective calibrated_cross_entropy" in table
+    assert "(age: weight): 0: 1.00, 0.5: 0.00" in table
+    assert "Doubtful" not in table
+
+
+def test_where_nothing_ranks_nothing_is_recommended() -> None:
+    recipe = FidelityRecipe(run_dir="run", ages=[0.5], annealing=["cosine"], objectives=OBJECTIVES)
+    full, rollouts = make_results(recipe, good=1.0)
+    with open_run(recipe, "fidelity", quiet=True) as run:
+        result = write_results(
+            recipe, full, [r for r in rollouts if r["age"] == 0.5 and r["annealing"] == "cosine"], run
+        )
+    assert result["recommended"] is None
+    assert result["age_weights"] == []
+    assert "Recommended: nothing." in (run.path / "table.txt").read_text()
+
+
+@pytest.fixture
+def _one_process(monkeypatch) -> None:
+    """No worker processes: starting them takes longer than their work."""
+
+    @contextmanager
+    def start_thread(count: int):
+        with ThreadPoolExecutor(1) as executor:
+            yield executor
+
+    monkeypatch.setattr("lkd.fidelity.start_workers", start_thread)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_a_teacher_of_noise_is_ranked_last_and_nothing_is_done_twice(capsys) -> None:
+    """The more of a teacher that answers at random, the worse: that ranking is known beforehand."""
+    losses = {"CE": "cross_entropy", **{f"KD{w}": {"name": "kd", "weight": w, "temperature": 1.0} for w in (0.6, 1.0)}}
+    words = [*("fidelity", "--run_dir", "run", "--losses", json.dumps(losses), "--teacher.random_answers", "1")]
+    words += ["--data.train_size", "400", "--data.meta_validation_size", "200"]
+    words += ["--train.epochs", "5", "--train.batch_size", "50", "--ages", "[0, 0.5]", "--rollout_lengths", "[20]"]
+    words += ["--pool.students", "2", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--full_seeds", "2"]
+    words += ["--rollouts", "2", "--workers", "1"]
+    words += ["--annealing", '["cosine"]', "--objectives", '["calibrated_cross_entropy"]']
+    assert main(words) == 0
+    result = read_json(Path("run/fidelity.json"))
+    rows = {row["age"]: row["rho"] for row in result["rows"] if row["criterion"] == "accuracy"}
+    assert rows[0.0] == 1
+    with open("run/rollouts.csv") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 2 * 2 * 3  # ages × draws × losses
+    assert {row["loss"] for row in found} == set(losses)
+    kept = sorted(path for folder in ("cells", "rollouts", "pool") for path in Path("run", folder).iterdir())
+    assert len(kept) == 3 * 2 + 2 * 2 + 2 * 2 + 1
+    missing = kept.pop(next(n for n, path in enumerate(kept) if path.parent.name == "rollouts"))
+    before, text = {path: path.stat().st_mtime_ns for path in kept}, missing.read_text()
+    missing.unlink()
+    assert main([*words, "--resume", "auto"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert missing.read_text() == text
+    assert read_json(Path("run/fidelity.json"))["rows"] == result["rows"]
+    assert "Recommended: --meta.rollout_steps 20" in capsys.readouterr().out
+
+
+def small_recipe(**changes) -> FidelityRecipe:
+    settings = {
+        "data": DataRecipe(train_size=200, meta_validation_size=100),
+        "train": TrainRecipe(epochs=10, batch_size=20),  # 100 steps
+        "pool": PoolSettings(students=1, snapshots=9, max_age=0.8),
+        "rollout_lengths": [20],
+    }
+    return FidelityRecipe(**(settings | changes))
+
+
+def check(recipe: FidelityRecipe) -> None:
+    check_recipe(recipe, prepare_images(recipe.data), 100)
+    check_ages(recipe, None, 100)
+
+
+KD = {"name": "kd"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": {"KD": KD}}, r"losses: 1 given \(KD\); a ranking needs at least 3"),
+        ({"losses": {"a": KD, "b": "kd", "c": "kdd"}}, r"losses\.c: loss: unknown name 'kdd'; nearest: kd"),
+        ({"losses": {"a": KD, "b": KD, "c": KD | {"grid": {}}}}, r"losses\.c: takes no `grid`"),
+        ({"losses": {"a": KD, "b": KD, "c": KD | {"train": {}}}}, r"losses\.c: takes no `train`"),
+        ({"losses": {"a": KD, "b": KD, "c": "fitnet"}}, r"losses\.c: has parts that are trained along"),
+        ({"ages": [0.0, 0.75]}, r"ages: 0\.75 is not an age of the pool, which has 0, 0\.1, .*0\.8; take one of these"),
+        ({"ages": []}, r"ages: \[\] must hold at least one"),
+        ({"ages": [0.1, 0.1]}, "each once"),
+        ({"rollout_lengths": [0]}, "rollout_lengths: 0 is not at least 1"),
+        ({"rollout_lengths": [20, 21]}, r"21 steps .* at age 0\.8, 20 of 100 steps are left"),
+        ({"objectives": ["brierr"]}, "objectives: unknown name 'brierr'"),
+        ({"annealing": []}, r"annealing: \[\] must hold"),
+        ({"full_seeds": 1}, "full_seeds: 1 is not at least 2"),
+        ({"rollouts": 1}, "rollouts: 1 is not at least 2"),
+        ({"outer_batch_size": 0}, "outer_batch_size: 0 is not at least 1"),
+        ({"train": TrainRecipe(schedule="cosin")}, "train.schedule: 'cosin'"),
+        ({"pool": PoolSettings(max_age=1.5)}, r"pool.max_age: 1\.5 is not in \[0, 1\]"),
+    ],
+)
+def test_mistakes_show_before_any_training(changes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(small_recipe(**changes))
+
+
+def test_an_annealed_rollout_may_be_longer_than_what_is_left() -> None:
+    """It stands for all that is left of a training, at another pace."""
+    check(small_recipe(rollout_lengths=[50], annealing=["cosine"]))
+    check(small_recipe(rollout_lengths=[20]))
+
+
+def test_a_mistake_is_one_line(capsys) -> None:
+    assert (
+        main(["fidelity", "--losses", "{KD: kd}", "--data.train_size", "200", "--data.meta_validation_size", "100"])
+        == 2
+    )
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "a ranking needs at least 3" in error[0]
+
+
+def test_the_default_losses_are_eight_and_the_pool_has_the_default_ages() -> None:
+    recipe = parse_recipe("fidelity", [])
+    assert len(recipe.losses) == 8
+    check_recipe(recipe, prepare_images(recipe.data), 806)
+    check_ages(recipe, None, 806)

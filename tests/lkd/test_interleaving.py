@@ -1,0 +1,135 @@
+"""The dynamic strategy: the loss is updated while students are trained with it, and replayed by progress."""
+
+import pytest
+import torch
+
+from lkd.artifact import load_loss, read_provenance, save_loss
+from lkd.assembly import prepare_images, prepare_teacher
+from lkd.config import MetaSettings
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.interleaving import alternation_start, check_interleaving, window_end
+from lkd.losses import LearnedLoss, LogitLoss, ReplayedLoss
+from lkd.models.network_file import load_network
+from lkd.outer_loop import OuterLoop
+from lkd.outputs import Outputs
+from lkd.rollouts import compute_inner_loss, half_cosine
+from meta import State, Tape
+from meta.estimators import ESTIMATORS
+from meta.optim import SGD, read_slots
+from meta.tensors import cosine_similarity
+from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+
+CPU = torch.device("cpu")
+
+
+def make_loop(recipe) -> OuterLoop:
+    images = prepare_images(recipe.data)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
+    return OuterLoop(recipe, images, teacher, build_loss_networks(recipe), [], CPU)
+
+
+def test_updates_are_spread_evenly_over_the_training() -> None:
+    alternate = MetaSettings(interleaving="alternate", outer_steps=7)
+    assert [window_end(alternate, step, 100) for step in range(7)] == [14, 28, 42, 57, 71, 85, 100]
+    both = MetaSettings(interleaving="both", outer_steps=5)
+    assert alternation_start(both) == 2
+    assert [window_end(both, step, 10) for step in (2, 3, 4)] == [3, 6, 10]
+    assert alternation_start(MetaSettings(outer_steps=5)) == 5
+
+
+def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
+    """Against the exact adjoint of the same steps, taken anew from the state before them."""
+    recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5, students_per_step=1)
+    loop = make_loop(recipe)
+    (own,) = loop.own
+    own.advance(5)
+    student, optimizer = own.training.student, own.training.optimizer
+    before = State(dict(student.named_parameters()), dict(student.named_buffers()), read_slots(optimizer, student))
+    before = before.detach()
+    batches = own.advance(10)
+    assert [progress for _, _, progress in batches] == [0.25, 0.3, 0.35, 0.4, 0.45]
+    outer_batch = loop.draw_outer_batch(batches, torch.Generator().manual_seed(0))
+
+    def inner_loss(*arguments):
+        return compute_inner_loss(student, loop.loss, *arguments)
+
+    taped = own.tape.hypergradient(inner_loss, loop.outer_loss(student), outer_batch)
+    hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
+    schedule = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
+    exact = ESTIMATORS["adjoint"](inner_loss, loop.outer_loss(student), before, hyper, batches, outer_batch, schedule)
+    torch.testing.assert_close(taped.final_state.parameters, exact.final_state.parameters, rtol=1e-4, atol=1e-5)
+    assert cosine_similarity(taped.grads, exact.grads) > 0.99
+    assert (taped.norm / exact.norm).item() == pytest.approx(1, abs=0.05)
+
+
+def test_only_the_steps_that_are_walked_back_are_recorded(monkeypatch) -> None:
+    watched = []
+    monkeypatch.setattr(Tape, "watch", lambda self, batch: watched.append(batch[2]))
+    (own,) = make_loop(tiny_recipe(interleaving="alternate", outer_steps=2, students_per_step=1)).own
+    own.advance(10)
+    assert watched == [0.35, 0.4, 0.45]
+
+
+@pytest.mark.parametrize(
+    ("interleaving", "starts"), [("alternate", [0, 0.15, 0.3, 0.5, 0.65, 0.8]), ("both", [0, 0.3, 0.65])]
+)
+def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, starts: list[float]) -> None:
+    """A fresh training with the saved, frozen loss walks in the steps of the student that it was learned with."""
+    recipe = tiny_recipe(interleaving=interleaving, outer_steps=6, learning_rate=0.1)
+    path = run_recipe(recipe)
+    loss = load_loss(path)
+    assert isinstance(loss, ReplayedLoss)
+    assert loss.starts == pytest.approx(starts)
+    loop = make_loop(recipe)
+    training = start_training(
+        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, "none", loop.own[0].seed, CPU
+    )
+    while training.step < training.total_steps:
+        training.run_step()
+    student, header = load_network(path.parent / "student.safetensors")
+    for name, parameter in training.student.named_parameters():
+        torch.testing.assert_close(parameter.detach(), student.get_parameter(name), rtol=1e-5, atol=1e-6)
+    assert header["provenance"]["meta_validation"]["last"]["top1"] > 0
+    first, last = loss.losses[0], loss.losses[-1]
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters(), strict=True))
+    assert len(read_provenance(path)["curve"]) == 6
+
+
+def test_a_replayed_loss_is_in_steps_and_survives_its_file(tmp_path) -> None:
+    losses = [LearnedLoss({"logits": LogitLoss(initial_weight=weight)}) for weight in (0.2, 0.5, 0.8)]
+    loss = ReplayedLoss(losses, [0, 0.25, 0.5])
+    save_loss(tmp_path / "a.lkd.safetensors", loss, {})
+    loaded = load_loss(tmp_path / "a.lkd.safetensors")
+    student, teacher = (Outputs(torch.randn(4, 3), {}) for _ in range(2))
+    target = torch.randint(3, (4,))
+    for progress, part in ((0, 0), (0.24, 0), (0.25, 1), (torch.tensor(0.49), 1), (0.5, 2), (1.0, 2)):
+        expected = losses[part](student, teacher, target, progress)
+        for found in (loss, loaded):
+            assert found(student, teacher, target, progress) == expected
+    with pytest.raises(ValueError, match="progress: None; a replayed loss must be told"):
+        loaded(student, teacher, target)
+    for starts in ([0, 0.5], [0.1, 0.2, 0.3], [0, 0.5, 0.5]):
+        with pytest.raises(ValueError, match="do not increase from 0, one for each of 3 losses"):
+            ReplayedLoss(losses, starts)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        (
+            {"rollout_steps": 11},
+            r"11 steps do not fit between two of the 2 updates of a training of 20 steps \(10 apart",
+        ),
+        ({"estimator": "unrolled"}, "estimator: unrolled cannot walk a tape back"),
+        ({"reuse_patience": 1}, "reuse_patience: 1 would leave .* half trained"),
+        ({"average": 0.5}, "average: 0.5 is of rollouts from the pool"),
+        ({"initial_rollout_steps": 2}, "initial_rollout_steps: 2 is of rollouts from the pool"),
+        ({"interleaving": "both", "outer_steps": 1}, "outer_steps: 1 cannot be halved"),
+    ],
+)
+def test_what_does_not_go_with_alternation_is_refused(meta, message: str) -> None:
+    settings = {"interleaving": "alternate", "outer_steps": 2, "rollout_steps": 5} | meta
+    with pytest.raises(UserError, match=message):
+        check_interleaving(MetaSettings(**settings), 20)
+    check_interleaving(MetaSettings(interleaving="alternate", outer_steps=2, rollout_steps=10), 20)

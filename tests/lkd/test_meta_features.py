@@ -1,0 +1,90 @@
+"""Meta-training of loss networks over features: several architectures, alternation, the log."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lkd.artifact import load_loss, read_provenance, save_loss
+from lkd.assembly import prepare_images, prepare_learned_loss, prepare_stages
+from lkd.config import ModelRecipe
+from lkd.interleaving import assemble_loss, copy_state
+from lkd.losses.build import build_loss, find_feature_parts, reads_features
+from lkd.meta_log import describe_saturation
+from lkd.outer_loop import OuterLoop
+from lkd.outputs import Outputs
+from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+
+STUDENTS = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
+
+
+@pytest.mark.parametrize("interleaving", ["before", "alternate"])
+def test_one_loss_over_features_is_learned_with_two_architectures(interleaving: str) -> None:
+    recipe = tiny_recipe({"max_age": 0.5, "snapshots": 2, "students": 1}, interleaving=interleaving, kind="features")
+    recipe.students = STUDENTS
+    path = run_recipe(recipe)
+    initial = build_loss_networks(recipe).state_dict()
+    learned = load_loss(path)
+    last = learned.losses[-1] if interleaving == "alternate" else learned
+    changed = [name for name, tensor in last.state_dict().items() if not torch.equal(tensor, initial[name])]
+    assert any("features" in name for name in changed)
+    for row in read_provenance(path)["curve"]:
+        assert "loss/weight" not in row
+        shares = {name: value for name, value in row.items() if name.startswith("share/")}
+        assert set(shares) >= {"share/task/task", "share/features/places"}
+        assert 0.5 < sum(shares.values()) < 1.0001
+
+
+def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapters(tmp_path: Path) -> None:
+    recipe = tiny_recipe(kind="both", loss={"features": {"channels": 4}})
+    images = prepare_images(recipe.data)
+    networks = prepare_learned_loss(recipe, images)
+    early = copy_state(networks)
+    late = {name: tensor + 0.3 for name, tensor in early.items()}
+    path = tmp_path / "replayed.lkd.safetensors"
+    save_loss(path, assemble_loss(networks, [(0.0, early), (0.5, late)]), {})
+    assert reads_features(str(path))
+    stages = prepare_stages(recipe.student, recipe.teacher, images)
+    loss = build_loss({"name": str(path), "adapters": True}, *stages)
+    assert len(find_feature_parts(loss)) == 2
+    assert loss.teacher_stages
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    assert len(trained) == len(find_feature_parts(loss)[0].adapters) == 3
+    student, teacher = (
+        Outputs(torch.randn(4, 10), {n: torch.randn(4, *s) for n, s in each.items()}) for each in stages
+    )
+    target = torch.arange(4)
+    values = []
+    for progress in (0.0, 0.9):
+        total = sum(loss(student, teacher, target, progress).values())
+        values.append(total.item())
+        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(total, trained))
+    assert values[0] != values[1]
+
+
+def test_a_saturated_part_is_told_once_even_if_the_run_goes_on_later(monkeypatch, capsys) -> None:
+    recipe = tiny_recipe(outer_steps=4, checkpoint_every=1)
+    recipe.resume = "auto"
+    monkeypatch.setattr("lkd.meta_log.SATURATED", 2.0)
+    monkeypatch.setattr("lkd.meta_log.find_saturated", lambda shares: ["logits"])
+    run_step = OuterLoop.run_step
+    for stop_after in (2, None):
+
+        def stopping(loop, stop_after=stop_after):
+            if loop.step == stop_after:
+                raise KeyboardInterrupt
+            return run_step(loop)
+
+        monkeypatch.setattr(OuterLoop, "run_step", stopping)
+        try:
+            run_recipe(recipe, quiet=False)
+        except KeyboardInterrupt:
+            assert stop_after == 2
+    assert capsys.readouterr().out.count("warning: saturated") == 1
+
+
+def test_a_saturated_part_is_described_and_a_teaching_one_is_not() -> None:
+    row = {"outer/value": 1.0, "share/logits/task": 0.6, "share/features/places": 1e-6, "share/features/images": 1e-7}
+    assert "features" in str(describe_saturation(row))
+    assert "logits" not in str(describe_saturation(row))
+    assert describe_saturation(row | {"share/features/images": 0.1}) is None
