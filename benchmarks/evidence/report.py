@@ -5,14 +5,28 @@ from pathlib import Path
 
 from figures import HAND_MADE, LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
 from pictures import draw_gains, draw_learned, draw_settings
-from settings import ABLATIONS, CLEAN, DEFAULTS, KINDS, SETTINGS, SIGN_CHANGES, STUDENT, UNSEEN
+from settings import (
+    ABLATIONS,
+    BUDGET,
+    CLEAN,
+    DEFAULTS,
+    FEWER_SEEDS,
+    KINDS,
+    SEEDS,
+    SETTINGS,
+    SIGN_CHANGES,
+    STUDENT,
+    UNSEEN,
+)
+from text import README, tabulate_goals
 
-from lkd.artifact import SUFFIX, read_provenance
+from lkd.artifact import SUFFIX, load_loss, read_provenance
 from lkd.comparison_table import format_figure
 from lkd.config import CompareRecipe, MetaTrainRecipe
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
 from lkd.intervals import mean_and_error
+from lkd.surfaces import balance_surface
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "learned_loss"
 COMMAND = "python benchmarks/evidence/run.py DATA_ROOT"
@@ -45,9 +59,17 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
         "ablations": tabulate_ablations(accuracies),
         "costs": tabulate_costs(provenance),
     }
-    for name, table in tables.items():
-        write_text(EVIDENCE / f"{name}.md", table)
-    print(*tables.values(), *(f"{key}: {value}" for key, value in figures.items()), sep="\n")
+    text = README.format(
+        command=COMMAND,
+        budget=BUDGET,
+        seeds=SEEDS,
+        fewer=FEWER_SEEDS,
+        goals=tabulate_goals(figures),
+        learned=describe_learned(learned),
+        **tables,
+    )
+    write_text(EVIDENCE / "README.md", text)
+    print(text)
 
 
 def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: float) -> dict[str, float]:
@@ -130,6 +152,29 @@ def tabulate_axis(axis: str, found: Accuracies, default: str) -> str:
     for row, seeds in found.items():
         difference = "" if row == default else format_figure(gain(found, row, default), True)
         lines.append(f"| {row} | {format_figure(mean_and_error(list(seeds.values())))} | {difference} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe_learned(learned: dict[str, MetaTrainRecipe]) -> str:
+    """Weight and temperature of the learned losses, averaged over confidences, early and late in a training."""
+    columns = (
+        "setting",
+        "α, start",
+        "α, end",
+        "α, teacher sure of the label",
+        "α, teacher against it",
+        "τ, start",
+        "τ, end",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in (CLEAN, *SIGN_CHANGES):
+        loss = load_loss(Path(learned[name].run_dir) / f"loss{SUFFIX}")
+        (start, start_heat), (middle, _), (end, end_heat) = (balance_surface(loss, p) for p in (0.0, 0.5, 1.0))
+        rows = len(middle)
+        figures = (start.mean(), end.mean(), middle[-rows // 5 :].mean(), middle[: rows // 5].mean())
+        heats = (start_heat.mean(), end_heat.mean())
+        cells = [*(f"{float(figure):.2f}" for figure in figures), *(f"{float(heat):.1f}" for heat in heats)]
+        lines.append(f"| {SETTINGS[name].title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,83 @@
+"""The text of docs/evidence/learned_loss, around tables that are computed."""
+
+GOALS: dict[str, tuple[str, float, bool]] = {
+    "worst_gap_over_settings": ("worst gap over the four settings to the best hand-made loss there", -0.3, True),
+    "mean_gain_over_settings": ("mean gain over the four settings", 0.0, True),
+    "mean_gain_over_fixed_default": ("mean gain over KD(0.5, 4), one for all four", 2.0, True),
+    "gain_same_student": ("gain, student and data as in meta-training", 0.5, True),
+    "gain_same_student_in_se": ("the same in standard errors", 2.0, True),
+    "gain_unseen_student": ("gain, student never seen", 0.3, True),
+    "gain_other_teacher": ("gain, another teacher", 0.3, True),
+    "other_data_minus_kd": ("digits, against tuned KD", 0.0, True),
+    "bad_teacher_minus_ce": ("bad teacher, against cross-entropy", -0.1, True),
+    "cost_in_trainings": ("cost of learning, in trainings of the student", 5.0, False),
+}
+"""Figure → in words, the goal, and whether the figure is to be at least (or at most) that."""
+
+README = """# Do learned losses pay?
+
+Made by `{command}`. Full Fashion-MNIST: 4,000 labelled training images, 8,000 for meta-validation, the 10,000 test
+images; the teacher (93.4 % on meta-validation) was trained on the other 48,000 images. Losses are learned with one
+recipe, the defaults of `lkd meta-train` with exact hypergradients, and then frozen. Every hand-made loss has {budget}
+trainings to pick its options and its learning rate on meta-validation; a learned loss only has its learning rate
+picked, out of three. Test accuracy of fresh students, percent, last epoch, mean ± standard error over {seeds} paired
+seeds. *Gain* is the paired difference to the best hand-made loss of the row, which is picked by the reported numbers
+themselves: that favours it.
+
+{goals}
+
+## Settings in which the best hand-made weight changes sign
+
+![Every loss in every setting](settings.png)
+
+{settings}
+The last two rows are of {fewer} seeds.
+
+## Other students, teachers, data
+
+![Gains over the best hand-made loss](gains.png)
+
+{transfer}
+*learned* is the loss over logits learned with small_cnn on clean labels; the columns to the right reuse the same file.
+*learned on other data*: learned on 8,000 images of which no student here is trained on any. Digits: scikit-learn's,
+scaled up, 200 labels, a teacher trained on 597 others; here the gain over KD is asked for, and the gain over all
+hand-made losses is in `result.json`.
+
+## The axes
+
+Losses learned with one thing changed, on clean labels, {fewer} fresh students (the kinds: {seeds}).
+
+{ablations}
+## Cost
+
+In units of one training of the same student with the same loss; reuse: five fresh students, by which the best of five
+losses is picked.
+
+{costs}
+## What was learned
+
+![Weight and temperature, clean labels](learned-clean.png)
+
+Clean labels; the others: [noisy labels](learned-noisy_labels.png), [bad teacher](learned-bad_teacher.png),
+[few labels](learned-few_labels.png), [tiny student](learned-tiny_student.png).
+
+{learned}
+What was tried on the way, with numbers, is in [tried.md](tried.md). What this does not show: larger images and
+networks; more than one meta seed for each loss (the spread of a loss over meta seeds is part of every gain here, but is
+not in its standard error); more than one draw of the labelled images. The test images are the same for every seed.
+
+Folders: `table.txt` (with the picked options) and `cells.csv` (every seed) of each comparison.
+"""
+
+
+def tabulate_goals(figures: dict[str, float]) -> str:
+    """Every goal, what was measured, and whether it is met."""
+    lines = ["| | goal | measured | |", "|---|---|---|---|"]
+    for name, (words, goal, at_least) in GOALS.items():
+        value = figures[name]
+        met = value >= goal if at_least else value <= goal
+        sign = "≥" if at_least else "≤"
+        lines.append(
+            f"| {words} | {sign} {goal:g} | {value:.2f} | {'met' if met else '**missed**'} |".replace("-", "−")
+        )
+    return "\n".join(lines).replace("−−−", "---")
