@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lkd.artifact import SUFFIX, read_provenance
-from lkd.comparison import Cell, run_cell
+from lkd.cells import Cell, run_cell
 from lkd.comparison_table import format_figure, mean_and_error
 from lkd.config import CompareRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe
 from lkd.evidence import evidence

@@ -22,7 +22,8 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
-from lkd.comparison import Cell, cell_path, finish_cells
+from lkd.cells import Cell, cell_path
+from lkd.comparison import finish_cells
 from lkd.config import CompareRecipe, FidelityRecipe, PoolRecipe
 from lkd.errors import UserError, check_choice
 from lkd.fidelity_results import write_results

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lkd.assembly import architecture_of, prepare_loss, prepare_student, read_teacher_stages
-from lkd.comparison import digest_of, prepare_images_for_cells, prepare_teacher_for_cells
+from lkd.cells import digest_of, prepare_images_for_cells, prepare_teacher_for_cells
 from lkd.config import FidelityRecipe
 from lkd.data import Batch, draw_positions, seeded_generator
 from lkd.files import write_json

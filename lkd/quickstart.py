@@ -12,7 +12,10 @@ from typing import Any
 
 from lkd.artifact import SUFFIX, load_loss, read_provenance
 from lkd.assembly import introduce_network, introduce_teacher, prepare_images
-from lkd.comparison import Cell, cell_path, pick_options, plan_report, plan_tuning, submit, write_results
+from lkd.cells import Cell, cell_path
+from lkd.comparison import submit
+from lkd.comparison_plan import pick_options, plan_report, plan_tuning
+from lkd.comparison_results import write_results
 from lkd.config import (
     CompareRecipe,
     DataRecipe,

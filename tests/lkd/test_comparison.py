@@ -9,16 +9,9 @@ import torch
 
 from lkd.artifact import save_loss
 from lkd.assembly import prepare_images
-from lkd.comparison import (
-    Cell,
-    cell_path,
-    check_methods,
-    compare,
-    pick_options,
-    plan_report,
-    plan_tuning,
-    run_cell,
-)
+from lkd.cells import Cell, cell_path, run_cell
+from lkd.comparison import check_methods, compare
+from lkd.comparison_plan import pick_options, plan_report, plan_tuning
 from lkd.comparison_table import format_table, summarize, tabulate
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.errors import UserError

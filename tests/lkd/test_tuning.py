@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 
 from lkd.assembly import prepare_images
-from lkd.comparison import cell_path, check_methods, pick_options, plan_tuning
+from lkd.cells import cell_path
+from lkd.comparison import check_methods
+from lkd.comparison_plan import pick_options, plan_tuning
 from lkd.config import CompareRecipe, DataRecipe, TrainRecipe
 from lkd.errors import UserError
 from lkd.files import write_json

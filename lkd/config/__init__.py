@@ -1,0 +1,31 @@
+"""The recipes: one dataclass a command. A recipe file is YAML with these fields; the command line overrides it.
+
+Nothing here imports torch, so that `lkd --help` answers at once.
+"""
+
+from lkd.config.comparison import CompareRecipe, FidelityRecipe
+from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
+from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
+from lkd.config.quickstart import QuickstartRecipe
+from lkd.config.trainings import DistillRecipe, EvaluateRecipe, TrainTeacherRecipe
+
+__all__ = [
+    "CompareRecipe",
+    "DataRecipe",
+    "DistillRecipe",
+    "EvaluateRecipe",
+    "FidelityRecipe",
+    "MetaSettings",
+    "MetaTrainRecipe",
+    "ModelRecipe",
+    "PoolContents",
+    "PoolRecipe",
+    "PoolSettings",
+    "QuickstartRecipe",
+    "RunRecipe",
+    "TeacherRecipe",
+    "TrainRecipe",
+    "TrainTeacherRecipe",
+    "WandbRecipe",
+]

@@ -1,0 +1,107 @@
+"""The recipes of a comparison and of ranking fidelity."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.pool import PoolContents
+
+
+@dataclass
+class CompareRecipe(RunRecipe):
+    """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
+
+    A method is {name: ..., ...} or a learned-loss path; `train: {learning_rate: ...}` in it sets the training for it
+    alone. A method with `grid: {option: [values]}` is tuned first: points of the grid are trained with the first seeds
+    and the first student, and the best on meta-validation is used. `train.learning_rate` can be in a grid too.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        train: The training.
+        methods: Label → method.
+        students: Networks.
+        seeds: Number of paired seeds: seed, seed + 1, ...
+        baseline: Label of the method that differences are taken to.
+        tuning_trainings: Trainings that each method with a grid may use for tuning, all seeds together: of a larger
+            grid a spread of points is drawn; 0 trains every point.
+        tuning_seeds: Seeds that each point of a grid is trained with.
+        evaluate_every: Epochs between looks at meta-validation, from which the best epoch is chosen.
+        workers: Processes that train side by side; 0 means one for every CPU core, or for every GPU. They take turns on
+            the GPUs.
+        join: Share run_dir with other processes and hosts that run the same comparison: no training is done twice.
+            Needs a file system that all of them see. W&B is left to the run that was started without it.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    methods: dict[str, dict[str, Any] | str] = field(
+        default_factory=lambda: {
+            "CE": {"name": "cross_entropy"},
+            "KD": {"name": "kd", "grid": {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}},
+        }
+    )
+    students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
+    seeds: int = 3
+    baseline: str = "KD"
+    tuning_trainings: int = 0
+    tuning_seeds: int = 1
+    evaluate_every: int = 1
+    workers: int = 0
+    join: bool = False
+
+
+def default_ranked_losses() -> dict[str, dict[str, Any] | str]:
+    """Cross-entropy, and KD from too little of the teacher to nothing else, too cold to too warm."""
+    points = [(0.2, 1.0), (0.2, 4.0), (0.5, 2.0), (0.5, 8.0), (0.8, 4.0), (1.0, 1.0), (1.0, 2.0)]
+    kd = {f"KD({w:g}, {t:g})": {"name": "kd", "weight": w, "temperature": t} for w, t in points}
+    return {"CE": {"name": "cross_entropy"}, **kd}
+
+
+@dataclass
+class FidelityRecipe(RunRecipe):
+    """Do short rollouts rank losses as full trainings do? Spearman's correlation for each kind of rollout (RUN_DIR).
+
+    To be asked before any meta-training, which sees rollouts only. Writes a table, a picture, and fidelity.json with
+    the recommended rollout length, annealing, objective, and weights for drawing ages from the pool.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The full training, and that of which a rollout is a stretch.
+        pool: The pool to build; it must hold the `ages`.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run.
+        losses: Label → loss to rank, at least 3. What a loss trains along with the student (adapters) has no age, so
+            losses that have such parts are refused.
+        ages: Ages of the students that rollouts start from, in [0, 1].
+        rollout_lengths: K, the student's steps in one rollout.
+        rollout_epochs: How often a rollout sees each of its images, as in `lkd meta-train`.
+        annealing: Learning rates within a rollout: cosine (to zero) or constant.
+        objectives: Outer objectives by name, as in `lkd meta-train`; an empty list takes all there are.
+        outer_batch_size: Meta-validation images that a rollout is scored on.
+        full_seeds: Full trainings of each loss, with paired seeds: seed, seed + 1, ...; at least 2, and from 4 on the
+            noise ceiling has an interval worth its name.
+        rollouts: Rollouts of each loss, age, K and annealing; the losses share students and batches. Each takes the
+            next student of the pool, and as many students as rollouts are best.
+        workers: Processes that work side by side; 0 means one for every CPU core, or for every GPU.
+    """
+
+    run_dir: str = "runs/fidelity"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    pool: PoolContents = field(default_factory=lambda: PoolContents(students=8, snapshots=9, max_age=0.8))
+    pool_dir: str | None = None
+    losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
+    ages: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
+    rollout_lengths: list[int] = field(default_factory=lambda: [20, 60])
+    rollout_epochs: int = 13
+    annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
+    objectives: list[str] = field(default_factory=list)
+    outer_batch_size: int = 1000
+    full_seeds: int = 4
+    rollouts: int = 8
+    workers: int = 0

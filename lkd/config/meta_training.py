@@ -1,0 +1,99 @@
+"""The recipe of meta-training."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.pool import PoolSettings
+
+
+@dataclass
+class MetaSettings:
+    """The outer loop.
+
+    Args:
+        outer_steps: Updates of the loss network.
+        interleaving: before, the loss is learned from the pool and then reused; alternate, it is updated while students
+            of its own are trained with it from start to end, at even distances, and its course is saved, to be replayed
+            by progress; both, half of the outer steps each, in this order.
+        batches: The outer loss looks at meta-validation images (different), or at the rollout's own training images
+            (same).
+        students_per_step: Students whose hypergradients are averaged for each update: drawn from the pool, or, where
+            the loss alternates with their training, trained side by side.
+        rollout_steps: K, the student's steps in one rollout. Where the loss alternates, its last steps before each
+            update.
+        initial_rollout_steps: K at the first outer step, from which it grows evenly to `rollout_steps`; 0 for no
+            growth. From the pool only.
+        rollout_epochs: How often a rollout from the pool sees each of its images: 1, all different; more, a part of the
+            training images again and again, as a whole training does.
+        annealing: Learning rate within a rollout from the pool: cosine (to zero) or constant.
+        average: The outer loss sees an exponential moving average of the rollout's iterates with this decay; 0 for the
+            last iterate. From the pool only.
+        estimator: How the hypergradient is computed: one of meta's (unrolled, adjoint and higher are exact; first_order
+            is leaner), or audited: first_order as long as its audit against the exact one holds, else adjoint. Where
+            the loss alternates with a training, first_order walks back over the training's own steps.
+        objective: Outer loss: cross_entropy, calibrated_cross_entropy (at the best temperature), brier, or
+            smoothed_error (a sigmoid of the margin in place of the error's step).
+        outer_batch_size: Images of one outer loss.
+        learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
+        clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
+        kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
+        loss: Options of the loss networks: `form` (decoupled, balance, generic, residual, target), that form's own
+            (hidden, initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and
+            under `features` those of the network over features; see docs/losses.md.
+        reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
+            meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
+            0 for no look: the last loss is saved.
+        reuse_epochs: Epochs of such a training, with the whole schedule of `train`; each costs reuse_epochs /
+            train.epochs trainings. 0 for as many as `train` has.
+        reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
+        checkpoint_every: Outer steps between checkpoints.
+    """
+
+    outer_steps: int = 20
+    interleaving: Literal["before", "alternate", "both"] = "before"
+    batches: Literal["different", "same"] = "different"
+    students_per_step: int = 2
+    rollout_steps: int = 100
+    initial_rollout_steps: int = 0
+    rollout_epochs: int = 13
+    annealing: Literal["cosine", "constant"] = "cosine"
+    average: float = 0.0
+    estimator: str = "audited"
+    objective: str = "calibrated_cross_entropy"
+    outer_batch_size: int = 1000
+    learning_rate: float = 0.03
+    clip_norm: float = 1.0
+    kind: str = "logits"
+    loss: dict[str, Any] = field(default_factory=dict)
+    reuse_every: int = 5
+    reuse_epochs: int = 0
+    reuse_patience: int = 0
+    checkpoint_every: int = 10
+
+
+@dataclass
+class MetaTrainRecipe(RunRecipe):
+    """Learn a loss (RUN_DIR/loss.lkd.safetensors).
+
+    A pool is built in the run directory first, unless `pool_dir` names one.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        students: Networks to learn with instead of `student`, in turn; each has a pool of its own.
+        train: The students' training: the loss is learned for it.
+        pool: The pool to build, and how students are drawn.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run, with the same network or `students`.
+        meta: The outer loop.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    students: list[ModelRecipe] = field(default_factory=list)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    pool_dir: str | None = None
+    meta: MetaSettings = field(default_factory=MetaSettings)

@@ -1,0 +1,134 @@
+"""What several recipes have: data, networks, training, and what every run has."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class DataRecipe:
+    """Which images.
+
+    Args:
+        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100 or
+            image_folder.
+        root: Folder of the data set's files (not for `embedded`).
+        train_size: Images to train on; 0 takes all that meta-validation leaves.
+        meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
+            the test split.
+        split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
+        label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
+        augmentation: none, flip_and_crop (2 pixels of padding), flip_and_crop_4 (4 pixels: the literature's for CIFAR);
+            for image_folder none (the centre) or random_resized_crop.
+        image_size: Pixels, height and width, of the crops that image_folder cuts; other data sets have their own size.
+    """
+
+    name: str = "embedded"
+    root: str | None = None
+    train_size: int = 4000
+    meta_validation_size: int = 4000
+    split_seed: int = 0
+    label_noise: float = 0.0
+    augmentation: str = "none"
+    image_size: int = 224
+
+
+@dataclass
+class ModelRecipe:
+    """Which network.
+
+    Args:
+        name: A timm model name (with its tag, as in resnet50.tv_in1k), a CIFAR network (resnet32x4, wrn_40_2, ...), or
+            small_resnet, small_cnn, tiny_cnn, small_mobilenet.
+        pretrained: Start from timm's pretrained weights.
+        options: Further arguments of timm.create_model, such as {act_layer: relu}.
+    """
+
+    name: str = "small_cnn"
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TeacherRecipe:
+    """Which teacher.
+
+    Args:
+        path: File written by `lkd teacher`; or a checkpoint (.pth) of RepDistiller or mdistiller; or `embedded`, the
+            teacher that the package carries; or `random`, the untrained network `name` (to try a recipe).
+        name: The network that the file holds; needed by .pth checkpoints, `pretrained` and `random`.
+        pretrained: The teacher is timm's `name` with the weights of its tag, as in resnet34.tv_in1k; no file is read.
+        options: Further arguments of timm.create_model, for `pretrained` and `random`.
+        random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
+            to a bad teacher.
+    """
+
+    path: str = "embedded"
+    name: str | None = None
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    random_answers: float = 0.0
+
+
+@dataclass
+class TrainRecipe:
+    """How a network is trained (SGD).
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images a step.
+        learning_rate: At the start, or after warm-up.
+        momentum: Of SGD.
+        nesterov: Nesterov's momentum.
+        weight_decay: L2 penalty, coupled as in torch.optim.SGD.
+        schedule: timm's name of the learning-rate schedule, stepped every update (cosine, multistep, ...).
+        milestones: Epochs at whose end the learning rate is multiplied by decay_rate; of schedule multistep only.
+        decay_rate: Factor at every milestone (multistep, step), or the power (poly).
+        warmup_epochs: Linear warm-up.
+    """
+
+    epochs: int = 13
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    milestones: list[int] = field(default_factory=list)
+    decay_rate: float = 0.1
+    warmup_epochs: int = 0
+
+
+@dataclass
+class WandbRecipe:
+    """Weights & Biases.
+
+    Args:
+        mode: disabled, offline or online.
+        project: Project name.
+        name: Run name; the run directory's name if left out.
+    """
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "lkd"
+    name: str | None = None
+
+
+@dataclass
+class RunRecipe:
+    """What every run has.
+
+    Args:
+        run_dir: Where the run's config, log, checkpoints and results go.
+        resume: never, or auto: go on with the run in `run_dir` if there is one.
+        seed: Of initial weights and of the order of the batches.
+        device: cpu, cuda, or auto (cuda where there is one).
+        threads: CPU threads of torch; 0 leaves its own choice.
+        wandb: Weights & Biases.
+    """
+
+    run_dir: str = "runs/run"
+    resume: Literal["never", "auto"] = "never"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    wandb: WandbRecipe = field(default_factory=WandbRecipe)

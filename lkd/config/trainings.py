@@ -1,0 +1,58 @@
+"""Recipes of the commands that train or measure one network."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+
+
+@dataclass
+class TrainTeacherRecipe(RunRecipe):
+    """Train a teacher with cross-entropy and save it as one file (RUN_DIR/teacher.safetensors).
+
+    Args:
+        data: Training and meta-validation images.
+        model: The network.
+        train: The training.
+    """
+
+    run_dir: str = "runs/teacher"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=lambda: ModelRecipe(name="small_resnet"))
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+
+@dataclass
+class DistillRecipe(RunRecipe):
+    """Train a student with any loss (RUN_DIR/student.safetensors).
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The training.
+        loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+
+
+@dataclass
+class EvaluateRecipe:
+    """Measure a teacher's or a student's file.
+
+    Args:
+        checkpoint: File written by `lkd teacher` or `lkd distill`, or `embedded`.
+        split: test, or meta_validation.
+        data: The images.
+        device: cpu, cuda or auto.
+    """
+
+    checkpoint: str = "embedded"
+    split: Literal["test", "meta_validation"] = "test"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    device: str = "auto"
