@@ -113,7 +113,8 @@ def train_to_the_end(
             save()
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
-    save_network(path, training.student, architecture_of(model, train), run.provenance() | {"meta_validation": results})
+    provenance = run.provenance() | {"meta_validation": results, "image_shape": list(train.image_shape)}
+    save_network(path, training.student, architecture_of(model, train), provenance)
     run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
 
