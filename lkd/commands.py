@@ -14,6 +14,7 @@ from lkd.config import (
     CompareRecipe,
     DistillRecipe,
     EvaluateRecipe,
+    ExportRecipe,
     FidelityRecipe,
     MetaTrainRecipe,
     PoolRecipe,
@@ -23,6 +24,7 @@ from lkd.config import (
 from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
+from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
 from lkd.pool import build_pool, check_pool
@@ -56,6 +58,12 @@ def evaluate(recipe: EvaluateRecipe) -> None:
     print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
+
+
+def export(recipe: ExportRecipe) -> None:
+    """`lkd export`."""
+    for name, (path, difference) in export_network(recipe).items():
+        print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
 
 
 def pool(recipe: PoolRecipe) -> None:

@@ -25,11 +25,14 @@ from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import Batches, ImageSet
 from lkd.evaluation import evaluate
-from lkd.interrupt import Interrupted, deferred_interrupts
+from lkd.interrupt import Interrupted, StopRequest, deferred_interrupts
 from lkd.losses import CrossEntropyLoss
 from lkd.models.network_file import save_network
+from lkd.processes import any_process, count_processes, is_main, own_rank, share_from_main
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
+
+STEPS_BETWEEN_QUESTIONS = 10  # of all processes to each other whether one was asked to stop
 
 
 def distill(recipe: DistillRecipe, run: Run) -> Path:
@@ -79,13 +82,15 @@ def train_to_the_end(
     )
     checkpoint = run.path / "checkpoint.safetensors"
     history: list[dict[str, Any]] = []
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint)
+    saved = share_from_main(load_checkpoint(checkpoint) if is_main() and checkpoint.exists() else None)
+    if saved:
         training.load_state_dict(saved["training"])
         history = saved["history"]
 
     def save() -> None:
-        save_checkpoint(checkpoint, {"training": training.state_dict(), "history": history})
+        state = {"training": training.state_dict(), "history": history}
+        if is_main():
+            save_checkpoint(checkpoint, state)
 
     bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
@@ -93,10 +98,10 @@ def train_to_the_end(
             started, first = time.perf_counter(), training.step
             terms = training.run_step()
             bar.update()
-            while training.step % training.batches.steps_per_epoch and not stop:
+            while training.step % training.batches.steps_per_epoch and not must_stop(stop, training):
                 terms = training.run_step()
                 bar.update()
-            if stop:
+            if training.step % training.batches.steps_per_epoch or any_process(bool(stop), run.device):
                 save()
                 raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
             seconds = (time.perf_counter() - started) / (training.step - first)
@@ -113,9 +118,19 @@ def train_to_the_end(
             save()
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
-    save_network(path, training.student, architecture_of(model, train), run.provenance() | {"meta_validation": results})
+    if not is_main():
+        return path
+    provenance = run.provenance() | {"meta_validation": results, "image_shape": list(train.image_shape)}
+    save_network(path, training.student, architecture_of(model, train), provenance)
     run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
+
+
+def must_stop(stop: StopRequest, training: Training) -> bool:
+    """Whether to stop within an epoch; several processes agree on it every so many steps."""
+    if count_processes() == 1:
+        return bool(stop)
+    return training.step % STEPS_BETWEEN_QUESTIONS == 0 and any_process(bool(stop), training.batches.device)
 
 
 def start_training(
@@ -130,5 +145,7 @@ def start_training(
 ) -> Training:
     """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss."""
     student = prepare_student(model, train, seed, device)
-    batches = Batches(train, recipe.batch_size, seed, augmentation, device)
+    if own_rank():
+        torch.manual_seed(seed * 1_000_003 + own_rank())  # else dropout would drop the same in every process
+    batches = Batches(train, recipe.batch_size, seed, augmentation, device, (own_rank(), count_processes()))
     return Training(student, loss, teacher, batches, recipe)

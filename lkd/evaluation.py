@@ -8,11 +8,12 @@ from torch.nn.functional import cross_entropy
 
 from lkd.calibration import expected_calibration_error, find_best_temperature
 from lkd.data import ImageSet
+from lkd.processes import copy_buffers_from_main, count_processes, gather_rows, own_rank
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500) -> dict[str, float]:
-    """Evaluate a network, in eval mode; its mode is restored.
+    """Evaluate a network, in eval mode; its mode is restored. Processes that have met share the images.
 
     Args:
         network: Returns `Outputs`.
@@ -27,9 +28,11 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_s
     """
     training = network.training
     network.eval()
-    batches = (images.batch(positions, device) for positions in torch.arange(len(images)).split(batch_size))
+    copy_buffers_from_main(network)
+    own = torch.arange(own_rank(), len(images), count_processes())
+    batches = (images.batch(positions, device) for positions in own.split(batch_size))
     answers = [(network(batch.images).logits, batch.target) for batch in batches]
-    logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    logits, target = (gather_rows(torch.cat(parts)) for parts in zip(*answers, strict=True))
     logits = logits.float()
     network.train(training)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)

@@ -5,6 +5,7 @@ import fcntl
 import importlib.metadata
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
+from lkd.processes import join_processes, place_of, read_job
 from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
+SHARED_COMMANDS = ("distill", "teacher")  # which torchrun may start
 MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root")
 
 
@@ -65,6 +68,26 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
         UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
             config, or is in use.
     """
+    job = read_job()
+    if job.size > 1 and command not in SHARED_COMMANDS:
+        raise UserError(f"torchrun: `lkd {command}` runs in one process; {' and '.join(SHARED_COMMANDS)} in several")
+    device = place_of(choose_device(recipe.device))
+    with join_processes(device):
+        if job.rank:  # only the main process has the run directory
+            with tempfile.TemporaryDirectory() as folder:
+                tracker = Tracker(Path(folder), WandbRecipe(), {})
+                try:
+                    yield Run(Path(folder), device, tracker, command, quiet=True)
+                finally:
+                    tracker.finish()
+        else:
+            with open_run_directory(recipe, command, device, quiet) as run:
+                yield run
+
+
+@contextmanager
+def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, quiet: bool) -> Iterator[Run]:
+    """Open a run directory in the process that owns it; see `open_run`."""
     path = Path(recipe.run_dir)
     joined = isinstance(recipe, CompareRecipe) and recipe.join
     config = {"command": command, "recipe": dataclasses.asdict(recipe)}
@@ -85,7 +108,7 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
             torch.set_num_threads(recipe.threads)
         tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
         try:
-            yield Run(path, choose_device(recipe.device), tracker, command, quiet)
+            yield Run(path, device, tracker, command, quiet)
         finally:
             tracker.finish()
 

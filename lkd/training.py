@@ -12,6 +12,7 @@ from lkd.config import TrainRecipe
 from lkd.data import Batch, Batches
 from lkd.errors import UserError
 from lkd.outputs import Outputs
+from lkd.processes import count_processes, gather_objects, own_rank
 
 TeacherFunction = Callable[[Batch], Outputs]
 
@@ -65,6 +66,7 @@ class Training:
         self.optimizer = build_optimizer(trained, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
+        self.computation = share_gradients(StudentLoss(student, self.loss), recipe, batches.device)
 
     @property
     def progress(self) -> float:
@@ -93,7 +95,7 @@ class Training:
         if watch:
             watch((batch, teacher, self.progress))
         identity = {"index": batch.index} if self.needs_index else {}
-        terms = self.loss(self.student(batch.images), teacher, batch.target, self.progress, **identity)
+        terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
@@ -109,13 +111,13 @@ class Training:
         return {name: value.detach() for name, value in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly; batches are a function of the step."""
+        """Everything needed to go on bit-exactly; batches are a function of the step. All processes must ask."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": random_state(self.batches.device),
+            "random": gather_objects(random_state(self.batches.device)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,8 +126,50 @@ class Training:
         self.student.load_state_dict(state["student"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        set_random_state(state["random"], self.batches.device)
+        restore_random_state(state["random"], self.step, self.batches)
         self.scheduler.step_update(self.step)
+
+
+class StudentLoss(nn.Module):
+    """Student and loss as one module, from images to the loss's terms: what several processes share gradients of."""
+
+    def __init__(self, student: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(
+        self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Compute the terms."""
+        terms: dict[str, Tensor] = self.loss(self.student(images), teacher, target, progress, **identity)
+        return terms
+
+
+def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch.device) -> nn.Module:
+    """Wrap it so that every process's gradient is the mean over all; alone, nothing is wrapped.
+
+    Raises:
+        UserError: If the loss keeps a memory of images, which several processes would not share, or BatchNorm cannot be
+            synchronised here.
+    """
+    if recipe.sync_batchnorm and device.type != "cuda":
+        raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
+    if count_processes() == 1:
+        return computation
+    if getattr(computation.loss, "needs_index", False):
+        raise UserError("loss: it remembers every image (needs_index), which several processes cannot share; take one")
+    if recipe.sync_batchnorm:
+        computation.student = nn.SyncBatchNorm.convert_sync_batchnorm(computation.student)
+    return nn.parallel.DistributedDataParallel(computation, [device] if device.type == "cuda" else None)
+
+
+def restore_random_state(states: list[dict[str, Tensor]], step: int, batches: Batches) -> None:
+    """Restore this process's generators; with another number of processes than before, seed them anew by the step."""
+    if len(states) == count_processes():
+        set_random_state(states[own_rank()], batches.device)
+    else:
+        torch.manual_seed(batches.seed * 1_000_003 + step * 1009 + own_rank())
 
 
 def build_optimizer(parameters: list[Tensor], recipe: TrainRecipe) -> torch.optim.Optimizer:

@@ -102,7 +102,9 @@ def tabulate_settings(accuracies: dict[str, Accuracies]) -> str:
     lines = [f"| setting | {' | '.join(methods)} | learned − best | best |", "|---" * (len(methods) + 3) + "|"]
     for name, setting in SETTINGS.items():
         found = accuracies[name]
-        cells = [format_figure(mean_and_error(list(found[method].values()))) for method in methods]
+        cells = [
+            format_figure(mean_and_error(list(found[method].values()))) if method in found else "" for method in methods
+        ]
         best = find_best_hand_made(found)
         lines.append(
             f"| {setting.title} | {' | '.join(cells)} | {format_figure(gain(found, LEARNED), True)} | {best} |"

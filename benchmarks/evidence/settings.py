@@ -173,12 +173,12 @@ def list_comparisons(
     comparisons = {CLEAN: compare_recipe(CLEAN, clean, root, folder, hand_made | {"DIST": DIST} | learned | half)}
     comparisons[CLEAN].students = [ModelRecipe(STUDENT), ModelRecipe(UNSEEN)]
 
-    def add_setting(name: str) -> None:
-        methods = hand_made | {"learned": learned_method(name, folder)}
+    def add_setting(name: str, rivals: dict[str, Any]) -> None:
+        methods = rivals | {"learned": learned_method(name, folder)}
         comparisons[name] = compare_recipe(name, SETTINGS[name], root, folder, methods)
 
     for name in SIGN_CHANGES:
-        add_setting(name)
+        add_setting(name, hand_made)
     taught = replace(clean, teacher={"path": str(other_teacher)})
     comparisons["other_teacher"] = compare_recipe("other_teacher", taught, root, folder, hand_made | learned)
     root_of_digits, digits_teacher = digits
@@ -201,7 +201,7 @@ def list_comparisons(
     comparisons["ablations"] = compare_recipe("ablations", clean, root, folder, {"default": learned["learned"]} | rows)
     comparisons["ablations"].baseline = "default"
     for name in ROBUSTNESS:
-        add_setting(name)
+        add_setting(name, {"CE": CE, "KD": KD})
     for name in ("ablations", *ROBUSTNESS):
         comparisons[name].seeds = FEWER_SEEDS
     return comparisons

@@ -31,7 +31,7 @@ themselves: that favours it.
 ![Every loss in every setting](settings.png)
 
 {settings}
-The last two rows are of {fewer} seeds.
+The last two rows are of {fewer} seeds, against cross-entropy and KD only.
 
 ## Other students, teachers, data
 

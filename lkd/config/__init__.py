@@ -8,13 +8,14 @@ from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
-from lkd.config.trainings import DistillRecipe, EvaluateRecipe, TrainTeacherRecipe
+from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
 
 __all__ = [
     "CompareRecipe",
     "DataRecipe",
     "DistillRecipe",
     "EvaluateRecipe",
+    "ExportRecipe",
     "FidelityRecipe",
     "MetaSettings",
     "MetaTrainRecipe",

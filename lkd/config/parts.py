@@ -75,7 +75,7 @@ class TrainRecipe:
 
     Args:
         epochs: Passes over the training images.
-        batch_size: Images a step.
+        batch_size: Images a step, of all processes of a torchrun job together.
         learning_rate: At the start, or after warm-up.
         momentum: Of SGD.
         nesterov: Nesterov's momentum.
@@ -84,6 +84,7 @@ class TrainRecipe:
         milestones: Epochs at whose end the learning rate is multiplied by decay_rate; of schedule multistep only.
         decay_rate: Factor at every milestone (multistep, step), or the power (poly).
         warmup_epochs: Linear warm-up.
+        sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
     """
 
     epochs: int = 13
@@ -96,6 +97,7 @@ class TrainRecipe:
     milestones: list[int] = field(default_factory=list)
     decay_rate: float = 0.1
     warmup_epochs: int = 0
+    sync_batchnorm: bool = False
 
 
 @dataclass

@@ -56,3 +56,23 @@ class EvaluateRecipe:
     split: Literal["test", "meta_validation"] = "test"
     data: DataRecipe = field(default_factory=DataRecipe)
     device: str = "auto"
+
+
+@dataclass
+class ExportRecipe:
+    """Write a student in the formats that others read; every file is read back and its logits compared (OUT_DIR).
+
+    Args:
+        checkpoint: File written by `lkd distill` or `lkd teacher`.
+        out_dir: Where the files go: student.pth, student.safetensors, student.onnx, student.pt2, export.json.
+        formats: Some of timm (a state dict for `timm.create_model(..., checkpoint_path=)`), safetensors (the same
+            weights), onnx (needs the `export` extra), torch_export.
+        image_size: Height and width of the input; 0 for that of the training images, which the file names.
+        tolerance: Largest difference of a logit, over the largest logit, between the file and the network.
+    """
+
+    checkpoint: str = "runs/student/student.safetensors"
+    out_dir: str = "runs/export"
+    formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
+    image_size: int = 0
+    tolerance: float = 1e-4

@@ -17,9 +17,11 @@ class Batches:
         seed: Of the order and of the augmentation.
         augmentation: A name in `augmentations_of` these images.
         device: Where batches go.
+        part: Which part of every batch is given, of how many equal ones: (0, 1) is all of it. Several processes share
+            one order of the images, so that their parts together are the batch of one process.
 
     Raises:
-        UserError: If the batch is larger than the set, or the augmentation is unknown.
+        UserError: If the batch is larger than the set or does not divide, or the augmentation is unknown.
     """
 
     def __init__(
@@ -29,13 +31,20 @@ class Batches:
         seed: int,
         augmentation: str = "none",
         device: str | torch.device = "cpu",
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         known = augmentations_of(images.images)
         check_choice("data.augmentation", augmentation, known)
         if not 1 <= batch_size <= len(images):
             raise UserError(f"train.batch_size: {batch_size} is not between 1 and the {len(images)} training images")
+        if batch_size % part[1]:
+            raise UserError(
+                f"train.batch_size: {batch_size} is the batch of all {part[1]} processes together and does not divide "
+                f"among them; take a multiple of {part[1]}"
+            )
         self.images = images
         self.batch_size = batch_size
+        self.part = part
         self.seed = seed
         self.augment = known[augmentation]
         self.device = torch.device(device)
@@ -49,8 +58,10 @@ class Batches:
         if epoch != self._epoch:
             self._order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, 0, epoch))
             self._epoch = epoch
-        positions = self._order[within * self.batch_size : (within + 1) * self.batch_size]
-        pixels = self.augment(self.images.images[positions], seeded_generator(self.seed, 1, step))
+        number, parts = self.part
+        positions = self._order[within * self.batch_size : (within + 1) * self.batch_size][number::parts]
+        words = (self.seed, 1, step, *([number] if number else []))
+        pixels = self.augment(self.images.images[positions], seeded_generator(*words))
         return Batch(
             self.images.normalize(pixels.to(self.device)),
             self.images.labels[positions].to(self.device),

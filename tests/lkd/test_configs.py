@@ -56,6 +56,7 @@ SMALL = {
         *("--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"),
     ],
     "evaluate": [],
+    "export": [],
     "quickstart": ["--short"],
 }
 

@@ -1,0 +1,101 @@
+"""Several processes under torchrun (gloo): the same training as one process, the same numbers, stopped and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lkd.assembly import prepare_images
+from lkd.cli import main
+from lkd.config import CompareRecipe, DataRecipe
+from lkd.data import Batches
+from lkd.errors import UserError
+from lkd.models.network_file import load_network
+from lkd.processes import read_job
+from lkd.run import open_run
+
+# LayerNorm, no BatchNorm: its statistics would be those of half a batch.
+STUDENT = "{name: vit_tiny_patch16_224, options: {img_size: 28, patch_size: 7, embed_dim: 16, depth: 2, num_heads: 2}}"
+TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
+DISTILL = ["distill", *TINY, "--student", STUDENT, "--loss", "{name: kd, weight: 0.9}"]
+
+
+def torchrun(*words: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*command, "-m", "lkd.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_processes_train_as_one_with_the_same_whole_batch() -> None:
+    job = torchrun(*DISTILL, "--train.epochs", "2", "--run_dir", "two")
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    assert output.count("two/student.safetensors") == 1, "the main process alone speaks"
+    assert main([*DISTILL, "--train.epochs", "2", "--run_dir", "one"]) == 0
+    one, two = load_file("one/student.safetensors"), load_file("two/student.safetensors")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    figures = [
+        load_network(Path(run, "student.safetensors"))[1]["provenance"]["meta_validation"] for run in ("one", "two")
+    ]
+    for name in ("top1", "top5", "cross_entropy"):
+        one, two = (each["last"][name] for each in figures)
+        assert two == pytest.approx(one, rel=1e-4), f"{name}, of 101 images by two processes"
+
+
+def test_a_stopped_job_goes_on_with_as_many_processes_or_one() -> None:
+    words = [*DISTILL, "--train.epochs", "8"]
+    job = torchrun(*words, "--run_dir", "stopped")
+    while job.poll() is None and not Path("stopped/checkpoint.safetensors").exists():
+        time.sleep(0.1)
+    assert job.poll() is None, job.communicate()[0]
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    assert not Path("stopped/student.safetensors").exists()
+    again = torchrun(*words, "--run_dir", "stopped", "--resume", "auto")
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert main([*words, "--run_dir", "one"]) == 0
+    one, two = load_file("one/student.safetensors"), load_file("stopped/student.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    images = prepare_images(DataRecipe(train_size=200, meta_validation_size=100)).train
+    whole = Batches(images, 40, seed=3)
+    parts = [Batches(images, 40, 3, part=(number, 4)) for number in range(4)]
+    for step in (0, 7):
+        together = torch.cat([part.at(step).index for part in parts])
+        assert sorted(together.tolist()) == sorted(whole.at(step).index.tolist())
+        assert all(len(part.at(step).index) == 10 for part in parts)
+    with pytest.raises(UserError, match="batch_size: 40 is the batch of all 3 processes together and does not divide"):
+        Batches(images, 40, 3, part=(0, 3))
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch) -> None:
+    assert read_job() == (0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with (
+        pytest.raises(UserError, match="torchrun: `lkd compare` runs in one process; distill and teacher in several"),
+        open_run(CompareRecipe(run_dir="c"), "compare"),
+    ):
+        pass
+
+
+def test_synchronised_batch_norm_needs_gpus(capsys) -> None:
+    assert main([*DISTILL, "--train.sync_batchnorm", "true", "--run_dir", "r"]) == 2
+    assert "train.sync_batchnorm: works on GPUs only" in capsys.readouterr().err
