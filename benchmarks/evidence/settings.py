@@ -202,6 +202,6 @@ def list_comparisons(
     comparisons["ablations"].baseline = "default"
     for name in ROBUSTNESS:
         add_setting(name, {"CE": CE, "KD": KD})
-    for name in ("ablations", *ROBUSTNESS):
+    for name in ("kinds", "ablations", *ROBUSTNESS):
         comparisons[name].seeds = FEWER_SEEDS
     return comparisons

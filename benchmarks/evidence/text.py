@@ -45,7 +45,7 @@ hand-made losses is in `result.json`.
 
 ## The axes
 
-Losses learned with one thing changed, on clean labels, {fewer} fresh students (the kinds: {seeds}).
+Losses learned with one thing changed, on clean labels, {fewer} fresh students.
 
 {ablations}
 ## Cost
