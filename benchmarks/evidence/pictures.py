@@ -43,10 +43,10 @@ def draw_settings(accuracies: dict[str, Accuracies], fixed: str, path: Path) -> 
     axis.axvline(0, color="0.8", lw=1, zorder=0)
     axis.set_yticks(range(len(accuracies)), [SETTINGS[name].title for name in accuracies])
     axis.set_ylim(len(accuracies) - 0.5, -0.5)
-    axis.set_xlabel("test accuracy, points to the best hand-made loss of the setting; mean ± standard error")
+    axis.set_xlabel("test accuracy, points to the best hand-made loss there")
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.22), ncols=3)
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
     save_figure(figure, path)
 
 
@@ -69,7 +69,7 @@ def draw_gains(accuracies: dict[str, Accuracies], path: Path) -> None:
     axis.axvline(0, color="0.6", lw=1, zorder=0)
     axis.set_yticks(range(len(shown)), names)
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.set_xlabel("learned − best hand-made loss (in brackets), points; mean ± standard error, dots: seeds")
+    axis.set_xlabel("learned − best hand-made loss (in brackets), points; dots: seeds")
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right", "left"]].set_visible(False)
     save_figure(figure, path)
