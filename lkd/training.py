@@ -1,6 +1,7 @@
 """One student's training, a step at a time: what distillation, the pool and every comparison share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
 from lkd.data import Batch, Batches
 from lkd.errors import UserError
+from lkd.losses.functions import widen
 from lkd.outputs import Outputs
 from lkd.processes import count_processes, gather_objects, own_rank
 
@@ -66,7 +68,10 @@ class Training:
         self.optimizer = build_optimizer(trained, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
-        self.computation = share_gradients(StudentLoss(student, self.loss), recipe, batches.device)
+        self.autocast = partial(
+            torch.autocast, batches.device.type, torch.bfloat16, enabled=is_bfloat16(recipe, batches.device)
+        )
+        self.computation = share_gradients(StudentLoss(student, self.loss, self.autocast), recipe, batches.device)
 
     @property
     def progress(self) -> float:
@@ -91,7 +96,9 @@ class Training:
             DivergedError: If a term is not finite.
         """
         batch = self.batches.at(self.step)
-        teacher = self.teacher(batch) if self.teacher else None
+        with self.autocast():
+            teacher = self.teacher(batch) if self.teacher else None
+        teacher = widen_outputs(teacher) if teacher else None
         if watch:
             watch((batch, teacher, self.progress))
         identity = {"index": batch.index} if self.needs_index else {}
@@ -131,19 +138,38 @@ class Training:
 
 
 class StudentLoss(nn.Module):
-    """Student and loss as one module, from images to the loss's terms: what several processes share gradients of."""
+    """Student and loss as one module, from images to the loss's terms: what several processes share gradients of.
 
-    def __init__(self, student: nn.Module, loss: nn.Module) -> None:
+    Args:
+        student: The student.
+        loss: The loss, computed in float32.
+        autocast: The context of the student's forward pass.
+    """
+
+    def __init__(self, student: nn.Module, loss: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
+        self.autocast = autocast
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Compute the terms."""
-        terms: dict[str, Tensor] = self.loss(self.student(images), teacher, target, progress, **identity)
+        with self.autocast():
+            outputs = self.student(images)
+        terms: dict[str, Tensor] = self.loss(widen_outputs(outputs), teacher, target, progress, **identity)
         return terms
+
+
+def widen_outputs(outputs: Outputs) -> Outputs:
+    """The outputs in at least float32; nothing is copied that is already."""
+    return Outputs(widen(outputs.logits), {stage: widen(feature) for stage, feature in outputs.features.items()})
+
+
+def is_bfloat16(recipe: TrainRecipe, device: torch.device) -> bool:
+    """Whether student and teacher compute in bfloat16."""
+    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
 
 
 def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch.device) -> nn.Module:

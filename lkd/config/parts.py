@@ -84,6 +84,8 @@ class TrainRecipe:
         milestones: Epochs at whose end the learning rate is multiplied by decay_rate; of schedule multistep only.
         decay_rate: Factor at every milestone (multistep, step), or the power (poly).
         warmup_epochs: Linear warm-up.
+        precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; or auto,
+            which is bfloat16 on a GPU. Rollouts of meta-training are in float32.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
     """
 
@@ -97,6 +99,7 @@ class TrainRecipe:
     milestones: list[int] = field(default_factory=list)
     decay_rate: float = 0.1
     warmup_epochs: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     sync_batchnorm: bool = False
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lkd.assembly import prepare_images, prepare_student
+from lkd.assembly import prepare_images, prepare_loss, prepare_student, prepare_teacher, read_teacher_stages
 from lkd.checkpoint import load_checkpoint, save_checkpoint
-from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import Batches
 from lkd.distillation import start_training
 from lkd.errors import UserError
@@ -106,3 +106,22 @@ def test_impossible_settings_are_refused(images) -> None:
 def test_an_unknown_schedule_is_refused(images) -> None:
     with pytest.raises(UserError, match=r"train\.schedule: 'cosin'"):
         start(images, schedule="cosin")
+
+
+@pytest.mark.parametrize("loss", ["kd", "fitnet"])
+def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(loss: str) -> None:
+    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100))
+    recipe, taught = ModelRecipe("small_cnn"), TeacherRecipe()
+    values = {}
+    for precision in ("float32", "bfloat16", "auto"):
+        built = prepare_loss({"name": loss}, recipe, taught, images, 0)
+        teacher = prepare_teacher(taught, DataRecipe(), images, CPU, read_teacher_stages(built))
+        train = TrainRecipe(epochs=1, batch_size=40, learning_rate=0.02, precision=precision)
+        training = start_training(recipe, images.train, built, teacher, train, "none", 0, CPU)
+        rows = [training.run_step() for _ in range(10)]
+        assert all(term.dtype == torch.float32 for row in rows for term in row.values())
+        assert all(p.dtype == torch.float32 for p in training.student.parameters())
+        values[precision] = torch.tensor([float(sum(row.values())) for row in rows])
+    assert torch.equal(values["auto"], values["float32"]), "auto is float32 on a CPU"
+    assert not torch.equal(values["bfloat16"], values["float32"])
+    torch.testing.assert_close(values["bfloat16"], values["float32"], rtol=0.05, atol=0.0)
