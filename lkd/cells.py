@@ -119,10 +119,10 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
             diverged_at = training.step
             figures = {"step": training.step, **guess(images.meta_validation)}
             break
-        figures = {"step": training.step, **evaluate(training.student, images.meta_validation, place)}
+        figures = {"step": training.step, **evaluate(training.result, images.meta_validation, place)}
         if figures["top1"] > best["top1"]:
             best = figures
-            best_weights = {name: tensor.clone() for name, tensor in training.student.state_dict().items()}
+            best_weights = {name: tensor.clone() for name, tensor in training.result.state_dict().items()}
     row: Row = {
         **dataclasses.asdict(cell),
         "student": cell.student.name,
@@ -138,9 +138,9 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     if cell.reported:
         row["last"] = row["best"] = guess(images.test)
         if diverged_at is None:
-            row["last"] = evaluate(training.student, images.test, place)
+            row["last"] = evaluate(training.result, images.test, place)
         if best_weights:
-            training.student.load_state_dict(best_weights)
-            row["best"] = evaluate(training.student, images.test, place)
+            training.result.load_state_dict(best_weights)
+            row["best"] = evaluate(training.result, images.test, place)
     write_json(path, row)
     return row

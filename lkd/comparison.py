@@ -25,8 +25,8 @@ from lkd.config import CompareRecipe
 from lkd.errors import UserError
 from lkd.evidence import evidence
 from lkd.files import write_json
+from lkd.optimization import build_optimizer, build_scheduler
 from lkd.run import Run
-from lkd.training import build_optimizer, build_scheduler
 from lkd.tuning import check_tuning, expand_grid, split_method
 from lkd.workers import finish_all, start_workers
 

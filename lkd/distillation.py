@@ -105,7 +105,7 @@ def train_to_the_end(
                 save()
                 raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
             seconds = (time.perf_counter() - started) / (training.step - first)
-            figures = evaluate(training.student, meta_validation, run.device)
+            figures = evaluate(training.result, meta_validation, run.device)
             history.append({"step": training.step, **figures})
             run.tracker.log(
                 training.step,
@@ -121,7 +121,7 @@ def train_to_the_end(
     if not is_main():
         return path
     provenance = run.provenance() | {"meta_validation": results, "image_shape": list(train.image_shape)}
-    save_network(path, training.student, architecture_of(model, train), provenance)
+    save_network(path, training.result, architecture_of(model, train), provenance)
     run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
 

@@ -29,10 +29,10 @@ from lkd.errors import UserError, check_choice
 from lkd.fidelity_results import write_results
 from lkd.fidelity_rollouts import draw_path, find_students, list_objectives, plan_draws, run_draw
 from lkd.files import read_json
+from lkd.optimization import build_optimizer, build_scheduler
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool, build_pool, check_pool, open_pool
 from lkd.run import Run
-from lkd.training import build_optimizer, build_scheduler
 from lkd.workers import finish_all, start_workers
 
 

@@ -107,7 +107,7 @@ class Reuse:
                 training.run_step()
             except UserError:  # not finite
                 return {SCORE: float("inf"), "top1": 0.0}
-        return evaluate(training.student, self.images.meta_validation, self.device)
+        return evaluate(training.result, self.images.meta_validation, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on."""

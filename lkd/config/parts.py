@@ -86,6 +86,10 @@ class TrainRecipe:
         warmup_epochs: Linear warm-up.
         precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; or auto,
             which is bfloat16 on a GPU. Rollouts of meta-training are in float32.
+        accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
+            that do not fit in memory. BatchNorm sees a part at a time.
+        ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
+            then evaluated and saved in the student's place; 0 for none.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
     """
 
@@ -100,6 +104,8 @@ class TrainRecipe:
     decay_rate: float = 0.1
     warmup_epochs: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    accumulation: int = 1
+    ema_decay: float = 0.0
     sync_batchnorm: bool = False
 
 

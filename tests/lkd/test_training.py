@@ -125,3 +125,59 @@ def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(lo
     assert torch.equal(values["auto"], values["float32"]), "auto is float32 on a CPU"
     assert not torch.equal(values["bfloat16"], values["float32"])
     torch.testing.assert_close(values["bfloat16"], values["float32"], rtol=0.05, atol=0.0)
+
+
+def test_accumulated_parts_are_the_whole_batch() -> None:
+    """A network without BatchNorm, whose statistics would be those of a part; watched and reported once a step."""
+    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
+    vit = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model, terms, students = ModelRecipe("vit_tiny_patch16_224", options=vit), [], []
+    for accumulation in (1, 4):
+        train = TrainRecipe(epochs=1, batch_size=40, accumulation=accumulation)
+        training = start_training(model, images, CrossEntropyLoss(), None, train, "none", 0, CPU)
+        terms.append(torch.tensor([float(training.run_step()["task"]) for _ in range(5)]))
+        students.append(training.student.state_dict())
+    torch.testing.assert_close(*terms, rtol=1e-4, atol=1e-5)
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_average_is_that_of_the_weights_after_every_step(tmp_path) -> None:
+    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
+    train = TrainRecipe(epochs=1, batch_size=40, ema_decay=0.7)
+
+    def begin() -> Training:
+        return start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, "none", 0, CPU)
+
+    training = begin()
+    expected = {name: p.detach().clone() for name, p in training.student.named_parameters()}
+    for _ in range(6):
+        training.run_step()
+        for name, parameter in training.student.named_parameters():
+            expected[name] = 0.7 * expected[name] + 0.3 * parameter.detach()
+        if training.step == 3:
+            save_checkpoint(tmp_path / "c", training.state_dict())
+    assert training.result is not training.student
+    for name, parameter in training.result.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-7)
+    resumed = begin()
+    resumed.load_state_dict(load_checkpoint(tmp_path / "c"))
+    for _ in range(3):
+        resumed.run_step()
+    for name, tensor in training.result.state_dict().items():
+        assert torch.equal(resumed.result.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulation": 3}, "train.accumulation: 3 does not divide the batch of one process, 40 images"),
+        ({"accumulation": 0}, "train.accumulation: 0 does not"),
+        ({"ema_decay": 1.0}, "train.ema_decay: 1.0 is not in"),
+    ],
+)
+def test_impossible_parts_and_averages_are_refused(changes: dict, message: str) -> None:
+    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
+    train = TrainRecipe(epochs=1, batch_size=40, **changes)
+    with pytest.raises(UserError, match=message):
+        start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, "none", 0, CPU)

@@ -1,0 +1,117 @@
+"""A student and its loss as one computation: its precision, its parts, and the processes that share it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from lkd.checkpoint import set_random_state
+from lkd.config import TrainRecipe
+from lkd.data import Batches
+from lkd.errors import UserError
+from lkd.losses.functions import widen
+from lkd.outputs import Outputs
+from lkd.processes import count_processes, own_rank
+
+
+class StudentLoss(nn.Module):
+    """Student and loss as one module, from images to the loss's terms: what several processes share gradients of.
+
+    Args:
+        student: The student.
+        loss: The loss, computed in float32.
+        autocast: The context of the student's forward pass.
+    """
+
+    def __init__(self, student: nn.Module, loss: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.autocast = autocast
+
+    def forward(
+        self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Compute the terms."""
+        with self.autocast():
+            outputs = self.student(images)
+        terms: dict[str, Tensor] = self.loss(widen_outputs(outputs), teacher, target, progress, **identity)
+        return terms
+
+
+def check_accumulation(recipe: TrainRecipe, batches: Batches) -> int:
+    """Into how many parts a batch is cut.
+
+    Raises:
+        UserError: If the batch of one process does not divide into them.
+    """
+    size = batches.batch_size // batches.part[1]
+    if recipe.accumulation < 1 or size % recipe.accumulation:
+        raise UserError(
+            f"train.accumulation: {recipe.accumulation} does not divide the batch of one process, {size} images"
+        )
+    return recipe.accumulation
+
+
+def build_average(student: nn.Module, recipe: TrainRecipe) -> ModelEmaV3 | None:
+    """The moving average of the student's weights, if one is asked for.
+
+    Raises:
+        UserError: If the decay is out of range.
+    """
+    if not 0 <= recipe.ema_decay < 1:
+        raise UserError(f"train.ema_decay: {recipe.ema_decay} is not in [0, 1); 0 turns it off")
+    return ModelEmaV3(student, recipe.ema_decay) if recipe.ema_decay else None
+
+
+def hold_gradients(computation: nn.Module) -> AbstractContextManager[Any]:
+    """Let several processes share gradients later, with the last part of the batch."""
+    if isinstance(computation, nn.parallel.DistributedDataParallel):
+        return computation.no_sync()
+    return nullcontext()
+
+
+def cut(outputs: Outputs | None, part: slice) -> Outputs | None:
+    """The rows of a part of the batch."""
+    if outputs is None:
+        return None
+    return Outputs(outputs.logits[part], {stage: feature[part] for stage, feature in outputs.features.items()})
+
+
+def widen_outputs(outputs: Outputs) -> Outputs:
+    """The outputs in at least float32; nothing is copied that is already."""
+    return Outputs(widen(outputs.logits), {stage: widen(feature) for stage, feature in outputs.features.items()})
+
+
+def is_bfloat16(recipe: TrainRecipe, device: torch.device) -> bool:
+    """Whether student and teacher compute in bfloat16."""
+    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+
+
+def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch.device) -> nn.Module:
+    """Wrap it so that every process's gradient is the mean over all; alone, nothing is wrapped.
+
+    Raises:
+        UserError: If the loss keeps a memory of images, which several processes would not share, or BatchNorm cannot be
+            synchronised here.
+    """
+    if recipe.sync_batchnorm and device.type != "cuda":
+        raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
+    if count_processes() == 1:
+        return computation
+    if getattr(computation.loss, "needs_index", False):
+        raise UserError("loss: it remembers every image (needs_index), which several processes cannot share; take one")
+    if recipe.sync_batchnorm:
+        computation.student = nn.SyncBatchNorm.convert_sync_batchnorm(computation.student)
+    return nn.parallel.DistributedDataParallel(computation, [device] if device.type == "cuda" else None)
+
+
+def restore_random_state(states: list[dict[str, Tensor]], step: int, batches: Batches) -> None:
+    """Restore this process's generators; with another number of processes than before, seed them anew by the step."""
+    if len(states) == count_processes():
+        set_random_state(states[own_rank()], batches.device)
+    else:
+        torch.manual_seed(batches.seed * 1_000_003 + step * 1009 + own_rank())
