@@ -10,7 +10,7 @@ from lkd.config import CompareRecipe, DataRecipe, MetaTrainRecipe, ModelRecipe, 
 STUDENT, UNSEEN, TINY = "small_cnn", "small_mobilenet", "tiny_cnn"
 RATES = [0.2, 0.1, 0.3]
 BUDGET = 20  # trainings that each hand-made loss with options is tuned with
-SEEDS, FEWER_SEEDS = 10, 5
+SEEDS, FEWER_SEEDS = 10, 4
 META_RATE = 0.2  # learning rate of the students that losses are learned with
 
 CE = {"name": "cross_entropy", "grid": {"train.learning_rate": RATES}}
