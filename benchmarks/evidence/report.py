@@ -42,7 +42,7 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
     unseen = read_accuracies(Path(comparisons[CLEAN].run_dir), UNSEEN)
     provenance = {name: read_provenance(Path(recipe.run_dir) / f"loss{SUFFIX}") for name, recipe in learned.items()}
     figures = list_figures(accuracies, unseen, provenance[CLEAN]["cost_in_trainings"])
-    environment = read_json(Path(comparisons[CLEAN].run_dir) / "environment.json")
+    environment = read_json(Path(learned[CLEAN].run_dir) / "environment.json")
     write_json(EVIDENCE / "result.json", evidence(COMMAND, environment, figures))
     for name, recipe in comparisons.items():
         for file in ("cells.csv", "table.txt"):
