@@ -26,6 +26,7 @@ from lkd.config import CompareRecipe, MetaTrainRecipe
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
 from lkd.intervals import mean_and_error
+from lkd.reuse import SCORE
 from lkd.surfaces import balance_surface
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "learned_loss"
@@ -66,6 +67,7 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
         fewer=FEWER_SEEDS,
         goals=tabulate_goals(figures),
         learned=describe_learned(learned),
+        initial=", ".join(f"`{name}`" for name, known in provenance.items() if best_step(known) == 0) or "none",
         **tables,
     )
     write_text(EVIDENCE / "README.md", text)
@@ -178,6 +180,11 @@ def describe_learned(learned: dict[str, MetaTrainRecipe]) -> str:
         cells = [*(f"{float(figure):.2f}" for figure in figures), *(f"{float(heat):.1f}" for heat in heats)]
         lines.append(f"| {SETTINGS[name].title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def best_step(provenance: dict) -> int:
+    """The outer step after which the saved loss was the best by reuse."""
+    return int(min(provenance["reuse"], key=lambda row: row[SCORE])["step"])
 
 
 def tabulate_costs(provenance: dict[str, dict]) -> str:

@@ -45,7 +45,9 @@ hand-made losses is in `result.json`.
 
 ## The axes
 
-Losses learned with one thing changed, on clean labels, {fewer} fresh students.
+Losses learned with one thing changed, on clean labels, {fewer} fresh students. Rows with equal figures saved the same
+loss: {initial} saved the initial one, because no later one did better on reuse; and students are
+renewed only after half of the outer steps, so that `live` can save what `uniform` does.
 
 {ablations}
 ## Cost
