@@ -16,13 +16,13 @@ GOALS: dict[str, tuple[str, float, bool]] = {
 
 README = """# Do learned losses pay?
 
-Made by `{command}`. Full Fashion-MNIST: 4,000 labelled training images, 8,000 for meta-validation, the 10,000 test
-images; the teacher (93.4 % on meta-validation) was trained on the other 48,000 images. Losses are learned with one
-recipe, the defaults of `lkd meta-train` with exact hypergradients, and then frozen. Every hand-made loss has {budget}
-trainings to pick its options and its learning rate on meta-validation; a learned loss only has its learning rate
-picked, out of three. Test accuracy of fresh students, percent, last epoch, mean ± standard error over {seeds} paired
-seeds. *Gain* is the paired difference to the best hand-made loss of the row, which is picked by the reported numbers
-themselves: that favours it.
+Made by `{command}`. Full Fashion-MNIST: 4,000 labelled training
+images, 8,000 for meta-validation, the 10,000 test images; the teacher (93.4 % on meta-validation) was trained on the
+other 48,000 images. Losses are learned with one recipe, the defaults of `lkd meta-train` with exact hypergradients, and
+then frozen. Every hand-made loss has {budget} trainings to pick its options and its learning rate on meta-validation; a
+learned loss only has its learning rate picked, out of three. Test accuracy of fresh students, percent, last epoch, mean
+± standard error over {seeds} paired seeds. *Gain* is the paired difference to the best hand-made loss of the row, which
+is picked by the reported numbers themselves: that favours it.
 
 {goals}
 
@@ -79,7 +79,6 @@ def tabulate_goals(figures: dict[str, float]) -> str:
         value = figures[name]
         met = value >= goal if at_least else value <= goal
         sign = "≥" if at_least else "≤"
-        lines.append(
-            f"| {words} | {sign} {goal:g} | {value:.2f} | {'met' if met else '**missed**'} |".replace("-", "−")
-        )
-    return "\n".join(lines).replace("−−−", "---")
+        cells = (words, f"{sign} {goal:g}".replace("-", "−"), f"{value:.2f}".replace("-", "−"))
+        lines.append(f"| {' | '.join(cells)} | {'met' if met else '**missed**'} |")
+    return "\n".join(lines)
