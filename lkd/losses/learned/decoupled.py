@@ -26,9 +26,9 @@ class DecoupledLoss(nn.Module):
 
     For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
     (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the target
-    class against the rest, and among the other classes. With β = 1 − the teacher's probability of the target it is
-    `BalanceLoss`; with β = 1 or more, what the teacher knows of the other classes counts on samples that it is sure of
-    too. Of dense targets the most probable class is the target class.
+    class against the rest, and among the other classes. With β = 1 − the teacher's probability of the target
+    at τ it is `BalanceLoss`; with β = 1 or more, what the teacher knows of the other classes counts on samples that it
+    is sure of too. Of dense targets the most probable class is the target class.
 
     α, τ and β move with the student's logits, and the gradient says so.
 
