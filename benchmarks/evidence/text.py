@@ -21,8 +21,8 @@ images, 8,000 for meta-validation, the 10,000 test images; the teacher (93.4 % o
 other 48,000 images. Losses are learned with one recipe, the defaults of `lkd meta-train` with exact hypergradients, and
 then frozen. KD, DKD and DIST have {budget} trainings each to pick their options and learning rate on meta-validation;
 cross-entropy, KD(0.5, 4) and the learned losses only have their learning rate picked, out of three. Test accuracy of
-fresh students, percent, last epoch, mean ± standard error over {seeds} paired seeds. *Gain* is the paired difference to the best hand-made loss of the row, which
-is picked by the reported numbers themselves: that favours it.
+fresh students, percent, last epoch, mean ± standard error over {seeds} paired seeds. *Gain* is the paired
+difference to the best hand-made loss of the row, which is picked by the reported numbers themselves: that favours it.
 
 {goals}
 
