@@ -24,8 +24,8 @@ FIGURES = (SCORE, "top1")
 class Reuse:
     """Looks at how good the loss is when it is reused, and the best loss so far.
 
-    Each look trains one fresh student of each architecture, the same in all looks, so that losses are compared in
-    pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Each look trains `meta.reuse_students` fresh students of each architecture, the same in all looks, so that losses
+    are compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
 
     Args:
         recipe: The recipe.
@@ -56,7 +56,8 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        return len(self.rows) * len(self.models) * self.train.epochs / self.recipe.train.epochs
+        students = self.recipe.meta.reuse_students * len(self.models)
+        return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
@@ -79,7 +80,8 @@ class Reuse:
         Raises:
             Interrupted: If `stop` was asked for; the look counts for nothing.
         """
-        figures = [self.train_student(model, networks, points, stop) for model in self.models]
+        numbers = range(self.recipe.meta.reuse_students)
+        figures = [self.train_student(model, n, networks, points, stop) for model in self.models for n in numbers]
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
         self.rows.append({"step": step, **mean})
         if self.best_row["step"] == step:
@@ -87,7 +89,7 @@ class Reuse:
         return self.rows[-1]
 
     def train_student(
-        self, model: ModelRecipe, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest
+        self, model: ModelRecipe, number: int, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
         training = start_training(
@@ -97,7 +99,7 @@ class Reuse:
             self.teacher,
             self.train,
             self.recipe.data.augmentation,
-            draw_seed(self.recipe.seed, 7),
+            draw_seed(self.recipe.seed, 7, number),
             self.device,
         )
         while training.step < training.total_steps:
