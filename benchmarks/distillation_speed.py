@@ -158,7 +158,7 @@ def measure_times(path: Path, case: str) -> None:
 
 
 def measure_losses(path: Path) -> None:
-    """Time a loss, forward and backward, on outputs of the real pair, in turn with whole steps of a training with it."""
+    """Time a loss, forward and backward, on outputs of the real pair, in turn with whole steps with it."""
     losses = {
         "learned": build_learned_loss("logits", {}).requires_grad_(False),
         "kd": KDLoss(WEIGHT, TEMPERATURE),
@@ -225,18 +225,19 @@ GOALS = [
 ]
 README = """# Speed of a distillation step
 
-Made by `python benchmarks/distillation_speed.py`; every row is in the CSV files; medians of {repeats}, processor time on
-one thread of a CPU, all engines in turn in one process, the same random images through the same `Batches`, the same SGD
-(the package's is fused, which gives the same bits; the others take torch's default), KD with temperature 4.
+Made by `python benchmarks/distillation_speed.py`; every row is in the CSV files; medians of {repeats}, processor time
+on one thread of a CPU, all engines in turn in one process, the same random images through the same `Batches`, the same
+SGD (the package's is fused, which gives the same bits; the others take torch's default), KD at temperature 4.
 
 {table}
 
 The default learned loss (over logits, frozen) takes {learned:.2%} of a step ResNet-50 → MobileNet V1 at 224 pixels,
-{batch} images, {classes} classes, forward and backward (goal ≤ 2 %: {judged}); KD takes {kd:.2%}, cross-entropy {ce:.2%}.
+{batch} images, {classes} classes, forward and backward (goal ≤ 2 %: {judged}); KD takes {kd:.2%}, cross-entropy
+{ce:.2%}.
 
-Seconds are of a shared machine: trust the ratios. **Nothing here was measured on a GPU.** There a step of {batch} images
-on a CPU says little about the loss: its many small operations cost launches, not arithmetic, and their share depends on
-the batch. The clock of the progress bar (`share/loss` in the log) shows it.
+Seconds are of a shared machine: trust the ratios. **Nothing here was measured on a GPU.** There, a loss of many small
+operations costs launches rather than arithmetic, and its share depends on the batch: `share/loss` in a run's log shows
+it.
 """
 
 

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lkd.acceleration import build_forward
+from lkd.assembly import read_teacher_stages
 from lkd.checkpoint import set_random_state
 from lkd.config import TrainRecipe
 from lkd.data import Batches
@@ -44,6 +45,7 @@ class StudentLoss(nn.Module):
         self.autocast = autocast
         self.clock = clock
         self.run_student = build_forward(student, recipe)
+        self.reads_features = bool(read_teacher_stages(loss))
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
@@ -54,7 +56,8 @@ class StudentLoss(nn.Module):
         self.clock.lap("student")
         # Backward the loss is done when the gradient of the logits, which the student computed last, is there.
         outputs.logits.register_hook(lambda gradient: self.clock.lap("loss"))
-        terms: dict[str, Tensor] = self.loss(widen_outputs(outputs), teacher, target, progress, **identity)
+        read = widen_outputs(outputs if self.reads_features else keep_stages(outputs, ()))
+        terms: dict[str, Tensor] = self.loss(read, teacher, target, progress, **identity)
         self.clock.lap("loss")
         return terms
 
@@ -96,6 +99,11 @@ def cut(outputs: Outputs | None, part: slice) -> Outputs | None:
     if outputs is None:
         return None
     return Outputs(outputs.logits[part], {stage: feature[part] for stage, feature in outputs.features.items()})
+
+
+def keep_stages(outputs: Outputs, stages: tuple[str, ...]) -> Outputs:
+    """The outputs with the features of these stages alone; the others' memory is free once nothing needs them."""
+    return Outputs(outputs.logits, {stage: outputs.features[stage] for stage in stages})
 
 
 def widen_outputs(outputs: Outputs) -> Outputs:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lkd.acceleration import lay_out
+from lkd.assembly import read_teacher_stages
 from lkd.checkpoint import random_state
 from lkd.computation import (
     StudentLoss,
@@ -17,6 +18,7 @@ from lkd.computation import (
     cut,
     hold_gradients,
     is_bfloat16,
+    keep_stages,
     restore_random_state,
     share_gradients,
     widen_outputs,
@@ -120,7 +122,7 @@ class Training:
         self.clock.lap("data")
         with self.autocast():
             teacher = self.teacher(batch) if self.teacher else None
-        teacher = widen_outputs(teacher) if teacher else None
+        teacher = widen_outputs(keep_stages(teacher, read_teacher_stages(self.loss))) if teacher else None
         self.clock.lap("teacher")
         if watch:
             watch((batch, teacher, self.progress))
