@@ -3,7 +3,6 @@
 A teacher is a student of cross-entropy.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from lkd.losses import CrossEntropyLoss
 from lkd.models.network_file import save_network
 from lkd.processes import any_process, count_processes, is_main, own_rank, share_from_main
 from lkd.run import Run
+from lkd.throughput import Throughput, format_throughput
 from lkd.training import TeacherFunction, Training
 
+SECONDS_BETWEEN_REPORTS = 1.0
 STEPS_BETWEEN_QUESTIONS = 10  # of all processes to each other whether one was asked to stop
 
 
@@ -45,7 +46,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
+    stages = read_teacher_stages(loss)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
 
@@ -92,19 +94,31 @@ def train_to_the_end(
         if is_main():
             save_checkpoint(checkpoint, state)
 
+    lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
+    shown = ""
+
+    def report() -> None:
+        bar.update()
+        if lately.elapsed >= SECONDS_BETWEEN_REPORTS:
+            figures = lately.read(training.step)
+            bar.set_postfix_str(format_throughput(figures) + shown)
+            run.tracker.log(training.step, **figures)
+            lately.start(training.step)
+
     bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
         while training.step < training.total_steps:
-            started, first = time.perf_counter(), training.step
+            for measured in (lately, epoch):
+                measured.start(training.step)
             terms = training.run_step()
-            bar.update()
+            report()
             while training.step % training.batches.steps_per_epoch and not must_stop(stop, training):
                 terms = training.run_step()
-                bar.update()
+                report()
             if training.step % training.batches.steps_per_epoch or any_process(bool(stop), run.device):
                 save()
                 raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
-            seconds = (time.perf_counter() - started) / (training.step - first)
+            speed = epoch.read(training.step)
             figures = evaluate(training.result, meta_validation, run.device)
             history.append({"step": training.step, **figures})
             run.tracker.log(
@@ -112,9 +126,10 @@ def train_to_the_end(
                 **{f"loss/{name}": float(value) for name, value in terms.items()},
                 **{f"meta_validation/{name}": value for name, value in figures.items()},
                 learning_rate=training.learning_rate,
-                images_per_second=training.batches.batch_size / seconds,
+                **speed,
             )
-            bar.set_postfix(top1=f"{figures['top1']:.2f}", lr=f"{training.learning_rate:.4f}")
+            shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
+            bar.set_postfix_str(format_throughput(speed) + shown)
             save()
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.assembly import Images, prepare_student
+from lkd.assembly import Images, prepare_student, read_teacher_stages
 from lkd.config import MetaTrainRecipe
 from lkd.data import Batch, draw_positions, seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
@@ -134,7 +134,8 @@ class OuterLoop:
             self.recipe.data.augmentation,
             self.device,
         )
-        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)
+        stages = read_teacher_stages(self.loss)
+        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, inner_batches[0]))
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
         return self.estimator(
