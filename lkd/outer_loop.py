@@ -131,7 +131,7 @@ class OuterLoop:
             steps,
             settings.rollout_epochs,
             seed,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             self.device,
         )
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)

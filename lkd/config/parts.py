@@ -19,7 +19,12 @@ class DataRecipe:
         label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
         augmentation: none, flip_and_crop (2 pixels of padding), flip_and_crop_4 (4 pixels: the literature's for CIFAR);
             for image_folder none (the centre) or random_resized_crop.
+        augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over N augmentations of
+            each image, so that a teacher's answers to all of them can be kept.
         image_size: Pixels, height and width, of the crops that image_folder cuts; other data sets have their own size.
+        workers: Threads that decode images in files; 0 for one for each CPU core of the process.
+        damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
+            Damaged images are skipped and named in the log.
     """
 
     name: str = "embedded"
@@ -29,7 +34,10 @@ class DataRecipe:
     split_seed: int = 0
     label_noise: float = 0.0
     augmentation: str = "none"
+    augmentation_seeds: int = 0
     image_size: int = 224
+    workers: int = 0
+    damaged_limit: float = 0.001
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from lkd.data.cifar import load_cifar
 from lkd.data.dataset import Dataset
 from lkd.data.embedded import ARCHIVE
+from lkd.data.image_files import LoadingOptions
 from lkd.data.image_folder import load_image_folder
 from lkd.data.images import ImageSet
 from lkd.errors import UserError, check_choice
@@ -30,7 +31,7 @@ FASHION_CLASSES = (
 FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 
 
-def load_dataset(name: str, root: str | None = None, image_size: int = 224) -> Dataset:
+def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | None = None) -> Dataset:
     """Load a data set.
 
     Args:
@@ -41,14 +42,19 @@ def load_dataset(name: str, root: str | None = None, image_size: int = 224) -> D
             `image_folder` (ImageNet, or any images of that layout).
         root: Folder of the data set. Fashion-MNIST is downloaded there if it is not and there is internet. Not used by
             `embedded`.
-        image_size: Pixels of the crops that `image_folder` cuts.
+        loading: How images in files are loaded.
 
     Raises:
         UserError: If the name is unknown, or the files are missing, damaged or of another shape.
     """
     check_choice("data.name", name, DATASETS)
+    loading = loading or LoadingOptions()
+    if loading.image_size < 8:
+        raise UserError(f"data.image_size: {loading.image_size} is not at least 8 pixels")
+    if loading.workers < 0:
+        raise UserError(f"data.workers: {loading.workers} is negative; 0 takes a thread for each CPU core")
     if name == "image_folder":
-        return load_image_folder(root, image_size)
+        return load_image_folder(root, loading)
     return DATASETS[name](root)
 
 

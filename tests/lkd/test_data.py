@@ -149,7 +149,7 @@ def test_batches_are_normalised_and_labelled(embedded) -> None:
 
 def test_flip_and_crop_moves_pixels_only() -> None:
     images = torch.randint(1, 255, (200, 2, 9, 7), dtype=torch.uint8)
-    moved = flip_and_crop(images, seeded_generator(0), padding=1)
+    moved = flip_and_crop(images, torch.rand(200, 3, dtype=torch.float64, generator=seeded_generator(0)), padding=1)
     assert moved.shape == images.shape
     assert moved.dtype == torch.uint8
     padded = torch.nn.functional.pad(images, [1] * 4)
