@@ -84,9 +84,8 @@ class Batches:
             self.wait_seconds += seconds
             return self.gather(epoch, pixels, slots)
         slots = self.slots_of(step)
-        positions = self.order(epoch)[slots]
-        numbers = draw_uniform(self.augmentation_of(epoch, slots), self.images.index[positions], NUMBERS)
-        return self.gather(epoch, AUGMENTATIONS[self.augmentation](self.images.images[positions], numbers), slots)
+        chosen = self.images.images[self.order(epoch)[slots]]
+        return self.gather(epoch, AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots)), slots)
 
     def gather(self, epoch: int, pixels: Tensor, slots: Tensor) -> Batch:
         """Put the batch of these places in the epoch's order together, on its device."""
@@ -101,15 +100,15 @@ class Batches:
     def start(self, step: int) -> Loading:
         """Start to decode the batch of this step."""
         epoch = step // self.steps_per_epoch
-        files, order = self.files(epoch), self.order(epoch)
+        files, slots = self.files(epoch), self.slots_of(step)
         augment = FILE_AUGMENTATIONS[self.augmentation]
+        numbers = dict(zip(slots.tolist(), self.numbers_of(epoch, slots), strict=True))
 
         def cut(image: Tensor, slot: int) -> Tensor:
-            place = torch.tensor([slot])
-            index = self.images.index[order[place]]
-            return augment(image, files.size, draw_uniform(self.augmentation_of(epoch, place), index, NUMBERS)[0])
+            own = numbers[slot] if slot in numbers else self.numbers_of(epoch, torch.tensor([slot]))[0]
+            return augment(image, files.size, own)
 
-        return Loading(files, self.slots_of(step), cut, replace=True, pin=self.device.type == "cuda")
+        return Loading(files, slots, cut, replace=True, pin=self.device.type == "cuda")
 
     def slots_of(self, step: int) -> Tensor:
         """The places of this process's images of a step in the order of their epoch."""
@@ -125,6 +124,11 @@ class Batches:
         """The images in files in the order of an epoch."""
         assert isinstance(self.images.images, ImageFiles)
         return self.images.images[self.order(epoch)]
+
+    def numbers_of(self, epoch: int, slots: Tensor) -> Tensor:
+        """The random numbers of the images in these places of an epoch's order, [B, NUMBERS]."""
+        index = self.images.index[self.order(epoch)[slots]]
+        return draw_uniform(self.augmentation_of(epoch, slots), index, NUMBERS)
 
     def augmentation_of(self, epoch: int, slots: Tensor) -> Tensor:
         """The augmentation seeds of these places in an epoch's order, int64, [B]; 0 where nothing is augmented."""

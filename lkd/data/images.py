@@ -79,9 +79,13 @@ class ImageSet:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 images [B, C, H, W] into float32 of zero mean and unit variance per channel."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        return images.float().sub_(255 * mean).div_(255 * std)
+        mean, std = (255 * torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+            return images.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+        # A row of pixels at a time: on CPUs three channels at a time take twice as long.
+        width = images.shape[3]
+        rows = images.permute(0, 2, 3, 1).flatten(2).float().sub_(mean.repeat(width)).div_(std.repeat(width))
+        return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
 
     def batch(self, positions: Tensor, device: torch.device) -> Batch:
         """The batch at these positions, without augmentation; damaged images are left out."""

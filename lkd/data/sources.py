@@ -35,7 +35,7 @@ class FileSource:
     """
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        self.root = root
+        self.root = str(root)
         self.names = names
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class FileSource:
         """Decode a file; see `ImageSource`."""
         name = self.name(position)
         try:
-            content = np.fromfile(self.root / name, np.uint8)
+            content = np.fromfile(f"{self.root}/{name}", np.uint8)
         except OSError as error:
             raise DamagedImageError(f"{name}: cannot be read ({error.strerror})") from error
         return decode(torch.from_numpy(content), name)

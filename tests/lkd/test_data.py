@@ -11,8 +11,8 @@ from lkd.assembly import prepare_images
 from lkd.config import DataRecipe
 from lkd.data import Batches, flip_labels, load_dataset, seeded_generator, split_training_images
 from lkd.data.augmentation import flip_and_crop
-from lkd.data.datasets import read_embedded_archive
 from lkd.data.embedded import ARCHIVE
+from lkd.data.fashion_mnist import read_embedded_archive
 from lkd.errors import UserError
 
 
