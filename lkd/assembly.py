@@ -42,7 +42,7 @@ def prepare_images(recipe: DataRecipe) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit)
+    loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed)
     dataset = load_dataset(recipe.name, recipe.root, loading)
     splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)

@@ -25,6 +25,7 @@ class DataRecipe:
         workers: Threads that decode images in files; 0 for one for each CPU core of the process.
         damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
             Damaged images are skipped and named in the log.
+        packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
     """
 
     name: str = "embedded"
@@ -38,6 +39,7 @@ class DataRecipe:
     image_size: int = 224
     workers: int = 0
     damaged_limit: float = 0.001
+    packed: str | None = None
 
 
 @dataclass

@@ -18,11 +18,13 @@ class LoadingOptions(NamedTuple):
         image_size: Height and width of the crops to cut.
         workers: Threads that decode; 0 for one for each CPU core of this process.
         damaged_limit: Fraction of damaged images above which the run stops.
+        packed: Folder of packed images to take instead.
     """
 
     image_size: int = 224
     workers: int = 0
     damaged_limit: float = 0.001
+    packed: str | None = None
 
 
 @dataclass(frozen=True)

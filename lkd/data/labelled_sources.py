@@ -1,6 +1,7 @@
 """From two sources with labels to a data set, checked."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from lkd.data.dataset import Dataset
 from lkd.data.image_files import LoadingOptions, open_source
 from lkd.data.images import ImageSet
+from lkd.data.packed import open_packed
 from lkd.data.sources import ImageSource
 from lkd.errors import UserError
 
@@ -51,13 +53,19 @@ def build_dataset(
             f"data.root: {len(empty)} of the {len(classes)} classes have no training images in {place} ({named}): "
             "add some, or remove the classes"
         )
-    return Dataset(name, *(wrap_source(labelled, classes, loading) for labelled in parts))
+    return Dataset(name, *(wrap_source(*part, classes, loading) for part in zip(("train", "val"), parts, strict=True)))
 
 
-def wrap_source(labelled: LabelledSource, classes: tuple[str, ...], loading: LoadingOptions) -> ImageSet:
-    """All images of a source as an image set."""
-    labels = torch.tensor(labelled.labels)
-    return ImageSet(open_source(labelled.source, loading), labels, torch.arange(len(labels)), classes, MEAN, STD)
+def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], loading: LoadingOptions) -> ImageSet:
+    """All images of a source as an image set.
+
+    Raises:
+        UserError: If they are to be packed ones, and these are not there or of other images.
+    """
+    source, labels = labelled.source, torch.tensor(labelled.labels)
+    if loading.packed:
+        source = open_packed(source, Path(loading.packed), part, loading.image_size)
+    return ImageSet(open_source(source, loading), labels, torch.arange(len(labels)), classes, MEAN, STD)
 
 
 def number_classes(names: list[str], classes: tuple[str, ...], place: str) -> list[int]:
