@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
+from lkd.data import Batches, ImageSet, LoadingOptions, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
@@ -42,10 +42,28 @@ def prepare_images(recipe: DataRecipe) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    dataset = load_dataset(recipe.name, recipe.root, recipe.image_size)
+    loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed)
+    dataset = load_dataset(recipe.name, recipe.root, loading)
     splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
     return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
+
+
+def build_batches(
+    images: ImageSet,
+    train: TrainRecipe,
+    data: DataRecipe,
+    seed: int,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    steps: int | None = None,
+) -> Batches:
+    """Training batches of these images, as the recipes have it; see `Batches`.
+
+    Raises:
+        UserError: If the recipes do not fit the images.
+    """
+    return Batches(images, train.batch_size, seed, data.augmentation, device, part, data.augmentation_seeds, steps)
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:

@@ -102,9 +102,7 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)
-    training = start_training(
-        cell.student, images.train, loss, teacher, train, recipe.data.augmentation, cell.seed, place
-    )
+    training = start_training(cell.student, images.train, loss, teacher, train, recipe.data, cell.seed, place)
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
     every = recipe.evaluate_every * training.batches.steps_per_epoch if cell.reported else training.total_steps

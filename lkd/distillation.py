@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lkd.assembly import (
     architecture_of,
+    build_batches,
     introduce_network,
     introduce_teacher,
     prepare_images,
@@ -21,8 +22,8 @@ from lkd.assembly import (
     read_teacher_stages,
 )
 from lkd.checkpoint import load_checkpoint, save_checkpoint
-from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
-from lkd.data import Batches, ImageSet
+from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
+from lkd.data import ImageSet
 from lkd.evaluation import evaluate
 from lkd.interrupt import Interrupted, StopRequest, deferred_interrupts
 from lkd.losses import CrossEntropyLoss
@@ -79,9 +80,7 @@ def train_to_the_end(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    training = start_training(
-        model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device
-    )
+    training = start_training(model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device)
     checkpoint = run.path / "checkpoint.safetensors"
     history: list[dict[str, Any]] = []
     saved = share_from_main(load_checkpoint(checkpoint) if is_main() and checkpoint.exists() else None)
@@ -154,7 +153,7 @@ def start_training(
     loss: nn.Module,
     teacher: TeacherFunction | None,
     recipe: TrainRecipe,
-    augmentation: str,
+    data: DataRecipe,
     seed: int,
     device: torch.device,
 ) -> Training:
@@ -162,5 +161,5 @@ def start_training(
     student = prepare_student(model, train, seed, device)
     if own_rank():
         torch.manual_seed(seed * 1_000_003 + own_rank())  # else dropout would drop the same in every process
-    batches = Batches(train, recipe.batch_size, seed, augmentation, device, (own_rank(), count_processes()))
+    batches = build_batches(train, recipe, data, seed, device, (own_rank(), count_processes()))
     return Training(student, loss, teacher, batches, recipe)

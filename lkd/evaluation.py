@@ -30,8 +30,7 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_s
     network.eval()
     copy_buffers_from_main(network)
     own = torch.arange(own_rank(), len(images), count_processes())
-    batches = (images.batch(positions, device) for positions in own.split(batch_size))
-    answers = [(network(batch.images).logits, batch.target) for batch in batches]
+    answers = [(network(batch.images).logits, batch.target) for batch in images.batches(own.split(batch_size), device)]
     logits, target = (gather_rows(torch.cat(parts)) for parts in zip(*answers, strict=True))
     logits = logits.float()
     network.train(training)

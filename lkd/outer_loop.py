@@ -131,7 +131,7 @@ class OuterLoop:
             steps,
             settings.rollout_epochs,
             seed,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             self.device,
         )
         stages = read_teacher_stages(self.loss)

@@ -98,7 +98,7 @@ class Reuse:
             assemble_loss(networks, points),
             self.teacher,
             self.train,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             draw_seed(self.recipe.seed, 7, number),
             self.device,
         )

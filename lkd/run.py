@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import tempfile
@@ -21,7 +22,17 @@ from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 SHARED_COMMANDS = ("distill", "teacher")  # which torchrun may start
-MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root")
+MAY_DIFFER_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "threads",
+    "wandb",
+    "workers",
+    "device",
+    "join",
+    "data.root",
+    "data.workers",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +118,16 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
+        handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
+        handlers += [] if quiet else [logging.StreamHandler()]
+        for handler in handlers:
+            logging.getLogger("lkd").addHandler(handler)
         try:
             yield Run(path, device, tracker, command, quiet)
         finally:
+            for handler in handlers:
+                logging.getLogger("lkd").removeHandler(handler)
+                handler.close()
             tracker.finish()
 
 

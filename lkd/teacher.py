@@ -55,13 +55,13 @@ class TabulatedTeacher:
         stages: tuple[str, ...] = (),
     ) -> None:
         rows = []
-        for positions in torch.arange(len(images)).split(batch_size):
-            outputs = teacher(images.batch(positions, device))
-            rows.append((outputs.logits, *(outputs.features[stage] for stage in stages)))
-        self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
+        for batch in images.batches(torch.arange(len(images)).split(batch_size), device):
+            outputs = teacher(batch)
+            rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
+        index, self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
         self.features = dict(zip(stages, features, strict=True))
         self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
-        self.row[images.index.to(device)] = torch.arange(len(images), device=device)
+        self.row[index] = torch.arange(len(index), device=device)
 
     def __call__(self, batch: Batch) -> Outputs:
         """Look a batch up by the images' index; the only features are those that were kept."""
