@@ -91,6 +91,8 @@ class TrainRecipe:
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
             then evaluated and saved in the student's place; 0 for none.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
+        checkpoint_every: Steps between two checkpoints; distillation writes one after every epoch, too.
+        checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
     epochs: int = 13
@@ -107,6 +109,8 @@ class TrainRecipe:
     accumulation: int = 1
     ema_decay: float = 0.0
     sync_batchnorm: bool = False
+    checkpoint_every: int = 1000
+    checkpoints_kept: int = 2
 
 
 @dataclass

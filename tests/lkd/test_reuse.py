@@ -1,5 +1,7 @@
 """The best loss by reuse is saved, not the last one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from lkd.interrupt import StopRequest
 from lkd.losses import ReplayedLoss
 from lkd.outer_loop import OuterLoop
 from lkd.reuse import Reuse, shorten
+from lkd.run import Run
 from lkd.training import Training
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 def make_reuse(recipe) -> Reuse:
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    return Reuse(recipe, [recipe.student], images, teacher, CPU)
+    return Reuse(recipe, [recipe.student], images, teacher, Run(Path("run"), CPU, None, "meta-train", quiet=True))
 
 
 def script_scores(monkeypatch, scores: list[float]) -> None:
