@@ -9,7 +9,6 @@ from lkd.artifact import load_loss, read_provenance
 from lkd.assembly import prepare_images, prepare_teacher
 from lkd.config import TrainRecipe
 from lkd.distillation import start_training
-from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.interleaving import copy_state, draw_seed
 from lkd.interrupt import StopRequest
@@ -17,7 +16,7 @@ from lkd.losses import ReplayedLoss
 from lkd.outer_loop import OuterLoop
 from lkd.reuse import Reuse, shorten
 from lkd.run import Run
-from lkd.training import Training
+from lkd.training import DivergedError, Training
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -106,7 +105,7 @@ def test_a_student_that_diverges_has_the_worst_score(monkeypatch) -> None:
     loss = build_loss_networks(reuse.recipe)
 
     def run_step(self):
-        raise UserError("not finite")
+        raise DivergedError("not finite")
 
     monkeypatch.setattr(Training, "run_step", run_step)
     assert reuse.look(0, loss, [(0.0, copy_state(loss))], StopRequest())["calibrated_cross_entropy"] == float("inf")
