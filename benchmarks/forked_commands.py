@@ -37,6 +37,7 @@ def run_command(words: list[str], output: Path, environment: dict[str, str]) -> 
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with output.open("a", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.exit(main(words))
+    with output.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(main(words))

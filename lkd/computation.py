@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
-from lkd.data import Batches
+from lkd.data import Batches, seeded_generator
 from lkd.errors import UserError
 from lkd.losses.functions import widen
 from lkd.outputs import Outputs
@@ -122,4 +122,4 @@ def restore_random_state(states: list[dict[str, Tensor]], step: int, batches: Ba
     if len(states) == processes:
         set_random_state(states[number], batches.device)
     else:
-        torch.manual_seed(batches.seed * 1_000_003 + step * 1009 + number)
+        torch.manual_seed(seeded_generator(batches.seed, 10, number, step).initial_seed())

@@ -23,7 +23,7 @@ from lkd.assembly import (
 )
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
-from lkd.data import Batches, ImageSet
+from lkd.data import Batches, ImageSet, seeded_generator
 from lkd.evaluation import evaluate
 from lkd.interrupt import deferred_interrupts
 from lkd.losses import CrossEntropyLoss
@@ -127,6 +127,8 @@ def start_training(
     student = prepare_student(model, train, seed, device)
     part = (own_rank(), count_processes()) if shared else (0, 1)
     if part[0]:
-        torch.manual_seed(seed * 1_000_003 + part[0])  # else dropout would drop the same in every process
+        torch.manual_seed(
+            seeded_generator(seed, 10, part[0]).initial_seed()
+        )  # else dropout would drop the same in every process
     batches = Batches(train, recipe.batch_size, seed, augmentation, device, part)
     return Training(student, loss, teacher, batches, recipe)
