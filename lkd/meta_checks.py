@@ -52,6 +52,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     for name in ("reuse_every", "reuse_patience"):
         if getattr(settings, name) < 0:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is negative; 0 turns it off")
+    if settings.reuse_students < 1:
+        raise UserError(f"meta.reuse_students: {settings.reuse_students} is not at least 1")
     if settings.reuse_every and not 0 <= settings.reuse_epochs <= recipe.train.epochs:
         raise UserError(
             f"meta.reuse_epochs: {settings.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "

@@ -29,9 +29,9 @@ LOOK = "look"  # the folder of a look's checkpoints
 class Reuse:
     """Looks at how good the loss is when it is reused, and the best loss so far.
 
-    Each look trains one fresh student of each architecture, the same in all looks, so that losses are compared in
-    pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins. Processes that have
-    met share each training.
+    Each look trains `meta.reuse_students` fresh students of each architecture, the same in all looks, so that losses
+    are compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Processes that have met share each training.
 
     Args:
         recipe: The recipe.
@@ -62,7 +62,8 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        return len(self.rows) * len(self.models) * self.train.epochs / self.recipe.train.epochs
+        students = self.recipe.meta.reuse_students * len(self.models)
+        return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
@@ -85,17 +86,24 @@ class Reuse:
         Raises:
             Interrupted: If `stop` was asked for; the look goes on later.
         """
-        assembled = assemble_loss(networks, points)
-        folders = [self.run.path / LOOK / f"step-{step:06d}-student-{n}" for n in range(len(self.models))]
-        students = zip(self.models, folders, strict=True)
-        figures = share_from_main([self.train_student(model, assembled, place, stop) for model, place in students])
+        assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
+        numbers = range(self.recipe.meta.reuse_students)
+        students = [(model, number) for model in self.models for number in numbers]
+        figures = share_from_main(
+            [
+                self.train_student(model, number, assembled, folder / f"student-{place:03d}", stop)
+                for place, (model, number) in enumerate(students)
+            ]
+        )
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
         self.rows.append({"step": step, **mean})
         if self.best_row["step"] == step:
             self.best = [(start, copy.deepcopy(state)) for start, state in points]
         return self.rows[-1]
 
-    def train_student(self, model: ModelRecipe, loss: nn.Module, folder: Path, stop: StopRequest) -> dict[str, float]:
+    def train_student(
+        self, model: ModelRecipe, number: int, loss: nn.Module, folder: Path, stop: StopRequest
+    ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
         training = start_training(
             model,
@@ -104,7 +112,7 @@ class Reuse:
             self.teacher,
             self.train,
             self.recipe.data.augmentation,
-            draw_seed(self.recipe.seed, 7),
+            draw_seed(self.recipe.seed, 7, number),
             self.run.device,
             shared=True,
         )
@@ -115,6 +123,7 @@ class Reuse:
                 pass
         except DivergedError:
             return {SCORE: float("inf"), "top1": 0.0}
+        checkpoints.save_training(training)
         return evaluate(training.result, self.images.meta_validation, self.run.device, shared=True)
 
     def forget_checkpoints(self) -> None:

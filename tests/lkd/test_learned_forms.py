@@ -151,7 +151,7 @@ def test_every_form_starts_where_it_says() -> None:
     start = {"initial_weight": 0.3, "initial_temperature": 2.5}
     for form in ("balance", "residual"):
         torch.testing.assert_close(total(FORMS[form](**start), student, teacher, target), kd)
-    dkd = DKDLoss(task=0.7, alpha=0.3, beta=0.3, temperature=2.5, warmup=0.0)
+    dkd = DKDLoss(task=1.4, alpha=0.6, beta=0.6, temperature=2.5, warmup=0.0)
     expected = sum(dkd(Outputs(student, {}), Outputs(teacher, {}), target).values())
     torch.testing.assert_close(total(DecoupledLoss(**start), student, teacher, target), expected)
     mixture = 0.3 * (teacher / 2.5).softmax(1) + 0.7 * nn.functional.one_hot(target, 5)
@@ -160,7 +160,7 @@ def test_every_form_starts_where_it_says() -> None:
         torch.testing.assert_close(total(loss, student, teacher, target), divergence)
 
 
-def test_the_decoupled_form_is_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
+def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
     student, target = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
     rest = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=torch.float64) * 0.25
     at_temperature = torch.cat([rest[:2], torch.tensor([0.75]), rest[2:]]).unsqueeze(0)
@@ -169,7 +169,7 @@ def test_the_decoupled_form_is_kd_where_beta_is_what_the_teacher_leaves_to_the_o
         loss.body.head.bias[2] = math.atanh(math.log(0.25) / math.log(8))
     teacher = 2.5 * at_temperature.log()
     kd = sum(KDLoss(0.3, 2.5)(Outputs(student, {}), Outputs(teacher, {}), target).values())
-    torch.testing.assert_close(total(loss, student, teacher, target), kd, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(total(loss, student, teacher, target), 2 * kd, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,12 +15,12 @@ TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--dev
 TINY += ["--train.epochs", "3", "--train.batch_size", "20", "--train.checkpoint_every", "3"]
 POOL = ["--pool.students", "2", "--pool.snapshots", "3", "--pool.max_age", "1.0"]
 META = ["--meta.outer_steps", "4", "--meta.rollout_steps", "3", "--meta.rollout_epochs", "1", "--meta.reuse_every", "2"]
-META += ["--meta.outer_batch_size", "50", "--meta.checkpoint_every", "1"]
+META += ["--meta.reuse_students", "1", "--meta.outer_batch_size", "50", "--meta.checkpoint_every", "1"]
 CRD = ["--train.ema_decay", "0.9", "--loss.name", "torchdistill/CRDLoss", "--loss.num_negative_samples", "64"]
 RUNS = {  # command, then what has to be there, each time, before it is killed
     "distill": ([*CRD, "--data.augmentation", "flip_and_crop"], ["checkpoints/00000000*", "checkpoints/00000001*"]),
     "pool": (POOL, ["pool/checkpoints-000/*", "pool/checkpoints-001/00000001*"]),
-    "meta-train": ([*POOL, *META], ["pool/checkpoints-001/*", "look/step-000002*/*", "checkpoints/000000003*"]),
+    "meta-train": ([*POOL, *META], ["pool/checkpoints-001/*", "look/step-000002/*/*", "checkpoints/000000003*"]),
 }
 
 

@@ -25,10 +25,11 @@ class DecoupledLoss(nn.Module):
     """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
 
     For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
-    (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the target
-    class against the rest, and among the other classes. With β = 1 − the teacher's probability of the target
-    at τ it is `BalanceLoss`; with β = 1 or more, what the teacher knows of the other classes counts on samples that it
-    is sure of too. Of dense targets the most probable class is the target class.
+    2 (1 − αᵢ) · CE(student, target) + 2 αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the
+    target class against the rest, and among the other classes. With α = 1/2 it is DKD as its authors weigh it, at home
+    at DKD's learning rates. With β = 1 − the teacher's probability of the target at τ it is twice `BalanceLoss`; with
+    β = 1 or more, what the teacher knows of the other classes counts on samples that it is sure of too. Of dense
+    targets the most probable class is the target class.
 
     α, τ and β move with the student's logits, and the gradient says so.
 
@@ -50,7 +51,7 @@ class DecoupledLoss(nn.Module):
         hidden: int = 16,
         initial_weight: float = 0.5,
         initial_temperature: float = 2.0,
-        maximal_temperature: float = 10.0,
+        maximal_temperature: float = 4.0,
         maximal_factor: float = 8.0,
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
@@ -109,9 +110,9 @@ class DecoupledLoss(nn.Module):
             (binary_s, other_s), (binary_t, other_t) = (
                 decouple(logits / temperature.unsqueeze(1), label) for logits in (logs.student, logs.teacher)
             )
-            scale = weight * temperature.square()
+            scale = 2 * weight * temperature.square()
             return {
-                "task": ((1 - weight) * cross_entropies(student.logits, target)).mean(),
+                "task": (2 * (1 - weight) * cross_entropies(student.logits, target)).mean(),
                 "target_class": (scale * (binary_t.exp() * (binary_t - binary_s)).sum(1)).mean(),
                 "other_classes": (scale * factor * (other_t.exp() * (other_t - other_s)).sum(1)).mean(),
             }
