@@ -202,7 +202,7 @@ def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.devic
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
     described = describe(network, architecture["name"], images.train.image_shape)
-    top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
+    top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lkd.acceleration import lay_out
 from lkd.assembly import read_teacher_stages
-from lkd.checkpoint import random_state
 from lkd.computation import (
     StudentLoss,
     build_average,
     check_accumulation,
+    collect_random_states,
     cut,
     hold_gradients,
     is_bfloat16,
@@ -28,7 +28,7 @@ from lkd.data import Batch, Batches
 from lkd.errors import UserError
 from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
-from lkd.processes import gather_objects
+from lkd.processes import any_process
 from lkd.throughput import StepClock
 
 TeacherFunction = Callable[[Batch], Outputs]
@@ -87,7 +87,7 @@ class Training:
         self.average = build_average(student, recipe)
         self.clock = StepClock(batches.device)
         computation = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
-        self.computation = share_gradients(computation, recipe, batches.device)
+        self.computation = share_gradients(computation, recipe, batches)
 
     @property
     def progress(self) -> float:
@@ -154,7 +154,8 @@ class Training:
         identity = {"index": batch.index} if self.needs_index else {}
         terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
         total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
+        broken = not torch.isfinite(total)
+        if any_process(broken, self.batches.device) if self.batches.part[1] > 1 else broken:  # else the others hang
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise DivergedError(
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
@@ -165,14 +166,14 @@ class Training:
         return {name: value.detach() for name, value in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly; batches are a function of the step. All processes must ask."""
+        """Everything needed to go on bit-exactly; batches are a function of the step. All that share it must ask."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.module.state_dict() if self.average else {},
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": gather_objects(random_state(self.batches.device)),
+            "random": collect_random_states(self.batches),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -105,6 +105,8 @@ class TrainRecipe:
             for the compiler; evaluation does not use it.
         channels_last: Lay out images and the weights of student (and, in `lkd distill`, teacher) with the channels
             last, which convolutions in bfloat16 on a GPU are faster with.
+        checkpoint_every: Steps between two checkpoints; distillation writes one after every epoch, too.
+        checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
     epochs: int = 13
@@ -123,6 +125,8 @@ class TrainRecipe:
     sync_batchnorm: bool = False
     compile: bool = False
     channels_last: bool = False
+    checkpoint_every: int = 1000
+    checkpoints_kept: int = 2
 
 
 @dataclass

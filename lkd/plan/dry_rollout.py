@@ -12,7 +12,6 @@ from lkd.losses.learned import build_learned_loss
 from lkd.meta_checks import AUDITED
 from lkd.models import build
 from lkd.outer_objectives import OBJECTIVES
-from lkd.outputs import Outputs
 from lkd.plan.counting import OperationCounter, Work, without_contents
 from lkd.plan.dry_run import DryBatches, build_untrained_teacher
 from lkd.plan.gpus import Gpu

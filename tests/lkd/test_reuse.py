@@ -1,5 +1,7 @@
 """The best loss by reuse is saved, not the last one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,14 +9,14 @@ from lkd.artifact import load_loss, read_provenance
 from lkd.assembly import prepare_images, prepare_teacher
 from lkd.config import DataRecipe, TrainRecipe
 from lkd.distillation import start_training
-from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.interleaving import copy_state, draw_seed
 from lkd.interrupt import StopRequest
 from lkd.losses import ReplayedLoss
 from lkd.outer_loop import OuterLoop
 from lkd.reuse import Reuse, shorten
-from lkd.training import Training
+from lkd.run import Run
+from lkd.training import DivergedError, Training
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 def make_reuse(recipe) -> Reuse:
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    return Reuse(recipe, [recipe.student], images, teacher, CPU)
+    return Reuse(recipe, [recipe.student], images, teacher, Run(Path("run"), CPU, None, "meta-train", quiet=True))
 
 
 def script_scores(monkeypatch, scores: list[float]) -> None:
@@ -107,7 +109,7 @@ def test_a_student_that_diverges_has_the_worst_score(monkeypatch) -> None:
     loss = build_loss_networks(reuse.recipe)
 
     def run_step(self):
-        raise UserError("not finite")
+        raise DivergedError("not finite")
 
     monkeypatch.setattr(Training, "run_step", run_step)
     assert reuse.look(0, loss, [(0.0, copy_state(loss))], StopRequest())["calibrated_cross_entropy"] == float("inf")
