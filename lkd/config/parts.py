@@ -70,6 +70,7 @@ class TeacherRecipe:
         options: Further arguments of timm.create_model, for `pretrained` and `random`.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
+        cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked.
     """
 
     path: str = "embedded"
@@ -77,6 +78,7 @@ class TeacherRecipe:
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     random_answers: float = 0.0
+    cache: str | None = None
 
 
 @dataclass
