@@ -101,8 +101,8 @@ def open_cache(
     lacking = int((~torch.isin(images.index, cache.index)).sum())
     if lacking:
         raise UserError(
-            f"teacher.cache: {folder} lacks {lacking:,} of the {len(images):,} training images: take the "
-            "data.train_size, data.meta_validation_size and data.split_seed that it was made with, or make another cache"
+            f"teacher.cache: {folder} lacks {lacking:,} of the {len(images):,} training images: take data.train_size, "
+            "data.meta_validation_size and data.split_seed that it was made with, or make another cache"
         )
     paths = [cache.path(seed, shard) for seed in seeds for shard in range(cache.shards)]
     missing = sum(not path.is_file() for path in paths)
