@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe
-from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
+from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.data import Batches, ImageSet, LoadingOptions, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
@@ -42,10 +42,28 @@ def prepare_images(recipe: DataRecipe) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    dataset = load_dataset(recipe.name, recipe.root, recipe.image_size)
+    loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed)
+    dataset = load_dataset(recipe.name, recipe.root, loading)
     splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
     return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
+
+
+def build_batches(
+    images: ImageSet,
+    train: TrainRecipe,
+    data: DataRecipe,
+    seed: int,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    steps: int | None = None,
+) -> Batches:
+    """Training batches of these images, as the recipes have it; see `Batches`.
+
+    Raises:
+        UserError: If the recipes do not fit the images.
+    """
+    return Batches(images, train.batch_size, seed, data.augmentation, device, part, data.augmentation_seeds, steps)
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
@@ -66,7 +84,12 @@ def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: tor
 
 
 def prepare_teacher(
-    recipe: TeacherRecipe, data: DataRecipe, images: Images, device: torch.device, stages: tuple[str, ...] = ()
+    recipe: TeacherRecipe,
+    data: DataRecipe,
+    images: Images,
+    device: torch.device,
+    stages: tuple[str, ...] = (),
+    train: TrainRecipe | None = None,
 ) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
     """Load the teacher; without augmentation its answers to all training images are computed once.
 
@@ -77,17 +100,19 @@ def prepare_teacher(
         device: Where it runs.
         stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
             than `TABLE_BYTES`, else the teacher is asked for every batch.
+        train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
 
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
     """
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
-    reliable = Teacher(network.to(device))
-    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    if data.augmentation != "none" or size > TABLE_BYTES:
+    asked_anew = data.augmentation != "none" or size > TABLE_BYTES
+    reliable = Teacher(network.to(device), train if asked_anew else None)
+    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
+    if asked_anew:
         return teacher
     return TabulatedTeacher(teacher, images.train, device, stages=stages)
 

@@ -52,13 +52,14 @@ def run_claimed(recipe: CompareRecipe, cell: Cell, path: Path, claim: Path, devi
 
 def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    train = dataclasses.asdict(split_method(cell.loss, recipe.train)[1])
     learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
     identity = {
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
         "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
-        "train": dataclasses.asdict(split_method(cell.loss, recipe.train)[1]),
+        "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -102,9 +103,7 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)
-    training = start_training(
-        cell.student, images.train, loss, teacher, train, recipe.data.augmentation, cell.seed, place
-    )
+    training = start_training(cell.student, images.train, loss, teacher, train, recipe.data, cell.seed, place)
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
     every = recipe.evaluate_every * training.batches.steps_per_epoch if cell.reported else training.total_steps

@@ -17,6 +17,7 @@ from lkd.config import (
     ExportRecipe,
     FidelityRecipe,
     MetaTrainRecipe,
+    PackRecipe,
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
@@ -27,6 +28,7 @@ from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
+from lkd.packing import pack_dataset
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
@@ -64,6 +66,12 @@ def export(recipe: ExportRecipe) -> None:
     """`lkd export`."""
     for name, (path, difference) in export_network(recipe).items():
         print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
+
+
+def pack(recipe: PackRecipe) -> None:
+    """`lkd pack`."""
+    for path in pack_dataset(recipe):
+        print(f"{path}: use it with --data.packed {path.parent}")
 
 
 def pool(recipe: PoolRecipe) -> None:

@@ -8,6 +8,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from lkd.acceleration import build_forward
+from lkd.assembly import read_teacher_stages
 from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
 from lkd.data import Batches, seeded_generator
@@ -15,6 +17,7 @@ from lkd.errors import UserError
 from lkd.losses.functions import widen
 from lkd.outputs import Outputs
 from lkd.processes import gather_objects
+from lkd.throughput import StepClock
 
 
 class StudentLoss(nn.Module):
@@ -24,21 +27,38 @@ class StudentLoss(nn.Module):
         student: The student.
         loss: The loss, computed in float32.
         autocast: The context of the student's forward pass.
+        recipe: Whether the student is compiled, and its layout in memory.
+        clock: Told when the student and when the loss is done, forward and backward.
     """
 
-    def __init__(self, student: nn.Module, loss: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        loss: nn.Module,
+        autocast: Callable[[], torch.autocast],
+        recipe: TrainRecipe,
+        clock: StepClock,
+    ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.autocast = autocast
+        self.clock = clock
+        self.run_student = build_forward(student, recipe)
+        self.reads_features = bool(read_teacher_stages(loss))
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Compute the terms."""
         with self.autocast():
-            outputs = self.student(images)
-        terms: dict[str, Tensor] = self.loss(widen_outputs(outputs), teacher, target, progress, **identity)
+            outputs = self.run_student(images)
+        self.clock.lap("student")
+        # Backward the loss is done when the gradient of the logits, which the student computed last, is there.
+        outputs.logits.register_hook(lambda gradient: self.clock.lap("loss"))
+        read = widen_outputs(outputs if self.reads_features else keep_stages(outputs, ()))
+        terms: dict[str, Tensor] = self.loss(read, teacher, target, progress, **identity)
+        self.clock.lap("loss")
         return terms
 
 
@@ -79,6 +99,11 @@ def cut(outputs: Outputs | None, part: slice) -> Outputs | None:
     if outputs is None:
         return None
     return Outputs(outputs.logits[part], {stage: feature[part] for stage, feature in outputs.features.items()})
+
+
+def keep_stages(outputs: Outputs, stages: tuple[str, ...]) -> Outputs:
+    """The outputs with the features of these stages alone; the others' memory is free once nothing needs them."""
+    return Outputs(outputs.logits, {stage: outputs.features[stage] for stage in stages})
 
 
 def widen_outputs(outputs: Outputs) -> Outputs:

@@ -3,7 +3,6 @@
 A teacher is a student of cross-entropy.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from lkd.assembly import (
     architecture_of,
+    build_batches,
     introduce_network,
     introduce_teacher,
     prepare_images,
@@ -22,15 +22,18 @@ from lkd.assembly import (
     read_teacher_stages,
 )
 from lkd.checkpoints import Checkpoints, run_steps
-from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
-from lkd.data import Batches, ImageSet, seeded_generator
+from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
+from lkd.data import ImageSet, seeded_generator
 from lkd.evaluation import evaluate
 from lkd.interrupt import deferred_interrupts
 from lkd.losses import CrossEntropyLoss
 from lkd.models.network_file import save_network
 from lkd.processes import count_processes, is_main, own_rank
 from lkd.run import Run
+from lkd.throughput import Throughput, format_throughput
 from lkd.training import TeacherFunction, Training
+
+SECONDS_BETWEEN_REPORTS = 1.0
 
 
 def distill(recipe: DistillRecipe, run: Run) -> Path:
@@ -43,7 +46,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
+    stages = read_teacher_stages(loss)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
     return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
 
 
@@ -76,18 +80,32 @@ def train_to_the_end(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     training = start_training(
-        model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device, shared=True
+        model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device, shared=True
     )
     checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
+    lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
+    shown = ""
+
+    def report() -> None:
+        bar.update()
+        if lately.elapsed >= SECONDS_BETWEEN_REPORTS:
+            figures = lately.read(training.step)
+            bar.set_postfix_str(format_throughput(figures) + shown)
+            run.tracker.log(training.step, **figures)
+            lately.start(training.step)
+
     bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
         while training.step < training.total_steps:
-            started, first = time.perf_counter(), training.step
-            epoch_end = first - first % training.batches.steps_per_epoch + training.batches.steps_per_epoch
+            for measured in (lately, epoch):
+                measured.start(training.step)
+            epoch_end = (
+                training.step - training.step % training.batches.steps_per_epoch + training.batches.steps_per_epoch
+            )
             for terms in run_steps(training, epoch_end, stop, checkpoints, history=history):  # noqa: B007
-                bar.update()
-            seconds = (time.perf_counter() - started) / (training.step - first)
+                report()
+            speed = epoch.read(training.step)
             figures = evaluate(training.result, meta_validation, run.device, shared=True)
             history.append({"step": training.step, **figures})
             run.tracker.log(
@@ -95,9 +113,10 @@ def train_to_the_end(
                 **{f"loss/{name}": float(value) for name, value in terms.items()},
                 **{f"meta_validation/{name}": value for name, value in figures.items()},
                 learning_rate=training.learning_rate,
-                images_per_second=training.batches.batch_size / seconds,
+                **speed,
             )
-            bar.set_postfix(top1=f"{figures['top1']:.2f}", lr=f"{training.learning_rate:.4f}")
+            shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
+            bar.set_postfix_str(format_throughput(speed) + shown)
             checkpoints.save_training(training, history=history)
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
@@ -115,7 +134,7 @@ def start_training(
     loss: nn.Module,
     teacher: TeacherFunction | None,
     recipe: TrainRecipe,
-    augmentation: str,
+    data: DataRecipe,
     seed: int,
     device: torch.device,
     shared: bool = False,
@@ -126,9 +145,7 @@ def start_training(
     """
     student = prepare_student(model, train, seed, device)
     part = (own_rank(), count_processes()) if shared else (0, 1)
-    if part[0]:
-        torch.manual_seed(
-            seeded_generator(seed, 10, part[0]).initial_seed()
-        )  # else dropout would drop the same in every process
-    batches = Batches(train, recipe.batch_size, seed, augmentation, device, part)
+    if part[0]:  # else dropout would drop the same in every process
+        torch.manual_seed(seeded_generator(seed, 10, part[0]).initial_seed())
+    batches = build_batches(train, recipe, data, seed, device, part)
     return Training(student, loss, teacher, batches, recipe)

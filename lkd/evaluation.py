@@ -34,8 +34,7 @@ def evaluate(
     if shared:
         copy_buffers_from_main(network)
     own = torch.arange(own_rank(), len(images), count_processes()) if shared else torch.arange(len(images))
-    batches = (images.batch(positions, device) for positions in own.split(batch_size))
-    answers = [(network(batch.images).logits, batch.target) for batch in batches]
+    answers = [(network(batch.images).logits, batch.target) for batch in images.batches(own.split(batch_size), device)]
     logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
     if shared:
         logits, target = gather_rows(logits), gather_rows(target)

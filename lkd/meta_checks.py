@@ -2,9 +2,8 @@
 
 import torch
 
-from lkd.assembly import Images
+from lkd.assembly import Images, build_batches
 from lkd.config import MetaTrainRecipe
-from lkd.data import Batches
 from lkd.errors import UserError, check_choice
 from lkd.interleaving import alternation_start, check_interleaving
 from lkd.outer_objectives import OBJECTIVES
@@ -105,7 +104,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
         UserError: If not.
     """
     settings = recipe.meta
-    batches = Batches(images.train, recipe.train.batch_size, recipe.seed, recipe.data.augmentation)
+    batches = build_batches(images.train, recipe.train, recipe.data, recipe.seed, torch.device("cpu"))
     total_steps = recipe.train.epochs * batches.steps_per_epoch
     check_interleaving(settings, total_steps)
     if not alternation_start(settings):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lkd.assembly import Images, prepare_student
+from lkd.assembly import Images, prepare_student, read_teacher_stages
 from lkd.config import MetaTrainRecipe
 from lkd.data import Batch, draw_positions, seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
@@ -166,10 +166,11 @@ class OuterLoop:
             steps,
             settings.rollout_epochs,
             seed,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             self.device,
         )
-        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps)
+        stages = read_teacher_stages(self.loss)
+        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
         return (
             partial(compute_inner_loss, network, self.loss),

@@ -153,7 +153,7 @@ def build_pool(
                 loss or prepare_loss(settings.loss, recipe.student, recipe.teacher, images, seed),
                 teacher,
                 recipe.train,
-                recipe.data.augmentation,
+                recipe.data,
                 seed,
                 run.device,
                 shared=True,

@@ -111,7 +111,7 @@ class Reuse:
             loss,
             self.teacher,
             self.train,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             draw_seed(self.recipe.seed, 7, number),
             self.run.device,
             shared=True,

@@ -10,7 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from lkd.config import TrainRecipe
+from lkd.assembly import build_batches
+from lkd.computation import keep_stages
+from lkd.config import DataRecipe, TrainRecipe
 from lkd.data import Batch, Batches, ImageSet, draw_positions, seeded_generator
 from lkd.outputs import Outputs
 from lkd.training import TeacherFunction
@@ -58,20 +60,25 @@ def build_rollout_batches(
     steps: int,
     epochs: int,
     seed: int,
-    augmentation: str,
+    data: DataRecipe,
     device: torch.device,
 ) -> Batches:
     """The batches of one rollout, a function of the seed, over the images of `draw_rollout_images`."""
     part = draw_rollout_images(images, steps, train.batch_size, epochs, seeded_generator(seed, 9))
-    return Batches(part, train.batch_size, seed, augmentation, device)
+    return build_batches(part, train, data, seed, device, steps=steps)
 
 
-def list_inner_batches(batches: Batches, teacher: TeacherFunction, age: float, steps: int) -> list[InnerBatch]:
-    """The batches of a rollout; progress runs from the student's age to 1, so that it stands for a whole training."""
+def list_inner_batches(
+    batches: Batches, teacher: TeacherFunction, age: float, steps: int, stages: tuple[str, ...]
+) -> list[InnerBatch]:
+    """The batches of a rollout; progress runs from the student's age to 1, so that it stands for a whole training.
+
+    Of the teacher's features those of `stages` are kept: all batches are held at once.
+    """
     inner_batches = []
     for step in range(steps):
         batch = batches.at(step)
-        inner_batches.append((batch, teacher(batch), age + (1 - age) * step / steps))
+        inner_batches.append((batch, keep_stages(teacher(batch), stages), age + (1 - age) * step / steps))
     return inner_batches
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetenso
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 MAY_DIFFER_ON_RESUME = (
-    *("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root"),
+    *("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root", "data.workers"),
     *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every"),
 )
 
@@ -129,9 +130,16 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
+        handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
+        handlers += [] if quiet else [logging.StreamHandler()]
+        for handler in handlers:
+            logging.getLogger("lkd").addHandler(handler)
         try:
             yield Run(path, device, tracker, command, quiet)
         finally:
+            for handler in handlers:
+                logging.getLogger("lkd").removeHandler(handler)
+                handler.close()
             tracker.finish()
 
 

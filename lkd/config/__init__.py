@@ -5,6 +5,7 @@ Nothing here imports torch, so that `lkd --help` answers at once.
 
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
+from lkd.config.packing import PackRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
@@ -20,6 +21,7 @@ __all__ = [
     "MetaSettings",
     "MetaTrainRecipe",
     "ModelRecipe",
+    "PackRecipe",
     "PoolContents",
     "PoolRecipe",
     "PoolSettings",

@@ -9,8 +9,8 @@ class DataRecipe:
     """Which images.
 
     Args:
-        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100 or
-            image_folder.
+        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100; or, from
+            files, image_folder, tar, wds/NAME, hfds/NAME or torch/NAME (see docs/data.md).
         root: Folder of the data set's files (not for `embedded`).
         train_size: Images to train on; 0 takes all that meta-validation leaves.
         meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
@@ -18,8 +18,14 @@ class DataRecipe:
         split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
         label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
         augmentation: none, flip_and_crop (2 pixels of padding), flip_and_crop_4 (4 pixels: the literature's for CIFAR);
-            for image_folder none (the centre) or random_resized_crop.
-        image_size: Pixels, height and width, of the crops that image_folder cuts; other data sets have their own size.
+            from files none (the centre) or random_resized_crop.
+        augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over N augmentations of
+            each image, so that a teacher's answers to all of them can be kept.
+        image_size: Pixels, height and width, of the crops that are cut from files; other data sets have their own size.
+        workers: Threads that decode images in files; 0 for one for each CPU core of the process.
+        damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
+            Damaged images are skipped and named in the log.
+        packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
     """
 
     name: str = "embedded"
@@ -29,7 +35,11 @@ class DataRecipe:
     split_seed: int = 0
     label_noise: float = 0.0
     augmentation: str = "none"
+    augmentation_seeds: int = 0
     image_size: int = 224
+    workers: int = 0
+    damaged_limit: float = 0.001
+    packed: str | None = None
 
 
 @dataclass
@@ -91,6 +101,10 @@ class TrainRecipe:
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
             then evaluated and saved in the student's place; 0 for none.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
+        compile: Run the student through torch.compile, and in `lkd distill` the teacher too. The first step then waits
+            for the compiler; evaluation does not use it.
+        channels_last: Lay out images and the weights of student (and, in `lkd distill`, teacher) with the channels
+            last, which convolutions in bfloat16 on a GPU are faster with.
         checkpoint_every: Steps between two checkpoints; distillation writes one after every epoch, too.
         checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
@@ -109,6 +123,8 @@ class TrainRecipe:
     accumulation: int = 1
     ema_decay: float = 0.0
     sync_batchnorm: bool = False
+    compile: bool = False
+    channels_last: bool = False
     checkpoint_every: int = 1000
     checkpoints_kept: int = 2
 

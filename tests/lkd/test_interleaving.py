@@ -83,7 +83,7 @@ def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, star
     assert loss.starts == pytest.approx(starts)
     loop = make_loop(recipe)
     training = start_training(
-        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, "none", loop.own[0].seed, CPU
+        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, recipe.data, loop.own[0].seed, CPU
     )
     while training.step < training.total_steps:
         training.run_step()

@@ -176,7 +176,7 @@ def retrain(recipe: MetaTrainRecipe, pool: Pool, loss: LearnedLoss) -> bool:
     """Whether a student trained with this loss is the pool's last one."""
     images, teacher = prepared(recipe)
     training = start_training(
-        recipe.student, images.train, loss.requires_grad_(False), teacher, recipe.train, "none", 2000, CPU
+        recipe.student, images.train, loss.requires_grad_(False), teacher, recipe.train, DataRecipe(), 2000, CPU
     )
     for _ in range(10):
         training.run_step()

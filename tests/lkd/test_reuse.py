@@ -7,7 +7,7 @@ import torch
 
 from lkd.artifact import load_loss, read_provenance
 from lkd.assembly import prepare_images, prepare_teacher
-from lkd.config import TrainRecipe
+from lkd.config import DataRecipe, TrainRecipe
 from lkd.distillation import start_training
 from lkd.evaluation import evaluate
 from lkd.interleaving import copy_state, draw_seed
@@ -89,7 +89,7 @@ def test_a_look_is_fresh_short_trainings_with_the_loss_frozen() -> None:
             loss.requires_grad_(False),
             reuse.teacher,
             short,
-            "none",
+            DataRecipe(),
             draw_seed(0, 7, number),
             CPU,
         )
