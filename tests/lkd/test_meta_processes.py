@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.forked_commands import start_command
+from benchmarks.killed_runs import RUNS, VIT, start_command
 from lkd import meta_training
 from lkd.artifact import read_provenance
 from lkd.checkpoint import load_checkpoint
 from lkd.errors import UserError
 from lkd.meta_training import check_identical
-from tests.lkd.test_processes import STUDENT
-from tests.lkd.test_resume import META, POOL, TINY, run
+from tests.lkd.test_resume import run
 
-WORDS = ["meta-train", *TINY, *POOL, *META, "--student", STUDENT, "--pool.students", "1", "--meta.reuse_every", "4"]
+WORDS = ["meta-train", *RUNS["meta-train"], "--student", VIT, "--pool.students", "1", "--meta.reuse_every", "4"]
 BOTH = ["--meta.interleaving", "both", "--meta.reuse_every", "0"]
 
 
