@@ -8,19 +8,17 @@ to start over.
 """
 
 import argparse
-import csv
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from hypergradient_problem import ENGINES, Problem, compile_problem
 from hypergradient_report import write_picture, write_table
+from rows import matching, median, read_rows, write_row
 
 from lkd.evidence import evidence
 from lkd.files import write_json
@@ -43,7 +41,6 @@ TIME_COLUMNS = ["engine", "depth", "steps", "repeat", "cpu_seconds", "wall_secon
 MEMORY_COLUMNS = ["engine", "depth", "steps", "allocator", "peak_mib"]
 PROFILE_COLUMNS = ["run", "operation", "calls", "share"]
 ACCURACY_COLUMNS = ["engine", "distill", "steps", "seed", "cosine", "norm_ratio", "adjoint_growth"]
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -218,31 +215,6 @@ def report(out: Path) -> None:
     write_json(out / "result.json", evidence("python benchmarks/hypergradient.py", environment(), figures))
     write_table(out / "README.md", Path(__file__).with_name("README.md"), figures)
     write_picture(out / "hypergradient.png", read_rows(times), read_rows(memory))
-
-
-def read_rows(path: Path) -> list[Row]:
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def matching(path: Path, **wanted: object) -> list[Row]:
-    """Return the rows of a file that have these values."""
-    return [row for row in read_rows(path) if all(row[column] == str(value) for column, value in wanted.items())]
-
-
-def median(path: Path, column: str, **wanted: object) -> float:
-    """Return the median of a column over the rows that have these values; NaN where nothing was measured."""
-    return statistics.median([float(row[column]) for row in matching(path, **wanted)] or [math.nan])
-
-
-def write_row(path: Path, columns: list[str], values: Iterable[object]) -> None:
-    """Append a row, after the header where the file is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(columns)
-        writer.writerow(values)
-    print(path.stem, *values, flush=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,12 @@ def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: tor
 
 
 def prepare_teacher(
-    recipe: TeacherRecipe, data: DataRecipe, images: Images, device: torch.device, stages: tuple[str, ...] = ()
+    recipe: TeacherRecipe,
+    data: DataRecipe,
+    images: Images,
+    device: torch.device,
+    stages: tuple[str, ...] = (),
+    train: TrainRecipe | None = None,
 ) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
     """Load the teacher; without augmentation its answers to all training images are computed once.
 
@@ -95,17 +100,19 @@ def prepare_teacher(
         device: Where it runs.
         stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
             than `TABLE_BYTES`, else the teacher is asked for every batch.
+        train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
 
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
     """
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
-    reliable = Teacher(network.to(device))
-    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    if data.augmentation != "none" or size > TABLE_BYTES:
+    asked_anew = data.augmentation != "none" or size > TABLE_BYTES
+    reliable = Teacher(network.to(device), train if asked_anew else None)
+    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
+    if asked_anew:
         return teacher
     return TabulatedTeacher(teacher, images.train, device, stages=stages)
 
@@ -195,7 +202,7 @@ def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.devic
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
     described = describe(network, architecture["name"], images.train.image_shape)
-    top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
+    top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
 

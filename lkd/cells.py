@@ -52,13 +52,14 @@ def run_claimed(recipe: CompareRecipe, cell: Cell, path: Path, claim: Path, devi
 
 def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    train = dataclasses.asdict(split_method(cell.loss, recipe.train)[1])
     learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
     identity = {
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
         "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
-        "train": dataclasses.asdict(split_method(cell.loss, recipe.train)[1]),
+        "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

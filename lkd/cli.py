@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a mistake that the user can mend; 130 after Ctrl-C.
+        0; 2 for a mistake that the user can mend; 130 after Ctrl-C; 143 after SIGTERM, where training was saved.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
@@ -81,13 +81,15 @@ def run_command(command: str, words: list[str]) -> int:
         return 0
     from lkd import commands
     from lkd.interrupt import Interrupted
+    from lkd.processes import read_job
 
     work: Callable[[Any], None] = getattr(commands, command.replace("-", "_"))
     try:
         work(recipe)
     except Interrupted as stopped:
-        print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
-        return 130
+        if read_job().rank == 0:
+            print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 

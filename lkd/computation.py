@@ -8,13 +8,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from lkd.checkpoint import set_random_state
+from lkd.acceleration import build_forward
+from lkd.assembly import read_teacher_stages
+from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
-from lkd.data import Batches
+from lkd.data import Batches, seeded_generator
 from lkd.errors import UserError
 from lkd.losses.functions import widen
 from lkd.outputs import Outputs
-from lkd.processes import count_processes, own_rank
+from lkd.processes import gather_objects
+from lkd.throughput import StepClock
 
 
 class StudentLoss(nn.Module):
@@ -24,21 +27,38 @@ class StudentLoss(nn.Module):
         student: The student.
         loss: The loss, computed in float32.
         autocast: The context of the student's forward pass.
+        recipe: Whether the student is compiled, and its layout in memory.
+        clock: Told when the student and when the loss is done, forward and backward.
     """
 
-    def __init__(self, student: nn.Module, loss: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        loss: nn.Module,
+        autocast: Callable[[], torch.autocast],
+        recipe: TrainRecipe,
+        clock: StepClock,
+    ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.autocast = autocast
+        self.clock = clock
+        self.run_student = build_forward(student, recipe)
+        self.reads_features = bool(read_teacher_stages(loss))
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Compute the terms."""
         with self.autocast():
-            outputs = self.student(images)
-        terms: dict[str, Tensor] = self.loss(widen_outputs(outputs), teacher, target, progress, **identity)
+            outputs = self.run_student(images)
+        self.clock.lap("student")
+        # Backward the loss is done when the gradient of the logits, which the student computed last, is there.
+        outputs.logits.register_hook(lambda gradient: self.clock.lap("loss"))
+        read = widen_outputs(outputs if self.reads_features else keep_stages(outputs, ()))
+        terms: dict[str, Tensor] = self.loss(read, teacher, target, progress, **identity)
+        self.clock.lap("loss")
         return terms
 
 
@@ -81,6 +101,11 @@ def cut(outputs: Outputs | None, part: slice) -> Outputs | None:
     return Outputs(outputs.logits[part], {stage: feature[part] for stage, feature in outputs.features.items()})
 
 
+def keep_stages(outputs: Outputs, stages: tuple[str, ...]) -> Outputs:
+    """The outputs with the features of these stages alone; the others' memory is free once nothing needs them."""
+    return Outputs(outputs.logits, {stage: outputs.features[stage] for stage in stages})
+
+
 def widen_outputs(outputs: Outputs) -> Outputs:
     """The outputs in at least float32; nothing is copied that is already."""
     return Outputs(widen(outputs.logits), {stage: widen(feature) for stage, feature in outputs.features.items()})
@@ -91,16 +116,17 @@ def is_bfloat16(recipe: TrainRecipe, device: torch.device) -> bool:
     return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
 
 
-def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch.device) -> nn.Module:
-    """Wrap it so that every process's gradient is the mean over all; alone, nothing is wrapped.
+def share_gradients(computation: StudentLoss, recipe: TrainRecipe, batches: Batches) -> nn.Module:
+    """Wrap it so that every gradient is the mean over the processes that share the batch; alone, nothing is wrapped.
 
     Raises:
         UserError: If the loss keeps a memory of images, which several processes would not share, or BatchNorm cannot be
             synchronised here.
     """
+    device = batches.device
     if recipe.sync_batchnorm and device.type != "cuda":
         raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
-    if count_processes() == 1:
+    if batches.part[1] == 1:
         return computation
     if getattr(computation.loss, "needs_index", False):
         raise UserError("loss: it remembers every image (needs_index), which several processes cannot share; take one")
@@ -109,9 +135,16 @@ def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch
     return nn.parallel.DistributedDataParallel(computation, [device] if device.type == "cuda" else None)
 
 
+def collect_random_states(batches: Batches) -> list[dict[str, Tensor]]:
+    """The generators of every process that has a part of the batch; all of them must ask."""
+    state = random_state(batches.device)
+    return gather_objects(state) if batches.part[1] > 1 else [state]
+
+
 def restore_random_state(states: list[dict[str, Tensor]], step: int, batches: Batches) -> None:
     """Restore this process's generators; with another number of processes than before, seed them anew by the step."""
-    if len(states) == count_processes():
-        set_random_state(states[own_rank()], batches.device)
+    number, processes = batches.part
+    if len(states) == processes:
+        set_random_state(states[number], batches.device)
     else:
-        torch.manual_seed(batches.seed * 1_000_003 + step * 1009 + own_rank())
+        torch.manual_seed(seeded_generator(batches.seed, 10, number, step).initial_seed())

@@ -122,7 +122,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     batches = build_rollout_batches(
         images.train, recipe.train, draw.steps, recipe.rollout_epochs, seed, recipe.data, place
     )
-    inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps)
+    inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps, tuple(stages))
     size = min(recipe.outer_batch_size, len(images.meta_validation))
     outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)
     student = prepare_student(recipe.student, images.train, recipe.seed, place).train()

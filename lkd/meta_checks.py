@@ -9,6 +9,7 @@ from lkd.interleaving import alternation_start, check_interleaving
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool, check_pool, list_snapshots
 from lkd.pool_sampling import build_age_weights, check_sampling, find_drawable_ages
+from lkd.processes import share_out
 from meta import ESTIMATORS
 
 AUDITED = "audited"
@@ -37,6 +38,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is not at least 1")
     if recipe.train.epochs < 1:
         raise UserError(f"train.epochs: {recipe.train.epochs} is not at least 1")
+    share_out(settings.students_per_step, "meta.students_per_step")
     if settings.clip_norm < 0:
         raise UserError(f"meta.clip_norm: {settings.clip_norm} is negative; 0 turns clipping off")
     if not 0 <= settings.average < 1:
@@ -49,6 +51,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     for name in ("reuse_every", "reuse_patience"):
         if getattr(settings, name) < 0:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is negative; 0 turns it off")
+    if settings.reuse_students < 1:
+        raise UserError(f"meta.reuse_students: {settings.reuse_students} is not at least 1")
     if settings.reuse_every and not 0 <= settings.reuse_epochs <= recipe.train.epochs:
         raise UserError(
             f"meta.reuse_epochs: {settings.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "

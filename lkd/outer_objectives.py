@@ -33,7 +33,8 @@ def smoothed_error(logits: Tensor, target: Tensor, temperature: float = 1.0) -> 
     """
     of_label = one_hot(target, logits.shape[1]).bool()
     rival = logits.masked_fill(of_label, float("-inf")).amax(1)
-    return ((rival - logits[of_label]) / temperature).sigmoid().mean()
+    own = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+    return ((rival - own) / temperature).sigmoid().mean()
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

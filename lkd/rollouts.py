@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from lkd.assembly import build_batches
+from lkd.computation import keep_stages
 from lkd.config import DataRecipe, TrainRecipe
 from lkd.data import Batch, Batches, ImageSet, draw_positions, seeded_generator
 from lkd.outputs import Outputs
@@ -67,12 +68,17 @@ def build_rollout_batches(
     return build_batches(part, train, data, seed, device, steps=steps)
 
 
-def list_inner_batches(batches: Batches, teacher: TeacherFunction, age: float, steps: int) -> list[InnerBatch]:
-    """The batches of a rollout; progress runs from the student's age to 1, so that it stands for a whole training."""
+def list_inner_batches(
+    batches: Batches, teacher: TeacherFunction, age: float, steps: int, stages: tuple[str, ...]
+) -> list[InnerBatch]:
+    """The batches of a rollout; progress runs from the student's age to 1, so that it stands for a whole training.
+
+    Of the teacher's features those of `stages` are kept: all batches are held at once.
+    """
     inner_batches = []
     for step in range(steps):
         batch = batches.at(step)
-        inner_batches.append((batch, teacher(batch), age + (1 - age) * step / steps))
+        inner_batches.append((batch, keep_stages(teacher(batch), stages), age + (1 - age) * step / steps))
     return inner_batches
 
 

@@ -17,21 +17,15 @@ import torch
 from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
-from lkd.processes import join_processes, place_of, read_job
+from lkd.processes import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
-SHARED_COMMANDS = ("distill", "teacher")  # which torchrun may start
+SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
+FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 MAY_DIFFER_ON_RESUME = (
-    "run_dir",
-    "resume",
-    "threads",
-    "wandb",
-    "workers",
-    "device",
-    "join",
-    "data.root",
-    "data.workers",
+    *("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root", "data.workers"),
+    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every"),
 )
 
 
@@ -40,7 +34,7 @@ class Run:
     """An open run.
 
     Attributes:
-        path: The run directory.
+        path: The run directory. Only the main process writes there.
         device: Where tensors go.
         tracker: The log.
         command: Command that made the run, say `"distill"`.
@@ -54,7 +48,9 @@ class Run:
     quiet: bool
 
     def say(self, *lines: str) -> None:
-        """Print lines, and keep them in the run's `output.txt`."""
+        """Print lines, and keep them in the run's `output.txt`; the main process's task alone."""
+        if not is_main():
+            return
         with (self.path / "output.txt").open("a", encoding="utf-8") as file:
             print(*lines, sep="\n", file=file)
         if not self.quiet:
@@ -77,23 +73,39 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
 
     Raises:
         UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
-            config, or is in use.
+            config, is in use, or is not there for a process that must read it; or if the command runs in one process.
     """
     job = read_job()
     if job.size > 1 and command not in SHARED_COMMANDS:
-        raise UserError(f"torchrun: `lkd {command}` runs in one process; {' and '.join(SHARED_COMMANDS)} in several")
+        raise UserError(f"torchrun: `lkd {command}` runs in one process; in several run {', '.join(SHARED_COMMANDS)}")
     device = place_of(choose_device(recipe.device))
     with join_processes(device):
-        if job.rank:  # only the main process has the run directory
+        if job.rank == 0:
+            with open_run_directory(recipe, command, device, quiet) as run:
+                check_shared(run)
+                yield run
+        else:
             with tempfile.TemporaryDirectory() as folder:
-                tracker = Tracker(Path(folder), WandbRecipe(), {})
+                tracker = Tracker(Path(folder), WandbRecipe(), {})  # of what the main process records too
                 try:
-                    yield Run(Path(folder), device, tracker, command, quiet=True)
+                    run = Run(Path(recipe.run_dir), device, tracker, command, quiet=True)
+                    check_shared(run)
+                    yield run
                 finally:
                     tracker.finish()
-        else:
-            with open_run_directory(recipe, command, device, quiet) as run:
-                yield run
+
+
+def check_shared(run: Run) -> None:
+    """Check that every process sees the run directory, where the command needs it.
+
+    Raises:
+        UserError: If one does not.
+    """
+    if run.command not in FOLDER_COMMANDS:
+        return
+    wait_for_all()
+    if any_process(not (run.path / "config.json").exists(), run.device):
+        raise UserError(f"run_dir: {run.path} is not there for all processes; give a folder that all hosts share")
 
 
 @contextmanager

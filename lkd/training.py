@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.checkpoint import random_state
+from lkd.acceleration import lay_out
+from lkd.assembly import read_teacher_stages
 from lkd.computation import (
     StudentLoss,
     build_average,
     check_accumulation,
+    collect_random_states,
     cut,
     hold_gradients,
     is_bfloat16,
+    keep_stages,
     restore_random_state,
     share_gradients,
     widen_outputs,
@@ -23,9 +26,10 @@ from lkd.computation import (
 from lkd.config import TrainRecipe
 from lkd.data import Batch, Batches
 from lkd.errors import UserError
-from lkd.optimization import build_optimizer, build_scheduler
+from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
-from lkd.processes import gather_objects
+from lkd.processes import any_process
+from lkd.throughput import StepClock
 
 TeacherFunction = Callable[[Batch], Outputs]
 
@@ -46,6 +50,9 @@ class Training:
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
 
+    Attributes:
+        clock: What the parts of the steps took.
+
     Raises:
         UserError: If a setting is impossible or the schedule is unknown.
     """
@@ -63,6 +70,7 @@ class Training:
         if self.needs_index:
             enroll: Any = loss.enroll
             enroll(batches.images.index, batches.images.labels)
+        self.recipe = recipe
         self.loss = loss.to(batches.device)
         self.teacher = teacher
         self.batches = batches
@@ -77,7 +85,9 @@ class Training:
         )
         self.accumulation = check_accumulation(recipe, batches)
         self.average = build_average(student, recipe)
-        self.computation = share_gradients(StudentLoss(student, self.loss, self.autocast), recipe, batches.device)
+        self.clock = StepClock(batches.device)
+        computation = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
+        self.computation = share_gradients(computation, recipe, batches)
 
     @property
     def progress(self) -> float:
@@ -106,10 +116,14 @@ class Training:
         Raises:
             DivergedError: If a term is not finite.
         """
+        self.clock.start()
         batch = self.batches.at(self.step)
+        batch = batch._replace(images=lay_out(batch.images, self.recipe))
+        self.clock.lap("data")
         with self.autocast():
             teacher = self.teacher(batch) if self.teacher else None
-        teacher = widen_outputs(teacher) if teacher else None
+        teacher = widen_outputs(keep_stages(teacher, read_teacher_stages(self.loss))) if teacher else None
+        self.clock.lap("teacher")
         if watch:
             watch((batch, teacher, self.progress))
         self.optimizer.zero_grad()
@@ -125,6 +139,7 @@ class Training:
         self.scheduler.step_update(self.step)
         if self.average:
             self.average.update(self.student)
+        self.clock.lap("student")
         return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 
     def compute_gradients(self, batch: Batch, teacher: Outputs | None) -> dict[str, Tensor]:
@@ -139,24 +154,26 @@ class Training:
         identity = {"index": batch.index} if self.needs_index else {}
         terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
         total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
+        broken = not torch.isfinite(total)
+        if any_process(broken, self.batches.device) if self.batches.part[1] > 1 else broken:  # else the others hang
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise DivergedError(
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
                 "lower train.learning_rate"
             )
         (total / self.accumulation).backward()
+        self.clock.lap("student")
         return {name: value.detach() for name, value in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly; batches are a function of the step. All processes must ask."""
+        """Everything needed to go on bit-exactly; batches are a function of the step. All that share it must ask."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.module.state_dict() if self.average else {},
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": gather_objects(random_state(self.batches.device)),
+            "random": collect_random_states(self.batches),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,6 +183,6 @@ class Training:
         if self.average:
             self.average.module.load_state_dict(state["average"])
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         restore_random_state(state["random"], self.step, self.batches)
         self.scheduler.step_update(self.step)

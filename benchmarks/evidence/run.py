@@ -15,7 +15,7 @@ from typing import Any
 
 from digits import write_digits
 from report import write_report
-from settings import META_RATE, list_comparisons, list_learned
+from settings import META_RATE, is_of_axes, list_comparisons, list_learned
 
 from lkd.comparison import compare
 from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
@@ -33,21 +33,26 @@ def main() -> int:
     root, folder = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "runs/learned-loss-evidence").resolve()
     digits = write_digits(folder / "digits")
     learned, teachers = list_learned(root, folder), list_teachers(root, folder, digits[0])
-    jobs: dict[str, Callable[[], Path]] = {
-        **{name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()},
-        **{name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in learned.items()},
-    }
+    files = {name: Path(recipe.run_dir) / "teacher.safetensors" for name, recipe in teachers.items()}
+    comparisons = list_comparisons(root, folder, files["other"], (digits[1], files["digits"]))
+    finish_jobs({name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()})
+    for of_axes in (False, True):  # the axes last: the other tables do not need them
+        recipes = {name: recipe for name, recipe in learned.items() if is_of_axes(name) == of_axes}
+        finish_jobs({name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in recipes.items()})
+        for name, recipe in comparisons.items():
+            if (name == "ablations") == of_axes:
+                print(f"== {name}", flush=True)
+                with open_run(recipe, "compare") as run:
+                    compare(recipe, run)
+    write_report(folder, comparisons, learned)
+    return 0
+
+
+def finish_jobs(jobs: dict[str, Callable[[], Path]]) -> None:
+    """Run jobs in worker processes."""
     with start_workers(0) as workers:
         futures: dict[Future[Any], str] = {workers.submit(job): name for name, job in jobs.items()}
         finish_all(futures, lambda name, path: f"{name}: {path}", "learn")
-    files = {name: Path(recipe.run_dir) / "teacher.safetensors" for name, recipe in teachers.items()}
-    comparisons = list_comparisons(root, folder, files["other"], (digits[1], files["digits"]))
-    for name, recipe in comparisons.items():
-        print(f"== {name}", flush=True)
-        with open_run(recipe, "compare") as run:
-            compare(recipe, run)
-    write_report(folder, comparisons, learned)
-    return 0
 
 
 def list_teachers(root: str, folder: Path, digits: Path) -> dict[str, TrainTeacherRecipe]:

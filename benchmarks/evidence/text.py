@@ -23,6 +23,8 @@ then frozen. KD, DKD and DIST have {budget} trainings each to pick their options
 cross-entropy, KD(0.5, 4) and the learned losses only have their learning rate picked, out of three. Test accuracy of
 fresh students, percent, last epoch, mean ± standard error over {seeds} paired seeds. *Gain* is the paired
 difference to the best hand-made loss of the row, which is picked by the reported numbers themselves: that favours it.
+*Not learned* is
+the loss that learning starts from, DKD(β = 1, τ = 2).
 
 {goals}
 
@@ -53,8 +55,8 @@ renewed only after half of the outer steps, so that `live` can save what `unifor
 {ablations}
 ## Cost
 
-In units of one training of the same student with the same loss; reuse: five fresh students, by which the best of five
-losses is picked.
+In units of one training of the same student with the same loss; reuse: four looks at three fresh students each, by
+which the best of four losses is picked.
 
 {costs}
 ## What was learned

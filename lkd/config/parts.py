@@ -101,6 +101,12 @@ class TrainRecipe:
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
             then evaluated and saved in the student's place; 0 for none.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
+        compile: Run the student through torch.compile, and in `lkd distill` the teacher too. The first step then waits
+            for the compiler; evaluation does not use it.
+        channels_last: Lay out images and the weights of student (and, in `lkd distill`, teacher) with the channels
+            last, which convolutions in bfloat16 on a GPU are faster with.
+        checkpoint_every: Steps between two checkpoints; distillation writes one after every epoch, too.
+        checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
     epochs: int = 13
@@ -117,6 +123,10 @@ class TrainRecipe:
     accumulation: int = 1
     ema_decay: float = 0.0
     sync_batchnorm: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    checkpoint_every: int = 1000
+    checkpoints_kept: int = 2
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, logsumexp, nn
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax
 
 from lkd.losses.functions import check_options, cross_entropies, label_of, widen
 from lkd.outputs import Outputs
@@ -76,7 +76,9 @@ def decouple(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         log (p_target, 1 − p_target), [B, 2], and the log-softmax over the other classes, [B, C − 1].
     """
-    is_target = one_hot(label, logits.shape[1]).bool()
-    others = logits[~is_target].view(len(logits), -1)
-    binary = torch.stack([logits[is_target], logsumexp(others, 1)], 1)
+    # By position, not by a mask: how many entries a mask has, a GPU would have to be asked.
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = logits.gather(1, columns + (columns >= label.unsqueeze(1)))
+    of_target = logits.gather(1, label.unsqueeze(1)).squeeze(1)
+    binary = torch.stack([of_target, logsumexp(others, 1)], 1)
     return log_softmax(binary, 1), log_softmax(others, 1)

@@ -46,6 +46,8 @@ SMALL = {
         "2",
         "--meta.students_per_step",
         "1",
+        "--meta.reuse_students",
+        "1",
         "--meta.reuse_epochs",
         "1",
     ],

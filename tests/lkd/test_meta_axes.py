@@ -260,6 +260,7 @@ def test_costs_are_in_student_trainings() -> None:
         ({}, {"reuse_every": -1}, "meta.reuse_every: -1 is negative"),
         ({}, {"reuse_every": 1, "reuse_epochs": 3}, r"reuse_epochs: 3 is not between 0 .* and train.epochs, 2"),
         ({}, {"reuse_patience": 2}, "reuse_patience: 2 needs looks at reuse"),
+        ({}, {"reuse_students": 0}, "reuse_students: 0 is not at least 1"),
         ({"sampling": "latest"}, {"interleaving": "alternate"}, "pool.sampling: latest is not used"),
     ],
 )

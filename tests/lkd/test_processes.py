@@ -58,7 +58,7 @@ def test_two_processes_train_as_one_with_the_same_whole_batch() -> None:
 def test_a_stopped_job_goes_on_with_as_many_processes_or_one() -> None:
     words = [*DISTILL, "--train.epochs", "8"]
     job = torchrun(*words, "--run_dir", "stopped")
-    while job.poll() is None and not Path("stopped/checkpoint.safetensors").exists():
+    while job.poll() is None and not Path("stopped/checkpoints").exists():
         time.sleep(0.1)
     assert job.poll() is None, job.communicate()[0]
     job.send_signal(signal.SIGTERM)
@@ -90,7 +90,10 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with (
-        pytest.raises(UserError, match="torchrun: `lkd compare` runs in one process; distill and teacher in several"),
+        pytest.raises(
+            UserError,
+            match="torchrun: `lkd compare` runs in one process; in several run distill, teacher, pool, meta-train",
+        ),
         open_run(CompareRecipe(run_dir="c"), "compare"),
     ):
         pass

@@ -28,7 +28,7 @@ def test_the_learning_rate_ends_at_zero() -> None:
 
 def test_progress_runs_from_the_age_to_the_end() -> None:
     images = prepare_images(DataRecipe(train_size=100, meta_validation_size=50)).train
-    inner = list_inner_batches(Batches(images, 20, seed=3), lambda batch: Outputs(batch.target, {}), 0.2, 4)
+    inner = list_inner_batches(Batches(images, 20, seed=3), lambda batch: Outputs(batch.target, {}), 0.2, 4, ())
     assert [progress for _, _, progress in inner] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert all(torch.equal(answer.logits, batch.target) for batch, answer, _ in inner)
 
@@ -61,7 +61,7 @@ def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
         lambda *arguments: compute_inner_loss(student, loss, *arguments),
         start,
         {},
-        list_inner_batches(batches, teacher, 0.0, 5),
+        list_inner_batches(batches, teacher, 0.0, 5, ()),
         build_inner_optimizer(train, train.learning_rate, "cosine", 5),
     )
     training = Training(student, loss, teacher, batches, train)

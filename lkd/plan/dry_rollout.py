@@ -1,0 +1,108 @@
+"""One hypergradient of a recipe on tensors without contents: what its estimator computes, moves and holds."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from lkd.assembly import Images, architecture_of
+from lkd.config import MetaTrainRecipe, ModelRecipe, TeacherRecipe
+from lkd.losses.learned import build_learned_loss
+from lkd.meta_checks import AUDITED
+from lkd.models import build
+from lkd.outer_objectives import OBJECTIVES
+from lkd.plan.counting import OperationCounter, Work, without_contents
+from lkd.plan.dry_run import DryBatches, build_untrained_teacher
+from lkd.plan.gpus import Gpu
+from lkd.rollouts import build_inner_optimizer, compute_inner_loss, compute_outer_logits, list_inner_batches
+from lkd.teacher import Teacher
+from meta import ESTIMATORS, State
+
+LENGTHS = (3, 6)  # inner steps that are run; longer rollouts lie on the line through both
+
+
+class DryRollout(NamedTuple):
+    """One hypergradient.
+
+    Attributes:
+        work: Of the teacher's answers, the rollout and the walk back.
+        peak: Bytes that are alive at once at most.
+        growth: Of them, bytes that each further inner step adds.
+    """
+
+    work: Work
+    peak: float
+    growth: float
+
+
+def plan_rollout(recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu):
+    """Plan one hypergradient with the recipe's estimator.
+
+    Returns:
+        Estimator → `DryRollout`. An audited estimator is first_order as long as that is right, and else adjoint: both
+        are there.
+    """
+    names = ("first_order", "adjoint") if recipe.meta.estimator == AUDITED else (recipe.meta.estimator,)
+    return {name: extrapolate(recipe, student, teacher, images, gpu, name) for name in names}
+
+
+def extrapolate(
+    recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu, estimator: str
+) -> DryRollout:
+    """Run short rollouts, and follow the line through them to the recipe's length."""
+    length = recipe.meta.rollout_steps
+    short, long = (min(length, each) for each in LENGTHS)
+    first, second = (run_dry_rollout(recipe, student, teacher, images, gpu, estimator, k) for k in (short, long))
+    if short == long:
+        return DryRollout(first[0], first[1], 0.0)
+    steps = (length - long) / (long - short)
+    pairs = zip(dataclasses.astuple(first[0]), dataclasses.astuple(second[0]), strict=True)
+    work = Work(*(after + (after - before) * steps for before, after in pairs))
+    growth = (second[1] - first[1]) / (long - short)
+    return DryRollout(work, second[1] + growth * (length - long), growth)
+
+
+def run_dry_rollout(
+    recipe: MetaTrainRecipe,
+    student: ModelRecipe,
+    teacher: TeacherRecipe,
+    images: Images,
+    gpu: Gpu,
+    estimator: str,
+    length: int,
+) -> tuple[Work, int]:
+    """One hypergradient over so many inner steps, in float32: its work and its peak in bytes."""
+    counter = OperationCounter(gpu.rate("float32"), gpu.bandwidth * 1e9)
+    settings, train = recipe.meta, recipe.train
+    with without_contents(counter):
+        taught_by = Teacher(build_untrained_teacher(teacher, images))
+        model = dataclasses.replace(student, pretrained=False)
+        network = build(**architecture_of(model, images.train)).train()
+        loss = build_learned_loss("logits", settings.loss if settings.kind == "logits" else {})
+        parameters = {name: p.detach() for name, p in network.named_parameters()}
+        buffers = dict(network.named_buffers())
+        momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        state = State(parameters, buffers, {"momentum_buffer": momentum})
+        outer_batch = DryBatches(images, settings.outer_batch_size, 1).at(0)
+        batches = DryBatches(images, train.batch_size, 1000)
+        counter.reset()
+        counter.start()
+
+        def outer_loss(parameters, buffers, batch):
+            return OBJECTIVES[settings.objective](
+                compute_outer_logits(network, parameters, buffers, batch), batch.target
+            )
+
+        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, ())
+        ESTIMATORS[estimator](
+            partial(compute_inner_loss, network, loss),
+            outer_loss,
+            state,
+            {name: p.detach() for name, p in loss.named_parameters()},
+            inner_batches,
+            outer_batch,
+            build_inner_optimizer(train, train.learning_rate, settings.annealing, length),
+        )
+        counter.lap("hypergradient")
+    return counter.parts["hypergradient"], counter.peak
