@@ -63,7 +63,19 @@ def build_batches(
     Raises:
         UserError: If the recipes do not fit the images.
     """
-    return Batches(images, train.batch_size, seed, data.augmentation, device, part, data.augmentation_seeds, steps)
+    return Batches(
+        images,
+        train.batch_size,
+        seed,
+        data.augmentation,
+        device,
+        part,
+        data.augmentation_seeds,
+        data.repeats,
+        data.mixup,
+        data.cutmix,
+        steps,
+    )
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def prepare_teacher(
     check_network(name_teacher(recipe), architecture, images.train)
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    asked_anew = data.augmentation != "none" or size > TABLE_BYTES
+    asked_anew = data.augmentation != "none" or bool(data.mixup or data.cutmix) or size > TABLE_BYTES
     reliable = Teacher(network.to(device), train if asked_anew else None)
     teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
     if asked_anew:

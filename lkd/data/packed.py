@@ -54,6 +54,10 @@ class PackedSource:
         """The source's name of it."""
         return self.source.name(position)
 
+    def size(self, position: int) -> int:
+        """Bytes of its pixels."""
+        return 3 * int(self.shapes[position].prod())
+
 
 def pack(
     source: ImageSource,

@@ -55,7 +55,7 @@ class DryBatches(Batches):
         """The batch of this step."""
         pixels = torch.zeros(self.batch_size, *self.images.image_shape, dtype=torch.uint8)
         nothing = torch.zeros(self.batch_size, dtype=torch.int64)
-        return Batch(self.images.normalize(pixels), nothing, nothing)
+        return Batch(self.images.normalize(pixels), nothing, nothing, nothing)
 
 
 def run_dry_step(
