@@ -23,20 +23,24 @@ from lkd.run import environment
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "resume"
 KILLS = 20  # of each command
-SHARED = {  # what two processes do as one does; none of it has BatchNorm
-    "distill": [*TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"],
-    "meta-train": [*RUNS["meta-train"], "--student", VIT, "--meta.reuse_every", "0"],
+SHARED = {  # what two processes do as one does: command and options; students have no BatchNorm where they are shared
+    "distill": ("distill", [*TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]),
+    "pool": ("pool", [*RUNS["pool"], "--student", VIT]),
+    "meta-train": ("meta-train", [*RUNS["meta-train"], "--meta.reuse_every", "0", "--pool_dir", "POOL"]),
+    "meta-train with its pool": ("meta-train", [*RUNS["meta-train"], "--student", VIT, "--meta.reuse_every", "0"]),
 }
 README = """# Killed and gone on with; shared among processes
 
 Made by `python benchmarks/resume.py`. Each of {count} runs ({commands}, {kills} each) was killed by SIGKILL at a
 random moment and gone on with by `--resume auto`; {equal} ended with the bits of a run that nobody disturbed, in every
-tensor of what it leaves. {within} of them went on from a checkpoint that lay within an epoch or an outer loop; the
-others were killed before there was one. `lkd distill` ran with CRD, whose memory of all images is part of a
+tensor of what it leaves. {within} of them went on from a checkpoint; the others were killed before there was one (a pool
+writes none while its images and its teacher are prepared, and deletes those of finished students). `lkd distill` ran with CRD, whose memory of all images is part of a
 checkpoint, and with a moving average of the weights.
 
-Two processes (gloo), each with half of every batch (distill) or of the students (meta-train), against one, largest
-difference of any weight: {differences}.
+Two processes (gloo) against one, each with half of every batch (distill, pool) or half of the students of an outer step
+(meta-train, from a given pool), largest difference of any weight: {differences}.
+In the last run the processes trained the pool together too: its roundings are amplified by the finite differences of
+first_order (the students' fused attention allows no exact hypergradient) and by Adam.
 
 What it does not show: GPUs, where kernels may not be deterministic; power cuts; several hosts. The runs are tiny
 ({steps} steps of distillation), each a fork of a process that had imported the package and done nothing else.
@@ -49,7 +53,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/resume").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     kills = [kill_and_resume(command, number, folder) for command in RUNS for number in range(KILLS)]
-    differences = [compare_processes(command, folder) for command in SHARED]
+    differences = [compare_processes(name, folder) for name in SHARED]
     report(kills, differences)
 
 
@@ -102,14 +106,16 @@ def kill_and_resume(command: str, number: int, folder: Path) -> dict[str, Any]:
     return read_json(record)
 
 
-def compare_processes(command: str, folder: Path) -> dict[str, Any]:
+def compare_processes(name: str, folder: Path) -> dict[str, Any]:
     """The largest difference of a weight between a run of two processes and one of a single process."""
-    record = folder / f"{command}-processes.json"
+    record = folder / f"{name}-processes.json"
+    pool, _ = run_undisturbed("pool", folder)
     if not record.exists():
-        one, two = (folder / f"{command}-{name}" for name in ("one", "two"))
+        one, two = (folder / f"{name}-{count}" for count in ("one", "two"))
         for run_dir in (one, two):
             shutil.rmtree(run_dir, ignore_errors=True)
-        words = [command, *SHARED[command], "--run_dir"]
+        command, options = SHARED[name]
+        words = [command, *(str(pool / "pool") if word == "POOL" else word for word in options), "--run_dir"]
         finish([*words, str(one)], folder / "output.txt")
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -120,7 +126,7 @@ def compare_processes(command: str, folder: Path) -> dict[str, Any]:
         expected, results = read_results(one), read_results(two)
         difference = max(float((t - results[key]).abs().max()) for key, t in expected.items() if t.is_floating_point())
         largest = max(float(t.abs().max()) for t in expected.values() if t.is_floating_point())
-        row = {"command": command, "tensors": len(expected), "max_difference": difference, "largest_weight": largest}
+        row = {"run": name, "tensors": len(expected), "max_difference": difference, "largest_weight": largest}
         write_json(record, row)
         print(*row.values(), flush=True)
     return read_json(record)
@@ -141,7 +147,7 @@ def report(kills: list[dict[str, Any]], differences: list[dict[str, Any]]) -> No
         figures[f"resume_bitwise_fraction_{command.replace('-', '_')}"] = sum(own) / len(own)
     figures["two_process_max_difference"] = max(row["max_difference"] for row in differences)
     for row in differences:
-        figures[f"two_process_max_difference_{row['command'].replace('-', '_')}"] = row["max_difference"]
+        figures[f"two_process_max_difference_{row['run'].replace('-', '_').replace(' ', '_')}"] = row["max_difference"]
     write_json(EVIDENCE / "result.json", evidence("python benchmarks/resume.py", environment(), figures))
     text = README.format(
         count=len(kills),
@@ -150,7 +156,7 @@ def report(kills: list[dict[str, Any]], differences: list[dict[str, Any]]) -> No
         equal=equal,
         within=sum(bool(row["checkpoints"]) for row in kills),
         differences=", ".join(
-            f"{row['command']} {row['max_difference']:.1g} (largest weight {row['largest_weight']:.2g})"
+            f"{row['run']} {row['max_difference']:.1g} (largest weight {row['largest_weight']:.2g})"
             for row in differences
         ),
         steps=30,
