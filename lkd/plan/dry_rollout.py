@@ -1,8 +1,10 @@
 """One hypergradient of a recipe on tensors without contents: what its estimator computes, moves and holds."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -13,7 +15,7 @@ from lkd.meta_checks import AUDITED
 from lkd.models import build
 from lkd.outer_objectives import OBJECTIVES
 from lkd.outputs import Outputs
-from lkd.plan.counting import OperationCounter, Work, without_contents
+from lkd.plan.counting import OperationCounter, Work
 from lkd.plan.dry_run import DryBatches, build_untrained_teacher
 from lkd.plan.gpus import Gpu
 from lkd.rollouts import build_inner_optimizer, compute_inner_loss, compute_outer_logits, list_inner_batches
@@ -76,7 +78,8 @@ def run_dry_rollout(
     """One hypergradient over so many inner steps, in float32: its work and its peak in bytes."""
     counter = OperationCounter(gpu.rate("float32"), gpu.bandwidth * 1e9)
     settings, train = recipe.meta, recipe.train
-    with without_contents(counter):
+    without_autocast = patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    with torch.device("meta"), without_autocast, counter:
         taught_by = Teacher(build_untrained_teacher(teacher, images))
         model = dataclasses.replace(student, pretrained=False)
         network = build(**architecture_of(model, images.train)).train()
@@ -85,8 +88,8 @@ def run_dry_rollout(
         buffers = dict(network.named_buffers())
         momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
         state = State(parameters, buffers, {"momentum_buffer": momentum})
-        outer_batch = DryBatches(images, settings.outer_batch_size, 1).at(0)
-        batches = DryBatches(images, train.batch_size, 1000)
+        outer_batch = DryBatches(images, settings.outer_batch_size, "meta").at(0)
+        batches = DryBatches(images, train.batch_size, "meta")
         counter.reset()
         counter.start()
 
