@@ -17,6 +17,7 @@ from lkd.config import (
     ExportRecipe,
     FidelityRecipe,
     MetaTrainRecipe,
+    PlanRecipe,
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
@@ -27,6 +28,8 @@ from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
+from lkd.plan.plan import plan as plan_run
+from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
@@ -64,6 +67,11 @@ def export(recipe: ExportRecipe) -> None:
     """`lkd export`."""
     for name, (path, difference) in export_network(recipe).items():
         print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
+
+
+def plan(recipe: PlanRecipe) -> None:
+    """`lkd plan`."""
+    print(format_plan(plan_run(recipe)))
 
 
 def pool(recipe: PoolRecipe) -> None:

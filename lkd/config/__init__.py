@@ -6,6 +6,7 @@ Nothing here imports torch, so that `lkd --help` answers at once.
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
+from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
@@ -20,6 +21,7 @@ __all__ = [
     "MetaSettings",
     "MetaTrainRecipe",
     "ModelRecipe",
+    "PlanRecipe",
     "PoolContents",
     "PoolRecipe",
     "PoolSettings",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 aten = torch.ops.aten
-SLACK = 1.005  # how far a peak may be off
+SLACK = 1.001  # how far a peak may be off
 LAUNCH_SECONDS = 5e-6  # that an operation takes at least
 
 
@@ -107,7 +107,7 @@ class OperationCounter(TorchDispatchMode):
             self._sweep()
 
     def _sweep(self) -> None:
-        """Forget what is no longer alive; only then the sum is right, and only a new peak (within the slack) needs it."""
+        """Forget what is no longer alive: only then the sum is right, and only a new peak needs it."""
         self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
         self._bytes = sum(size for _, size in self._alive.values())
         self.peak = max(self.peak, self._bytes)

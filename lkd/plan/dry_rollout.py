@@ -7,22 +7,24 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from lkd.assembly import Images, architecture_of
 from lkd.config import MetaTrainRecipe, ModelRecipe, TeacherRecipe
+from lkd.data import Batch
 from lkd.losses.learned import build_learned_loss
 from lkd.meta_checks import AUDITED
 from lkd.models import build
 from lkd.outer_objectives import OBJECTIVES
-from lkd.outputs import Outputs
 from lkd.plan.counting import OperationCounter, Work
 from lkd.plan.dry_run import DryBatches, build_untrained_teacher
 from lkd.plan.gpus import Gpu
 from lkd.rollouts import build_inner_optimizer, compute_inner_loss, compute_outer_logits, list_inner_batches
 from lkd.teacher import Teacher
 from meta import ESTIMATORS, State
+from meta.types import Tensors
 
-LENGTHS = (3, 6)  # inner steps that are run; longer rollouts lie on the line through both
+LENGTHS = (2, 4)  # inner steps that are run; longer rollouts lie on the line through both
 
 
 class DryRollout(NamedTuple):
@@ -39,7 +41,9 @@ class DryRollout(NamedTuple):
     growth: float
 
 
-def plan_rollout(recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu):
+def plan_rollout(
+    recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu
+) -> dict[str, DryRollout]:
     """Plan one hypergradient with the recipe's estimator.
 
     Returns:
@@ -93,7 +97,7 @@ def run_dry_rollout(
         counter.reset()
         counter.start()
 
-        def outer_loss(parameters, buffers, batch):
+        def outer_loss(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
             return OBJECTIVES[settings.objective](
                 compute_outer_logits(network, parameters, buffers, batch), batch.target
             )
