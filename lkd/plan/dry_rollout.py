@@ -9,10 +9,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lkd.assembly import Images, architecture_of
+from lkd.assembly import Images, architecture_of, prepare_learned_loss, read_teacher_stages
 from lkd.config import MetaTrainRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import Batch
-from lkd.losses.learned import build_learned_loss
 from lkd.meta_checks import AUDITED
 from lkd.models import build
 from lkd.outer_objectives import OBJECTIVES
@@ -24,7 +23,7 @@ from lkd.teacher import Teacher
 from meta import ESTIMATORS, State
 from meta.types import Tensors
 
-LENGTHS = (2, 4)  # inner steps that are run; longer rollouts lie on the line through both
+LENGTHS = (2, 3)  # inner steps that are run; longer rollouts lie on the line through both
 
 
 class DryRollout(NamedTuple):
@@ -87,7 +86,7 @@ def run_dry_rollout(
         taught_by = Teacher(build_untrained_teacher(teacher, images))
         model = dataclasses.replace(student, pretrained=False)
         network = build(**architecture_of(model, images.train)).train()
-        loss = build_learned_loss("logits", settings.loss if settings.kind == "logits" else {})
+        loss = prepare_learned_loss(dataclasses.replace(recipe, teacher=teacher), images)
         parameters = {name: p.detach() for name, p in network.named_parameters()}
         buffers = dict(network.named_buffers())
         momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -102,7 +101,7 @@ def run_dry_rollout(
                 compute_outer_logits(network, parameters, buffers, batch), batch.target
             )
 
-        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, ())
+        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, read_teacher_stages(loss))
         ESTIMATORS[estimator](
             partial(compute_inner_loss, network, loss),
             outer_loss,

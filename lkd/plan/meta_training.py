@@ -1,10 +1,13 @@
 """The plan of a meta-training."""
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from lkd.assembly import Images, prepare_learned_loss
 from lkd.config import MetaTrainRecipe, PlanRecipe
 from lkd.interleaving import alternation_start
-from lkd.losses.learned import build_learned_loss
 from lkd.plan.distillation import HOUR, count_steps, describe_step
 from lkd.plan.dry_rollout import plan_rollout
 from lkd.plan.dry_run import name_untrained, plan_loss, precision_of, run_dry_step
@@ -24,8 +27,11 @@ def plan_meta_training(
     train, meta, teacher = recipe.train, recipe.meta, name_untrained(recipe.teacher)
     models = list_students(recipe)
     steps = count_steps(train.epochs, images.train_size, train.batch_size)
-    pool_loss, _ = plan_loss(recipe.pool.loss, models[0], teacher, images.stand_in)
-    dry = [run_dry_step(model, teacher, pool_loss, train, images.stand_in, gpu) for model in models]
+    losses = [plan_loss(recipe.pool.loss, model, teacher, images.stand_in)[0] for model in models]
+    dry = [
+        run_dry_step(model, teacher, loss, train, images.stand_in, gpu)
+        for model, loss in zip(models, losses, strict=True)
+    ]
     rollouts = [plan_rollout(recipe, model, teacher, images.stand_in, gpu) for model in models]
     training = steps * mean([sum(w.seconds for w in step.parts.values()) for step in dry]) / settings.efficiency / HOUR
     names = list(rollouts[0])
@@ -50,7 +56,8 @@ def plan_meta_training(
         "epochs": train.epochs,
         "batch_size": train.batch_size,
         "steps": steps,
-        "parameters": dry[0].parameters | {"loss": count_loss_parameters(recipe)},
+        "parameters": dry[0].parameters
+        | {"loss": count_loss_parameters(replace(recipe, teacher=teacher), images.stand_in)},
         "step": describe_step(dry[0], train.batch_size),
         "rollout": {
             name: {
@@ -96,9 +103,10 @@ def count_trainings(recipe: MetaTrainRecipe, architectures: int) -> dict[str, fl
     }
 
 
-def count_loss_parameters(recipe: MetaTrainRecipe) -> int:
-    """Parameters of the loss networks over logits."""
-    loss = build_learned_loss("logits", recipe.meta.loss if recipe.meta.kind == "logits" else {})
+def count_loss_parameters(recipe: MetaTrainRecipe, images: Images) -> int:
+    """Parameters of the loss networks."""
+    with torch.device("meta"):
+        loss = prepare_learned_loss(recipe, images)
     return sum(parameter.numel() for parameter in loss.parameters())
 
 
