@@ -66,7 +66,19 @@ def build_batches(
     Raises:
         UserError: If the recipes do not fit the images.
     """
-    return Batches(images, train.batch_size, seed, data.augmentation, device, part, data.augmentation_seeds, steps)
+    return Batches(
+        images,
+        train.batch_size,
+        seed,
+        data.augmentation,
+        device,
+        part,
+        data.augmentation_seeds,
+        data.repeats,
+        data.mixup,
+        data.cutmix,
+        steps,
+    )
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def prepare_teacher(
         return open_cache(Path(recipe.cache), made_with, data, images.train, device)
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    asked_anew = data.augmentation != "none" or size > TABLE_BYTES
+    asked_anew = data.augmentation != "none" or bool(data.mixup or data.cutmix) or size > TABLE_BYTES
     teacher = wrap_teacher(network.to(device), recipe, data.split_seed, train if asked_anew else None)
     if asked_anew:
         return teacher

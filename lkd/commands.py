@@ -20,6 +20,7 @@ from lkd.config import (
     FidelityRecipe,
     MetaTrainRecipe,
     PackRecipe,
+    PlanRecipe,
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
@@ -31,6 +32,8 @@ from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
 from lkd.packing import pack_dataset
+from lkd.plan.plan import plan as plan_run
+from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
@@ -80,6 +83,11 @@ def cache(recipe: CacheRecipe) -> None:
     """`lkd cache`."""
     made = cache_answers(recipe)
     print(f"{made.folder}: {made.header['teacher']}; use it with --teacher.cache {made.folder}")
+
+
+def plan(recipe: PlanRecipe) -> None:
+    """`lkd plan`."""
+    print(format_plan(plan_run(recipe)))
 
 
 def pool(recipe: PoolRecipe) -> None:

@@ -14,11 +14,15 @@ def check_top_k(top_k: int, num_classes: int) -> None:
     Raises:
         UserError: If it is more than there are, or saves nothing.
     """
-    if top_k < 0 or (top_k and bytes_of_answer(num_classes, top_k) >= bytes_of_answer(num_classes, 0)):
-        most = max(k for k in range(num_classes) if not k or bytes_of_answer(num_classes, k) < 2 * num_classes)
-        raise UserError(
-            f"top_k: {top_k} of {num_classes} classes; take 1 to {most}, more save nothing: 0 keeps them all"
-        )
+    most = largest_top_k(num_classes)
+    if not 0 <= top_k <= most:
+        raise UserError(f"top_k: {top_k} of {num_classes} classes; 0 keeps them all, more than {most} save nothing")
+
+
+def largest_top_k(num_classes: int) -> int:
+    """The most classes of an answer that take less space than all of them; 0 where not even one does."""
+    entry = bytes_of_answer(num_classes, 1) - 2
+    return max(0, (2 * num_classes - 3) // entry)
 
 
 def type_of_classes(num_classes: int) -> torch.dtype:

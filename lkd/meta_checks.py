@@ -23,6 +23,11 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     """
     settings = recipe.meta
     check_pool(recipe.pool)
+    if settings.batches == "same" and (recipe.data.mixup or recipe.data.cutmix):
+        raise UserError(
+            "meta.batches: same would score students on mixed images, which have no label; leave out data.mixup and "
+            "data.cutmix, or take meta.batches different"
+        )
     build_age_weights(recipe.pool)
     check_choice("meta.estimator", settings.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", settings.objective, OBJECTIVES)

@@ -21,7 +21,7 @@ from lkd.run import flatten
 OF_NO_EFFECT = {
     *("path", "name", "pretrained", "cache"),
     *("root", "train_size", "meta_validation_size", "split_seed", "label_noise", "augmentation_seeds"),
-    *("workers", "damaged_limit", "packed"),
+    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "packed"),
 }
 
 
@@ -33,7 +33,10 @@ def identify(
         {key: value for key, value in dataclasses.asdict(part).items() if key not in OF_NO_EFFECT}
         for part in (recipe, data)
     )
-    taught_by |= {"network": architecture["name"], "weights": digest(network.state_dict())}
+    taught_by |= {
+        "network": architecture["name"],
+        "weights": digest(dict([*network.named_parameters(), *network.named_buffers()])),
+    }
     if recipe.random_answers:
         taught_by["seed"] = data.split_seed
     look |= {"name": data.name, "shape": images.image_shape, "mean": images.mean, "std": images.std}
@@ -63,8 +66,13 @@ def choose_seeds(data: DataRecipe) -> range:
     """The augmentation seeds that a recipe's batches have.
 
     Raises:
-        UserError: If they have no end.
+        UserError: If they have no end, or images are mixed, which no augmentation seed says.
     """
+    if data.mixup or data.cutmix:
+        raise UserError(
+            f"data.mixup, data.cutmix: {data.mixup}, {data.cutmix}; a teacher cache holds no answers to mixed images: "
+            "set both to 0, or leave teacher.cache out"
+        )
     if data.augmentation == "none":
         return range(1)
     if data.augmentation_seeds < 1:

@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 
 from lkd.data.crops import CROP_NUMBERS, cut_center, cut_random
 from lkd.data.image_files import ImageFiles
+from lkd.data.rand_augment import AUGMENT_NUMBERS, augment_randomly
 
-NUMBERS = CROP_NUMBERS
+NUMBERS = CROP_NUMBERS + AUGMENT_NUMBERS
 """Random numbers that an image gets."""
 
 
@@ -35,6 +36,11 @@ def flip_and_crop(images: Tensor, numbers: Tensor, padding: int = 2) -> Tensor:
     return padded.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
+def cut_and_augment(image: Tensor, size: int, numbers: Tensor) -> Tensor:
+    """A random crop, and RandAugment of it."""
+    return augment_randomly(cut_random(image, size, numbers), numbers[CROP_NUMBERS:])
+
+
 AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda images, numbers: images,
     "flip_and_crop": flip_and_crop,
@@ -45,6 +51,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 FILE_AUGMENTATIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
     "none": lambda image, size, numbers: cut_center(image, size),
     "random_resized_crop": cut_random,
+    "rand_augment": cut_and_augment,
 }
 """Of images in files: from one image [3, H, W], the size and numbers [NUMBERS] to a crop [3, size, size]."""
 

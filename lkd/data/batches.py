@@ -9,6 +9,7 @@ from lkd.data.augmentation import AUGMENTATIONS, FILE_AUGMENTATIONS, NUMBERS, au
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.data.loading import Loading, Prefetcher
+from lkd.data.mixing import mix_batch
 from lkd.data.random_numbers import draw_uniform, mix_words, seeded_generator
 from lkd.errors import UserError, check_choice
 
@@ -16,8 +17,9 @@ from lkd.errors import UserError, check_choice
 class Batches:
     """Shuffled epochs over an image set; the last, incomplete batch of an epoch is dropped.
 
-    What an image looks like is a function of its index and its augmentation seed, which is one for a whole epoch.
-    Images in files are decoded ahead; one that cannot be decoded is replaced by the next of the epoch's order.
+    What an image looks like is a function of its index and its augmentation seed, which is one for a whole epoch, but
+    for repeats. Images in files are decoded ahead; one that cannot be decoded is replaced by the next of the epoch's
+    order.
 
     Args:
         images: The training images.
@@ -29,6 +31,10 @@ class Batches:
             one order of the images, so that their parts together are the batch of one process.
         augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over the augmentation seeds
             1 to N, which are the same for every `seed`.
+        repeats: How often an image is in a batch, each time augmented otherwise (repeated augmentation; Hoffer et al.,
+            2020). An epoch has as many steps as ever, and so as many fewer images.
+        mixup: α of mixup; 0 for none. With mixup or CutMix targets are distributions, [B, C].
+        cutmix: α of CutMix; 0 for none.
         steps: Steps that will be asked for; none is loaded ahead of its use beyond them. None if they have no end.
 
     Attributes:
@@ -47,6 +53,9 @@ class Batches:
         device: str | torch.device = "cpu",
         part: tuple[int, int] = (0, 1),
         augmentation_seeds: int = 0,
+        repeats: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         steps: int | None = None,
     ) -> None:
         check_choice("data.augmentation", augmentation, augmentations_of(images.images))
@@ -59,12 +68,20 @@ class Batches:
             )
         if augmentation_seeds < 0:
             raise UserError(f"data.augmentation_seeds: {augmentation_seeds} is negative; 0 takes a new one every epoch")
+        if repeats < 1 or (repeats > 1 and augmentation == "none"):
+            raise UserError(f"data.repeats: {repeats} is not at least 1, or would repeat images without augmentation")
+        if min(mixup, cutmix) < 0:
+            raise UserError(f"data.mixup, data.cutmix: {mixup}, {cutmix} must not be negative; 0 is none")
+        if (mixup or cutmix) and batch_size // part[1] % 2:
+            raise UserError(f"train.batch_size: mixup and CutMix need an even batch in every process, not {batch_size}")
         self.images = images
         self.batch_size = batch_size
         self.part = part
         self.seed = seed
         self.augmentation = augmentation
         self.augmentation_seeds = augmentation_seeds
+        self.repeats = repeats
+        self.mixup, self.cutmix = mixup, cutmix
         self.device = torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
         self.wait_seconds = 0.0
@@ -82,10 +99,18 @@ class Batches:
         if isinstance(self.images.images, ImageFiles):
             pixels, slots, seconds = self.prefetcher.take(step).wait()
             self.wait_seconds += seconds
-            return self.gather(epoch, pixels, slots)
+            return self.mix(step, self.gather(epoch, pixels, slots))
         slots = self.slots_of(step)
         chosen = self.images.images[self.order(epoch)[slots]]
-        return self.gather(epoch, AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots)), slots)
+        pixels = AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots))
+        return self.mix(step, self.gather(epoch, pixels, slots))
+
+    def mix(self, step: int, batch: Batch) -> Batch:
+        """Mix a batch's images and targets, if mixup or CutMix are asked for."""
+        if not (self.mixup or self.cutmix):
+            return batch
+        seed = mix_words(self.seed, 10, step)
+        return mix_batch(batch, self.images.num_classes, self.mixup, self.cutmix, seed)
 
     def gather(self, epoch: int, pixels: Tensor, slots: Tensor) -> Batch:
         """Put the batch of these places in the epoch's order together, on its device."""
@@ -118,7 +143,8 @@ class Batches:
 
     def draw_order(self, epoch: int) -> Tensor:
         """The order of the images in an epoch: positions in the image set, [N]."""
-        return torch.randperm(len(self.images), generator=seeded_generator(self.seed, 0, epoch))
+        order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, 0, epoch))
+        return order.repeat_interleave(self.repeats)[: len(order)] if self.repeats > 1 else order
 
     def order_files(self, epoch: int) -> ImageFiles:
         """The images in files in the order of an epoch."""
@@ -134,5 +160,7 @@ class Batches:
         """The augmentation seeds of these places in an epoch's order, int64, [B]; 0 where nothing is augmented."""
         if self.augmentation == "none":
             return torch.zeros_like(slots)
-        seeds = self.augmentation_seeds
-        return torch.full_like(slots, 1 + epoch % seeds if seeds else mix_words(self.seed, 1, epoch) >> 1)
+        numbers = range(epoch * self.repeats, (epoch + 1) * self.repeats)
+        cycle = self.augmentation_seeds
+        seeds = [1 + number % cycle if cycle else mix_words(self.seed, 1, number) >> 1 for number in numbers]
+        return torch.tensor(seeds)[slots % self.repeats]

@@ -41,6 +41,10 @@ class HuggingFaceSource:
         """The table and the row."""
         return f"{self.title}, row {position}"
 
+    def size(self, position: int) -> int:
+        """Bytes of the row's image."""
+        return len(self.table[position][self.column]["bytes"] or b"")
+
 
 def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
     """Load a data set whose tables hold an image and a class label.

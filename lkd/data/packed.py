@@ -35,9 +35,7 @@ class PackedSource:
         self.shapes = shapes
         sizes = 3 * shapes.prod(1)
         self.starts = sizes.cumsum(0) - sizes
-        self.pixels = np.memmap(
-            path, np.uint8, "c", shape=int(sizes.sum())
-        )  # writable, else torch warns; never written
+        self.pixels = np.memmap(path, np.uint8, "c", shape=int(sizes.sum()))  # torch warns of "r"
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -54,6 +52,10 @@ class PackedSource:
     def name(self, position: int) -> str:
         """The source's name of it."""
         return self.source.name(position)
+
+    def size(self, position: int) -> int:
+        """Bytes of its pixels."""
+        return 3 * int(self.shapes[position].prod())
 
 
 def pack(
@@ -92,9 +94,8 @@ def pack(
         return small.permute(1, 2, 0).contiguous()
 
     threads = start_threads(workers)
-    check_space(
-        folder, [scale(int(p)) for p in torch.linspace(0, len(source) - 1, SAMPLE).long().unique()], len(source)
-    )
+    sample = torch.linspace(0, len(source) - 1, SAMPLE).long().unique().tolist()
+    check_space(folder, list(threads.map(scale, sample)), len(source))
     shapes = torch.zeros(len(source), 2, dtype=torch.int64)
     index = folder / f"{part}.index.safetensors"
     with replaced_atomically(folder / f"{part}.pixels") as temporary:

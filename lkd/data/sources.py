@@ -1,5 +1,6 @@
 """Where the images of a large data set are, one by one."""
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,9 @@ class ImageSource(Protocol):
 
     def name(self, position: int) -> str:
         """What an image is called in messages and fingerprints."""
+
+    def size(self, position: int) -> int:
+        """Bytes that are read to load an image."""
 
 
 class FileSource:
@@ -53,3 +57,7 @@ class FileSource:
     def name(self, position: int) -> str:
         """The path in the root."""
         return self.names[position]
+
+    def size(self, position: int) -> int:
+        """Bytes of the file."""
+        return os.stat(f"{self.root}/{self.name(position)}").st_size

@@ -58,6 +58,10 @@ class TarSource:
         """The tar file's name and the member's."""
         return f"{Path(self.paths[self.places[position, 0]]).name}/{self.names[position]}"
 
+    def size(self, position: int) -> int:
+        """Bytes of the member."""
+        return int(self.places[position, 2])
+
 
 def index_tar(path: Path) -> Iterator[Member]:
     """List the files in a tar file, those of tars in it too; only headers are read.

@@ -36,6 +36,10 @@ class TorchvisionSource:
         """The split and the position."""
         return f"{self.title}, image {position}"
 
+    def size(self, position: int) -> int:
+        """Bytes of its pixels."""
+        return self.load(position).numel()
+
 
 def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
     """Load one of torchvision's data sets.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.killed_runs import VIT
 from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe
@@ -20,10 +21,8 @@ from lkd.models.network_file import load_network
 from lkd.processes import read_job
 from lkd.run import open_run
 
-# LayerNorm, no BatchNorm: its statistics would be those of half a batch.
-STUDENT = "{name: vit_tiny_patch16_224, options: {img_size: 28, patch_size: 7, embed_dim: 16, depth: 2, num_heads: 2}}"
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
-DISTILL = ["distill", *TINY, "--student", STUDENT, "--loss", "{name: kd, weight: 0.9}"]
+DISTILL = ["distill", *TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]
 
 
 def torchrun(*words: str, processes: int = 2) -> subprocess.Popen:

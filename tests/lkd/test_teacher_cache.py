@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.forked_commands import start_command
+from benchmarks.killed_runs import start_command
 from lkd.assembly import architecture_of, prepare_images, prepare_teacher
 from lkd.caching import cache_answers
 from lkd.cli import main
@@ -93,7 +93,7 @@ def test_top_k_keeps_the_probabilities_of_the_largest_and_their_rest(classes: in
         compress_logits(torch.tensor([[1e5, 0.0, 0.0]]), 0)
     check_top_k(4, 10)
     for wrong in (-1, 5):
-        with pytest.raises(UserError, match=f"top_k: {wrong} of 10 classes; take 1 to 4"):
+        with pytest.raises(UserError, match=f"top_k: {wrong} of 10 classes; 0 keeps them all, more than 4 save"):
             check_top_k(wrong, 10)
 
 
@@ -123,6 +123,7 @@ def test_what_a_cache_was_not_made_for_is_refused(capsys, monkeypatch) -> None:
             (["--data.augmentation", "flip_and_crop_4"], "was made with data.augmentation 'flip_and_crop', not with"),
             (["--data.augmentation_seeds", "3"], "lacks 3 of the 9 files for data.augmentation_seeds 3: make them"),
             (["--data.augmentation_seeds", "0"], "data.augmentation_seeds: 0 takes a new augmentation in every epoch"),
+            (["--data.mixup", "0.2"], "data.mixup, data.cutmix: 0.2, 0.0; a teacher cache holds no answers to mixed"),
             (["--data.train_size", "300"], "of the 300 training images: take data.train_size, data.meta_validation"),
             (["--loss", "fitnet"], "holds logits alone, but the loss reads the teacher's features"),
         ]
@@ -135,6 +136,7 @@ def test_what_a_cache_was_not_made_for_is_refused(capsys, monkeypatch) -> None:
         (["--top_k", "3"], "top_k: 3, but the cache in cache has 0"),
         (["--data.split_seed", "1"], "holds answers to other images"),
         (["--loss", "fitnet"], "holds logits alone"),
+        (["--data.cutmix", "1.0"], "holds no answers to mixed images"),
     ]:
         assert main(["cache", *WORDS, *teachers, *CACHE, "--shard_size", "90", *wrong]) == 2
         assert message in capsys.readouterr().err
