@@ -61,10 +61,13 @@ def test_flops_are_those_of_the_definition(student: str) -> None:
 
 def test_a_known_network_has_its_known_flops_and_bfloat16_halves_the_traffic() -> None:
     images = plan_images(DataRecipe(name="image_folder")).stand_in
-    wide = dry_step("resnet18", "cross_entropy", images)
-    assert wide.parts["student"].flops / 8 == pytest.approx(3 * 2 * 1.814e9, rel=0.03), "1.81 G multiply-adds"
-    narrow = dry_step("resnet18", "cross_entropy", images, precision="auto")
-    assert narrow.parts["student"].bytes == pytest.approx(wide.parts["student"].bytes / 2, rel=0.2)
+    wide, narrow = (
+        dry_step("resnet18", "cross_entropy", images, batch_size=64, precision=precision)
+        for precision in ("float32", "auto")
+    )
+    assert wide.parts["student"].flops / 64 == pytest.approx(3 * 2 * 1.814e9, rel=0.03), "1.81 G multiply-adds"
+    assert 0.5 < narrow.parts["student"].bytes / wide.parts["student"].bytes < 0.6
+    assert 0.5 < (narrow.peak - narrow.weights) / (wide.peak - wide.weights) < 0.6
 
 
 MEASURE = """
@@ -81,7 +84,8 @@ pixels = torch.zeros(96, 3, 64, 64, dtype=torch.uint8)
 images = ImageSet(pixels, torch.zeros(96).long(), torch.arange(96), tuple("0123456789"), (0.5,) * 3, (0.5,) * 3)
 def start(size):
     train = TrainRecipe(3, size)
-    return Training(build("resnet18", 10, 3), KDLoss(), Teacher(build("small_resnet", 10, 3)), Batches(images, size, 0), train)
+    teacher = Teacher(build("small_resnet", 10, 3))
+    return Training(build("resnet18", 10, 3), KDLoss(), teacher, Batches(images, size, 0), train)
 start(2).run_step()
 training = start(32)
 cost = Cost(torch.device("cpu"))
@@ -104,15 +108,15 @@ def test_the_planned_peak_is_the_measured_one() -> None:
 
 @pytest.mark.parametrize("estimator", ["first_order", "unrolled"])
 def test_long_rollouts_lie_on_the_line_of_short_ones(estimator: str) -> None:
-    student = ModelRecipe("small_cnn")
+    student, teacher = ModelRecipe("small_cnn"), TeacherRecipe("random", "tiny_cnn")
     settings = MetaSettings(rollout_steps=7, outer_batch_size=16)
     recipe = MetaTrainRecipe(train=TrainRecipe(batch_size=16), meta=settings)
-    found = extrapolate(recipe, student, TEACHER, IMAGES, GPU, estimator)
-    work, peak = run_dry_rollout(recipe, student, TEACHER, IMAGES, GPU, estimator, 7)
+    found = extrapolate(recipe, student, teacher, IMAGES, GPU, estimator)
+    work, peaks = run_dry_rollout(recipe, student, teacher, IMAGES, GPU, estimator, 7)
     assert max(dry_rollout.LENGTHS) < 7
     assert found.work.flops == pytest.approx(work.flops, rel=0.01)
     assert found.work.seconds == pytest.approx(work.seconds, rel=0.05)
-    assert found.peak == pytest.approx(peak, rel=0.05)
+    assert found.peak == pytest.approx(max(peaks), rel=0.05)
     if estimator == "first_order":
         batch = 16 * 3 * 32 * 32 * 4
         stored = 2 * 4 * sum(p.numel() for p in build("small_cnn", 10, 3).parameters())
@@ -136,7 +140,16 @@ def equal(found, expected) -> bool:
     return found == expected
 
 
-SMALL = ["--data.name", "cifar10", "--teacher.name", "small_resnet", "--student.name", "small_cnn"]
+SMALL = [
+    "--data.name",
+    "cifar10",
+    "--data.train_size",
+    "0",
+    "--teacher.name",
+    "small_resnet",
+    "--student.name",
+    "small_cnn",
+]
 
 
 def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
@@ -150,7 +163,7 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
 
 def test_more_gpus_share_the_batch_and_the_hours(capsys) -> None:
     for gpus in ("1", "4"):
-        assert main(["plan", *SMALL, "--train.batch_size", "4096", "--gpus", gpus, "--out", gpus]) == 0
+        assert main(["plan", *SMALL, "--train.batch_size", "32768", "--gpus", gpus, "--out", gpus]) == 0
     one, four = (json.loads(Path(name, "plan.json").read_text()) for name in ("1", "4"))
     assert four["hours"]["training"] == pytest.approx(one["hours"]["training"] / 4, rel=0.3)
     assert four["memory_gigabytes"]["a step of training"] < one["memory_gigabytes"]["a step of training"] / 3
