@@ -116,14 +116,18 @@ def test_long_rollouts_lie_on_the_line_of_short_ones(estimator: str) -> None:
     assert max(dry_rollout.LENGTHS) < 7
     assert found.work.flops == pytest.approx(work.flops, rel=0.01)
     assert found.work.seconds == pytest.approx(work.seconds, rel=0.05)
-    assert found.peak == pytest.approx(max(peaks), rel=0.05)
+    assert found.peak == pytest.approx(max(peaks), rel=0.1)
     if estimator == "first_order":
         batch = 16 * 3 * 32 * 32 * 4
         stored = 2 * 4 * sum(p.numel() for p in build("small_cnn", 10, 3).parameters())
         assert found.growth == pytest.approx(batch + stored, rel=0.15), "a batch, the weights, their gradients"
 
 
-@pytest.mark.parametrize("recipe", ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/meta-train"])
+COMMITTED = ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/lkd"]
+COMMITTED += ["resnet34-resnet18/meta-train"] if os.environ.get("LKD_TEST_ALL_RECIPES") else []  # half a minute
+
+
+@pytest.mark.parametrize("recipe", COMMITTED)
 def test_the_committed_plans_are_what_the_command_says(recipe: str) -> None:
     assert main(["plan", str(ROOT / "configs" / "imagenet" / f"{recipe}.yaml"), "--out", "out"]) == 0
     committed = ROOT / "docs" / "plans" / recipe
@@ -168,6 +172,30 @@ def test_more_gpus_share_the_batch_and_the_hours(capsys) -> None:
     assert four["hours"]["training"] == pytest.approx(one["hours"]["training"] / 4, rel=0.3)
     assert four["memory_gigabytes"]["a step of training"] < one["memory_gigabytes"]["a step of training"] / 3
     assert one["cache"]["gigabytes"] == pytest.approx(46_000 * 8 * 10 * 2 / 1e9)
+
+
+def test_a_meta_training_is_the_sum_of_its_parts(capsys) -> None:
+    words = [
+        "--meta.outer_steps",
+        "6",
+        "--meta.rollout_steps",
+        "2",
+        "--meta.reuse_every",
+        "4",
+        "--meta.reuse_epochs",
+        "2",
+    ]
+    words += ["--meta.students_per_step", "3", "--meta.estimator", "first_order", "--train.epochs", "8"]
+    words += ["--pool.students", "5", "--pool.max_age", "0.4"]
+    assert main(["plan", *SMALL, *words, "--out", "o"]) == 0
+    plan = read_json(Path("o/plan.json"))
+    assert plan["command"] == "meta-train"
+    training = plan["hours_of_one_training"]
+    assert plan["hours"]["pool"] == pytest.approx(5 * 0.4 * training)
+    assert plan["hours"]["reuse"] == pytest.approx(3 * 2 / 8 * training), "looks before step 0 and 4, and after step 6"
+    assert plan["hours"]["outer steps"] == pytest.approx(6 * 3 * plan["rollout"]["first_order"]["seconds"] / 3600)
+    assert plan["gpu_hours"] == pytest.approx(sum(plan["hours"].values()))
+    assert "hypergradient by first_order" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
