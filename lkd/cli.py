@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         config.QuickstartRecipe,
         "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
     ),
+    "plan": (config.PlanRecipe, "what a recipe of distill or meta-train will take: hours, memory, data"),
     "teacher": (config.TrainTeacherRecipe, "train a teacher"),
     "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
     "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),

@@ -18,6 +18,7 @@ from lkd.config import (
     FidelityRecipe,
     MetaTrainRecipe,
     PackRecipe,
+    PlanRecipe,
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
@@ -29,6 +30,8 @@ from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.meta_training import meta_train as learn_loss
 from lkd.packing import pack_dataset
+from lkd.plan.plan import plan as plan_run
+from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
@@ -72,6 +75,11 @@ def pack(recipe: PackRecipe) -> None:
     """`lkd pack`."""
     for path in pack_dataset(recipe):
         print(f"{path}: use it with --data.packed {path.parent}")
+
+
+def plan(recipe: PlanRecipe) -> None:
+    """`lkd plan`."""
+    print(format_plan(plan_run(recipe)))
 
 
 def pool(recipe: PoolRecipe) -> None:

@@ -7,6 +7,7 @@ from lkd.config.comparison import CompareRecipe, FidelityRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.packing import PackRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
+from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
@@ -22,6 +23,7 @@ __all__ = [
     "MetaTrainRecipe",
     "ModelRecipe",
     "PackRecipe",
+    "PlanRecipe",
     "PoolContents",
     "PoolRecipe",
     "PoolSettings",

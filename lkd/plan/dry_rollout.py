@@ -1,25 +1,29 @@
 """One hypergradient of a recipe on tensors without contents: what its estimator computes, moves and holds."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from lkd.assembly import Images, architecture_of
+from lkd.assembly import Images, architecture_of, prepare_learned_loss, read_teacher_stages
 from lkd.config import MetaTrainRecipe, ModelRecipe, TeacherRecipe
-from lkd.losses.learned import build_learned_loss
+from lkd.data import Batch
 from lkd.meta_checks import AUDITED
 from lkd.models import build
 from lkd.outer_objectives import OBJECTIVES
-from lkd.plan.counting import OperationCounter, Work, without_contents
+from lkd.plan.counting import OperationCounter, Work
 from lkd.plan.dry_run import DryBatches, build_untrained_teacher
 from lkd.plan.gpus import Gpu
 from lkd.rollouts import build_inner_optimizer, compute_inner_loss, compute_outer_logits, list_inner_batches
 from lkd.teacher import Teacher
 from meta import ESTIMATORS, State
+from meta.types import Tensors
 
-LENGTHS = (3, 6)  # inner steps that are run; longer rollouts lie on the line through both
+LENGTHS = (2, 3)  # inner steps that are run; longer rollouts lie on the line through both
 
 
 class DryRollout(NamedTuple):
@@ -36,7 +40,9 @@ class DryRollout(NamedTuple):
     growth: float
 
 
-def plan_rollout(recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu):
+def plan_rollout(
+    recipe: MetaTrainRecipe, student: ModelRecipe, teacher: TeacherRecipe, images: Images, gpu: Gpu
+) -> dict[str, DryRollout]:
     """Plan one hypergradient with the recipe's estimator.
 
     Returns:
@@ -75,26 +81,27 @@ def run_dry_rollout(
     """One hypergradient over so many inner steps, in float32: its work and its peak in bytes."""
     counter = OperationCounter(gpu.rate("float32"), gpu.bandwidth * 1e9)
     settings, train = recipe.meta, recipe.train
-    with without_contents(counter):
+    without_autocast = patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    with torch.device("meta"), without_autocast, counter:
         taught_by = Teacher(build_untrained_teacher(teacher, images))
         model = dataclasses.replace(student, pretrained=False)
         network = build(**architecture_of(model, images.train)).train()
-        loss = build_learned_loss("logits", settings.loss if settings.kind == "logits" else {})
+        loss = prepare_learned_loss(dataclasses.replace(recipe, teacher=teacher), images)
         parameters = {name: p.detach() for name, p in network.named_parameters()}
         buffers = dict(network.named_buffers())
         momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
         state = State(parameters, buffers, {"momentum_buffer": momentum})
-        outer_batch = DryBatches(images, settings.outer_batch_size, 1).at(0)
-        batches = DryBatches(images, train.batch_size, 1000)
+        outer_batch = DryBatches(images, settings.outer_batch_size, "meta").at(0)
+        batches = DryBatches(images, train.batch_size, "meta")
         counter.reset()
         counter.start()
 
-        def outer_loss(parameters, buffers, batch):
+        def outer_loss(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
             return OBJECTIVES[settings.objective](
                 compute_outer_logits(network, parameters, buffers, batch), batch.target
             )
 
-        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, ())
+        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, read_teacher_stages(loss))
         ESTIMATORS[estimator](
             partial(compute_inner_loss, network, loss),
             outer_loss,

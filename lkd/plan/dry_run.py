@@ -19,8 +19,6 @@ from lkd.plan.gpus import Gpu
 from lkd.teacher import Teacher, load_teacher_network
 from lkd.training import Training
 
-CPU = torch.device("cpu")
-
 
 class DryStep(NamedTuple):
     """One step of a training.
@@ -44,17 +42,18 @@ class DryBatches(Batches):
     Args:
         images: Of no images: what they would look like.
         batch_size: Images a step.
-        steps_per_epoch: Steps an epoch.
+        device: Where they go.
     """
 
-    def __init__(self, images: Images, batch_size: int, steps_per_epoch: int) -> None:
-        self.images, self.batch_size, self.steps_per_epoch = images.train, batch_size, steps_per_epoch
-        self.device, self.part, self.seed = CPU, (0, 1), 0
+    def __init__(self, images: Images, batch_size: int, device: str = "cpu") -> None:
+        self.images, self.batch_size, self.steps_per_epoch = images.train, batch_size, 1000
+        self.device, self.part, self.seed = torch.device(device), (0, 1), 0
 
     def at(self, step: int) -> Batch:
         """The batch of this step."""
-        pixels = torch.zeros(self.batch_size, *self.images.image_shape, dtype=torch.uint8)
-        nothing = torch.zeros(self.batch_size, dtype=torch.int64)
+        shape = self.batch_size, *self.images.image_shape
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        nothing = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         return Batch(self.images.normalize(pixels), nothing, nothing, nothing)
 
 
@@ -81,7 +80,7 @@ def run_dry_step(
     counter = OperationCounter(gpu.rate(precision), gpu.bandwidth * 1e9)
     with without_contents(counter):
         taught_by = build_untrained_teacher(teacher, images) if teacher else None
-        batches = DryBatches(images, train.batch_size, 1000)
+        batches = DryBatches(images, train.batch_size)
         network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
         built = loss()
         built.to = lambda *_: built  # type: ignore  # tensors without contents cannot be moved
