@@ -6,11 +6,13 @@ Everything that can be wrong is found here, before any long work.
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lkd.cached_teacher import read_cache
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import Batches, ImageSet, LoadingOptions, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
@@ -20,7 +22,8 @@ from lkd.losses.learned import LearnedLoss, build_learned_loss
 from lkd.losses.stages import Stages
 from lkd.models import build, describe
 from lkd.models.describe import find_stages, format_description
-from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher, name_teacher
+from lkd.teacher import TabulatedTeacher, TeacherFunction, load_teacher, name_teacher, wrap_teacher
+from lkd.teacher_cache import check_stages, identify, open_cache
 
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
@@ -102,8 +105,8 @@ def prepare_teacher(
     device: torch.device,
     stages: tuple[str, ...] = (),
     train: TrainRecipe | None = None,
-) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
-    """Load the teacher; without augmentation its answers to all training images are computed once.
+) -> TeacherFunction:
+    """Load the teacher, or its cache; without both augmentation and cache its answers to all images are computed once.
 
     Args:
         recipe: The teacher.
@@ -115,15 +118,19 @@ def prepare_teacher(
         train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
 
     Raises:
-        UserError: If the file is not good, or the teacher does not fit the images.
+        UserError: If the file is not good, or the teacher does not fit the images; or if the cache was made with
+            another teacher or other images, or does not hold what the loss reads.
     """
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
+    if recipe.cache:
+        check_stages(stages)
+        made_with = identify(network, architecture, recipe, data, images.train)
+        return open_cache(Path(recipe.cache), made_with, data, images.train, device)
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
     asked_anew = data.augmentation != "none" or bool(data.mixup or data.cutmix) or size > TABLE_BYTES
-    reliable = Teacher(network.to(device), train if asked_anew else None)
-    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
+    teacher = wrap_teacher(network.to(device), recipe, data.split_seed, train if asked_anew else None)
     if asked_anew:
         return teacher
     return TabulatedTeacher(teacher, images.train, device, stages=stages)
@@ -206,11 +213,13 @@ def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> 
 
 
 def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.device) -> str:
-    """Say which teacher this is, with its accuracy on meta-validation.
+    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says.
 
     Raises:
         UserError: If its file is not good or it does not fit the images.
     """
+    if recipe.cache:
+        return f"{read_cache(Path(recipe.cache)).header['teacher']} when its answers were cached in {recipe.cache}"
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
     described = describe(network, architecture["name"], images.train.image_shape)

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
+    "cache": (config.CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
     "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),

@@ -9,8 +9,10 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
+from lkd.caching import cache_answers
 from lkd.comparison import compare as compare_methods
 from lkd.config import (
+    CacheRecipe,
     CompareRecipe,
     DistillRecipe,
     EvaluateRecipe,
@@ -75,6 +77,12 @@ def pack(recipe: PackRecipe) -> None:
     """`lkd pack`."""
     for path in pack_dataset(recipe):
         print(f"{path}: use it with --data.packed {path.parent}")
+
+
+def cache(recipe: CacheRecipe) -> None:
+    """`lkd cache`."""
+    made = cache_answers(recipe)
+    print(f"{made.folder}: {made.header['teacher']}; use it with --teacher.cache {made.folder}")
 
 
 def plan(recipe: PlanRecipe) -> None:

@@ -1,5 +1,6 @@
 """A teacher: a callable from a batch to its outputs, without gradient."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lkd.models.efficientnet_checkpoint import EFFICIENTNET_LITE, load_efficient
 from lkd.models.foreign_checkpoint import load_crd_checkpoint
 from lkd.models.network_file import load_network
 from lkd.outputs import Outputs
+
+TeacherFunction = Callable[[Batch], Outputs]
 
 
 class Teacher:
@@ -50,7 +53,7 @@ class TabulatedTeacher:
 
     def __init__(
         self,
-        teacher: "Teacher | UnreliableTeacher",
+        teacher: TeacherFunction,
         images: ImageSet,
         device: torch.device,
         batch_size: int = 500,
@@ -101,6 +104,22 @@ class UnreliableTeacher:
         if torch.rand((), generator=generator) >= self.fraction:
             return torch.arange(num_classes)
         return torch.randperm(num_classes, generator=generator)
+
+
+def wrap_teacher(network: nn.Module, recipe: TeacherRecipe, seed: int, train: TrainRecipe | None) -> TeacherFunction:
+    """The teacher that a recipe describes, of its network; asked anew for every batch.
+
+    Args:
+        network: The network.
+        recipe: Whether it is reliable.
+        seed: Of its random answers.
+        train: Whether it is compiled, and its layout in memory.
+
+    Raises:
+        UserError: If the fraction of random answers is impossible.
+    """
+    reliable = Teacher(network, train)
+    return UnreliableTeacher(reliable, recipe.random_answers, seed) if recipe.random_answers else reliable
 
 
 def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -29,9 +29,8 @@ from lkd.errors import UserError
 from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
 from lkd.processes import any_process
+from lkd.teacher import TeacherFunction
 from lkd.throughput import StepClock
-
-TeacherFunction = Callable[[Batch], Outputs]
 
 
 class DivergedError(UserError):

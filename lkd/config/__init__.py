@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `lkd --help` answers at once.
 """
 
+from lkd.config.caching import CacheRecipe
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.packing import PackRecipe
@@ -13,6 +14,7 @@ from lkd.config.quickstart import QuickstartRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
 
 __all__ = [
+    "CacheRecipe",
     "CompareRecipe",
     "DataRecipe",
     "DistillRecipe",

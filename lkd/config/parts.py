@@ -80,6 +80,7 @@ class TeacherRecipe:
             weights get them in the normalisation that they were trained with.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
+        cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked.
     """
 
     path: str = "embedded"
@@ -88,6 +89,7 @@ class TeacherRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     image_size: int = 0
     random_answers: float = 0.0
+    cache: str | None = None
 
 
 @dataclass

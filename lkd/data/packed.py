@@ -1,7 +1,6 @@
 """Decoded images in one file: scaled down once, mapped into memory, cut without decoding."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lkd.data.decoding import DamagedImageError
 from lkd.data.loading import start_threads
 from lkd.data.sources import ImageSource
 from lkd.errors import UserError
-from lkd.files import read_tensors, replaced_atomically, write_tensors
+from lkd.files import check_free_space, read_tensors, replaced_atomically, write_tensors
 
 KIND, VERSION = "packed images", 1
 SAMPLE = 64  # images from which the size of all is estimated
@@ -126,13 +125,8 @@ def check_space(folder: Path, sample: list[Tensor | str], count: int) -> None:
     """
     sizes = [image.numel() for image in sample if not isinstance(image, str)]
     needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"data.packed: {folder} has {free / 1e9:.1f} GB free, {count:,} images need about {needed / 1e9:.1f} GB: "
-            "take another disk, or a smaller shorter_side"
-        )
+    advice = "take another disk, or a smaller shorter_side"
+    check_free_space("data.packed", folder, needed, f"{count:,} images", advice)
 
 
 def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -> PackedSource:

@@ -10,7 +10,6 @@ from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.data import Batches
-from lkd.data import packed as packed_images
 from lkd.errors import UserError
 from tests.lkd.tiny_images import write_image_folder
 
@@ -58,7 +57,7 @@ def test_what_does_not_belong_to_the_images_is_refused(folders, tmp_path, monkey
         file.truncate(1000)
     refuse(r"train\.pixels is missing or not of [\d,]+ bytes", packed=cut)
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(packed_images.shutil, "disk_usage", lambda folder: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     words = ["--data.name", "image_folder", "--data.root", str(folders[0]), "--data.packed", str(tmp_path / "new")]
     assert main(["pack", *words]) == 2
     assert not list((tmp_path / "new").glob("*")), "nothing is left behind"
