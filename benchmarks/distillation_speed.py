@@ -250,8 +250,8 @@ The default learned loss (over logits, frozen) takes {learned:.2%} of a step Res
 {ce:.2%}.
 
 Seconds are of a shared machine: trust the ratios. **Nothing here was measured on a GPU.** There, a loss of many small
-operations costs launches rather than arithmetic, and its share depends on the batch: `share/loss` in a run's log shows
-it.
+operations costs launches rather than arithmetic, and its share depends on the batch: a run's log shows it
+(`time_share/loss`).
 """
 
 

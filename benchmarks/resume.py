@@ -31,11 +31,11 @@ SHARED = {  # what two processes do as one does: command and options; students h
 }
 README = """# Killed and gone on with; shared among processes
 
-Made by `python benchmarks/resume.py`. Each of {count} runs ({commands}, {kills} each) was killed by SIGKILL at a
-random moment and gone on with by `--resume auto`; {equal} ended with the bits of a run that nobody disturbed, in every
-tensor of what it leaves. {within} of them went on from a checkpoint; the others were killed before there was one (a
-pool writes none while its images and its teacher are prepared, and deletes those of finished students). `lkd distill`
-ran with CRD, whose memory of all images is part of a checkpoint, and with a moving average of the weights.
+Made by `python benchmarks/resume.py`. Each of {count} runs ({commands}, {kills} each) was killed
+by SIGKILL at a random moment and gone on with by `--resume auto`; {equal} ended with the bits of a run that nobody
+disturbed, in every tensor of what it leaves. {within} of them went on from a checkpoint; the others were killed before
+there was one, while the command was preparing, or, of a pool, between two students. `lkd distill` ran with CRD, whose
+memory of all images is part of a checkpoint, and with a moving average of the weights.
 
 Two processes (gloo) against one, each with half of every batch (distill, pool) or half of the students of an outer step
 (meta-train, from a given pool), largest difference of any weight: {differences}.

@@ -18,15 +18,12 @@ from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
 from lkd.processes import any_process, is_main, join_processes, place_of, read_job, wait_for_all
+from lkd.resumption import check_resumable
 from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
-MAY_DIFFER_ON_RESUME = (
-    *("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root", "data.workers"),
-    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,31 +155,6 @@ def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
-    """Check that a run directory that holds a run may be gone on with.
-
-    Raises:
-        UserError: If not.
-    """
-    saved = read_json(path / "config.json")
-    if resume == "never":
-        raise UserError(
-            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
-            "go on with it by --resume auto, or choose another --run_dir"
-        )
-    if saved.get("command") != config["command"]:
-        raise UserError(
-            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
-        )
-    before, now = flatten(saved["recipe"]), flatten(config["recipe"])
-    for key in sorted(before.keys() | now.keys()):
-        if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
-                "a resumed run keeps its config"
-            )
-
-
 def shorten_paths(tree: Any) -> Any:
     """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
     if isinstance(tree, dict):
@@ -190,17 +162,6 @@ def shorten_paths(tree: Any) -> Any:
     if isinstance(tree, list):
         return [shorten_paths(value) for value in tree]
     return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def choose_device(name: str) -> torch.device:

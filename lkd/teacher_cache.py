@@ -15,7 +15,7 @@ from lkd.data import ImageSet
 from lkd.data.image_files import ImageFiles
 from lkd.data.packed import PackedSource, hash_names
 from lkd.errors import UserError
-from lkd.run import flatten
+from lkd.resumption import flatten
 
 # Fields that change neither what the teacher is nor how an image of some index and augmentation seed looks.
 OF_NO_EFFECT = {

@@ -75,14 +75,14 @@ class Throughput:
         return time.perf_counter() - self.started
 
     def read(self, step: int) -> dict[str, float]:
-        """`images_per_second` and `share/PART`, which sum to 1, of the steps before this one since the start."""
+        """`images_per_second` and `time_share/PART`, which sum to 1, of the steps before this one since the start."""
         seconds = {part: value - self.before[part] for part, value in self.clock.seconds.items()}
         total = sum(seconds.values()) or 1.0
-        shares = {f"share/{part}": value / total for part, value in seconds.items()}
+        shares = {f"time_share/{part}": value / total for part, value in seconds.items()}
         return {"images_per_second": (step - self.step) * self.batch_size / self.elapsed, **shares}
 
 
 def format_throughput(figures: dict[str, float]) -> str:
     """What `Throughput.read` found, for a progress bar."""
-    shares = ", ".join(f"{part} {figures[f'share/{part}']:.0%}" for part in PARTS)
+    shares = ", ".join(f"{part} {figures[f'time_share/{part}']:.0%}" for part in PARTS)
     return f"{figures['images_per_second']:,.0f} images/s ({shares})"

@@ -6,6 +6,7 @@ from pathlib import Path
 from figures import HAND_MADE, LEARNED, NOT_LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
 from pictures import draw_gains, draw_learned, draw_settings
 from settings import (
+    ABLATION,
     ABLATIONS,
     BUDGET,
     CLEAN,
@@ -18,7 +19,7 @@ from settings import (
     STUDENT,
     UNSEEN,
 )
-from text import README, tabulate_goals
+from text import NO_AXES, README, tabulate_goals
 
 from lkd.artifact import SUFFIX, load_loss, read_provenance
 from lkd.comparison_table import format_figure
@@ -141,9 +142,9 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
 
 def tabulate_ablations(accuracies: dict[str, Accuracies]) -> str:
     """One table for each axis; the kinds come from the comparison on clean labels."""
-    tables = []
-    for axis, rows in ABLATIONS.items():
-        found = accuracies["ablations"]
+    tables = [] if ABLATION in accuracies else [NO_AXES]
+    for axis, rows in ABLATIONS.items() if ABLATION in accuracies else ():
+        found = accuracies[ABLATION]
         shown = {row: found["default" if row == DEFAULTS[axis] else f"{axis}: {row}"] for row in rows}
         tables.append(tabulate_axis(axis, shown, DEFAULTS[axis]))
     kinds = {f"{kind}": f"learned {kind}" for kind in KINDS}

@@ -105,6 +105,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     },
 }
 """Axis → row → what differs from the default recipe, of `meta` and of `pool`; the kind's axis is in `KINDS`."""
+ABLATION = "ablations"
 DEFAULTS = {axis: next(iter(rows)) for axis, rows in ABLATIONS.items()}
 
 
@@ -210,10 +211,10 @@ def list_comparisons(
         for row in table
         if row != DEFAULTS[axis]
     }
-    comparisons["ablations"] = compare_recipe("ablations", clean, root, folder, {"default": learned["learned"]} | rows)
-    comparisons["ablations"].baseline = "default"
+    comparisons[ABLATION] = compare_recipe(ABLATION, clean, root, folder, {"default": learned["learned"]} | rows)
+    comparisons[ABLATION].baseline = "default"
     for name in ROBUSTNESS:
         add_setting(name, {"CE": CE, "KD": KD})
-    for name in ("kinds", "ablations", *ROBUSTNESS):
+    for name in ("kinds", ABLATION, *ROBUSTNESS):
         comparisons[name].seeds = FEWER_SEEDS
     return comparisons

@@ -14,6 +14,9 @@ GOALS: dict[str, tuple[str, float, bool]] = {
 }
 """Figure → in words, the goal, and whether the figure is to be at least (or at most) that."""
 
+NO_AXES = """The other axes (`--axes`) were measured with the first recipe: [first round](../learned_loss_first_round).
+"""
+
 README = """# Do learned losses pay?
 
 Made by `{command}`. Full Fashion-MNIST: 4,000 labelled training
@@ -49,8 +52,7 @@ hand-made losses is in `result.json`.
 ## The axes
 
 Losses learned with one thing changed, on clean labels, {fewer} fresh students. Rows with equal figures saved the same
-loss: {initial} saved the initial one, because no later one did better on reuse; and students are
-renewed only after half of the outer steps, so that `live` can save what `uniform` does.
+loss; these saved the one before learning, because none of the later looks found a better one: {initial}.
 
 {ablations}
 ## Cost

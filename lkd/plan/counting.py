@@ -33,7 +33,7 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0
-    operations: int = 0
+    operations: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -65,9 +65,16 @@ class OperationCounter(TorchDispatchMode):
 
     def reset(self) -> None:
         """Count anew from here; what is alive stays."""
-        self.parts, self.peak = {}, 0
+        self.parts = {}
         self._since = Work()
+        self.take_peak()
+
+    def take_peak(self) -> int:
+        """The peak so far; from here on it is that of what follows."""
         self._sweep()
+        peak, self.peak = self.peak, 0
+        self._sweep()
+        return peak
 
     def start(self) -> None:
         """A step begins: what was before it is nobody's."""

@@ -61,12 +61,15 @@ def extrapolate(
     short, long = (min(length, each) for each in LENGTHS)
     first, second = (run_dry_rollout(recipe, student, teacher, images, gpu, estimator, k) for k in (short, long))
     if short == long:
-        return DryRollout(first[0], first[1], 0.0)
+        return DryRollout(first[0], max(first[1]), 0.0)
     steps = (length - long) / (long - short)
-    pairs = zip(dataclasses.astuple(first[0]), dataclasses.astuple(second[0]), strict=True)
-    work = Work(*(after + (after - before) * steps for before, after in pairs))
-    growth = (second[1] - first[1]) / (long - short)
-    return DryRollout(work, second[1] + growth * (length - long), growth)
+
+    def follow(before: float, after: float) -> float:
+        return after + (after - before) * steps
+
+    work = Work(*map(follow, dataclasses.astuple(first[0]), dataclasses.astuple(second[0])))
+    peaks = [(follow(*each), (each[1] - each[0]) / (long - short)) for each in zip(first[1], second[1], strict=True)]
+    return DryRollout(work, *max(peaks))
 
 
 def run_dry_rollout(
@@ -77,8 +80,11 @@ def run_dry_rollout(
     gpu: Gpu,
     estimator: str,
     length: int,
-) -> tuple[Work, int]:
-    """One hypergradient over so many inner steps, in float32: its work and its peak in bytes."""
+) -> tuple[Work, tuple[int, int]]:
+    """One hypergradient over so many inner steps, in float32: its work, and the peaks of teacher and estimator, bytes.
+
+    The two grow with the steps each in its own way.
+    """
     counter = OperationCounter(gpu.rate("float32"), gpu.bandwidth * 1e9)
     settings, train = recipe.meta, recipe.train
     without_autocast = patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
@@ -102,6 +108,7 @@ def run_dry_rollout(
             )
 
         inner_batches = list_inner_batches(batches, taught_by, 0.0, length, read_teacher_stages(loss))
+        teacher_peak = counter.take_peak()
         ESTIMATORS[estimator](
             partial(compute_inner_loss, network, loss),
             outer_loss,
@@ -112,4 +119,4 @@ def run_dry_rollout(
             build_inner_optimizer(train, train.learning_rate, settings.annealing, length),
         )
         counter.lap("hypergradient")
-    return counter.parts["hypergradient"], counter.peak
+    return counter.parts["hypergradient"], (teacher_peak, counter.take_peak())

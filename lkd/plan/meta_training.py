@@ -43,6 +43,7 @@ def plan_meta_training(
         / HOUR
         for name in names
     }
+    loss_parameters = count_loss_parameters(replace(recipe, teacher=teacher), images.stand_in)
     trainings = count_trainings(recipe, len(models))
     hours = {"outer steps": outer[names[0]]} | {name: count * training for name, count in trainings.items()}
     largest = {name: max(r[name].peak for r in rollouts) / 1e9 for name in names}
@@ -56,8 +57,7 @@ def plan_meta_training(
         "epochs": train.epochs,
         "batch_size": train.batch_size,
         "steps": steps,
-        "parameters": dry[0].parameters
-        | {"loss": count_loss_parameters(replace(recipe, teacher=teacher), images.stand_in)},
+        "parameters": dry[0].parameters | {"loss": loss_parameters},
         "step": describe_step(dry[0], train.batch_size),
         "rollout": {
             name: {

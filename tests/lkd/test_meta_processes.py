@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.killed_runs import RUNS, VIT, start_command
+from benchmarks.killed_runs import RUNS, VIT, read_results, start_command
 from lkd import meta_training
+from lkd.artifact import read_provenance
 from lkd.checkpoint import digest, load_checkpoint
 from lkd.errors import UserError
 from lkd.meta_training import check_identical
 from tests.lkd.test_resume import run
 
 WORDS = ["meta-train", *RUNS["meta-train"], "--pool.students", "1"]
-SHARED = ["--student", VIT, "--meta.interleaving", "both", "--meta.reuse_every", "4"]  # processes share trainings too
 
 
 def start_job(words: list[str], port: int) -> list:
@@ -52,11 +52,26 @@ def test_two_processes_learn_the_loss_of_one_from_the_same_pool(unused_tcp_port:
     assert one["history"][0]["loss/weight"] != one["history"][-1]["loss/weight"], "nothing was learned"
 
 
+def test_students_of_the_pool_and_of_looks_are_those_of_one_process(unused_tcp_port: int) -> None:
+    """All processes train each of them together."""
+    words = [*WORDS, "--student", VIT, "--meta.outer_steps", "1"]
+    job = start_job([*words, "--run_dir", "two"], unused_tcp_port)
+    run([*words, "--run_dir", "one"])
+    assert finish(job) == [0, 0], Path("output-0.txt").read_text()
+    one, two = (read_results(Path(folder, "pool")) for folder in ("one", "two"))
+    assert len(one) > 100
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    one, two = (read_provenance(Path(folder, "loss.lkd.safetensors"))["reuse"] for folder in ("one", "two"))
+    assert two[0] == pytest.approx(one[0], rel=1e-4)
+
+
 def test_a_stopped_job_goes_on_with_another_number_of_processes(unused_tcp_port: int) -> None:
-    """Pool, looks at reuse and students of the loss's own, shared or each in its process, up to the stop."""
-    words = [*WORDS, *SHARED]
+    """To the bit: the students that the loss alternates with are each of one process."""
+    words = [*WORDS, "--meta.interleaving", "alternate", "--meta.reuse_every", "0"]
     job = start_job([*words, "--run_dir", "stopped"], unused_tcp_port)
-    while job[0].is_alive() and not list(Path("stopped").glob("checkpoints/000000003*")):
+    while job[0].is_alive() and not list(Path("stopped").glob("checkpoints/000000002*")):
         time.sleep(0.002)
     for process in job:
         process.terminate()
@@ -64,14 +79,9 @@ def test_a_stopped_job_goes_on_with_another_number_of_processes(unused_tcp_port:
     assert "go on with: lkd meta-train" in Path("output-0.txt").read_text()
     run([*words, "--run_dir", "stopped", "--resume", "auto"])
     run([*words, "--run_dir", "one"])
-    one, stopped = read_loop("one"), read_loop("stopped")
-    for name, tensor in one["loss"].items():
-        torch.testing.assert_close(stopped["loss"][name], tensor, rtol=1e-2, atol=1e-3)
-    reuse, resumed = (
-        load_checkpoint(Path(d, "checkpoints/000000004.safetensors"))["reuse"] for d in ("one", "stopped")
-    )
-    for before, after in zip(reuse["rows"], resumed["rows"], strict=True):
-        assert after == pytest.approx(before, rel=1e-3)
+    one, stopped = read_results(Path("one")), read_results(Path("stopped"))
+    assert one.keys() == stopped.keys()
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in one.items())
 
 
 def test_students_that_do_not_divide_are_refused(unused_tcp_port: int) -> None:

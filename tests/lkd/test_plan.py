@@ -61,10 +61,13 @@ def test_flops_are_those_of_the_definition(student: str) -> None:
 
 def test_a_known_network_has_its_known_flops_and_bfloat16_halves_the_traffic() -> None:
     images = plan_images(DataRecipe(name="image_folder")).stand_in
-    wide = dry_step("resnet18", "cross_entropy", images)
-    assert wide.parts["student"].flops / 8 == pytest.approx(3 * 2 * 1.814e9, rel=0.03), "1.81 G multiply-adds"
-    narrow = dry_step("resnet18", "cross_entropy", images, precision="auto")
-    assert narrow.parts["student"].bytes == pytest.approx(wide.parts["student"].bytes / 2, rel=0.2)
+    wide, narrow = (
+        dry_step("resnet18", "cross_entropy", images, batch_size=64, precision=precision)
+        for precision in ("float32", "auto")
+    )
+    assert wide.parts["student"].flops / 64 == pytest.approx(3 * 2 * 1.814e9, rel=0.03), "1.81 G multiply-adds"
+    assert 0.5 < narrow.parts["student"].bytes / wide.parts["student"].bytes < 0.6
+    assert 0.5 < (narrow.peak - narrow.weights) / (wide.peak - wide.weights) < 0.6
 
 
 MEASURE = """
@@ -105,22 +108,26 @@ def test_the_planned_peak_is_the_measured_one() -> None:
 
 @pytest.mark.parametrize("estimator", ["first_order", "unrolled"])
 def test_long_rollouts_lie_on_the_line_of_short_ones(estimator: str) -> None:
-    student = ModelRecipe("small_cnn")
+    student, teacher = ModelRecipe("small_cnn"), TeacherRecipe("random", "tiny_cnn")
     settings = MetaSettings(rollout_steps=7, outer_batch_size=16)
     recipe = MetaTrainRecipe(train=TrainRecipe(batch_size=16), meta=settings)
-    found = extrapolate(recipe, student, TEACHER, IMAGES, GPU, estimator)
-    work, peak = run_dry_rollout(recipe, student, TEACHER, IMAGES, GPU, estimator, 7)
+    found = extrapolate(recipe, student, teacher, IMAGES, GPU, estimator)
+    work, peaks = run_dry_rollout(recipe, student, teacher, IMAGES, GPU, estimator, 7)
     assert max(dry_rollout.LENGTHS) < 7
     assert found.work.flops == pytest.approx(work.flops, rel=0.01)
     assert found.work.seconds == pytest.approx(work.seconds, rel=0.05)
-    assert found.peak == pytest.approx(peak, rel=0.05)
+    assert found.peak == pytest.approx(max(peaks), rel=0.1)
     if estimator == "first_order":
         batch = 16 * 3 * 32 * 32 * 4
         stored = 2 * 4 * sum(p.numel() for p in build("small_cnn", 10, 3).parameters())
         assert found.growth == pytest.approx(batch + stored, rel=0.15), "a batch, the weights, their gradients"
 
 
-@pytest.mark.parametrize("recipe", ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/meta-train"])
+COMMITTED = ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/lkd"]
+COMMITTED += ["resnet34-resnet18/meta-train"] if os.environ.get("LKD_TEST_ALL_RECIPES") else []  # half a minute
+
+
+@pytest.mark.parametrize("recipe", COMMITTED)
 def test_the_committed_plans_are_what_the_command_says(recipe: str) -> None:
     assert main(["plan", str(ROOT / "configs" / "imagenet" / f"{recipe}.yaml"), "--out", "out"]) == 0
     committed = ROOT / "docs" / "plans" / recipe
@@ -137,7 +144,16 @@ def equal(found, expected) -> bool:
     return found == expected
 
 
-SMALL = ["--data.name", "cifar10", "--teacher.name", "small_resnet", "--student.name", "small_cnn"]
+SMALL = [
+    "--data.name",
+    "cifar10",
+    "--data.train_size",
+    "0",
+    "--teacher.name",
+    "small_resnet",
+    "--student.name",
+    "small_cnn",
+]
 
 
 def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
@@ -151,11 +167,35 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
 
 def test_more_gpus_share_the_batch_and_the_hours(capsys) -> None:
     for gpus in ("1", "4"):
-        assert main(["plan", *SMALL, "--train.batch_size", "4096", "--gpus", gpus, "--out", gpus]) == 0
+        assert main(["plan", *SMALL, "--train.batch_size", "32768", "--gpus", gpus, "--out", gpus]) == 0
     one, four = (json.loads(Path(name, "plan.json").read_text()) for name in ("1", "4"))
     assert four["hours"]["training"] == pytest.approx(one["hours"]["training"] / 4, rel=0.3)
     assert four["memory_gigabytes"]["a step of training"] < one["memory_gigabytes"]["a step of training"] / 3
     assert one["cache"]["gigabytes"] == pytest.approx(46_000 * 8 * 10 * 2 / 1e9)
+
+
+def test_a_meta_training_is_the_sum_of_its_parts(capsys) -> None:
+    words = [
+        "--meta.outer_steps",
+        "6",
+        "--meta.rollout_steps",
+        "2",
+        "--meta.reuse_every",
+        "4",
+        "--meta.reuse_epochs",
+        "2",
+    ]
+    words += ["--meta.students_per_step", "3", "--meta.estimator", "first_order", "--train.epochs", "8"]
+    words += ["--pool.students", "5", "--pool.max_age", "0.4"]
+    assert main(["plan", *SMALL, *words, "--out", "o"]) == 0
+    plan = read_json(Path("o/plan.json"))
+    assert plan["command"] == "meta-train"
+    training = plan["hours_of_one_training"]
+    assert plan["hours"]["pool"] == pytest.approx(5 * 0.4 * training)
+    assert plan["hours"]["reuse"] == pytest.approx(3 * 2 / 8 * training), "looks before step 0 and 4, and after step 6"
+    assert plan["hours"]["outer steps"] == pytest.approx(6 * 3 * plan["rollout"]["first_order"]["seconds"] / 3600)
+    assert plan["gpu_hours"] == pytest.approx(sum(plan["hours"].values()))
+    assert "hypergradient by first_order" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

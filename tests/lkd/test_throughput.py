@@ -71,7 +71,7 @@ def test_every_part_gets_its_own_time(parts: int, monkeypatch) -> None:
     expected = {"data": 0.02, "teacher": 0.03, "student": 0.04 * parts, "loss": 0.025 * parts}
     for part in PARTS:
         share = expected[part] / sum(expected.values())
-        assert figures[f"share/{part}"] == pytest.approx(share, abs=0.05), part
+        assert figures[f"time_share/{part}"] == pytest.approx(share, abs=0.05), part
     assert figures["images_per_second"] == pytest.approx(10 / sum(expected.values()), rel=0.2)
 
 
@@ -84,4 +84,4 @@ def test_a_run_logs_its_throughput(monkeypatch) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 3], "every report, and the epoch"
     for row in rows:
         assert row["images_per_second"] > 0
-        assert sum(row[f"share/{part}"] for part in PARTS) == pytest.approx(1)
+        assert sum(row[f"time_share/{part}"] for part in PARTS) == pytest.approx(1)
