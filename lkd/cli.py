@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
     "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
+    "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
 }
