@@ -1,7 +1,7 @@
 """A rule at work in a training: it splits the terms, asks the rule for λ, and weighs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def split_terms(terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([terms[name] for name in own]).sum(), torch.stack(others).sum()
 
 
-def take_gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
+def take_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The gradient of a scalar as one vector, [P]; the graph is kept."""
     if not value.requires_grad:
         return torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])
