@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
     "cache": (config.CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
     "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
+    "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
 }

@@ -24,6 +24,7 @@ from lkd.config import (
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
+    VarianceRecipe,
 )
 from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
@@ -39,6 +40,7 @@ from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
 from lkd.run import choose_device, open_run
 from lkd.teacher import load_teacher_network
+from lkd.variance import measure_variance
 
 
 def teacher(recipe: TrainTeacherRecipe) -> None:
@@ -71,6 +73,13 @@ def export(recipe: ExportRecipe) -> None:
     """`lkd export`."""
     for name, (path, difference) in export_network(recipe).items():
         print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
+
+
+def variance(recipe: VarianceRecipe) -> None:
+    """`lkd variance`."""
+    result = measure_variance(recipe)
+    print(f"λ* = {result['optimal_share']:.3f}: {result['predicted_ratio']:.1%} of the noise without a teacher is left")
+    print(f"{recipe.run_dir}/variance: variance.json, variance.png")
 
 
 def pack(recipe: PackRecipe) -> None:

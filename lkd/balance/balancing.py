@@ -1,7 +1,7 @@
 """A rule at work in a training: it splits the terms, asks the rule for λ, and weighs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ class Balancing:
 
     Args:
         rule: Sets λ.
-        normalize: Whether the total is 2 (task + λ · others) / (1 + λ): then λ is no learning rate in disguise, and at λ
-            = 1 nothing changes.
+        normalize: Whether the total is 2 (task + λ · others) / (1 + λ): then λ is no learning rate in disguise, and
+            λ = 1 changes nothing.
 
     Attributes:
         weight: The λ of the last step; NaN before the first.
@@ -43,9 +43,9 @@ class Balancing:
         values = torch.stack([task, distillation]).detach()
         if count_processes() > 1:
             values = gather_rows(values.unsqueeze(0)).mean(0)
-        pair = values.tolist()
-        if all(map(math.isfinite, pair)):  # else the step fails in a moment, and says so
-            self.weight = self.rule.set_weight(Moment(step, progress, *pair, gradients))
+        own, others = values.tolist()
+        if math.isfinite(own + others):  # else the step fails in a moment, and says so
+            self.weight = self.rule.set_weight(Moment(step, progress, own, others, gradients))
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
         """The total of these terms at the λ that was set."""
@@ -78,7 +78,7 @@ def split_terms(terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([terms[name] for name in own]).sum(), torch.stack(others).sum()
 
 
-def take_gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
+def take_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The gradient of a scalar as one vector, [P]; the graph is kept."""
     if not value.requires_grad:
         return torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])

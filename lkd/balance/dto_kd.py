@@ -10,10 +10,10 @@ from lkd.balance.contract import Bounds, Moment, check_range
 class DTOKDBalance:
     """The weights at which the step is equally aligned with the gradients of log task and of log distillation.
 
-    Established: π_dist = (g22 − g12) / (g11 + g22 − 2 g12) and π_task = 1 − π_dist, on the logarithms of the losses, with
-    g11 = |∇ log D|², g22 = |∇ log T|² and g12 their product. *Ours*: only the ratio is taken, λ = (π_dist / D) / (π_task
-    / T), the step's scale stays that of the loss; the products are taken every so many steps and averaged; and a π
-    that is negative, which asks for ascent of one loss, puts λ at a bound. A factor of the teacher's part changes
+    Established: π_dist = (g22 − g12) / (g11 + g22 − 2 g12) and π_task = 1 − π_dist, on the logarithms of the losses,
+    with g11 = |∇ log D|², g22 = |∇ log T|² and g12 their product. *Ours*: only the ratio is taken, λ = (π_dist / D) /
+    (π_task / T), the step's scale stays that of the loss; the products are taken every so many steps and averaged; and
+    a π that is negative, which asks for ascent of one loss, puts λ at a bound. A factor of the teacher's part changes
     nothing: λ makes up for it.
 
     Args:
@@ -55,7 +55,7 @@ class DTOKDBalance:
         self.averages = [
             self.smoothing * old + (1 - self.smoothing) * new for old, new in zip(before, now, strict=True)
         ]
-        self.weight = self.bounds.clamp(balance_logarithms(*self.averages, otherwise=self.weight))
+        self.weight = self.bounds.clamp(balance_logarithms(self.averages, self.weight))
         return self.weight
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,19 +65,14 @@ class DTOKDBalance:
         self.weight, self.averages = state["weight"], list(state["averages"])
 
 
-def balance_logarithms(
-    task: float, distillation: float, task_task: float, task_teacher: float, teacher_teacher: float, otherwise: float
-) -> float:
+def balance_logarithms(averages: list[float], otherwise: float) -> float:
     """DTO-KD's λ; infinite where the task's weight is not positive.
 
     Args:
-        task: T.
-        distillation: D.
-        task_task: ∇T · ∇T.
-        task_teacher: ∇T · ∇D.
-        teacher_teacher: ∇D · ∇D.
+        averages: T, D, ∇T · ∇T, ∇T · ∇D, ∇D · ∇D.
         otherwise: The answer where a loss is not positive or the gradients of the logarithms are equal.
     """
+    task, distillation, task_task, task_teacher, teacher_teacher = averages
     if not (task > 0 and distillation > 0):
         return otherwise
     g11, g22, g12 = teacher_teacher / distillation**2, task_task / task**2, task_teacher / (task * distillation)

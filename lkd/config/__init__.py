@@ -11,7 +11,7 @@ from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, 
 from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
-from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
+from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
 
 __all__ = [
     "CacheRecipe",
@@ -34,5 +34,6 @@ __all__ = [
     "TeacherRecipe",
     "TrainRecipe",
     "TrainTeacherRecipe",
+    "VarianceRecipe",
     "WandbRecipe",
 ]

@@ -12,8 +12,8 @@ class CompareRecipe(RunRecipe):
     """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
 
     A method is {name: ..., ...} or a learned-loss path; `train: {learning_rate: ...}` in it sets the training for it
-    alone, `balance: {name: dynamic}` weighs its terms. A method with `grid: {option: [values]}` is tuned first: points of
-    the grid are trained with the first seeds and the first student, and the best on meta-validation is used.
+    alone, `balance: {name: dynamic}` weighs its terms. A method with `grid: {option: [values]}` is tuned first: points
+    of the grid are trained with the first seeds and the first student, and the best on meta-validation is used.
     `train.learning_rate` and `balance.maximum` can be in a grid too.
 
     Args:

@@ -62,6 +62,25 @@ class EvaluateRecipe:
 
 
 @dataclass
+class VarianceRecipe:
+    """Measure how noisy a finished student's gradient is for each share of the teacher (RUN_DIR/variance).
+
+    Args:
+        run_dir: Run directory of a finished `lkd distill`.
+        samples: Mini-batches of training images: half predict, half measure.
+        batch_size: Images of a mini-batch.
+        horizon: 1 / (learning rate · strong convexity): how much bias costs against noise.
+        device: cpu, cuda or auto.
+    """
+
+    run_dir: str = "runs/student"
+    samples: int = 100
+    batch_size: int = 10
+    horizon: float = 0.0
+    device: str = "auto"
+
+
+@dataclass
 class ExportRecipe:
     """Write a student in the formats that others read; every file is read back and its logits compared (OUT_DIR).
 

@@ -59,6 +59,7 @@ SMALL = {
         *("--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"),
     ],
     "evaluate": [],
+    "variance": ["--samples", "4"],
     "export": [],
     "quickstart": ["--short"],
 }
