@@ -54,23 +54,26 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     check_top_k(recipe.top_k, images.train.num_classes)
     check_stages(read_teacher_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)))
     cache, teacher = prepare_cache(recipe, images, device)
-    paths = {(seed, shard): cache.path(seed, shard) for seed in seeds for shard in range(cache.shards)}
-    missing = [place for place, path in paths.items() if not path.is_file()]
+    places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
+    missing = {place for place in places if not cache.path(*place).is_file()}
     positions = images.train.index.argsort().split(recipe.shard_size)
     count = sum(len(positions[shard]) for _, shard in missing)
     needed = count * bytes_of_answer(images.train.num_classes, recipe.top_k)
     hint = "take another disk, fewer data.augmentation_seeds, or a top_k"
     check_free_space("teacher.cache", cache.folder, needed, f"{count:,} answers", hint)
-    write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, cache.header)
+    if not (cache.folder / INDEX).is_file():
+        live = dataclasses.replace(recipe.teacher, cache=None)
+        header = cache.header | {"teacher": introduce_teacher(live, images, device)}
+        write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, header)
     job = read_job()
     with tqdm(total=count // job.size, desc="cache", unit="image", disable=None) as bar:
-        for number, ((seed, shard), path) in enumerate(paths.items()):
-            if number % job.size == job.rank and (seed, shard) in missing:
+        for seed, shard in places[job.rank :: job.size]:
+            if (seed, shard) in missing:
                 part = images.train.select(positions[shard])
                 batches = OrderedBatches(part, recipe.train.batch_size, recipe.data.augmentation, seed, device)
                 kept = ask_teacher(teacher, batches, recipe, bar)
-                write_tensors(path, kept, KIND, VERSION, {"cache": cache.fingerprint})
-    return cache
+                write_tensors(cache.path(seed, shard), kept, KIND, VERSION, {"cache": cache.fingerprint})
+    return read_cache(cache.folder)
 
 
 def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> tuple[CacheFolder, TeacherFunction]:
@@ -101,8 +104,7 @@ def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> 
         if not torch.equal(cache.index, index):
             raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
     else:
-        live = dataclasses.replace(recipe.teacher, cache=None)
-        cache = CacheFolder(folder, index, header | {"teacher": introduce_teacher(live, images, device)})
+        cache = CacheFolder(folder, index, header)
     return cache, wrap_teacher(network.to(device), recipe.teacher, recipe.data.split_seed, recipe.train)
 
 

@@ -12,8 +12,9 @@ class CompareRecipe(RunRecipe):
     """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
 
     A method is {name: ..., ...} or a learned-loss path; `train: {learning_rate: ...}` in it sets the training for it
-    alone. A method with `grid: {option: [values]}` is tuned first: points of the grid are trained with the first seeds
-    and the first student, and the best on meta-validation is used. `train.learning_rate` can be in a grid too.
+    alone, `balance: {name: dynamic}` weighs its terms. A method with `grid: {option: [values]}` is tuned first: points of
+    the grid are trained with the first seeds and the first student, and the best on meta-validation is used.
+    `train.learning_rate` and `balance.maximum` can be in a grid too.
 
     Args:
         data: The images.

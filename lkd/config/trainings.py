@@ -32,6 +32,8 @@ class DistillRecipe(RunRecipe):
         student: The network.
         train: The training.
         loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+        balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
+            docs/balance.md); without it the loss is the sum of its terms.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -39,6 +41,7 @@ class DistillRecipe(RunRecipe):
     student: ModelRecipe = field(default_factory=ModelRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    balance: dict[str, Any] | str | None = None
 
 
 @dataclass

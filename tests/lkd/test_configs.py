@@ -51,6 +51,7 @@ SMALL = {
         "--meta.reuse_epochs",
         "1",
     ],
+    "cache": SMALL_TRAINING,
     "distill": SMALL_TRAINING,
     "compare": [
         *SMALL_TRAINING,
