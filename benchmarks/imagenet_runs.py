@@ -1,5 +1,6 @@
 """Commands with the ImageNet recipes, each run once in processes of its own, for `imagenet_commands.py`."""
 
+import re
 import shutil
 import socket
 import time
@@ -82,7 +83,7 @@ class Commands:
 
     def shorten(self, line: str) -> str:
         """A line without this machine's folders."""
-        return line.replace(f"{self.folder}/", "")
+        return re.sub(r"/\S*/site-packages/", "", line.replace(f"{self.folder}/", ""))
 
     def compare(self, name: str, other: str) -> float:
         """The largest difference of a weight between what two runs leave."""
