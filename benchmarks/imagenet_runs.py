@@ -21,14 +21,18 @@ Row = dict[str, Any]
 
 
 class Commands:
-    """Runs commands, each once, in the folder `runs`, and keeps a row of each in `rows`.
+    """Runs commands, each once, in the folder `runs`, and keeps a row of each in the folder `rows`.
 
     Args:
         folder: The run directory.
+
+    Attributes:
+        rows: Of the commands that were run, or had been.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.rows: list[Row] = []
 
     def place(self, name: str) -> Path:
         """Where a run leaves its files."""
@@ -40,13 +44,14 @@ class Commands:
 
     def distill(
         self, name: str, *words: str, of: str = "", processes: int = 1, kill: bool = False, recipe: str = "kd"
-    ) -> Row:
+    ) -> None:
         """Run a recipe, and compare what it leaves with what the run `of` left, if that is given."""
         given = [f"{PAIR}/{recipe}.yaml", *SMALL, *words, "--run_dir", str(self.place(name))]
-        row = self.run(name, ["distill", *given], processes, kill)
-        return row | {"compared_with": of, "max_difference": self.compare(name, of) if of else ""}
+        self.run(name, ["distill", *given], processes, kill)
+        if of:
+            self.rows[-1] |= {"compared_with": of, "max_difference": self.compare(name, of)}
 
-    def run(self, name: str, words: list[str], processes: int = 1, kill: bool = False, expected: int = 0) -> Row:
+    def run(self, name: str, words: list[str], processes: int = 1, kill: bool = False, expected: int = 0) -> None:
         """Run a command to its end; with `kill`, after a SIGKILL at its first checkpoint.
 
         Raises:
@@ -69,7 +74,7 @@ class Commands:
             record.parent.mkdir(exist_ok=True)
             write_json(record, row)
             print(*row.values(), flush=True)
-        return read_json(record)
+        self.rows.append(read_json(record))
 
     def kill(self, name: str, words: list[str], processes: int, output: Path) -> None:
         """Start a command and kill it once it has written a checkpoint."""
