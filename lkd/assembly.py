@@ -222,7 +222,7 @@ def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.devic
         return f"{read_cache(Path(recipe.cache)).header['teacher']} when its answers were cached in {recipe.cache}"
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
-    described = describe(network, architecture["name"], images.train.image_shape)
+    described = describe(network, architecture["name"], images.train.image_shape, recipe.pretrained)
     top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
@@ -235,4 +235,4 @@ def introduce_network(role: str, model: ModelRecipe, images: Images, device: tor
         UserError: If it cannot be built.
     """
     network = prepare_student(model, images.train, 0, device)
-    return format_description(role, describe(network, model.name, images.train.image_shape))
+    return format_description(role, describe(network, model.name, images.train.image_shape, model.pretrained))
