@@ -51,6 +51,9 @@ class Balancing:
         pair = values.tolist()
         if all(map(math.isfinite, pair)):  # else the step fails in a moment, and says so
             self.weight = self.rule.set_weight(Moment(step, progress, pair[0], pair[1], gradients))
+<<<<<<< Updated upstream
+>>>>>>> Stashed changes
+=======
 >>>>>>> Stashed changes
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
