@@ -1,5 +1,6 @@
 """A teacher: a callable from a batch to its outputs, without gradient."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from lkd.models.efficientnet_checkpoint import EFFICIENTNET_LITE, load_efficient
 from lkd.models.foreign_checkpoint import load_crd_checkpoint
 from lkd.models.network_file import load_network
 from lkd.outputs import Outputs
+
+TeacherFunction = Callable[[Batch], Outputs]
+"""From a batch to a teacher's outputs."""
 
 
 class Teacher:

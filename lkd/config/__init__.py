@@ -4,6 +4,7 @@ Nothing here imports torch, so that `lkd --help` answers at once.
 """
 
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
+from lkd.config.influence import InfluenceRecipe, InfluenceSettings, InfluenceWeightedLossSettings
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.packing import PackRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
@@ -19,6 +20,9 @@ __all__ = [
     "EvaluateRecipe",
     "ExportRecipe",
     "FidelityRecipe",
+    "InfluenceRecipe",
+    "InfluenceSettings",
+    "InfluenceWeightedLossSettings",
     "MetaSettings",
     "MetaTrainRecipe",
     "ModelRecipe",

@@ -32,6 +32,7 @@ class DistillRecipe(RunRecipe):
         student: The network.
         train: The training.
         loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+        labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -39,6 +40,7 @@ class DistillRecipe(RunRecipe):
     student: ModelRecipe = field(default_factory=ModelRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    labelled_size: int = 0
 
 
 @dataclass
