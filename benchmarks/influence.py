@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+from rows import matching, median, read_rows, write_row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rows import matching, median, read_rows, write_row
 from lkd.assembly import label_by_teacher, prepare_images, prepare_teacher
 from lkd.balance.example_weights import save_weights, weigh_examples
 from lkd.balance.influence import measure_influence
@@ -42,24 +42,25 @@ EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "influence"
 CPU = torch.device("cpu")
 SEEDS, LABELLED, NOISE = 5, 4000, 0.2
 DATA = DataRecipe(train_size=11000, meta_validation_size=1000)
-SETTINGS = InfluenceSettings(iterations=10, curvature_examples=1000)
-NOISY_TRAIN, SEMI_SUPERVISED_TRAIN = TrainRecipe(epochs=13), TrainRecipe(epochs=5)
+SETTINGS = InfluenceSettings(iterations=10, curvature_examples=500)
+NOISY_TRAIN, SEMI_SUPERVISED_TRAIN = TrainRecipe(epochs=8), TrainRecipe(epochs=3)
 FLIPPED = ["seed", "influence", "loss", "gradient_similarity", "unweighted", "weighted"]
 SEMI_SUPERVISED = ["seed", "unweighted", "weighted"]
 SPEED = ["examples", "seconds", "scoring_seconds", "loop_seconds"]
 README = """# Influence weights
 
-Made by `python benchmarks/influence.py`: {seeds} paired seeds, embedded images of Fashion-MNIST, `small_cnn`, KD(0.5, 4)
-with the embedded teacher, 1,000 meta-validation images, one learning rate. Influence by conjugate gradients with
-Gauss-Newton ({iterations} iterations over {curvature_examples:,} images, damping {damping:g}), measured once on a student
-trained without weights; a fresh student with the same seed is then trained with weights (static, sigmoid).
+Made by `python benchmarks/influence.py`: {seeds} paired seeds, embedded images of Fashion-MNIST, `small_cnn`,
+KD(0.5, 4) with the embedded teacher, 1,000 meta-validation images, one learning rate. Influence by conjugate
+gradients with Gauss-Newton ({iterations} iterations over {curvature_examples:,} images, damping {damping:g}), measured
+once on a student trained without weights; a fresh student with the same seed is then trained with weights (static, sigmoid).
 
 | | mean ± standard error |
 |---|---|
 {rows}
 
-Flipped labels: 4,000 images, 20 % of the labels flipped; AUROC of finding the flipped ones with the cross-entropy of
-each image. Semi-supervised: 4,000 labels, 7,000 images that get the teacher's.
+Flipped labels: 4,000 images, {noisy_epochs} epochs, 20 % of the labels flipped; AUROC of finding the flipped ones with the cross-entropy of
+each image. Semi-supervised: 4,000 labels, 7,000 images that get the teacher's; {semi_epochs} epochs.
+These trainings are short.
 
 Speed: seconds of processor time of one thread, other work beside it. The loop does a backward pass for each example;
 it was timed on 100 examples and extrapolated to all.
@@ -190,7 +191,8 @@ def keep_evidence(folder: Path) -> None:
     rows = [f"| {name} | {mean:.3f} ± {error:.3f} |" for name, (mean, error) in means.items()]
     rows += [f"| speedup of the scores over a loop | {figures['speedup_vs_per_example_loop']:.1f} |"]
     rows += [f"| seconds for 12,000 examples, all in all | {figures['seconds_12000_examples']:.1f} |"]
-    text = README.format(rows="\n".join(rows), seeds=figures["seeds"], **vars(SETTINGS))
+    epochs = {"noisy_epochs": NOISY_TRAIN.epochs, "semi_epochs": SEMI_SUPERVISED_TRAIN.epochs}
+    text = README.format(rows="\n".join(rows), seeds=figures["seeds"], **vars(SETTINGS), **epochs)
     write_text(EVIDENCE / "README.md", text)
 
 
