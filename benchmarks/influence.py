@@ -52,15 +52,16 @@ README = """# Influence weights
 Made by `python benchmarks/influence.py`: {seeds} paired seeds, embedded images of Fashion-MNIST, `small_cnn`,
 KD(0.5, 4) with the embedded teacher, 1,000 meta-validation images, one learning rate. Influence by conjugate
 gradients with Gauss-Newton ({iterations} iterations over {curvature_examples:,} images, damping {damping:g}), measured
-once on a student trained without weights; a fresh student with the same seed is then trained with weights (static, sigmoid).
+once on a student trained without weights; a fresh student with the same seed is then trained with weights (static,
+sigmoid).
 
 | | mean ± standard error |
 |---|---|
 {rows}
 
-Flipped labels: 4,000 images, {noisy_epochs} epochs, 20 % of the labels flipped; AUROC of finding the flipped ones with the cross-entropy of
-each image. Semi-supervised: 4,000 labels, 7,000 images that get the teacher's; {semi_epochs} epochs.
-These trainings are short.
+Flipped labels: 4,000 images, {noisy_epochs} epochs, 20 % of the labels flipped; AUROC of finding the
+flipped ones with the cross-entropy of each image. Semi-supervised: 4,000 labels, 7,000 images that get the teacher's;
+{semi_epochs} epochs. These trainings are short.
 
 Speed: seconds of processor time of one thread, other work beside it. The loop does a backward pass for each example;
 it was timed on 100 examples and extrapolated to all.
