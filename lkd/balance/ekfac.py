@@ -95,7 +95,7 @@ def measure_with_ekfac(problem: Problem, settings: InfluenceSettings) -> tuple[T
         analyzer.fit_all_factors(
             "ekfac", train, size, factor_args=FactorArguments(covariance_max_examples=most, lambda_max_examples=most)
         )
-        scores = analyzer.compute_pairwise_scores(
+        analyzer.compute_pairwise_scores(
             "scores",
             "ekfac",
             queries,
@@ -104,5 +104,5 @@ def measure_with_ekfac(problem: Problem, settings: InfluenceSettings) -> tuple[T
             per_device_train_batch_size=size,
             score_args=ScoreArguments(damping_factor=None, aggregate_query_gradients=True),
         )
-    assert scores is not None
+        scores = analyzer.load_pairwise_scores("scores")
     return problem.train.index, -scores["all_modules"][0].cpu() / len(queries)
