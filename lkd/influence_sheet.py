@@ -1,6 +1,7 @@
 """A sheet of the images that help a network most, and of those that harm it most."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> N
     shown = min(shown, len(order))
     rows = -(-shown // COLUMNS)
     figure = plt.figure(figsize=(1.1 * 2 * COLUMNS, 1.45 * rows + 0.5), layout="constrained")
-    halves = figure.subfigures(1, 2)
+    halves: Any = figure.subfigures(1, 2)
     for half, title, chosen in zip(
         halves, ("most helpful", "most harmful"), (order[:shown], order.flip(0)[:shown]), strict=True
     ):

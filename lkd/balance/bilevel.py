@@ -31,7 +31,7 @@ def measure_through_training(problem: Problem, settings: InfluenceSettings, seed
 
     def outer_loss(point: Tensors, buffers: Tensors, batch: None) -> Tensor:
         losses = [
-            torch.nn.functional.cross_entropy(problem.compute_logits(point, part.images), part.target, reduction="sum")
+            problem.score_validation(problem.compute_logits(point, part.images), part.target)
             for part in problem.load(problem.meta_validation)
         ]
         return torch.stack(losses).sum() / len(problem.meta_validation)

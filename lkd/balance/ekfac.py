@@ -71,7 +71,7 @@ def measure_with_ekfac(problem: Problem, settings: InfluenceSettings) -> tuple[T
             return len(logits) * problem.compute_loss(logits, Batch(*batch))
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return cross_entropy(model(batch[0]).logits, batch[1], reduction="sum")
+            return problem.score_validation(model(batch[0]).logits, batch[1])
 
         def get_influence_tracked_modules(self) -> list[str]:
             return layers

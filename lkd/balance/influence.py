@@ -3,9 +3,10 @@
 KD-AIF (Wu, Luo, Liu, Deng, *Statistics* 59(2), 2025, arXiv 2501.02705) weights the examples of distillation by it; the
 formula is Koh and Liang's (2017): negative is helpful, giving the example more weight lowers the validation loss. The
 paper's abstract and official code establish influence, weights of it and several update mechanisms. *Our
-reconstruction*: everything about meta-validation (the code queries test images), the solvers' settings, Gauss-Newton
-in the Hessian's place. The code's LiSSA has recursion depth 1, so that its inverse is close to a scaled identity:
-that is `gradient_similarity` here.
+reconstruction*: everything about meta-validation (the code queries test images), the solvers' settings, Gauss-Newton in
+the Hessian's place, and meta-validation at its best temperature (its plain cross-entropy rewards examples that only
+lower an overconfident network's confidence, such as wrong labels). The code's LiSSA has recursion depth 1, so that its
+inverse is close to a scaled identity: that is `gradient_similarity` here.
 """
 
 import itertools
@@ -42,7 +43,7 @@ class Influence(NamedTuple):
         residual: Relative residual of the linear system; NaN where there is none.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field hides tuple.index
     scores: Tensor
     damping: float
     least_curvature: float = math.nan
@@ -97,6 +98,7 @@ def measure_influence(
             device,
             progress,
             settings.parameters,
+            settings.objective == "calibrated_cross_entropy",
             settings.batch_size,
         )
         if settings.method == "ekfac":

@@ -1,12 +1,14 @@
 """The functions of a network's parameters that influence is made of: gradients, curvature, and their products."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import cross_entropy
 
+from lkd.calibration import find_best_temperature
 from lkd.data import Batch, ImageSet
 from lkd.errors import UserError
 from lkd.losses.functions import widen
@@ -31,6 +33,7 @@ class Problem:
         device: Where the network is.
         progress: How far the training is, in [0, 1].
         parameters: Only those whose names begin so; "" is all of them.
+        calibrated: Whether meta-validation is scored at its best temperature.
         batch_size: Images at a time.
 
     Raises:
@@ -47,6 +50,7 @@ class Problem:
         device: torch.device,
         progress: float = 1.0,
         parameters: str = "",
+        calibrated: bool = False,
         batch_size: int = 500,
     ) -> None:
         if not len(meta_validation):
@@ -61,8 +65,8 @@ class Problem:
             raise UserError(
                 f"influence.parameters: no parameter's name begins with {parameters!r}; there are {[*named]}"
             )
-        self.fixed = {name: tensor for name, tensor in named.items() if name not in self.point}
-        self.fixed |= dict(network.named_buffers())
+        self.everything = named | dict(network.named_buffers())
+        self.temperature = self.find_temperature() if calibrated else 1.0
 
     @property
     def size(self) -> int:
@@ -71,8 +75,19 @@ class Problem:
 
     def compute_logits(self, point: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits [B, C] at other parameters."""
-        outputs: Outputs = functional_call(self.network, self.fixed | point, (images,))
+        outputs: Outputs = functional_call(self.network, self.everything | point, (images,))
         return widen(outputs.logits)
+
+    @torch.no_grad()
+    def find_temperature(self) -> float:
+        """The best temperature on meta-validation; by the envelope theorem gradients may take it for a constant."""
+        rows = [(self.compute_logits({}, batch.images), batch.target) for batch in self.load(self.meta_validation)]
+        logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
+        return find_best_temperature(logits, target)
+
+    def score_validation(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy of meta-validation images, summed."""
+        return cross_entropy(logits / self.temperature, target, reduction="sum")
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The training loss of a batch, a mean over its examples."""
@@ -91,7 +106,7 @@ class Problem:
         total, count = [torch.zeros_like(tensor) for tensor in self.point.values()], 0
         for batch in self.load(self.meta_validation):
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in self.point.items()}
-            loss = cross_entropy(self.compute_logits(leaves, batch.images), batch.target, reduction="sum")
+            loss = self.score_validation(self.compute_logits(leaves, batch.images), batch.target)
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             total = [old + new for old, new in zip(total, found, strict=True)]
             count += len(batch.target)
@@ -116,7 +131,8 @@ class Problem:
         """Logits of a batch, and how they change in a direction, [B, C] each."""
         tangents = dict(zip(self.point, vector, strict=True))
         with torch.no_grad():
-            logits, change = jvp(lambda point: self.compute_logits(point, batch.images), (self.point,), (tangents,))
+            pushed: Any = jvp(lambda point: self.compute_logits(point, batch.images), (self.point,), (tangents,))
+        logits, change = pushed
         return logits.detach(), change.detach()
 
     def multiply_gauss_newton(self, vector: Vector, batch: Batch) -> Vector:
@@ -128,8 +144,8 @@ class Problem:
         leaf = logits.requires_grad_()
         (gradient,) = torch.autograd.grad(self.compute_loss(leaf, batch), leaf, create_graph=True)
         (bent,) = torch.autograd.grad(gradient, leaf, change)
-        _, pull_back = vjp(lambda point: self.compute_logits(point, batch.images), self.point)
-        return [tensor.detach() for tensor in pull_back(bent)[0].values()]
+        pulled: Any = vjp(lambda point: self.compute_logits(point, batch.images), self.point)
+        return [tensor.detach() for tensor in pulled[1](bent)[0].values()]
 
     def multiply_hessian(self, vector: Vector, batch: Batch) -> Vector:
         """The Hessian of a batch's training loss · vector."""

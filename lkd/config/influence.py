@@ -15,6 +15,8 @@ class InfluenceSettings:
             lissa (a stochastic Neumann series); ekfac (kronfluence's EK-FAC, needs the `influence` extra); bilevel (the
             bi-level engine differentiates meta-validation through `iterations` steps of training); or
             gradient_similarity (no curvature: a control).
+        objective: Of meta-validation: cross_entropy; or calibrated_cross_entropy, at its best temperature, to which
+            more or less confidence is no help.
         curvature: gauss_newton, never negative for convex losses; or hessian, where damping is raised until it is not.
         damping: Added to the curvature's diagonal; ekfac adds a tenth of each layer's mean eigenvalue instead.
         iterations: Of conjugate gradients at most; terms of lissa; steps of bilevel.
@@ -30,6 +32,7 @@ class InfluenceSettings:
     method: Literal["conjugate_gradient", "exact", "lissa", "ekfac", "bilevel", "gradient_similarity"] = (
         "conjugate_gradient"
     )
+    objective: Literal["calibrated_cross_entropy", "cross_entropy"] = "calibrated_cross_entropy"
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
     damping: float = 0.01
     iterations: int = 30
