@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.assembly import (
+    Images,
+    label_by_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
 from lkd.claims import claimed
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost
@@ -54,6 +61,7 @@ def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
     train = dataclasses.asdict(split_method(cell.loss, recipe.train)[1])
     learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
+    weights = digest_of(str(cell.loss.get("weights"))) if isinstance(cell.loss, dict) else None
     identity = {
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
@@ -61,6 +69,8 @@ def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
         "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
         "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
+        **({"weights": weights} if weights else {}),
+        **({"labelled": recipe.labelled_size} if recipe.labelled_size else {}),
     }
     if learned and balance_of(cell.loss):
         identity["balance"] = balance_of(cell.loss)
@@ -106,8 +116,9 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     started = time.perf_counter()
     cost = Cost(place)
     balance = balance_of(cell.loss)
+    labelled = label_by_teacher(images.train, recipe.labelled_size, teacher, place, recipe.data.split_seed)
     training = start_training(
-        cell.student, images.train, loss, teacher, train, recipe.data, cell.seed, place, balance=balance
+        cell.student, labelled, loss, teacher, train, recipe.data, cell.seed, place, balance=balance
     )
     weights: list[float] = []
     best: dict[str, Any] = {"top1": -1.0}

@@ -18,6 +18,7 @@ from lkd.config import (
     EvaluateRecipe,
     ExportRecipe,
     FidelityRecipe,
+    InfluenceRecipe,
     MetaTrainRecipe,
     PackRecipe,
     PlanRecipe,
@@ -31,6 +32,7 @@ from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
+from lkd.influence import measure_run
 from lkd.meta_training import meta_train as learn_loss
 from lkd.packing import pack_dataset
 from lkd.plan.plan import plan as plan_run
@@ -53,6 +55,13 @@ def distill(recipe: DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
         distill_student(recipe, run)
+
+
+def influence(recipe: InfluenceRecipe) -> None:
+    """`lkd influence`."""
+    with open_run(recipe, "influence") as run:
+        path = measure_run(recipe, run)
+        run.say(f"{path}; beside it weights.safetensors, influence.png, result.json")
 
 
 def evaluate(recipe: EvaluateRecipe) -> None:

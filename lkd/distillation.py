@@ -15,6 +15,7 @@ from lkd.assembly import (
     build_batches,
     introduce_network,
     introduce_teacher,
+    label_by_teacher,
     prepare_images,
     prepare_loss,
     prepare_student,
@@ -50,7 +51,8 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     stages = read_teacher_stages(loss)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
-    return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
+    train = label_by_teacher(images.train, recipe.labelled_size, teacher, run.device, recipe.data.split_seed)
+    return train_to_the_end(recipe, recipe.student, train, images.meta_validation, loss, teacher, run, "student")
 
 
 def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:

@@ -46,7 +46,8 @@ class Training:
         student: The network, returning `Outputs`; put into train mode.
         loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
             One that must know which image is which sets `needs_index`: then `loss.enroll(index, labels)` is told all
-            training images once, and each call is given the batch's `index`.
+            training images once, and each call is given the batch's `index`. One that has `begin_epoch(epoch, student,
+            images, teacher, progress)` is called with the student as it is before the first step of every epoch.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
@@ -73,6 +74,7 @@ class Training:
         if self.needs_index:
             enroll: Any = loss.enroll
             enroll(batches.images.index, batches.images.labels)
+        self.begin_epoch: Callable[..., None] | None = getattr(loss, "begin_epoch", None)
         self.recipe = recipe
         self.loss = loss.to(batches.device)
         self.balance = balance
@@ -121,6 +123,9 @@ class Training:
         Raises:
             DivergedError: If a term is not finite.
         """
+        epoch, place = divmod(self.step, self.batches.steps_per_epoch)
+        if self.begin_epoch and not place:
+            self.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
         self.clock.start()
         batch = self.batches.at(self.step)
         batch = batch._replace(images=lay_out(batch.images, self.recipe))

@@ -43,18 +43,9 @@ class Balancing:
         values = torch.stack([task, distillation]).detach()
         if count_processes() > 1:
             values = gather_rows(values.unsqueeze(0)).mean(0)
-<<<<<<< Updated upstream
         own, others = values.tolist()
         if math.isfinite(own + others):  # else the step fails in a moment, and says so
             self.weight = self.rule.set_weight(Moment(step, progress, own, others, gradients))
-=======
-        pair = values.tolist()
-        if all(map(math.isfinite, pair)):  # else the step fails in a moment, and says so
-            self.weight = self.rule.set_weight(Moment(step, progress, pair[0], pair[1], gradients))
-<<<<<<< Updated upstream
->>>>>>> Stashed changes
-=======
->>>>>>> Stashed changes
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
         """The total of these terms at the λ that was set."""

@@ -34,6 +34,7 @@ class DistillRecipe(RunRecipe):
         loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
         balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
             docs/balance.md); without it the loss is the sum of its terms.
+        labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -42,6 +43,7 @@ class DistillRecipe(RunRecipe):
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
+    labelled_size: int = 0
 
 
 @dataclass
