@@ -42,8 +42,8 @@ README = """# Partial variance reduction
 
 Made by `{command}`: linear classification of {images:,} Fashion-MNIST training images, halved to 14 × 14
 (with all pixels a linear network separates them, and a near-optimal teacher has no gradient), by SGD (batch 10,
-learning rate 0.05, no momentum, {epochs} epochs), with the distillation gradient g(x) − λ g(θ); {seeds} paired seeds. "Loss" is the
-training loss, mean of the last three epochs; differences are mean ± standard error over the paired seeds, and a claim
+learning rate 0.05, no momentum, {epochs} epochs), with the distillation gradient g(x) − λ g(θ); {seeds} paired seeds.
+"Loss" is the training loss, mean of the last three epochs; differences are mean ± standard error over the paired seeds, and a claim
 holds if its difference has the claimed sign by more than two standard errors. λ is picked on the training loss itself,
 as the claims are about it.
 
