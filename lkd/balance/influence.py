@@ -4,8 +4,8 @@ KD-AIF (Wu, Luo, Liu, Deng, *Statistics* 59(2), 2025, arXiv 2501.02705) weights 
 formula is Koh and Liang's (2017): negative is helpful, giving the example more weight lowers the validation loss. The
 paper's abstract and official code establish influence, weights of it and several update mechanisms. *Our
 reconstruction*: everything about meta-validation (the code queries test images), the solvers' settings, Gauss-Newton in
-the Hessian's place, and meta-validation at its best temperature (its plain cross-entropy rewards examples that only
-lower an overconfident network's confidence, such as wrong labels). The code's LiSSA has recursion depth 1, so that its
+the Hessian's place, and meta-validation at its best temperature (plain cross-entropy also rewards examples that
+merely change the network's confidence). The code's LiSSA has recursion depth 1, so that its
 inverse is close to a scaled identity: that is `gradient_similarity` here.
 """
 
