@@ -15,13 +15,13 @@ from lkd.assembly import (
     build_batches,
     introduce_network,
     introduce_teacher,
-    label_by_teacher,
     prepare_images,
     prepare_loss,
     prepare_student,
     prepare_teacher,
     read_teacher_stages,
 )
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import ImageSet, seeded_generator
