@@ -15,11 +15,12 @@ from rows import matching, median, read_rows, write_row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lkd.assembly import label_by_teacher, prepare_images, prepare_teacher
+from lkd.assembly import prepare_images, prepare_teacher
 from lkd.balance.example_weights import save_weights, weigh_examples
 from lkd.balance.influence import measure_influence
 from lkd.balance.influence_weighted import InfluenceWeightedLoss
 from lkd.balance.problem import Problem
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.config import (
     DataRecipe,
     InfluenceSettings,

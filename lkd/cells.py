@@ -12,12 +12,12 @@ import torch
 
 from lkd.assembly import (
     Images,
-    label_by_teacher,
     prepare_images,
     prepare_loss,
     prepare_teacher,
     read_teacher_stages,
 )
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.claims import claimed
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost

@@ -15,7 +15,6 @@ from lkd.assembly import (
     build_batches,
     introduce_network,
     introduce_teacher,
-    label_by_teacher,
     prepare_images,
     prepare_loss,
     prepare_student,
@@ -23,6 +22,7 @@ from lkd.assembly import (
     read_teacher_stages,
 )
 from lkd.balance.build import build_balance
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import ImageSet, seeded_generator

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.assembly import label_by_teacher, prepare_images, prepare_loss
+from lkd.assembly import prepare_images, prepare_loss
 from lkd.balance.example_weights import load_weights, save_weights
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
