@@ -121,7 +121,7 @@ def look(training: Training) -> list[float]:
     first, second = (take_gradient(value, list(student.parameters())) for value in (task, distillation))
     student.train()
     cosine = torch.nn.functional.cosine_similarity(first, second, 0)
-    return [round(float(value), 5) for value in (task, distillation, first.norm(), second.norm(), cosine)]
+    return [round(value.item(), 5) for value in (task, distillation, first.norm(), second.norm(), cosine)]
 
 
 def plot(rows: list[list[Any]]) -> None:

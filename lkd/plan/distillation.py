@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from lkd.balance.build import build_balance
 from lkd.compressed_logits import bytes_of_answer, largest_top_k
 from lkd.config import DistillRecipe, PlanRecipe
 from lkd.errors import UserError
@@ -22,6 +23,7 @@ def plan_distillation(recipe: DistillRecipe, settings: PlanRecipe, images: Plann
     train, teacher = recipe.train, name_untrained(recipe.teacher)
     steps = count_steps(train.epochs, images.train_size, train.batch_size)
     loss, described = plan_loss(recipe.loss, recipe.student, teacher, images.stand_in)
+    build_balance(recipe.balance, loss())
     share = replace(train, batch_size=train.batch_size // settings.gpus)
     step = run_dry_step(recipe.student, teacher, loss, share, images.stand_in, gpu)
     seconds = sum(work.seconds for work in step.parts.values()) / settings.efficiency
