@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lkd.balance.influence_weighted import InfluenceWeightedLoss
+from lkd.balance.options import INFLUENCE_WEIGHTED, read_weighted_loss
 from lkd.cached_teacher import read_cache
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import Batches, ImageSet, LoadingOptions, flip_labels, load_dataset, split_training_images
@@ -142,7 +144,7 @@ def prepare_loss(
     """Build a loss for a student and a teacher; a loss over features finds their shapes by a dry run of each.
 
     Args:
-        specification: What `build_loss` takes.
+        specification: What `build_loss` takes; or {name: influence_weighted, loss: ..., ...}.
         student: The student.
         teacher: The teacher.
         images: The images.
@@ -151,6 +153,10 @@ def prepare_loss(
     Raises:
         UserError: If the loss, or one of the networks, is not good.
     """
+    if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
+        settings = read_weighted_loss(specification)
+        inner = prepare_loss(settings.loss, student, teacher, images, seed)
+        return InfluenceWeightedLoss(inner, images.meta_validation, settings)
     if not reads_features(specification):
         return build_loss(specification)
     stages = prepare_stages(student, teacher, images)
@@ -222,7 +228,7 @@ def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.devic
         return f"{read_cache(Path(recipe.cache)).header['teacher']} when its answers were cached in {recipe.cache}"
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
-    described = describe(network, architecture["name"], images.train.image_shape)
+    described = describe(network, architecture["name"], images.train.image_shape, recipe.pretrained)
     top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
@@ -235,4 +241,4 @@ def introduce_network(role: str, model: ModelRecipe, images: Images, device: tor
         UserError: If it cannot be built.
     """
     network = prepare_student(model, images.train, 0, device)
-    return format_description(role, describe(network, model.name, images.train.image_shape))
+    return format_description(role, describe(network, model.name, images.train.image_shape, model.pretrained))

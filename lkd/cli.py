@@ -24,9 +24,11 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
+    "influence": (config.InfluenceRecipe, "which training images help a network, and which harm it"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
     "cache": (config.CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
     "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
+    "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lkd.acceleration import build_forward
 from lkd.assembly import read_teacher_stages
+from lkd.balance.balancing import Balancing
 from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
 from lkd.data import Batches, seeded_generator
@@ -74,6 +75,22 @@ def check_accumulation(recipe: TrainRecipe, batches: Batches) -> int:
             f"train.accumulation: {recipe.accumulation} does not divide the batch of one process, {size} images"
         )
     return recipe.accumulation
+
+
+def check_balance(balance: Balancing | None, recipe: TrainRecipe, batches: Batches) -> None:
+    """Check that a balance which takes gradients of its own can.
+
+    Raises:
+        UserError: If the student is compiled or several processes share the batch.
+    """
+    if balance is None or not balance.rule.wants_gradients(0):
+        return
+    if recipe.compile:
+        raise UserError(
+            "train.compile: a compiled student gives one gradient a step; this balance takes more, leave it"
+        )
+    if batches.part[1] > 1:
+        raise UserError("balance: this one takes gradients of each term, in one process; take dynamic or a schedule")
 
 
 def build_average(student: nn.Module, recipe: TrainRecipe) -> ModelEmaV3 | None:

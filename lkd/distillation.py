@@ -21,6 +21,8 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
+from lkd.balance.build import build_balance
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import ImageSet, seeded_generator
@@ -44,11 +46,13 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     """
     images = prepare_images(recipe.data)
     loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
+    build_balance(recipe.balance, loss)  # a mistake shows before the teacher works
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     stages = read_teacher_stages(loss)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
-    return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
+    train = label_by_teacher(images.train, recipe.labelled_size, teacher, run.device, recipe.data.split_seed)
+    return train_to_the_end(recipe, recipe.student, train, images.meta_validation, loss, teacher, run, "student")
 
 
 def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
@@ -79,8 +83,9 @@ def train_to_the_end(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
+    balance = recipe.balance if isinstance(recipe, DistillRecipe) else None
     training = start_training(
-        model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device, shared=True
+        model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device, shared=True, balance=balance
     )
     checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
@@ -92,6 +97,8 @@ def train_to_the_end(
         if lately.elapsed >= SECONDS_BETWEEN_REPORTS:
             figures = lately.read(training.step)
             bar.set_postfix_str(format_throughput(figures) + shown)
+            if training.balance:
+                figures["balance"] = training.balance.weight
             run.tracker.log(training.step, **figures)
             lately.start(training.step)
 
@@ -113,6 +120,7 @@ def train_to_the_end(
                 **{f"loss/{name}": float(value) for name, value in terms.items()},
                 **{f"meta_validation/{name}": value for name, value in figures.items()},
                 learning_rate=training.learning_rate,
+                **({"balance": training.balance.weight} if training.balance else {}),
                 **speed,
             )
             shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
@@ -138,14 +146,16 @@ def start_training(
     seed: int,
     device: torch.device,
     shared: bool = False,
+    balance: dict[str, Any] | str | None = None,
 ) -> Training:
     """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss.
 
     `shared`: the processes that have met do it together, each with its part of every batch; else each for itself.
+    `balance`: what `build_balance` takes.
     """
     student = prepare_student(model, train, seed, device)
     part = (own_rank(), count_processes()) if shared else (0, 1)
     if part[0]:  # else dropout would drop the same in every process
         torch.manual_seed(seeded_generator(seed, 10, part[0]).initial_seed())
     batches = build_batches(train, recipe, data, seed, device, part)
-    return Training(student, loss, teacher, batches, recipe)
+    return Training(student, loss, teacher, batches, recipe, build_balance(balance, loss))

@@ -2,7 +2,7 @@
 
 *Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured
 choices of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the
-student's age to 1 meanwhile, so that K steps stand for a whole training; students are young; the outer loss is
+student's age to 1 meanwhile, so that K steps stand for a whole training; the outer loss is
 cross-entropy at the best temperature. The paper's axes (how students are sampled, which images the outer loss sees, how
 the trainings of loss and student are interleaved) are options of the recipe.
 """

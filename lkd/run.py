@@ -24,6 +24,7 @@ from lkd.tracking import Tracker
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
+OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +134,22 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
             logging.getLogger("lkd").addHandler(handler)
         try:
             yield Run(path, device, tracker, command, quiet)
+        except UserError:
+            if new and not joined:
+                forget_unstarted(path)
+            raise
         finally:
             for handler in handlers:
                 logging.getLogger("lkd").removeHandler(handler)
                 handler.close()
             tracker.finish()
+
+
+def forget_unstarted(path: Path) -> None:
+    """Let a run that a mistake stopped before it did anything be started anew, with another config."""
+    begun = (path / "log.jsonl").stat().st_size or {entry.name for entry in path.iterdir()} - OPENED
+    if not begun:
+        (path / "config.json").unlink()
 
 
 def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:

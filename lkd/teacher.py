@@ -20,6 +20,7 @@ from lkd.models.network_file import load_network
 from lkd.outputs import Outputs
 
 TeacherFunction = Callable[[Batch], Outputs]
+"""From a batch to a teacher's outputs."""
 
 
 class Teacher:

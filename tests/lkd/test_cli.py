@@ -109,6 +109,15 @@ def test_a_used_run_directory_is_not_overwritten(capsys) -> None:
     assert "holds a run of `lkd distill`, not of `lkd pool`" in capsys.readouterr().err
 
 
+def test_once_a_mistake_is_mended_the_same_command_runs(capsys) -> None:
+    words = ["distill", "--run_dir", "r", *TINY]
+    assert main([*words, "--teacher.path", "nowhere.safetensors"]) == 2
+    assert main([*words, "--train.learning_rate", "1e30", "--train.checkpoint_every", "1"]) == 2
+    assert "step 1: the loss is not finite" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "already holds a run" in capsys.readouterr().err, "which has taken a step"
+
+
 def test_the_path_from_pool_to_reuse(capsys) -> None:
     small = ["--meta.outer_steps", "1", "--meta.rollout_steps", "2", "--meta.students_per_step", "1"]
     pool = ["--pool.students", "1", "--pool.snapshots", "2"]

@@ -58,7 +58,19 @@ SMALL = {
         *("--tuning_trainings", "2", "--tuning_seeds", "1", "--students", "[{name: small_cnn}]"),
         *("--seeds", "1", "--workers", "1", "--methods.KD", "{name: kd, grid: {weight: [0.5, 1.0]}}"),
     ],
+    "influence": [
+        *SMALL_DATA,
+        *(
+            "--influence.parameters",
+            "classifier",
+            "--influence.iterations",
+            "2",
+            "--influence.curvature_examples",
+            "50",
+        ),
+    ],
     "evaluate": [],
+    "variance": ["--samples", "4"],
     "export": [],
     "quickstart": ["--short"],
 }
