@@ -249,7 +249,8 @@ The default learned loss (over logits, frozen) takes {learned:.2%} of a step Res
 {batch} images, {classes} classes, forward and backward (goal ≤ 2 %: {judged}); KD takes {kd:.2%}, cross-entropy
 {ce:.2%}.
 
-Seconds are of a shared machine: trust the ratios. **Nothing here was measured on a GPU.** There, a loss of many small
+Seconds are of a shared machine: trust the ratios, to some 10 %: a cached step does more than the student alone, so that
+its ratio above 1 is noise. **Nothing here was measured on a GPU.** There, a loss of many small
 operations costs launches rather than arithmetic, and its share depends on the batch: a run's log shows it
 (`time_share/loss`).
 """
