@@ -2,8 +2,9 @@
 
 Time: all in turn in one process on one thread, processor time, median; images through the same `Batches`. Memory: each
 in a process of its own, peak resident memory above the idle one. Share of the loss: forward and backward on the outputs
-of the real pair, in turn with whole steps. Every measurement is a row of a CSV file in the output folder and is not
-taken again while it stands there; delete the files to start over.
+of the real pair, in turn with whole steps. Cache: steps with cached answers in turn with the student's alone. Every
+measurement is a row of a CSV file in the output folder and is not taken again while it stands there; delete the files
+to start over.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from cached_answers import make_cached_teacher
 from rows import matching, median, write_row
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from lkd.losses.learned import build_learned_loss
 from lkd.models import build
 from lkd.outputs import Outputs
 from lkd.run import environment
-from lkd.teacher import Teacher
+from lkd.teacher import Teacher, TeacherFunction
 from lkd.training import Training
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "distillation_speed"
@@ -72,12 +74,16 @@ def make_batches(case: Case) -> Batches:
     return Batches(images, case.batch_size, 0)
 
 
-def start_lkd(case: Case, loss: nn.Module, taught: bool = True) -> Callable[[int], object]:
+def start_lkd(case: Case, loss: nn.Module, teacher: TeacherFunction | None) -> Callable[[int], object]:
     """`Training.run_step` of this package."""
-    teacher = Teacher(build(case.teacher, CLASSES)) if taught else None
     recipe = TrainRecipe(1000, case.batch_size, SGD["lr"], SGD["momentum"], weight_decay=SGD["weight_decay"])
     training = Training(build(case.student, CLASSES), loss, teacher, make_batches(case), recipe)
     return lambda step: training.run_step()
+
+
+def build_teacher(case: Case) -> Teacher:
+    """The teacher of a pair, asked anew for every batch."""
+    return Teacher(build(case.teacher, CLASSES))
 
 
 def start_timm(case: Case) -> Callable[[int], object]:
@@ -121,10 +127,15 @@ def start_plain(case: Case) -> Callable[[int], object]:
 
 
 ENGINES: dict[str, Callable[[Case], Callable[[int], object]]] = {
-    "lkd": lambda case: start_lkd(case, KDLoss(WEIGHT, TEMPERATURE)),
+    "lkd": lambda case: start_lkd(case, KDLoss(WEIGHT, TEMPERATURE), build_teacher(case)),
     "timm": start_timm,
     "plain": start_plain,
-    "student_alone": lambda case: start_lkd(case, CrossEntropyLoss(), taught=False),
+    "student_alone": lambda case: start_lkd(case, CrossEntropyLoss(), None),
+}
+CACHED = {
+    "student_alone": ENGINES["student_alone"],
+    "cached": lambda case: start_lkd(case, KDLoss(WEIGHT, TEMPERATURE), make_cached_teacher(CLASSES, 0)),
+    "cached_top_20": lambda case: start_lkd(case, KDLoss(WEIGHT, TEMPERATURE), make_cached_teacher(CLASSES, 20)),
 }
 
 
@@ -139,17 +150,18 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for case in CASES:
-        measure_times(options.out / "time.csv", case)
+        measure_times(options.out / "time.csv", case, ENGINES)
+        measure_times(options.out / "cache.csv", case, CACHED)
     measure_losses(options.out / "loss.csv")
     measure_memory(options.out / "memory.csv")
     report(options.out)
 
 
-def measure_times(path: Path, case: str) -> None:
+def measure_times(path: Path, case: str, engines: dict[str, Callable[[Case], Callable[[int], object]]]) -> None:
     """Time the engines in turn, after rounds that are thrown away."""
-    if matching(path, case=case, repeat=REPEATS - 1, engine=list(ENGINES)[-1]):
+    if matching(path, case=case, repeat=REPEATS - 1, engine=list(engines)[-1]):
         return
-    runs = {engine: start(CASES[case]) for engine, start in ENGINES.items()}
+    runs = {engine: start(CASES[case]) for engine, start in engines.items()}
     for repeat in range(-WARM_UP, REPEATS):
         for engine, run_step in runs.items():
             seconds = time_call(lambda run_step=run_step, step=repeat + WARM_UP: run_step(step))
@@ -168,7 +180,7 @@ def measure_losses(path: Path) -> None:
         return
     logits = torch.randn(2, REAL.batch_size, CLASSES, generator=torch.Generator().manual_seed(0))
     target = torch.arange(REAL.batch_size)
-    steps = {name: start_lkd(REAL, loss) for name, loss in losses.items()}
+    steps = {name: start_lkd(REAL, loss, build_teacher(REAL)) for name, loss in losses.items()}
     for repeat in range(-WARM_UP, REPEATS):
         for name, loss in losses.items():
             alone = time_call(lambda loss=loss: differentiate(loss, *logits, target), calls=20)
@@ -220,6 +232,8 @@ GOALS = [
     ("images/s ÷ timm's LogitDistillationTask", "speed_vs_timm", 1.0),
     ("images/s ÷ plain loop", "speed_vs_plain", 1.0),
     ("images/s ÷ student's step alone (no teacher, no cache)", "speed_vs_student_alone", None),
+    ("images/s with cached answers ÷ student's step alone", "cached_vs_student_only", 0.9),
+    ("images/s with cached answers, 20 classes each ÷ student's step alone", "cached_top_20_vs_student_only", 0.9),
     ("peak memory ÷ timm's", "memory_vs_timm", None),
     ("peak memory ÷ plain loop", "memory_vs_plain", None),
 ]
@@ -252,6 +266,10 @@ def report(out: Path) -> None:
             figures[f"speed_vs_{peer}_{case}"] = seconds[peer] / seconds["lkd"]
             figures[f"memory_vs_{peer}_{case}"] = peaks["lkd"] / peaks[peer]
         figures[f"peak_mib_{case}"] = peaks["lkd"]
+        cached = {engine: median(out / "cache.csv", "cpu_seconds", case=case, engine=engine) for engine in CACHED}
+        for engine in ("cached", "cached_top_20"):
+            figures[f"{engine}_vs_student_only_{case}"] = cached["student_alone"] / cached[engine]
+    figures["cached_vs_student_only"] = min(figures[f"cached_vs_student_only_{case}"] for case in CASES)
     for loss in ("learned", "kd", "cross_entropy"):
         loss_seconds, step_seconds = (
             median(out / "loss.csv", column, loss=loss) for column in ("loss_seconds", "step_seconds")

@@ -6,13 +6,17 @@ Everything that can be wrong is found here, before any long work.
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lkd.balance.influence_weighted import InfluenceWeightedLoss
+from lkd.balance.options import INFLUENCE_WEIGHTED, read_weighted_loss
+from lkd.cached_teacher import read_cache
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.data import ImageSet, flip_labels, load_dataset, split_training_images
+from lkd.data import Batches, ImageSet, LoadingOptions, flip_labels, load_dataset, split_training_images
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
@@ -20,7 +24,8 @@ from lkd.losses.learned import LearnedLoss, build_learned_loss
 from lkd.losses.stages import Stages
 from lkd.models import build, describe
 from lkd.models.describe import find_stages, format_description
-from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher, load_teacher, name_teacher
+from lkd.teacher import TabulatedTeacher, TeacherFunction, load_teacher, name_teacher, wrap_teacher
+from lkd.teacher_cache import check_stages, identify, open_cache
 
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
@@ -42,10 +47,40 @@ def prepare_images(recipe: DataRecipe) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    dataset = load_dataset(recipe.name, recipe.root, recipe.image_size)
+    loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed)
+    dataset = load_dataset(recipe.name, recipe.root, loading)
     splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
     return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
+
+
+def build_batches(
+    images: ImageSet,
+    train: TrainRecipe,
+    data: DataRecipe,
+    seed: int,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    steps: int | None = None,
+) -> Batches:
+    """Training batches of these images, as the recipes have it; see `Batches`.
+
+    Raises:
+        UserError: If the recipes do not fit the images.
+    """
+    return Batches(
+        images,
+        train.batch_size,
+        seed,
+        data.augmentation,
+        device,
+        part,
+        data.augmentation_seeds,
+        data.repeats,
+        data.mixup,
+        data.cutmix,
+        steps,
+    )
 
 
 def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
@@ -72,8 +107,8 @@ def prepare_teacher(
     device: torch.device,
     stages: tuple[str, ...] = (),
     train: TrainRecipe | None = None,
-) -> "Teacher | UnreliableTeacher | TabulatedTeacher":
-    """Load the teacher; without augmentation its answers to all training images are computed once.
+) -> TeacherFunction:
+    """Load the teacher, or its cache; without both augmentation and cache its answers to all images are computed once.
 
     Args:
         recipe: The teacher.
@@ -85,15 +120,19 @@ def prepare_teacher(
         train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
 
     Raises:
-        UserError: If the file is not good, or the teacher does not fit the images.
+        UserError: If the file is not good, or the teacher does not fit the images; or if the cache was made with
+            another teacher or other images, or does not hold what the loss reads.
     """
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
+    if recipe.cache:
+        check_stages(stages)
+        made_with = identify(network, architecture, recipe, data, images.train)
+        return open_cache(Path(recipe.cache), made_with, data, images.train, device)
     shapes = find_stages(network, images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    asked_anew = data.augmentation != "none" or size > TABLE_BYTES
-    reliable = Teacher(network.to(device), train if asked_anew else None)
-    teacher = UnreliableTeacher(reliable, recipe.random_answers, data.split_seed) if recipe.random_answers else reliable
+    asked_anew = data.augmentation != "none" or bool(data.mixup or data.cutmix) or size > TABLE_BYTES
+    teacher = wrap_teacher(network.to(device), recipe, data.split_seed, train if asked_anew else None)
     if asked_anew:
         return teacher
     return TabulatedTeacher(teacher, images.train, device, stages=stages)
@@ -105,7 +144,7 @@ def prepare_loss(
     """Build a loss for a student and a teacher; a loss over features finds their shapes by a dry run of each.
 
     Args:
-        specification: What `build_loss` takes.
+        specification: What `build_loss` takes; or {name: influence_weighted, loss: ..., ...}.
         student: The student.
         teacher: The teacher.
         images: The images.
@@ -114,6 +153,10 @@ def prepare_loss(
     Raises:
         UserError: If the loss, or one of the networks, is not good.
     """
+    if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
+        settings = read_weighted_loss(specification)
+        inner = prepare_loss(settings.loss, student, teacher, images, seed)
+        return InfluenceWeightedLoss(inner, images.meta_validation, settings)
     if not reads_features(specification):
         return build_loss(specification)
     stages = prepare_stages(student, teacher, images)
@@ -176,15 +219,17 @@ def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> 
 
 
 def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.device) -> str:
-    """Say which teacher this is, with its accuracy on meta-validation.
+    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says.
 
     Raises:
         UserError: If its file is not good or it does not fit the images.
     """
+    if recipe.cache:
+        return f"{read_cache(Path(recipe.cache)).header['teacher']} when its answers were cached in {recipe.cache}"
     network, architecture = load_teacher(recipe, images.train)
     check_network(name_teacher(recipe), architecture, images.train)
-    described = describe(network, architecture["name"], images.train.image_shape)
-    top1 = evaluate(network.to(device), images.meta_validation, device)["top1"]
+    described = describe(network, architecture["name"], images.train.image_shape, recipe.pretrained)
+    top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
     return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
 
@@ -196,4 +241,4 @@ def introduce_network(role: str, model: ModelRecipe, images: Images, device: tor
         UserError: If it cannot be built.
     """
     network = prepare_student(model, images.train, 0, device)
-    return format_description(role, describe(network, model.name, images.train.image_shape))
+    return format_description(role, describe(network, model.name, images.train.image_shape, model.pretrained))

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from lkd.assembly import Images, prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.assembly import (
+    Images,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
+from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.claims import claimed
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost
@@ -18,7 +25,7 @@ from lkd.distillation import start_training
 from lkd.evaluation import evaluate, guess
 from lkd.files import write_json
 from lkd.training import DivergedError, TeacherFunction
-from lkd.tuning import Method, split_method
+from lkd.tuning import Method, balance_of, split_method
 from lkd.workers import own_device
 
 Row = dict[str, Any]
@@ -31,7 +38,7 @@ class Cell:
 
     Attributes:
         method: The method's label.
-        loss: What `build_loss` takes, with a `train` of its own where the method has one.
+        loss: What `build_loss` takes, with a `train` and a `balance` of its own where the method has one.
         student: The network.
         seed: Of initial weights and batches; equal seeds are paired over methods.
         reported: Whether the test split is read (a reported number) or only meta-validation (tuning).
@@ -52,15 +59,21 @@ def run_claimed(recipe: CompareRecipe, cell: Cell, path: Path, claim: Path, devi
 
 def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
     """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    train = dataclasses.asdict(split_method(cell.loss, recipe.train)[1])
     learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
+    weights = digest_of(str(cell.loss.get("weights"))) if isinstance(cell.loss, dict) else None
     identity = {
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
         "data": dataclasses.asdict(recipe.data) | {"root": None},
         "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
-        "train": dataclasses.asdict(split_method(cell.loss, recipe.train)[1]),
+        "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
+        **({"weights": weights} if weights else {}),
+        **({"labelled": recipe.labelled_size} if recipe.labelled_size else {}),
     }
+    if learned and balance_of(cell.loss):
+        identity["balance"] = balance_of(cell.loss)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     kind = "report" if cell.reported else "tune"
     label = "".join(letter if letter.isalnum() else "-" for letter in cell.method)
@@ -102,9 +115,12 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)
+    balance = balance_of(cell.loss)
+    labelled = label_by_teacher(images.train, recipe.labelled_size, teacher, place, recipe.data.split_seed)
     training = start_training(
-        cell.student, images.train, loss, teacher, train, recipe.data.augmentation, cell.seed, place
+        cell.student, labelled, loss, teacher, train, recipe.data, cell.seed, place, balance=balance
     )
+    weights: list[float] = []
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
     every = recipe.evaluate_every * training.batches.steps_per_epoch if cell.reported else training.total_steps
@@ -120,6 +136,8 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
             figures = {"step": training.step, **guess(images.meta_validation)}
             break
         figures = {"step": training.step, **evaluate(training.result, images.meta_validation, place)}
+        if training.balance:
+            weights.append(training.balance.weight)
         if figures["top1"] > best["top1"]:
             best = figures
             best_weights = {name: tensor.clone() for name, tensor in training.result.state_dict().items()}
@@ -133,6 +151,8 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
         "peak_mib": cost.peak_mib,
     }
+    if weights:
+        row["balance_weights"] = weights
     if diverged_at is not None:
         row["diverged_at"] = diverged_at
     if cell.reported:

@@ -1,21 +1,24 @@
 """A checkpoint: any tree of dicts, lists, numbers, strings and tensors, bit-exact, without pickle."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lkd.errors import UserError
 from lkd.files import read_tensors, write_tensors
 
-KIND, VERSION = "checkpoint", 1
+KIND, VERSION = "checkpoint", 2
 
 
 def save_checkpoint(path: Path, tree: Any) -> None:
     """Write a tree atomically; what `state_dict()` of modules and optimisers return, and nests of them."""
     tensors: dict[str, Tensor] = {}
     structure = encode(tree, tensors)
-    write_tensors(path, tensors, KIND, VERSION, {"tree": structure})
+    write_tensors(path, tensors, KIND, VERSION, {"tree": structure, "digest": digest(tree)})
 
 
 def load_checkpoint(path: Path) -> Any:
@@ -25,7 +28,20 @@ def load_checkpoint(path: Path) -> Any:
         UserError: If the file is missing, damaged, or not a checkpoint.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
-    return decode(header["tree"], tensors)
+    tree = decode(header["tree"], tensors)
+    if digest(tree) != header.get("digest"):
+        raise UserError(f"{path}: is damaged: its content is not what was written")
+    return tree
+
+
+def digest(tree: Any) -> str:
+    """A hash of a tree: equal if and only if every number in it is equal to the bit."""
+    tensors: dict[str, Tensor] = {}
+    found = hashlib.blake2b(json.dumps(encode(tree, tensors)).encode(), digest_size=16)
+    for tensor in tensors.values():
+        found.update(str((tensor.dtype, tensor.shape)).encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:

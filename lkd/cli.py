@@ -24,7 +24,11 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
+    "influence": (config.InfluenceRecipe, "which training images help a network, and which harm it"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
+    "cache": (config.CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
+    "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
+    "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
 }
@@ -34,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a mistake that the user can mend; 130 after Ctrl-C.
+        0; 2 for a mistake that the user can mend; 130 after Ctrl-C; 143 after SIGTERM, where training was saved.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
@@ -81,13 +85,15 @@ def run_command(command: str, words: list[str]) -> int:
         return 0
     from lkd import commands
     from lkd.interrupt import Interrupted
+    from lkd.processes import read_job
 
     work: Callable[[Any], None] = getattr(commands, command.replace("-", "_"))
     try:
         work(recipe)
     except Interrupted as stopped:
-        print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
-        return 130
+        if read_job().rank == 0:
+            print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 

@@ -9,25 +9,32 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
+from lkd.caching import cache_answers
 from lkd.comparison import compare as compare_methods
 from lkd.config import (
+    CacheRecipe,
     CompareRecipe,
     DistillRecipe,
     EvaluateRecipe,
     ExportRecipe,
     FidelityRecipe,
+    InfluenceRecipe,
     MetaTrainRecipe,
+    PackRecipe,
     PlanRecipe,
     PoolRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
+    VarianceRecipe,
 )
 from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
+from lkd.influence import measure_run
 from lkd.meta_training import meta_train as learn_loss
+from lkd.packing import pack_dataset
 from lkd.plan.plan import plan as plan_run
 from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
@@ -35,6 +42,7 @@ from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
 from lkd.run import choose_device, open_run
 from lkd.teacher import load_teacher_network
+from lkd.variance import measure_variance
 
 
 def teacher(recipe: TrainTeacherRecipe) -> None:
@@ -47,6 +55,13 @@ def distill(recipe: DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
         distill_student(recipe, run)
+
+
+def influence(recipe: InfluenceRecipe) -> None:
+    """`lkd influence`."""
+    with open_run(recipe, "influence") as run:
+        path = measure_run(recipe, run)
+        run.say(f"{path}; beside it weights.safetensors, influence.png, result.json")
 
 
 def evaluate(recipe: EvaluateRecipe) -> None:
@@ -67,6 +82,25 @@ def export(recipe: ExportRecipe) -> None:
     """`lkd export`."""
     for name, (path, difference) in export_network(recipe).items():
         print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
+
+
+def variance(recipe: VarianceRecipe) -> None:
+    """`lkd variance`."""
+    result = measure_variance(recipe)
+    print(f"λ* = {result['optimal_share']:.3f}: {result['predicted_ratio']:.1%} of the noise without a teacher is left")
+    print(f"{recipe.run_dir}/variance: variance.json, variance.png")
+
+
+def pack(recipe: PackRecipe) -> None:
+    """`lkd pack`."""
+    for path in pack_dataset(recipe):
+        print(f"{path}: use it with --data.packed {path.parent}")
+
+
+def cache(recipe: CacheRecipe) -> None:
+    """`lkd cache`."""
+    made = cache_answers(recipe)
+    print(f"{made.folder}: {made.header['teacher']}; use it with --teacher.cache {made.folder}")
 
 
 def plan(recipe: PlanRecipe) -> None:

@@ -14,6 +14,7 @@ from lkd.assembly import (
     prepare_images,
     prepare_loss,
 )
+from lkd.balance.build import build_balance
 from lkd.cells import Cell, Row, cell_path, run_cell, run_claimed
 from lkd.claims import Watch
 from lkd.comparison_plan import pick_options, plan_report, plan_tuning
@@ -27,7 +28,7 @@ from lkd.evidence import evidence
 from lkd.files import write_json
 from lkd.optimization import build_optimizer, build_scheduler
 from lkd.run import Run
-from lkd.tuning import check_tuning, expand_grid, split_method
+from lkd.tuning import balance_of, check_tuning, expand_grid, split_method
 from lkd.workers import finish_all, start_workers
 
 
@@ -74,7 +75,8 @@ def check_methods(recipe: CompareRecipe, images: Images) -> None:
             loss, train = split_method(point, recipe.train)
             try:
                 for student in recipe.students:
-                    prepare_loss(loss, student, recipe.teacher, images, recipe.seed)
+                    built = prepare_loss(loss, student, recipe.teacher, images, recipe.seed)
+                build_balance(balance_of(point), built)
                 build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
             except UserError as error:
                 raise UserError(f"methods.{label}: {error}") from error

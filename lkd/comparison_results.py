@@ -23,7 +23,7 @@ from lkd.files import read_json, write_text
 from lkd.losses.build import LOSSES
 from lkd.published import find_published
 from lkd.teacher import load_teacher_network
-from lkd.tuning import Method, split_method
+from lkd.tuning import Method, balance_of, split_method
 
 
 def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path) -> list[Row]:
@@ -47,7 +47,7 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     """The published number of a row's protocol, if there is one and the recipe changes nothing about it."""
     loss = row["loss"]["name"] if isinstance(row["loss"], dict) else row["loss"]
     epochs = split_method(row["loss"], recipe.train)[1].epochs
-    if recipe.data.label_noise or recipe.teacher.random_answers or loss not in LOSSES:
+    if balance_of(row["loss"]) or recipe.data.label_noise or recipe.teacher.random_answers or loss not in LOSSES:
         return None
     teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
     return find_published(recipe.data.name, teacher, row["student"], epochs, loss)

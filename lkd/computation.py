@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from lkd.acceleration import build_forward
 from lkd.assembly import read_teacher_stages
-from lkd.checkpoint import set_random_state
+from lkd.balance.balancing import Balancing
+from lkd.checkpoint import random_state, set_random_state
 from lkd.config import TrainRecipe
-from lkd.data import Batches
+from lkd.data import Batches, seeded_generator
 from lkd.errors import UserError
 from lkd.losses.functions import widen
 from lkd.outputs import Outputs
-from lkd.processes import count_processes, own_rank
+from lkd.processes import gather_objects
 from lkd.throughput import StepClock
 
 
@@ -76,6 +77,22 @@ def check_accumulation(recipe: TrainRecipe, batches: Batches) -> int:
     return recipe.accumulation
 
 
+def check_balance(balance: Balancing | None, recipe: TrainRecipe, batches: Batches) -> None:
+    """Check that a balance which takes gradients of its own can.
+
+    Raises:
+        UserError: If the student is compiled or several processes share the batch.
+    """
+    if balance is None or not balance.rule.wants_gradients(0):
+        return
+    if recipe.compile:
+        raise UserError(
+            "train.compile: a compiled student gives one gradient a step; this balance takes more, leave it"
+        )
+    if batches.part[1] > 1:
+        raise UserError("balance: this one takes gradients of each term, in one process; take dynamic or a schedule")
+
+
 def build_average(student: nn.Module, recipe: TrainRecipe) -> ModelEmaV3 | None:
     """The moving average of the student's weights, if one is asked for.
 
@@ -116,16 +133,17 @@ def is_bfloat16(recipe: TrainRecipe, device: torch.device) -> bool:
     return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
 
 
-def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch.device) -> nn.Module:
-    """Wrap it so that every process's gradient is the mean over all; alone, nothing is wrapped.
+def share_gradients(computation: StudentLoss, recipe: TrainRecipe, batches: Batches) -> nn.Module:
+    """Wrap it so that every gradient is the mean over the processes that share the batch; alone, nothing is wrapped.
 
     Raises:
         UserError: If the loss keeps a memory of images, which several processes would not share, or BatchNorm cannot be
             synchronised here.
     """
+    device = batches.device
     if recipe.sync_batchnorm and device.type != "cuda":
         raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
-    if count_processes() == 1:
+    if batches.part[1] == 1:
         return computation
     if getattr(computation.loss, "needs_index", False):
         raise UserError("loss: it remembers every image (needs_index), which several processes cannot share; take one")
@@ -134,9 +152,16 @@ def share_gradients(computation: StudentLoss, recipe: TrainRecipe, device: torch
     return nn.parallel.DistributedDataParallel(computation, [device] if device.type == "cuda" else None)
 
 
+def collect_random_states(batches: Batches) -> list[dict[str, Tensor]]:
+    """The generators of every process that has a part of the batch; all of them must ask."""
+    state = random_state(batches.device)
+    return gather_objects(state) if batches.part[1] > 1 else [state]
+
+
 def restore_random_state(states: list[dict[str, Tensor]], step: int, batches: Batches) -> None:
     """Restore this process's generators; with another number of processes than before, seed them anew by the step."""
-    if len(states) == count_processes():
-        set_random_state(states[own_rank()], batches.device)
+    number, processes = batches.part
+    if len(states) == processes:
+        set_random_state(states[number], batches.device)
     else:
-        torch.manual_seed(batches.seed * 1_000_003 + step * 1009 + own_rank())
+        torch.manual_seed(seeded_generator(batches.seed, 10, number, step).initial_seed())

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lkd.assembly import (
     architecture_of,
+    build_batches,
     introduce_network,
     introduce_teacher,
     prepare_images,
@@ -20,20 +21,21 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
-from lkd.checkpoint import load_checkpoint, save_checkpoint
-from lkd.config import DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
-from lkd.data import Batches, ImageSet
+from lkd.balance.build import build_balance
+from lkd.balance.pseudo_labels import label_by_teacher
+from lkd.checkpoints import Checkpoints, run_steps
+from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
+from lkd.data import ImageSet, seeded_generator
 from lkd.evaluation import evaluate
-from lkd.interrupt import Interrupted, StopRequest, deferred_interrupts
+from lkd.interrupt import deferred_interrupts
 from lkd.losses import CrossEntropyLoss
 from lkd.models.network_file import save_network
-from lkd.processes import any_process, count_processes, is_main, own_rank, share_from_main
+from lkd.processes import count_processes, is_main, own_rank
 from lkd.run import Run
 from lkd.throughput import Throughput, format_throughput
 from lkd.training import TeacherFunction, Training
 
 SECONDS_BETWEEN_REPORTS = 1.0
-STEPS_BETWEEN_QUESTIONS = 10  # of all processes to each other whether one was asked to stop
 
 
 def distill(recipe: DistillRecipe, run: Run) -> Path:
@@ -44,11 +46,13 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     """
     images = prepare_images(recipe.data)
     loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
+    build_balance(recipe.balance, loss)  # a mistake shows before the teacher works
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     stages = read_teacher_stages(loss)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
-    return train_to_the_end(recipe, recipe.student, images.train, images.meta_validation, loss, teacher, run, "student")
+    train = label_by_teacher(images.train, recipe.labelled_size, teacher, run.device, recipe.data.split_seed)
+    return train_to_the_end(recipe, recipe.student, train, images.meta_validation, loss, teacher, run, "student")
 
 
 def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
@@ -79,21 +83,12 @@ def train_to_the_end(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
+    balance = recipe.balance if isinstance(recipe, DistillRecipe) else None
     training = start_training(
-        model, train, loss, teacher, recipe.train, recipe.data.augmentation, recipe.seed, run.device
+        model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device, shared=True, balance=balance
     )
-    checkpoint = run.path / "checkpoint.safetensors"
-    history: list[dict[str, Any]] = []
-    saved = share_from_main(load_checkpoint(checkpoint) if is_main() and checkpoint.exists() else None)
-    if saved:
-        training.load_state_dict(saved["training"])
-        history = saved["history"]
-
-    def save() -> None:
-        state = {"training": training.state_dict(), "history": history}
-        if is_main():
-            save_checkpoint(checkpoint, state)
-
+    checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
+    history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     shown = ""
 
@@ -102,6 +97,8 @@ def train_to_the_end(
         if lately.elapsed >= SECONDS_BETWEEN_REPORTS:
             figures = lately.read(training.step)
             bar.set_postfix_str(format_throughput(figures) + shown)
+            if training.balance:
+                figures["balance"] = training.balance.weight
             run.tracker.log(training.step, **figures)
             lately.start(training.step)
 
@@ -110,27 +107,25 @@ def train_to_the_end(
         while training.step < training.total_steps:
             for measured in (lately, epoch):
                 measured.start(training.step)
-            terms = training.run_step()
-            report()
-            while training.step % training.batches.steps_per_epoch and not must_stop(stop, training):
-                terms = training.run_step()
+            epoch_end = (
+                training.step - training.step % training.batches.steps_per_epoch + training.batches.steps_per_epoch
+            )
+            for terms in run_steps(training, epoch_end, stop, checkpoints, history=history):  # noqa: B007
                 report()
-            if training.step % training.batches.steps_per_epoch or any_process(bool(stop), run.device):
-                save()
-                raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
             speed = epoch.read(training.step)
-            figures = evaluate(training.result, meta_validation, run.device)
+            figures = evaluate(training.result, meta_validation, run.device, shared=True)
             history.append({"step": training.step, **figures})
             run.tracker.log(
                 training.step,
                 **{f"loss/{name}": float(value) for name, value in terms.items()},
                 **{f"meta_validation/{name}": value for name, value in figures.items()},
                 learning_rate=training.learning_rate,
+                **({"balance": training.balance.weight} if training.balance else {}),
                 **speed,
             )
             shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
             bar.set_postfix_str(format_throughput(speed) + shown)
-            save()
+            checkpoints.save_training(training, history=history)
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
     if not is_main():
@@ -141,26 +136,26 @@ def train_to_the_end(
     return path
 
 
-def must_stop(stop: StopRequest, training: Training) -> bool:
-    """Whether to stop within an epoch; several processes agree on it every so many steps."""
-    if count_processes() == 1:
-        return bool(stop)
-    return training.step % STEPS_BETWEEN_QUESTIONS == 0 and any_process(bool(stop), training.batches.device)
-
-
 def start_training(
     model: ModelRecipe,
     train: ImageSet,
     loss: nn.Module,
     teacher: TeacherFunction | None,
     recipe: TrainRecipe,
-    augmentation: str,
+    data: DataRecipe,
     seed: int,
     device: torch.device,
+    shared: bool = False,
+    balance: dict[str, Any] | str | None = None,
 ) -> Training:
-    """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss."""
+    """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss.
+
+    `shared`: the processes that have met do it together, each with its part of every batch; else each for itself.
+    `balance`: what `build_balance` takes.
+    """
     student = prepare_student(model, train, seed, device)
-    if own_rank():
-        torch.manual_seed(seed * 1_000_003 + own_rank())  # else dropout would drop the same in every process
-    batches = Batches(train, recipe.batch_size, seed, augmentation, device, (own_rank(), count_processes()))
-    return Training(student, loss, teacher, batches, recipe)
+    part = (own_rank(), count_processes()) if shared else (0, 1)
+    if part[0]:  # else dropout would drop the same in every process
+        torch.manual_seed(seeded_generator(seed, 10, part[0]).initial_seed())
+    batches = build_batches(train, recipe, data, seed, device, part)
+    return Training(student, loss, teacher, batches, recipe, build_balance(balance, loss))

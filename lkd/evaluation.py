@@ -12,27 +12,32 @@ from lkd.processes import copy_buffers_from_main, count_processes, gather_rows, 
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500) -> dict[str, float]:
-    """Evaluate a network, in eval mode; its mode is restored. Processes that have met share the images.
+def evaluate(
+    network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500, shared: bool = False
+) -> dict[str, float]:
+    """Evaluate a network, in eval mode; its mode is restored.
 
     Args:
         network: Returns `Outputs`.
         images: The images; every one counts once.
         device: Where the network is.
         batch_size: Images at a time.
+        shared: Whether the processes that have met share the images; all must ask then.
 
     Returns:
         `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature),
         `temperature` (that one), and
-        `calibration_error` in percent.
+        `calibration_error` in percent; the same in all processes that share the images.
     """
     training = network.training
     network.eval()
-    copy_buffers_from_main(network)
-    own = torch.arange(own_rank(), len(images), count_processes())
-    batches = (images.batch(positions, device) for positions in own.split(batch_size))
-    answers = [(network(batch.images).logits, batch.target) for batch in batches]
-    logits, target = (gather_rows(torch.cat(parts)) for parts in zip(*answers, strict=True))
+    if shared:
+        copy_buffers_from_main(network)
+    own = torch.arange(own_rank(), len(images), count_processes()) if shared else torch.arange(len(images))
+    answers = [(network(batch.images).logits, batch.target) for batch in images.batches(own.split(batch_size), device)]
+    logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    if shared:
+        logits, target = gather_rows(logits), gather_rows(target)
     logits = logits.float()
     network.train(training)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)

@@ -120,7 +120,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
     batches = build_rollout_batches(
-        images.train, recipe.train, draw.steps, recipe.rollout_epochs, seed, recipe.data.augmentation, place
+        images.train, recipe.train, draw.steps, recipe.rollout_epochs, seed, recipe.data, place
     )
     inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps, tuple(stages))
     size = min(recipe.outer_batch_size, len(images.meta_validation))

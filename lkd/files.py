@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,30 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_free_space(setting: str, folder: Path, needed: int, what: str, advice: str) -> None:
+    """Check that a folder, which is made if it is not there, has space.
+
+    Args:
+        setting: The field that names it.
+        folder: The folder.
+        needed: Bytes that will be written.
+        what: What they hold.
+        advice: What to do if it has too little.
+
+    Raises:
+        UserError: If it has too little, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be written: {error.strerror}") from error
+    if needed > free:
+        raise UserError(
+            f"{setting}: {folder} has {free / 1e9:.1f} GB free, {what} need about {needed / 1e9:.1f} GB: {advice}"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -52,9 +52,7 @@ class OwnStudent:
         self.seed = draw_seed(recipe.seed, 6, number)
         self.rollout_steps = recipe.meta.rollout_steps
         loss.requires_grad_(False)  # so that the student's optimiser leaves the loss alone
-        self.training = start_training(
-            model, images.train, loss, teacher, recipe.train, recipe.data.augmentation, self.seed, device
-        )
+        self.training = start_training(model, images.train, loss, teacher, recipe.train, recipe.data, self.seed, device)
         loss.requires_grad_(True)
         hyper = dict(loss.named_parameters())
         self.tape = Tape(self.training.student, self.training.optimizer, hyper, self.rollout_steps)

@@ -2,14 +2,14 @@
 
 import torch
 
-from lkd.assembly import Images
+from lkd.assembly import Images, build_batches
 from lkd.config import MetaTrainRecipe
-from lkd.data import Batches
 from lkd.errors import UserError, check_choice
 from lkd.interleaving import alternation_start, check_interleaving
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool, check_pool, list_snapshots
 from lkd.pool_sampling import build_age_weights, check_sampling, find_drawable_ages
+from lkd.processes import share_out
 from meta import ESTIMATORS
 
 AUDITED = "audited"
@@ -23,6 +23,11 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     """
     settings = recipe.meta
     check_pool(recipe.pool)
+    if settings.batches == "same" and (recipe.data.mixup or recipe.data.cutmix):
+        raise UserError(
+            "meta.batches: same would score students on mixed images, which have no label; leave out data.mixup and "
+            "data.cutmix, or take meta.batches different"
+        )
     build_age_weights(recipe.pool)
     check_choice("meta.estimator", settings.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", settings.objective, OBJECTIVES)
@@ -38,6 +43,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is not at least 1")
     if recipe.train.epochs < 1:
         raise UserError(f"train.epochs: {recipe.train.epochs} is not at least 1")
+    share_out(settings.students_per_step, "meta.students_per_step")
     if settings.clip_norm < 0:
         raise UserError(f"meta.clip_norm: {settings.clip_norm} is negative; 0 turns clipping off")
     if not 0 <= settings.average < 1:
@@ -50,6 +56,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     for name in ("reuse_every", "reuse_patience"):
         if getattr(settings, name) < 0:
             raise UserError(f"meta.{name}: {getattr(settings, name)} is negative; 0 turns it off")
+    if settings.reuse_students < 1:
+        raise UserError(f"meta.reuse_students: {settings.reuse_students} is not at least 1")
     if settings.reuse_every and not 0 <= settings.reuse_epochs <= recipe.train.epochs:
         raise UserError(
             f"meta.reuse_epochs: {settings.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "
@@ -101,7 +109,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
         UserError: If not.
     """
     settings = recipe.meta
-    batches = Batches(images.train, recipe.train.batch_size, recipe.seed, recipe.data.augmentation)
+    batches = build_batches(images.train, recipe.train, recipe.data, recipe.seed, torch.device("cpu"))
     total_steps = recipe.train.epochs * batches.steps_per_epoch
     check_interleaving(settings, total_steps)
     if not alternation_start(settings):

@@ -43,8 +43,7 @@ def time_training(
 ) -> float:
     """Seconds of one whole training of a student of this architecture."""
     frozen = copy.deepcopy(loss).requires_grad_(False)
-    augmentation = recipe.data.augmentation
-    training = start_training(model, images.train, frozen, teacher, recipe.train, augmentation, recipe.seed, device)
+    training = start_training(model, images.train, frozen, teacher, recipe.train, recipe.data, recipe.seed, device)
     seconds = []
     for _ in range(min(WARM_UP + TIMED, training.total_steps)):
         started = read_clock(device)

@@ -2,7 +2,7 @@
 
 *Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured
 choices of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the
-student's age to 1 meanwhile, so that K steps stand for a whole training; students are young; the outer loss is
+student's age to 1 meanwhile, so that K steps stand for a whole training; the outer loss is
 cross-entropy at the best temperature. The paper's axes (how students are sampled, which images the outer loss sees, how
 the trainings of loss and student are interleaved) are options of the recipe.
 """
@@ -22,8 +22,10 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
-from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.checkpoint import digest
+from lkd.checkpoints import Checkpoints
 from lkd.config import MetaTrainRecipe
+from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
@@ -33,18 +35,19 @@ from lkd.meta_log import describe_saturation, log_row
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
 from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
+from lkd.processes import any_process, gather_objects, is_main, share_from_main
 from lkd.reuse import FIGURES, Reuse
 from lkd.run import Run
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
-    """Learn a loss and save it.
+    """Learn a loss and save it. Processes that have met share the work.
 
     Returns:
         The learned-loss file.
 
     Raises:
-        UserError: If the recipe, the data, the teacher or the pool is not good.
+        UserError: If the recipe, the data, the teacher or the pool is not good, or the processes' losses differ.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     check_settings(recipe)
@@ -66,8 +69,11 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         pools = pools or build_pools(recipe, run.path / "pool", images, teacher, run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
     loop = OuterLoop(recipe, images, teacher, loss, pools, run.device)
-    reuse = Reuse(recipe, models, images, teacher, run.device)
+    reuse = Reuse(recipe, models, images, teacher, run)
     training_seconds = learn(recipe, loop, reuse, run)
+    path = run.path / f"loss{SUFFIX}"
+    if not is_main():
+        return path
     if loop.own:
         save_own_student(recipe, loop, run)
     pool_trainings = count_pool_trainings(recipe, pools, loop.step)
@@ -78,7 +84,6 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         "seconds": round(loop.seconds, 1),
         **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
     }
-    path = run.path / f"loss{SUFFIX}"
     save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
     if reuse.rows:
         run.say(f"best by reuse: the loss after outer step {reuse.best_row['step']} of {loop.step}")
@@ -95,30 +100,38 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
+        UserError: If the processes' losses differ.
     """
-    checkpoint, settings, first_pools = run.path / "checkpoint.safetensors", recipe.meta, loop.pools
+    checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
+    settings, first_pools = recipe.meta, loop.pools
     images, teacher = loop.images, loop.teacher
     training_seconds = 0.0
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint)
+    saved = checkpoints.load()
+    if saved:
         loop.load_state_dict(saved["loop"])
         reuse.load_state_dict(saved["reuse"])
         training_seconds = saved["training_seconds"]
     warned = any(describe_saturation(row) for row in loop.history)
 
     def save() -> None:
+        check_identical(loop)
         state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
-        save_checkpoint(checkpoint, state)
-        drop_superseded_pools(recipe, loop.step, run)
+        checkpoints.save(loop.step, state)
+        if is_main():
+            drop_superseded_pools(recipe, min(checkpoints.list()), run)
 
     bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
-        training_seconds = training_seconds or measure_training_seconds(recipe, images, teacher, loop.loss, run.device)
+        training_seconds = training_seconds or share_from_main(
+            measure_training_seconds(recipe, images, teacher, loop.loss, run.device)
+        )
         try:
             while True:
                 if reuse.is_due(loop.step):
                     row = reuse.look(loop.step, loop.loss, loop.points, stop)
                     run.tracker.log(loop.step, **{f"reuse/{name}": row[name] for name in FIGURES})
+                    save()
+                    reuse.forget_checkpoints()
                 if loop.step == settings.outer_steps or reuse.is_exhausted():
                     break
                 if recipe.pool.sampling == "live" and not loop.alternates:
@@ -133,7 +146,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                 bar.update()
                 shown = {"outer": "outer/value", "norm": "outer/hypergradient_norm"}
                 bar.set_postfix({name: f"{row[key]:.3g}" for name, key in shown.items()})
-                if stop:
+                if any_process(bool(stop), run.device):
                     raise Interrupted(f"stopped at outer step {loop.step} of {settings.outer_steps}")
                 if loop.step % settings.checkpoint_every == 0:
                     save()
@@ -142,6 +155,21 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
             raise
     save()
     return training_seconds
+
+
+def check_identical(loop: OuterLoop) -> None:
+    """Check that all processes have the same loss, to the bit.
+
+    Raises:
+        UserError: If one has another than the main process.
+    """
+    digests = gather_objects(digest([loop.loss.state_dict(), loop.optimizer.state_dict()]))
+    strangers = [number for number, found in enumerate(digests) if found != digests[0]]
+    if strangers:
+        raise UserError(
+            f"outer step {loop.step}: the loss of process {', '.join(map(str, strangers))} is not that of process 0: "
+            "take hosts with the same software and devices, and go on from the last checkpoint by --resume auto"
+        )
 
 
 def save_own_student(recipe: MetaTrainRecipe, loop: OuterLoop, run: Run) -> None:

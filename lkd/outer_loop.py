@@ -2,10 +2,12 @@
 
 import time
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lkd.assembly import Images, prepare_student, read_teacher_stages
 from lkd.config import MetaTrainRecipe
@@ -19,6 +21,7 @@ from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool
 from lkd.pool_sampling import build_age_weights, draw_position
 from lkd.pools import list_students
+from lkd.processes import count_processes, gather_objects, share_out
 from lkd.rollouts import (
     InnerBatch,
     build_inner_optimizer,
@@ -30,6 +33,7 @@ from lkd.rollouts import (
 )
 from lkd.training import TeacherFunction
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
+from meta.estimators.base import Problem
 from meta.optim import Averaged, Optimizer
 from meta.types import Tensors
 
@@ -37,7 +41,8 @@ from meta.types import Tensors
 class OuterLoop:
     """The outer loop.
 
-    Every draw is a function of the seed and the step, so nothing random need be saved.
+    Every draw is a function of the seed, the step and the student's number, so nothing random need be saved. Processes
+    that have met share the students of a step, each a block of numbers, and end it with the same loss.
 
     Args:
         recipe: The recipe.
@@ -50,9 +55,13 @@ class OuterLoop:
     Attributes:
         step: Outer steps taken.
         points: The weights of the loss: one point, or, once it alternates, one for each stretch of progress.
-        balances: What `measure_balance` found for each student of the latest step.
+        own: By number, the students of this process in training while the loss alternates with them.
+        balances: What `measure_balance` found for each student of the latest step, of all processes.
         seconds: What the steps took, by the wall's clock.
-        work_seconds: The same by `read_clock`.
+        work_seconds: The same by `read_clock`, of all processes.
+
+    Raises:
+        UserError: If the students of a step do not divide among the processes.
     """
 
     def __init__(
@@ -74,11 +83,13 @@ class OuterLoop:
             Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
         )
         self.age_weights = build_age_weights(recipe.pool)
-        self.own: list[OwnStudent] = []
+        self.numbers = share_out(self.settings.students_per_step, "meta.students_per_step")
+        self.own: dict[int, OwnStudent] = {}
         if self.settings.interleaving != "before":
-            numbers = range(self.settings.students_per_step)
-            picked = [(models[number % len(models)], number) for number in numbers]
-            self.own = [OwnStudent(recipe, model, images, teacher, self.loss, n, device) for model, n in picked]
+            self.own = {
+                n: OwnStudent(recipe, models[n % len(models)], images, teacher, self.loss, n, device)
+                for n in self.numbers
+            }
         self.step = 0
         self.course: list[Point] = []
         self.history: list[dict[str, Any]] = []
@@ -104,21 +115,45 @@ class OuterLoop:
         if self.alternates:
             self.course = self.points
         differentiate = self.differentiate_own_student if self.alternates else self.differentiate_pool_student
-        hypergradients = [differentiate(number) for number in range(self.settings.students_per_step)]
+        hypergradients = []
+        for number in range(self.settings.students_per_step):
+            if number in self.numbers:
+                hypergradients.append(differentiate(number))
+            elif isinstance(self.estimator, Audited) and not self.alternates:
+                self.estimator.follow(partial(self.build_problem, number))
         parameters = dict(self.loss.named_parameters())
         result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
         self.step += 1
-        if self.course and self.own[0].training.progress < 1:
-            self.course.append((self.own[0].training.progress, copy_state(self.loss)))
+        if self.course and self.own_progress < 1:
+            self.course.append((self.own_progress, copy_state(self.loss)))
         self.seconds += time.perf_counter() - started
-        self.work_seconds += read_clock(self.device) - work_started
-        return result
+        self.work_seconds += (read_clock(self.device) - work_started) * count_processes()
+        balances, left_out = zip(*gather_objects((self.balances, result.left_out)), strict=True)
+        self.balances = list(chain(*balances))
+        return result._replace(left_out=tuple(chain(*left_out)))
+
+    @property
+    def own_progress(self) -> float:
+        """How far the loop's own students are in their training, all alike."""
+        return self.own[self.numbers[0]].training.progress
 
     def differentiate_pool_student(self, number: int) -> Hypergradient:
-        """Draw a student and batches, roll out, and differentiate the outer loss with respect to the loss's weights."""
+        """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
+        problem = self.build_problem(number)
+        hypergradient = self.estimator(*problem)
+        state, batch, network = problem[2], problem[4][0], self.students[self.count_draws(number)[1]]
+        self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, batch))
+        return hypergradient
+
+    def count_draws(self, number: int) -> tuple[int, int]:
+        """How many students were drawn before this one from the pool of its architecture, and which that is."""
+        return divmod(self.step * self.settings.students_per_step + number, len(self.students))
+
+    def build_problem(self, number: int) -> Problem:
+        """Draw a student and batches: what the estimator is given."""
         settings, train = self.settings, self.recipe.train
         generator = seeded_generator(self.recipe.seed, 5, self.step, number)
-        draw, architecture = divmod(self.step * settings.students_per_step + number, len(self.students))
+        draw, architecture = self.count_draws(number)
         network, pool = self.students[architecture], self.pools[architecture]
         student = pool.read(draw_position(self.age_weights(pool.ages, draw), generator), self.device)
         state = student.state if self.recipe.pool.restore_momentum else student.state._replace(optimizer={})
@@ -131,14 +166,13 @@ class OuterLoop:
             steps,
             settings.rollout_epochs,
             seed,
-            self.recipe.data.augmentation,
+            self.recipe.data,
             self.device,
         )
         stages = read_teacher_stages(self.loss)
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
-        self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, inner_batches[0]))
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
-        return self.estimator(
+        return (
             partial(compute_inner_loss, network, self.loss),
             self.outer_loss(network),
             state,
@@ -188,14 +222,16 @@ class OuterLoop:
         return compute
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly."""
+        """Everything needed to go on bit-exactly, with any number of processes. All of them must ask."""
+        own = {number: own.training.state_dict() for number, own in self.own.items()}
+        gathered = gather_objects(tree_map_only(Tensor, Tensor.cpu, own))
         return {
             "step": self.step,
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
-            "own": [own.training.state_dict() for own in self.own],
+            "own": {number: state for part in gathered for number, state in part.items()},
             "course": self.course,
             "seconds": self.seconds,
             "work_seconds": self.work_seconds,
@@ -209,5 +245,5 @@ class OuterLoop:
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.estimator, Audited):
             self.estimator.load_state_dict(state["estimator"])
-        for own, saved in zip(self.own, state["own"], strict=True):
-            own.training.load_state_dict(saved)
+        for number, own in self.own.items():
+            own.training.load_state_dict(state["own"][number])

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lkd.assembly import Images, architecture_of, prepare_loss
+from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import MetaTrainRecipe, PoolContents, PoolRecipe
 from lkd.distillation import start_training
 from lkd.errors import UserError
 from lkd.files import read_json, read_tensors, write_json, write_tensors
-from lkd.interrupt import Interrupted, deferred_interrupts
+from lkd.interrupt import deferred_interrupts
+from lkd.processes import is_main, wait_for_all
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
 from meta import State
@@ -117,6 +119,8 @@ def build_pool(
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
 
+    Processes that have met share each training.
+
     Args:
         recipe: The recipe.
         folder: Where the pool goes, or is gone on with.
@@ -128,7 +132,7 @@ def build_pool(
 
     Raises:
         UserError: If the settings are impossible.
-        Interrupted: On Ctrl-C or SIGTERM; finished students stay.
+        Interrupted: On Ctrl-C or SIGTERM; finished students stay, and the one in training goes on later.
     """
     settings = recipe.pool
     check_pool(settings)
@@ -149,19 +153,24 @@ def build_pool(
                 loss or prepare_loss(settings.loss, recipe.student, recipe.teacher, images, seed),
                 teacher,
                 recipe.train,
-                recipe.data.augmentation,
+                recipe.data,
                 seed,
                 run.device,
+                shared=True,
             )
+            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", recipe.train, run.say)
+            checkpoints.resume_training(training)
             for step in list_snapshots(settings, training.total_steps):
-                while training.step < step and not stop:
-                    training.run_step()
-                if stop:
-                    raise Interrupted(f"{number - first} of {settings.students} students of the pool are finished")
+                for _ in run_steps(training, step, stop, checkpoints):
+                    pass
                 name = f"student-{number:03d}-step-{step:06d}.safetensors"
-                write_student(folder / name, training)
-                index["students"].append({"file": name, "training": number, "progress": training.progress})
-            write_json(folder / INDEX, index)
+                if training.step == step and is_main():  # else it was written before the checkpoint
+                    write_student(folder / name, training)
+                index["students"].append({"file": name, "training": number, "progress": step / training.total_steps})
+            if is_main():
+                write_json(folder / INDEX, index)
+                checkpoints.remove()
+    wait_for_all()
     return Pool(folder, index)
 
 

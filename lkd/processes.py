@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lkd.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)  # the main process evaluates and writes while others wait
+TIMEOUT = timedelta(minutes=30)  # the main process writes while others wait
 
 
 class Job(NamedTuple):
@@ -91,6 +91,28 @@ def any_process(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor([int(flag)], device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here: what the main process wrote before is there for all."""
+    if count_processes() > 1:
+        dist.barrier()
+
+
+def share_out(count: int, name: str) -> range:
+    """This process's share of so many numbered things: as many as every other process has.
+
+    Args:
+        count: How many there are.
+        name: The setting that says so.
+
+    Raises:
+        UserError: If they do not divide.
+    """
+    processes = count_processes()
+    if count % processes:
+        raise UserError(f"{name}: {count} do not divide among {processes} processes; take a multiple of {processes}")
+    return range(own_rank() * count // processes, (own_rank() + 1) * count // processes)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -2,37 +2,43 @@
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from lkd.assembly import Images
+from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import MetaTrainRecipe, ModelRecipe, TrainRecipe
 from lkd.distillation import start_training
-from lkd.errors import UserError
 from lkd.evaluation import evaluate
 from lkd.interleaving import Point, assemble_loss, draw_seed
-from lkd.interrupt import Interrupted, StopRequest
+from lkd.interrupt import StopRequest
 from lkd.losses import LearnedLoss
-from lkd.training import TeacherFunction
+from lkd.processes import is_main, share_from_main
+from lkd.run import Run
+from lkd.training import DivergedError, TeacherFunction
 
 SCORE = "calibrated_cross_entropy"  # ranks like accuracy, but is less noisy
 FIGURES = (SCORE, "top1")
+LOOK = "look"  # the folder of a look's checkpoints
 
 
 class Reuse:
     """Looks at how good the loss is when it is reused, and the best loss so far.
 
-    Each look trains one fresh student of each architecture, the same in all looks, so that losses are compared in
-    pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Each look trains `meta.reuse_students` fresh students of each architecture, the same in all looks, so that losses
+    are compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Processes that have met share each training.
 
     Args:
         recipe: The recipe.
         models: The students' architectures.
         images: The images.
         teacher: From a batch to the teacher's outputs.
-        device: Where tensors go.
+        run: The run; a look that was stopped goes on from the checkpoints in its folder `look`.
     """
 
     def __init__(
@@ -41,9 +47,9 @@ class Reuse:
         models: Sequence[ModelRecipe],
         images: Images,
         teacher: TeacherFunction,
-        device: torch.device,
+        run: Run,
     ) -> None:
-        self.recipe, self.models, self.images, self.teacher, self.device = recipe, models, images, teacher, device
+        self.recipe, self.models, self.images, self.teacher, self.run = recipe, models, images, teacher, run
         self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
         self.rows: list[dict[str, float]] = []
         self.best: list[Point] = []
@@ -56,7 +62,8 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        return len(self.rows) * len(self.models) * self.train.epochs / self.recipe.train.epochs
+        students = self.recipe.meta.reuse_students * len(self.models)
+        return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
@@ -77,9 +84,17 @@ class Reuse:
         """Train fresh students with the loss of these points and score them.
 
         Raises:
-            Interrupted: If `stop` was asked for; the look counts for nothing.
+            Interrupted: If `stop` was asked for; the look goes on later.
         """
-        figures = [self.train_student(model, networks, points, stop) for model in self.models]
+        assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
+        numbers = range(self.recipe.meta.reuse_students)
+        students = [(model, number) for model in self.models for number in numbers]
+        figures = share_from_main(
+            [
+                self.train_student(model, number, assembled, folder / f"student-{place:03d}", stop)
+                for place, (model, number) in enumerate(students)
+            ]
+        )
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
         self.rows.append({"step": step, **mean})
         if self.best_row["step"] == step:
@@ -87,27 +102,34 @@ class Reuse:
         return self.rows[-1]
 
     def train_student(
-        self, model: ModelRecipe, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest
+        self, model: ModelRecipe, number: int, loss: nn.Module, folder: Path, stop: StopRequest
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
         training = start_training(
             model,
             self.images.train,
-            assemble_loss(networks, points),
+            loss,
             self.teacher,
             self.train,
-            self.recipe.data.augmentation,
-            draw_seed(self.recipe.seed, 7),
-            self.device,
+            self.recipe.data,
+            draw_seed(self.recipe.seed, 7, number),
+            self.run.device,
+            shared=True,
         )
-        while training.step < training.total_steps:
-            if stop:
-                raise Interrupted("stopped while the loss was tried on a fresh student")
-            try:
-                training.run_step()
-            except UserError:  # not finite
-                return {SCORE: float("inf"), "top1": 0.0}
-        return evaluate(training.result, self.images.meta_validation, self.device)
+        checkpoints = Checkpoints(folder, self.recipe.train, self.run.say)
+        checkpoints.resume_training(training)
+        try:
+            for _ in run_steps(training, training.total_steps, stop, checkpoints):
+                pass
+        except DivergedError:
+            return {SCORE: float("inf"), "top1": 0.0}
+        checkpoints.save_training(training)
+        return evaluate(training.result, self.images.meta_validation, self.run.device, shared=True)
+
+    def forget_checkpoints(self) -> None:
+        """Delete the checkpoints of looks: those that were finished are in the outer loop's."""
+        if is_main():
+            shutil.rmtree(self.run.path / LOOK, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on."""

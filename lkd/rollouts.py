@@ -10,8 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from lkd.assembly import build_batches
 from lkd.computation import keep_stages
-from lkd.config import TrainRecipe
+from lkd.config import DataRecipe, TrainRecipe
 from lkd.data import Batch, Batches, ImageSet, draw_positions, seeded_generator
 from lkd.outputs import Outputs
 from lkd.training import TeacherFunction
@@ -59,12 +60,12 @@ def build_rollout_batches(
     steps: int,
     epochs: int,
     seed: int,
-    augmentation: str,
+    data: DataRecipe,
     device: torch.device,
 ) -> Batches:
     """The batches of one rollout, a function of the seed, over the images of `draw_rollout_images`."""
     part = draw_rollout_images(images, steps, train.batch_size, epochs, seeded_generator(seed, 9))
-    return Batches(part, train.batch_size, seed, augmentation, device)
+    return build_batches(part, train, data, seed, device, steps=steps)
 
 
 def list_inner_batches(

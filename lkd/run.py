@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import tempfile
@@ -16,12 +17,14 @@ import torch
 from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
-from lkd.processes import join_processes, place_of, read_job
+from lkd.processes import any_process, is_main, join_processes, place_of, read_job, wait_for_all
+from lkd.resumption import check_resumable
 from lkd.tracking import Tracker
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
-SHARED_COMMANDS = ("distill", "teacher")  # which torchrun may start
-MAY_DIFFER_ON_RESUME = ("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root")
+SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
+FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
+OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Run:
     """An open run.
 
     Attributes:
-        path: The run directory.
+        path: The run directory. Only the main process writes there.
         device: Where tensors go.
         tracker: The log.
         command: Command that made the run, say `"distill"`.
@@ -43,7 +46,9 @@ class Run:
     quiet: bool
 
     def say(self, *lines: str) -> None:
-        """Print lines, and keep them in the run's `output.txt`."""
+        """Print lines, and keep them in the run's `output.txt`; the main process's task alone."""
+        if not is_main():
+            return
         with (self.path / "output.txt").open("a", encoding="utf-8") as file:
             print(*lines, sep="\n", file=file)
         if not self.quiet:
@@ -66,23 +71,39 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
 
     Raises:
         UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
-            config, or is in use.
+            config, is in use, or is not there for a process that must read it; or if the command runs in one process.
     """
     job = read_job()
     if job.size > 1 and command not in SHARED_COMMANDS:
-        raise UserError(f"torchrun: `lkd {command}` runs in one process; {' and '.join(SHARED_COMMANDS)} in several")
+        raise UserError(f"torchrun: `lkd {command}` runs in one process; in several run {', '.join(SHARED_COMMANDS)}")
     device = place_of(choose_device(recipe.device))
     with join_processes(device):
-        if job.rank:  # only the main process has the run directory
+        if job.rank == 0:
+            with open_run_directory(recipe, command, device, quiet) as run:
+                check_shared(run)
+                yield run
+        else:
             with tempfile.TemporaryDirectory() as folder:
-                tracker = Tracker(Path(folder), WandbRecipe(), {})
+                tracker = Tracker(Path(folder), WandbRecipe(), {})  # of what the main process records too
                 try:
-                    yield Run(Path(folder), device, tracker, command, quiet=True)
+                    run = Run(Path(recipe.run_dir), device, tracker, command, quiet=True)
+                    check_shared(run)
+                    yield run
                 finally:
                     tracker.finish()
-        else:
-            with open_run_directory(recipe, command, device, quiet) as run:
-                yield run
+
+
+def check_shared(run: Run) -> None:
+    """Check that every process sees the run directory, where the command needs it.
+
+    Raises:
+        UserError: If one does not.
+    """
+    if run.command not in FOLDER_COMMANDS:
+        return
+    wait_for_all()
+    if any_process(not (run.path / "config.json").exists(), run.device):
+        raise UserError(f"run_dir: {run.path} is not there for all processes; give a folder that all hosts share")
 
 
 @contextmanager
@@ -107,10 +128,28 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
+        handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
+        handlers += [] if quiet else [logging.StreamHandler()]
+        for handler in handlers:
+            logging.getLogger("lkd").addHandler(handler)
         try:
             yield Run(path, device, tracker, command, quiet)
+        except UserError:
+            if new and not joined:
+                forget_unstarted(path)
+            raise
         finally:
+            for handler in handlers:
+                logging.getLogger("lkd").removeHandler(handler)
+                handler.close()
             tracker.finish()
+
+
+def forget_unstarted(path: Path) -> None:
+    """Let a run that a mistake stopped before it did anything be started anew, with another config."""
+    begun = (path / "log.jsonl").stat().st_size or {entry.name for entry in path.iterdir()} - OPENED
+    if not begun:
+        (path / "config.json").unlink()
 
 
 def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
@@ -128,31 +167,6 @@ def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
-    """Check that a run directory that holds a run may be gone on with.
-
-    Raises:
-        UserError: If not.
-    """
-    saved = read_json(path / "config.json")
-    if resume == "never":
-        raise UserError(
-            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
-            "go on with it by --resume auto, or choose another --run_dir"
-        )
-    if saved.get("command") != config["command"]:
-        raise UserError(
-            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
-        )
-    before, now = flatten(saved["recipe"]), flatten(config["recipe"])
-    for key in sorted(before.keys() | now.keys()):
-        if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
-                "a resumed run keeps its config"
-            )
-
-
 def shorten_paths(tree: Any) -> Any:
     """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
     if isinstance(tree, dict):
@@ -160,17 +174,6 @@ def shorten_paths(tree: Any) -> Any:
     if isinstance(tree, list):
         return [shorten_paths(value) for value in tree]
     return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """A teacher: a callable from a batch to its outputs, without gradient."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from lkd.data import Batch, ImageSet, seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.errors import UserError, check_choice
 from lkd.models import build
+from lkd.models.adapted_input import adapt_input
+from lkd.models.efficientnet_checkpoint import EFFICIENTNET_LITE, load_efficientnet_checkpoint
 from lkd.models.foreign_checkpoint import load_crd_checkpoint
 from lkd.models.network_file import load_network
 from lkd.outputs import Outputs
+
+TeacherFunction = Callable[[Batch], Outputs]
+"""From a batch to a teacher's outputs."""
 
 
 class Teacher:
@@ -48,20 +54,20 @@ class TabulatedTeacher:
 
     def __init__(
         self,
-        teacher: "Teacher | UnreliableTeacher",
+        teacher: TeacherFunction,
         images: ImageSet,
         device: torch.device,
         batch_size: int = 500,
         stages: tuple[str, ...] = (),
     ) -> None:
         rows = []
-        for positions in torch.arange(len(images)).split(batch_size):
-            outputs = teacher(images.batch(positions, device))
-            rows.append((outputs.logits, *(outputs.features[stage] for stage in stages)))
-        self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
+        for batch in images.batches(torch.arange(len(images)).split(batch_size), device):
+            outputs = teacher(batch)
+            rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
+        index, self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
         self.features = dict(zip(stages, features, strict=True))
         self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
-        self.row[images.index.to(device)] = torch.arange(len(images), device=device)
+        self.row[index] = torch.arange(len(index), device=device)
 
     def __call__(self, batch: Batch) -> Outputs:
         """Look a batch up by the images' index; the only features are those that were kept."""
@@ -101,13 +107,52 @@ class UnreliableTeacher:
         return torch.randperm(num_classes, generator=generator)
 
 
+def wrap_teacher(network: nn.Module, recipe: TeacherRecipe, seed: int, train: TrainRecipe | None) -> TeacherFunction:
+    """The teacher that a recipe describes, of its network; asked anew for every batch.
+
+    Args:
+        network: The network.
+        recipe: Whether it is reliable.
+        seed: Of its random answers.
+        train: Whether it is compiled, and its layout in memory.
+
+    Raises:
+        UserError: If the fraction of random answers is impossible.
+    """
+    reliable = Teacher(network, train)
+    return UnreliableTeacher(reliable, recipe.random_answers, seed) if recipe.random_answers else reliable
+
+
 def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """Load a teacher's file; `embedded` is the one that the package carries."""
     return load_network(TEACHER if path == "embedded" else Path(path))
 
 
 def load_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
-    """Get the teacher that a recipe names.
+    """Get the teacher that a recipe names, to be asked about these images as they are normalised for the student.
+
+    Args:
+        recipe: A file, or a network with timm's weights or with none.
+        images: What an untrained network is built for, and how images are normalised.
+
+    Returns:
+        The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
+
+    Raises:
+        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
+    """
+    network, architecture = read_teacher(recipe, images)
+    given = wanted = images.mean, images.std
+    if architecture["in_chans"] == 3 and (recipe.pretrained or recipe.name in EFFICIENTNET_LITE):
+        import timm
+
+        configuration = timm.get_pretrained_cfg(recipe.name)
+        wanted = tuple(configuration.mean), tuple(configuration.std)
+    return adapt_input(network, given, wanted, recipe.image_size), architecture
+
+
+def read_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
+    """Get the teacher that a recipe names, as it is.
 
     Args:
         recipe: A file, or a network with timm's weights or with none.
@@ -134,7 +179,8 @@ def load_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, di
             torch.manual_seed(0)
             return build(**architecture).eval(), architecture
     if recipe.path.endswith((".pth", ".pt")):
-        network, num_classes = load_crd_checkpoint(Path(recipe.path), str(recipe.name))
+        load = load_efficientnet_checkpoint if recipe.name in EFFICIENTNET_LITE else load_crd_checkpoint
+        network, num_classes = load(Path(recipe.path), str(recipe.name))
         return network, architecture | {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
     network, header = load_teacher_network(recipe.path)
     found = header["architecture"]["name"]
@@ -152,6 +198,8 @@ def check_teacher_recipe(recipe: TeacherRecipe) -> None:
     Raises:
         UserError: If they do not.
     """
+    if recipe.image_size and recipe.image_size < 8:
+        raise UserError(f"teacher.image_size: {recipe.image_size} is not at least 8 pixels; 0 is for no scaling")
     is_checkpoint = recipe.path.endswith((".pth", ".pt"))
     if recipe.pretrained and recipe.path != "embedded":
         raise UserError(f"teacher.path: {recipe.path} and teacher.pretrained exclude each other: give one")

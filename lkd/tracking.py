@@ -7,6 +7,7 @@ from typing import Any
 
 from lkd.config import WandbRecipe
 from lkd.errors import UserError
+from lkd.files import write_text
 
 
 class Tracker:
@@ -61,7 +62,7 @@ def run_id(path: Path) -> str:
     if not file.exists():
         import secrets
 
-        file.write_text(secrets.token_hex(4))
+        write_text(file, secrets.token_hex(4))
     return file.read_text().strip()
 
 

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from lkd.acceleration import lay_out
 from lkd.assembly import read_teacher_stages
-from lkd.checkpoint import random_state
+from lkd.balance.balancing import Balancing
 from lkd.computation import (
     StudentLoss,
     build_average,
     check_accumulation,
+    check_balance,
+    collect_random_states,
     cut,
     hold_gradients,
     is_bfloat16,
@@ -28,10 +30,9 @@ from lkd.data import Batch, Batches
 from lkd.errors import UserError
 from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
-from lkd.processes import gather_objects
+from lkd.processes import any_process
+from lkd.teacher import TeacherFunction
 from lkd.throughput import StepClock
-
-TeacherFunction = Callable[[Batch], Outputs]
 
 
 class DivergedError(UserError):
@@ -45,10 +46,12 @@ class Training:
         student: The network, returning `Outputs`; put into train mode.
         loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
             One that must know which image is which sets `needs_index`: then `loss.enroll(index, labels)` is told all
-            training images once, and each call is given the batch's `index`.
+            training images once, and each call is given the batch's `index`. One that has `begin_epoch(epoch, student,
+            images, teacher, progress)` is called with the student as it is before the first step of every epoch.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
+        balance: What weighs the loss's terms; None where the loss is their sum.
 
     Attributes:
         clock: What the parts of the steps took.
@@ -64,14 +67,18 @@ class Training:
         teacher: TeacherFunction | None,
         batches: Batches,
         recipe: TrainRecipe,
+        balance: Balancing | None = None,
     ) -> None:
         self.student = student.train()
         self.needs_index = bool(getattr(loss, "needs_index", False))
         if self.needs_index:
             enroll: Any = loss.enroll
             enroll(batches.images.index, batches.images.labels)
+        self.begin_epoch: Callable[..., None] | None = getattr(loss, "begin_epoch", None)
         self.recipe = recipe
         self.loss = loss.to(batches.device)
+        self.balance = balance
+        check_balance(balance, recipe, batches)
         self.teacher = teacher
         self.batches = batches
         self.total_steps = recipe.epochs * batches.steps_per_epoch
@@ -87,7 +94,7 @@ class Training:
         self.average = build_average(student, recipe)
         self.clock = StepClock(batches.device)
         computation = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
-        self.computation = share_gradients(computation, recipe, batches.device)
+        self.computation = share_gradients(computation, recipe, batches)
 
     @property
     def progress(self) -> float:
@@ -116,6 +123,9 @@ class Training:
         Raises:
             DivergedError: If a term is not finite.
         """
+        epoch, place = divmod(self.step, self.batches.steps_per_epoch)
+        if self.begin_epoch and not place:
+            self.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
         self.clock.start()
         batch = self.batches.at(self.step)
         batch = batch._replace(images=lay_out(batch.images, self.recipe))
@@ -133,7 +143,8 @@ class Training:
             part = slice(number * size, (number + 1) * size)
             last = number == self.accumulation - 1
             with nullcontext() if last else hold_gradients(self.computation):
-                rows.append(self.compute_gradients(Batch(*(column[part] for column in batch)), cut(teacher, part)))
+                own = Batch(*(column[part] for column in batch))
+                rows.append(self.compute_gradients(own, cut(teacher, part), first=number == 0))
         self.optimizer.step()
         self.step += 1
         self.scheduler.step_update(self.step)
@@ -142,8 +153,10 @@ class Training:
         self.clock.lap("student")
         return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 
-    def compute_gradients(self, batch: Batch, teacher: Outputs | None) -> dict[str, Tensor]:
+    def compute_gradients(self, batch: Batch, teacher: Outputs | None, first: bool = True) -> dict[str, Tensor]:
         """Add the gradients of a part of a batch, as its share of the whole batch's mean.
+
+        The first part is that from whose terms a balance sets the step's weight.
 
         Returns:
             The loss's terms, detached.
@@ -153,8 +166,14 @@ class Training:
         """
         identity = {"index": batch.index} if self.needs_index else {}
         terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
-        total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
+        if self.balance is None:
+            total = torch.stack(list(terms.values())).sum()
+        else:
+            if first:
+                self.balance.set_weight(terms, self.student.parameters(), self.step, self.progress)
+            total = self.balance.weigh(terms)
+        broken = not torch.isfinite(total)
+        if any_process(broken, self.batches.device) if self.batches.part[1] > 1 else broken:  # else the others hang
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise DivergedError(
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
@@ -165,14 +184,15 @@ class Training:
         return {name: value.detach() for name, value in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-exactly; batches are a function of the step. All processes must ask."""
+        """Everything needed to go on bit-exactly; batches are a function of the step. All that share it must ask."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.module.state_dict() if self.average else {},
             "loss": self.loss.state_dict(),
+            "balance": self.balance.state_dict() if self.balance else {},
             "optimizer": self.optimizer.state_dict(),
-            "random": gather_objects(random_state(self.batches.device)),
+            "random": collect_random_states(self.batches),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -182,6 +202,8 @@ class Training:
         if self.average:
             self.average.module.load_state_dict(state["average"])
         self.loss.load_state_dict(state["loss"])
+        if self.balance:
+            self.balance.load_state_dict(state["balance"])
         restore_optimizer(self.optimizer, state["optimizer"])
         restore_random_state(state["random"], self.step, self.batches)
         self.scheduler.step_update(self.step)

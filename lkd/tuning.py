@@ -11,14 +11,20 @@ from lkd.errors import UserError, check_choice
 
 Method = dict[str, Any] | str
 TRAIN = "train."
+BALANCE = "balance."
 
 
 def split_method(method: Method, train: TrainRecipe) -> tuple[Method, TrainRecipe]:
     """What `build_loss` takes, and the training with the method's own settings (`train: {learning_rate: 0.03}`)."""
     if isinstance(method, str):
         return method, train
-    loss = {key: value for key, value in method.items() if key not in ("train", "grid")}
+    loss = {key: value for key, value in method.items() if key not in ("train", "grid", "balance")}
     return loss, dataclasses.replace(train, **method.get("train", {}))
+
+
+def balance_of(method: Method) -> dict[str, Any] | str | None:
+    """What `build_balance` takes."""
+    return None if isinstance(method, str) else method.get("balance")
 
 
 def expand_grid(method: Method) -> list[Method]:
@@ -33,11 +39,14 @@ def expand_grid(method: Method) -> list[Method]:
 
 
 def place_point(method: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
-    """A method with one point of its grid; keys that start with `train.` go into its `train`."""
+    """A method with one point of its grid; keys that start with `train.` or `balance.` go into that part of it."""
     placed = {key: value for key, value in method.items() if key != "grid"}
     train = dict(placed.pop("train", {}))
     train |= {key.removeprefix(TRAIN): value for key, value in point.items() if key.startswith(TRAIN)}
-    placed |= {key: value for key, value in point.items() if not key.startswith(TRAIN)}
+    if weighed := {key.removeprefix(BALANCE): value for key, value in point.items() if key.startswith(BALANCE)}:
+        balance = placed.get("balance", {})
+        placed["balance"] = ({"name": balance} if isinstance(balance, str) else balance) | weighed
+    placed |= {key: value for key, value in point.items() if not key.startswith((TRAIN, BALANCE))}
     return placed | ({"train": train} if train else {})
 
 

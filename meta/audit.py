@@ -1,6 +1,6 @@
 """A running check of `first_order` against the exact hypergradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from meta.checks import NotTwiceDifferentiableError
 from meta.estimators.adjoint import adjoint
-from meta.estimators.base import Estimator
+from meta.estimators.base import Estimator, Problem
 from meta.estimators.first_order import first_order
 from meta.optim import OptimizerOrRecipe
 from meta.randomness import read_generators, replaying
@@ -128,19 +128,30 @@ class Audited:
     ) -> Hypergradient:
         """Estimate the hypergradient; see `Estimator`."""
         problem = (inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer)
-        if self._calls % self.every == 0:
-            try:
-                found = audit(*problem, radii=self.radii, central=self.central, examples=self.examples)
-                self.radius, self.exact = found.radius, found.cosine < self.threshold
-            except NotTwiceDifferentiableError:
-                found = Audit(float("nan"), float("nan"), self._middle_radius(), {})
-            self.audits[self._calls] = found
-        self._calls += 1
+        self.follow(lambda: problem)
         if self.exact:
             return adjoint(*problem, max_growth=self.max_growth, storage=self.storage)
         return first_order(
             *problem, radius=self.radius, central=self.central, max_growth=self.max_growth, storage=self.storage
         )
+
+    def follow(self, build_problem: Callable[[], Problem]) -> None:
+        """Count a call, and audit if it is due, without estimating anything.
+
+        Where several processes share the students of an outer step, each follows the calls that the others make, so
+        that all of them keep the radius that a single process would have.
+
+        Args:
+            build_problem: Gives the arguments of the call; called only if an audit is due.
+        """
+        if self._calls % self.every == 0:
+            try:
+                found = audit(*build_problem(), radii=self.radii, central=self.central, examples=self.examples)
+                self.radius, self.exact = found.radius, found.cosine < self.threshold
+            except NotTwiceDifferentiableError:
+                found = Audit(float("nan"), float("nan"), self._middle_radius(), {})
+            self.audits[self._calls] = found
+        self._calls += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What the next call depends on, for a checkpoint."""

@@ -9,6 +9,8 @@ Accuracies = dict[str, dict[int, float]]
 """Method → seed → test accuracy of the last epoch, percent."""
 
 HAND_MADE = ("CE", "KD(0.5, 4)", "KD", "DKD", "DIST")
+NOT_LEARNED = "not learned"
+"""The learned loss before meta-training; as a fixed case of DKD it is no rival of its own."""
 LEARNED = "learned"
 
 

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
-from figures import HAND_MADE, LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
+from figures import HAND_MADE, LEARNED, NOT_LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
 from pictures import draw_gains, draw_learned, draw_settings
 from settings import (
+    ABLATION,
     ABLATIONS,
     BUDGET,
     CLEAN,
@@ -18,7 +19,7 @@ from settings import (
     STUDENT,
     UNSEEN,
 )
-from text import README, tabulate_goals
+from text import NO_AXES, README, tabulate_goals
 
 from lkd.artifact import SUFFIX, load_loss, read_provenance
 from lkd.comparison_table import format_figure
@@ -78,6 +79,7 @@ def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: fl
     """The figures; gain = learned − the best hand-made loss, each tuned, in points."""
     gaps = [gain(accuracies[name], LEARNED)[0] for name in SIGN_CHANGES]
     fixed = [gain(accuracies[name], LEARNED, FIXED)[0] for name in SIGN_CHANGES]
+    initial = [gain(accuracies[name], LEARNED, NOT_LEARNED)[0] for name in SIGN_CHANGES]
     same, same_error = gain(accuracies[CLEAN], LEARNED)
     other, other_error = gain(unseen, LEARNED)
     figures = {
@@ -85,6 +87,7 @@ def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: fl
         "worst_gap_over_settings": min(gaps),
         "mean_gain_over_settings": sum(gaps) / len(gaps),
         "mean_gain_over_fixed_default": sum(fixed) / len(fixed),
+        "mean_gain_over_initial_loss": sum(initial) / len(initial),
         "gain_same_student": same,
         "gain_same_student_in_se": same / same_error,
         "gain_unseen_student": other,
@@ -100,7 +103,7 @@ def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: fl
 
 def tabulate_settings(accuracies: dict[str, Accuracies]) -> str:
     """Every setting against every loss; the gain is over the best hand-made loss there."""
-    methods = [*(m for m in HAND_MADE if m != "DIST"), LEARNED]
+    methods = [*(m for m in HAND_MADE if m != "DIST"), NOT_LEARNED, LEARNED]
     lines = [f"| setting | {' | '.join(methods)} | learned − best | best |", "|---" * (len(methods) + 3) + "|"]
     for name, setting in SETTINGS.items():
         found = accuracies[name]
@@ -122,7 +125,7 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
         "another teacher": accuracies["other_teacher"],
         "digits": accuracies["digits"],
     }
-    methods = [*HAND_MADE, LEARNED, *(f"learned {kind}" for kind in KINDS), "learned on other data"]
+    methods = [*HAND_MADE, NOT_LEARNED, LEARNED, *(f"learned {kind}" for kind in KINDS), "learned on other data"]
     columns[f"{STUDENT} (seen)"] |= {m: found for m, found in accuracies["kinds"].items() if m != "learned logits"}
     lines = [f"| loss | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:
@@ -139,9 +142,9 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
 
 def tabulate_ablations(accuracies: dict[str, Accuracies]) -> str:
     """One table for each axis; the kinds come from the comparison on clean labels."""
-    tables = []
-    for axis, rows in ABLATIONS.items():
-        found = accuracies["ablations"]
+    tables = [] if ABLATION in accuracies else [NO_AXES]
+    for axis, rows in ABLATIONS.items() if ABLATION in accuracies else ():
+        found = accuracies[ABLATION]
         shown = {row: found["default" if row == DEFAULTS[axis] else f"{axis}: {row}"] for row in rows}
         tables.append(tabulate_axis(axis, shown, DEFAULTS[axis]))
     kinds = {f"{kind}": f"learned {kind}" for kind in KINDS}

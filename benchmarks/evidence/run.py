@@ -1,9 +1,9 @@
 """Do learned losses pay? Learn them, tune the hand-made ones, train fresh students, and keep all figures.
 
-python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR]
+python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes]
 
-Goes on with an interrupted run in RUN_DIR. Options are picked on meta-validation; the test split is read for reported
-numbers only.
+With --axes the ablation too, which is half of the work. Goes on with an interrupted run in RUN_DIR. Options are picked
+on meta-validation; the test split is read for reported numbers only.
 """
 
 import sys
@@ -15,7 +15,7 @@ from typing import Any
 
 from digits import write_digits
 from report import write_report
-from settings import META_RATE, list_comparisons, list_learned
+from settings import ABLATION, META_RATE, is_of_axes, list_comparisons, list_learned
 
 from lkd.comparison import compare
 from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
@@ -27,27 +27,34 @@ from lkd.workers import finish_all, start_workers
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        print("usage: python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR]", file=sys.stderr)
+    words = [word for word in sys.argv[1:] if word != "--axes"]
+    axes = len(words) < len(sys.argv) - 1
+    if not 1 <= len(words) <= 2:
+        print("usage: python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes]", file=sys.stderr)
         return 2
-    root, folder = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "runs/learned-loss-evidence").resolve()
+    root, folder = words[0], Path(words[1] if len(words) > 1 else "runs/learned-loss-evidence").resolve()
     digits = write_digits(folder / "digits")
     learned, teachers = list_learned(root, folder), list_teachers(root, folder, digits[0])
-    jobs: dict[str, Callable[[], Path]] = {
-        **{name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()},
-        **{name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in learned.items()},
-    }
-    with start_workers(0) as workers:
-        futures: dict[Future[Any], str] = {workers.submit(job): name for name, job in jobs.items()}
-        finish_all(futures, lambda name, path: f"{name}: {path}", "learn")
     files = {name: Path(recipe.run_dir) / "teacher.safetensors" for name, recipe in teachers.items()}
     comparisons = list_comparisons(root, folder, files["other"], (digits[1], files["digits"]))
+    finish_jobs({name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()})
+    if not axes:
+        learned = {name: recipe for name, recipe in learned.items() if not is_of_axes(name)}
+        comparisons.pop(ABLATION)
+    finish_jobs({name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in learned.items()})
     for name, recipe in comparisons.items():
         print(f"== {name}", flush=True)
         with open_run(recipe, "compare") as run:
             compare(recipe, run)
     write_report(folder, comparisons, learned)
     return 0
+
+
+def finish_jobs(jobs: dict[str, Callable[[], Path]]) -> None:
+    """Run jobs in worker processes."""
+    with start_workers(0) as workers:
+        futures: dict[Future[Any], str] = {workers.submit(job): name for name, job in jobs.items()}
+        finish_all(futures, lambda name, path: f"{name}: {path}", "learn")
 
 
 def list_teachers(root: str, folder: Path, digits: Path) -> dict[str, TrainTeacherRecipe]:

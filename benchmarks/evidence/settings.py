@@ -28,6 +28,15 @@ DIST = {
     "grid": {"beta": [1.0, 0.5, 2.0, 4.0], "temperature": [1.0, 2.0, 4.0], "train.learning_rate": [0.2, 0.1, 0.3]},
 }
 
+INITIAL = {
+    "name": "dkd",
+    "beta": 1.0,
+    "temperature": 2.0,
+    "warmup": 0.6,
+    "grid": {"train.learning_rate": RATES},
+}
+"""What the decoupled form is before any meta-training."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -75,18 +84,16 @@ ROBUSTNESS = ("some_noise", "small_meta_validation")
 OTHER_HALF = Setting("another data half", {"train_size": 4000, "meta_validation_size": 4000})
 
 KINDS = ("features", "both")
-POOL = {"max_age": 0.8, "snapshots": 9}
-"""Ages for the ablation of sampling, where the default's pool is of young students only."""
-WINDOWS = {"rollout_steps": 40, "estimator": "first_order"}
+WINDOWS = {"outer_steps": 20, "rollout_steps": 40, "estimator": "first_order"}
 """Updates that alternate with a training of 806 steps lie 40 apart."""
 ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "sampling": {
-        "young students (default)": ({}, {}),
-        "uniform": ({}, POOL),
-        "gaussian around 0.4": ({}, POOL | {"sampling": "gaussian", "gaussian_age": 0.4, "gaussian_spread": 0.15}),
-        "fixed step": ({}, POOL | {"sampling": "fixed_step"}),
-        "latest": ({}, POOL | {"sampling": "latest"}),
-        "live": ({}, POOL | {"sampling": "live"}),
+        "uniform (default)": ({}, {}),
+        "young students": ({}, {"max_age": 0.1, "snapshots": 6}),
+        "gaussian around 0.4": ({}, {"sampling": "gaussian", "gaussian_age": 0.4, "gaussian_spread": 0.15}),
+        "fixed step": ({}, {"sampling": "fixed_step"}),
+        "latest": ({}, {"sampling": "latest"}),
+        "live": ({}, {"sampling": "live"}),
     },
     "form": {"decoupled (default)": ({}, {})}
     | {form: ({"loss": {"form": form}}, {}) for form in ("balance", "generic", "target")},
@@ -98,6 +105,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     },
 }
 """Axis → row → what differs from the default recipe, of `meta` and of `pool`; the kind's axis is in `KINDS`."""
+ABLATION = "ablations"
 DEFAULTS = {axis: next(iter(rows)) for axis, rows in ABLATIONS.items()}
 
 
@@ -133,6 +141,11 @@ def list_learned(root: str, folder: Path) -> dict[str, MetaTrainRecipe]:
     return recipes
 
 
+def is_of_axes(name: str) -> bool:
+    """Whether a learned loss is a row of an ablation only."""
+    return name in {file_name(row) for rows in ABLATIONS.values() for row in rows}
+
+
 def learned_method(name: str, folder: Path) -> dict[str, Any]:
     """A learned loss in a comparison: tuned by its learning rate alone."""
     return {"name": str(folder / "learn" / name / f"loss{SUFFIX}"), "grid": {"train.learning_rate": RATES}}
@@ -165,7 +178,7 @@ def list_comparisons(
     root: str, folder: Path, other_teacher: Path, digits: tuple[Path, Path]
 ) -> dict[str, CompareRecipe]:
     """Every comparison, by name, in the order in which they are run."""
-    hand_made = {"CE": CE, "KD(0.5, 4)": FIXED_KD, "KD": KD, "DKD": DKD}
+    hand_made = {"CE": CE, "KD(0.5, 4)": FIXED_KD, "KD": KD, "DKD": DKD, "not learned": INITIAL}
     learned = {"learned": learned_method(CLEAN, folder)}
     kinds = {f"learned {kind}": learned_method(f"kind-{kind}", folder) for kind in KINDS}
     half = {"learned on other data": learned_method("other_half", folder)}
@@ -198,10 +211,10 @@ def list_comparisons(
         for row in table
         if row != DEFAULTS[axis]
     }
-    comparisons["ablations"] = compare_recipe("ablations", clean, root, folder, {"default": learned["learned"]} | rows)
-    comparisons["ablations"].baseline = "default"
+    comparisons[ABLATION] = compare_recipe(ABLATION, clean, root, folder, {"default": learned["learned"]} | rows)
+    comparisons[ABLATION].baseline = "default"
     for name in ROBUSTNESS:
         add_setting(name, {"CE": CE, "KD": KD})
-    for name in ("kinds", "ablations", *ROBUSTNESS):
+    for name in ("kinds", ABLATION, *ROBUSTNESS):
         comparisons[name].seeds = FEWER_SEEDS
     return comparisons

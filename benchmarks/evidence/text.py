@@ -14,6 +14,9 @@ GOALS: dict[str, tuple[str, float, bool]] = {
 }
 """Figure → in words, the goal, and whether the figure is to be at least (or at most) that."""
 
+NO_AXES = """The other axes (`--axes`) were measured with the first recipe: [first round](../learned_loss_first_round).
+"""
+
 README = """# Do learned losses pay?
 
 Made by `{command}`. Full Fashion-MNIST: 4,000 labelled training
@@ -23,6 +26,8 @@ then frozen. KD, DKD and DIST have {budget} trainings each to pick their options
 cross-entropy, KD(0.5, 4) and the learned losses only have their learning rate picked, out of three. Test accuracy of
 fresh students, percent, last epoch, mean ± standard error over {seeds} paired seeds. *Gain* is the paired
 difference to the best hand-made loss of the row, which is picked by the reported numbers themselves: that favours it.
+*Not learned* is the loss that learning starts from: DKD(β = 1, τ = 2) with its teacher ramped up over 60 % of the
+training, a fixed loss of our own that is not counted as a rival; *learned* − *not learned* is what learning did.
 
 {goals}
 
@@ -47,14 +52,13 @@ hand-made losses is in `result.json`.
 ## The axes
 
 Losses learned with one thing changed, on clean labels, {fewer} fresh students. Rows with equal figures saved the same
-loss: {initial} saved the initial one, because no later one did better on reuse; and students are
-renewed only after half of the outer steps, so that `live` can save what `uniform` does.
+loss; these saved the one before learning, because none of the later looks found a better one: {initial}.
 
 {ablations}
 ## Cost
 
-In units of one training of the same student with the same loss; reuse: five fresh students, by which the best of five
-losses is picked.
+In units of one training of the same student with the same loss; reuse: four looks at three fresh students each, by
+which the best of four losses is picked.
 
 {costs}
 ## What was learned

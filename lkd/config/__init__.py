@@ -3,24 +3,32 @@
 Nothing here imports torch, so that `lkd --help` answers at once.
 """
 
+from lkd.config.caching import CacheRecipe
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
+from lkd.config.influence import InfluenceRecipe, InfluenceSettings, InfluenceWeightedLossSettings
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
+from lkd.config.packing import PackRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
 from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
-from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe
+from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
 
 __all__ = [
+    "CacheRecipe",
     "CompareRecipe",
     "DataRecipe",
     "DistillRecipe",
     "EvaluateRecipe",
     "ExportRecipe",
     "FidelityRecipe",
+    "InfluenceRecipe",
+    "InfluenceSettings",
+    "InfluenceWeightedLossSettings",
     "MetaSettings",
     "MetaTrainRecipe",
     "ModelRecipe",
+    "PackRecipe",
     "PlanRecipe",
     "PoolContents",
     "PoolRecipe",
@@ -30,5 +38,6 @@ __all__ = [
     "TeacherRecipe",
     "TrainRecipe",
     "TrainTeacherRecipe",
+    "VarianceRecipe",
     "WandbRecipe",
 ]

@@ -12,8 +12,9 @@ class CompareRecipe(RunRecipe):
     """Compare losses × students over paired seeds: one table, CSV and picture (RUN_DIR).
 
     A method is {name: ..., ...} or a learned-loss path; `train: {learning_rate: ...}` in it sets the training for it
-    alone. A method with `grid: {option: [values]}` is tuned first: points of the grid are trained with the first seeds
-    and the first student, and the best on meta-validation is used. `train.learning_rate` can be in a grid too.
+    alone, `balance: {name: dynamic}` weighs its terms. A method with `grid: {option: [values]}` is tuned first: points
+    of the grid are trained with the first seeds and the first student, and the best on meta-validation is used.
+    `train.learning_rate` and `balance.maximum` can be in a grid too.
 
     Args:
         data: The images.
@@ -26,6 +27,7 @@ class CompareRecipe(RunRecipe):
         tuning_trainings: Trainings that each method with a grid may use for tuning, all seeds together: of a larger
             grid a spread of points is drawn; 0 trains every point.
         tuning_seeds: Seeds that each point of a grid is trained with.
+        labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
         evaluate_every: Epochs between looks at meta-validation, from which the best epoch is chosen.
         workers: Processes that train side by side; 0 means one for every CPU core, or for every GPU. They take turns on
             the GPUs.
@@ -47,6 +49,7 @@ class CompareRecipe(RunRecipe):
     baseline: str = "KD"
     tuning_trainings: int = 0
     tuning_seeds: int = 1
+    labelled_size: int = 0
     evaluate_every: int = 1
     workers: int = 0
     join: bool = False

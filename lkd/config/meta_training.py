@@ -44,13 +44,14 @@ class MetaSettings:
         reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
             meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
             0 for no look: the last loss is saved.
+        reuse_students: Fresh students of each architecture at a look; their mean is what counts.
         reuse_epochs: Epochs of such a training, with the whole schedule of `train`; each costs reuse_epochs /
             train.epochs trainings. 0 for as many as `train` has.
         reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
         checkpoint_every: Outer steps between checkpoints.
     """
 
-    outer_steps: int = 20
+    outer_steps: int = 30
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
     students_per_step: int = 2
@@ -62,11 +63,12 @@ class MetaSettings:
     estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
     outer_batch_size: int = 1000
-    learning_rate: float = 0.03
+    learning_rate: float = 0.05
     clip_norm: float = 1.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
-    reuse_every: int = 5
+    reuse_every: int = 10
+    reuse_students: int = 3
     reuse_epochs: int = 0
     reuse_patience: int = 0
     checkpoint_every: int = 10

@@ -9,8 +9,8 @@ class DataRecipe:
     """Which images.
 
     Args:
-        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100 or
-            image_folder.
+        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100; or, from
+            files, image_folder, tar, wds/NAME, hfds/NAME or torch/NAME (see docs/data.md).
         root: Folder of the data set's files (not for `embedded`).
         train_size: Images to train on; 0 takes all that meta-validation leaves.
         meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
@@ -18,8 +18,18 @@ class DataRecipe:
         split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
         label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
         augmentation: none, flip_and_crop (2 pixels of padding), flip_and_crop_4 (4 pixels: the literature's for CIFAR);
-            for image_folder none (the centre) or random_resized_crop.
-        image_size: Pixels, height and width, of the crops that image_folder cuts; other data sets have their own size.
+            from files none (the centre), random_resized_crop (with flips), or rand_augment (the same and RandAugment).
+        augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over N augmentations of
+            each image, so that a teacher's answers to all of them can be kept.
+        repeats: How often an image is in a batch, each time augmented otherwise (repeated augmentation); an epoch keeps
+            its number of steps.
+        mixup: α of mixup's Beta distribution; 0 for none. Targets are then distributions.
+        cutmix: α of CutMix's; 0 for none. With both, each batch has one of them.
+        image_size: Pixels, height and width, of the crops that are cut from files; other data sets have their own size.
+        workers: Threads that decode images in files; 0 for one for each CPU core of the process.
+        damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
+            Damaged images are skipped and named in the log.
+        packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
     """
 
     name: str = "embedded"
@@ -29,7 +39,14 @@ class DataRecipe:
     split_seed: int = 0
     label_noise: float = 0.0
     augmentation: str = "none"
+    augmentation_seeds: int = 0
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
     image_size: int = 224
+    workers: int = 0
+    damaged_limit: float = 0.001
+    packed: str | None = None
 
 
 @dataclass
@@ -53,20 +70,26 @@ class TeacherRecipe:
     """Which teacher.
 
     Args:
-        path: File written by `lkd teacher`; or a checkpoint (.pth) of RepDistiller or mdistiller; or `embedded`, the
+        path: File written by `lkd teacher`; or a checkpoint (.pth) of RepDistiller or mdistiller, or of
+            EfficientNet-Lite (docs/networks.md); or `embedded`, the
             teacher that the package carries; or `random`, the untrained network `name` (to try a recipe).
         name: The network that the file holds; needed by .pth checkpoints, `pretrained` and `random`.
         pretrained: The teacher is timm's `name` with the weights of its tag, as in resnet34.tv_in1k; no file is read.
         options: Further arguments of timm.create_model, for `pretrained` and `random`.
+        image_size: Height and width that the student's images are scaled to for the teacher; 0 for no scaling. timm's
+            weights get them in the normalisation that they were trained with.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
+        cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked.
     """
 
     path: str = "embedded"
     name: str | None = None
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 0
     random_answers: float = 0.0
+    cache: str | None = None
 
 
 @dataclass
@@ -95,6 +118,8 @@ class TrainRecipe:
             for the compiler; evaluation does not use it.
         channels_last: Lay out images and the weights of student (and, in `lkd distill`, teacher) with the channels
             last, which convolutions in bfloat16 on a GPU are faster with.
+        checkpoint_every: Steps between two checkpoints; distillation writes one after every epoch, too.
+        checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
     epochs: int = 13
@@ -113,6 +138,8 @@ class TrainRecipe:
     sync_batchnorm: bool = False
     compile: bool = False
     channels_last: bool = False
+    checkpoint_every: int = 1000
+    checkpoints_kept: int = 2
 
 
 @dataclass

@@ -22,6 +22,7 @@ class PlanRecipe(RunRecipe):
         students: Networks to learn a loss with instead of `student` (meta-training).
         train: The training.
         loss: What distillation trains with; a learned-loss file that is not there yet is planned as the default one.
+        balance: What weighs its terms (distillation); checked, its own backward passes are not counted.
         pool: The pool (meta-training).
         pool_dir: A pool to use instead, which is then not planned (meta-training).
         meta: The outer loop (meta-training).
@@ -41,6 +42,7 @@ class PlanRecipe(RunRecipe):
     students: list[ModelRecipe] = field(default_factory=list)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    balance: dict[str, Any] | str | None = None
     pool: PoolSettings | None = None
     pool_dir: str | None = None
     meta: MetaSettings | None = None

@@ -18,8 +18,8 @@ class PoolContents:
     """
 
     students: int = 4
-    snapshots: int = 6
-    max_age: float = 0.1
+    snapshots: int = 9
+    max_age: float = 0.8
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
 
 

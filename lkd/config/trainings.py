@@ -32,6 +32,9 @@ class DistillRecipe(RunRecipe):
         student: The network.
         train: The training.
         loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+        balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
+            docs/balance.md); without it the loss is the sum of its terms.
+        labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -39,6 +42,8 @@ class DistillRecipe(RunRecipe):
     student: ModelRecipe = field(default_factory=ModelRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    balance: dict[str, Any] | str | None = None
+    labelled_size: int = 0
 
 
 @dataclass
@@ -55,6 +60,25 @@ class EvaluateRecipe:
     checkpoint: str = "embedded"
     split: Literal["test", "meta_validation"] = "test"
     data: DataRecipe = field(default_factory=DataRecipe)
+    device: str = "auto"
+
+
+@dataclass
+class VarianceRecipe:
+    """Measure how noisy a finished student's gradient is for each share of the teacher (RUN_DIR/variance).
+
+    Args:
+        run_dir: Run directory of a finished `lkd distill`.
+        samples: Mini-batches of training images: half predict, half measure.
+        batch_size: Images of a mini-batch.
+        horizon: 1 / (learning rate · strong convexity): how much bias costs against noise.
+        device: cpu, cuda or auto.
+    """
+
+    run_dir: str = "runs/student"
+    samples: int = 100
+    batch_size: int = 10
+    horizon: float = 0.0
     device: str = "auto"
 
 

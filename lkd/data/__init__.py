@@ -1,9 +1,11 @@
 """Data sets, their splits and batches."""
 
-from lkd.data.batches import Batches, draw_positions, seeded_generator
+from lkd.data.batches import Batches
 from lkd.data.dataset import Dataset
 from lkd.data.datasets import DATASETS, load_dataset
+from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Batch, ImageSet
+from lkd.data.random_numbers import draw_positions, seeded_generator
 from lkd.data.splits import Splits, flip_labels, split_training_images
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "ImageSet",
+    "LoadingOptions",
     "Splits",
     "draw_positions",
     "flip_labels",

@@ -1,15 +1,25 @@
 """Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit."""
 
-import torch
-from torch import Generator, Tensor
+from functools import lru_cache
 
-from lkd.data.augmentation import augmentations_of
+import torch
+from torch import Tensor
+
+from lkd.data.augmentation import AUGMENTATIONS, FILE_AUGMENTATIONS, NUMBERS, augmentations_of
+from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
+from lkd.data.loading import Loading, Prefetcher
+from lkd.data.mixing import mix_batch
+from lkd.data.random_numbers import draw_uniform, mix_words, seeded_generator
 from lkd.errors import UserError, check_choice
 
 
 class Batches:
     """Shuffled epochs over an image set; the last, incomplete batch of an epoch is dropped.
+
+    What an image looks like is a function of its index and its augmentation seed, which is one for a whole epoch, but
+    for repeats. Images in files are decoded ahead; one that cannot be decoded is replaced by the next of the epoch's
+    order.
 
     Args:
         images: The training images.
@@ -19,6 +29,16 @@ class Batches:
         device: Where batches go.
         part: Which part of every batch is given, of how many equal ones: (0, 1) is all of it. Several processes share
             one order of the images, so that their parts together are the batch of one process.
+        augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over the augmentation seeds
+            1 to N, which are the same for every `seed`.
+        repeats: How often an image is in a batch, each time augmented otherwise (repeated augmentation; Hoffer et al.,
+            2020). An epoch has as many steps as ever, and so as many fewer images.
+        mixup: α of mixup; 0 for none. With mixup or CutMix targets are distributions, [B, C].
+        cutmix: α of CutMix; 0 for none.
+        steps: Steps that will be asked for; none is loaded ahead of its use beyond them. None if they have no end.
+
+    Attributes:
+        wait_seconds: Time that `at` has waited for images to be decoded.
 
     Raises:
         UserError: If the batch is larger than the set or does not divide, or the augmentation is unknown.
@@ -32,9 +52,13 @@ class Batches:
         augmentation: str = "none",
         device: str | torch.device = "cpu",
         part: tuple[int, int] = (0, 1),
+        augmentation_seeds: int = 0,
+        repeats: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        steps: int | None = None,
     ) -> None:
-        known = augmentations_of(images.images)
-        check_choice("data.augmentation", augmentation, known)
+        check_choice("data.augmentation", augmentation, augmentations_of(images.images))
         if not 1 <= batch_size <= len(images):
             raise UserError(f"train.batch_size: {batch_size} is not between 1 and the {len(images)} training images")
         if batch_size % part[1]:
@@ -42,47 +66,101 @@ class Batches:
                 f"train.batch_size: {batch_size} is the batch of all {part[1]} processes together and does not divide "
                 f"among them; take a multiple of {part[1]}"
             )
+        if augmentation_seeds < 0:
+            raise UserError(f"data.augmentation_seeds: {augmentation_seeds} is negative; 0 takes a new one every epoch")
+        if repeats < 1 or (repeats > 1 and augmentation == "none"):
+            raise UserError(f"data.repeats: {repeats} is not at least 1, or would repeat images without augmentation")
+        if min(mixup, cutmix) < 0:
+            raise UserError(f"data.mixup, data.cutmix: {mixup}, {cutmix} must not be negative; 0 is none")
+        if (mixup or cutmix) and batch_size // part[1] % 2:
+            raise UserError(f"train.batch_size: mixup and CutMix need an even batch in every process, not {batch_size}")
         self.images = images
         self.batch_size = batch_size
         self.part = part
         self.seed = seed
-        self.augment = known[augmentation]
+        self.augmentation = augmentation
+        self.augmentation_seeds = augmentation_seeds
+        self.repeats = repeats
+        self.mixup, self.cutmix = mixup, cutmix
         self.device = torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self.wait_seconds = 0.0
+        self.order = lru_cache(maxsize=2)(self.draw_order)  # the next epoch is loaded ahead
+        self.files = lru_cache(maxsize=2)(self.order_files)
+        self.prefetcher = Prefetcher(self.start, steps)
 
     def at(self, step: int) -> Batch:
-        """The batch of this step, counted from 0 over all epochs."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, 0, epoch))
-            self._epoch = epoch
-        number, parts = self.part
-        positions = self._order[within * self.batch_size : (within + 1) * self.batch_size][number::parts]
-        words = (self.seed, 1, step, *([number] if number else []))
-        pixels = self.augment(self.images.images[positions], seeded_generator(*words))
+        """The batch of this step, counted from 0 over all epochs.
+
+        Raises:
+            UserError: If more images are damaged than the data set's limit allows.
+        """
+        epoch = step // self.steps_per_epoch
+        if isinstance(self.images.images, ImageFiles):
+            pixels, slots, seconds = self.prefetcher.take(step).wait()
+            self.wait_seconds += seconds
+            return self.mix(step, self.gather(epoch, pixels, slots))
+        slots = self.slots_of(step)
+        chosen = self.images.images[self.order(epoch)[slots]]
+        pixels = AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots))
+        return self.mix(step, self.gather(epoch, pixels, slots))
+
+    def mix(self, step: int, batch: Batch) -> Batch:
+        """Mix a batch's images and targets, if mixup or CutMix are asked for."""
+        if not (self.mixup or self.cutmix):
+            return batch
+        seed = mix_words(self.seed, 10, step)
+        return mix_batch(batch, self.images.num_classes, self.mixup, self.cutmix, seed)
+
+    def gather(self, epoch: int, pixels: Tensor, slots: Tensor) -> Batch:
+        """Put the batch of these places in the epoch's order together, on its device."""
+        positions = self.order(epoch)[slots]
         return Batch(
-            self.images.normalize(pixels.to(self.device)),
+            self.images.normalize(pixels.to(self.device, non_blocking=True)),
             self.images.labels[positions].to(self.device),
             self.images.index[positions].to(self.device),
+            self.augmentation_of(epoch, slots).to(self.device),
         )
 
+    def start(self, step: int) -> Loading:
+        """Start to decode the batch of this step."""
+        epoch = step // self.steps_per_epoch
+        files, slots = self.files(epoch), self.slots_of(step)
+        augment = FILE_AUGMENTATIONS[self.augmentation]
+        numbers = dict(zip(slots.tolist(), self.numbers_of(epoch, slots), strict=True))
 
-def seeded_generator(*words: int) -> Generator:
-    """A CPU generator whose seed is mixed from several integers.
+        def cut(image: Tensor, slot: int) -> Tensor:
+            own = numbers[slot] if slot in numbers else self.numbers_of(epoch, torch.tensor([slot]))[0]
+            return augment(image, files.size, own)
 
-    By splitmix64, so that neighbouring seeds share nothing.
-    """
-    state = 0
-    for word in words:
-        state = (state ^ (word & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return Generator().manual_seed(state)
+        return Loading(files, slots, cut, replace=True, pin=self.device.type == "cuda")
 
+    def slots_of(self, step: int) -> Tensor:
+        """The places of this process's images of a step in the order of their epoch."""
+        first = step % self.steps_per_epoch * self.batch_size
+        number, parts = self.part
+        return torch.arange(first + number, first + self.batch_size, parts)
 
-def draw_positions(count: int, batch_size: int, generator: Generator) -> Tensor:
-    """Draw `batch_size` distinct positions out of `count`."""
-    return torch.randperm(count, generator=generator)[:batch_size]
+    def draw_order(self, epoch: int) -> Tensor:
+        """The order of the images in an epoch: positions in the image set, [N]."""
+        order = torch.randperm(len(self.images), generator=seeded_generator(self.seed, 0, epoch))
+        return order.repeat_interleave(self.repeats)[: len(order)] if self.repeats > 1 else order
+
+    def order_files(self, epoch: int) -> ImageFiles:
+        """The images in files in the order of an epoch."""
+        assert isinstance(self.images.images, ImageFiles)
+        return self.images.images[self.order(epoch)]
+
+    def numbers_of(self, epoch: int, slots: Tensor) -> Tensor:
+        """The random numbers of the images in these places of an epoch's order, [B, NUMBERS]."""
+        index = self.images.index[self.order(epoch)[slots]]
+        return draw_uniform(self.augmentation_of(epoch, slots), index, NUMBERS)
+
+    def augmentation_of(self, epoch: int, slots: Tensor) -> Tensor:
+        """The augmentation seeds of these places in an epoch's order, int64, [B]; 0 where nothing is augmented."""
+        if self.augmentation == "none":
+            return torch.zeros_like(slots)
+        numbers = range(epoch * self.repeats, (epoch + 1) * self.repeats)
+        cycle = self.augmentation_seeds
+        seeds = [1 + number % cycle if cycle else mix_words(self.seed, 1, number) >> 1 for number in numbers]
+        return torch.tensor(seeds)[slots % self.repeats]

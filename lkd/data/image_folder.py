@@ -1,37 +1,33 @@
 """Image folders of ImageNet's layout: `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`."""
 
+import os
 from pathlib import Path
 
-import torch
-
 from lkd.data.dataset import Dataset
-from lkd.data.image_files import SUFFIXES, ImageFiles
-from lkd.data.images import ImageSet
+from lkd.data.image_files import LoadingOptions
+from lkd.data.labelled_sources import LabelledSource, build_dataset, check_root, number_classes
+from lkd.data.sources import FileSource
 from lkd.errors import UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg"
 
 
-def load_image_folder(root: str | None, image_size: int = 224) -> Dataset:
+def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
     """Find the images; they are decoded only when a batch needs them.
 
     Args:
         root: The folder. The classes are the folders in `root/train`, in alphabetical order.
-        image_size: Height and width of the crops.
+        loading: How images are loaded.
 
     Raises:
-        UserError: If the folder is missing or laid out otherwise.
+        UserError: If the folder is missing or laid out otherwise, or a class has no training images.
     """
-    if image_size < 8:
-        raise UserError(f"data.image_size: {image_size} is not at least 8 pixels")
-    if root is None:
-        raise UserError(f"data.root: missing; give the folder that holds {LAYOUT}")
+    root = check_root(root, LAYOUT)
     classes = class_folders(Path(root), "train")
-    unknown = sorted(set(class_folders(Path(root), "val")) - set(classes))
-    if unknown:
-        raise UserError(f"data.root: {root}/val/{unknown[0]} is of no class in {root}/train ({len(classes)} classes)")
-    return Dataset("image_folder", *(find_images(Path(root) / part, classes, image_size) for part in ("train", "val")))
+    number_classes(list(class_folders(Path(root), "val")), classes, f"{root}/val")
+    parts = [find_images(Path(root) / part, classes) for part in ("train", "val")]
+    return build_dataset("image_folder", parts, classes, loading, f"{root} ({', '.join(SUFFIXES)})")
 
 
 def class_folders(root: Path, part: str) -> tuple[str, ...]:
@@ -47,19 +43,13 @@ def class_folders(root: Path, part: str) -> tuple[str, ...]:
     return names
 
 
-def find_images(folder: Path, classes: tuple[str, ...], image_size: int) -> ImageSet:
-    """List the images of one part, class by class.
-
-    Raises:
-        UserError: If there is none.
-    """
-    paths: list[Path] = []
+def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
+    """List the images of one part, class by class."""
+    names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in SUFFIXES)
-        paths += found
+        entries = os.scandir(folder / name) if (folder / name).is_dir() else ()
+        found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        names += [f"{name}/{file}" for file in found]
         labels += [label] * len(found)
-    if not paths:
-        raise UserError(f"data.root: no images ({', '.join(SUFFIXES)}) in {folder}/CLASS/; expected {LAYOUT}")
-    files = ImageFiles(tuple(paths), image_size)
-    return ImageSet(files, torch.tensor(labels), torch.arange(len(labels)), classes, MEAN, STD)
+    return LabelledSource(FileSource(folder, names), labels)

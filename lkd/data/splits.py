@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lkd.data.batches import seeded_generator
 from lkd.data.images import ImageSet
+from lkd.data.random_numbers import seeded_generator
 from lkd.errors import UserError
 
 

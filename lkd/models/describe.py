@@ -9,13 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from lkd.models.timm_network import TimmNetwork
 
 
-def describe(network: nn.Module, name: str, input_shape: tuple[int, int, int]) -> dict[str, Any]:
+def describe(
+    network: nn.Module, name: str, input_shape: tuple[int, int, int], pretrained: bool = False
+) -> dict[str, Any]:
     """Describe a network by one dry run.
 
     Args:
         network: The network, returning `Outputs`.
         name: The name that it was built from.
         input_shape: Channels, height and width of one image.
+        pretrained: Whether it started from timm's weights.
 
     Returns:
         `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
@@ -29,7 +32,7 @@ def describe(network: nn.Module, name: str, input_shape: tuple[int, int, int]) -
         outputs = network(torch.zeros(1, *input_shape, device=device))
     network.train(training)
     inner = network.model if isinstance(network, TimmNetwork) else network
-    tag = (getattr(inner, "pretrained_cfg", None) or {}).get("tag", "")
+    tag = (getattr(inner, "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
     activations = {type(m).__name__ for m in network.modules() if type(m).__module__ == "torch.nn.modules.activation"}
     return {
         "architecture": name,

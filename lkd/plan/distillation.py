@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from lkd.balance.build import build_balance
+from lkd.compressed_logits import bytes_of_answer, largest_top_k
 from lkd.config import DistillRecipe, PlanRecipe
 from lkd.errors import UserError
 from lkd.plan.dry_run import DryStep, name_untrained, plan_loss, precision_of, run_dry_step
@@ -21,6 +23,7 @@ def plan_distillation(recipe: DistillRecipe, settings: PlanRecipe, images: Plann
     train, teacher = recipe.train, name_untrained(recipe.teacher)
     steps = count_steps(train.epochs, images.train_size, train.batch_size)
     loss, described = plan_loss(recipe.loss, recipe.student, teacher, images.stand_in)
+    build_balance(recipe.balance, loss())
     share = replace(train, batch_size=train.batch_size // settings.gpus)
     step = run_dry_step(recipe.student, teacher, loss, share, images.stand_in, gpu)
     seconds = sum(work.seconds for work in step.parts.values()) / settings.efficiency
@@ -71,7 +74,7 @@ def describe_step(step: DryStep, batch_size: int) -> dict[str, Any]:
 
 
 def plan_cache(settings: PlanRecipe, images: PlannedImages, step: DryStep, hours: float) -> dict[str, Any]:
-    """Size of a cache of the teacher's answers, in bfloat16 or float16, and when it pays.
+    """Size of a cache of the teacher's answers (`lkd cache`), and when it pays.
 
     A cache holds the answers to N augmentations of every image. Filling it takes N epochs of the teacher, as a training
     of N epochs would: from the epoch after on it saves the teacher's work.
@@ -81,12 +84,12 @@ def plan_cache(settings: PlanRecipe, images: PlannedImages, step: DryStep, hours
     total = sum(work.seconds for work in step.parts.values())
     share = step.parts["teacher"].seconds / total if "teacher" in step.parts else 0.0
     saved = share * hours * max(0.0, 1 - seeds / settings.train.epochs)
-    kept = min(settings.top_k, classes)
+    kept = min(settings.top_k, largest_top_k(classes))
     return {
         "augmentation_seeds": seeds,
-        "gigabytes": answers * classes * 2 / 1e9,
+        "gigabytes": answers * bytes_of_answer(classes, 0) / 1e9,
         "top_k": kept,
-        "top_k_gigabytes": answers * kept * 4 / 1e9,
+        "top_k_gigabytes": answers * bytes_of_answer(classes, kept) / 1e9,
         "break_even_epochs": seeds,
         "saved_hours": saved,
         "saved_hours_of_another_training": share * hours,

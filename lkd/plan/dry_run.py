@@ -54,7 +54,7 @@ class DryBatches(Batches):
         shape = self.batch_size, *self.images.image_shape
         pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         nothing = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        return Batch(self.images.normalize(pixels), nothing, nothing)
+        return Batch(self.images.normalize(pixels), nothing, nothing, nothing)
 
 
 def run_dry_step(

@@ -8,7 +8,9 @@ import torch
 from lkd.assembly import Images, prepare_images
 from lkd.config import DataRecipe
 from lkd.data import ImageSet, seeded_generator
-from lkd.data.image_files import ImageFiles, cut_random_crops
+from lkd.data.crops import CROP_NUMBERS, cut_random
+from lkd.data.image_files import ImageFiles
+from lkd.data.loading import Loading
 from lkd.errors import UserError
 
 IMAGENET_FILE_BYTES = 147_897_477_120 / 1_281_167  # ILSVRC2012_img_train.tar over its images
@@ -67,16 +69,19 @@ def plan_images(recipe: DataRecipe) -> PlannedImages:
 
 def measure_files(files: ImageFiles, sample: int = 1000) -> float:
     """Mean size of the files, by a sample of them, bytes."""
-    sizes = [path.stat().st_size for path in files.paths[:: max(1, len(files.paths) // sample)]]
+    chosen = files.positions[:: max(1, len(files.positions) // sample)].tolist()
+    sizes = [files.source.size(position) for position in chosen]
     return sum(sizes) / len(sizes)
 
 
 def measure_decoding(files: ImageFiles, sample: int = 64) -> float:
     """Images that one core decodes and crops a second, by a sample of them."""
-    chosen = files[torch.arange(0, len(files.paths), max(1, len(files.paths) // sample))]
+    slots = torch.arange(0, len(files.positions), max(1, len(files.positions) // sample))
+    numbers = torch.rand(len(files.positions), CROP_NUMBERS, generator=seeded_generator(0), dtype=torch.float64)
     started = time.process_time()
-    cut_random_crops(chosen, seeded_generator(0))
-    return len(chosen.paths) / (time.process_time() - started)
+    cut = lambda image, slot: cut_random(image, files.size, numbers[slot])  # noqa: E731
+    Loading(files, slots, cut, replace=True, pin=False).wait()
+    return len(slots) / (time.process_time() - started)
 
 
 def stand_in(name: str, classes: int, shape: tuple[int, int, int]) -> Images:

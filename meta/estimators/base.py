@@ -6,6 +6,9 @@ from typing import Any, Protocol
 from meta.optim import OptimizerOrRecipe
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
+Problem = tuple[InnerLoss, OuterLoss, State, Tensors, Sequence[Any], Any, OptimizerOrRecipe]
+"""The arguments of an estimator, in order."""
+
 
 class Estimator(Protocol):
     """A function that returns d(outer loss after K inner steps) / d(outer parameters)."""

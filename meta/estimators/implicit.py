@@ -1,6 +1,6 @@
 """The hypergradient by the implicit function theorem at the rollout's end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,14 +8,13 @@ from torch import Tensor
 
 from meta.checks import check_inputs, check_scalar, check_twice_differentiable, find_unused
 from meta.estimators.parts import collect
+from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
 from meta.optim import SGD, Adam, AdamW, OptimizerOrRecipe, build_optimizer, evaluation_parameters
 from meta.optim.base import setting_at
 from meta.rollout import rollout
 from meta.tensors import as_leaves
 from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 from meta.walk import outer_cotangents
-
-Vector = list[Tensor]
 
 
 def implicit(
@@ -82,9 +81,9 @@ def implicit(
 
     if solver == "neumann":
         rate = float(setting_at(built.learning_rate, len(inner_batches) - 1)) if step_size is None else step_size
-        solution = _sum_neumann(apply_hessian, start, terms, rate)
+        solution = sum_neumann(apply_hessian, start, terms, rate)
     else:
-        solution = _solve_conjugate_gradient(apply_hessian, start, terms)
+        solution = solve_conjugate_gradient(apply_hessian, start, terms).vector
     mixed = torch.autograd.grad(residual, list(leaves.values()), solution, allow_unused=True)
     grads = {name: -product for name, product in zip(leaves, mixed, strict=True) if product is not None}
     unused = find_unused([loss], {name: leaf for name, leaf in leaves.items() if name not in grads})
@@ -93,33 +92,3 @@ def implicit(
 
 def _cotangent(cotangents: State, name: str) -> Tensor:
     return cotangents.optimizer.get("average", cotangents.parameters)[name]
-
-
-def _sum_neumann(apply_hessian: Callable[[Vector], Vector], start: Vector, terms: int, rate: float) -> Vector:
-    """Return rate · Σ (1 − rate · H)ʲ start, j = 0 … terms."""
-    term, total = start, start
-    for _ in range(terms):
-        term = [entry - rate * product for entry, product in zip(term, apply_hessian(term), strict=True)]
-        total = [summed + entry for summed, entry in zip(total, term, strict=True)]
-    return [rate * summed for summed in total]
-
-
-def _solve_conjugate_gradient(apply_hessian: Callable[[Vector], Vector], start: Vector, iterations: int) -> Vector:
-    """Return an approximation of H⁻¹ start."""
-    solution = [torch.zeros_like(entry) for entry in start]
-    residual, direction = start, start
-    energy = _dot(residual, residual)
-    for _ in range(iterations):
-        product = apply_hessian(direction)
-        length = energy / _dot(direction, product)
-        solution = [entry + length * step for entry, step in zip(solution, direction, strict=True)]
-        residual = [entry - length * change for entry, change in zip(residual, product, strict=True)]
-        previous, energy = energy, _dot(residual, residual)
-        if energy <= 1e-30 * _dot(start, start):
-            break
-        direction = [entry + energy / previous * step for entry, step in zip(residual, direction, strict=True)]
-    return solution
-
-
-def _dot(first: Vector, second: Vector) -> Tensor:
-    return torch.stack([(left * right).sum() for left, right in zip(first, second, strict=True)]).sum()

@@ -12,7 +12,7 @@ from lkd.run import open_run
 def tiny_recipe(pool: dict | None = None, run_dir: str = "run", **meta) -> MetaTrainRecipe:
     """Trainings of 20 steps; rollouts of 3."""
     settings = {"outer_steps": 3, "students_per_step": 2, "rollout_steps": 3, "rollout_epochs": 1}
-    settings |= {"outer_batch_size": 50, "reuse_every": 0, "reuse_epochs": 1} | meta
+    settings |= {"outer_batch_size": 50, "reuse_every": 0, "reuse_students": 1, "reuse_epochs": 1} | meta
     return MetaTrainRecipe(
         run_dir=run_dir,
         data=DataRecipe(train_size=200, meta_validation_size=100),

@@ -32,7 +32,7 @@ def start(images, **changes) -> Training:
     data = DataRecipe(augmentation="flip_and_crop")
     teacher = prepare_teacher(TeacherRecipe("random", "tiny_cnn"), data, images, CPU, train=train)
     student = ModelRecipe("tiny_cnn")
-    return start_training(student, images.train, KDLoss(), teacher, train, data.augmentation, 0, CPU)
+    return start_training(student, images.train, KDLoss(), teacher, train, data, 0, CPU)
 
 
 def run(training: Training, steps: int) -> list[float]:

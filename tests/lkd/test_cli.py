@@ -109,6 +109,15 @@ def test_a_used_run_directory_is_not_overwritten(capsys) -> None:
     assert "holds a run of `lkd distill`, not of `lkd pool`" in capsys.readouterr().err
 
 
+def test_once_a_mistake_is_mended_the_same_command_runs(capsys) -> None:
+    words = ["distill", "--run_dir", "r", *TINY]
+    assert main([*words, "--teacher.path", "nowhere.safetensors"]) == 2
+    assert main([*words, "--train.learning_rate", "1e30", "--train.checkpoint_every", "1"]) == 2
+    assert "step 1: the loss is not finite" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "already holds a run" in capsys.readouterr().err, "which has taken a step"
+
+
 def test_the_path_from_pool_to_reuse(capsys) -> None:
     small = ["--meta.outer_steps", "1", "--meta.rollout_steps", "2", "--meta.students_per_step", "1"]
     pool = ["--pool.students", "1", "--pool.snapshots", "2"]
@@ -147,7 +156,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(number: int) -> None:
     wait_for_lines(Path("cut/log.jsonl"), 3)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "go on with: lkd distill" in error
     assert error.rstrip().endswith("--resume auto")
     assert not Path("cut/student.safetensors").exists()

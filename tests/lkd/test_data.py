@@ -11,8 +11,8 @@ from lkd.assembly import prepare_images
 from lkd.config import DataRecipe
 from lkd.data import Batches, flip_labels, load_dataset, seeded_generator, split_training_images
 from lkd.data.augmentation import flip_and_crop
-from lkd.data.datasets import read_embedded_archive
 from lkd.data.embedded import ARCHIVE
+from lkd.data.fashion_mnist import read_embedded_archive
 from lkd.errors import UserError
 
 
@@ -149,7 +149,7 @@ def test_batches_are_normalised_and_labelled(embedded) -> None:
 
 def test_flip_and_crop_moves_pixels_only() -> None:
     images = torch.randint(1, 255, (200, 2, 9, 7), dtype=torch.uint8)
-    moved = flip_and_crop(images, seeded_generator(0), padding=1)
+    moved = flip_and_crop(images, torch.rand(200, 3, dtype=torch.float64, generator=seeded_generator(0)), padding=1)
     assert moved.shape == images.shape
     assert moved.dtype == torch.uint8
     padded = torch.nn.functional.pad(images, [1] * 4)

@@ -219,7 +219,7 @@ def test_a_saved_loss_trains_a_student_with_its_features(path: str, adapters: bo
     teacher = prepare_teacher(TeacherRecipe(), DataRecipe(), images, CPU, read_teacher_stages(loss))
     assert set(teacher.features) == {"stage1", "stage2", "stage3"}
     recipe = TrainRecipe(epochs=1, batch_size=20, learning_rate=0.01)
-    training = start_training(student, images.train, loss, teacher, recipe, "none", 3, CPU)
+    training = start_training(student, images.train, loss, teacher, recipe, DataRecipe(), 3, CPU)
     before = {name: parameter.detach().clone() for name, parameter in training.loss.named_parameters()}
     terms = [training.run_step() for _ in range(3)][-1]
     assert {name for name in terms if name.startswith("features/")} == {

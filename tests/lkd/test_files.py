@@ -8,6 +8,8 @@ import torch
 import lkd
 from lkd.artifact import VERSION, read_provenance, save_loss
 from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.checkpoints import Checkpoints
+from lkd.config import TrainRecipe
 from lkd.errors import UserError
 from lkd.files import replaced_atomically, write_tensors
 from lkd.losses import LearnedLoss, LogitLoss
@@ -136,3 +138,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", TrainRecipe(checkpoints_kept=2), said.append)
+    assert checkpoints.load() is None
+    for step in (8, 9, 10):
+        checkpoints.save(step, {"weight": torch.full((1000,), float(step))})
+    assert list(checkpoints.list()) == [9, 10]
+    newest = checkpoints.list()[10]
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(flipped), b""):
+        newest.write_bytes(damaged)
+        assert checkpoints.load()["weight"][0] == 9
+        assert "is damaged" in said[-1]
+        assert "the checkpoint before step 10 takes its place" in said[-1]
+    checkpoints.save(9, {"weight": torch.zeros(1)})
+    assert list(checkpoints.list()) == [9], "the damaged one is of a future that is no more"
+    checkpoints.list()[9].write_bytes(b"")
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged; delete the folder to start anew"):
+        checkpoints.load()
+    with pytest.raises(UserError, match=r"train.checkpoints_kept: 0 is not at least 1"):
+        Checkpoints(tmp_path, TrainRecipe(checkpoints_kept=0), said.append)

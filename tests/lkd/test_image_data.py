@@ -7,11 +7,18 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from lkd.assembly import prepare_images
+from lkd.cli import main
 from lkd.config import DataRecipe
-from lkd.data import Batches, load_dataset
-from lkd.data.image_files import ImageFiles, choose_crop, cut_centers, cut_random_crops
+from lkd.data import Batches, ImageSet, LoadingOptions, load_dataset
+from lkd.data.crops import choose_crop, cut_center, cut_random
+from lkd.data.decoding import DamagedImageError
+from lkd.data.image_files import ImageFiles, open_source
+from lkd.data.random_numbers import draw_uniform
+from lkd.data.sources import FileSource
 from lkd.errors import UserError
 from tests.lkd.tiny_images import write_cifar, write_image_folder
 
@@ -48,8 +55,9 @@ def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path
     assert images.train.image_shape == (3, 24, 24)
     assert torch.bincount(images.meta_validation.labels).tolist() == [2] * 4
     assert not set(images.train.index.tolist()) & set(images.meta_validation.index.tolist())
-    for position, path in enumerate(images.train.images.paths):
-        assert path.parent.name == images.train.class_names[images.train.labels[position]]
+    for position in range(24):
+        folder = images.train.images.name(position).split("/")[0]
+        assert folder == images.train.class_names[images.train.labels[position]]
     first, second = (Batches(images.train, 5, 3, "random_resized_crop") for _ in range(2))
     in_order = [first.at(step) for step in range(6)]
     for step in (5, 1, 3):
@@ -60,17 +68,20 @@ def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path
         Batches(images.train, 5, 0, "flip_and_crop")
 
 
-def write_picture(folder: Path, width: int, height: int) -> Path:
+def write_picture(folder: Path, width: int, height: int) -> ImageFiles:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "p.png")
-    return folder / "p.png"
+    return open_source(FileSource(folder, ["p.png"]), LoadingOptions())
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 290), (260, 512), (40, 37)])
 def test_the_centre_is_torchvisions(width: int, height: int, tmp_path) -> None:
-    path = write_picture(tmp_path, width, height)
-    cut = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
-    assert torch.equal(cut_centers(ImageFiles((path,), 224))[0], cut(Image.open(path)))
+    image = write_picture(tmp_path, width, height).load(0)
+    cut = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    assert torch.equal(cut_center(image, 224), cut(v2.functional.pil_to_tensor(Image.open(tmp_path / "p.png"))))
+    pillow = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    theirs = pillow(Image.open(tmp_path / "p.png"))
+    assert (cut_center(image, 224).int() - theirs.int()).abs().max() <= 1, "the usual path, but for rounding"
 
 
 def test_random_crops_cover_what_the_literature_says() -> None:
@@ -96,25 +107,129 @@ def test_random_crops_cover_what_the_literature_says() -> None:
 
 
 def test_a_random_crop_is_the_part_and_its_flip(tmp_path) -> None:
-    path = write_picture(tmp_path, 64, 64)
-    crops = cut_random_crops(ImageFiles((path,) * 8, 16), torch.Generator().manual_seed(0))
-    assert crops.shape == (8, 3, 16, 16)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(8, 10, 4, generator=generator, dtype=torch.float64)
-    flips = torch.rand(8, generator=generator) < 0.5
+    image = write_picture(tmp_path, 64, 64).load(0)
+    numbers = draw_uniform(torch.arange(8), torch.zeros(8, dtype=torch.int64), 41)
+    flips = numbers[:, 40] < 0.5
     assert 0 < flips.sum() < 8
-    image = Image.open(path)
-    for crop, draw, flip in zip(crops, draws, flips, strict=True):
-        left, top, right, bottom = choose_crop((64, 64), draw.tolist())
-        part = transforms.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16])
-        expected = transforms.functional.pil_to_tensor(part)
-        assert torch.equal(crop, expected.flip(-1) if flip else expected)
+    for row, flip in zip(numbers, flips, strict=True):
+        left, top, right, bottom = choose_crop((64, 64), row[:40].view(10, 4).tolist())
+        part = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16], antialias=True)
+        assert torch.equal(cut_random(image, 16, row), part.flip(-1) if flip else part)
+
+
+def test_every_format_is_decoded_as_pillow_does(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    for mode, suffix in [("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "bmp"), ("CMYK", "tiff")]:
+        picture.convert(mode).save(tmp_path / f"a.{suffix}")
+        expected = pil_to_tensor(Image.open(tmp_path / f"a.{suffix}").convert("RGB"))
+        assert torch.equal(FileSource(tmp_path, [f"a.{suffix}"]).load(0), expected), (mode, suffix)
+    for mode in ("RGB", "L", "CMYK"):
+        picture.convert(mode).save(tmp_path / "a.png.jpg", format="JPEG")  # of a suffix that lies
+        expected = pil_to_tensor(Image.open(tmp_path / "a.png.jpg").convert("RGB"))
+        assert (FileSource(tmp_path, ["a.png.jpg"]).load(0).int() - expected.int()).abs().max() <= 2, mode
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "a.png.jpg").read_bytes()[:500])
+    with pytest.raises(DamagedImageError, match=r"^half\.jpg: cannot be decoded \("):
+        FileSource(tmp_path, ["half.jpg"]).load(0)
+
+
+def test_uniform_numbers_are_uniform_and_share_nothing() -> None:
+    index = torch.arange(500)
+    rows = torch.cat([draw_uniform(torch.full_like(index, seed), index, 20) for seed in (0, 1, 2**62)])
+    assert rows.min() >= 0
+    assert rows.max() < 1
+    counts = torch.histc(rows.float(), 20, 0, 1)
+    assert (counts - 1500).abs().max() < 5 * 1500**0.5
+    assert rows.flatten().unique().numel() == rows.numel()
+    assert (torch.corrcoef(rows.T) - torch.eye(20)).abs().max() < 0.12
+
+
+def test_an_image_looks_as_its_index_and_augmentation_seed_say(tmp_path) -> None:
+    images = prepare_images(DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24)).train
+    batches = Batches(images, 8, 0, "random_resized_crop", augmentation_seeds=2)
+    looks: dict[tuple[int, int], torch.Tensor] = {}
+    for step in range(4 * 3):  # four epochs
+        batch = batches.at(step)
+        for image, index, augmentation in zip(
+            batch.images, batch.index.tolist(), batch.augmentation.tolist(), strict=True
+        ):
+            assert torch.equal(looks.setdefault((index, augmentation), image), image)
+    assert len(looks) == 2 * 24
+    assert {augmentation for _, augmentation in looks} == {1, 2}
+    for index in images.index.tolist():
+        assert not torch.equal(looks[index, 1], looks[index, 2])
+    other = Batches(images, 8, 9, "random_resized_crop", augmentation_seeds=2).at(0)
+    for image, index in zip(other.images, other.index.tolist(), strict=True):
+        assert torch.equal(image, looks[index, 1]), "whatever the seed of the training"
+    endless = Batches(images, 24, 0, "random_resized_crop")
+    seeds = [endless.at(epoch).augmentation for epoch in range(3)]
+    assert len({int(seed[0]) for seed in seeds}) == 3
+    halves = [Batches(images, 24, 0, "random_resized_crop", part=(number, 2)).at(1) for number in (0, 1)]
+    whole = endless.at(1)
+    for number, half in enumerate(halves):
+        assert torch.equal(half.images, whole.images[number::2]), "processes see what one process would"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_threads_changes_nothing(workers: int, tmp_path) -> None:
+    root = write_image_folder(tmp_path)
+    one, other = (
+        prepare_images(DataRecipe("image_folder", root, 0, 8, image_size=24, workers=count)).train
+        for count in (2, workers)
+    )
+    first, second = (Batches(images, 5, 3, "random_resized_crop") for images in (one, other))
+    assert all(torch.equal(first.at(step).images, second.at(step).images) for step in range(6))
+    assert first.wait_seconds > 0
+
+
+def damage(images: ImageSet, slots: list[int]) -> list[str]:
+    names = [images.images.name(slot) for slot in slots]
+    for name in names:
+        Path(images.images.source.root, name).write_bytes(b"no picture")
+    return names
+
+
+def test_damaged_images_are_skipped_counted_and_named(tmp_path, caplog) -> None:
+    recipe = DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24)
+    images = prepare_images(recipe).train
+    batches = Batches(images, 24, 0, "random_resized_crop", steps=1)
+    whole = batches.at(0)
+    order = batches.order(0)
+    names = damage(images, order[[3, 4, 23]].tolist())
+    again = Batches(images, 24, 0, "random_resized_crop", steps=1).at(0)
+    replaced = order.clone()
+    replaced[[3, 4, 23]] = order[[5, 5, 0]]
+    assert torch.equal(again.index, images.index[replaced])
+    assert torch.equal(again.target, images.labels[replaced])
+    for slot, source in [(3, 5), (4, 5), (23, 0), (6, 6)]:
+        assert torch.equal(again.images[slot], whole.images[source])
+    for name in names:
+        assert sum(name in message for message in caplog.messages) == 1
+    count = images.images.damage
+    assert (count.damaged, count.seen) == (4, 24 + 24 + 4), "place 3 asks for 4 and 5, place 23 for 0"
+    kept = images.batch(torch.arange(24), torch.device("cpu"))
+    assert sorted(kept.index.tolist()) == sorted(images.index[order[[*range(3), *range(5, 23)]]].tolist())
+
+
+def test_too_many_damaged_images_end_the_run(tmp_path, capsys) -> None:
+    root = write_image_folder(tmp_path)
+    images = load_dataset("image_folder", root, LoadingOptions(24, damaged_limit=0.0)).train
+    [name] = damage(images, [0])
+    with pytest.raises(UserError, match=rf"1 of \d+ images seen cannot be decoded \({name}\), more than data\.damaged"):
+        images.batch(torch.arange(2), torch.device("cpu"))
+    words = ["--data.root", root, "--data.train_size", "24", "--data.meta_validation_size", "8", "--student.name"]
+    words += ["small_cnn", "--teacher.path", "random", "--teacher.name", "small_cnn", "--train.batch_size", "8"]
+    words += ["--data.name", "image_folder", "--data.image_size", "24", "--train.epochs", "1"]
+    assert main(["distill", *words, "--run_dir", str(tmp_path / "stopped"), "--data.damaged_limit", "0"]) == 2
+    assert "1 of" in capsys.readouterr().err
+    assert main(["distill", *words, "--run_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "output.txt").read_text().count(f"{name}: cannot be decoded") == 1
 
 
 def test_folders_of_another_layout_are_one_line(tmp_path) -> None:
     def refuse(message: str, root: str | None = str(tmp_path), size: int = 24) -> None:
         with pytest.raises(UserError, match=message):
-            load_dataset("image_folder", root, size)
+            load_dataset("image_folder", root, LoadingOptions(size))
 
     refuse(r"data\.root: missing; give the folder that holds train/CLASS", None)
     refuse("holds no train/CLASS/ folders; expected train/CLASS")
@@ -122,11 +237,15 @@ def test_folders_of_another_layout_are_one_line(tmp_path) -> None:
     (tmp_path / "train" / "cat").mkdir(parents=True)
     refuse("holds no val/CLASS/ folders")
     (tmp_path / "val" / "dog").mkdir(parents=True)
-    refuse("val/dog is of no class in")
+    refuse("val: 'dog' is none of the 1 classes that are trained on")
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cat")
-    refuse("no images")
+    refuse("holds no training images")
     (tmp_path / "train" / "cat" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "train" / "empty").mkdir()
+    refuse(r"holds no validation images")
     (tmp_path / "val" / "cat" / "a.jpg").write_bytes(b"no picture")
-    broken = load_dataset("image_folder", str(tmp_path), 24).train
-    with pytest.raises(UserError, match=r"a\.jpg: cannot be decoded"):
-        broken.batch(torch.tensor([0]), torch.device("cpu"))
+    refuse(r"1 of the 2 classes have no training images in .* \(empty\): add some, or remove the classes")
+    (tmp_path / "train" / "empty").rmdir()
+    broken = load_dataset("image_folder", str(tmp_path), LoadingOptions(24)).train
+    with pytest.raises(UserError, match=r"no image can be decoded \(cat/a\.jpg: cannot be decoded"):
+        Batches(broken, 1, 0).at(0)

@@ -42,7 +42,7 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
     """Against the exact adjoint of the same steps, taken anew from the state before them."""
     recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5, students_per_step=1)
     loop = make_loop(recipe)
-    (own,) = loop.own
+    (own,) = loop.own.values()
     own.advance(5)
     student, optimizer = own.training.student, own.training.optimizer
     before = State(dict(student.named_parameters()), dict(student.named_buffers()), read_slots(optimizer, student))
@@ -66,7 +66,7 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
 def test_only_the_steps_that_are_walked_back_are_recorded(monkeypatch) -> None:
     watched = []
     monkeypatch.setattr(Tape, "watch", lambda self, batch: watched.append(batch[2]))
-    (own,) = make_loop(tiny_recipe(interleaving="alternate", outer_steps=2, students_per_step=1)).own
+    (own,) = make_loop(tiny_recipe(interleaving="alternate", outer_steps=2, students_per_step=1)).own.values()
     own.advance(10)
     assert watched == [0.35, 0.4, 0.45]
 
@@ -83,7 +83,7 @@ def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, star
     assert loss.starts == pytest.approx(starts)
     loop = make_loop(recipe)
     training = start_training(
-        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, "none", loop.own[0].seed, CPU
+        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, recipe.data, loop.own[0].seed, CPU
     )
     while training.step < training.total_steps:
         training.run_step()

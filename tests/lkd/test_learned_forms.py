@@ -31,7 +31,7 @@ def wander(loss: nn.Module, size: float = 0.5, seed: int = 0) -> nn.Module:
     return loss
 
 
-def total(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float = 0.3) -> Tensor:
+def total(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float | None = 0.3) -> Tensor:
     return torch.stack(list(loss(Outputs(student, {}), Outputs(teacher, {}), target, progress).values())).sum()
 
 
@@ -82,7 +82,8 @@ def test_every_form_keeps_its_invariants(batch, form, conditioning, normalize, l
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("conditioning", CONDITIONING)
 def test_conditioning_says_what_is_seen(form: str, conditioning: list[str]) -> None:
-    part = wander(FORMS[form](conditioning=conditioning))
+    plain = {"warmup": 0.0} if form == "decoupled" else {}
+    part = wander(FORMS[form](conditioning=conditioning, **plain))
     student, other, teacher = (3 * torch.randn(20, 10, dtype=torch.float64) for _ in range(3))
     target = torch.randint(10, (20,))
     same = torch.equal(total(part, student, teacher, target, 0.0), total(part, student, teacher, target, 1.0))
@@ -151,25 +152,27 @@ def test_every_form_starts_where_it_says() -> None:
     start = {"initial_weight": 0.3, "initial_temperature": 2.5}
     for form in ("balance", "residual"):
         torch.testing.assert_close(total(FORMS[form](**start), student, teacher, target), kd)
-    dkd = DKDLoss(task=0.7, alpha=0.3, beta=0.3, temperature=2.5, warmup=0.0)
-    expected = sum(dkd(Outputs(student, {}), Outputs(teacher, {}), target).values())
-    torch.testing.assert_close(total(DecoupledLoss(**start), student, teacher, target), expected)
+    for warmup, progress in ((0.6, 0.0), (0.6, 0.3), (0.6, 0.9), (0.0, 0.0), (0.6, None)):
+        dkd = DKDLoss(task=1.4, alpha=0.6, beta=0.6, temperature=2.5, warmup=warmup)
+        expected = sum(dkd(Outputs(student, {}), Outputs(teacher, {}), target, progress).values())
+        found = total(DecoupledLoss(**start, warmup=warmup), student, teacher, target, progress)
+        torch.testing.assert_close(found, expected)
     mixture = 0.3 * (teacher / 2.5).softmax(1) + 0.7 * nn.functional.one_hot(target, 5)
     divergence = nn.functional.kl_div(student.log_softmax(1), mixture, reduction="batchmean")
     for loss in (GenericLoss(**start), TargetLoss(**start, conditioning=["progress"])):
         torch.testing.assert_close(total(loss, student, teacher, target), divergence)
 
 
-def test_the_decoupled_form_is_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
+def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
     student, target = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
     rest = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=torch.float64) * 0.25
     at_temperature = torch.cat([rest[:2], torch.tensor([0.75]), rest[2:]]).unsqueeze(0)
-    loss = DecoupledLoss(initial_weight=0.3, initial_temperature=2.5, conditioning=[]).double()
+    loss = DecoupledLoss(initial_weight=0.3, initial_temperature=2.5, warmup=0.0, conditioning=[]).double()
     with torch.no_grad():
         loss.body.head.bias[2] = math.atanh(math.log(0.25) / math.log(8))
     teacher = 2.5 * at_temperature.log()
     kd = sum(KDLoss(0.3, 2.5)(Outputs(student, {}), Outputs(teacher, {}), target).values())
-    torch.testing.assert_close(total(loss, student, teacher, target), kd, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(total(loss, student, teacher, target), 2 * kd, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("form", FORMS)

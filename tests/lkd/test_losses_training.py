@@ -42,7 +42,7 @@ def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "no
     data = DataRecipe(augmentation=augmentation)
     teacher = prepare_teacher(TeacherRecipe(), data, images, CPU, read_teacher_stages(loss))
     recipe = TrainRecipe(epochs=2, batch_size=batch_size, learning_rate=0.001)
-    return start_training(student, images.train, loss, teacher, recipe, augmentation, 3, CPU)
+    return start_training(student, images.train, loss, teacher, recipe, DataRecipe(augmentation=augmentation), 3, CPU)
 
 
 @pytest.mark.parametrize("student", [CNN, VIT], ids=["cnn", "vit"])

@@ -176,7 +176,7 @@ def retrain(recipe: MetaTrainRecipe, pool: Pool, loss: LearnedLoss) -> bool:
     """Whether a student trained with this loss is the pool's last one."""
     images, teacher = prepared(recipe)
     training = start_training(
-        recipe.student, images.train, loss.requires_grad_(False), teacher, recipe.train, "none", 2000, CPU
+        recipe.student, images.train, loss.requires_grad_(False), teacher, recipe.train, DataRecipe(), 2000, CPU
     )
     for _ in range(10):
         training.run_step()
@@ -260,6 +260,7 @@ def test_costs_are_in_student_trainings() -> None:
         ({}, {"reuse_every": -1}, "meta.reuse_every: -1 is negative"),
         ({}, {"reuse_every": 1, "reuse_epochs": 3}, r"reuse_epochs: 3 is not between 0 .* and train.epochs, 2"),
         ({}, {"reuse_patience": 2}, "reuse_patience: 2 needs looks at reuse"),
+        ({}, {"reuse_students": 0}, "reuse_students: 0 is not at least 1"),
         ({"sampling": "latest"}, {"interleaving": "alternate"}, "pool.sampling: latest is not used"),
     ],
 )

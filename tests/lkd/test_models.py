@@ -37,6 +37,8 @@ def test_the_literatures_mobilenet_is_timms_with_relu() -> None:
     assert described["activations"] == ["ReLU"]
     assert 1.1e9 < described["flops"] < 1.2e9  # 569 M multiply-adds (Howard et al., 2017)
     assert "4,231,976 parameters" in format_description("student", described)
+    assert described["pretrained_tag"] == "none", "its weights are random, though timm knows a tag of it"
+    assert describe(network, "mobilenetv1_100", (3, 224, 224), pretrained=True)["pretrained_tag"] != "none"
 
 
 def test_features_come_without_hooks_under_functional_call() -> None:

@@ -201,6 +201,7 @@ def test_a_meta_training_is_the_sum_of_its_parts(capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--balance", "dynamik"], "balance: unknown name 'dynamik'"),
         (["--efficiency", "1.5"], "efficiency: 1.5 is not in (0, 1]"),
         (["--gpus", "3"], "train.batch_size: 64 does not divide among 3 gpus"),
         (["--decode_rate", "0"], "decode_rate: 0 cannot be measured without data.root"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.killed_runs import VIT
 from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe
@@ -20,10 +21,8 @@ from lkd.models.network_file import load_network
 from lkd.processes import read_job
 from lkd.run import open_run
 
-# LayerNorm, no BatchNorm: its statistics would be those of half a batch.
-STUDENT = "{name: vit_tiny_patch16_224, options: {img_size: 28, patch_size: 7, embed_dim: 16, depth: 2, num_heads: 2}}"
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
-DISTILL = ["distill", *TINY, "--student", STUDENT, "--loss", "{name: kd, weight: 0.9}"]
+DISTILL = ["distill", *TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]
 
 
 def torchrun(*words: str, processes: int = 2) -> subprocess.Popen:
@@ -58,7 +57,7 @@ def test_two_processes_train_as_one_with_the_same_whole_batch() -> None:
 def test_a_stopped_job_goes_on_with_as_many_processes_or_one() -> None:
     words = [*DISTILL, "--train.epochs", "8"]
     job = torchrun(*words, "--run_dir", "stopped")
-    while job.poll() is None and not Path("stopped/checkpoint.safetensors").exists():
+    while job.poll() is None and not Path("stopped/checkpoints").exists():
         time.sleep(0.1)
     assert job.poll() is None, job.communicate()[0]
     job.send_signal(signal.SIGTERM)
@@ -90,7 +89,10 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with (
-        pytest.raises(UserError, match="torchrun: `lkd compare` runs in one process; distill and teacher in several"),
+        pytest.raises(
+            UserError,
+            match="torchrun: `lkd compare` runs in one process; in several run distill, teacher, pool, meta-train",
+        ),
         open_run(CompareRecipe(run_dir="c"), "compare"),
     ):
         pass

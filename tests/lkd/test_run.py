@@ -1,6 +1,7 @@
 """Run directories: one process at a time, provenance without local paths, W&B offline."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lkd.config import DistillRecipe
 from lkd.errors import UserError
 from lkd.run import open_run
 from lkd.tracking import read_log
+from lkd.training import Training
 from tests.lkd.test_cli import TINY
 
 
@@ -38,7 +40,20 @@ def test_a_log_that_a_crash_cut_off_is_still_read(tmp_path) -> None:
     assert [row["a"] for row in read_log(tmp_path / "log.jsonl")] == [1, 3]
 
 
-def test_wandb_works_offline(monkeypatch) -> None:
+def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(monkeypatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]) == 0
-    assert list(Path("r").glob("wandb/offline-run-*/*.wandb"))
+    words = ["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]
+    run_step = Training.run_step
+
+    def stop_after_step(training: Training):
+        signal.raise_signal(signal.SIGTERM)
+        return run_step(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run_step", stop_after_step)
+        assert main(words) == 143
+    assert main([*words, "--resume", "auto"]) == 0
+    runs = list(Path("r").glob("wandb/offline-run-*"))
+    assert len(runs) == 2
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {Path("r/wandb_run_id").read_text()}
+    assert all(list(run.glob("*.wandb")) for run in runs)

@@ -19,6 +19,7 @@ from lkd.teacher import Teacher
 from lkd.training import Training
 
 CPU = torch.device("cpu")
+DATA = DataRecipe(augmentation="flip_and_crop")
 RECIPE = TrainRecipe(epochs=3, batch_size=50, learning_rate=0.1, nesterov=True)
 
 
@@ -30,9 +31,7 @@ def images():
 def start(images, loss=None, **changes) -> Training:
     recipe = TrainRecipe(**{**vars(RECIPE), **changes})
     teacher = Teacher(build("small_cnn", 10, 1)) if isinstance(loss, KDLoss) else None
-    return start_training(
-        ModelRecipe("small_cnn"), images, loss or CrossEntropyLoss(), teacher, recipe, "flip_and_crop", 7, CPU
-    )
+    return start_training(ModelRecipe("small_cnn"), images, loss or CrossEntropyLoss(), teacher, recipe, DATA, 7, CPU)
 
 
 def test_training_equals_a_plain_loop(images) -> None:
@@ -117,7 +116,7 @@ def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(lo
         built = prepare_loss({"name": loss}, recipe, taught, images, 0)
         teacher = prepare_teacher(taught, DataRecipe(), images, CPU, read_teacher_stages(built))
         train = TrainRecipe(epochs=1, batch_size=40, learning_rate=0.02, precision=precision)
-        training = start_training(recipe, images.train, built, teacher, train, "none", 0, CPU)
+        training = start_training(recipe, images.train, built, teacher, train, DataRecipe(), 0, CPU)
         rows = [training.run_step() for _ in range(10)]
         assert all(term.dtype == torch.float32 for row in rows for term in row.values())
         assert all(p.dtype == torch.float32 for p in training.student.parameters())
@@ -134,7 +133,7 @@ def test_accumulated_parts_are_the_whole_batch() -> None:
     model, terms, students = ModelRecipe("vit_tiny_patch16_224", options=vit), [], []
     for accumulation in (1, 4):
         train = TrainRecipe(epochs=1, batch_size=40, accumulation=accumulation)
-        training = start_training(model, images, CrossEntropyLoss(), None, train, "none", 0, CPU)
+        training = start_training(model, images, CrossEntropyLoss(), None, train, DataRecipe(), 0, CPU)
         terms.append(torch.tensor([float(training.run_step()["task"]) for _ in range(5)]))
         students.append(training.student.state_dict())
     torch.testing.assert_close(*terms, rtol=1e-4, atol=1e-5)
@@ -147,7 +146,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(tmp_path) -> None:
     train = TrainRecipe(epochs=1, batch_size=40, ema_decay=0.7)
 
     def begin() -> Training:
-        return start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, "none", 0, CPU)
+        return start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, DataRecipe(), 0, CPU)
 
     training = begin()
     expected = {name: p.detach().clone() for name, p in training.student.named_parameters()}
@@ -180,4 +179,4 @@ def test_impossible_parts_and_averages_are_refused(changes: dict, message: str) 
     images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
     train = TrainRecipe(epochs=1, batch_size=40, **changes)
     with pytest.raises(UserError, match=message):
-        start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, "none", 0, CPU)
+        start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, DataRecipe(), 0, CPU)

@@ -32,6 +32,21 @@ def test_audited_audits_on_schedule_and_is_first_order_in_between():
         torch.testing.assert_close(result.grads, expected.grads)
 
 
+def test_processes_that_share_students_audit_as_one_that_has_them_all():
+    problems = [learned_loss_problem(steps=3, seed=seed) for seed in range(4)]
+    alone, *sharing = (Audited(every=3, radii=(1e-4, 1e-2, 1.0)) for _ in range(3))
+    for number, problem in enumerate(problems):
+        expected = alone(*problem)
+        for process, estimator in enumerate(sharing):
+            if number % 2 == process:
+                torch.testing.assert_close(estimator(*problem).grads, expected.grads, rtol=0, atol=0)
+            else:
+                estimator.follow(lambda problem=problem: problem)
+            assert estimator.audits == alone.audits
+            assert estimator.state_dict() == alone.state_dict()
+    assert sorted(alone.audits) == [0, 3]
+
+
 def test_audited_falls_back_to_the_exact_walk():
     problem = learned_loss_problem(steps=3)
     estimator = Audited(radii=(3.0,), threshold=0.9999)

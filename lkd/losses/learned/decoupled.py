@@ -12,6 +12,7 @@ from lkd.losses.learned.inputs import (
     CONDITIONING,
     LogProbabilities,
     Progress,
+    as_progress,
     check_conditioning,
     name_sample_inputs,
     read_logits,
@@ -25,10 +26,14 @@ class DecoupledLoss(nn.Module):
     """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
 
     For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
-    (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the target
-    class against the rest, and among the other classes. With β = 1 − the teacher's probability of the target
-    at τ it is `BalanceLoss`; with β = 1 or more, what the teacher knows of the other classes counts on samples that it
-    is sure of too. Of dense targets the most probable class is the target class.
+    2 (1 − αᵢ) · CE(student, target) + 2 αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the
+    target class against the rest, and among the other classes. With α = 1/2 it is DKD as its authors weigh it, at home
+    at DKD's learning rates. With β = 1 − the teacher's probability of the target at τ it is twice `BalanceLoss`; with
+    β = 1 or more, what the teacher knows of the other classes counts on samples that it is sure of too. Of dense
+    targets the most probable class is the target class.
+
+    As DKD's, the teacher's terms are ramped up linearly from 0 at the start of training, here over most of it: fresh
+    students trained on clean labels are better for it, and rollouts, which are shorter than trainings, do not find it.
 
     α, τ and β move with the student's logits, and the gradient says so.
 
@@ -38,6 +43,8 @@ class DecoupledLoss(nn.Module):
         initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
         maximal_temperature: Upper bound of τ.
         maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
+        warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
+            given they have their full weight.
         conditioning: What the network sees besides the teacher: some of progress, state.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
 
@@ -50,14 +57,18 @@ class DecoupledLoss(nn.Module):
         hidden: int = 16,
         initial_weight: float = 0.5,
         initial_temperature: float = 2.0,
-        maximal_temperature: float = 10.0,
+        maximal_temperature: float = 4.0,
         maximal_factor: float = 8.0,
+        warmup: float = 0.6,
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
     ) -> None:
         super().__init__()
         self.conditioning = check_conditioning(conditioning)
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.maximal_temperature = maximal_temperature
+        self.warmup = warmup
         self.log_factor = log_of_factor(maximal_factor)
         self.architecture = {
             "hidden": hidden,
@@ -65,6 +76,7 @@ class DecoupledLoss(nn.Module):
             "initial_temperature": initial_temperature,
             "maximal_temperature": maximal_temperature,
             "maximal_factor": maximal_factor,
+            "warmup": warmup,
             "conditioning": self.conditioning,
             "lipschitz": lipschitz,
         }
@@ -77,6 +89,12 @@ class DecoupledLoss(nn.Module):
         free = self.body(sample_inputs(logs, progress, self.conditioning))
         weight, temperature = bound_balance(free[:, :2], self.maximal_temperature)
         return weight, temperature, (self.log_factor * free[:, 2].tanh()).exp()
+
+    def ramp(self, progress: Progress, like: Tensor) -> Tensor:
+        """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
+        if progress is None or not self.warmup:
+            return torch.ones_like(like[0])
+        return as_progress(progress, like).div(self.warmup).clamp(max=1)
 
     def weights_and_temperatures(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
@@ -109,9 +127,9 @@ class DecoupledLoss(nn.Module):
             (binary_s, other_s), (binary_t, other_t) = (
                 decouple(logits / temperature.unsqueeze(1), label) for logits in (logs.student, logs.teacher)
             )
-            scale = weight * temperature.square()
+            scale = 2 * self.ramp(progress, weight) * weight * temperature.square()
             return {
-                "task": ((1 - weight) * cross_entropies(student.logits, target)).mean(),
+                "task": (2 * (1 - weight) * cross_entropies(student.logits, target)).mean(),
                 "target_class": (scale * (binary_t.exp() * (binary_t - binary_s)).sum(1)).mean(),
                 "other_classes": (scale * factor * (other_t.exp() * (other_t - other_s)).sum(1)).mean(),
             }

@@ -1,0 +1,1 @@
+"""What sets weights in a loss: one file or few a paper."""

@@ -1,0 +1,114 @@
+"""A teacher's answers on disk, by image and augmentation seed; read in place of asking the teacher."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lkd.compressed_logits import restore_logits
+from lkd.data import Batch
+from lkd.errors import UserError
+from lkd.files import read_tensors
+from lkd.outputs import Outputs
+
+KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
+INDEX = "index.safetensors"
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """A cache, finished or not: an index, and for every augmentation seed files of `shard_size` images each.
+
+    Attributes:
+        folder: Where it lies.
+        index: The images' index, int64, [N], ascending.
+        header: `made_with` (of `identify`), `top_k`, `shard_size`, `num_classes`, and `teacher`, a line about it.
+    """
+
+    folder: Path
+    index: Tensor
+    header: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what its files hold."""
+        header = {key: value for key, value in self.header.items() if key in ("made_with", "top_k", "shard_size")}
+        content = json.dumps(header, sort_keys=True).encode() + self.index.numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    @property
+    def shards(self) -> int:
+        """Files of one augmentation seed."""
+        return -(-len(self.index) // self.header["shard_size"])
+
+    def path(self, seed: int, shard: int) -> Path:
+        """The file of some of the images under an augmentation seed."""
+        return self.folder / f"seed-{seed:05d}-{shard:05d}.safetensors"
+
+
+class CachedTeacher:
+    """A teacher's answers, looked up: a callable from a batch to its outputs. The files are mapped into memory.
+
+    Args:
+        cache: The cache.
+        seeds: Augmentation seeds that will be asked for.
+        device: Where answers go.
+
+    Raises:
+        UserError: If one of the files is not good or belongs to another cache.
+    """
+
+    def __init__(self, cache: CacheFolder, seeds: range, device: torch.device) -> None:
+        self.cache, self.first_seed, self.device = cache, seeds.start, device
+        self.rows = torch.zeros(int(cache.index.max()) + 1, dtype=torch.int64)
+        self.rows[cache.index] = torch.arange(len(cache.index))
+        self.parts = [self.open(cache.path(seed, shard)) for seed in seeds for shard in range(cache.shards)]
+
+    def open(self, path: Path) -> dict[str, Tensor]:
+        """Map a file."""
+        tensors, header = read_tensors(path, KIND, VERSION)
+        if header["cache"] != self.cache.fingerprint:
+            raise UserError(f"{path}: belongs to another cache: delete it and go on with lkd cache")
+        return tensors
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Look a batch up.
+
+        Raises:
+            UserError: If an image could not be decoded when the cache was made.
+        """
+        kept = self.look_up(batch.index.cpu(), batch.augmentation.cpu())
+        if kept["logits"].isnan().any():
+            raise UserError(
+                f"teacher.cache: {self.cache.folder} lacks answers to images that could not be decoded then, but can "
+                "now: delete it and make it anew"
+            )
+        kept = {name: tensor.to(self.device, non_blocking=True) for name, tensor in kept.items()}
+        return Outputs(restore_logits(kept, self.cache.header["num_classes"]), {})
+
+    def look_up(self, index: Tensor, augmentation: Tensor) -> dict[str, Tensor]:
+        """What is kept of the answers to these images under these augmentation seeds, each [B]."""
+        rows, size = self.rows[index], self.cache.header["shard_size"]
+        part = (augmentation - self.first_seed) * self.cache.shards + rows // size
+        found = {name: tensor.new_empty(len(index), *tensor.shape[1:]) for name, tensor in self.parts[0].items()}
+        for number in part.unique().tolist():
+            places = (part == number).nonzero().flatten()
+            for name, tensor in self.parts[number].items():
+                found[name][places] = tensor[rows[places] % size]
+        return found
+
+
+def read_cache(folder: Path) -> CacheFolder:
+    """Read what a cache says of itself.
+
+    Raises:
+        UserError: If there is none, or its index is damaged.
+    """
+    if not (folder / INDEX).is_file():
+        raise UserError(f"teacher.cache: {folder} holds no teacher cache; make one with lkd cache")
+    tensors, header = read_tensors(folder / INDEX, INDEX_KIND, VERSION)
+    return CacheFolder(folder, tensors["index"], header)

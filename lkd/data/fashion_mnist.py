@@ -1,0 +1,103 @@
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017): whole, and the part of it that the package carries."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lkd.data.dataset import Dataset
+from lkd.data.embedded import ARCHIVE
+from lkd.data.images import ImageSet
+from lkd.errors import UserError
+
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)  # of the 60,000 training images
+
+
+def load_embedded(root: str | None = None) -> Dataset:
+    """Load the embedded data set, checking it against its sha256."""
+    arrays = read_embedded_archive(ARCHIVE)
+    return Dataset(
+        "embedded", *(fashion_images(*(arrays[f"{split}_{part}"] for part in PARTS)) for split in ("train", "test"))
+    )
+
+
+PARTS = ("images", "labels", "index")
+
+
+def read_embedded_archive(path: Path) -> dict[str, np.ndarray]:
+    """Read the embedded archive.
+
+    Raises:
+        UserError: If it is missing, or its bytes are not those whose checksum lies beside it.
+    """
+    try:
+        expected = path.with_suffix(".npz.sha256").read_text().split()[0]
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, IndexError) as error:
+        raise UserError(f"embedded data: cannot read {path} or its .sha256 ({error}): reinstall the package") from error
+    if digest != expected:
+        raise UserError(
+            f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {expected[:12]}…): reinstall"
+        )
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def load_fashion_mnist(root: str | None) -> Dataset:
+    """Load the full Fashion-MNIST through torchvision."""
+    from torchvision.datasets import FashionMNIST
+
+    if root is None:
+        raise UserError("data.root: missing; give the folder that holds FashionMNIST/raw/, or where to download it")
+    parts = []
+    for train in (True, False):
+        try:
+            full = FashionMNIST(root, train=train, download=not (Path(root) / "FashionMNIST" / "raw").is_dir())
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"data.root: Fashion-MNIST cannot be read from {root!r}: {error}") from error
+        images, count = full.data.numpy(), 60_000 if train else 10_000
+        if images.shape != (count, 28, 28) or len(full.targets) != count:
+            raise UserError(
+                f"data.root: {root!r} holds images of shape {images.shape} with {len(full.targets)} labels, "
+                f"not ({count}, 28, 28)"
+            )
+        parts.append(fashion_images(images, full.targets.numpy(), np.arange(count)))
+    return Dataset("fashion_mnist", *parts)
+
+
+def load_fashion_mnist_rest(root: str | None) -> Dataset:
+    """Load the full training set without the embedded images; the test part is the embedded one."""
+    full, embedded = load_fashion_mnist(root).train, load_embedded()
+    kept = torch.ones(len(full), dtype=torch.bool)
+    kept[embedded.train.index] = False
+    return Dataset("fashion_mnist_rest", full.select(kept.nonzero().flatten()), embedded.test)
+
+
+def load_fashion_mnist_unseen(root: str | None) -> Dataset:
+    """Load the embedded training images, which the embedded teacher never saw, with the full test part."""
+    return Dataset("fashion_mnist_unseen", load_embedded().train, load_fashion_mnist(root).test)
+
+
+def fashion_images(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> ImageSet:
+    """Wrap arrays of Fashion-MNIST ([N, 28, 28], [N], [N])."""
+    return ImageSet(
+        torch.from_numpy(images).unsqueeze(1),
+        torch.from_numpy(labels).long(),
+        torch.from_numpy(index).long(),
+        FASHION_CLASSES,
+        FASHION_MEAN,
+        FASHION_STD,
+    )

@@ -1,0 +1,122 @@
+"""Batches that threads decode ahead of their use.
+
+Threads, not processes: decoding and scaling leave Python alone, and nothing has to be copied between processes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lkd.data.decoding import DamagedImageError
+from lkd.data.image_files import ImageFiles
+from lkd.errors import UserError
+
+CHUNK = 8  # images that a thread takes at a time
+AHEAD = 2  # batches that are decoded before they are asked for
+
+Cut = Callable[[Tensor, int], Tensor]
+"""From an image [3, H, W] and its place in the epoch's order to a crop [3, size, size]."""
+
+
+class Loading:
+    """A batch that threads are decoding.
+
+    Args:
+        files: The images, in the order of the epoch.
+        slots: Which of them, by their place in that order, int64, [B].
+        cut: What is cut out of each.
+        replace: Put the next image of the order that can be decoded in a damaged one's place; else leave it out.
+        pin: Put the batch where a GPU can fetch it on its own.
+    """
+
+    def __init__(self, files: ImageFiles, slots: Tensor, cut: Cut, replace: bool, pin: bool) -> None:
+        self.files = files
+        self.cut = cut
+        self.replace = replace
+        self.slots = slots.tolist()
+        self.pixels = torch.empty(len(slots), files.size, files.size, 3, dtype=torch.uint8, pin_memory=pin)
+        rows = range(len(slots))
+        pool = start_threads(files.workers)
+        self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
+
+    def fill(self, rows: Iterable[int]) -> None:
+        """Decode some rows; the slot of a row that is left out becomes -1."""
+        failures: list[tuple[str, str]] = []
+        seen = 0
+        for row in rows:
+            slot, image, left = self.slots[row], None, len(self.files.positions)
+            while image is None and left:
+                seen += 1
+                try:
+                    image = self.files.load(slot)
+                except DamagedImageError as error:
+                    failures.append((self.files.name(slot), str(error)))
+                    left = left - 1 if self.replace else 0
+                    slot = (slot + 1) % len(self.files.positions)
+            if image is None and self.replace:
+                raise UserError(f"data: no image can be decoded ({failures[0][1]}, ...)")
+            self.slots[row] = slot if image is not None else -1
+            if image is not None:
+                self.pixels[row] = self.cut(image, slot).permute(1, 2, 0)
+        self.files.damage.record(seen, failures)
+
+    def wait(self) -> tuple[Tensor, Tensor, float]:
+        """Wait until it is there.
+
+        Returns:
+            Pixels, uint8, [B, 3, size, size], in memory as [B, size, size, 3]; the slots that they are of, [B], damaged
+            ones replaced or left out; seconds waited.
+
+        Raises:
+            UserError: If too many images are damaged.
+        """
+        started = time.perf_counter()
+        for task in self.tasks:
+            task.result()
+        waited = time.perf_counter() - started
+        slots = torch.tensor(self.slots, dtype=torch.int64)
+        pixels = self.pixels if bool((slots >= 0).all()) else self.pixels[slots >= 0]
+        return pixels.permute(0, 3, 1, 2), slots[slots >= 0], waited
+
+    def cancel(self) -> None:
+        """Decode no more of it."""
+        for task in self.tasks:
+            task.cancel()
+
+
+class Prefetcher:
+    """Starts the batches of the next steps while one is used.
+
+    Args:
+        start: Starts a step's batch.
+        steps: How many steps there are; None if they have no end.
+    """
+
+    def __init__(self, start: Callable[[int], Loading], steps: int | None = None) -> None:
+        self.start = start
+        self.steps = steps
+        self.pending: dict[int, Loading] = {}
+
+    def take(self, step: int) -> Loading:
+        """The batch of a step, and the next ones started; steps in order cost no waiting."""
+        last = step + AHEAD if self.steps is None else min(step + AHEAD, self.steps - 1)
+        wanted = range(step, max(step, last) + 1)
+        for dropped in self.pending.keys() - set(wanted):
+            self.pending.pop(dropped).cancel()
+        self.pending = {s: self.pending.get(s) or self.start(s) for s in wanted}
+        return self.pending.pop(step)
+
+    def __iter__(self) -> Iterator[Loading]:
+        """All steps in order."""
+        return map(self.take, range(self.steps or 0))
+
+
+@cache
+def start_threads(count: int) -> ThreadPoolExecutor:
+    """The threads of this process that decode, started once; torch's own threads stay out of them."""
+    torch.get_num_threads()  # else this thread would take over the decoders' number
+    return ThreadPoolExecutor(count, "lkd-decoder", torch.set_num_threads, (1,))

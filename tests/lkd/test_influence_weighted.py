@@ -1,0 +1,136 @@
+"""A loss with a weight for every example: its gradient, its training, its file, its command."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from lkd.assembly import prepare_images, prepare_loss
+from lkd.balance.example_weights import load_weights, save_weights
+from lkd.balance.pseudo_labels import label_by_teacher
+from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.cli import main
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.distillation import start_training
+from lkd.errors import UserError
+from lkd.losses.build import build_loss
+from lkd.models import build
+from lkd.models.network_file import save_network
+from lkd.outputs import Outputs
+from lkd.teacher import Teacher
+
+CPU = torch.device("cpu")
+TEACHER = TeacherRecipe(path="random", name="small_cnn")
+WEIGHTED = {
+    "name": "influence_weighted",
+    "loss": "kd",
+    "first_epoch": 1,
+    "influence": {"iterations": 2, "curvature_examples": 50},
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare_images(DataRecipe(train_size=200, meta_validation_size=100, label_noise=0.2))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "logit_mse", "logit_standardization"])
+def test_the_gradient_is_that_of_the_weighted_mean(images, name: str) -> None:
+    loss = prepare_loss({"name": "influence_weighted", "loss": name}, ModelRecipe(), TEACHER, images, 0)
+    index, labels = images.train.index[:6], images.train.labels[:6]
+    loss.enroll(images.train.index, images.train.labels)
+    weights = torch.rand(6)
+    loss.set_weights(index, weights)
+    student, teacher = torch.randn(6, 10, requires_grad=True), torch.randn(6, 10)
+    sum(loss(Outputs(student, {}), Outputs(teacher, {}), labels, 0.5, index).values()).backward()
+    plain, single = build_loss(name), student.detach().requires_grad_()
+    for i in range(6):
+        row = slice(i, i + 1)
+        terms = plain(Outputs(single[row], {}), Outputs(teacher[row], {}), labels[row], 0.5)
+        (weights[i] * sum(terms.values()) / 6).backward()
+    torch.testing.assert_close(student.grad, single.grad)
+
+
+def start(images):
+    loss = prepare_loss(WEIGHTED, ModelRecipe(), TEACHER, images, 0)
+    torch.manual_seed(0)
+    teacher = Teacher(build("small_cnn", 10, 1))
+    train = TrainRecipe(epochs=3, batch_size=50, learning_rate=0.1)
+    return start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
+
+
+def test_weights_come_when_they_are_due_and_a_resumed_training_is_the_same_to_the_bit(images, tmp_path) -> None:
+    whole, first, second = (start(images) for _ in range(3))
+    for step in range(12):
+        whole.run_step()
+        assert bool((whole.loss.weight == 1).all()) == (step < 4)
+    assert float(whole.loss.weight.mean()) == pytest.approx(1, rel=1e-5)
+    while first.step < 6:
+        first.run_step()
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    while second.step < 12:
+        second.run_step()
+    for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_the_labels_that_are_known_are_kept(images) -> None:
+    teacher = Teacher(build("small_cnn", 10, 1))
+    found = label_by_teacher(images.train, 50, teacher, CPU, 0)
+    batch = images.train.batch(torch.arange(200), CPU)
+    given = found.labels == images.train.labels
+    taught = found.labels == teacher(batch).logits.argmax(1)
+    assert (given | taught).all()
+    assert int(taught.sum()) >= 150
+    assert int(given.sum()) >= 50
+    assert not given.all()
+    with pytest.raises(UserError, match="labelled_size: 201 is not between 0"):
+        label_by_teacher(images.train, 201, teacher, CPU, 0)
+
+
+def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
+    architecture = {"name": "small_cnn", "num_classes": 10, "in_chans": 1}
+    save_network(tmp_path / "n.safetensors", build(**architecture), architecture, {})
+    data = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--data.label_noise", "0.2"]
+    words = [*data, "--influence.iterations", "3", "--run_dir", "r", "--checkpoint", str(tmp_path / "n.safetensors")]
+    assert main(["influence", *words]) == 0
+    rows = list(csv.DictReader(Path("r/influence.csv").read_text().splitlines()))
+    influences = [float(row["influence"]) for row in rows]
+    assert len(rows) == 200
+    assert influences == sorted(influences)
+    index, weights = load_weights(Path("r/weights.safetensors"))
+    by_index = dict(zip(index.tolist(), weights.tolist(), strict=True))
+    for row in rows:
+        assert float(row["weight"]) == pytest.approx(by_index[int(row["index"])], rel=1e-4)
+        assert int(images.train.labels[int(row["position"])]) == int(row["label"])
+    assert Path("r/influence.png").stat().st_size > 5000
+    loss = {"name": "influence_weighted", "loss": "kd", "weights": "r/weights.safetensors"}
+    prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
+    prepared.enroll(images.train.index, images.train.labels)
+    assert prepared.weight.tolist() == [pytest.approx(by_index[int(i)]) for i in images.train.index]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"los": "kd"}, "unknown name 'los'; nearest: loss"),
+        ({"first_epoch": "one"}, "first_epoch: 'one' is not of type int"),
+        ({"influence": {"method": "newton"}}, "influence: method: unknown name 'newton'"),
+        ({"influence": 3}, "influence: 3 is not a mapping"),
+        ({"weights": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"first_epoch": -1}, "must not be negative"),
+    ],
+)
+def test_what_cannot_be_is_said(images, loss, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_loss({"name": "influence_weighted", **loss}, ModelRecipe(), TEACHER, images, 0)
+
+
+def test_weights_of_other_images_are_refused(images, tmp_path) -> None:
+    save_weights(tmp_path / "w", images.train.index[:7], torch.ones(7), torch.ones(7), {})
+    loss = {"name": "influence_weighted", "loss": "kd", "weights": str(tmp_path / "w")}
+    prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
+    with pytest.raises(UserError, match="has no weight for 193 of the 200 training images"):
+        prepared.enroll(images.train.index, images.train.labels)

@@ -1,0 +1,105 @@
+"""Meta-training by several processes (gloo): the loss that one process learns, stopped and gone on with by one."""
+
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.killed_runs import RUNS, VIT, read_results, start_command
+from lkd import meta_training
+from lkd.artifact import read_provenance
+from lkd.checkpoint import digest, load_checkpoint
+from lkd.errors import UserError
+from lkd.meta_training import check_identical
+from tests.lkd.test_resume import run
+
+WORDS = ["meta-train", *RUNS["meta-train"], "--pool.students", "1"]
+
+
+def start_job(words: list[str], port: int) -> list:
+    return [start_command(words, Path(f"output-{rank}.txt"), rank, size=2, port=port) for rank in range(2)]
+
+
+def finish(job: list) -> list[int]:
+    for process in job:
+        process.join(timeout=300)
+    return [process.exitcode for process in job]
+
+
+def read_loop(run_dir: str) -> dict:
+    """The outer loop after its last step; the loss that was saved may be an earlier one."""
+    return load_checkpoint(Path(run_dir, "checkpoints/000000004.safetensors"))["loop"]
+
+
+def test_two_processes_learn_the_loss_of_one_from_the_same_pool(unused_tcp_port: int) -> None:
+    """To the bit: each rolls out one of the two students of a step, and a sum of two does not depend on the order."""
+    run(["pool", *RUNS["pool"], "--run_dir", "p"])
+    words = [*WORDS, "--meta.reuse_every", "0", "--pool_dir", "p/pool"]
+    job = start_job([*words, "--run_dir", "two"], unused_tcp_port)
+    run([*words, "--run_dir", "one"])
+    assert finish(job) == [0, 0], Path("output-0.txt").read_text()
+    assert "learned loss: " in Path("output-0.txt").read_text()
+    assert "learned loss: " not in Path("output-1.txt").read_text(), "the main process alone speaks"
+    one, two = read_loop("one"), read_loop("two")
+    for part in ("loss", "optimizer", "estimator"):
+        assert digest(one[part]) == digest(two[part])
+    for before, after in zip(one["history"], two["history"], strict=True):
+        assert after == pytest.approx(before, rel=1e-6)
+    assert one["history"][0]["outer/audit_cosine"] > 0.9, "the audit must have been exact"
+    assert one["history"][0]["loss/weight"] != one["history"][-1]["loss/weight"], "nothing was learned"
+
+
+def test_students_of_the_pool_and_of_looks_are_those_of_one_process(unused_tcp_port: int) -> None:
+    """All processes train each of them together."""
+    words = [*WORDS, "--student", VIT, "--meta.outer_steps", "1"]
+    job = start_job([*words, "--run_dir", "two"], unused_tcp_port)
+    run([*words, "--run_dir", "one"])
+    assert finish(job) == [0, 0], Path("output-0.txt").read_text()
+    one, two = (read_results(Path(folder, "pool")) for folder in ("one", "two"))
+    assert len(one) > 100
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    one, two = (read_provenance(Path(folder, "loss.lkd.safetensors"))["reuse"] for folder in ("one", "two"))
+    assert two[0] == pytest.approx(one[0], rel=1e-4)
+
+
+def test_a_stopped_job_goes_on_with_another_number_of_processes(unused_tcp_port: int) -> None:
+    """To the bit: the students that the loss alternates with are each of one process."""
+    words = [*WORDS, "--meta.interleaving", "alternate", "--meta.reuse_every", "0"]
+    job = start_job([*words, "--run_dir", "stopped"], unused_tcp_port)
+    while job[0].is_alive() and not list(Path("stopped").glob("checkpoints/000000002*")):
+        time.sleep(0.002)
+    for process in job:
+        process.terminate()
+    assert finish(job) == [128 + signal.SIGTERM] * 2, Path("output-0.txt").read_text()
+    assert "go on with: lkd meta-train" in Path("output-0.txt").read_text()
+    run([*words, "--run_dir", "stopped", "--resume", "auto"])
+    run([*words, "--run_dir", "one"])
+    one, stopped = read_results(Path("one")), read_results(Path("stopped"))
+    assert one.keys() == stopped.keys()
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in one.items())
+
+
+def test_students_that_do_not_divide_are_refused(unused_tcp_port: int) -> None:
+    job = start_job([*WORDS, "--meta.students_per_step", "3", "--run_dir", "r"], unused_tcp_port)
+    assert finish(job) == [2, 2]
+    message = "meta.students_per_step: 3 do not divide among 2 processes; take a multiple of 2"
+    assert message in Path("output-0.txt").read_text()
+
+
+def test_a_loss_that_differs_between_processes_is_an_error(monkeypatch) -> None:
+    linear = torch.nn.Linear(2, 2)
+    loop = SimpleNamespace(loss=linear, optimizer=torch.optim.Adam(linear.parameters()), step=7)
+    others: list[str] = []
+    monkeypatch.setattr(meta_training, "gather_objects", lambda own: [own, *others, own])
+    check_identical(loop)
+    others.append(digest([linear.state_dict(), loop.optimizer.state_dict()]))
+    check_identical(loop)
+    with torch.no_grad():
+        linear.weight[0, 0].nextafter_(torch.tensor(9.0))
+    with pytest.raises(UserError, match="outer step 7: the loss of process 1 is not that of process 0"):
+        check_identical(loop)

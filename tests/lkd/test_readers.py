@@ -1,0 +1,183 @@
+"""Every reader gives the same images, labels and batches as the image folder, and says in one line what it misses."""
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.photographs import add_member, write_web_shards
+from lkd.assembly import prepare_images
+from lkd.cli import main
+from lkd.config import DataRecipe
+from lkd.data import Batches, Dataset, LoadingOptions, load_dataset
+from lkd.errors import UserError
+from tests.lkd.tiny_images import write_image_folder
+
+CPU = torch.device("cpu")
+SIZE = LoadingOptions(24, workers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return Path(write_image_folder(tmp_path_factory.mktemp("images")))
+
+
+def load(name: str, root: Path) -> Dataset:
+    return load_dataset(name, str(root), SIZE)
+
+
+def contents(dataset: Dataset) -> list[list[tuple[int, int]]]:
+    """Label and sum of the pixels of each image, whatever their order."""
+    parts = (part.batch(torch.arange(len(part)), CPU) for part in (dataset.train, dataset.test))
+    return [
+        sorted(
+            (int(label), round(float(image.double().sum()), 2)) for image, label in zip(p.images, p.target, strict=True)
+        )
+        for p in parts
+    ]
+
+
+def write_tar(path: Path, folder: Path, prefix: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.JPEG")):
+            tar.add(file, prefix + str(file.relative_to(folder)))
+    return path
+
+
+def test_shards_hold_what_the_folder_holds(folder, tmp_path) -> None:
+    shards = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
+    assert contents(load("wds/tiny", shards)) == contents(load("image_folder", folder))
+    info = {"splits": {"train": {"filenames": sorted(path.name for path in shards.glob("train*"))}}}
+    info["splits"]["validation"] = {"filenames": ["val-0000.tar"]}
+    (shards / "_info.json").write_text(json.dumps(info))
+    assert len(load("wds/tiny", shards).test) == 7, "as its _info.json says"
+
+
+def test_a_json_file_gives_the_label_too(folder, tmp_path) -> None:
+    picture = next(folder.rglob("*.JPEG")).read_bytes()
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}-0.tar", "w") as tar:
+            for number, label in enumerate([1, 0]):
+                add_member(tar, f"a/{number}.jpg", picture)
+                add_member(tar, f"a/{number}.json", json.dumps({"label": label, "width": 3}).encode())
+    assert load("wds/tiny", tmp_path).train.labels.tolist() == [1, 0]
+
+
+def test_tars_hold_what_the_folder_holds(folder, tmp_path) -> None:
+    expected = contents(load("image_folder", folder))
+    for part in ("train", "val"):
+        write_tar(tmp_path / "whole" / f"{part}.tar", folder / part, "./some/")
+        for name in sorted(os.listdir(folder / part)):
+            write_tar(tmp_path / "classes" / part / f"{name}.tar", folder / part / name)
+        with tarfile.open(write_tar(tmp_path / "nested" / f"{part}.tar", tmp_path / "nothing"), "w") as tar:
+            for path in (tmp_path / "classes" / part).iterdir():
+                tar.add(path, path.name)
+    for layout in ("whole", "classes", "nested"):
+        dataset = load("tar", tmp_path / layout)
+        assert contents(dataset) == expected, layout
+        assert dataset.train.class_names == load("image_folder", folder).train.class_names
+
+
+def test_hugging_face_tables_hold_what_the_folder_holds(folder, tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(os.listdir(folder / "train")))}
+    )
+    for part, split in (("train", "train"), ("val", "validation")):
+        files = sorted((folder / part).rglob("*.JPEG"))
+        rows = {
+            "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+            "label": [file.parent.name for file in files],
+        }
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(str(tmp_path / "tables" / f"{split}.parquet"))
+    dataset = load_dataset(f"hfds/{tmp_path / 'tables'}", str(tmp_path / "cache"), SIZE)
+    assert contents(dataset) == contents(load("image_folder", folder))
+    (tmp_path / "tables" / "validation.parquet").unlink()
+    with pytest.raises(UserError, match="has the splits train; needed are train and one of validation, val, test"):
+        load_dataset(f"hfds/{tmp_path / 'tables'}", str(tmp_path / "cache"), SIZE)
+
+
+def test_torchvisions_data_sets(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "images")
+    assert contents(load("torch/image_folder", tmp_path / "images")) == contents(load("image_folder", folder))
+    with pytest.raises(UserError, match=r"data\.root: torch/imagenett cannot be read"):
+        load("torch/imagenett", tmp_path)
+    with pytest.raises(UserError, match=r"data\.root: torch/places365 cannot be read"):
+        load("torch/places365", tmp_path)
+
+
+def test_shards_are_split_and_batched_by_sample(folder, tmp_path) -> None:
+    root = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
+    recipe = DataRecipe("wds/tiny", str(root), 0, 8, image_size=24, augmentation="random_resized_crop")
+    images = prepare_images(recipe)
+    assert torch.bincount(images.meta_validation.labels).tolist() == [2] * 4
+    assert not set(images.train.index.tolist()) & set(images.meta_validation.index.tolist())
+    first, second = (Batches(images.train, 5, 3, "random_resized_crop") for _ in range(2))
+    in_order = [first.at(step) for step in range(6)]
+    for step in (5, 1, 3):
+        assert torch.equal(second.at(step).images, in_order[step].images)
+    words = ["distill", "--data.name", "wds/tiny", "--data.root", str(root), "--data.image_size", "24"]
+    words += ["--data.train_size", "24", "--data.meta_validation_size", "8", "--train.batch_size", "8"]
+    words += ["--student.name", "small_cnn", "--teacher.path", "random", "--teacher.name", "small_cnn"]
+    assert main([*words, "--train.epochs", "1", "--run_dir", str(tmp_path / "run")]) == 0
+
+
+def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
+    def refuse(message: str, root: str | None = str(tmp_path), name: str = "wds/tiny") -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_dataset(name, root, SIZE)
+        assert "\n" not in str(caught.value)
+
+    refuse(r"unknown name 'wds'; nearest: wds/NAME", name="wds")
+    refuse(r"data\.root: missing; give the folder that holds \*train\*\.tar", None)
+    refuse(r"data\.root: s3://bucket/shards is a stream, .* copy it to a disk", "s3://bucket/shards")
+    refuse("holds no train shards; expected")
+    picture = next(folder.rglob("*.JPEG")).read_bytes()
+
+    def write(*labels: bytes | None, part: str = "train") -> None:
+        with tarfile.open(tmp_path / f"{part}-0.tar", "w") as tar:
+            for number, label in enumerate(labels):
+                add_member(tar, f"{number}.jpg", picture)
+                if label is not None:
+                    add_member(tar, f"{number}.cls", label)
+
+    write(b"0", None, None)
+    refuse(r"train-0\.tar: 1\.jpg has no label, neither .* \(2 of its 3 images\): write the shards with labels")
+    write(b"0", b"dog")
+    refuse(r"train-0\.tar: 1\.cls holds b'dog', not a class index")
+    write(b"0", b"3")
+    write(b"0", part="val")
+    refuse(r"2 of the 4 classes have no training images in .* \(1, 2\): add some, or remove the classes")
+    write(b"0", b"1")
+    write(b"2", part="val")
+    refuse("label 2 of a validation image is none of the training images'")
+    whole = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").write_bytes(whole[: len(whole) // 2])
+    refuse(r"train-0\.tar: cannot be read as an uncompressed tar \(")
+    (tmp_path / "train.tar").write_bytes(whole)
+    refuse(r"train\.tar: 0\.jpg lies in no class folder", name="tar")
+    (tmp_path / "train.tar").unlink()
+    refuse(r"holds neither train\.tar nor train/CLASS\.tar", name="tar")
+
+
+def test_a_teacher_of_other_classes_is_refused(folder, tmp_path, capsys) -> None:
+    words = ["distill", "--data.name", "image_folder", "--data.root", str(folder), "--data.image_size", "24"]
+    words += ["--data.train_size", "24", "--data.meta_validation_size", "8", "--train.batch_size", "8"]
+    assert main(["teacher", *words[1:], "--model.name", "small_cnn", "--train.epochs", "1", "--run_dir", "t"]) == 0
+    fewer = tmp_path / "fewer"
+    shutil.copytree(folder, fewer)
+    for part in ("train", "val"):
+        shutil.rmtree(fewer / part / "n00000003")
+    words[words.index(str(folder))] = str(fewer)
+    words[words.index("--data.train_size") + 1] = "16"
+    capsys.readouterr()
+    assert main([*words, "--teacher.path", "t/teacher.safetensors", "--run_dir", "s"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("has 4 classes, the data set and its students have 3")
+    assert "\n" not in error

@@ -1,0 +1,48 @@
+"""Killed by SIGKILL at random moments and gone on with: the same bits as a run that nobody disturbed."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.killed_runs import RUNS, read_results, start_command
+
+MOMENTS = {  # what has to be there before a run is killed, for each time that it is
+    "distill": ["checkpoints/00000000*", "checkpoints/00000001*"],
+    "pool": ["pool/checkpoints-000/*", "pool/checkpoints-001/00000001*"],
+    "meta-train": ["pool/checkpoints-001/*", "look/step-000002/*/*", "checkpoints/000000003*"],
+}
+
+
+def run(words: list[str]) -> None:
+    process = start_command(words, Path("output.txt"))
+    process.join()
+    assert process.exitcode == 0, Path("output.txt").read_text()
+
+
+def kill_when_there(words: list[str], pattern: str, delay: float) -> None:
+    process = start_command(words, Path("output.txt"))
+    folder = Path(words[words.index("--run_dir") + 1])
+    while process.is_alive() and not list(folder.glob(f"{pattern}.safetensors")):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, Path("output.txt").read_text()
+
+
+@pytest.mark.parametrize("command", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bits(command: str) -> None:
+    words = [command, *RUNS[command]]
+    run([*words, "--run_dir", "whole"])
+    chance = random.Random(command)
+    for pattern in MOMENTS[command]:
+        kill_when_there([*words, "--run_dir", "killed", "--resume", "auto"], pattern, chance.uniform(0, 0.05))
+        assert not list(Path("killed").glob("*.safetensors")), "killed too late to show anything"
+    run([*words, "--run_dir", "killed", "--resume", "auto"])
+    whole, killed = read_results(Path("whole")), read_results(Path("killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
