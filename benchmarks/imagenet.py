@@ -15,7 +15,7 @@ SOURCES = {
     "loader_vs_torchvision": ("imagenet/loader", "files_host_over_torchvision"),
     "packed_vs_timm": ("imagenet/loader", "packed_host_over_timm"),
     "distill_vs_timm": ("imagenet/distillation_speed", "speed_vs_timm_resnet50-mobilenetv1"),
-    "cached_vs_student_only": ("imagenet/distillation_speed", "cached_vs_student_alone_resnet50-mobilenetv1"),
+    "cached_vs_student_only": ("imagenet/distillation_speed", "cached_vs_student_only"),
     "learned_loss_share_of_step": ("imagenet/distillation_speed", "learned_share"),
     "resume_bitwise_fraction": ("resume", "resume_bitwise_fraction"),
     "two_process_max_difference": ("resume", "two_process_max_difference"),
