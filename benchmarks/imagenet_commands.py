@@ -115,7 +115,7 @@ def run_good_inputs(commands: Commands) -> None:
     run, distill = commands.run, commands.distill
     folder = [*commands.data("folder"), *UNTRAINED]
     shards = [*commands.data("shards", "wds/photographs"), *UNTRAINED]
-    packed = [*folder, "--data.packed", str(commands.place("packed"))]
+    packed = [*folder, "--data.packed", str(commands.place("packed images"))]
     cached, cached_shards = (
         [*given, *SEEDS, "--teacher.cache", str(commands.place(f"{name} cache"))]
         for name, given in (("folder", folder), ("shards", shards))
@@ -133,7 +133,7 @@ def run_good_inputs(commands: Commands) -> None:
     distill("folder, cache", *cached)
     distill("folder, cache, killed", *cached, of="folder, cache", kill=True)
     distill("folder, 2 augmentations", *folder, *SEEDS, of="folder, cache")
-    run("packed", ["pack", *commands.data("folder"), *packed[-2:], "--shorter_side", "73"])
+    run("packed images", ["pack", *commands.data("folder"), *packed[-2:], "--shorter_side", "73"])
     distill("packed", *packed)
     distill("packed, killed", *packed, of="packed", kill=True)
     run("shards cache", [*fill, *cached_shards])
