@@ -26,7 +26,7 @@ KD = [f"{PAIR}/kd.yaml"]
 UNTRAINED = ["--teacher.path", "random", "--teacher.pretrained", "false"]
 SEEDS = ["--data.augmentation_seeds", "2"]
 POOL = ["--pool.snapshots", "2", "--meta.outer_steps", "1", "--meta.rollout_steps", "2"]
-POOL += ["--meta.outer_batch_size", "16"]
+POOL += ["--meta.outer_batch_size", "16", "--data.meta_validation_size", "1000"]  # of every class one
 FORMATS = ["--formats", "[timm, safetensors, torch_export]"]
 COLUMNS = (
     "name",
