@@ -10,13 +10,13 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from commands import run_lkd
 
 from lkd.assembly import prepare_images, prepare_loss, prepare_teacher
 from lkd.balance.balancing import split_terms, take_gradient
@@ -135,13 +135,6 @@ def plot(rows: list[list[Any]]) -> None:
         axis.set_xlabel("step")
     axes.flat[1].legend(frameon=False, fontsize=8)
     save_figure(figure, EVIDENCE / "trajectories.png")
-
-
-def run_lkd(*words: str) -> None:
-    """Run a command, or go on with it; leave with its exit status if it fails."""
-    status = subprocess.run([sys.executable, "-m", "lkd.cli", *words, "--resume", "auto"], check=False).returncode
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Goes on with an interrupted run in RUN_DIR.
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+from commands import run_lkd
 
 from lkd.files import read_json, write_json, write_text
 
@@ -67,13 +67,6 @@ def main() -> int:
     )
     write_text(EVIDENCE / "README.md", text)
     return 0
-
-
-def run_lkd(*words: str) -> None:
-    """Run a command, or go on with it; leave with its exit status if it fails."""
-    status = subprocess.run([sys.executable, "-m", "lkd.cli", *words, "--resume", "auto"], check=False).returncode
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":
