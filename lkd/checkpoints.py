@@ -12,7 +12,7 @@ from lkd.config import TrainRecipe
 from lkd.errors import UserError
 from lkd.interrupt import Interrupted, StopRequest
 from lkd.processes import any_process, is_main, share_from_main
-from lkd.training import Training
+from lkd.training import Training, Watch
 
 STEPS_BETWEEN_QUESTIONS = 10  # of all processes to each other whether one was asked to stop
 
@@ -98,7 +98,7 @@ class Checkpoints:
 
 
 def run_steps(
-    training: Training, end: int, stop: StopRequest, checkpoints: Checkpoints, **beside: Any
+    training: Training, end: int, stop: StopRequest, checkpoints: Checkpoints, watch: Watch | None = None, **beside: Any
 ) -> Iterator[dict[str, Tensor]]:
     """Train up to a step, saving every so many steps.
 
@@ -107,6 +107,7 @@ def run_steps(
         end: The step.
         stop: Whether to stop.
         checkpoints: Where it is saved.
+        watch: As `Training.run_step` takes it.
         beside: What is saved beside it.
 
     Yields:
@@ -119,7 +120,7 @@ def run_steps(
         if must_stop(stop, training):
             checkpoints.save_training(training, **beside)
             raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
-        yield training.run_step()
+        yield training.run_step(watch)
         if training.step % checkpoints.every == 0 and training.step < end:
             checkpoints.save_training(training, **beside)
 

@@ -33,6 +33,7 @@ from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.influence import measure_run
+from lkd.meta_training import keep_pool
 from lkd.meta_training import meta_train as learn_loss
 from lkd.packing import pack_dataset
 from lkd.plan.plan import plan as plan_run
@@ -118,6 +119,7 @@ def pool(recipe: PoolRecipe) -> None:
         run.say(introduce_teacher(recipe.teacher, images, run.device))
         teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
         built = build_pool(recipe, run.path / "pool", images, teacher, run)
+        keep_pool(run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 
 

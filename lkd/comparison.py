@@ -52,6 +52,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     environment = run.provenance()["environment"]
     write_json(run.path / "result.json", evidence("lkd compare", environment, figures))
     run.tracker.log(0, **{f"{row['student']}/{row['method']}/test_last": row["last"][0] for row in table})
+    run.tracker.show(0, "comparison", run.path / "comparison.png")
     return table
 
 

@@ -23,6 +23,7 @@ from lkd.assembly import (
 )
 from lkd.balance.build import build_balance
 from lkd.balance.pseudo_labels import label_by_teacher
+from lkd.batch_figures import Seen, describe_batch
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.data import ImageSet, seeded_generator
@@ -91,6 +92,11 @@ def train_to_the_end(
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     shown = ""
+    seen: list[Seen] = []
+
+    def watch(batch: Seen) -> None:
+        if training.step + 1 == epoch_end and is_main():
+            seen[:] = [batch]
 
     def report() -> None:
         bar.update()
@@ -110,9 +116,10 @@ def train_to_the_end(
             epoch_end = (
                 training.step - training.step % training.batches.steps_per_epoch + training.batches.steps_per_epoch
             )
-            for terms in run_steps(training, epoch_end, stop, checkpoints, history=history):  # noqa: B007
+            for terms in run_steps(training, epoch_end, stop, checkpoints, watch, history=history):  # noqa: B007
                 report()
             speed = epoch.read(training.step)
+            looked = describe_batch(training, seen.pop()) if seen else {}
             figures = evaluate(training.result, meta_validation, run.device, shared=True)
             history.append({"step": training.step, **figures})
             run.tracker.log(
@@ -121,6 +128,7 @@ def train_to_the_end(
                 **{f"meta_validation/{name}": value for name, value in figures.items()},
                 learning_rate=training.learning_rate,
                 **({"balance": training.balance.weight} if training.balance else {}),
+                **looked,
                 **speed,
             )
             shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
@@ -132,6 +140,7 @@ def train_to_the_end(
         return path
     provenance = run.provenance() | {"meta_validation": results, "image_shape": list(train.image_shape)}
     save_network(path, training.result, architecture_of(model, train), provenance)
+    run.tracker.keep(role, path, **results["last"])
     run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
 

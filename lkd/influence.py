@@ -73,6 +73,8 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     figures |= {name: value for name, value in solved.items() if not math.isnan(value)}
     write_json(run.path / "result.json", evidence("lkd influence", run.provenance()["environment"], figures))
     run.tracker.log(0, **figures)
+    run.tracker.keep("weights", run.path / "weights.safetensors")
+    run.tracker.show(0, "influence", run.path / "influence.png")
     return path
 
 

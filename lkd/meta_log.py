@@ -1,14 +1,16 @@
 """What is logged of an outer step."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from lkd.losses import LearnedLoss
+from lkd.losses import KDLoss, LearnedLoss
 from lkd.losses.learned import find_saturated, gradient_shares
 from lkd.losses.learned.shares import SATURATED
 from lkd.rollouts import InnerBatch
+from lkd.run import Run
 from meta import Audited, Estimator, OuterStep, call_module
 from meta.types import Tensors
 
@@ -31,25 +33,50 @@ def measure_balance(
     return row | {"loss/weight": float(weight.mean()), "loss/temperature": float(temperature.mean())}
 
 
-def log_row(result: OuterStep, balances: list[dict[str, float]], estimator: Estimator) -> dict[str, float]:
+def log_row(
+    result: OuterStep, balances: list[dict[str, float]], loss: LearnedLoss, estimator: Estimator
+) -> dict[str, float]:
     """One row of the log.
 
     Args:
         result: What the outer step did.
         balances: Of `measure_balance`, for each student.
+        loss: The loss, after the step; the norm of each part's weights is logged.
         estimator: The estimator; an audited one adds its latest audit.
     """
+    ages = [balance["outer/progress"] for balance in balances]
     row = {
         "outer/value": result.value,
         "outer/hypergradient_norm": result.norm,
         "outer/clipped": float(result.clipped),
         "outer/left_out": float(len(result.left_out)),
         **{key: sum(balance[key] for balance in balances) / len(balances) for key in balances[0]},
+        "outer/progress_least": min(ages),
+        "outer/progress_most": max(ages),
+        **{f"weights/{name}": measure_weights(part) for name, part in loss.parts.items()},
     }
+    if math.isfinite(result.signal_to_noise):  # there were two students at least
+        row["outer/signal_to_noise"] = result.signal_to_noise
     if isinstance(estimator, Audited) and estimator.audits:
         latest = list(estimator.audits.values())[-1]
         row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
     return row
+
+
+def measure_weights(part: nn.Module) -> float:
+    """Norm of all weights of a part of the loss."""
+    return float(sum(parameter.detach().square().sum() for parameter in part.parameters())) ** 0.5
+
+
+def show_loss(loss: LearnedLoss, step: int, run: Run) -> None:
+    """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture."""
+    if "logits" not in loss.parts:
+        return
+    from lkd.plots import plot_learned_loss
+
+    path = run.path / "pictures" / f"learned-loss-{step:05}.png"
+    plot_learned_loss(loss, KDLoss(0.5, 4.0), "KD(0.5, 4)", path)
+    run.tracker.show(step, "learned_loss", path)
 
 
 def describe_saturation(row: dict[str, float]) -> str | None:

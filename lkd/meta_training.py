@@ -31,7 +31,7 @@ from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_cost import measure_training_seconds, summarize_cost
-from lkd.meta_log import describe_saturation, log_row
+from lkd.meta_log import describe_saturation, log_row, show_loss
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
 from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
@@ -65,8 +65,9 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     stages = [stage for reader in (loss, *pool_losses) for stage in read_teacher_stages(reader)]
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
-    if draws:
-        pools = pools or build_pools(recipe, run.path / "pool", images, teacher, run)
+    if draws and not pools:
+        pools = build_pools(recipe, run.path / "pool", images, teacher, run)
+        keep_pool(run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
     loop = OuterLoop(recipe, images, teacher, loss, pools, run.device)
     reuse = Reuse(recipe, models, images, teacher, run)
@@ -85,11 +86,18 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
     }
     save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
+    run.tracker.keep("loss", path, **loop.history[-1])
     if reuse.rows:
         run.say(f"best by reuse: the loss after outer step {reuse.best_row['step']} of {loop.step}")
     run.say(f"cost: {provenance['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
     run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
     return path
+
+
+def keep_pool(run: Run) -> None:
+    """Record the pool that the run has built."""
+    if is_main():
+        run.tracker.keep("pool", run.path / "pool")
 
 
 def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> float:
@@ -136,9 +144,11 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                     break
                 if recipe.pool.sampling == "live" and not loop.alternates:
                     loop.pools = renew_pools(recipe, loop.step, first_pools, images, teacher, run, loop.loss)
-                row = log_row(loop.run_step(), loop.balances, loop.estimator)
+                row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
                 loop.history.append({"step": loop.step, **row})
                 run.tracker.log(loop.step, **row)
+                if settings.picture_every and loop.step % settings.picture_every == 0 and is_main():
+                    show_loss(loop.loss, loop.step, run)
                 warning = describe_saturation(row)
                 if warning and not warned:
                     run.say(f"outer step {loop.step}: {warning}")

@@ -7,8 +7,8 @@ from lkd.errors import UserError
 from lkd.files import read_json
 
 MAY_DIFFER_ON_RESUME = (
-    *("run_dir", "resume", "threads", "wandb", "workers", "device", "join", "data.root", "data.workers"),
-    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every"),
+    *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "data.root", "data.workers"),
+    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
 )
 
 

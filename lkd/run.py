@@ -8,13 +8,13 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from lkd.config import CompareRecipe, RunRecipe, WandbRecipe
+from lkd.config import CompareRecipe, RunRecipe
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
 from lkd.processes import any_process, is_main, join_processes, place_of, read_job, wait_for_all
@@ -24,7 +24,7 @@ from lkd.tracking import Tracker
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
-OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id"}
+OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
                 yield run
         else:
             with tempfile.TemporaryDirectory() as folder:
-                tracker = Tracker(Path(folder), WandbRecipe(), {})  # of what the main process records too
+                tracker = Tracker(Path(folder), None, {})  # of what the main process records too
                 try:
                     run = Run(Path(recipe.run_dir), device, tracker, command, quiet=True)
                     check_shared(run)
@@ -127,27 +127,26 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
             write_json(path / "environment.json", environment())
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        tracker = Tracker(path, WandbRecipe() if joined else recipe.wandb, config)
         handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
-        handlers += [] if quiet else [logging.StreamHandler()]
-        for handler in handlers:
-            logging.getLogger("lkd").addHandler(handler)
-        try:
-            yield Run(path, device, tracker, command, quiet)
-        except UserError:
-            if new and not joined:
-                forget_unstarted(path)
-            raise
-        finally:
-            for handler in handlers:
-                logging.getLogger("lkd").removeHandler(handler)
-                handler.close()
-            tracker.finish()
+        with ExitStack() as opened:
+            for handler in handlers + ([] if quiet else [logging.StreamHandler()]):
+                logging.getLogger("lkd").addHandler(handler)
+                opened.callback(handler.close)
+                opened.callback(logging.getLogger("lkd").removeHandler, handler)
+            try:
+                tracker = Tracker(path, None if joined else recipe, config)
+                opened.callback(tracker.finish)
+                yield Run(path, device, tracker, command, quiet)
+            except UserError:
+                if new and not joined:
+                    forget_unstarted(path)
+                raise
 
 
 def forget_unstarted(path: Path) -> None:
     """Let a run that a mistake stopped before it did anything be started anew, with another config."""
-    begun = (path / "log.jsonl").stat().st_size or {entry.name for entry in path.iterdir()} - OPENED
+    log = path / "log.jsonl"
+    begun = (log.exists() and log.stat().st_size) or {entry.name for entry in path.iterdir()} - OPENED
     if not begun:
         (path / "config.json").unlink()
 

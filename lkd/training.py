@@ -34,6 +34,8 @@ from lkd.processes import any_process
 from lkd.teacher import TeacherFunction
 from lkd.throughput import StepClock
 
+Watch = Callable[[tuple[Batch, Any, float]], None]  # batch, the teacher's outputs or None, progress
+
 
 class DivergedError(UserError):
     """The loss of a training is not finite."""
@@ -111,7 +113,7 @@ class Training:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def run_step(self, watch: Callable[[tuple[Batch, Any, float]], None] | None = None) -> dict[str, Tensor]:
+    def run_step(self, watch: Watch | None = None) -> dict[str, Tensor]:
         """Do one step of SGD.
 
         Args:

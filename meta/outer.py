@@ -20,6 +20,8 @@ class OuterStep(NamedTuple):
         skipped: Whether no student had a finite hypergradient, so that nothing was updated.
         left_out: For each of this process's students left out, its index and what was not finite, such as
             `"2: weight, outer value"` or `"2: inner step 4: gradient of 'conv.weight'"`.
+        signal_to_noise: Norm of the averaged hypergradient over its standard error, both over all outer parameters,
+            the error from how the students differ; NaN if fewer than two counted.
     """
 
     value: float
@@ -27,6 +29,7 @@ class OuterStep(NamedTuple):
     clipped: bool
     skipped: bool
     left_out: tuple[str, ...]
+    signal_to_noise: float = float("nan")
 
 
 def outer_step(
@@ -59,7 +62,7 @@ def outer_step(
     faults = [_name_nonfinite(hypergradient) for hypergradient in hypergradients]
     left_out = tuple(f"{index}: {', '.join(names)}" for index, names in enumerate(faults) if names)
     counted = [hypergradient for hypergradient, names in zip(hypergradients, faults, strict=True) if not names]
-    value, grads, count = _average(counted, parameters)
+    value, grads, count, mean_square = _average(counted, parameters)
     if count == 0:
         return OuterStep(float("nan"), float("nan"), clipped=False, skipped=True, left_out=left_out)
 
@@ -69,13 +72,19 @@ def outer_step(
     norm = nn.utils.clip_grad_norm_(parameters.values(), bound).item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return OuterStep(value, norm, clipped=norm > bound, skipped=False, left_out=left_out)
+    error = max(mean_square - norm**2, 0.0) / (count - 1) if count > 1 else float("nan")
+    ratio = norm / error**0.5 if error else float("inf")
+    return OuterStep(value, norm, norm > bound, skipped=False, left_out=left_out, signal_to_noise=ratio)
 
 
 def _average(
     hypergradients: Sequence[Hypergradient], parameters: dict[str, nn.Parameter]
-) -> tuple[float, Tensors, int]:
-    """Average outer values and hypergradients over the students of every process; also return how many there were."""
+) -> tuple[float, Tensors, int, float]:
+    """Average outer values and hypergradients over the students of every process.
+
+    Returns:
+        Mean outer value, mean hypergradient, how many students there were, and the mean of their squared norms.
+    """
     like = next(iter(parameters.values()))
     rows = [
         torch.cat([h.outer_value.to(like).reshape(1), *(h.grads[name].to(like).flatten() for name in parameters)])
@@ -83,13 +92,15 @@ def _average(
     ]
     size = 1 + sum(parameter.numel() for parameter in parameters.values())
     total = torch.stack(rows).sum(0) if rows else like.new_zeros(size)
-    total = torch.cat([total, total.new_tensor([len(rows)])])
+    squares = sum(float(row[1:].square().sum()) for row in rows)
+    total = torch.cat([total, total.new_tensor([squares, len(rows)])])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     count = int(total[-1].item())
-    value, *flat = (total[:-1] / max(1, count)).split([1, *(parameter.numel() for parameter in parameters.values())])
-    pairs = zip(parameters.items(), flat, strict=True)
-    return value.item(), {name: entry.view_as(parameter).to(parameter) for (name, parameter), entry in pairs}, count
+    mean = total[:-1] / max(1, count)
+    value, *flat = mean[:-1].split([1, *(parameter.numel() for parameter in parameters.values())])
+    grads = {n: entry.view_as(p).to(p) for (n, p), entry in zip(parameters.items(), flat, strict=True)}
+    return value.item(), grads, count, mean[-1].item()
 
 
 def _name_nonfinite(hypergradient: Hypergradient) -> list[str]:

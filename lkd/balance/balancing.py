@@ -53,6 +53,14 @@ class Balancing:
         total = task + self.weight * distillation
         return 2 * total / (1 + self.weight) if self.normalize else total
 
+    def scale(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms as they are weighed: their sum is what `weigh` gives."""
+        factor = 2 / (1 + self.weight) if self.normalize else 1.0
+        return {
+            name: factor * (value if name.rpartition("/")[2] == "task" else self.weight * value)
+            for name, value in terms.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight, "rule": self.rule.state_dict()}
 

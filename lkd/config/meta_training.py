@@ -49,6 +49,7 @@ class MetaSettings:
             train.epochs trainings. 0 for as many as `train` has.
         reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
         checkpoint_every: Outer steps between checkpoints.
+        picture_every: Outer steps between two pictures of the loss (RUN_DIR/pictures, W&B, trackio); 0 for none.
     """
 
     outer_steps: int = 30
@@ -72,6 +73,7 @@ class MetaSettings:
     reuse_epochs: int = 0
     reuse_patience: int = 0
     checkpoint_every: int = 10
+    picture_every: int = 10
 
 
 @dataclass

@@ -149,11 +149,17 @@ class WandbRecipe:
     Args:
         mode: disabled, offline or online.
         project: Project name.
+        entity: User or team; the one that is logged in if left out.
+        group: Group of runs that belong together.
+        tags: Words to find the run by.
         name: Run name; the run directory's name if left out.
     """
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "lkd"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
     name: str | None = None
 
 
@@ -168,6 +174,7 @@ class RunRecipe:
         device: cpu, cuda, or auto (cuda where there is one).
         threads: CPU threads of torch; 0 leaves its own choice.
         wandb: Weights & Biases.
+        trackio: Project of trackio's local dashboard that metrics go to as well; none if left out.
     """
 
     run_dir: str = "runs/run"
@@ -176,3 +183,4 @@ class RunRecipe:
     device: str = "auto"
     threads: int = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)
+    trackio: str | None = None

@@ -1,7 +1,8 @@
 """How much of the gradient each part of a loss has: for the log, and to see a loss network that has saturated."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
 from torch.nn.functional import one_hot, softmax
 
 from lkd.losses.functions import widen
@@ -11,7 +12,11 @@ SATURATED = 1e-4
 
 
 def gradient_shares(
-    loss: nn.Module, student: Outputs, teacher: Outputs, target: torch.Tensor, progress: float | None = None
+    loss: Callable[..., dict[str, torch.Tensor]],
+    student: Outputs,
+    teacher: Outputs | None,
+    target: torch.Tensor,
+    progress: float | None = None,
 ) -> dict[str, float]:
     """Share of each term in the gradient at the student's outputs.
 
@@ -22,7 +27,7 @@ def gradient_shares(
     Args:
         loss: Any loss.
         student: The student's outputs; their graph, if any, is not followed.
-        teacher: The teacher's outputs for the same images.
+        teacher: The teacher's outputs for the same images; None where the loss needs none.
         target: Class indices [B] or distributions [B, C].
         progress: How far the training is, in [0, 1].
 

@@ -1,0 +1,108 @@
+"""Which files a run used and which it made: `lineage.json`, by kind, name and hash."""
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from lkd.data.embedded import TEACHER
+from lkd.files import read_json, write_json
+from lkd.resumption import flatten
+
+LINEAGE = "lineage.json"
+FIELDS = {  # last part of a recipe's field that names a file → its kind
+    "path": "teacher",
+    "cache": "cache",
+    "pool_dir": "pool",
+    "checkpoint": "network",
+    "weights": "weights",
+    "fidelity_file": "fidelity",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file or folder that a run used or made.
+
+    Attributes:
+        kind: teacher, pool, loss, student, network, cache, weights or fidelity.
+        name: File name, or what names a network without a file.
+        sha256: Of its content: of a folder, of its files' names and sizes and of its JSON files; None without a file.
+        path: Where it is; None without a file.
+    """
+
+    kind: str
+    name: str
+    sha256: str | None
+    path: Path | None
+
+    @property
+    def artifact(self) -> str:
+        """Its name among a project's artifacts: equal files of several runs are versions of one."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.kind}-{self.name}")[:120]
+
+    def describe(self) -> dict[str, Any]:
+        """What is saved of it: nothing that tells of this machine's folders."""
+        return {"kind": self.kind, "name": self.name, "sha256": self.sha256}
+
+
+def identify(kind: str, path: str | Path, name: str | None = None) -> Entry:
+    """Hash a file or folder; what is not there, as a network named by timm, has a name only."""
+    found = Path(path)
+    if not found.exists():
+        return Entry(kind, name or str(path), None, None)
+    return Entry(kind, name or found.name, hash_folder(found) if found.is_dir() else hash_file(found), found)
+
+
+def find_used(recipe: dict[str, Any]) -> list[Entry]:
+    """The files and folders that a recipe names, each once."""
+    found: dict[tuple[str, str], Entry] = {}
+    teacher = recipe.get("teacher", {})
+    if teacher.get("pretrained"):
+        found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
+    for key, value in flatten(recipe).items():
+        kind = "loss" if str(value).endswith(".safetensors") else None
+        kind = FIELDS.get(key.rpartition(".")[2], kind)
+        if not isinstance(value, str) or kind is None or (kind == "teacher" and teacher.get("pretrained")):
+            continue
+        here = {"embedded": TEACHER}.get(value, Path(value))
+        found[kind, value] = identify(kind, here, value if value == "embedded" or "://" in value else None)
+    return list(found.values())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            whole.update(block)
+    return whole.hexdigest()
+
+
+def hash_folder(path: Path) -> str:
+    """SHA-256 of a folder: the names and sizes of its files, and the content of those that are JSON."""
+    whole = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        content = file.read_bytes() if file.suffix == ".json" else b""
+        whole.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode() + content)
+    return whole.hexdigest()
+
+
+def record(path: Path, part: str, entry: Entry) -> None:
+    """Add an entry to a run's lineage.
+
+    Args:
+        path: The run directory.
+        part: used or made.
+        entry: The entry; one of the same kind and name is replaced.
+    """
+    saved = read_lineage(path)
+    rest = [row for row in saved[part] if (row["kind"], row["name"]) != (entry.kind, entry.name)]
+    write_json(path / LINEAGE, saved | {part: [*rest, entry.describe()]})
+
+
+def read_lineage(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """A run's lineage: `used` and `made`, each a list of kind, name and sha256."""
+    file = path / LINEAGE
+    return read_json(file) if file.exists() else {"used": [], "made": []}

@@ -1,0 +1,183 @@
+"""What is recorded of a run: on disk whatever happens to the services, and readable by their own readers."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lkd.checkpoint import digest
+from lkd.cli import main
+from lkd.config import WandbRecipe
+from lkd.files import read_json
+from lkd.tracking import Tracker, read_log, service
+from lkd.tracking.lineage import find_used, hash_file, hash_folder
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+from tests.lkd.test_cli import TINY
+from tests.lkd.wandb_server import StandIn
+
+KEY = "a" * 40
+
+
+def read_wandb(folder: Path) -> list[dict[str, Any]]:
+    """The records of an offline run, by wandb's own reader."""
+    (file,) = folder.glob("wandb/*run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def read_history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [record["history"] for record in records if record["type"] == "history"]
+    return [row.get("item", row) for row in rows]
+
+
+def test_a_wandb_run_is_read_back_by_wandb(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = tiny_recipe(run_dir="m", picture_every=2)
+    recipe.wandb = WandbRecipe("offline", entity="us", group="trials", tags=["a", "b"])
+    run_recipe(recipe)
+    records = read_wandb(Path("m"))
+    logged = {key for row in read_history(records) for key in row}
+    written = {key for row in read_log(Path("m/log.jsonl")) for key in row} - {"time"}
+    assert written <= logged
+    assert "learned_loss._type" in logged
+    assert list(Path("m/wandb").rglob("media/images/learned_loss*.png"))
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert (run["run_group"], run["tags"], run["entity"]) == ("trials", ["a", "b"], "us")
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    assert {artifact["type"] for artifact in artifacts} == {"pool", "loss"}
+
+
+def test_a_network_that_dies_costs_no_more_than_a_warning(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(service, "FINISH_TIMEOUT", 3)
+    server = StandIn(dies_at="file_stream")
+    monkeypatch.setenv("WANDB_BASE_URL", server.address)
+    started = time.perf_counter()
+    assert main(["distill", "--run_dir", "online", *TINY, "--wandb.mode", "online"]) == 0
+    assert server.dead.wait(10)
+    assert time.perf_counter() - started < 60
+    assert any(path.endswith("file_stream") for path, _ in server.requests)
+    assert main(["distill", "--run_dir", "alone", *TINY]) == 0
+    ours, other = (read_log(Path(name, "log.jsonl")) for name in ("online", "alone"))
+    assert [row["loss/task"] for row in ours] == [row["loss/task"] for row in other]
+
+
+def test_a_service_that_fails_is_warned_of_once_and_left_out(tmp_path, caplog, monkeypatch) -> None:
+    class Broken:
+        offline = True
+        calls = 0
+
+        def log(self, metrics: dict[str, Any]) -> None:
+            self.calls += 1
+            raise ConnectionError("gone")
+
+        def finish(self) -> None:
+            raise AssertionError("a broken service was called again")
+
+    broken = Broken()
+    tracker = Tracker(tmp_path, None, {})
+    tracker.services.append(service.Service("wandb", None, broken))
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            tracker.log(step, value=float(step))
+        tracker.finish()
+    assert broken.calls == 1
+    assert [record.message for record in caplog.records] == [
+        "warning: wandb failed and is left out from here on: gone; log.jsonl has all"
+    ]
+    assert [row["value"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2]
+
+
+def test_wandb_asked_for_and_not_logged_in_is_a_line_and_no_run(monkeypatch, capsys, unused_tcp_port: int) -> None:
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_tcp_port}")
+    assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "online"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lkd: error: wandb.mode: online failed")
+    assert "--wandb.mode offline" in error
+    assert main(["distill", "--run_dir", "r", *TINY]) == 0  # the folder is still free
+
+
+def test_trackio_is_told_the_same_metrics(monkeypatch) -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Run:
+        def log(self, metrics: dict[str, Any], step: int) -> None:
+            rows.append({"step": step, **metrics})
+
+        def finish(self) -> None:
+            rows.append({"finished": True})
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **settings: Run()))
+    assert main(["distill", "--run_dir", "r", *TINY, "--trackio", "trials"]) == 0
+    assert rows.pop() == {"finished": True}
+    assert [{**row, "time": 0} for row in rows] == [{**row, "time": 0} for row in read_log(Path("r/log.jsonl"))]
+
+
+def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher() -> None:
+    run_recipe(tiny_recipe(run_dir="m"))
+    assert main(["distill", "--run_dir", "s", *TINY, "--loss", "m/loss.lkd.safetensors"]) == 0
+    learned, student = (read_json(Path(name, "lineage.json")) for name in ("m", "s"))
+    made = {entry["kind"]: entry for entry in learned["made"]}
+    used = {entry["kind"]: entry for entry in student["used"]}
+    assert made["loss"] == used["loss"]
+    assert made["loss"]["sha256"] == hash_file(Path("m/loss.lkd.safetensors"))
+    assert made["pool"]["sha256"] == hash_folder(Path("m/pool"))
+    assert {entry["kind"] for entry in learned["used"]} == {"teacher"}
+    assert [entry["name"] for entry in student["made"]] == ["student.safetensors"]
+
+
+def test_files_are_found_wherever_a_recipe_names_them(tmp_path) -> None:
+    recipe = {
+        "teacher": {"path": "embedded", "cache": str(tmp_path), "pretrained": False},
+        "methods": {"learned": {"name": "a.lkd.safetensors"}, "other": "b.lkd.safetensors"},
+        "pool_dir": None,
+        "data": {"root": "elsewhere"},
+    }
+    found = {(entry.kind, entry.name) for entry in find_used(recipe)}
+    assert found == {
+        ("teacher", "embedded"),
+        ("cache", tmp_path.name),
+        ("loss", "a.lkd.safetensors"),
+        ("loss", "b.lkd.safetensors"),
+    }
+    assert (
+        find_used({"teacher": {"path": "embedded", "pretrained": True, "name": "resnet50.tv_in1k"}})[0].sha256 is None
+    )
+
+
+def test_a_folder_is_told_by_its_files(tmp_path) -> None:
+    (tmp_path / "index.json").write_text("[1]")
+    before = hash_folder(tmp_path)
+    (tmp_path / "index.json").write_text("[2]")
+    assert hash_folder(tmp_path) != before
+
+
+def test_looking_at_a_batch_changes_nothing_and_its_shares_add_up(monkeypatch) -> None:
+    words = ["distill", *TINY, "--loss", '{"name": "kd", "weight": 0.9}', "--balance", '{"name": "dynamic"}']
+    assert main([*words, "--run_dir", "looked"]) == 0
+    rows = read_log(Path("looked/log.jsonl"))
+    for row in rows:
+        shares = [value for name, value in row.items() if name.startswith("share/")]
+        assert len(shares) == 2
+        assert 0.99 < sum(shares) < 1.01 or sum(shares) < 1
+        assert 0 <= row["train/agreement"] <= 100
+        assert math.isfinite(row["gradient_norm"])
+    monkeypatch.setattr("lkd.distillation.describe_batch", lambda *arguments: {})
+    assert main([*words, "--run_dir", "alone"]) == 0
+    assert hash_tensors("looked/student.safetensors") == hash_tensors("alone/student.safetensors")
+
+
+def hash_tensors(path: str) -> str:
+    return digest([load_file(path)])

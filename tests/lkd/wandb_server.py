@@ -1,0 +1,70 @@
+"""As much of W&B's protocol as a run needs to start and to stream its history: it answers, and dies when told to."""
+
+import gzip
+import http.server
+import json
+import threading
+from typing import Any
+
+VIEWER = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "Viewer": {"viewer": VIEWER},
+    "UpsertBucket": {
+        "upsertBucket": {
+            "inserted": True,
+            "bucket": {
+                "id": "1",
+                "name": "run",
+                "displayName": "run",
+                "config": "{}",
+                "historyLineCount": 0,
+                "project": {"name": "lkd", "entity": {"name": "me"}},
+            },
+        }
+    },
+    "CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
+}
+
+
+class StandIn:
+    """A server on this host.
+
+    Args:
+        dies_at: What a request's path ends with that is the last one answered.
+
+    Attributes:
+        requests: Path and body of every request.
+    """
+
+    def __init__(self, dies_at: str) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        stand_in = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the server
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                content = json.loads(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+                stand_in.requests.append((self.path, content))
+                answer = {"data": ANSWERS.get(content.get("operationName"), {})} if "graphql" in self.path else {}
+                data = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                if self.path.endswith(dies_at):
+                    threading.Thread(target=stand_in.die).start()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.dead = threading.Event()
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def die(self) -> None:
+        """Answer nobody any more."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.dead.set()
