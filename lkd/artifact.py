@@ -10,6 +10,7 @@ from lkd.files import read_tensors, write_tensors
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.learned import FORMS, FeatureLoss, LearnedLoss, LogitLoss
 from lkd.losses.replayed import ReplayedLoss
+from lkd.sharing.references import fetch, is_remote
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
@@ -43,7 +44,8 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
     """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
 
     Args:
-        path: A `*.lkd.safetensors` file.
+        path: A `*.lkd.safetensors` file; or where it is to be fetched from, `hf://owner/repository/file` or
+            `wandb://entity/project/artifact:version`.
 
     Returns:
         An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
@@ -51,9 +53,10 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
         was learned while a student was trained with it is replayed by progress.
 
     Raises:
-        UserError: If the file is missing, truncated, not a learned loss, or of a newer format.
+        UserError: If the file is missing, truncated, not a learned loss, or of a newer format, or cannot be fetched.
     """
-    tensors, header = read_tensors(Path(path), KIND, VERSION)
+    here = fetch(str(path)) if is_remote(str(path)) else Path(path)
+    tensors, header = read_tensors(here, KIND, VERSION)
     try:
         architecture = header["architecture"]
         starts = architecture.get("starts")

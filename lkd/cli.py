@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
     "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
     "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
+    "push": (config.PushRecipe, "put a learned loss on the Hugging Face Hub or into W&B's artifacts"),
+    "pull": (config.PullRecipe, "fetch a learned loss from there"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
 }
 

@@ -23,6 +23,8 @@ from lkd.config import (
     PackRecipe,
     PlanRecipe,
     PoolRecipe,
+    PullRecipe,
+    PushRecipe,
     QuickstartRecipe,
     TrainTeacherRecipe,
     VarianceRecipe,
@@ -42,6 +44,7 @@ from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
 from lkd.run import choose_device, open_run
+from lkd.sharing.transfer import pull_loss, push_loss
 from lkd.teacher import load_teacher_network
 from lkd.variance import measure_variance
 
@@ -90,6 +93,17 @@ def variance(recipe: VarianceRecipe) -> None:
     result = measure_variance(recipe)
     print(f"λ* = {result['optimal_share']:.3f}: {result['predicted_ratio']:.1%} of the noise without a teacher is left")
     print(f"{recipe.run_dir}/variance: variance.json, variance.png")
+
+
+def push(recipe: PushRecipe) -> None:
+    """`lkd push`."""
+    print(push_loss(recipe))
+
+
+def pull(recipe: PullRecipe) -> None:
+    """`lkd pull`."""
+    path = pull_loss(recipe)
+    print(f"{path}: use it with lkd distill --loss {path}")
 
 
 def pack(recipe: PackRecipe) -> None:

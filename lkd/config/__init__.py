@@ -12,6 +12,7 @@ from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, 
 from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
+from lkd.config.sharing import PullRecipe, PushRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "PoolContents",
     "PoolRecipe",
     "PoolSettings",
+    "PullRecipe",
+    "PushRecipe",
     "QuickstartRecipe",
     "RunRecipe",
     "TeacherRecipe",

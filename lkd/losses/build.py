@@ -20,6 +20,7 @@ from lkd.losses.replayed import ReplayedLoss
 from lkd.losses.rkd import RKDLoss
 from lkd.losses.similarity_preserving import SimilarityPreservingLoss
 from lkd.losses.stages import Stages
+from lkd.sharing.references import is_remote
 
 TEACHER_LOGIT_LOSSES: dict[str, type[nn.Module]] = {
     "kd": KDLoss,
@@ -89,8 +90,8 @@ def reads_features(specification: str | dict[str, Any]) -> bool:
 
 
 def is_learned(name: str) -> bool:
-    """Whether a loss's name is the path of a learned-loss file."""
-    return name.endswith(".safetensors") or Path(name).is_file()
+    """Whether a loss's name is that of a learned-loss file, here or elsewhere."""
+    return is_remote(name) or name.endswith(".safetensors") or Path(name).is_file()
 
 
 def find_feature_parts(loss: nn.Module) -> list[FeatureLoss]:

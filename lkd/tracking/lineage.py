@@ -9,6 +9,7 @@ from typing import Any
 from lkd.data.embedded import TEACHER
 from lkd.files import read_json, write_json
 from lkd.resumption import flatten
+from lkd.sharing.references import fetch, is_remote
 
 LINEAGE = "lineage.json"
 FIELDS = {  # last part of a recipe's field that names a file → its kind
@@ -56,18 +57,20 @@ def identify(kind: str, path: str | Path, name: str | None = None) -> Entry:
 
 
 def find_used(recipe: dict[str, Any]) -> list[Entry]:
-    """The files and folders that a recipe names, each once."""
+    """The files and folders that a recipe names, each once; those that lie elsewhere are fetched."""
     found: dict[tuple[str, str], Entry] = {}
     teacher = recipe.get("teacher", {})
     if teacher.get("pretrained"):
         found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
     for key, value in flatten(recipe).items():
-        kind = "loss" if str(value).endswith(".safetensors") else None
+        kind = "loss" if str(value).endswith(".safetensors") or is_remote(str(value)) else None
         kind = FIELDS.get(key.rpartition(".")[2], kind)
         if not isinstance(value, str) or kind is None or (kind == "teacher" and teacher.get("pretrained")):
             continue
-        here = {"embedded": TEACHER}.get(value, Path(value))
-        found[kind, value] = identify(kind, here, value if value == "embedded" or "://" in value else None)
+        if value == "embedded":
+            found[kind, value] = identify(kind, TEACHER, value)
+        else:
+            found[kind, value] = identify(kind, fetch(value), value) if is_remote(value) else identify(kind, value)
     return list(found.values())
 
 

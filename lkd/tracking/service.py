@@ -53,7 +53,8 @@ class Service:
     def use(self, entry: Entry) -> None:
         """Link a file that the run reads. Offline, W&B links nothing: the entry is in the run's config."""
         if self.name == "wandb" and not self.run.offline:
-            self.attempt(lambda: self.run.use_artifact(self.build_artifact(entry)))
+            _, ours, name = entry.name.partition("wandb://")
+            self.attempt(lambda: self.run.use_artifact(name if ours else self.build_artifact(entry)))
 
     def keep(self, entry: Entry, metadata: dict[str, Any]) -> None:
         """Keep a file that the run made, with what it was made from."""

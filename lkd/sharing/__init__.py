@@ -1,0 +1,1 @@
+"""Learned losses on the Hugging Face Hub and in Weights & Biases."""

@@ -1,0 +1,135 @@
+"""Learned losses that lie elsewhere: a stand-in of the Hub's API on this host, wandb's module with no network."""
+
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+
+import lkd
+from lkd.artifact import save_loss
+from lkd.cli import main
+from lkd.errors import UserError
+from lkd.losses.build import build_loss
+from lkd.sharing.model_card import write_card
+from lkd.sharing.references import HubReference, WandbReference, parse_reference
+from lkd.tracking.lineage import hash_file
+from tests.lkd.hub_server import StandIn
+from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
+from tests.lkd.test_cli import TINY
+
+LOSS = Path("loss.lkd.safetensors")
+
+
+@pytest.fixture
+def loss(tmp_path) -> Path:
+    save_loss(LOSS, build_loss_networks(tiny_recipe()), {"recipe": {"data": {"name": "a`|\n# b"}}, "seed": 0})
+    return LOSS
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> StandIn:
+    server = StandIn()
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return server
+
+
+def test_names_are_taken_apart() -> None:
+    assert parse_reference("hf://me/losses") == HubReference("me/losses", None, "loss.lkd.safetensors")
+    assert parse_reference("hf://me/losses@v1/sub/a.lkd.safetensors") == HubReference(
+        "me/losses", "v1", "sub/a.lkd.safetensors"
+    )
+    assert parse_reference("wandb://me/lkd/loss-a:v3") == WandbReference("me/lkd", "loss-a", "v3")
+    assert parse_reference("wandb://me/lkd/loss-a").version == "latest"
+    for bad in ("hf://me", "wandb://me/lkd", "s3://me/lkd/a", "hf://me/a b", "hf:///etc/passwd"):
+        with pytest.raises(UserError, match="is not hf://OWNER"):
+            parse_reference(bad)
+
+
+def test_a_loss_goes_to_the_hub_and_comes_back_the_same(loss: Path, hub: StandIn, capsys) -> None:
+    assert main(["push", "--loss", str(loss), "--to", "hf://me/losses/noisy.lkd.safetensors"]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.address}/me/losses/commit/")
+    assert hub.files["me/losses"]["noisy.lkd.safetensors"] == loss.read_bytes()
+    assert hub.tokens == {"Bearer hf_secret"}
+    card = ModelCard(hub.files["me/losses"]["README.md"].decode())
+    assert card.data.library_name == "lkd"
+    assert hash_file(loss) in card.text
+    assert main(["pull", "--loss", "hf://me/losses/noisy.lkd.safetensors", "--out", "back.lkd.safetensors"]) == 0
+    assert Path("back.lkd.safetensors").read_bytes() == loss.read_bytes()
+    fetched, ours = lkd.load_loss("hf://me/losses/noisy.lkd.safetensors"), lkd.load_loss(loss)
+    assert all(torch.equal(a, b) for a, b in zip(fetched.parameters(), ours.parameters(), strict=True))
+
+
+def test_a_student_is_distilled_with_a_loss_from_the_hub(loss: Path, hub: StandIn) -> None:
+    assert main(["push", "--loss", str(loss), "--to", "hf://me/losses"]) == 0
+    assert main(["distill", "--run_dir", "r", *TINY, "--loss", "hf://me/losses"]) == 0
+    lineage = Path("r/lineage.json").read_text()
+    assert hash_file(loss) in lineage
+    assert "hf://me/losses" in lineage
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf://me/losses/other.lkd.safetensors", "has no file 'other.lkd.safetensors'"),
+        ("hf://me/nothing", "no such repository, or it is not yours to see"),
+        ("hf://me/losses/README.md", "is damaged or not a safetensors file"),
+    ],
+)
+def test_what_the_hub_has_not_is_one_line(loss: Path, hub: StandIn, name: str, message: str, capsys) -> None:
+    main(["push", "--loss", str(loss), "--to", "hf://me/losses"])
+    assert main(["pull", "--loss", name]) == 2
+    assert message in capsys.readouterr().err.strip()
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+def test_a_hub_that_is_away_is_one_line(hub: StandIn, capsys) -> None:
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert main(["pull", "--loss", "hf://me/losses"]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_what_is_no_loss_is_not_pushed(hub: StandIn, capsys) -> None:
+    Path("notes.txt").write_text("no loss")
+    assert main(["push", "--loss", "notes.txt", "--to", "hf://me/losses"]) == 2
+    assert not hub.files
+    assert "not a safetensors file" in capsys.readouterr().err
+
+
+def test_a_card_is_written_without_sending(loss: Path, capsys) -> None:
+    assert main(["push", "--loss", str(loss), "--to", "hf://me/losses", "--card", "card.md"]) == 0
+    card = Path("card.md").read_text()
+    assert card == write_card(loss, "hf://me/losses")
+    assert "| data | `a/ # b` |" in card  # what the header holds stays in its cell
+
+
+def test_an_artifact_of_wandb_is_fetched_by_version(loss: Path, monkeypatch, tmp_path) -> None:
+    import wandb
+
+    asked: list[str] = []
+
+    class Api:
+        def artifact(self, name: str) -> Any:
+            asked.append(name)
+            if "missing" in name:
+                raise wandb.errors.CommError("artifact not found")
+
+            def download(root: str) -> None:
+                Path(root).mkdir(parents=True)
+                shutil.copy(loss, root)
+
+            return types.SimpleNamespace(name="loss-a:v3", download=download)
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    monkeypatch.setenv("LKD_CACHE", str(tmp_path / "cache"))
+    assert isinstance(build_loss("wandb://me/lkd/loss-a:latest"), torch.nn.Module)
+    assert set(asked) == {"me/lkd/loss-a:latest"}
+    assert (tmp_path / "cache/wandb/me/lkd/loss-a-v3/loss.lkd.safetensors").is_file()
+    with pytest.raises(UserError, match="wandb://me/lkd/missing:latest: cannot be had: artifact not found"):
+        build_loss("wandb://me/lkd/missing")
