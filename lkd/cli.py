@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 
 # Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
-POSITIONAL: dict[str, str] = {}
+POSITIONAL: dict[str, str] = {"push": "loss", "pull": "loss"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,6 +33,8 @@ class StandIn:
                     name = f"{contents[0].get('organization') or 'me'}/{contents[0]['name']}"
                     stand_in.files.setdefault(name, {})
                     self.answer({"url": f"{stand_in.address}/{name}"})
+                elif self.path == "/api/validate-yaml":
+                    self.answer({"errors": [], "warnings": []})
                 elif "/preupload/" in self.path:
                     named = [{"path": file["path"], "uploadMode": "regular"} for file in contents[0]["files"]]
                     self.answer({"files": [{**file, "shouldIgnore": False} for file in named]})
@@ -51,6 +53,9 @@ class StandIn:
                 self.give(with_content=True)
 
             def give(self, with_content: bool) -> None:
+                if self.path == "/api/whoami-v2":
+                    self.answer({"name": "me", "type": "user", "orgs": []})
+                    return
                 owner, repository, _, _, *parts = self.path.strip("/").split("/")
                 files = stand_in.files.get(f"{owner}/{repository}")
                 content = (files or {}).get("/".join(parts))
