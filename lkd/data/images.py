@@ -33,12 +33,15 @@ class ImageSet:
     """Labelled images, in memory or in files.
 
     Attributes:
-        images: uint8, [N, C, H, W]; or where they are decoded from when a batch needs them.
+        images: uint8, [N, C, H, W]; or float32, as networks are to see them; or where they are decoded from when a
+            batch needs them.
         labels: Class indices, int64, [N].
         index: Position of each image in its source data set, int64, [N].
         class_names: Name of each class.
         mean: Per-channel mean of the pixels scaled to [0, 1].
         std: Per-channel standard deviation of the pixels scaled to [0, 1].
+
+    `mean` and `std` are what uint8 pixels are normalised with, and what float32 images have been.
     """
 
     images: Tensor | ImageFiles
@@ -79,6 +82,8 @@ class ImageSet:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 images [B, C, H, W] into float32 of zero mean and unit variance per channel."""
+        if images.is_floating_point():
+            return images
         mean, std = (255 * torch.tensor(values, device=images.device) for values in (self.mean, self.std))
         if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
             return images.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

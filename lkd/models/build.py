@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lkd.errors import UserError, check_choice
 from lkd.models.cifar import CIFAR_NETWORKS
+from lkd.models.given_network import LogitNetwork
 from lkd.models.small import SMALL_NETWORKS
 from lkd.models.timm_network import TimmNetwork
 
@@ -60,4 +61,4 @@ def first_line(error: BaseException) -> str:
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
-    return (network.model if isinstance(network, TimmNetwork) else network).state_dict()
+    return (network.model if isinstance(network, TimmNetwork | LogitNetwork) else network).state_dict()

@@ -8,6 +8,7 @@ from torch import nn
 from lkd.errors import UserError
 from lkd.files import read_tensors, write_tensors
 from lkd.models.build import build, plain_state_dict
+from lkd.models.given_network import GIVEN
 from lkd.models.timm_network import TimmNetwork
 
 KIND, VERSION = "network", 1
@@ -36,6 +37,12 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         UserError: If the file is missing, damaged, not a network, or its weights do not fit its architecture.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
+    name = str(header["architecture"]["name"])
+    if name.startswith(GIVEN):
+        raise UserError(
+            f"{path}: holds the weights of a {name.removeprefix(GIVEN).split('@')[0]} of the caller's own, which no "
+            "name builds: build it, and load them by load_state_dict(safetensors.torch.load_file(path))"
+        )
     network = build(**header["architecture"])
     inner = network.model if isinstance(network, TimmNetwork) else network
     try:

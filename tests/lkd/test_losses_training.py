@@ -157,7 +157,7 @@ def test_a_table_keeps_the_features_that_the_loss_reads(images, monkeypatch: pyt
     batch = Batches(images.train, 30, seed=1).at(2)
     for stage, feature in table(batch).features.items():
         torch.testing.assert_close(feature, live(batch).features[stage])
-    monkeypatch.setattr("lkd.assembly.TABLE_BYTES", 1000)
+    monkeypatch.setattr("lkd.assembly.networks.TABLE_BYTES", 1000)
     assert isinstance(start(images, "at").teacher, Teacher), "too large a table: the teacher is asked live"
     assert isinstance(start(images, "kd").teacher, TabulatedTeacher)
 
