@@ -1,0 +1,73 @@
+"""A learned loss in Lightning: `python examples/lightning_module.py LOSS.lkd.safetensors`.
+
+A callback does what must not be forgotten around the loss: the teacher stays in eval mode, which Lightning would leave
+with the rest of the module, and the loss's terms are logged.
+"""
+
+import argparse
+
+import lightning
+import torch
+from fashion import Teacher, build_student, load_images, measure_accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lkd
+
+
+class Distillation(lightning.LightningModule):
+    """A student trained by a learned loss, and the teacher that it imitates."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, loss_file: str, learning_rate: float = 0.1) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.loss = lkd.load_loss(loss_file)
+        self.learning_rate = learning_rate
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
+        images, target = batch
+        progress = self.global_step / self.trainer.estimated_stepping_batches
+        with torch.no_grad():
+            teacher_outputs = lkd.Outputs(self.teacher(images), {})
+        terms = self.loss(lkd.Outputs(self.student(images), {}), teacher_outputs, target, progress)
+        return {"loss": sum(terms.values()), **{name: value.detach() for name, value in terms.items()}}
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.SGD(self.student.parameters(), self.learning_rate, momentum=0.9)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class DistillationCallback(lightning.Callback):
+    """Keeps the teacher in eval mode, and logs the loss's terms."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        module.teacher.eval()
+        module.loss.eval()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        module.log_dict({f"loss/{name}": value for name, value in outputs.items()}, on_step=False, on_epoch=True)
+
+
+def run(loss_file: str, images: int = 4000, epochs: int = 3) -> nn.Module:
+    module = Distillation(build_student(), Teacher(), loss_file)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[DistillationCallback()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(load_images("train", images), batch_size=64, shuffle=True))
+    return module.student
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
+    parser.add_argument("--epochs", type=int, default=3)
+    arguments = parser.parse_args()
+    print(f"test accuracy: {measure_accuracy(run(arguments.loss, epochs=arguments.epochs)):.1f} %")
