@@ -1,0 +1,218 @@
+"""lkd.distill and lkd.meta_train: the commands' bits, from objects."""
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lkd
+from lkd.assembly import prepare_images
+from lkd.cli import main
+from lkd.config import DataRecipe
+from lkd.losses import KDLoss
+from lkd.models import build
+from lkd.models.network_file import load_network
+from lkd.teacher import load_teacher_network
+from lkd.training import Training
+
+SIZES = {"train_size": 200, "meta_validation_size": 100}
+TINY = {"epochs": 2, "batch_size": 20, "quiet": True}
+META = {"outer_steps": 2, "students_per_step": 1, "rollout_steps": 2, "rollout_epochs": 1, "outer_batch_size": 50}
+META |= {"reuse_every": 0, "checkpoint_every": 1}
+POOL = {"students": 1, "snapshots": 2}
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The images that the recipe with these sizes has."""
+    return prepare_images(DataRecipe(**SIZES))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return load_teacher_network("embedded")[0]
+
+
+class Plain(nn.Module):
+    """A user's own network: logits alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(49, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.dropout, self.head = nn.Dropout(0.1), nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.body(images)))
+
+
+def build_cnn() -> nn.Module:
+    return build("small_cnn", 10, 1)
+
+
+def bits(network: "nn.Module | Path") -> dict[str, Tensor]:
+    return load_file(network) if isinstance(network, Path) else network.state_dict()
+
+
+def assert_same_bits(first, second) -> None:
+    first, second = bits(first), bits(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_objects_names_and_the_command_line_give_the_same_bits(images, teacher) -> None:
+    words = [f"--{group}.{name}={SIZES[name]}" for group, name in (("data", n) for n in SIZES)]
+    assert main(["distill", "--run_dir", "cli", *words, "--train.epochs", "2", "--train.batch_size", "20"]) == 0
+    named = lkd.distill("small_cnn", "embedded", "embedded", run_dir="named", **SIZES, **TINY)
+    torch.manual_seed(0)
+    student = build_cnn()
+    start = copy.deepcopy(student.state_dict())
+    given = lkd.distill(
+        student, teacher, images.train, meta_validation_set=images.meta_validation, run_dir="given", **TINY
+    )
+    assert_same_bits(named.path, Path("cli/student.safetensors"))
+    assert_same_bits(given.path, named.path)
+    assert_same_bits(given.student, named.student)
+    assert given.last == named.last
+    assert given.history == named.history
+    assert len(given.history) == 2
+    assert given.best["top1"] == max(row["top1"] for row in given.history)
+    assert given.run_dir == Path("given")
+    assert all(torch.equal(student.state_dict()[name], start[name]) for name in start), "the given one stays as it is"
+    assert student.training
+    assert type(given.student) is type(student)
+
+
+def test_what_is_given_stays_as_it_is(images, teacher) -> None:
+    taught_by = Plain()
+    before, random = copy.deepcopy(taught_by.state_dict()), torch.get_rng_state()
+    student = Plain()
+    torch.set_rng_state(random)
+    result = lkd.distill(student, taught_by, (images.train.images, images.train.labels), run_dir="r", **TINY)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert taught_by.training
+    assert all(parameter.requires_grad for parameter in taught_by.parameters())
+    assert all(torch.equal(taught_by.state_dict()[name], before[name]) for name in before)
+    assert isinstance(result.student, Plain)
+    assert not result.student.training
+    fresh = Plain()
+    fresh.load_state_dict(load_file(result.path))
+    assert_same_bits(fresh, result.student)
+    with pytest.raises(lkd.UserError, match=r"holds the weights of a Plain of the caller's own.*load_state_dict"):
+        load_network(result.path)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_step = Training.run_step
+
+    def break_off(training: Training, *arguments):
+        if training.step == step:
+            raise RuntimeError("power failure")
+        return run_step(training, *arguments)
+
+    monkeypatch.setattr(Training, "run_step", break_off)
+
+
+def test_a_broken_off_run_of_objects_goes_on_to_the_same_bits(images, teacher, monkeypatch) -> None:
+    torch.manual_seed(5)
+    student = Plain()
+    data, options = (images.train.images, images.train.labels), {**TINY, "checkpoint_every": 3, "loss": KDLoss(0.7)}
+    whole = lkd.distill(student, teacher, data, run_dir="whole", **options)
+    with monkeypatch.context() as context:
+        interrupt_at(14, context)
+        with pytest.raises(RuntimeError, match="power failure"):
+            lkd.distill(student, teacher, data, run_dir="cut", **options)
+    with pytest.raises(lkd.UserError, match="already holds a run"):
+        lkd.distill(student, teacher, data, run_dir="cut", **options)
+    for field, other in {
+        "teacher.path": {"teacher": Plain()},
+        "data.name": {"train_set": (data[0], data[1].flip(0))},
+        "student.name": {"student": nn.Sequential(nn.Flatten(), nn.Linear(784, 10))},
+    }.items():
+        arguments = {"student": student, "teacher": teacher, "train_set": data} | other
+        with pytest.raises(lkd.UserError, match=rf"^{field}: is .* a resumed run keeps its config"):
+            lkd.distill(**arguments, run_dir="cut", resume="auto", **options)
+    # Another start of the same shapes: the checkpoint's weights are what counts.
+    resumed = lkd.distill(Plain(), teacher, data, run_dir="cut", resume="auto", **options)
+    assert_same_bits(resumed.student, whole.student)
+    assert resumed.history == whole.history
+
+
+def test_meta_training_of_objects_gives_the_bits_of_names_and_goes_on(images, teacher, monkeypatch) -> None:
+    options = {**TINY, "epochs": 1, "meta": META, "pool": POOL}
+    named = lkd.meta_train("small_cnn", "embedded", "embedded", run_dir="named", **SIZES, **options)
+    arguments = (build_cnn, teacher, images.train)
+    options["meta_validation_set"] = images.meta_validation
+    given = lkd.meta_train(*arguments, run_dir="given", **options)
+    assert_same_bits(given.path, named.path)
+    assert [row["step"] for row in given.history] == [1, 2]
+    loaded = lkd.load_loss(given.path)
+    assert_same_bits(loaded, given.loss)
+    from lkd.outer_loop import OuterLoop
+
+    run_step = OuterLoop.run_step
+    with monkeypatch.context() as context:
+        context.setattr(OuterLoop, "run_step", lambda loop: run_step(loop) if loop.step < 1 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lkd.meta_train(*arguments, run_dir="cut", **options)
+    resumed = lkd.meta_train(*arguments, run_dir="cut", resume="auto", **options)
+    assert_same_bits(resumed.path, given.path)
+
+
+def test_students_of_several_kinds_learn_a_loss_that_trains_another(images, teacher) -> None:
+    options = {**TINY, "epochs": 1, "meta": META, "pool": POOL}
+    learned = lkd.meta_train([Plain, "tiny_cnn"], teacher, images.train, run_dir="learned", **options)
+    by_file = lkd.distill(build_cnn, teacher, images.train, loss=learned.path, run_dir="by_file", **TINY)
+    by_module = lkd.distill(build_cnn, teacher, images.train, loss=learned.loss, run_dir="by_module", **TINY)
+    by_hand = lkd.distill(build_cnn, teacher, images.train, loss="kd", run_dir="by_hand", **TINY)
+    assert_same_bits(by_file.student, by_module.student)
+    assert not torch.equal(by_file.student.classifier.weight, by_hand.student.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "option: unknown name 'epoch'; nearest: epochs"),
+        ({"epochs": "three"}, "train.epochs"),
+        ({"root": "/data"}, "root: is of data sets by name"),
+        ({"train_size": 1000}, "data.train_size"),
+        ({"student": 3}, "student: 3 is neither a name"),
+        ({"student": nn.Flatten()}, "student: this Flatten has no parameters"),
+        ({"student": nn.Linear(3, 10)}, r"student: this Linear fails on images \[2, 1, 28, 28\]"),
+        ({"student": lambda: 3}, "student: the function given builds a int"),
+        ({"student": {"nam": "small_cnn"}}, "student: unknown name 'nam'; nearest: name"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(784, 9))}, r"teacher: .* answers 2 images with \[2, 9\]"),
+        ({"teacher": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
+        ({"teacher": "resnet34"}, "teacher.name: resnet34 has no tag"),
+        ({"train_set": "embeded"}, "data.name: unknown name 'embeded'; nearest: embedded"),
+        ({"train_set": torch.zeros(3)}, "read_images: "),
+        ({"loss": "kdd"}, "loss: unknown name 'kdd'; nearest: kd"),
+    ],
+)
+def test_a_mistake_is_one_line(change: dict, message: str, images, teacher) -> None:
+    arguments = {"student": build_cnn(), "teacher": teacher, "train_set": images.train, **TINY} | change
+    with pytest.raises(lkd.UserError, match=message) as caught:
+        lkd.distill(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_of_meta_training(images, teacher) -> None:
+    with pytest.raises(lkd.UserError, match="students: a Plain has one set of weights"):
+        lkd.meta_train(Plain(), teacher, images.train)
+    with pytest.raises(lkd.UserError, match=r"unknown key 'meta.outer_step'; nearest: meta.outer_steps"):
+        lkd.meta_train(Plain, teacher, images.train, meta={"outer_step": 3})
+    caught = []
+
+    def call() -> None:
+        try:
+            lkd.distill(Plain(), teacher, images.train)
+        except lkd.UserError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert "main thread" in caught[0]

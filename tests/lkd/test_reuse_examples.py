@@ -1,0 +1,175 @@
+"""The examples of reuse, in short: each trains a student, and tells the loss how far it is."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lkd
+from lkd.artifact import load_loss, save_loss
+from lkd.losses.learned import build_learned_loss
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+IMAGES, EPOCHS, BATCH = 1000, 2, 64
+STEPS = EPOCHS * -(-IMAGES // BATCH)
+NAMES = ("student", "teacher", "target", "progress")  # what a loss is called with
+LEAST = {  # accuracy in percent; guessing has 10
+    "plain_pytorch": 60,
+    "timm_task": 20,
+    "lightning_module": 60,
+    "huggingface_trainer": 50,
+    "torchdistill_loss": 60,
+}
+NEEDS = {"lightning_module": "lightning", "huggingface_trainer": "transformers"}
+
+
+@pytest.fixture(scope="module")
+def loss_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("loss") / "small.lkd.safetensors"
+    torch.manual_seed(0)
+    save_loss(path, build_learned_loss("logits", {}), {})
+    return str(path)
+
+
+@pytest.fixture
+def progress_seen(monkeypatch) -> list[float]:
+    """What the examples' losses are told of the progress, while the teacher must be in eval mode."""
+    import fashion
+
+    seen: list[float] = []
+
+    def load_watched(path):
+        loss = load_loss(path)
+        loss.register_forward_pre_hook(watch, with_kwargs=True)
+        return loss
+
+    def watch(loss, arguments, named) -> None:
+        seen.append({**named, **dict(zip(NAMES, arguments, strict=False))}["progress"])
+
+    answer = fashion.Teacher.forward
+
+    def answer_in_eval_mode(teacher, images):
+        assert not any(module.training for module in teacher.modules())
+        assert not torch.is_grad_enabled() or not any(p.requires_grad for p in teacher.parameters())
+        return answer(teacher, images)
+
+    monkeypatch.setattr(lkd, "load_loss", load_watched, raising=False)
+    monkeypatch.setattr(fashion.Teacher, "forward", answer_in_eval_mode)
+    return seen
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_an_example_trains_a_student_with_the_loss(name: str, loss_file: str, progress_seen: list[float]) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    from fashion import measure_accuracy
+
+    torch.manual_seed(0)
+    result = import_module(name).run(loss_file, images=IMAGES, epochs=EPOCHS)
+    expected = [step / STEPS for step in range(STEPS)]
+    assert progress_seen == pytest.approx(expected)
+    accuracy = result.evaluate()["eval_accuracy"] if name == "huggingface_trainer" else measure_accuracy(result)
+    assert accuracy > LEAST[name]
+
+
+def test_trainer_averages_accumulated_losses(loss_file: str) -> None:
+    pytest.importorskip("transformers")
+    from huggingface_trainer import run
+
+    logged = []
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        trainer = run(loss_file, images=256, epochs=1, accumulation=accumulation)
+        logged.append(trainer.state.log_history[-1]["train_loss"])
+    assert logged[1] == pytest.approx(logged[0], rel=0.3), "four times it if the parts were added up"
+
+
+def test_timms_task_gives_the_sum_of_the_terms(loss_file: str) -> None:
+    import timm
+    from fashion import Teacher, load_images
+    from timm_task import LearnedLossTask
+
+    images, target = load_images("train", 16).tensors
+    student = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    task = LearnedLossTask(student, Teacher(), loss_file, device=torch.device("cpu"), verbose=False).eval()
+    task.progress = 0.7
+    task.student_mean, task.student_std = task.teacher.mean_kd, task.teacher.std_kd
+    found = task(images, target)
+    loss, outputs = load_loss(loss_file), [lkd.Outputs(network(images), {}) for network in (student, Teacher())]
+    torch.testing.assert_close(found["loss"], sum(loss(*outputs, target, 0.7).values()))
+    assert not any(name.startswith("learned") for name in task.get_trainable_module().state_dict())
+
+
+@pytest.mark.parametrize("form", ["decoupled", "balance", "generic"])
+def test_a_loss_compiled_and_exported_is_the_same_loss(form: str, tmp_path) -> None:
+    from compile_and_export import run
+
+    options = {"form": form, "normalize_gradient": form == "generic"}
+    torch.manual_seed(0)
+    save_loss(tmp_path / "l.lkd.safetensors", build_learned_loss("logits", options), {})
+    differences = run(str(tmp_path / "l.lkd.safetensors"), tmp_path / "l.pt2", backend="aot_eager")
+    assert differences.keys() == {"compiled", "exported"}
+    assert max(differences.values()) < 1e-5
+    assert (tmp_path / "l.pt2").stat().st_size > 1000
+
+
+def test_an_exported_loss_needs_no_lkd(loss_file: str, tmp_path) -> None:
+    from compile_and_export import LogitLoss, export
+
+    export(LogitLoss(load_loss(loss_file)), tmp_path / "l.pt2")
+    code = (
+        "import sys, torch; sys.modules['lkd'] = None\n"
+        f"loss = torch.export.load({str(tmp_path / 'l.pt2')!r}).module()\n"
+        "s = torch.zeros(3, 7, requires_grad=True)\n"
+        "loss(s, torch.randn(3, 7), torch.tensor([0, 1, 2]), torch.tensor(0.5)).backward()\n"
+        "assert s.grad.abs().sum() > 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_plain_example_is_short() -> None:
+    assert len((ROOT / "examples" / "plain_pytorch.py").read_text().splitlines()) <= 30
+
+
+def sections() -> list[tuple[str, str]]:
+    """Each code block of docs/reuse.md that shows an example, with the file that its section links to last."""
+    found = []
+    for section in (ROOT / "docs" / "reuse.md").read_text().split("\n## ")[1:]:
+        file = ""
+        for link, code in re.findall(r"\]\(\.\./examples/([\w.]+)\)|```\w+\n(.*?)```", section, re.DOTALL):
+            file = link or file
+            found += [(file, code)] if code else []
+    return found
+
+
+def test_the_code_in_docs_reuse_is_the_examples() -> None:
+    assert {file for file, _ in sections()} == {
+        *("plain_pytorch.py", "timm_task.py", "lightning_module.py", "huggingface_trainer.py", "torchdistill_loss.py"),
+        *("torchdistill_loss.yaml", "compile_and_export.py"),
+    }
+    for file, code in sections():
+        assert code.strip("\n") in (ROOT / "examples" / file).read_text(), file
+        if file.endswith(".py"):
+            ast.parse("class _:\n" + code if code.startswith(" ") else code)
+        else:
+            yaml.safe_load(code)
+
+
+@pytest.mark.parametrize("page", ["docs/reuse.md", "docs/python.md"])
+def test_the_pages_own_code_runs(page: str) -> None:
+    text = (ROOT / page).read_text().split("\n## Plain PyTorch")[0]
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    if page == "docs/python.md":
+        assert Path("runs/reused/student.safetensors").is_file()
