@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import matching, median, read_rows, write_row
@@ -38,6 +39,7 @@ from lkd.intervals import mean_and_error
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.rank_correlation import rank
 from lkd.run import environment
+from lkd.teacher import load_teacher
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "influence"
 CPU = torch.device("cpu")
@@ -47,6 +49,10 @@ SETTINGS = InfluenceSettings(iterations=10, curvature_examples=500)
 TRAIN = TrainRecipe(epochs=8)
 FLIPPED = ["seed", "influence", "influence_plain", "loss", "gradient_similarity", "unweighted", "weighted"]
 SEMI_SUPERVISED = ["seed", "unweighted", "weighted"]
+MECHANISMS = {  # how else the weights come about, and what else they weigh
+    "refreshed": {"first_epoch": 2, "refresh_epochs": 2},
+    "together": {"first_epoch": 2, "refresh_epochs": 2, "teacher_rate": 0.1},
+}
 SPEED = ["examples", "seconds", "scoring_seconds", "loop_seconds"]
 README = """# Influence weights
 
@@ -54,7 +60,8 @@ Made by `python benchmarks/influence.py`: {seeds} paired seeds, embedded images 
 KD(0.5, 4) with the embedded teacher, 1,000 meta-validation images, one learning rate. Influence by conjugate
 gradients with Gauss-Newton ({iterations} iterations over {curvature_examples:,} images, damping {damping:g}), measured
 once on a student trained without weights; a fresh student with the same seed is then trained with weights (static,
-sigmoid).
+sigmoid). `refreshed`: the student's own influence, measured before epochs 2, 4 and 6; `together`: the same, and the
+teacher goes on with the labels under these weights at a tenth of the student's learning rate.
 
 | | mean ± standard error |
 |---|---|
@@ -65,18 +72,18 @@ finds nearly all. With flipped labels students with weights are a little better 
 semi-supervised setting they are not. One learning rate; the weights were chosen on meta-validation labels that the
 unweighted students do not use.
 
-Flipped labels: 4,000 images, {noisy_epochs} epochs, 20 % of the labels flipped; AUROC of finding the
+Flipped labels: 4,000 images, {epochs} epochs, 20 % of the labels flipped; AUROC of finding the
 flipped ones with the cross-entropy of each image, `influence_plain` without calibration of meta-validation (calibration
 became the default after the first seed had shown 0.27 without it). Semi-supervised: 4,000 labels, 7,000 images that
-get the teacher's; {semi_epochs} epochs, {semi_seeds} seeds. These trainings are short.
+get the teacher's; {epochs} epochs, {semi_seeds} seeds. These trainings are short.
 
 Speed: seconds of processor time of one thread, other work beside it. The loop does a backward pass for each example;
 it was timed on 100 examples and extrapolated to all.
 
-What it does not show: weights measured anew during a training, other networks, losses and learning rates, larger data.
+What it does not show: other networks, losses and learning rates, larger data.
 Settings of influence were not tuned. The teacher saw clean labels of other images.
 
-`result.json`: the figures; `flipped.csv`, `semi_supervised.csv`, `speed.csv`: every row.
+`result.json`: the figures; `flipped.csv`, `semi_supervised.csv`, `mechanisms.csv`, `speed.csv`: every row.
 """
 
 
@@ -104,6 +111,10 @@ def main() -> int:
             network, unweighted = train(part, images, teacher, TRAIN, seed)
             weighted = train_weighted(network, part, images, teacher, TRAIN, seed, folder)
             write_row(folder / "semi_supervised.csv", SEMI_SUPERVISED, [seed, unweighted, weighted])
+        if not matching(folder / "mechanisms.csv", seed=seed):
+            part = few.relabel(flip_labels(few.labels, NOISE, few.num_classes, seed))
+            reached = [train_by(options, part, images, teacher, seed) for options in MECHANISMS.values()]
+            write_row(folder / "mechanisms.csv", ["seed", *MECHANISMS], [seed, *reached])
     keep_evidence(folder)
     return 0
 
@@ -129,6 +140,14 @@ def train_weighted(network, part, images, teacher, recipe: TrainRecipe, seed: in
     settings = InfluenceWeightedLossSettings(weights=str(path))
     weighted = InfluenceWeightedLoss(loss, images.meta_validation, settings)
     return train(part, images, teacher, recipe, seed, weighted)[1]
+
+
+def train_by(options: dict[str, Any], part, images, teacher, seed: int) -> float:
+    """Train a student whose own influence weighs its images, and with them, perhaps, its teacher's."""
+    settings = InfluenceWeightedLossSettings(influence=SETTINGS, **options)
+    own = load_teacher(TeacherRecipe(), images.train)[0] if settings.teacher_rate else None
+    loss = InfluenceWeightedLoss(KDLoss(0.5, 4.0), images.meta_validation, settings, own)
+    return train(part, images, teacher, TRAIN, seed, loss)[1]
 
 
 def rank_flipped(network, part, images, flipped: Tensor) -> list[float]:
@@ -177,13 +196,17 @@ def measure_speed(network: nn.Module, images) -> list[float]:
 def keep_evidence(folder: Path) -> None:
     """Write figures, rows and README."""
     EVIDENCE.mkdir(parents=True, exist_ok=True)
-    flipped, semi = (read_rows(folder / f"{name}.csv") for name in ("flipped", "semi_supervised"))
+    names = ("flipped", "semi_supervised", "mechanisms")
+    flipped, semi, mechanisms = (read_rows(folder / f"{name}.csv") for name in names)
     means = {f"{name}: AUROC": mean_and_error([float(row[name]) for row in flipped]) for name in FLIPPED[1:5]}
     differences = {
         key: mean_and_error([float(row["weighted"]) - float(row["unweighted"]) for row in rows])
         for key, rows in (("noisy", flipped), ("semi_supervised", semi))
         if rows
     }
+    plain = {row["seed"]: float(row["unweighted"]) for row in flipped}
+    for name in MECHANISMS if mechanisms else ():
+        differences[f"noisy_{name}"] = mean_and_error([float(row[name]) - plain[row["seed"]] for row in mechanisms])
     means |= {f"weighted − unweighted, {key}, points": value for key, value in differences.items()}
     speed = {name: median(folder / "speed.csv", name) for name in SPEED}
     figures = {
@@ -198,16 +221,15 @@ def keep_evidence(folder: Path) -> None:
     }
     for key, (mean, error) in differences.items():
         figures |= {f"weighted_minus_unweighted_{key}": mean, f"weighted_minus_unweighted_{key}_se": error}
-    for name in ("flipped", "semi_supervised", "speed"):
+    for name in (*names, "speed"):
         if (folder / f"{name}.csv").exists():
             shutil.copyfile(folder / f"{name}.csv", EVIDENCE / f"{name}.csv")
     write_json(EVIDENCE / "result.json", evidence("python benchmarks/influence.py", environment(), figures))
     rows = [f"| {name} | {mean:.3f} ± {error:.3f} |" for name, (mean, error) in means.items()]
     rows += [f"| speedup of the scores over a loop | {figures['speedup_vs_per_example_loop']:.1f} |"]
     rows += [f"| seconds for 12,000 examples, all in all | {figures['seconds_12000_examples']:.1f} |"]
-    epochs = {"noisy_epochs": TRAIN.epochs, "semi_epochs": TRAIN.epochs}
-    epochs |= {"semi_seeds": len(semi)}
-    text = README.format(rows="\n".join(rows), seeds=figures["seeds"], **vars(SETTINGS), **epochs)
+    facts = vars(SETTINGS) | {"seeds": figures["seeds"], "semi_seeds": len(semi), "epochs": TRAIN.epochs}
+    text = README.format(rows="\n".join(rows), **facts)
     write_text(EVIDENCE / "README.md", text)
 
 

@@ -49,7 +49,8 @@ class Training:
         loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
             One that must know which image is which sets `needs_index`: then `loss.enroll(index, labels)` is told all
             training images once, and each call is given the batch's `index`. One that has `begin_epoch(epoch, student,
-            images, teacher, progress)` is called with the student as it is before the first step of every epoch.
+            images, teacher, progress)` is called with the student as it is before the first step of every epoch. One
+            that has an `own_teacher` has it asked in the place of `teacher`.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
@@ -81,7 +82,7 @@ class Training:
         self.loss = loss.to(batches.device)
         self.balance = balance
         check_balance(balance, recipe, batches)
-        self.teacher = teacher
+        self.teacher = getattr(loss, "own_teacher", None) or teacher
         self.batches = batches
         self.total_steps = recipe.epochs * batches.steps_per_epoch
         self.step = 0

@@ -10,6 +10,7 @@ from lkd.assembly.networks import build_network, open_teacher
 from lkd.balance.influence_weighted import InfluenceWeightedLoss
 from lkd.balance.options import INFLUENCE_WEIGHTED, read_weighted_loss
 from lkd.config import MetaTrainRecipe, ModelRecipe, TeacherRecipe
+from lkd.errors import UserError
 from lkd.given import GivenLoss
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned import LearnedLoss, build_learned_loss
@@ -37,12 +38,26 @@ def prepare_loss(
     if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
         settings = read_weighted_loss(specification)
         inner = prepare_loss(settings.loss, student, teacher, images, seed)
-        return InfluenceWeightedLoss(inner, images.meta_validation, settings)
+        own = open_trained_teacher(teacher, images) if settings.teacher_rate else None
+        return InfluenceWeightedLoss(inner, images.meta_validation, settings, own)
     if not reads_features(specification):
         return build_loss(specification)
     stages = prepare_stages(student, teacher, images)
     torch.manual_seed(seed)
     return build_loss(specification, *stages)
+
+
+def open_trained_teacher(teacher: TeacherRecipe, images: Images) -> nn.Module:
+    """The network of a teacher that is trained along with the student.
+
+    Raises:
+        UserError: If the recipe does not have a plain network.
+    """
+    if teacher.cache or teacher.random_answers:
+        raise UserError(
+            "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache and random_answers"
+        )
+    return open_teacher(teacher, images.train)[0]
 
 
 def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lkd.balance.example_weights import load_weights, weigh_examples
 from lkd.balance.influence import measure_influence
@@ -24,12 +25,14 @@ class InfluenceWeightedLoss(nn.Module):
     (adapters) see no weights, and the terms' values are those without weights.
 
     *Our reconstruction* of KD-AIF's update mechanisms: static weights of a file, or of the student itself, measured
-    once or again and again.
+    once or again and again; and teacher and student together, where the teacher goes on with the cross-entropy of the
+    labels under the same weights, as the term `teacher/task`.
 
     Args:
         loss: The loss.
         meta_validation: What influence is measured on.
         settings: Where the weights come from.
+        teacher: The network of a teacher that is trained along, whose BatchNorm stays as it is; None for a frozen one.
 
     Raises:
         UserError: If a setting is impossible or the file is not good.
@@ -39,8 +42,16 @@ class InfluenceWeightedLoss(nn.Module):
     row: Tensor
     weight: Tensor
 
-    def __init__(self, loss: nn.Module, meta_validation: ImageSet, settings: InfluenceWeightedLossSettings) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        meta_validation: ImageSet,
+        settings: InfluenceWeightedLossSettings,
+        teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        if settings.teacher_rate < 0:
+            raise UserError(f"loss 'influence_weighted': teacher_rate: {settings.teacher_rate} is negative")
         if settings.first_epoch < 0 or settings.refresh_epochs < 0:
             raise UserError("loss 'influence_weighted': first_epoch and refresh_epochs must not be negative")
         if getattr(loss, "needs_index", False):
@@ -49,7 +60,14 @@ class InfluenceWeightedLoss(nn.Module):
         self.meta_validation = meta_validation
         self.settings = settings
         self.teacher_stages = getattr(loss, "teacher_stages", ())
+        self.teacher = teacher.requires_grad_(True) if teacher else None
         self.known = load_weights(Path(settings.weights)) if settings.weights else None
+
+    @property
+    def own_teacher(self) -> TeacherFunction | None:
+        """The teacher that is trained along, if there is one: it is to be asked in the place of the frozen one."""
+        network = self.teacher
+        return None if network is None else lambda batch: network.eval()(batch.images)
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Lay out the weights of the training images, all 1 or the file's.
@@ -95,8 +113,9 @@ class InfluenceWeightedLoss(nn.Module):
         if self.settings.weights or not due:
             return
         device = self.weight.device
+        frozen = teacher and (lambda batch: detach(teacher(batch)))
         found = measure_influence(
-            student, self.loss, teacher, images, self.meta_validation, device, self.settings.influence, progress, epoch
+            student, self.loss, frozen, images, self.meta_validation, device, self.settings.influence, progress, epoch
         )
         self.set_weights(found.index, weigh_examples(found.scores, self.settings.influence))
 
@@ -114,8 +133,17 @@ class InfluenceWeightedLoss(nn.Module):
         """
         weight = self.weight[self.row[index]]
         weighted = {stage: weigh_rows(feature, weight) for stage, feature in student.features.items()}
-        terms: Callable[..., dict[str, Tensor]] = self.loss
-        return terms(Outputs(weigh_rows(student.logits, weight), weighted), teacher, target, progress)
+        compute: Callable[..., dict[str, Tensor]] = self.loss
+        terms = compute(Outputs(weigh_rows(student.logits, weight), weighted), detach(teacher), target, progress)
+        if self.teacher is None:
+            return terms
+        own = weigh_rows(teacher.logits, weight * self.settings.teacher_rate)
+        return terms | {"teacher/task": cross_entropy(own, target)}
+
+
+def detach(outputs: Outputs) -> Outputs:
+    """The outputs without their graph."""
+    return Outputs(outputs.logits.detach(), {stage: feature.detach() for stage, feature in outputs.features.items()})
 
 
 def weigh_rows(tensor: Tensor, weight: Tensor) -> Tensor:

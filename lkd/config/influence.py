@@ -54,6 +54,8 @@ class InfluenceWeightedLossSettings:
         weights: File of weights that `lkd influence` wrote; without it the student's own influence is measured.
         first_epoch: Epoch, from 0, before which it is measured for the first time; until then all weights are 1.
         refresh_epochs: Epochs after which it is measured anew; 0 for never.
+        teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, with its
+            gradient times this; 0 leaves it as it is.
         influence: How it is measured, and how weights are made of it.
     """
 
@@ -61,6 +63,7 @@ class InfluenceWeightedLossSettings:
     weights: str | None = None
     first_epoch: int = 3
     refresh_epochs: int = 0
+    teacher_rate: float = 0.0
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
 
 

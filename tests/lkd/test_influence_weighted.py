@@ -1,15 +1,17 @@
 """A loss with a weight for every example: its gradient, its training, its file, its command."""
 
+import copy
 import csv
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from lkd.assembly import prepare_images, prepare_loss
+from lkd.assembly import prepare_images, prepare_loss, prepare_teacher
 from lkd.balance.example_weights import load_weights, save_weights
 from lkd.balance.pseudo_labels import label_by_teacher
-from lkd.checkpoint import load_checkpoint, save_checkpoint
+from lkd.checkpoint import digest, load_checkpoint, save_checkpoint
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.distillation import start_training
@@ -74,6 +76,37 @@ def test_weights_come_when_they_are_due_and_a_resumed_training_is_the_same_to_th
         second.run_step()
     for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images, tmp_path) -> None:
+    def start_together(rate: float):
+        loss = prepare_loss({**WEIGHTED, "teacher_rate": rate}, ModelRecipe(), TEACHER, images, 0)
+        train = TrainRecipe(epochs=2, batch_size=50, learning_rate=0.1, weight_decay=0.0, momentum=0.0)
+        teacher = prepare_teacher(TEACHER, DataRecipe(augmentation="flip_and_crop"), images, CPU)
+        return start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
+
+    together, alone = start_together(0.1), start_together(0.0)
+    before = copy.deepcopy(together.loss.teacher)
+    batch = together.batches.at(0)
+    weights = torch.rand(50)
+    for training in (together, alone):
+        training.begin_epoch = None
+        training.loss.set_weights(batch.index, weights)
+    losses = cross_entropy(before(batch.images).logits, batch.target, reduction="none")
+    expected = torch.autograd.grad((weights * losses).sum() / 50, list(before.parameters()))
+    terms = together.run_step()
+    for gradient, old, new in zip(expected, before.parameters(), together.loss.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * 0.1 * gradient)
+    torch.testing.assert_close(terms["teacher/task"], losses.mean().detach())
+    alone.run_step()
+    assert digest(together.student.state_dict()) == digest(alone.student.state_dict())
+    save_checkpoint(tmp_path / "c", together.state_dict())
+    resumed = start_together(0.1)
+    resumed.begin_epoch = None
+    resumed.load_state_dict(load_checkpoint(tmp_path / "c"))
+    for training in (together, resumed):
+        training.run_step()
+    assert digest(together.loss.state_dict()) == digest(resumed.loss.state_dict())
 
 
 def test_only_the_labels_that_are_known_are_kept(images) -> None:
