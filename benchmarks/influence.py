@@ -69,7 +69,8 @@ teacher goes on with the labels under these weights at a tenth of the student's 
 
 What it shows: influence is no detector of flipped labels here (an AUROC of 0.5 is chance), where the loss of each image
 finds nearly all. With flipped labels students with weights are a little better than those without; in the
-semi-supervised setting they are not. One learning rate; the weights were chosen on meta-validation labels that the
+semi-supervised setting they are not. A teacher that is trained along learns the flipped labels, and takes the student
+with it. One learning rate; the weights were chosen on meta-validation labels that the
 unweighted students do not use.
 
 Flipped labels: 4,000 images, {epochs} epochs, 20 % of the labels flipped; AUROC of finding the

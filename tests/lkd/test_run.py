@@ -45,9 +45,9 @@ def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(monkeypatch) -> None
     words = ["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]
     run_step = Training.run_step
 
-    def stop_after_step(training: Training):
+    def stop_after_step(training: Training, *watch):
         signal.raise_signal(signal.SIGTERM)
-        return run_step(training)
+        return run_step(training, *watch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "run_step", stop_after_step)
