@@ -1,6 +1,6 @@
 """A learned loss compiled, and exported for programs without lkd: `python examples/compile_and_export.py LOSS OUT.pt2`.
 
-The exported program takes any number of images (2 or more) and of classes.
+The exported program takes any number of images, 2 or more, and the number of classes that it was exported for.
 """
 
 import argparse
@@ -25,8 +25,8 @@ class LogitLoss(nn.Module):
 
 
 def draw_inputs(images: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher = torch.randn(2, images, classes).unbind()
-    return student.requires_grad_(), teacher, torch.randint(classes, (images,)), torch.tensor(0.3)
+    student, teacher = torch.randn(images, classes, requires_grad=True), torch.randn(images, classes)
+    return student, teacher, torch.randint(classes, (images,)), torch.tensor(0.3)
 
 
 def differentiate(loss: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -35,27 +35,29 @@ def differentiate(loss: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return value.detach(), torch.autograd.grad(value, inputs[0])[0]
 
 
-def export(loss: nn.Module, path: Path) -> None:
-    images, classes = torch.export.Dim("images", min=2), torch.export.Dim("classes", min=2)
-    logits = {0: images, 1: classes}
-    shapes = {"student": logits, "teacher": logits, "target": {0: images}, "progress": {}}
-    torch.export.save(torch.export.export(loss, draw_inputs(8, 10), dynamic_shapes=shapes), path)
+def export(loss: nn.Module, path: Path, classes: int) -> None:
+    images = {0: torch.export.Dim("images", min=2)}
+    shapes = {"student": images, "teacher": images, "target": images, "progress": {}}
+    torch.export.save(torch.export.export(loss, draw_inputs(8, classes), dynamic_shapes=shapes), path)
 
 
-def run(loss_file: str, out: Path, backend: str = "inductor") -> dict[str, float]:
+def run(loss_file: str, out: Path, classes: int = 100, backend: str = "inductor") -> dict[str, float]:
     """Return the largest difference of loss and gradient to the plain loss's, for each of the two."""
     torch.manual_seed(0)
     loss = LogitLoss(lkd.load_loss(loss_file))
-    export(loss, out)
-    compiled = torch.compile(loss, backend=backend, dynamic=True)
+    export(loss, out, classes)
     differences = {}
-    for name, other in (("compiled", compiled), ("exported", torch.export.load(out).module())):
-        largest = 0.0
-        for shape in ((8, 10), (5, 100)):
-            inputs = draw_inputs(*shape)
-            pairs = zip(differentiate(loss, inputs), differentiate(other, inputs), strict=True)
-            largest = max(largest, *((a - b).abs().max().item() for a, b in pairs))
-        differences[name] = largest
+    for name, other in {
+        "compiled": torch.compile(loss, backend=backend),
+        "exported": torch.export.load(out).module(),
+    }.items():
+        batches = [draw_inputs(images, classes) for images in (8, 5)]
+        pairs = [
+            pair
+            for batch in batches
+            for pair in zip(differentiate(loss, batch), differentiate(other, batch), strict=True)
+        ]
+        differences[name] = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     return differences
 
 
@@ -63,7 +65,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
     parser.add_argument("out", type=Path, help="the file to write (*.pt2)")
+    parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     arguments = parser.parse_args()
-    for name, difference in run(arguments.loss, arguments.out, arguments.backend).items():
+    for name, difference in run(arguments.loss, arguments.out, arguments.classes, arguments.backend).items():
         print(f"{name}: largest difference {difference:.1g}")

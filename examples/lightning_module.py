@@ -1,7 +1,7 @@
 """A learned loss in Lightning: `python examples/lightning_module.py LOSS.lkd.safetensors`.
 
-A callback does what must not be forgotten around the loss: the teacher stays in eval mode, which Lightning would leave
-with the rest of the module, and the loss's terms are logged.
+A callback does what must not be forgotten around the loss: the teacher, a part of the module, is put into eval mode,
+and the loss's terms are logged.
 """
 
 import argparse

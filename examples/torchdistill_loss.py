@@ -70,7 +70,7 @@ def step_and_tell_progress(self: Any, loss: Tensor, metrics: Any = None, **kwarg
 
 def run(loss_file: str, images: int = 4000, epochs: int = 3) -> nn.Module:
     config = load_yaml_file(str(CONFIG))["train"]
-    config["num_epochs"] = epochs
+    config["num_epochs"] = config["scheduler"]["kwargs"]["total_iters"] = epochs
     config["criterion"]["kwargs"]["sub_terms"]["learned"]["criterion"]["kwargs"]["path"] = loss_file
     student, data = build_student(), {"fashion/train": load_images("train", images)}
     box = get_distillation_box(Teacher().eval(), student, data, config, torch.device("cpu"), None, False, 1)

@@ -67,7 +67,7 @@ def choose_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, op
     if isinstance(train_set, str):
         if meta_validation_set is not None:
             raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
-        return recipe
+        return dataclasses.replace(recipe, name=train_set)
     train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
     unread = {"root", "image_size", "workers", "damaged_limit", "packed"} & set(options)
     if unread:

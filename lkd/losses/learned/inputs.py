@@ -92,7 +92,7 @@ def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequ
         -(student.exp() * student).sum(1) / math.log(student.shape[1]),
         -(teacher.exp() * teacher).sum(1) / math.log(student.shape[1]),
         squashed_divergence(student, teacher),
-        as_progress(progress, student).expand(len(student)),
+        as_progress(progress, student).expand(student.shape[0]),
     ]
     chosen = name_sample_inputs(conditioning)
     return 2 * torch.stack([c for name, c in zip(SAMPLE_INPUTS, columns, strict=True) if name in chosen], 1) - 1

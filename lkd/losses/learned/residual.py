@@ -74,7 +74,7 @@ class ResidualLoss(nn.Module):
             progress: Not read.
         """
         weight, temperature = bound_balance(self.base, self.maximal_temperature)
-        return weight.expand(len(student_logits)), temperature.expand(len(student_logits))
+        return weight.expand(student_logits.shape[0]), temperature.expand(student_logits.shape[0])
 
     def forward(
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
