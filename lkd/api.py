@@ -85,7 +85,7 @@ def distill(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
-    recipe = build_recipe("distill", ("balance", "labelled_size", "threads"), fixed, options)
+    recipe = build_recipe("distill", ("balance", "labelled_size"), fixed, options)
     recipe.student, recipe.teacher, recipe.loss = choose_student(student), choose_teacher(teacher), choose_loss(loss)
     recipe.data = choose_data(train_set, meta_validation_set, recipe.data, options)
     with open_library_run(recipe, "distill", quiet) as run:
@@ -143,7 +143,7 @@ def meta_train(
     models = choose_students(students)
     fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
     fixed |= {"meta": meta or {}, "pool": pool or {}}
-    recipe = build_recipe("meta-train", ("pool_dir", "threads"), fixed, options)
+    recipe = build_recipe("meta-train", ("pool_dir",), fixed, options)
     recipe.student, recipe.students = models[0], models if len(models) > 1 else []
     recipe.teacher = choose_teacher(teacher)
     recipe.data = choose_data(train_set, meta_validation_set, recipe.data, options)

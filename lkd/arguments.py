@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from lkd.cli import parse_recipe
-from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import ImageSet
 from lkd.data.given_images import read_images
 from lkd.errors import UserError, check_choice
 from lkd.given import GivenData, GivenModel, GivenTeacher, give_loss
 
 META_VALIDATION_SHARE = 10  # of given images one in so many is meta-validation, unless the caller says otherwise
+PARTS = ("wandb", "meta", "pool")  # a dict of their fields is given
 FILES = (".safetensors", ".pth", ".pt")
 
 Student = str | dict[str, Any] | nn.Module | Callable[[], nn.Module]
@@ -27,14 +28,14 @@ def build_recipe(command: str, own: Sequence[str], fixed: dict[str, Any], option
 
     Args:
         command: The command.
-        own: Fields of its recipe that are options by their own name.
+        own: Fields of its recipe that are options by their own name, besides those of every run.
         fixed: Fields of its recipe that are arguments; of `wandb` a string is the mode.
-        options: By name: fields in `own`, and those of the recipe's `train` and `data`.
+        options: By name: these, and the fields of the recipe's `train` and `data`.
 
     Raises:
         UserError: If an option is unknown or a value is of the wrong type.
     """
-    places = {name: name for name in own}
+    places = {name: name for name in (*own, *(field.name for field in dataclasses.fields(RunRecipe)))}
     for part, kind in (("data", DataRecipe), ("train", TrainRecipe)):
         places |= {field.name: f"{part}.{field.name}" for field in dataclasses.fields(kind) if field.name != "name"}
     for name in options:
@@ -42,8 +43,8 @@ def build_recipe(command: str, own: Sequence[str], fixed: dict[str, Any], option
     values = fixed | {places[name]: value for name, value in options.items()}
     if isinstance(values["wandb"], str):
         values["wandb"] = {"mode": values["wandb"]}
-    for part in ("wandb", "meta", "pool"):
-        values |= {f"{part}.{name}": value for name, value in values.pop(part, {}).items()}
+    for part in [name for name in values if name in PARTS and isinstance(values[name], dict)]:
+        values |= {f"{part}.{name}": value for name, value in values.pop(part).items()}
     return parse_recipe(command, [f"--{name}={format_value(value)}" for name, value in values.items()])
 
 

@@ -189,6 +189,7 @@ def test_students_of_several_kinds_learn_a_loss_that_trains_another(images, teac
         ({"teacher": "resnet34"}, "teacher.name: resnet34 has no tag"),
         ({"train_set": "embeded"}, "data.name: unknown name 'embeded'; nearest: embedded"),
         ({"train_set": torch.zeros(3)}, "read_images: "),
+        ({"student": Plain, "loss": "at"}, "the student gives no features; take a loss over logits"),
         ({"loss": "kdd"}, "loss: unknown name 'kdd'; nearest: kd"),
     ],
 )
