@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
     "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
     "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
+    "inspect": (config.InspectRecipe, "what a learned or a hand-made loss does, without training: report and picture"),
     "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
     "influence": (config.InfluenceRecipe, "which training images help a network, and which harm it"),
     "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),

@@ -19,6 +19,7 @@ from lkd.config import (
     ExportRecipe,
     FidelityRecipe,
     InfluenceRecipe,
+    InspectRecipe,
     MetaTrainRecipe,
     PackRecipe,
     PlanRecipe,
@@ -35,6 +36,7 @@ from lkd.evaluation import evaluate as evaluate_network
 from lkd.export import export as export_network
 from lkd.fidelity import measure_fidelity
 from lkd.influence import measure_run
+from lkd.inspection.command import inspect_recipe
 from lkd.meta_training import keep_pool
 from lkd.meta_training import meta_train as learn_loss
 from lkd.packing import pack_dataset
@@ -167,3 +169,9 @@ def quickstart(recipe: QuickstartRecipe) -> None:
             print(f"\n{setting}\n{(run.path / setting / 'table.txt').read_text().rstrip()}")
         path = loss_path(run.path, "clean")
         print(f"\npage: {page}\nlearned loss: {path}\nreuse it: loss = lkd.load_loss({str(path)!r})")
+
+
+def inspect(recipe: InspectRecipe) -> None:
+    """`lkd inspect`."""
+    report, folder = inspect_recipe(recipe)
+    print(f"{report}\n\n{folder}: inspection.json, inspection.png")

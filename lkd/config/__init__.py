@@ -6,6 +6,7 @@ Nothing here imports torch, so that `lkd --help` answers at once.
 from lkd.config.caching import CacheRecipe
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
 from lkd.config.influence import InfluenceRecipe, InfluenceSettings, InfluenceWeightedLossSettings
+from lkd.config.inspection import InspectRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
 from lkd.config.packing import PackRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
@@ -26,6 +27,7 @@ __all__ = [
     "InfluenceRecipe",
     "InfluenceSettings",
     "InfluenceWeightedLossSettings",
+    "InspectRecipe",
     "MetaSettings",
     "MetaTrainRecipe",
     "ModelRecipe",

@@ -1,5 +1,6 @@
 """Which cross-entropy and which KD a gradient is most like: the balance that a loss implies."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from lkd.inspection.probes import CONFIDENCES, States, logit_gradient
 PROGRESS = tuple(step / 10 for step in range(11))
 TEMPERATURES = (0.5, 20.0)  # the effective temperature is sought between them
 POINTS, ROUNDS = 25, 4  # of the search; each round looks between the neighbours of the best so far
-NEGLIGIBLE = 1e-3  # a teacher with less of the gradient has no temperature
+NEGLIGIBLE = 0.03  # a teacher with less of the gradient's norm has no temperature
 AS_GOOD = 0.01  # temperatures that explain at most this much less are as good
 
 
@@ -51,13 +52,12 @@ def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tens
     whole = float(gradient.square().sum())
     if whole == 0:
         return BalanceFit(0.0, 0.0, None, None, None, 0.0)
-    grid = torch.logspace(*torch.tensor(TEMPERATURES).log10().tolist(), POINTS, dtype=torch.float64)
+    grid = space(*TEMPERATURES)
     weights, residuals = solve(gradient, task, student, teacher, grid)
     close = grid[residuals <= residuals.min() + AS_GOOD * whole]
     for _ in range(ROUNDS):
         best = int(residuals.argmin())
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, POINTS - 1)]
-        grid = torch.logspace(float(low.log10()), float(high.log10()), POINTS, dtype=torch.float64)
+        grid = space(float(grid[max(best - 1, 0)]), float(grid[min(best + 1, POINTS - 1)]))
         weights, residuals = solve(gradient, task, student, teacher, grid)
     best = int(residuals.argmin())
     (w_task, w_teacher), temperature = weights[best].tolist(), float(grid[best])
@@ -71,6 +71,11 @@ def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tens
         as_good=None if negligible else (float(close.min()), float(close.max())),
         explained=min(1.0, max(0.0, 1 - float(residuals[best]) / whole)),
     )
+
+
+def space(low: float, high: float) -> Tensor:
+    """`POINTS` temperatures, each the same factor above the one before."""
+    return torch.linspace(math.log(low), math.log(high), POINTS, dtype=torch.float64).exp()
 
 
 def distillation_gradients(student: Tensor, teacher: Tensor, temperatures: Tensor) -> Tensor:
@@ -91,7 +96,9 @@ def solve(
     both = (torch.linalg.pinv(gram, hermitian=True) @ projections.unsqueeze(2)).squeeze(2)
     alone = projections.clamp_min(0) / gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny)
     candidates = torch.stack([torch.zeros_like(both), *torch.diag_embed(alone).unbind(1), both])
-    saved = 2 * (candidates * projections).sum(2) - (candidates.unsqueeze(2) @ gram @ candidates.unsqueeze(3))[..., 0, 0]
+    saved = (
+        2 * (candidates * projections).sum(2) - (candidates.unsqueeze(2) @ gram @ candidates.unsqueeze(3))[..., 0, 0]
+    )
     allowed = (candidates >= 0).all(2)
     best = saved.where(allowed, -torch.inf).argmax(0)
     rows = torch.arange(len(best))
@@ -124,13 +131,9 @@ def imply_balance(loss: nn.Module, states: States) -> dict[str, Any]:
 
 def fit_each(gradient: Tensor, states: States, confidence: Tensor) -> list[dict[str, Any]]:
     """A fit for the states of each confidence."""
-    return [
-        {"confidence": level, **fit_chosen(gradient, states, confidence == level)} for level in CONFIDENCES
-    ]
+    return [{"confidence": level, **fit_chosen(gradient, states, confidence == level)} for level in CONFIDENCES]
 
 
 def fit_chosen(gradient: Tensor, states: States, chosen: Tensor | slice = slice(None)) -> dict[str, Any]:
     """The fit of some of the states."""
-    return asdict(
-        fit_balance(gradient[chosen], states.student[chosen], states.teacher[chosen], states.target[chosen])
-    )
+    return asdict(fit_balance(gradient[chosen], states.student[chosen], states.teacher[chosen], states.target[chosen]))

@@ -9,6 +9,7 @@ from lkd.surfaces import confidence_grid, gradient_surface
 
 PROGRESS = (0.0, 0.5, 1.0)
 POINTS = 33
+DIGITS = 5  # after the point
 
 
 def describe_field(loss: nn.Module, kd: KDLoss, num_classes: int) -> dict[str, Any]:
@@ -38,7 +39,10 @@ def describe_field(loss: nn.Module, kd: KDLoss, num_classes: int) -> dict[str, A
 
 def describe_surface(surface: Tensor) -> dict[str, Any]:
     """A gradient, [teacher, student], and where its rows rest."""
-    return {"gradient": surface.tolist(), "rest": [find_rest(row) for row in surface]}
+    return {
+        "gradient": [[round(x, DIGITS) for x in row] for row in surface.tolist()],
+        "rest": [find_rest(row) for row in surface],
+    }
 
 
 def find_rest(row: Tensor) -> float:

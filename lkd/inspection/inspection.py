@@ -14,9 +14,7 @@ from lkd.inspection.probes import LogitView, draw_states, parts_at
 from lkd.losses import KDLoss
 
 
-def inspect_loss(
-    loss: nn.Module, kd: KDLoss | None = None, num_classes: int = 10, seed: int = 0
-) -> dict[str, Any]:
+def inspect_loss(loss: nn.Module, kd: KDLoss | None = None, num_classes: int = 10, seed: int = 0) -> dict[str, Any]:
     """Find out what a loss does, without training anything.
 
     The loss is asked about made-up logits (of students and teachers of every confidence) and, if it reads features,
@@ -40,7 +38,7 @@ def inspect_loss(
     precise = copy.deepcopy(loss).double()
     states = draw_states(num_classes, seed)
     view = LogitView(loss, seed)
-    over_logits = view.reads_logits()
+    over_logits = bool(parts_at(view.loss, 0.0)) or not parts_at(loss, 0.0)
     balance = imply_balance(LogitView(precise, seed), states) if over_logits else None
     return {
         "parts": {

@@ -18,6 +18,42 @@ CLASSES = (2, 3, 10, 100, 1000)
 EXTREME = 1e4
 EXACT, ROUNDED = 1e-8, 1e-3  # tolerances: of an identity in float64, and of float32 against float64
 
+# Check → what it means for whoever trains with the loss that it holds, and that it fails.
+STATEMENTS = {
+    "order of the classes": (
+        "relabelling the classes changes nothing: it can be used on other data",
+        "it treats classes differently: it is tied to the data set that it was made for",
+    ),
+    "constant on the student's logits": (
+        "it reads the student's logits up to a constant, as softmax does",
+        "it pulls at the level of the student's logits, which no probability depends on",
+    ),
+    "constant on the teacher's logits": (
+        "it reads the teacher's logits up to a constant, as softmax does",
+        "teachers of equal probabilities but other levels of logits teach differently",
+    ),
+    "order of the samples": (
+        "shuffling a batch changes nothing",
+        "the same batch in another order teaches differently",
+    ),
+    "batch twice over": (
+        "a mean over the batch: its size does not act as a learning rate",
+        "its size, or its gradient's, depends on the batch size: tune the learning rate anew when that changes",
+    ),
+    "number of classes": (
+        f"value and gradient are finite for {', '.join(map(str, CLASSES))} classes",
+        f"value or gradient is not finite for one of {', '.join(map(str, CLASSES))} classes",
+    ),
+    "extreme logits": (
+        f"value and gradient are finite at logits of ±{EXTREME:,.0f} in float32",
+        f"value or gradient is not finite at logits of ±{EXTREME:,.0f} in float32: trainings may diverge",
+    ),
+    "float32 for float64": (
+        "float32 is precise enough",
+        "float32 loses more than a thousandth of value or gradient",
+    ),
+}
+
 
 class Problem(NamedTuple):
     """A batch that a loss is asked about."""
@@ -44,7 +80,7 @@ class Check:
         holds: Whether the loss has it.
         difference: Largest difference of value or gradient, relative to the largest of either; None where there is
             nothing to compare, or no number came out.
-        statement: What this means for whoever trains with the loss.
+        statement: What this means for whoever trains with the loss; or what it raised.
     """
 
     name: str
@@ -70,78 +106,63 @@ def check_invariances(loss: nn.Module, num_classes: int, seed: int) -> list[dict
     classes, samples = (torch.randperm(n, generator=generator) for n in (num_classes, BATCH))
     shift = 10 * torch.randn(BATCH, 1, dtype=torch.float64, generator=generator)
 
-    def compare(name: str, statement: str, changed: Problem, undo: Callable[[Answer], Answer]) -> Check:
+    def compare(name: str, changed: Problem, undo: Callable[[Answer], Answer] = lambda answer: answer) -> Check:
         differences = [measure_difference(ask(double, problem, p), undo(ask(double, changed, p))) for p in PROGRESS]
-        return judge(name, max(differences), EXACT, statement)
+        return judge(name, max(differences), EXACT)
 
+    student, teacher, _ = problem
     checks = [
         compare(
             "order of the classes",
-            "relabelling all classes changes nothing: the loss knows no class",
             permute_classes(problem, classes),
             lambda answer: answer._replace(logits=answer.logits[:, classes.argsort()]),
         ),
         compare(
-            "constant added to the student's logits",
-            "only the student's probabilities count, and its logits do not drift",
-            problem._replace(student=problem.student._replace(logits=problem.student.logits + shift)),
-            lambda answer: answer,
+            "constant on the student's logits",
+            problem._replace(student=student._replace(logits=student.logits + shift)),
         ),
         compare(
-            "constant added to the teacher's logits",
-            "only the teacher's probabilities count",
-            problem._replace(teacher=problem.teacher._replace(logits=problem.teacher.logits + shift)),
-            lambda answer: answer,
+            "constant on the teacher's logits",
+            problem._replace(teacher=teacher._replace(logits=teacher.logits + shift)),
         ),
         compare(
             "order of the samples",
-            "shuffling a batch changes nothing",
             take_samples(problem, samples),
             lambda answer: take_gradients(answer, samples.argsort()),
         ),
-        compare(
-            "batch with itself appended",
-            "the loss is a mean: the learning rate need not follow the batch size",
-            take_samples(problem, torch.arange(BATCH).repeat(2)),
-            sum_copies,
-        ),
-        check_finite(
-            f"number of classes, {CLASSES[0]} to {CLASSES[-1]}",
-            "it trains with any number of classes",
-            single,
-            [draw_problem(number, seed) for number in CLASSES],
-        ),
-        check_finite(
-            f"logits of ±{EXTREME:.0e}".replace("e+0", "e"),
-            "value and gradient stay finite in float32",
-            single,
-            [make_extreme(problem, generator)],
-        ),
+        compare("batch twice over", take_samples(problem, torch.arange(BATCH).repeat(2)), sum_copies),
+        check_finite("number of classes", single, [draw_problem(number, seed) for number in CLASSES]),
+        check_finite("extreme logits", single, [make_extreme(problem, generator)]),
         check_precision(single, double, problem),
     ]
     return [asdict(check) for check in checks]
 
 
-def judge(name: str, difference: float, tolerance: float, statement: str) -> Check:
+def judge(name: str, difference: float, tolerance: float) -> Check:
     """Whether a difference is small enough; one that is no number is not."""
     known = math.isfinite(difference)
-    return Check(name, known and difference <= tolerance, difference if known else None, statement)
+    return conclude(name, known and difference <= tolerance, difference if known else None)
 
 
-def check_finite(name: str, statement: str, loss: nn.Module, problems: list[Problem]) -> Check:
+def conclude(name: str, holds: bool, difference: float | None = None) -> Check:
+    """A check with the statement that belongs to its outcome."""
+    return Check(name, holds, difference, STATEMENTS[name][not holds])
+
+
+def check_finite(name: str, loss: nn.Module, problems: list[Problem]) -> Check:
     """Whether value and gradient are finite for all of these batches, in float32."""
     try:
         answers = [ask(loss, as_type(problem, torch.float32), p) for problem in problems for p in PROGRESS]
-    except Exception as error:
+    except Exception as error:  # whatever the loss raises: that it does is the finding
         return Check(name, False, None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    return Check(name, all(bool(flatten(answer).isfinite().all()) for answer in answers), None, statement)
+    return conclude(name, all(bool(flatten(answer).isfinite().all()) for answer in answers))
 
 
 def check_precision(single: nn.Module, double: nn.Module, problem: Problem) -> Check:
     """Whether float32 gives what float64 gives."""
     narrow = as_type(problem, torch.float32)
     differences = [measure_difference(ask(double, problem, p), ask(single, narrow, p)) for p in PROGRESS]
-    return judge("float32 for float64", max(differences), ROUNDED, "float32 is precise enough")
+    return judge("float32 for float64", max(differences), ROUNDED)
 
 
 def draw_problem(num_classes: int, seed: int) -> Problem:
@@ -222,7 +243,7 @@ def flatten(answer: Answer) -> Tensor:
 
 
 def measure_difference(a: Answer, b: Answer) -> float:
-    """Largest difference of value, gradient at the logits or gradient at the features, relative to the largest there."""
+    """Largest difference of the value, or of the gradient at the logits or a stage, relative to the largest there."""
     worst = 0.0
     for x, y in ((a.value, b.value), (a.logits, b.logits), *((a.features[n], b.features[n]) for n in a.features)):
         largest = max(float(x.abs().max()), float(y.abs().max()))

@@ -1,6 +1,6 @@
 """Made-up answers of a student and a teacher, at which a loss is looked at: no image, no network."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,7 @@ def draw_states(num_classes: int, seed: int) -> States:
 def draw_features(batch: int, like: Tensor, seed: int) -> dict[str, Tensor]:
     """Non-negative features of `STAGES` for a batch, as those after a ReLU, of the type of `like`."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(batch, *shape, generator=generator).relu().to(like) for name, shape in STAGES.items()
-    }
+    return {name: torch.randn(batch, *shape, generator=generator).relu().to(like) for name, shape in STAGES.items()}
 
 
 def add_features(student: Tensor, teacher: Tensor, seed: int) -> tuple[Outputs, Outputs]:
@@ -73,7 +71,7 @@ def parts_at(loss: nn.Module, progress: float) -> dict[str, nn.Module]:
 
 
 class LogitView(nn.Module):
-    """A loss as a function of logits alone: features are made up and held fixed, the networks over them left out.
+    """A loss as a function of logits alone: networks over features are left out, else features are made up and fixed.
 
     Args:
         loss: The loss.
@@ -82,21 +80,27 @@ class LogitView(nn.Module):
 
     def __init__(self, loss: nn.Module, seed: int) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss = leave_out_features(loss)
         self.seed = seed
-        self.left_out = {
-            name for name, part in parts_at(loss, 0.0).items() if getattr(part, "reads_features", False)
-        }
-
-    def reads_logits(self) -> bool:
-        """Whether anything is left."""
-        names = set(parts_at(self.loss, 0.0))
-        return not names or names > self.left_out
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: float) -> dict[str, Tensor]:
         """The loss's terms; see `LearnedLoss`."""
-        terms = self.loss(*add_features(student.logits, teacher.logits, self.seed), target, progress)
-        return {name: term for name, term in terms.items() if name.partition("/")[0] not in self.left_out}
+        if not getattr(self.loss, "teacher_stages", ()):
+            return self.loss(student, teacher, target, progress)
+        return self.loss(*add_features(student.logits, teacher.logits, self.seed), target, progress)
+
+
+def leave_out_features(loss: nn.Module) -> nn.Module:
+    """A learned loss without its networks over features; any other as it is."""
+    if isinstance(loss, ReplayedLoss):
+        return ReplayedLoss([strip(each) for each in loss.losses], loss.starts)
+    return strip(loss) if isinstance(loss, LearnedLoss) else loss
+
+
+def strip(loss: Any) -> LearnedLoss:
+    """The parts of one learned loss that read no features."""
+    kept = {name: part for name, part in loss.parts.items() if not getattr(part, "reads_features", False)}
+    return LearnedLoss(kept, loss.normalize_gradient)
 
 
 def sum_terms(terms: dict[str, Tensor]) -> Tensor:
