@@ -12,7 +12,7 @@ from lkd.inspection.probes import CONFIDENCES, States, logit_gradient
 
 PROGRESS = tuple(step / 10 for step in range(11))
 TEMPERATURES = (0.5, 20.0)  # the effective temperature is sought between them
-POINTS, ROUNDS = 25, 4  # of the search; each round looks between the neighbours of the best so far
+POINTS, ROUNDS = 21, 3  # of the search; each round looks between the neighbours of the best so far
 NEGLIGIBLE = 0.03  # a teacher with less of the gradient's norm has no temperature
 AS_GOOD = 0.01  # temperatures that explain at most this much less are as good
 

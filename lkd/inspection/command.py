@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lkd.artifact import SUFFIX, load_loss
+from lkd.artifact import SUFFIX
 from lkd.config import InspectRecipe
 from lkd.errors import UserError
 from lkd.files import write_json
@@ -34,11 +34,10 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     except ValueError as error:
         raise UserError(f"kd_{error}") from error
     loss, name = open_loss(recipe.loss)
-    path = Path(name)
-    file = describe_file(path) if is_learned(name) else None
-    title = path.name if file else name
-    parent = path.parent if file else Path()
-    folder = Path(recipe.out) if recipe.out else parent / f"{title.removesuffix(SUFFIX).replace('/', '-')}-inspection"
+    file = describe_file(Path(name)) if is_learned(name) else None
+    title = Path(name).name if file else describe_options(recipe.loss)
+    plain = Path(name).name.removesuffix(SUFFIX)
+    folder = Path(recipe.out) if recipe.out else (Path(name).parent if file else Path()) / f"{plain}-inspection"
     report = inspect_loss(loss, kd, recipe.num_classes, recipe.seed)
     write_json(folder / "inspection.json", {"loss": recipe.loss, "file": file, **report})
     draw_inspection(report, title, folder / "inspection.png")
@@ -46,15 +45,21 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
 
 
 def open_loss(specification: dict[str, Any] | str) -> tuple[nn.Module, str]:
-    """The loss, and its file's path or its name. Losses over features get those of made-up stages.
+    """The loss, and its file's path or its name. Losses over features are built for made-up stages.
 
     Raises:
         UserError: As `build_loss`; or if the loss can only be used with a data set.
     """
-    name = specification if isinstance(specification, str) else specification.get("name")
-    if isinstance(specification, str) and (specification.endswith(SUFFIX) or Path(specification).exists()):
-        return load_loss(specification), specification
     loss = build_loss(specification, STAGES, STAGES)
+    name = specification if isinstance(specification, str) else specification["name"]
     if getattr(loss, "needs_index", False):
-        raise UserError(f"loss {name!r} keeps a memory of every training image: it cannot be looked at without them")
-    return loss, str(name)
+        raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")
+    return loss, name
+
+
+def describe_options(specification: dict[str, Any] | str) -> str:
+    """A hand-made loss's name with the options that were given."""
+    if isinstance(specification, str):
+        return specification
+    options = [f"{key} {value}" for key, value in specification.items() if key != "name"]
+    return f"{specification['name']} ({', '.join(options)})" if options else specification["name"]

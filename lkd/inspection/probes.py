@@ -11,7 +11,7 @@ from lkd.losses.stages import Stages
 from lkd.outputs import Outputs
 
 CONFIDENCES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-REPEATS = 8
+REPEATS = 6
 STAGES: Stages = {"stage1": (8, 16, 16), "stage2": (16, 8, 8), "stage3": (24, 4, 4), "stage4": (32, 2, 2)}
 SPREAD = 1.5  # standard deviation of the logits of the classes other than the label
 

@@ -32,7 +32,7 @@ def format_identity(report: dict[str, Any], file: dict[str, Any] | None, name: s
     parts = [f"{part}: {found['form']}" for part, found in report["parts"].items()]
     lines = [f"{name}: {', '.join(parts)}; {report['parameters']:,} parameters"]
     if file is None:
-        return "\n".join([*lines, "  hand-made: trained with nothing"])
+        return "\n".join([*lines, "  a hand-made loss: nothing was learned"])
     size = f"{file['bytes'] / 1e3:.1f} kB"
     lines.append(f"  file       {size}, format version {file['format_version']}, sha256 {file['sha256'][:12]}")
     origin = file["trained_with"]

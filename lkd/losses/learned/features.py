@@ -19,7 +19,7 @@ from lkd.losses.learned.inputs import (
     read_logits,
     sample_inputs,
 )
-from lkd.losses.learned.pairing import PairingNetwork, relative_depths
+from lkd.losses.learned.pairing import PairingNetwork, name_needs, relative_depths
 from lkd.losses.learned.perceptron import Perceptron, check_network_options
 from lkd.losses.stages import Stages, map_shape
 from lkd.outputs import Outputs
@@ -119,7 +119,11 @@ class FeatureLoss(nn.Module):
         """
         for role, stages in (("student", student_stages), ("teacher", teacher_stages)):
             if not stages:
-                raise ValueError(f"it reads features, but the {role} gives none; take another, or a loss over logits")
+                raise ValueError(
+                    f"it reads features, but the {role} gives none; it needs "
+                    f"{name_needs(self.deepest, student_stages, teacher_stages)}: take another {role}, or a loss over "
+                    "logits"
+                )
             for name in list(stages)[-self.deepest :]:
                 map_shape(stages[name])
         self.stages = list(student_stages), list(teacher_stages)
@@ -155,7 +159,8 @@ class FeatureLoss(nn.Module):
             if not last or missing:
                 what = f"lacks {', '.join(missing)}" if missing else "is empty"
                 raise UserError(
-                    f"the learned loss reads features, but {role}.features {what}; take a network that gives features, "
+                    f"the learned loss reads features, but {role}.features {what}; it needs "
+                    f"{name_needs(self.deepest, student.features, teacher.features)}: take a network that gives them, "
                     "or a loss over logits"
                 )
             chosen.append(last)

@@ -1,5 +1,7 @@
 """A learned soft assignment of student stages to teacher stages, by relative depth."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,12 @@ class PairingNetwork(Perceptron):
 def relative_depths(names: list[str], chosen: list[str]) -> list[float]:
     """Depth in (0, 1] of the chosen stages: 1 is a network's last."""
     return [(names.index(name) + 1) / len(names) for name in chosen]
+
+
+def name_needs(deepest: int, student: Iterable[str], teacher: Iterable[str]) -> str:
+    """The stages that a loss over the `deepest` last ones needs, and which of them two networks have, in words."""
+    last = [
+        f"{role}: {', '.join(list(names)[-deepest:]) or 'none'}"
+        for role, names in (("student", student), ("teacher", teacher))
+    ]
+    return f"the last {deepest} stages of both networks ({'; '.join(last)})"

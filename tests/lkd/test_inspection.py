@@ -1,0 +1,312 @@
+"""`lkd inspect`: balances known beforehand are found, planted violations are caught, real files are reported on."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from torch import Tensor, nn
+
+from lkd.artifact import load_loss, save_loss
+from lkd.cli import main
+from lkd.config import InspectRecipe
+from lkd.inspection import inspect_loss
+from lkd.inspection.balance_fit import fit_balance
+from lkd.inspection.command import inspect_recipe
+from lkd.inspection.field import describe_field, find_rest
+from lkd.inspection.invariances import check_invariances
+from lkd.inspection.probes import STAGES, States, draw_states, logit_gradient
+from lkd.inspection.provenance import describe_file
+from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss
+from lkd.losses.build import build_loss
+from lkd.losses.dkd import DKDLoss
+from lkd.losses.learned import FORMS, FeatureLoss, build_learned_loss
+from lkd.losses.replayed import ReplayedLoss
+from lkd.models import build
+from lkd.models.small import StagedNetwork
+from lkd.outputs import Outputs
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+from tests.lkd.test_learned_forms import wander
+
+STATES = draw_states(10, 0)
+
+
+def fit(loss: nn.Module, states: States = STATES, progress: float = 0.5):
+    return fit_balance(logit_gradient(loss, states, progress), states.student, states.teacher, states.target)
+
+
+def held(loss: nn.Module) -> dict[str, bool]:
+    return {check["name"]: check["holds"] for check in check_invariances(loss, 7, 0)}
+
+
+@settings(deadline=None, max_examples=10)
+@given(weight=st.floats(0.05, 1.0), temperature=st.floats(0.7, 15.0))
+def test_the_fit_finds_the_weight_and_temperature_of_kd(weight: float, temperature: float) -> None:
+    found = fit(KDLoss(weight, temperature))
+    assert found.task == pytest.approx(1 - weight, abs=1e-3)
+    assert found.distillation == pytest.approx(weight, rel=1e-2)
+    assert found.share == pytest.approx(weight, rel=1e-2)
+    assert found.temperature == pytest.approx(temperature, rel=1e-3)
+    assert found.as_good[0] <= temperature * 1.1
+    assert found.as_good[1] >= temperature / 1.1
+    assert found.explained == pytest.approx(1, abs=1e-9)
+
+
+def test_cross_entropy_has_no_teacher_and_so_no_temperature() -> None:
+    found = fit(CrossEntropyLoss())
+    assert (found.task, found.share, found.temperature) == (pytest.approx(1), pytest.approx(0, abs=1e-9), None)
+
+
+def test_a_decoupled_loss_that_is_kd_is_found_to_be_kd() -> None:
+    """KD = TCKD + (1 − the teacher's probability of the label) · NCKD: with one teacher's answer for all, β is that."""
+    temperature = 3.0
+    one = STATES.teacher[100].roll(-int(STATES.target[100]))
+    teacher = torch.stack([one.roll(int(label)) for label in STATES.target])
+    rest = 1 - float((one / temperature).softmax(0)[0])
+    states = STATES._replace(teacher=teacher)
+    mixture = DKDLoss(task=0.4, alpha=1.5, beta=1.5 * rest, temperature=temperature, warmup=0.0)
+    found = fit(mixture, states)
+    assert (found.task, found.distillation) == (pytest.approx(0.4, abs=1e-3), pytest.approx(1.5, abs=1e-3))
+    assert found.temperature == pytest.approx(temperature, rel=1e-3)
+    assert found.explained == pytest.approx(1, abs=1e-9)
+    other = fit(DKDLoss(task=0.4, alpha=1.5, beta=8.0, temperature=temperature, warmup=0.0), states)
+    assert other.explained < 0.99, "with more of the other classes it is no KD, and the fit must say so"
+
+
+def test_the_fit_is_the_least_of_all_squares() -> None:
+    """Against a search by hand over temperatures and weights, on a loss that is no KD."""
+    gradient = logit_gradient(build_loss("dist"), STATES, 0.5)
+    found = fit(build_loss("dist"))
+
+    def explained(task: float, taught: float, temperature: float) -> float:
+        logits = STATES.student.clone().requires_grad_()
+        terms = [
+            task * nn.functional.cross_entropy(logits, STATES.target),
+            taught
+            * temperature**2
+            * nn.functional.kl_div(
+                (logits / temperature).log_softmax(1), (STATES.teacher / temperature).softmax(1), reduction="batchmean"
+            ),
+        ]
+        (model,) = torch.autograd.grad(sum(terms), logits)
+        return 1 - float((gradient - model * len(logits)).square().sum() / gradient.square().sum())
+
+    best = explained(found.task, found.distillation, found.temperature)
+    assert best == pytest.approx(found.explained, abs=1e-6)
+    for factors in ((1.02, 1, 1), (0.98, 1, 1), (1, 1.02, 1), (1, 0.98, 1), (1, 1, 1.05), (1, 1, 0.95)):
+        values = (found.task, found.distillation, found.temperature)
+        assert explained(*(v * f for v, f in zip(values, factors, strict=True))) < best
+
+
+def test_the_states_are_what_they_say() -> None:
+    label = STATES.target.unsqueeze(1)
+    for logits, confidence in (
+        (STATES.student, STATES.student_confidence),
+        (STATES.teacher, STATES.teacher_confidence),
+    ):
+        assert torch.allclose(logits.exp().sum(1), torch.ones(len(logits), dtype=torch.float64))
+        assert torch.allclose(logits.exp().gather(1, label).squeeze(1), confidence)
+    assert len(set(STATES.target.tolist())) == 10
+
+
+def test_the_rest_is_where_the_gradient_turns() -> None:
+    assert find_rest(torch.tensor([-3.0, -1.0, 1.0])) == pytest.approx((0.5 + 0.99) / 2)
+    assert (find_rest(-torch.ones(5)), find_rest(torch.ones(5))) == (1.0, 0.0)
+    field = describe_field(CrossEntropyLoss(), KDLoss(1.0, 1.0), 10)
+    assert field["kd"]["rest"][3:-3] == pytest.approx(field["confidence"][3:-3], abs=0.02), "KD pulls to the teacher"
+    assert set(field["loss"][0]["rest"]) == {1.0}, "cross-entropy pulls to the label"
+    student = field["confidence"][5]
+    assert field["cross_entropy"]["gradient"][0][5] == pytest.approx(student - 1, abs=1e-4)
+
+
+class Planted(nn.Module):
+    """KD with something wrong in it."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: float) -> dict[str, Tensor]:
+        terms = KDLoss()(student, teacher, target, progress)
+        logits = student.logits
+        fault = {
+            "class": lambda: logits.softmax(1)[:, 0].mean(),
+            "sum": lambda: terms["task"] * (len(logits) - 1),
+            "student level": lambda: 1e-3 * logits.square().mean(),
+            "teacher level": lambda: (logits.softmax(1) * teacher.logits.square()).sum(1).mean(),
+            "order": lambda: logits.softmax(1)[0].square().sum(),
+            "ten classes": lambda: (logits.softmax(1) @ torch.ones(7, 2).to(logits)).square().mean(),
+            "overflow": lambda: (logits.exp().sum(1).log() - logits.logsumexp(1)).mean(),
+            "precision": lambda: ((logits + 1e6) - 1e6).log_softmax(1).square().mean(),
+        }
+        return terms | {"fault": fault[self.wrong]()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "caught"),
+    [
+        ("class", {"order of the classes"}),
+        ("sum", {"batch twice over"}),
+        ("student level", {"constant on the student's logits"}),
+        ("teacher level", {"constant on the teacher's logits"}),
+        ("order", {"order of the samples"}),
+        ("ten classes", {"number of classes"}),
+        ("overflow", {"extreme logits"}),
+        ("precision", {"float32 for float64"}),
+    ],
+)
+def test_a_planted_violation_is_caught_and_only_that(wrong: str, caught: set[str]) -> None:
+    assert {name for name, holds in held(Planted(wrong)).items() if not holds} == caught
+
+
+def test_a_failing_check_says_what_that_means() -> None:
+    by_name = {check["name"]: check for check in check_invariances(Planted("ten classes"), 7, 0)}
+    assert by_name["number of classes"]["statement"].startswith("RuntimeError: ")
+    (sums,) = (c for c in check_invariances(Planted("sum"), 7, 0) if c["name"] == "batch twice over")
+    assert "batch size" in sums["statement"]
+    assert sums["difference"] > 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_learned_forms_have_all_invariances(form: str) -> None:
+    assert all(held(LearnedLoss({"logits": wander(FORMS[form]()).float()})).values())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd"])
+def test_hand_made_losses_have_all_invariances(name: str) -> None:
+    assert all(held(build_loss(name)).values())
+
+
+def test_what_a_loss_over_features_matches() -> None:
+    learned = LearnedLoss({"logits": FORMS["decoupled"](), "features": wander(FeatureLoss(deepest=2)).float()})
+    before = {name: tensor.clone() for name, tensor in learned.state_dict().items()}
+    report = inspect_loss(learned)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learned.state_dict().items())
+    assert all(parameter.requires_grad for parameter in learned.parameters()), "the loss that was given is left alone"
+    first, _, last = report["pairing"]["learned"]
+    assert list(first["student"].items()) == [("stage3", 0.75), ("stage4", 1.0)]
+    assert np.allclose(np.array(first["assignment"]).sum(1), 1)
+    part, depths = learned.parts["features"], torch.tensor([0.75, 1.0])
+    assert np.allclose(first["assignment"], part.pairing.assign(depths, depths).detach())
+    assert np.allclose(last["weights"]["images"], part.weigh_stages(depths, torch.tensor(1.0))[:, 1].detach())
+    shares = report["shares"][1]["shares"]
+    assert {"logits/task", "features/places", "features/channels"} < set(shares)
+    assert sum(shares.values()) == pytest.approx(1)
+    logits_alone = inspect_loss(LearnedLoss({"logits": learned.parts["logits"]}))
+    assert report["balance"] == logits_alone["balance"], "the networks over features have no part in it"
+    hand_made = inspect_loss(build_loss("at", STAGES, STAGES))["pairing"]
+    assert hand_made["pairs"][-1] == ("stage4", "stage4")
+    assert inspect_loss(LearnedLoss({"features": FeatureLoss()}))["balance"] is None
+
+
+def test_a_form_s_own_balance_is_shown_over_progress() -> None:
+    start = LearnedLoss({"logits": FORMS["balance"](initial_weight=0.2, initial_temperature=3.0)})
+    end = LearnedLoss({"logits": FORMS["balance"](initial_weight=0.8, initial_temperature=6.0)})
+    report = inspect_loss(ReplayedLoss([start, end], [0.0, 0.5]))
+    own, fitted = report["own_balance"], report["balance"]["over_progress"]
+    for row, implied in zip(own, fitted, strict=True):
+        weight, temperature = (0.2, 3.0) if row["progress"] < 0.5 else (0.8, 6.0)
+        assert (row["weight"], row["temperature"]) == (pytest.approx(weight), pytest.approx(temperature))
+        assert implied["share"] == pytest.approx(weight, abs=1e-3), "before meta-training this form is KD"
+    decoupled = inspect_loss(LearnedLoss({"logits": FORMS["decoupled"](warmup=0.5)}))["own_balance"]
+    assert [row["ramp"] for row in decoupled[:6]] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_a_learned_file_is_reported_on(capsys) -> None:
+    path = run_recipe(tiny_recipe(run_dir="m", kind="both", reuse_every=3))
+    assert main(["inspect", "--loss", str(path)]) == 0
+    printed = capsys.readouterr().out
+    folder = Path("m/loss-inspection")
+    report = json.loads((folder / "inspection.json").read_text())
+    file = report["file"]
+    assert file["sha256"][:12] in printed
+    assert (file["bytes"], file["format_version"]) == (path.stat().st_size, 2)
+    origin = file["trained_with"]
+    assert (origin["students"], origin["teacher"], origin["outer_steps"]) == (["small_cnn"], "embedded", 3)
+    assert (origin["train_size"], origin["meta_validation_size"]) == (200, 100)
+    for words in ("200 training and 100 meta-validation", "3 outer steps", "estimator audited", "% top-1", "Features"):
+        assert words in printed
+    assert report["parameters"] == sum(p.numel() for p in load_loss(path).parameters())
+    assert all(check["holds"] for check in report["invariances"])
+    picture = imread(folder / "inspection.png")[..., :3]
+    assert picture.shape[0] > 1000, "field, balance and pairing"
+    for band in np.array_split(picture, 3):
+        assert (band < 0.5).any(2).mean() > 0.01, "something is drawn in every band"
+
+
+def test_a_named_loss_is_inspected_to_compare(capsys) -> None:
+    assert main(["inspect", "--loss", "{name: kd, weight: 0.25, temperature: 2}", "--num_classes", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "kd (weight 0.25, temperature 2)" in printed
+    report = json.loads(Path("kd-inspection/inspection.json").read_text())
+    assert report["file"] is None
+    assert report["balance"]["over_student"][0]["share"] == pytest.approx(0.25, abs=1e-3)
+    assert Path("kd-inspection/inspection.png").exists()
+    assert inspect_recipe(InspectRecipe("cross_entropy", out="here"))[1] == Path("here")
+    assert Path("here/inspection.json").exists()
+
+
+def test_a_file_that_says_nothing_of_its_origin_is_inspected(tmp_path) -> None:
+    save_loss(tmp_path / "my.lkd.safetensors", LearnedLoss({"logits": FORMS["target"]()}), {})
+    assert describe_file(tmp_path / "my.lkd.safetensors")["trained_with"] is None
+    text, folder = inspect_recipe(InspectRecipe(str(tmp_path / "my.lkd.safetensors")))
+    assert "does not say what it was trained with" in text
+    assert folder == tmp_path / "my-inspection"
+
+
+@pytest.fixture
+def learned_file(tmp_path) -> Path:
+    path = tmp_path / "both.lkd.safetensors"
+    save_loss(path, build_learned_loss("both", {}, STAGES, STAGES), {})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss", "cut.lkd.safetensors"], "cut.lkd.safetensors: is damaged or not a safetensors file"),
+        (["--loss", "nowhere.lkd.safetensors"], "nowhere.lkd.safetensors: no such file (expected a learned loss)"),
+        (["--loss", "student.safetensors"], "student.safetensors: is not a learned loss but network"),
+        (["--loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
+        (["--loss", "{name: kd, tau: 2}"], "tau"),
+        (["--loss", "kd", "--num_classes", "1"], "num_classes: 1 is not at least 2"),
+        (["--loss", "kd", "--kd_weight", "2"], "kd_weight: 2.0 is not in [0, 1]"),
+        (["--loss", "kd", "--out", "/proc/nowhere"], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, learned_file: Path, capsys) -> None:
+    from lkd.models.network_file import save_network
+
+    Path("cut.lkd.safetensors").write_bytes(learned_file.read_bytes()[:-100])
+    architecture = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1}
+    save_network(Path("student.safetensors"), build(**architecture), architecture, {})
+    assert main(["inspect", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_student_without_stages_is_refused_before_training(learned_file: Path, monkeypatch, capsys) -> None:
+    class Bare(StagedNetwork):
+        def forward(self, images: Tensor) -> Outputs:
+            return super().forward(images)._replace(features={})
+
+    def bare(num_classes: int, in_chans: int) -> nn.Module:
+        return Bare(OrderedDict(all=nn.Conv2d(in_chans, 4, 3)), 4, num_classes)
+
+    monkeypatch.setitem(build.__globals__["OWN_NETWORKS"], "bare", bare)
+    small = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]
+    words = ["distill", "--run_dir", "r", "--student.name", "bare", *small]
+    assert main([*words, "--loss", str(learned_file)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert str(learned_file) in error
+    assert "the student gives none; it needs the last 3 stages of both networks" in error
+    assert "(student: none; teacher: stage1, stage2, stage3)" in error
+    assert not Path("r/log.jsonl").read_text(), "no step was taken"
+    assert main([*words, "--loss", "kd"]) == 0, "the same student learns from logits"
