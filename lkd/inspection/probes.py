@@ -12,6 +12,7 @@ from lkd.outputs import Outputs
 
 CONFIDENCES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 REPEATS = 6
+FEW = 33  # samples that losses over features are asked about at once
 STAGES: Stages = {"stage1": (8, 16, 16), "stage2": (16, 8, 8), "stage3": (24, 4, 4), "stage4": (32, 2, 2)}
 SPREAD = 1.5  # standard deviation of the logits of the classes other than the label
 
@@ -87,7 +88,13 @@ class LogitView(nn.Module):
         """The loss's terms; see `LearnedLoss`."""
         if not getattr(self.loss, "teacher_stages", ()):
             return self.loss(student, teacher, target, progress)
-        return self.loss(*add_features(student.logits, teacher.logits, self.seed), target, progress)
+        terms: dict[
+            str, Tensor
+        ] = {}  # a few samples at a time: comparisons of images take memory of their number cubed
+        for ours, theirs, labels in zip(*(x.split(FEW) for x in (student.logits, teacher.logits, target)), strict=True):
+            few = self.loss(*add_features(ours, theirs, self.seed), labels, progress)
+            terms |= {name: terms.get(name, 0.0) + term * len(ours) / len(target) for name, term in few.items()}
+        return terms
 
 
 def leave_out_features(loss: nn.Module) -> nn.Module:
