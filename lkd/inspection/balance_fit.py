@@ -13,7 +13,7 @@ from lkd.inspection.probes import CONFIDENCES, States, logit_gradient
 PROGRESS = tuple(step / 10 for step in range(11))
 TEMPERATURES = (0.5, 20.0)  # the effective temperature is sought between them
 POINTS, ROUNDS = 21, 3  # of the search; each round looks between the neighbours of the best so far
-NEGLIGIBLE = 0.03  # a teacher with less of the gradient's norm has no temperature
+NEGLIGIBLE = 0.1  # a teacher with less of the gradient's norm has no temperature
 AS_GOOD = 0.01  # temperatures that explain at most this much less are as good
 
 
@@ -26,7 +26,8 @@ class BalanceFit:
         distillation: w_kd.
         share: w_kd / (w_ce + w_kd); None where the gradient has nothing of either.
         temperature: τ, the effective temperature; None where the teacher has no part in the gradient.
-        as_good: Least and greatest temperature of the grid that explain almost as much.
+        temperatures_as_good: Least and greatest temperature that explain almost as much, each with its best weights.
+        shares_as_good: Least and greatest share of these.
         explained: R²: the part of the gradient's squared norm that is explained, in [0, 1].
     """
 
@@ -34,7 +35,8 @@ class BalanceFit:
     distillation: float
     share: float | None
     temperature: float | None
-    as_good: tuple[float, float] | None
+    temperatures_as_good: tuple[float, float] | None
+    shares_as_good: tuple[float, float] | None
     explained: float
 
 
@@ -51,10 +53,12 @@ def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tens
     task = student.softmax(1) - one_hot(target, student.shape[1])
     whole = float(gradient.square().sum())
     if whole == 0:
-        return BalanceFit(0.0, 0.0, None, None, None, 0.0)
+        return BalanceFit(0.0, 0.0, None, None, None, None, 0.0)
     grid = space(*TEMPERATURES)
     weights, residuals = solve(gradient, task, student, teacher, grid)
-    close = grid[residuals <= residuals.min() + AS_GOOD * whole]
+    good = residuals <= residuals.min() + AS_GOOD * whole
+    good_temperatures = grid[good].tolist()
+    good_shares = (weights[good, 1] / weights[good].sum(1)).tolist()
     for _ in range(ROUNDS):
         best = int(residuals.argmin())
         grid = space(float(grid[max(best - 1, 0)]), float(grid[min(best + 1, POINTS - 1)]))
@@ -63,14 +67,21 @@ def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tens
     (w_task, w_teacher), temperature = weights[best].tolist(), float(grid[best])
     taught = w_teacher * distillation_gradients(student, teacher, grid[best : best + 1])[0]
     negligible = float(taught.square().sum()) < NEGLIGIBLE**2 * whole
+    share = w_teacher / (w_task + w_teacher) if w_task + w_teacher > 0 else None
     return BalanceFit(
         task=w_task,
         distillation=w_teacher,
-        share=w_teacher / (w_task + w_teacher) if w_task + w_teacher > 0 else None,
+        share=share,
         temperature=None if negligible else temperature,
-        as_good=None if negligible else (float(close.min()), float(close.max())),
+        temperatures_as_good=None if negligible else span([temperature, *good_temperatures]),
+        shares_as_good=None if share is None else span([share, *good_shares]),
         explained=min(1.0, max(0.0, 1 - float(residuals[best]) / whole)),
     )
+
+
+def span(values: list[float]) -> tuple[float, float]:
+    """Least and greatest."""
+    return min(values), max(values)
 
 
 def space(low: float, high: float) -> Tensor:

@@ -86,17 +86,13 @@ def draw_balance(band: Any, report: dict[str, Any]) -> None:
     handles, labels = share.get_legend_handles_labels()
     band.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9)
     for who, color in (("student", "tab:blue"), ("teacher", "tab:orange")):
-        row = report["balance"][f"over_{who}"]
-        confidence.plot(
-            [r["confidence"] for r in row],
-            [number(r["share"]) for r in row],
-            marker="o",
-            ms=4,
-            color=color,
-            label=f"the {who}'s",
-        )
-    confidence.set(xlabel="probability that student or teacher gives the label", xlim=(0, 1), ylim=(-0.03, 1.03))
-    confidence.set_title("teacher's share halfway, by confidence", fontsize=10)
+        row = [fit for fit in report["balance"][f"over_{who}"] if fit["share"] is not None]
+        places, values = [fit["confidence"] for fit in row], [fit["share"] for fit in row]
+        confidence.plot(places, values, marker="o", ms=4, color=color, label=f"the {who}'s")
+        bounds = list(zip(*(fit["shares_as_good"] for fit in row), strict=True))
+        confidence.fill_between(places, *bounds, color=color, alpha=0.15, lw=0)
+    confidence.set(xlabel="probability of the label", xlim=(0, 1), ylim=(-0.03, 1.03))
+    confidence.set_title("teacher's share halfway (band: explains 1 % less)", fontsize=10)
     confidence.legend(frameon=False, fontsize=8)
     for axis in (share, temperature, explained, confidence):
         axis.spines[["top", "right"]].set_visible(False)
@@ -109,7 +105,7 @@ def ramp_weight(own: dict[str, float]) -> float:
 
 
 def draw_over_progress(axis: Axes, rows: list[dict[str, Any]], key: str) -> None:
-    """One figure of the fit over progress: of all states, and thinner of students of some confidences."""
+    """A figure of the fit over progress: of all states, with what is as good, and of students of some confidences."""
     progress = [row["progress"] for row in rows]
     students = rows[0]["students"]
     for position in (0, len(students) // 2, len(students) - 1):
@@ -118,6 +114,9 @@ def draw_over_progress(axis: Axes, rows: list[dict[str, Any]], key: str) -> None
         axis.plot(
             progress, values, color=COLORS(0.1 + 0.8 * level), lw=1.2, label=f"students who give the label {level:g}"
         )
+    spans = [row.get(f"{key}s_as_good") or (None, None) for row in rows]
+    low, high = ([number(bound) for bound in bounds] for bounds in zip(*spans, strict=True))
+    axis.fill_between(progress, low, high, color="0.5", alpha=0.2, lw=0, label="explains at most 1 % less")
     axis.plot(progress, [number(row[key]) for row in rows], color="black", lw=2.4, label="all students together")
     axis.set(xlabel="progress of the training", xlim=(0, 1))
 

@@ -84,7 +84,7 @@ def format_balance(report: dict[str, Any]) -> str:
     own = {row["progress"]: row for row in report["own_balance"]}
     extra = [key for key in ("weight", "ramp", "temperature", "factor") if own and key in own[0.0]]
     titles = {"weight": "own α", "ramp": "ramp", "temperature": "own τ", "factor": "own β"}
-    head = f"{'w_ce':>8}{'w_kd':>8}{'share':>8}{'τ':>8}{'as good':>12}{'R²':>7}"
+    head = f"{'w_ce':>8}{'w_kd':>8}{'share':>7}{'as good':>11}{'τ':>6}{'as good':>11}{'R²':>7}"
     lines = [
         "Implied balance: its gradient at the logits as w_ce · cross-entropy + w_kd · KD(τ)",
         f"  {'':28}{head}" + "".join(f"{titles[key]:>8}" for key in extra),
@@ -102,12 +102,15 @@ def format_balance(report: dict[str, Any]) -> str:
 
 def format_fit(fit: dict[str, Any]) -> str:
     """One fit's columns."""
-    share = "-" if fit["share"] is None else f"{fit['share']:.2f}"
-    temperature, close = "-", "-"
+    share, shares, temperature, temperatures = "-", "-", "-", "-"
+    if fit["share"] is not None:
+        share = f"{fit['share']:.2f}"
+        shares = "–".join(f"{s:.2f}" for s in fit["shares_as_good"])
     if fit["temperature"] is not None:
         temperature = format_temperature(fit["temperature"])
-        close = "–".join(format_temperature(t) for t in fit["as_good"])
-    return f"{fit['task']:8.2f}{fit['distillation']:8.2f}{share:>8}{temperature:>8}{close:>12}{fit['explained']:7.3f}"
+        temperatures = "–".join(format_temperature(t) for t in fit["temperatures_as_good"])
+    weights = f"{fit['task']:8.2f}{fit['distillation']:8.2f}"
+    return f"{weights}{share:>7}{shares:>11}{temperature:>6}{temperatures:>11}{fit['explained']:7.3f}"
 
 
 def format_temperature(temperature: float) -> str:

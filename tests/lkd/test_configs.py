@@ -69,6 +69,7 @@ SMALL = {
             "50",
         ),
     ],
+    "inspect": [],
     "evaluate": [],
     "variance": ["--samples", "4"],
     "export": [],

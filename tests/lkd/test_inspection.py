@@ -52,8 +52,9 @@ def test_the_fit_finds_the_weight_and_temperature_of_kd(weight: float, temperatu
     assert found.distillation == pytest.approx(weight, rel=1e-2)
     assert found.share == pytest.approx(weight, rel=1e-2)
     assert found.temperature == pytest.approx(temperature, rel=1e-3)
-    assert found.as_good[0] <= temperature * 1.1
-    assert found.as_good[1] >= temperature / 1.1
+    for (low, high), truth in ((found.temperatures_as_good, temperature), (found.shares_as_good, weight)):
+        assert low <= truth * 1.01
+        assert high >= truth / 1.01
     assert found.explained == pytest.approx(1, abs=1e-9)
 
 
