@@ -31,10 +31,12 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "push": (config.PushRecipe, "put a learned loss on the Hugging Face Hub or into W&B's artifacts"),
     "pull": (config.PullRecipe, "fetch a learned loss from there"),
     "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
+    "report": (config.ReportRecipe, "one HTML page about runs: results, curves, learned losses, settings, lineage"),
 }
 
 # Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
 POSITIONAL: dict[str, str] = {"push": "loss", "pull": "loss"}
+POSITIONAL = {"report": "runs"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from lkd.config import (
     PullRecipe,
     PushRecipe,
     QuickstartRecipe,
+    ReportRecipe,
     TrainTeacherRecipe,
     VarianceRecipe,
 )
@@ -45,6 +46,7 @@ from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
 from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
+from lkd.reporting.page import write_report
 from lkd.run import choose_device, open_run
 from lkd.sharing.transfer import pull_loss, push_loss
 from lkd.teacher import load_teacher_network
@@ -175,3 +177,7 @@ def inspect(recipe: InspectRecipe) -> None:
     """`lkd inspect`."""
     report, folder = inspect_recipe(recipe)
     print(f"{report}\n\n{folder}: inspection.json, inspection.png")
+def report(recipe: ReportRecipe) -> None:
+    """`lkd report`."""
+    page, count = write_report(recipe)
+    print(f"{page}: {count} run{'s' * (count > 1)}, {page.stat().st_size / 1e6:.1f} MB; open it in a browser")

@@ -1,9 +1,7 @@
 """The quickstart's page: one self-contained HTML file, no network."""
 
-import base64
 import dataclasses
 import json
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from string import Template
@@ -12,6 +10,7 @@ from typing import Any
 from lkd.comparison_table import format_figure
 from lkd.config import QuickstartRecipe
 from lkd.files import write_text
+from lkd.reporting.html import embed_picture, html_table
 from lkd.run import Run
 
 TEMPLATE = Path(__file__).with_name("templates") / "quickstart.html"
@@ -124,19 +123,3 @@ def setting_section(setting: str, table: list[dict[str, Any]], picks: dict[str, 
         f"<p>KD's pick: weight {pick['weight']:g}, temperature {pick['temperature']:g}.</p>"
         f'<div class="wide">{html_table(header, rows, [row["method"] for row in table])}</div>'
     )
-
-
-def html_table(header: Iterable[str], rows: list[list[str]], classes: list[str] | None = None) -> str:
-    """An HTML table; every cell is escaped."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{escape(kind)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row, kind in zip(rows, classes or [""] * len(rows), strict=True)
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def embed_picture(path: Path, description: str) -> str:
-    """A picture inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{data}"></p>'

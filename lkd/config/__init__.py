@@ -14,6 +14,7 @@ from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
 from lkd.config.sharing import PullRecipe, PushRecipe
+from lkd.config.report import ReportRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PullRecipe",
     "PushRecipe",
     "QuickstartRecipe",
+    "ReportRecipe",
     "RunRecipe",
     "TeacherRecipe",
     "TrainRecipe",

@@ -1,0 +1,1 @@
+"""The page of `lkd report`: run directories as one self-contained HTML file."""
