@@ -7,7 +7,7 @@ from typing import Any
 
 from lkd.cli import COMMANDS
 from lkd.reporting.runs import RunRecord
-from lkd.reporting.settings import show_path
+from lkd.reporting.settings import show_path, simplify
 
 LEFT_OUT = ("resume",)  # says how a run was gone on with, not what it is
 
@@ -31,14 +31,5 @@ def list_options(default: Any, recipe: dict[str, Any], prefix: str = "") -> list
 
 
 def format_option(value: Any) -> str:
-    """A value as the command line takes it; absolute paths as `show_path` gives them, inside of others too."""
-    return show_path(value) if isinstance(value, str) else json.dumps(shorten(value), ensure_ascii=False)
-
-
-def shorten(value: Any) -> Any:
-    """A tree whose absolute paths are as `show_path` gives them."""
-    if isinstance(value, dict):
-        return {key: shorten(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [shorten(part) for part in value]
-    return show_path(value) if isinstance(value, str) else value
+    """A value as the command line takes it."""
+    return show_path(value) if isinstance(value, str) else json.dumps(simplify(value), ensure_ascii=False)

@@ -1,13 +1,12 @@
 """The figures of runs by their logs: what was reached, and where the time went."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lkd.reporting.curves import Curve
 from lkd.reporting.runs import RunRecord
-from lkd.reporting.settings import ABSENT, show_path
+from lkd.reporting.settings import ABSENT, format_value, show_path
 
 TRAINED = ("distill", "teacher")
 PARTS = "time_share/"
@@ -90,7 +89,7 @@ def describe_loss(loss: Any) -> str:
     if not isinstance(loss, dict):
         return ABSENT
     options = [
-        f"{key}={describe_loss(value) if isinstance(value, dict | str) else json.dumps(value)}"
+        f"{key}={describe_loss(value) if isinstance(value, dict) else format_value(value)}"
         for key, value in loss.items()
         if key != "name"
     ]
@@ -100,7 +99,7 @@ def describe_loss(loss: Any) -> str:
 def state_of(run: RunRecord) -> str:
     """Finished, or how far it has come; with what is wrong with its log."""
     words = ["finished"] if run.finished else ["not finished: running or cut off"]
-    if not run.log.curves:
+    if not run.log.curves and run.command in (*TRAINED, "meta-train"):  # the others log at their end, if at all
         words.append("nothing logged")
     if run.log.damaged:
         words.append(f"{run.log.damaged} damaged log line{'s' * (run.log.damaged > 1)} skipped")

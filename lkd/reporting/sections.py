@@ -1,6 +1,7 @@
 """The sections of the page, as HTML."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
@@ -17,7 +18,7 @@ from lkd.reporting.results import (
     time_shares,
 )
 from lkd.reporting.runs import RunRecord
-from lkd.reporting.settings import find_differences, list_settings
+from lkd.reporting.settings import ABSENT, find_differences, list_settings
 
 COLORS = 8  # of the style sheet
 
@@ -67,11 +68,19 @@ def show_timing(runs: Sequence[RunRecord]) -> str:
 
 def show_settings(runs: Sequence[RunRecord]) -> str:
     """What differs between the runs, then all settings of each."""
-    rows = find_differences(runs)
+    rows, partial = find_differences(runs)
     differing = {row[0] for row in rows}
-    table = html_table(["setting", *(run.label for run in runs)], rows)
-    same = "<p>All settings are the same.</p>" if len(runs) > 1 else ""
-    pieces = [f'<p>Settings that are not the same in all runs.</p><div class="wide">{table}</div>' if rows else same]
+    header = ["setting", *(run.label for run in runs)]
+    pieces = [
+        f"<p>What differs; values that are not the most common one are bold.</p>{mark_unusual(header, rows)}"
+        if rows
+        else ""
+    ]
+    if not rows and len(runs) > 1:
+        pieces.append("<p>All settings that the runs share are the same.</p>")
+    if partial:
+        table = f'<div class="wide">{html_table(header, partial)}</div>'
+        pieces.append(f"<details><summary>{len(partial)} settings that not all have</summary>{table}</details>")
     for run in runs:
         settings = list_settings(run)
         marks = ["differs" if key in differing else "" for key in settings]
@@ -80,6 +89,18 @@ def show_settings(runs: Sequence[RunRecord]) -> str:
             f'<details><summary>All settings of {escape(run.label)}</summary><div class="wide">{every}</div></details>'
         )
     return "".join(pieces)
+
+
+def mark_unusual(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of settings in which the values that are not their row's most common one are marked."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = []
+    for key, *values in rows:
+        usual = Counter(value for value in values if value != ABSENT).most_common(1)[0][0]
+        marks = ['<td class="unusual">' if value not in (usual, ABSENT) else "<td>" for value in values]
+        cells = "".join(f"{mark}{escape(value)}</td>" for mark, value in zip(marks, values, strict=True))
+        body.append(f"<tr><td>{escape(key)}</td>{cells}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
 def show_lineage(runs: Sequence[RunRecord]) -> str:

@@ -23,9 +23,21 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def simplify(value: Any) -> Any:
+    """A tree in which equal settings look alike: 4.0 is 4, and absolute paths are as `show_path` gives them."""
+    if isinstance(value, dict):
+        return {key: simplify(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [simplify(part) for part in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return int(value)
+    return show_path(value) if isinstance(value, str) else value
+
+
 def format_value(value: Any) -> str:
-    """A setting as text: strings as they are, paths as `show_path`, all else as JSON."""
-    return show_path(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A setting as text: strings as they are, all else as JSON."""
+    simple = simplify(value)
+    return simple if isinstance(simple, str) else json.dumps(simple, ensure_ascii=False)
 
 
 def show_path(text: str) -> str:
@@ -41,19 +53,24 @@ def show_path(text: str) -> str:
 
 
 def list_settings(run: RunRecord) -> dict[str, str]:
-    """All settings of a run, with commit and versions, as text."""
+    """All settings of a run, with commit and versions, as text; a loss that is given by name alone has no options."""
     versions = run.environment.get("versions")
     software = {"commit": run.environment.get("commit"), "versions": versions if isinstance(versions, dict) else {}}
     flat = {"command": run.command} | flatten(run.recipe) | flatten(software)
-    return {key: format_value(value) for key, value in flat.items()}
+    return {"loss.name" if key == "loss" else key: format_value(value) for key, value in flat.items()}
 
 
-def find_differences(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """The settings that are not the same in all runs: rows of the key and each run's value."""
+def find_differences(runs: Sequence[RunRecord]) -> tuple[list[list[str]], list[list[str]]]:
+    """The settings that are not the same in all runs: rows of the key and each run's value.
+
+    Returns:
+        Those of which runs have different values, and those that only some runs have, with one value.
+    """
     columns = [list_settings(run) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [[key, *(column.get(key, ABSENT) for column in columns)] for key in keys if key not in PLACES]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    differing = [row for row in rows if len({*row[1:]} - {ABSENT}) > 1]
+    return differing, [row for row in rows if row not in differing and ABSENT in row[1:]]
 
 
 def identify_data(run: RunRecord) -> dict[str, str]:

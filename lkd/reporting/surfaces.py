@@ -19,6 +19,7 @@ from lkd.losses.replayed import ReplayedLoss
 from lkd.reporting.lineage import find_near
 from lkd.reporting.results import describe_loss
 from lkd.reporting.runs import RESULTS, RunRecord, read_dict
+from lkd.reporting.settings import simplify
 from lkd.surfaces import balance_surface, gradient_surface
 
 POINTS = 21
@@ -63,8 +64,9 @@ def draw_losses(runs: Sequence[RunRecord]) -> list[LossRecord]:
 
 def identify(specification: Any, folder: Path = Path()) -> str:
     """What two losses share if they are the same: their file or their options."""
+    named = {"name": specification} if isinstance(specification, str) else specification
     path = find_near(specification, folder) if isinstance(specification, str) else None
-    return str(path) if path else json.dumps(specification, sort_keys=True)
+    return str(path) if path else json.dumps(simplify(named), sort_keys=True)
 
 
 def list_losses(run: RunRecord) -> list[tuple[str, Any]]:

@@ -26,7 +26,7 @@ function ticks(low, high, logarithmic) {
     const inside = found.filter(value => value >= low && value <= high);
     return inside.length > 1 ? inside : [low, high];
   }
-  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 5, unit = 10 ** Math.floor(Math.log10(rough));
   const stride = unit * [1, 2, 5, 10].find(factor => factor * unit >= rough);
   for (let value = Math.ceil(low / stride) * stride; value <= high + stride * 1e-9; value += stride) {
     found.push(Math.abs(value) < stride * 1e-9 ? 0 : value);
@@ -69,7 +69,8 @@ function drawChart(figure, chart, state, axis, labels, lineOf) {
   const xOf = one => state.clock ? one.seconds.map(seconds => seconds === null ? null : seconds / 60) : one.steps;
   const fits = value => !state.logarithmic || value > 0;
   const strange = series.filter(one => one.strange);
-  const caption = make("figcaption", {}, chart.name);
+  const prefix = `${chart.group}/`;  // which the heading above says
+  const caption = make("figcaption", {}, chart.name.startsWith(prefix) ? chart.name.slice(prefix.length) : chart.name);
   const notes = strange.map(one => `${labels[one.run]}: ${one.strange} of ${one.total} not finite`);
   if (notes.length) caption.append(make("span", {class: "note"}, notes.join("; ")));
   const svg = make("svg", {class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",

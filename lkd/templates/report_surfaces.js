@@ -58,12 +58,10 @@ function drawLosses(host, {losses, points, progress}) {
       "the student (across, 0.01 to 0.99) and the teacher (upwards) give to the label, of 10 classes. The colours mean the same in all."));
     if (drawn.some(loss => Object.values(loss.panels).some(frames => frames.length > 1))) host.append(label);
   }
-  for (const loss of losses) {
-    host.append(make("h3", {}, loss.name));
-    if (loss.runs.length) host.append(make("p", {class: "note"}, `of ${loss.runs.join(", ")}`));
-    if (loss.note) { host.append(make("p", {}, loss.note)); continue; }
+  host.append(make("div", {class: "losses"}, ...losses.map(loss => {
     const panels = Object.entries(loss.panels).map(([title, frames]) =>
       drawSurface(title, frames, rangeOf(drawn, title), points, slider, progress));
-    host.append(make("div", {class: "surfaces"}, ...panels));
-  }
+    return make("div", {}, make("h3", {}, loss.name), make("p", {class: "note"}, loss.runs.join(", ")),
+      loss.note ? make("p", {}, loss.note) : make("div", {class: "surfaces"}, ...panels));
+  })));
 }

@@ -1,0 +1,350 @@
+"""`lkd report`: what the page shows is what the runs say, whatever state they are in."""
+
+import json
+import math
+import shlex
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lkd.cli import main, parse_recipe
+from lkd.config import CompareRecipe
+from lkd.files import read_json, write_json
+from lkd.reporting.curves import Curve, read_curves, thin
+from lkd.reporting.page import build_page
+from lkd.reporting.reproduction import command_line
+from lkd.reporting.runs import name_apart, read_runs
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+
+TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
+PLANTED = [
+    "<script>document.documentElement.dataset.planted = 1</script>",
+    '"><img src=x onerror="document.documentElement.dataset.planted = 1">',
+    "</script><script>document.documentElement.dataset.planted = 1</script><!--",
+]
+
+
+class Page(HTMLParser):
+    """A page's elements, its words, and the JSON inside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.scripts: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.data = json.loads(self.scripts[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data) -> None:
+        tag = self.elements[-1][0] if self.elements else ""
+        if tag == "script":
+            self.scripts[-1] += data
+        elif tag in ("td", "th"):
+            self.rows[-1][-1] += data
+        self.words += data
+
+    def row(self, first: str) -> list[str]:
+        """The first table row that starts with this cell."""
+        return next(row for row in self.rows if row[0] == first)
+
+    def series(self, metric: str) -> dict[str, dict]:
+        """Run → the curve of a metric."""
+        labels = [run["label"] for run in self.data["runs"]]
+        charts = [chart for section in self.data["sections"] for chart in section["charts"] if chart["name"] == metric]
+        return {labels[one["run"]]: one for chart in charts for one in chart["series"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A learned loss, a student of it, a student of KD, a pool and a comparison."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_recipe(tiny_recipe(run_dir="learned", reuse_every=2))
+        loss = ["--loss", "learned/loss.lkd.safetensors"]
+        assert main(["distill", "--run_dir", "student", *TINY, *loss]) == 0
+        assert main(["distill", "--run_dir", "kd", *TINY, "--loss", "{name: kd, temperature: 2}", "--seed", "3"]) == 0
+        compared = ["--seeds", "2", "--workers", "1", "--train.epochs", "1", "--methods", "{KD: kd, CE: cross_entropy}"]
+        assert main(["compare", "--run_dir", "comparison", *TINY, *compared]) == 0
+    return folder
+
+
+@pytest.fixture
+def copies(runs: Path, tmp_path: Path) -> Path:
+    """Runs that a test may damage."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def build(*names: str | Path) -> Page:
+    return Page(build_page(read_runs([str(name) for name in names])))
+
+
+def append_rows(run: Path, *rows: str) -> None:
+    with (run / "log.jsonl").open("a") as file:
+        file.writelines(f"{row}\n" for row in rows)
+
+
+def test_the_command_writes_one_file(copies: Path, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copies.rglob("*")}
+    assert main(["report", "student", "kd", "learned", "comparison", "--out", "pages/r.html"]) == 0
+    assert "pages/r.html: 4 runs" in capsys.readouterr().out
+    page = Page(Path("pages/r.html").read_text())
+    assert [run["label"] for run in page.data["runs"]] == ["student", "kd", "learned", "comparison"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before | {copies: copies.stat().st_mtime_ns}
+    for _, attributes in page.elements:
+        assert not {"src", "href", "action"} & {key for key in attributes if not attributes[key].startswith("data:")}
+
+
+def test_curves_are_the_logs(runs: Path) -> None:
+    page = build(runs / "student", runs / "kd", runs / "learned")
+    for name in ("student", "kd", "learned"):
+        logged: dict[str, dict[int, float]] = {}
+        for row in map(json.loads, (runs / name / "log.jsonl").read_text().splitlines()):
+            for metric, value in row.items():
+                logged.setdefault(metric, {})[row["step"]] = value
+        for metric in logged.keys() - {"step", "time"}:
+            series = page.series(metric)[name]
+            assert series["steps"] == sorted(logged[metric])
+            expected = [logged[metric][step] for step in series["steps"]]
+            assert series["values"] == pytest.approx(expected, rel=1e-5)
+    assert page.series("reuse/top1")["learned"]["steps"] == [0, 2, 3]
+    assert page.series("outer/value")["learned"]["steps"] == [1, 2, 3], "a look logs at the outer step's own number"
+    assert {section["axis"] for section in page.data["sections"]} == {"step", "outer step"}
+
+
+def test_tables_give_last_and_best(runs: Path) -> None:
+    page = build(runs / "kd", runs / "learned", runs / "comparison")
+    top1 = [
+        row["meta_validation/top1"]
+        for row in map(json.loads, (runs / "kd" / "log.jsonl").read_text().splitlines())
+        if "meta_validation/top1" in row
+    ]
+    row = page.row("kd")
+    assert row[:4] == ["kd", "small_cnn", "kd temperature=2", f"{top1[-1]:.2f}"]
+    assert row[4].startswith(f"{max(top1):.2f} (step ")
+    assert row[-1] == "finished"
+    assert "3 of 3" in page.row("learned")
+    assert "6 students of 2 trainings" in page.words
+    cells = (runs / "comparison" / "table.txt").read_text()
+    (ce,) = (row for row in page.rows if row[:2] == ["small_cnn", "CE"])
+    assert all(figure in cells for figure in ce[2:4])
+    assert sum(tag == "img" for tag, _ in page.elements) == 1
+
+
+def test_settings_that_differ_are_marked_and_equal_ones_left_out(runs: Path) -> None:
+    page = build(runs / "student", runs / "kd")
+    assert page.row("seed") == ["seed", "0", "3"]
+    assert page.row("loss.name") == ["loss.name", str(Path("loss.lkd.safetensors")), "kd"]
+    table = next(index for index, row in enumerate(page.rows) if row[:1] == ["setting"])
+    differing = page.rows[table + 1 :]
+    assert "train.momentum" not in [row[0] for row in differing[: [row[0] for row in differing].index("setting")]]
+
+
+def test_lineage_leads_back_to_the_loss(runs: Path) -> None:
+    page = build(runs / "student", runs / "learned")
+    assert "learned/loss.lkd.safetensors" in page.words.replace("\\", "/")
+    assert "made by learned; learned loss" in page.words
+    alone = build(runs / "student")
+    assert "learned loss; " in alone.words
+    assert "made by" not in alone.words
+
+
+def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:
+    for name in ("student", "kd", "comparison", "learned"):
+        (run,) = read_runs([name])
+        words = shlex.split(command_line(run))
+        assert words[:2] == ["lkd", run.command]
+        assert read_json(copies / name / "config.json")["recipe"] == json.loads(
+            json.dumps(parse_recipe(run.command, words[2:]), default=vars)
+        )
+    assert command_line(read_runs(["kd"])[0]).startswith("lkd distill --run_dir kd --seed 3 --data.train_size 200")
+    odd = {"methods": {"it's": {"name": "kd", "grid": {"weight": [1e-05, 1.0]}}, "x": "a b"}, "baseline": "it's"}
+    config = read_json(copies / "comparison" / "config.json")
+    write_json(copies / "comparison" / "config.json", config | {"recipe": config["recipe"] | odd})
+    recipe = parse_recipe("compare", shlex.split(command_line(read_runs(["comparison"])[0]))[2:])
+    assert isinstance(recipe, CompareRecipe)
+    assert (recipe.methods, recipe.baseline) == (odd["methods"], "it's")
+
+
+def test_surfaces_are_the_losses(runs: Path) -> None:
+    page = build(runs / "student", runs / "learned", runs / "kd", runs / "comparison")
+    learned, kd, ce, default = (
+        next(loss for loss in page.data["losses"] if loss["name"].startswith(name))
+        for name in ("learned by learned", "kd temperature=2", "cross_entropy", "kd")
+    )
+    assert learned["runs"] == ["learned", "student"]
+    assert set(learned["panels"]) == {"gradient at the target logit", "weight of the teacher, α", "temperature, τ"}
+    assert default["panels"]
+    points = page.data["points"]
+    (frame,) = ce["panels"]["gradient at the target logit"]  # p − 1, whatever the teacher says
+    row = [0.01 + 0.98 * place / (points - 1) - 1 for place in range(points)]
+    assert frame == pytest.approx(row * points, abs=1e-3)
+    assert kd["panels"] != default["panels"]
+
+
+def test_losses_without_a_surface_say_why(copies: Path) -> None:
+    config = read_json(Path("kd/config.json"))
+    for loss, reason in (
+        ("dist", "compares the images"),
+        ("fitnet", "reads features"),
+        ("gone.safetensors", "no longer"),
+    ):
+        write_json(Path("kd/config.json"), config | {"recipe": config["recipe"] | {"loss": loss}})
+        (record,) = build("kd").data["losses"]
+        assert reason in record["note"]
+        assert not record["panels"]
+
+
+def test_runs_over_different_data_are_apart(copies: Path) -> None:
+    shutil.copytree("kd", "noisy")
+    config = read_json(Path("noisy/config.json"))
+    config["recipe"]["data"]["label_noise"] = 0.4
+    write_json(Path("noisy/config.json"), config)
+    page = build("kd", "noisy", "student")
+    assert "These runs do not share their data." in page.words
+    assert "40% of the training labels flipped" in page.words
+    for section in page.data["sections"]:
+        shown = {one["run"] for chart in section["charts"] for one in chart["series"]}
+        assert shown in ({0, 2}, {1})
+    assert "do not share" not in build("kd", "student").words
+
+
+def test_damaged_unfinished_and_odd_logs_are_shown_with_what_there_is(copies: Path) -> None:
+    top1 = '{"step": %s, "time": 1.0, "meta_validation/top1": %s, "note": "text", "flag": true}'
+    append_rows(Path("kd"), top1 % (50, "NaN"), '{"step": 60, "meta_val', "3", "[]", '{"time": 3}', "\x00")
+    append_rows(Path("kd"), top1 % (51, "Infinity"), top1 % (52, "-Infinity"), top1 % (53, 10**400), top1 % ("NaN", 1))
+    Path("kd/student.safetensors").unlink()
+    Path("student/log.jsonl").write_text("")
+    Path("learned/log.jsonl").unlink()
+    Path("learned/environment.json").write_text("{")
+    Path("learned/loss.lkd.safetensors").write_bytes(b"cut off")
+    page = build("kd", "student", "learned")
+    series = page.series("meta_validation/top1")["kd"]
+    assert series["values"][-4:] == [None] * 4
+    assert series["strange"] == 4
+    assert page.series("note") == page.series("flag") == {}
+    assert page.row("kd")[-1] == "not finished: running or cut off; 6 damaged log lines skipped"
+    assert "nothing logged" in page.row("student")[-1]
+    assert "nothing logged" in page.row("learned")[-1]
+    assert "damaged or not a safetensors file" in next(loss["note"] for loss in page.data["losses"] if loss["note"])
+
+
+def test_an_unfinished_comparison_shows_its_finished_trainings(copies: Path) -> None:
+    for name in ("table.csv", "table.txt", "result.json", "log.jsonl"):
+        Path("comparison", name).unlink()
+    next(Path("comparison/cells").glob("report-CE*seed1*")).unlink()
+    page = build("comparison")
+    assert "Finished: 3 reported trainings, 0 for tuning." in page.words
+    assert sum(row[:2] == ["small_cnn", "KD"] for row in page.rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "runs: none given"),
+        (["nowhere"], "runs: nowhere is not a folder"),
+        (["empty"], "runs: empty is not a run directory: it has no config.json"),
+        (["kd", "kd/config.json"], "kd/config.json is not a folder"),
+        (["foreign"], "foreign/config.json is not one that an lkd command wrote"),
+        (["broken"], "broken/config.json: is not valid JSON"),
+        (["kd", "--out", "student.safetensors"], "out: student.safetensors does not end in .html"),
+        (["kd", "--out", "kd/log.jsonl/page.html"], "cannot be written"),
+    ],
+)
+def test_what_is_no_run_is_one_line_and_code_2(words, message: str, copies: Path, capsys) -> None:
+    for name, text in (("foreign", '{"model_type": "bert"}'), ("broken", "{")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+    Path("empty").mkdir()
+    assert main(["report", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not Path("report.html").exists()
+
+
+def plant(folder: Path) -> list[str]:
+    """Runs whose name, wandb name, settings, method labels, notes and metrics hold scripts."""
+    name = PLANTED[1].replace("/", "")
+    shutil.copytree("kd", folder / name)
+    config = read_json(folder / name / "config.json")
+    config["recipe"]["wandb"]["name"], config["recipe"]["student"]["name"] = PLANTED[0], PLANTED[2]
+    config["recipe"]["loss"] = {"name": PLANTED[2], "x": PLANTED[1]}
+    config["recipe"]["data"]["name"], config["recipe"]["teacher"]["path"] = PLANTED[0], PLANTED[2] + ".safetensors"
+    write_json(folder / name / "config.json", config)
+    write_json(folder / name / "environment.json", {"commit": PLANTED[0], "versions": {PLANTED[1]: PLANTED[2]}})
+    metrics = {f"{text}/{text}": 1.0 for text in PLANTED} | {f"time_share/{PLANTED[1]}": 0.5}
+    append_rows(folder / name, json.dumps({"step": 1, "time": 1.0, **metrics}))
+    config = read_json(Path("comparison/config.json"))
+    config["recipe"]["methods"] = {text: text for text in PLANTED}
+    write_json(Path("comparison/config.json"), config)
+    table = Path("comparison/table.csv").read_text().replace("CE", PLANTED[0]).replace("KD", PLANTED[2])
+    Path("comparison/table.csv").write_text(table)
+    Path("comparison/table.txt").write_text(f"x\n\n{PLANTED[1]}\n")
+    write_json(Path("comparison/result.json"), {"figures": {PLANTED[0]: PLANTED[2]}})
+    return [str(folder / name), "comparison"]
+
+
+def test_text_from_runs_stays_text(copies: Path) -> None:
+    page = build(*plant(copies))
+    assert [attributes.get("type") for tag, attributes in page.elements if tag == "script"] == [
+        "application/json",
+        None,
+    ]
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in page.elements if tag == "img")
+    assert all(text in page.words for text in PLANTED), "shown, as text"
+
+
+def test_long_logs_are_thinned_to_their_shape(tmp_path: Path, copies: Path) -> None:
+    count, spike, dip = 100_000, 43_210, 77_777
+    values = [math.sin(step / 9000) for step in range(count)]
+    values[spike], values[dip], values[500] = 50.0, -50.0, math.nan
+    names = [f"loss/{number}" for number in range(8)]
+    append_rows(
+        Path("kd"), *(json.dumps({"step": s, "time": 1e9 + s, **dict.fromkeys(names, v)}) for s, v in enumerate(values))
+    )
+    text = build_page(read_runs(["kd"]))
+    assert len(text) < 5e6
+    series = Page(text).series("loss/3")["kd"]
+    assert len(series["steps"]) <= 1002
+    assert (series["total"], series["strange"]) == (count, 1)
+    assert dict(zip(series["steps"], series["values"], strict=True)).items() >= {
+        (spike, 50.0),
+        (dip, -50.0),
+        (500, None),
+    }
+    assert (series["steps"][0], series["steps"][-1]) == (0, count - 1)
+
+
+def test_thinning_keeps_short_curves_and_lone_points() -> None:
+    curve = Curve([1.0, 2.0, 3.0], [0.0] * 3, [5.0, math.nan, 4.0])
+    assert thin(curve, 3) is curve
+    assert thin(curve, 1).steps == [1.0, 2.0, 3.0]
+    nothing = Curve([float(step) for step in range(100)], [0.0] * 100, [math.nan] * 100)
+    assert len(thin(nothing, 9)) <= 5
+
+
+def test_a_repeated_step_counts_as_it_was_last_written(tmp_path: Path) -> None:
+    rows = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "b": 7}, {"step": 1, "a": 3}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = read_curves(tmp_path / "log.jsonl").curves
+    assert (curves["a"].steps, curves["a"].values, curves["b"].steps) == ([1, 2], [3, 2], [2])
+
+
+def test_names_tell_runs_apart() -> None:
+    paths = [Path("/x/a/student"), Path("/x/b/student"), Path("/x/b/kd")]
+    assert name_apart(paths) == ["a/student", "b/student", "kd"]
