@@ -14,6 +14,7 @@ from lkd.comparison import compare as compare_methods
 from lkd.config import (
     CacheRecipe,
     CompareRecipe,
+    DashboardRecipe,
     DistillRecipe,
     EvaluateRecipe,
     ExportRecipe,
@@ -31,6 +32,7 @@ from lkd.config import (
     TrainTeacherRecipe,
     VarianceRecipe,
 )
+from lkd.dashboard.make import make_dashboard
 from lkd.distillation import distill as distill_student
 from lkd.distillation import train_teacher
 from lkd.evaluation import evaluate as evaluate_network
@@ -161,6 +163,11 @@ def compare(recipe: CompareRecipe) -> None:
         compare_methods(recipe, run)
         print((run.path / "table.txt").read_text())
         print(f"{run.path}: table.txt, table.csv, table.tex, cells.csv, comparison.png, picks.json, result.json")
+
+
+def dashboard(recipe: DashboardRecipe) -> None:
+    """`lkd dashboard`."""
+    print(make_dashboard(recipe))
 
 
 def quickstart(recipe: QuickstartRecipe) -> None:

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `lkd --help` answers at once.
 
 from lkd.config.caching import CacheRecipe
 from lkd.config.comparison import CompareRecipe, FidelityRecipe
+from lkd.config.dashboard import DashboardRecipe
 from lkd.config.influence import InfluenceRecipe, InfluenceSettings, InfluenceWeightedLossSettings
 from lkd.config.inspection import InspectRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
@@ -20,6 +21,7 @@ from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, Tr
 __all__ = [
     "CacheRecipe",
     "CompareRecipe",
+    "DashboardRecipe",
     "DataRecipe",
     "DistillRecipe",
     "EvaluateRecipe",

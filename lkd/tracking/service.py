@@ -1,6 +1,8 @@
 """A run's metrics in a service with W&B's calls: W&B itself, or trackio's local dashboard."""
 
 import logging
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,10 +131,12 @@ def start_trackio(project: str, path: Path, config: dict[str, Any]) -> Service:
 
 
 def read_run_id(path: Path) -> str:
-    """A run id that stays with the run directory, so that a resumed run goes on in the same one."""
-    file = path / RUN_ID
-    if not file.exists():
-        import secrets
+    """A run id that stays with the run directory, so that a resumed run goes on in the same one.
 
-        write_text(file, secrets.token_hex(4))
+    WANDB_RUN_ID, which the agent of a sweep sets, wins.
+    """
+    file = path / RUN_ID
+    given = os.environ.get("WANDB_RUN_ID")
+    if given or not file.exists():
+        write_text(file, given or secrets.token_hex(4))
     return file.read_text().strip()
