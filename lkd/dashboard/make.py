@@ -53,7 +53,7 @@ def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
     try:
         return build_workspace(entity, recipe.project, recipe.name)
     except ValueError as error:
-        raise UserError(f"name: {recipe.name!r} is no name for a workspace: W&B takes no emoji and no symbols such as + = < $") from error
+        raise UserError(f"name: {recipe.name!r}: W&B takes no emoji and no symbols such as + = < $") from error
 
 
 def write_spec(recipe: DashboardRecipe, say: Callable[[str], None]) -> str:

@@ -95,17 +95,24 @@ def format_markdown(path: Path, baseline: str) -> str:
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            same = row["method"] == baseline
+            compared = row["method"] != baseline
             lines.append(
                 (
-                    *(row["student"], row["method"]),
-                    *(f"{float(row[key]):.2f} ± {float(row[f'{key}_se']):.2f}" for key in ("last", "best")),
-                    "" if same else f"{float(row['difference']):+.2f}",
-                    "" if same else f"{float(row['interval_low']):+.2f} to {float(row['interval_high']):+.2f}",
+                    *(row["student"], row["method"], show(row, "{:.2f}", "last"), show(row, "{:.2f}", "best")),
+                    show(row, "{:+.2f}", "difference") if compared else "",
+                    show(row, "{:+.2f} to {:+.2f}", "interval_low", "interval_high") if compared else "",
                     *(row["seeds"], row["tuned_over"]),
                 )
             )
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def show(row: dict[str, str], form: str, *keys: str) -> str:
+    """Numbers of a row, with the standard error where there is one; nothing where a number is missing."""
+    if not all(row[key] for key in keys):
+        return ""
+    error = row.get(f"{keys[0]}_se")
+    return form.format(*(float(row[key]) for key in keys)) + (f" ± {float(error):.2f}" if error else "")
 
 
 def read_notes(path: Path) -> list[str]:

@@ -1,8 +1,12 @@
-"""As much of W&B's protocol as a run needs to start and to stream its history: it answers, and dies when told to."""
+"""As much of W&B's protocol as a run needs to start and to stream its history, and as a view needs to be saved.
+
+It answers, and dies when told to.
+"""
 
 import gzip
 import http.server
 import json
+import re
 import threading
 from typing import Any
 
@@ -23,20 +27,36 @@ ANSWERS: dict[str, dict[str, Any]] = {
         }
     },
     "CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
+    "GetDefaultEntity": {"viewer": {"id": "1", "entity": "me"}},
+    "ProjectInternalId": {"project": {"internalId": "7"}},
+    "GetProjects": {"models": {"pageInfo": {"__typename": "PageInfo", "hasNextPage": False}, "edges": []}},
+    "UpsertView2": {"upsertView": {"view": {"id": "v1", "name": "nw-abc-v"}, "inserted": True}},
 }
+
+
+def answer(content: dict[str, Any]) -> dict[str, Any]:
+    """What the server says to a GraphQL request."""
+    named = re.match(r"\s*(?:query|mutation)\s+(\w+)", content.get("query", ""))
+    name = content.get("operationName") or (named and named[1])
+    if name == "upsertView":  # a report, which comes back as it was sent
+        sent = content["variables"]
+        project = {"id": "7", "name": sent["projectName"], "entityName": sent["entityName"]}
+        view = {"id": "r1", "name": "r1", "displayName": sent["displayName"], "description": "", "project": project}
+        return {"upsertView": {"view": view | {"spec": sent["spec"]}, "inserted": True}}
+    return ANSWERS.get(name, {})
 
 
 class StandIn:
     """A server on this host.
 
     Args:
-        dies_at: What a request's path ends with that is the last one answered.
+        dies_at: What a request's path ends with that is the last one answered; without it, all are.
 
     Attributes:
         requests: Path and body of every request.
     """
 
-    def __init__(self, dies_at: str) -> None:
+    def __init__(self, dies_at: str | None = None) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         stand_in = self
 
@@ -45,14 +65,13 @@ class StandIn:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 content = json.loads(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
                 stand_in.requests.append((self.path, content))
-                answer = {"data": ANSWERS.get(content.get("operationName"), {})} if "graphql" in self.path else {}
-                data = json.dumps(answer).encode()
+                data = json.dumps({"data": answer(content)} if "graphql" in self.path else {}).encode()
                 self.send_response(200)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
-                if self.path.endswith(dies_at):
+                if dies_at and self.path.endswith(dies_at):
                     threading.Thread(target=stand_in.die).start()
 
             def log_message(self, *arguments: object) -> None:

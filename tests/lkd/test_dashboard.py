@@ -1,0 +1,193 @@
+"""Panels name what real runs log; what would be sent is what is sent."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from lkd.cli import main
+from lkd.config import WandbRecipe
+from lkd.dashboard.names import list_empty, read_names
+from lkd.dashboard.sections import COMPARISON, SECTIONS, Chart, Section
+from lkd.tracking import read_log
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+from tests.lkd.test_tracking import KEY, read_history, read_wandb
+from tests.lkd.wandb_server import StandIn
+
+pytest.importorskip("wandb_workspaces")
+RUNS = ("student", "learned", "comparison")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A distillation, a meta-training and a comparison, in W&B offline."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]
+    tiny += ["--wandb.mode", "offline"]
+    learned = tiny_recipe(run_dir=str(folder / "learned"), outer_steps=2, picture_every=2, reuse_every=2)
+    learned.wandb = WandbRecipe("offline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        assert main(["distill", "--run_dir", str(folder / "student"), *tiny, "--balance.name", "dynamic"]) == 0
+        run_recipe(learned)
+        methods = "{CE: cross_entropy, KD: {name: kd, weight: 0.5}}"
+        few = ["--methods", methods, "--seeds", "2", "--workers", "1"]
+        assert main(["compare", "--run_dir", str(folder / "comparison"), *tiny, *few]) == 0
+    return folder
+
+
+@pytest.fixture
+def server(monkeypatch):
+    stand_in = StandIn()
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", stand_in.address)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield stand_in
+    wandb.teardown()
+    stand_in.die()
+
+
+def collect(tree: Any, key: str) -> list[Any]:
+    """All values of a key in a JSON tree."""
+    if isinstance(tree, list):
+        return [value for child in tree for value in collect(child, key)]
+    if not isinstance(tree, dict):
+        return []
+    return [found for name, child in tree.items() for found in ([child] if name == key else collect(child, key))]
+
+
+def test_every_panel_shows_what_real_runs_log(runs: Path) -> None:
+    names = set().union(*(read_names(runs / run) for run in RUNS))
+    assert list_empty(SECTIONS, names) == []
+    sent = {key.removesuffix("._type") for run in RUNS for row in read_history(read_wandb(runs / run)) for key in row}
+    assert names <= sent, "as W&B's own reader has them"
+
+
+def test_a_panel_that_names_what_nobody_logs_is_found(runs: Path) -> None:
+    names = set().union(*(read_names(runs / run) for run in RUNS))
+    section = SECTIONS[0]
+    for made_up in (Chart("New", ("outer/valeu", "outer/value")), Chart("New", pattern=r"^outer/v$")):
+        found = list_empty([replace(section, panels=(*section.panels, made_up))], names)
+        assert found == [f"{section.title}: New: {made_up.pattern or 'outer/valeu'}"]
+
+
+def test_the_terms_of_a_loss_leave_out_what_a_meta_training_logs_beside_them() -> None:
+    (terms,) = (panel for section in SECTIONS for panel in section.panels if panel.title == "Terms of the loss")
+    for name in ("task", "target_class", "logits/task", "distillation"):
+        assert list_empty([Section("s", (terms,))], [f"loss/{name}"]) == [], name
+    assert list_empty([Section("s", (terms,))], ["loss/weight", "loss/temperature"])
+
+
+def test_a_dry_run_writes_the_workspace_and_says_what_stays_empty(runs: Path, capsys) -> None:
+    assert main(["dashboard", "--dry_run", "--out", "out", "--runs", f"[{runs / 'student'}]", "--name", "Ours"]) == 0
+    printed = capsys.readouterr().out
+    assert "Meta-training: Outer loss after the rollout: outer/value" in printed
+    assert "Distillation" not in printed
+    written = json.loads(Path("out/workspace.json").read_text())
+    assert written["displayName"] == "Ours"
+    sections = collect(written, "sections")[0]
+    assert [section["name"] for section in sections] == [section.title for section in SECTIONS]
+    for section, meant in zip(sections, SECTIONS, strict=True):
+        for panel, chart in zip(section["panels"], meant.panels, strict=True):
+            if isinstance(chart, Chart):
+                assert panel["config"]["xAxis"] == "step"
+                assert panel["config"]["metrics"] == list(chart.metrics)
+                assert panel["config"].get("metricRegex") == chart.pattern
+                assert panel["config"].get("smoothingWeight", 0) == chart.smoothing
+    assert {key for keys in collect(written, "mediaKeys") for key in keys} == {"learned_loss", "comparison"}
+
+
+def test_a_report_has_the_table_and_panels_of_its_run(runs: Path, capsys) -> None:
+    comparison = runs / "comparison"
+    assert main(["dashboard", "--dry_run", "--out", "out", "--report", str(comparison)]) == 0
+    assert "looked up when the report is sent" in capsys.readouterr().out
+    written = json.loads(Path("out/report.json").read_text())
+    (table,) = (block["content"] for block in written["spec"]["blocks"] if block["type"] == "markdown-block")
+    logged = read_log(comparison / "log.jsonl")[0]
+    for method in ("CE", "KD"):
+        (line,) = (line for line in table.splitlines() if f"| {method} |" in line)
+        assert f"{logged[f'small_cnn/{method}/test_last']:.2f} ± " in line
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert (comparison / "wandb_run_id").read_text() in collect(written, "value")
+    panels = collect(written, "panelBankSectionConfig")[0]["panels"]
+    assert len(panels) == len(COMPARISON)
+    assert str(runs) not in json.dumps(written), "a report tells nothing of this machine's folders"
+
+
+def test_a_comparison_of_one_seed_outside_wandb_has_a_report_without_panels(runs: Path) -> None:
+    folder = Path("alone")
+    folder.mkdir()
+    for name in ("config.json", "result.json", "table.txt", "table.csv"):
+        (folder / name).write_text((runs / "comparison" / name).read_text())
+    header, *rows = (folder / "table.csv").read_text().splitlines()
+    errors = [number for number, name in enumerate(header.split(",")) if name.endswith("_se") or "interval" in name]
+    rows = [",".join("" if n in errors else cell for n, cell in enumerate(row.split(","))) for row in rows]
+    (folder / "table.csv").write_text("\n".join([header, *rows]))
+    assert main(["dashboard", "--dry_run", "--out", "out", "--report", "alone"]) == 0
+    written = json.loads(Path("out/report.json").read_text())
+    assert collect(written, "runSets") == []
+    assert "±" not in collect(written, "content")[0]
+
+
+def test_what_is_sent_is_what_a_dry_run_writes(runs: Path, server: StandIn, capsys) -> None:
+    report = ["--report", str(runs / "comparison")]
+    for words, file in (([], "workspace.json"), (report, "report.json")):
+        assert main(["dashboard", "--dry_run", "--out", "out", "--entity", "me", *words]) == 0
+        assert main(["dashboard", *words]) == 0
+        assert f"{server.address}/me/lkd" in capsys.readouterr().out.splitlines()[-1]
+        sent = next(body["variables"] for _, body in reversed(server.requests) if "spec" in body.get("variables", {}))
+        assert (sent["entityName"], sent["projectName"]) == ("me", "lkd")
+        spec = json.loads(sent["spec"])
+        for runset in collect(spec, "runSets")[0] if words else []:
+            assert runset.pop("project") == {"entityName": "me", "name": "lkd", "id": "7"}
+        assert strip_ids(spec) == strip_ids(json.loads(Path("out", file).read_text())["spec"])
+
+
+def strip_ids(tree: Any) -> Any:
+    """Without the ids that wandb-workspaces draws."""
+    if isinstance(tree, list):
+        return [strip_ids(child) for child in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: strip_ids(child) for key, child in tree.items() if key not in ("id", "__id__")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--report", "nowhere"], "report: nowhere is no finished comparison"),
+        (["--report", "{runs}/student"], "no finished comparison, table.csv, table.txt, result.json missing"),
+        (["--runs", "[nowhere]"], "runs: nowhere holds no log.jsonl"),
+        (["--name", "LKD 🚀"], "name: 'LKD 🚀': W&B takes no emoji"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, runs: Path, capsys) -> None:
+    assert main(["dashboard", "--dry_run", *(word.format(runs=runs) for word in words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_nobody_logged_in_is_one_line(monkeypatch, capsys, unused_tcp_port: int) -> None:
+    wandb.teardown()
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_tcp_port}")
+    assert main(["dashboard"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match("lkd: error: dashboard: W&B refused: .*; run `wandb login`, or .* --dry_run", error)
+    wandb.teardown()
+
+
+def test_without_wandb_workspaces_the_line_says_what_to_install(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert main(["dashboard", "--dry_run"]) == 2
+    assert "pip install 'lkd[dashboard]'" in capsys.readouterr().err
