@@ -62,7 +62,7 @@ class Section:
     panels: tuple[Panel, ...]
 
 
-COMPARISON = (
+COMPARISON: tuple[Panel, ...] = (
     Chart("Accuracy on the test split, last epoch", pattern=r"^.+/test_last$", unit="%"),
     Pictures("Comparison", ("comparison",)),
 )

@@ -73,6 +73,7 @@ SMALL = {
     "evaluate": [],
     "variance": ["--samples", "4"],
     "export": [],
+    "dashboard": [],
     "quickstart": ["--short"],
 }
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,34 +13,46 @@ import pytest
 import wandb
 
 from lkd.cli import main
-from lkd.config import WandbRecipe
 from lkd.dashboard.names import list_empty, read_names
 from lkd.dashboard.sections import COMPARISON, SECTIONS, Chart, Section
 from lkd.tracking import read_log
-from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
 from tests.lkd.wandb_server import StandIn
 
 pytest.importorskip("wandb_workspaces")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/tracking.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 RUNS = ("student", "learned", "comparison")
+SIZES = {"data.train_size": 200, "data.meta_validation_size": 100, "train.epochs": 1, "train.batch_size": 50}
+POOL = {"pool.students": 1, "pool.snapshots": 2}
+OUTER = {"meta.outer_steps": 2, "meta.rollout_steps": 2, "meta.picture_every": 2}
+REUSE = {"meta.reuse_students": 1, "meta.reuse_epochs": 1}
+METHODS = {"methods": "{CE: cross_entropy, KD: {name: kd, weight: 0.5}}", "seeds": 2, "workers": 1}
+SMALL: dict[str, dict[str, object]] = {
+    "distill": SIZES,
+    "meta-train": SIZES | POOL | OUTER | REUSE,
+    "compare": SIZES | METHODS,
+    "dashboard": {},
+}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """A distillation, a meta-training and a comparison, in W&B offline."""
-    folder = tmp_path_factory.mktemp("runs")
-    tiny = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]
-    tiny += ["--wandb.mode", "offline"]
-    learned = tiny_recipe(run_dir=str(folder / "learned"), outer_steps=2, picture_every=2, reuse_every=2)
-    learned.wandb = WandbRecipe("offline")
+def runs(tmp_path_factory) -> Iterator[Path]:
+    """The runs that docs/tracking.md makes, in small: a distillation, a meta-training, a comparison, one in trackio."""
+    pytest.importorskip("trackio")
+    folder = tmp_path_factory.mktemp("documented")
+    (folder / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setenv("WANDB_SILENT", "true")
-        assert main(["distill", "--run_dir", str(folder / "student"), *tiny, "--balance.name", "dynamic"]) == 0
-        run_recipe(learned)
-        methods = "{CE: cross_entropy, KD: {name: kd, weight: 0.5}}"
-        few = ["--methods", methods, "--seeds", "2", "--workers", "1"]
-        assert main(["compare", "--run_dir", str(folder / "comparison"), *tiny, *few]) == 0
-    return folder
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # which trackio reads when it is imported
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            patch.delitem(sys.modules, name)
+        for line in COMMANDS:
+            words = shlex.split(line)[1:]
+            assert main([*words, *(f"--{key}={value}" for key, value in SMALL[words[0]].items())]) == 0, line
+        yield folder / "runs"
 
 
 @pytest.fixture
@@ -67,6 +81,25 @@ def test_every_panel_shows_what_real_runs_log(runs: Path) -> None:
     assert list_empty(SECTIONS, names) == []
     sent = {key.removesuffix("._type") for run in RUNS for row in read_history(read_wandb(runs / run)) for key in row}
     assert names <= sent, "as W&B's own reader has them"
+
+
+def test_the_documentation_names_what_is_logged(runs: Path) -> None:
+    named = [name for row in re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)]
+    patterns = [re.sub("[A-Z]+", ".+", name) for name in named]
+    logged = {name for run in RUNS for row in read_log(runs / run / "log.jsonl") for name in row} - {"step", "time"}
+    assert [name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+    assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in logged)] == []
+
+
+def test_trackio_keeps_what_was_logged(runs: Path) -> None:
+    import trackio
+
+    (run,) = trackio.Api().runs("trials")
+    assert run.name.startswith("local-")
+    rows = read_log(runs / "local" / "log.jsonl")
+    for name in {name for row in rows for name in row} - {"step", "time"}:
+        kept = trackio.sqlite_storage.SQLiteStorage.get_metric_values("trials", run.name, name)
+        assert {row["step"]: row["value"] for row in kept} == {row["step"]: row[name] for row in rows if name in row}
 
 
 def test_a_panel_that_names_what_nobody_logs_is_found(runs: Path) -> None:
