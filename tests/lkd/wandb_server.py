@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 VIEWER = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+LAST_PAGE = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
 ANSWERS: dict[str, dict[str, Any]] = {
     "Viewer": {"viewer": VIEWER},
     "UpsertBucket": {
@@ -29,7 +30,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
     "GetDefaultEntity": {"viewer": {"id": "1", "entity": "me"}},
     "ProjectInternalId": {"project": {"internalId": "7"}},
-    "GetProjects": {"models": {"pageInfo": {"__typename": "PageInfo", "hasNextPage": False}, "edges": []}},
+    "GetProjects": {"models": {"pageInfo": LAST_PAGE, "edges": []}},
     "UpsertView2": {"upsertView": {"view": {"id": "v1", "name": "nw-abc-v"}, "inserted": True}},
 }
 
@@ -63,7 +64,8 @@ class StandIn:
         class Handler(http.server.BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the server
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                content = json.loads(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+                body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+                content = json.loads(body) if body.startswith(b"{") else {}  # else W&B's telemetry
                 stand_in.requests.append((self.path, content))
                 data = json.dumps({"data": answer(content)} if "graphql" in self.path else {}).encode()
                 self.send_response(200)
