@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lkd import __version__, config
-from lkd.command_words import complete_switches, explain, known_keys, name_leading, read_recipes, usage
+from lkd.command_words import complete_switches, explain, known_keys, name_leading, read_recipes, split_config, usage
 from lkd.errors import UserError
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
@@ -124,12 +124,7 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     )
     parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     parser.add_class_arguments(recipe)
-    words = name_leading(words, recipe, field)
-    parser.add_class_arguments(COMMANDS[command][0])
-    files = 0
-    while files < len(words) and not words[files].startswith("-"):
-        files += 1
-    words = [part for path in words[:files] for part in ("--config", path)] + split_config(words[files:])
+    words = split_config(name_leading(words, recipe, field))
     expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))
@@ -139,52 +134,6 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         return None
     values = {key: value for key, value in vars(parsed).items() if key != "config"}
     return recipe(**values)
-    return COMMANDS[command][0](**values)
-
-
-def split_config(words: list[str]) -> list[str]:
-    """Let `--config=FILE` be `--config FILE`."""
-    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-
-
-def read_recipes(words: list[str]) -> list[str]:
-    """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
-    return [
-        json.dumps(read_recipe(Path(word)), default=str) if before == "--config" else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-
-
-def complete_switches(words: list[str], switches: set[str]) -> list[str]:
-    """Let `--switch` alone mean `--switch true`."""
-    completed = []
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
-        completed += [word, "true"] if word in switches and following.startswith("--") else [word]
-    return completed
-
-
-def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
-    """The dotted keys that a parser accepts; only those of one type if it is given."""
-    return [
-        action.dest
-        for action in parser._actions
-        if action.dest not in ("help", "print_config", "config")
-        and (of_type is None or getattr(action, "_typehint", None) is of_type)
-    ]
-
-
-def explain(message: str, keys: list[str]) -> str:
-    """Jsonargparse's message as one line, with the nearest keys where one was unknown."""
-    line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
-    unknown = re.search(
-        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line
-    )
-    group = re.search(r"Group '([\w.]+)'", line)
-    if not unknown:
-        return line
-    name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
-    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
-    return f"unknown key {name!r}; nearest: {', '.join(near)}"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def name_leading(words: list[str], recipe: type, field: str | None) -> list[str]
     return [f"--{field}", leading[0], *options]
 
 
+def split_config(words: list[str]) -> list[str]:
+    """Let `--config=FILE` be `--config FILE`."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
 def read_recipes(words: list[str]) -> list[str]:
     """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
     return [

@@ -184,6 +184,8 @@ def inspect(recipe: InspectRecipe) -> None:
     """`lkd inspect`."""
     report, folder = inspect_recipe(recipe)
     print(f"{report}\n\n{folder}: inspection.json, inspection.png")
+
+
 def report(recipe: ReportRecipe) -> None:
     """`lkd report`."""
     page, count = write_report(recipe)

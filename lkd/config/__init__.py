@@ -14,8 +14,8 @@ from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, 
 from lkd.config.plan import PlanRecipe
 from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
 from lkd.config.quickstart import QuickstartRecipe
-from lkd.config.sharing import PullRecipe, PushRecipe
 from lkd.config.report import ReportRecipe
+from lkd.config.sharing import PullRecipe, PushRecipe
 from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
 
 __all__ = [
