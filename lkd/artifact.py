@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lkd.errors import UserError
-from lkd.files import read_tensors, write_tensors
+from lkd.files import MALFORMED, read_tensors, write_tensors
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.learned import FORMS, FeatureLoss, LearnedLoss, LogitLoss
 from lkd.losses.replayed import ReplayedLoss
@@ -58,14 +59,37 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
     here = fetch(str(path)) if is_remote(str(path)) else Path(path)
     tensors, header = read_tensors(here, KIND, VERSION)
     try:
-        architecture = header["architecture"]
-        starts = architecture.get("starts")
-        losses = [build_loss_networks(architecture) for _ in starts or [0]]
-        loss = ReplayedLoss(losses, starts) if starts else losses[0]
+        check_architecture(header["architecture"], tensors)
+        loss = build_loss_from(header["architecture"])
         loss.load_state_dict(tensors)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: its weights and its architecture do not fit: {error}") from error
+    except MALFORMED as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its weights and its architecture do not fit: {reason}") from error
     return loss.requires_grad_(False).eval()
+
+
+def check_architecture(architecture: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Check that the networks are of the shapes of the weights, before any are made: a header can name any size.
+
+    Raises:
+        ValueError: If they are not, or there are no networks.
+    """
+    starts = architecture.get("starts") or [0]
+    if not architecture["parts"] or len(starts) > max(1, len(tensors)):
+        raise ValueError(f"{len(architecture['parts'])} networks, {len(starts)} times, for {len(tensors)} weights")
+    with torch.device("meta"):
+        built = build_loss_from(architecture).state_dict()
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (built, tensors))
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')}, the networks have {shapes.get(name, 'none')}")
+
+
+def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
+    """Build a loss, or the course of one, untrained, from what the file says of it."""
+    starts = architecture.get("starts")
+    losses = [build_loss_networks(architecture) for _ in starts or [0]]
+    return ReplayedLoss(losses, starts) if starts else losses[0]
 
 
 def build_loss_networks(architecture: dict[str, Any]) -> LearnedLoss:
@@ -80,4 +104,7 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: As `load_loss`.
     """
-    return read_tensors(Path(path), KIND, VERSION)[1]["provenance"]
+    provenance = read_tensors(Path(path), KIND, VERSION)[1].get("provenance")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: does not say what it was trained with: its `provenance` is {provenance!r}")
+    return provenance

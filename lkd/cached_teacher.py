@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkd.compressed_logits import restore_logits
+from lkd.compressed_logits import check_top_k, restore_logits, type_of_classes
 from lkd.data import Batch
 from lkd.errors import UserError
-from lkd.files import read_tensors
+from lkd.files import read_tensors, refusing_malformed
 from lkd.outputs import Outputs
 
 KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
 INDEX = "index.safetensors"
+MOST_IMAGES, MOST_CLASSES = 1 << 32, 1 << 24  # what an index may name: tables of that size are made
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,23 @@ class CacheFolder:
         """Files of one augmentation seed."""
         return -(-len(self.index) // self.header["shard_size"])
 
+    def check(self, tensors: dict[str, Tensor], shard: int) -> None:
+        """Check that a file's tensors are what one of its number holds.
+
+        Raises:
+            ValueError: If not.
+        """
+        count, top_k, classes = self.header["shard_size"], self.header["top_k"], self.header["num_classes"]
+        rows = min(count, len(self.index) - shard * count)
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"logits": ((rows, top_k or classes), torch.float16)}
+        if top_k:
+            expected |= {"classes": ((rows, top_k), type_of_classes(classes)), "remainder": ((rows,), torch.float16)}
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if found != expected:
+            raise ValueError(f"it holds {found}, not {expected}")
+        if top_k and not 0 <= int(tensors["classes"].min()) <= int(tensors["classes"].max()) < classes:
+            raise ValueError(f"it names classes that are not in [0, {classes})")
+
     def path(self, seed: int, shard: int) -> Path:
         """The file of some of the images under an augmentation seed."""
         return self.folder / f"seed-{seed:05d}-{shard:05d}.safetensors"
@@ -66,13 +84,19 @@ class CachedTeacher:
         self.cache, self.first_seed, self.device = cache, seeds.start, device
         self.rows = torch.zeros(int(cache.index.max()) + 1, dtype=torch.int64)
         self.rows[cache.index] = torch.arange(len(cache.index))
-        self.parts = [self.open(cache.path(seed, shard)) for seed in seeds for shard in range(cache.shards)]
+        self.parts = [self.open(cache.path(seed, shard), shard) for seed in seeds for shard in range(cache.shards)]
 
-    def open(self, path: Path) -> dict[str, Tensor]:
-        """Map a file."""
+    def open(self, path: Path, shard: int) -> dict[str, Tensor]:
+        """Map a file of this number.
+
+        Raises:
+            UserError: If it is not good or belongs to another cache.
+        """
         tensors, header = read_tensors(path, KIND, VERSION)
-        if header["cache"] != self.cache.fingerprint:
+        if header.get("cache") != self.cache.fingerprint:
             raise UserError(f"{path}: belongs to another cache: delete it and go on with lkd cache")
+        with refusing_malformed(path, KIND):
+            self.cache.check(tensors, shard)
         return tensors
 
     def __call__(self, batch: Batch) -> Outputs:
@@ -111,4 +135,16 @@ def read_cache(folder: Path) -> CacheFolder:
     if not (folder / INDEX).is_file():
         raise UserError(f"teacher.cache: {folder} holds no teacher cache; make one with lkd cache")
     tensors, header = read_tensors(folder / INDEX, INDEX_KIND, VERSION)
-    return CacheFolder(folder, tensors["index"], header)
+    with refusing_malformed(folder / INDEX, INDEX_KIND):
+        index = tensors["index"]
+        sizes = [header[key] for key in ("shard_size", "num_classes", "top_k")]
+        if index.dtype != torch.int64 or index.dim() != 1 or not len(index) or not bool((index.diff() > 0).all()):
+            raise ValueError(f"its index, {index.dtype} {tuple(index.shape)}, is not of ascending int64")
+        if not 0 <= index[0] <= index[-1] < MOST_IMAGES:
+            raise ValueError(f"its index goes from {index[0]} to {index[-1]}")
+        if any(type(size) is not int for size in sizes) or sizes[0] < 1 or not 1 <= sizes[1] < MOST_CLASSES:
+            raise ValueError(f"shard_size, num_classes, top_k are {sizes}")
+        if not isinstance(header["made_with"], dict) or not isinstance(header["teacher"], str):
+            raise ValueError("it does not say what it was made with")
+        check_top_k(header["top_k"], header["num_classes"])
+    return CacheFolder(folder, index, header)

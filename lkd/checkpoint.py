@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkd.errors import UserError
-from lkd.files import read_tensors, write_tensors
+from lkd.files import read_tensors, refusing_malformed, write_tensors
 
 KIND, VERSION = "checkpoint", 2
 
@@ -28,8 +28,10 @@ def load_checkpoint(path: Path) -> Any:
         UserError: If the file is missing, damaged, or not a checkpoint.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
-    tree = decode(header["tree"], tensors)
-    if digest(tree) != header.get("digest"):
+    with refusing_malformed(path, KIND):
+        tree = decode(header["tree"], tensors)
+        found = digest(tree)
+    if found != header.get("digest"):
         raise UserError(f"{path}: is damaged: its content is not what was written")
     return tree
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import TrainRecipe
 from lkd.errors import UserError
+from lkd.files import refusing_malformed
 from lkd.interrupt import Interrupted, StopRequest
 from lkd.processes import any_process, is_main, share_from_main
 from lkd.training import Training, Watch
@@ -88,7 +89,8 @@ class Checkpoints:
         """
         saved = self.load() or {}
         if saved:
-            training.load_state_dict(saved.pop("training"))
+            with refusing_malformed(self.folder, "folder of checkpoints of this training"):
+                training.load_state_dict(saved.pop("training"))
         return saved
 
     def remove(self) -> None:

@@ -55,11 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run_command(words[0], words[1:])
     except UserError as error:
-        print(f"lkd: error: {error}", file=sys.stderr)
+        print(f"lkd: error: {make_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lkd: interrupted", file=sys.stderr)
         return 130
+
+
+def make_printable(text: str) -> str:
+    """A message as one line that steers no terminal: what a file holds may be in it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def overview() -> str:
@@ -113,9 +118,12 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     Raises:
         UserError: If a file cannot be read, a key is unknown or a value is of the wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     recipe, field = COMMANDS[command][0], POSITIONAL.get(command)
+    set_parsing_settings(  # a recipe is data: no value of it may name code that is imported or made
+        import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
+    )
     parser = ArgumentParser(
         prog=f"lkd {command}",
         usage=f"lkd {command} {usage(recipe, field)} [--key value ...]",

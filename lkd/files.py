@@ -17,6 +17,9 @@ from torch import Tensor
 from lkd.errors import UserError
 
 HEADER_KEY = "lkd"
+MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+"""What taking the content of a damaged file apart can raise."""
 
 
 @contextmanager
@@ -91,6 +94,36 @@ def create_json(path: Path, content: Any) -> bool:
     return True
 
 
+@contextmanager
+def refusing_malformed(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever goes wrong while the content of a file is taken apart into one line.
+
+    Args:
+        path: The file.
+        kind: What it should be.
+
+    Raises:
+        UserError: If anything does.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"{path}: is not a good {kind} ({type(error).__name__}: {reason}): replace it") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -98,11 +131,23 @@ def read_json(path: Path) -> Any:
         UserError: If it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON: {error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: If it cannot be read or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a JSON object: replace it")
+    return content
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: int, header: dict[str, Any]) -> None:
@@ -137,11 +182,12 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a {kind})")
+    check_header_size(path)
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-        header = json.loads(metadata.get(HEADER_KEY, "null"))
+        header = parse_json(metadata.get(HEADER_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
@@ -153,3 +199,21 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             "that this package reads: update lkd"
         )
     return tensors, header
+
+
+def check_header_size(path: Path) -> None:
+    """Check the length that a safetensors file gives for its header, before anything is made of that size.
+
+    Raises:
+        UserError: If it is over `MOST_HEADER`, or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if length > MOST_HEADER:
+        raise UserError(
+            f"{path}: is damaged or not a safetensors file: its header would have {length:,} bytes, at most "
+            f"{MOST_HEADER:,} are read"
+        )

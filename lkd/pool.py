@@ -4,6 +4,9 @@ After LKD's "uniform sampling of diverse previously-trained student models"; whi
 is kept too, is our reconstruction.
 """
 
+import functools
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +20,9 @@ from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import MetaTrainRecipe, PoolContents, PoolRecipe
 from lkd.distillation import start_training
 from lkd.errors import UserError
-from lkd.files import read_json, read_tensors, write_json, write_tensors
+from lkd.files import read_mapping, read_tensors, refusing_malformed, write_json, write_tensors
 from lkd.interrupt import deferred_interrupts
+from lkd.models import build
 from lkd.processes import is_main, wait_for_all
 from lkd.run import Run
 from lkd.training import TeacherFunction, Training
@@ -76,14 +80,44 @@ class Pool:
         Raises:
             UserError: If its file is missing or damaged.
         """
-        tensors, header = read_tensors(self.folder / self.index["students"][position]["file"], KIND, VERSION)
+        path = self.folder / self.index["students"][position]["file"]
+        tensors, header = read_tensors(path, KIND, VERSION)
         parts: dict[str, dict[str, torch.Tensor]] = {"parameters": {}, "buffers": {}, "momentum_buffer": {}}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(":")
-            parts[part][key] = tensor.to(device)
-        momentum = parts.pop("momentum_buffer")
-        state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
-        return PoolStudent(state, header["learning_rate"], header["progress"])
+        with refusing_malformed(path, KIND):
+            check_student(tensors, self.index["architecture"])
+            for name, tensor in tensors.items():
+                part, _, key = name.partition(":")
+                parts[part][key] = tensor.to(device)
+            momentum = parts.pop("momentum_buffer")
+            state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
+            learning_rate, progress = float(header["learning_rate"]), float(header["progress"])
+            if not (0 <= learning_rate < math.inf and 0 <= progress <= 1):
+                raise ValueError(f"learning_rate {learning_rate}, progress {progress}")
+        return PoolStudent(state, learning_rate, progress)
+
+
+def check_student(tensors: dict[str, Tensor], architecture: dict[str, Any]) -> None:
+    """Check that a student's tensors are those of a network of this architecture.
+
+    Raises:
+        ValueError: If one is missing, unknown, or of another shape or type.
+    """
+    expected = list_tensors(json.dumps(architecture))
+    names = tensors.keys() | {name for name in expected if not name.startswith("momentum_buffer:")}
+    for name in sorted(names):
+        found = (tensors[name].shape, tensors[name].dtype) if name in tensors else "missing"
+        if found != expected.get(name):
+            raise ValueError(f"{name} is {found}, not {expected.get(name, 'known')}")
+
+
+@functools.cache
+def list_tensors(architecture: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor that a student can have, by its name in the file; of an architecture as JSON."""
+    with torch.device("meta"):
+        network = build(**json.loads(architecture) | {"pretrained": False})
+    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    parts = {"parameters": parameters, "buffers": buffers, "momentum_buffer": parameters}
+    return {f"{part}:{name}": (x.shape, x.dtype) for part, each in parts.items() for name, x in each.items()}
 
 
 def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Pool:
@@ -95,7 +129,11 @@ def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Poo
     """
     if not (folder / INDEX).is_file():
         raise UserError(f"pool_dir: {folder} holds no pool (no {INDEX}); `lkd pool` makes one")
-    index = read_json(folder / INDEX)
+    index = read_mapping(folder / INDEX)
+    with refusing_malformed(folder / INDEX, "index of a pool"):
+        index["split"], index["architecture"]["name"]
+        for entry in index["students"]:
+            check_entry(entry)
     if index["split"] != images.fingerprint:
         raise UserError(
             f"pool_dir: {folder} was made on another split of the data ({index['split']}, not {images.fingerprint}): "
@@ -106,6 +144,18 @@ def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Poo
             f"pool_dir: {folder} holds {index['architecture']['name']} students, not {architecture['name']}"
         )
     return Pool(folder, index)
+
+
+def check_entry(entry: dict[str, Any]) -> None:
+    """Check what an index says of a student.
+
+    Raises:
+        ValueError: If its file is not in the pool's own folder, or its number or age is not one.
+    """
+    if Path(entry["file"]).name != entry["file"]:
+        raise ValueError(f"file {entry['file']!r} is not a name of a file in the pool's folder")
+    if type(entry["training"]) is not int or not 0 <= entry["progress"] <= 1:
+        raise ValueError(f"training {entry['training']!r}, progress {entry['progress']!r}")
 
 
 def build_pool(

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from lkd.config import PoolSettings
 from lkd.errors import UserError
-from lkd.files import read_json
+from lkd.files import MALFORMED, read_json
 
 AgeWeights = Callable[[Tensor, int], Tensor]
 """From the ages of the pool's students [N] and the number of the draw, from 0, to a weight for each student [N]."""
@@ -89,7 +89,7 @@ def read_fidelity(path: str | None) -> tuple[Tensor, Tensor]:
     content = read_json(Path(path))
     try:
         pairs = torch.tensor(content["age_weights"], dtype=torch.float64).view(-1, 2)
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except MALFORMED:
         pairs = torch.empty(0, 2)
     pairs = pairs[pairs[:, 0].argsort()]
     repeated = (pairs[:, 0].diff() == 0).any()

@@ -5,6 +5,9 @@ from typing import Any
 
 from lkd.errors import UserError
 
+MOST_BYTES = 1 << 20  # of a recipe
+MOST_NESTED = 20  # mappings and lists in each other
+
 
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe file, merged with its bases.
@@ -25,12 +28,14 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in {file.resolve() for file in above}:
         raise UserError(f"base: {trail} is a cycle: remove one of these")
     try:
-        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
+        text = read_bounded(path)
+        check_plain(text)
+        content = get_loader("yaml")(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
         raise UserError(f"{trail}: cannot be read: {reason}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{trail}: is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, yaml.YAMLError, RecursionError, OverflowError, TypeError) as error:
+        raise UserError(f"{trail}: is not YAML that is read: {' '.join(str(error).split())[:500]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{trail}: is not a mapping of keys to values")
     bases = content.pop("base", [])
@@ -41,6 +46,36 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for base in bases:
         merged = merge(merged, read_recipe(path.parent / base, (*above, path)))
     return merge(merged, content)
+
+
+def read_bounded(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: If it is over `MOST_BYTES` long.
+    """
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
+    return text
+
+
+def check_plain(text: str) -> None:
+    """Check that YAML is a tree as large as its text and not deep, before it is built.
+
+    Raises:
+        ValueError: If it has aliases, of which a few lines can stand for any amount of memory, or is nested deeply.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise ValueError(f"line {event.start_mark.line + 1}: it is nested more than {MOST_NESTED} deep")
 
 
 def merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

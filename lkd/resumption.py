@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.errors import UserError
-from lkd.files import read_json
+from lkd.files import read_mapping
 
 MAY_DIFFER_ON_RESUME = (
     *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "data.root", "data.workers"),
@@ -18,7 +18,7 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
     Raises:
         UserError: If not.
     """
-    saved = read_json(path / "config.json")
+    saved = read_mapping(path / "config.json")
     if resume == "never":
         raise UserError(
             f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
@@ -28,7 +28,7 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         raise UserError(
             f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
         )
-    before, now = flatten(saved["recipe"]), flatten(config["recipe"])
+    before, now = flatten(saved.get("recipe")), flatten(config["recipe"])
     for key in sorted(before.keys() | now.keys()):
         if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
             raise UserError(

@@ -19,7 +19,7 @@ from lkd.balance.balancing import split_terms, take_gradient
 from lkd.balance.variance import GradientMoments, optimal_share
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe, VarianceRecipe
 from lkd.errors import UserError
-from lkd.files import read_json, replaced_atomically, write_json
+from lkd.files import read_mapping, replaced_atomically, write_json
 from lkd.models.network_file import load_network
 from lkd.run import choose_device
 
@@ -69,7 +69,7 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
         UserError: If the run is not a finished `lkd distill`.
     """
     folder, device = Path(recipe.run_dir), choose_device(recipe.device)
-    saved = read_json(folder / "config.json")
+    saved = read_mapping(folder / "config.json")
     if saved.get("command") != "distill":
         raise UserError(f"run_dir: {folder} holds a run of `lkd {saved.get('command')}`, not of `lkd distill`")
     parts = saved["recipe"]

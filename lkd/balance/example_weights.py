@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lkd.config import InfluenceSettings
+from lkd.errors import UserError
 from lkd.files import read_tensors, write_tensors
 
 KIND, VERSION = "set of example weights", 1
@@ -52,4 +53,9 @@ def load_weights(path: Path) -> tuple[Tensor, Tensor]:
         UserError: If the file is missing, damaged or another one.
     """
     tensors, _ = read_tensors(path, KIND, VERSION)
-    return tensors["index"], tensors["weight"]
+    nothing = torch.empty(0)
+    index, weight = tensors.get("index", nothing), tensors.get("weight", nothing)
+    good = index.dtype == torch.int64 and index.dim() == 1 and index.shape == weight.shape
+    if not (good and weight.is_floating_point() and bool((weight >= 0).all() and weight.isfinite().all())):
+        raise UserError(f"{path}: has not one index (int64) and one weight of at least 0 for each example: replace it")
+    return index, weight

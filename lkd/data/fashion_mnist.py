@@ -1,6 +1,7 @@
 """Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017): whole, and the part of it that the package carries."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from lkd.data.dataset import Dataset
 from lkd.data.embedded import ARCHIVE
 from lkd.data.images import ImageSet
 from lkd.errors import UserError
+from lkd.files import MALFORMED
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -23,6 +25,7 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+MOST_BYTES = 1 << 26  # that an archive may unpack to
 FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 
 
@@ -52,8 +55,29 @@ def read_embedded_archive(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {expected[:12]}…): reinstall"
         )
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
+    try:
+        check_archive_size(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+            wrong = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    except Exception as error:  # of zip, zlib, NumPy and its parser of headers
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"embedded data: {path} cannot be read ({type(error).__name__}: {reason})") from error
+    if wrong:
+        raise UserError(f"embedded data: {path}: {wrong[0]!r} is not an array")
+    return arrays
+
+
+def check_archive_size(path: Path) -> None:
+    """Check what an archive unpacks to, before it is.
+
+    Raises:
+        ValueError: If it is over `MOST_BYTES`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > MOST_BYTES:
+        raise ValueError(f"it would unpack to {size:,} bytes, at most {MOST_BYTES:,} are read")
 
 
 def load_fashion_mnist(root: str | None) -> Dataset:
@@ -66,8 +90,9 @@ def load_fashion_mnist(root: str | None) -> Dataset:
     for train in (True, False):
         try:
             full = FashionMNIST(root, train=train, download=not (Path(root) / "FashionMNIST" / "raw").is_dir())
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"data.root: Fashion-MNIST cannot be read from {root!r}: {error}") from error
+        except (*MALFORMED, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"data.root: Fashion-MNIST cannot be read from {root!r}: {reason}") from error
         images, count = full.data.numpy(), 60_000 if train else 10_000
         if images.shape != (count, 28, 28) or len(full.targets) != count:
             raise UserError(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lkd.data.crops import SHORTER_SIDE, resize_shorter_side
 from lkd.data.damage import Damage
-from lkd.data.decoding import DamagedImageError
+from lkd.data.decoding import MOST_PIXELS, DamagedImageError
 from lkd.data.loading import start_threads
 from lkd.data.sources import ImageSource
 from lkd.errors import UserError
-from lkd.files import check_free_space, read_tensors, replaced_atomically, write_tensors
+from lkd.files import check_free_space, read_tensors, refusing_malformed, replaced_atomically, write_tensors
 
 KIND, VERSION = "packed images", 1
 SAMPLE = 64  # images from which the size of all is estimated
@@ -139,6 +139,19 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
     if not index.is_file():
         raise UserError(f"data.packed: {folder} holds no packed {part} images; write them with lkd pack")
     tensors, header = read_tensors(index, KIND, VERSION)
+    with refusing_malformed(index, "index of packed images"):
+        shapes = tensors["shapes"]
+        if not all(type(header[key]) is int for key in ("images", "shorter_side")):
+            raise ValueError(f"images {header['images']!r}, shorter_side {header['shorter_side']!r}")
+        if shapes.dtype != torch.int64 or tuple(shapes.shape) != (header["images"], 2) or not header["images"]:
+            raise ValueError(f"shapes are {shapes.dtype} {tuple(shapes.shape)}, of {header['images']} images")
+        if not bool(((shapes >= 0) & (shapes <= MOST_PIXELS)).all() and (shapes.prod(1) <= MOST_PIXELS).all()):
+            raise ValueError(
+                f"shapes go from {shapes.min()} to {shapes.max()}, at most {MOST_PIXELS:,} pixels an image"
+            )
+        if bool(((shapes == 0).sum(1) == 1).any()):
+            raise ValueError("an image has one side of 0")
+        header["names"]
     if (header["images"], header["names"]) != (len(source), hash_names(source)):
         raise UserError(
             f"data.packed: {folder} holds {header['images']:,} {part} images that are not the {len(source):,} of "
@@ -149,10 +162,10 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
             f"data.packed: {folder} holds images of shorter side {header['shorter_side']}, data.image_size "
             f"{image_size} needs {round(image_size * SHORTER_SIDE)}: pack them anew with that shorter_side"
         )
-    size = 3 * int(tensors["shapes"].prod(1).sum())
+    size = 3 * int(shapes.prod(1).sum())
     if not path.is_file() or path.stat().st_size != size:
         raise UserError(f"data.packed: {path} is missing or not of {size:,} bytes: pack the images anew")
-    return PackedSource(source, path, tensors["shapes"])
+    return PackedSource(source, path, shapes)
 
 
 def hash_names(source: ImageSource) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lkd.data.decoding import DamagedImageError, decode
 from lkd.errors import UserError
+from lkd.files import MALFORMED
 
+MOST_NESTED = 3  # tars in tars
 SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
 
 
@@ -71,26 +73,38 @@ def index_tar(path: Path) -> Iterator[Member]:
     """
     try:
         with path.open("rb") as file:
-            yield from index_stream(file, "", 0)
-    except (tarfile.TarError, OSError) as error:
+            yield from index_stream(file, "", 0, path.stat().st_size)
+    except (tarfile.TarError, OSError, *MALFORMED) as error:  # tarfile lets out what its parsers of numbers raise
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"data.root: {path}: cannot be read as an uncompressed tar ({error}): unpack or replace it"
+            f"data.root: {path}: cannot be read as an uncompressed tar ({reason}): unpack or replace it"
         ) from error
 
 
-def index_stream(file: IO[bytes], prefix: str, start: int) -> Iterator[Member]:
-    """List the files in an open tar that begins at `start` of the outer one."""
+def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int = 0) -> Iterator[Member]:
+    """List the files in an open tar that begins at `start` of the outer one and has `size` bytes.
+
+    Raises:
+        tarfile.ReadError: If a member is not within the tar, or tars lie in each other more than `MOST_NESTED` deep.
+    """
+    if depth > MOST_NESTED:
+        raise tarfile.ReadError(f"{prefix} tars lie in each other, more than {MOST_NESTED} deep")
     with tarfile.open(fileobj=file, mode="r:") as tar:
+        read = -1
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+            if not read < member.offset_data <= member.offset_data + max(member.size, 0) <= size or member.size < 0:
+                raise tarfile.ReadError(f"{member.name!r}: {member.size:,} bytes from {member.offset_data:,} on")
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name!r} is sparse")
+            read = member.offset_data
             if not member.isfile():
                 continue
             if member.name.endswith(".tar"):
                 inner = tar.extractfile(member)
                 assert inner is not None
-                yield from index_stream(
-                    inner, f"{prefix}{member.name.removesuffix('.tar')}/", start + member.offset_data
-                )
+                folder, within = f"{prefix}{member.name.removesuffix('.tar')}/", start + member.offset_data
+                yield from index_stream(inner, folder, within, member.size, depth + 1)
             else:
                 yield Member(prefix + member.name, start + member.offset_data, member.size)
 

@@ -1,6 +1,5 @@
 """WebDataset shards on a disk: tar files with `KEY.jpg` and its label, `KEY.cls` or `KEY.json`, side by side."""
 
-import json
 from pathlib import Path
 
 from lkd.data.dataset import Dataset
@@ -9,9 +8,10 @@ from lkd.data.image_folder import SUFFIXES
 from lkd.data.labelled_sources import LabelledSource, build_dataset, check_root
 from lkd.data.tar_files import Member, TarSource, index_tar, read_member
 from lkd.errors import UserError
-from lkd.files import read_json
+from lkd.files import parse_json, read_mapping, refusing_malformed
 
 LAYOUT = "*train*.tar and *val*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
+MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
 PARTS = {"train": ("train",), "val": ("validation", "val")}
 
 
@@ -29,7 +29,13 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
     """
     root = check_root(root, LAYOUT)
     train, val = (read_shards(find_shards(Path(root), part)) for part in PARTS)
-    classes = tuple(map(str, range(1 + max(train.labels, default=0))))
+    largest = max(train.labels, default=0)
+    if largest >= max(len(train.labels), MOST_NAMED):
+        raise UserError(
+            f"data.root: {root}: label {largest:,} of a training image, but there are {len(train.labels):,} training "
+            "images: not every class from 0 on has one"
+        )
+    classes = tuple(map(str, range(1 + largest)))
     unknown = [label for label in val.labels if label >= len(classes)]
     if unknown:
         raise UserError(f"data.root: {root}: label {unknown[0]} of a validation image is none of the training images'")
@@ -44,8 +50,12 @@ def find_shards(root: Path, part: str) -> list[Path]:
     """
     for info in (root / "_info.json", root / "info.json"):
         if info.is_file():
-            splits = read_json(info).get("splits", {})
-            named: list[str] = next((splits[name]["filenames"] for name in PARTS[part] if name in splits), [])
+            with refusing_malformed(info, "list of shards"):
+                splits = read_mapping(info).get("splits", {})
+                named: list[str] = next((splits[name]["filenames"] for name in PARTS[part] if name in splits), [])
+                outside = [name for name in named if not is_within(name)]
+            if outside:
+                raise UserError(f"data.root: {info}: {outside[0]!r} is not a file in that folder: remove it")
             missing = [name for name in named if not (root / name).is_file()]
             if missing:
                 raise UserError(f"data.root: {root / missing[0]}: no such shard, but {info.name} names it")
@@ -55,6 +65,11 @@ def find_shards(root: Path, part: str) -> list[Path]:
     if not paths:
         raise UserError(f"data.root: {str(root)!r} holds no {part} shards; expected {LAYOUT}")
     return paths
+
+
+def is_within(name: str) -> bool:
+    """Whether a name is that of a file in a folder, or in a folder in it."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
 def read_shards(paths: list[Path]) -> LabelledSource:
@@ -97,7 +112,7 @@ def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
     """
     content = read_member(path, member)
     try:
-        value = json.loads(content)
+        value = parse_json(content)
         if isinstance(value, dict):
             value = value.get("label")
         if value is None:

@@ -6,12 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lkd.errors import UserError, check_choice
+from lkd.files import MALFORMED
 from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.given_network import LogitNetwork
 from lkd.models.small import SMALL_NETWORKS
 from lkd.models.timm_network import TimmNetwork
 
 OWN_NETWORKS = {**SMALL_NETWORKS, **CIFAR_NETWORKS}
+# Options of timm.create_model that read other files or the internet: no recipe and no file of a stranger may set them.
+REACHING_OUT = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict")
 
 
 def build(
@@ -40,6 +43,9 @@ def build(
         return OWN_NETWORKS[name](num_classes, in_chans)
     import timm
 
+    reaching_out = sorted(set(options or {}) & {*REACHING_OUT, "pretrained"})
+    if reaching_out:
+        raise UserError(f"model {name!r}: option {reaching_out[0]} is not taken; weights come from a file of their own")
     architecture, _, tag = name.partition(".")
     check_choice("model", architecture, [*timm.list_models(), *OWN_NETWORKS])
     if tag:
@@ -48,10 +54,11 @@ def build(
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(options or {})
         )
-    except (TypeError, RuntimeError, OSError) as error:
+        network = TimmNetwork(model)
+    except (*MALFORMED, OSError) as error:
         raise UserError(f"model {name!r} cannot be built with {options or {}}: {first_line(error)}") from error
     logging.getLogger("timm").setLevel(logging.WARNING)
-    return TimmNetwork(model)
+    return network
 
 
 def first_line(error: BaseException) -> str:

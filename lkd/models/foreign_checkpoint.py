@@ -1,13 +1,15 @@
 """Teachers that RepDistiller and mdistiller trained and published (`*_vanilla/ckpt_epoch_240.pth`)."""
 
 import argparse
-import pickle
+import functools
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lkd.errors import UserError, check_choice
+from lkd.files import refusing_malformed
 from lkd.models.cifar import CIFAR_NETWORKS
 
 # RepDistiller's other name of the same module, where its two files of residual networks differ.
@@ -36,7 +38,8 @@ def load_crd_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]:
     if shapes_of(state) != expected_shapes(name, num_classes):
         raise UserError(f"{path}: {explain_mismatch(state, name, num_classes)}")
     network = CIFAR_NETWORKS[name](num_classes, 3)
-    network.load_state_dict(state, strict=False)  # only BatchNorm's counters can be missing
+    with refusing_malformed(path, "checkpoint"):
+        network.load_state_dict(state, strict=False)  # only BatchNorm's counters can be missing
     return network.eval(), num_classes
 
 
@@ -49,16 +52,37 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a checkpoint of RepDistiller or mdistiller)")
     try:
+        check_not_compressed(path)
         # RepDistiller's `*_last.pth` holds its command line too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # what unpickling a damaged file raises has no end
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path}: cannot be read as a checkpoint of weights only: {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_weight, state, state.values())):
         raise UserError(f"{path}: holds no state dict, neither as `model` nor by itself")
     return state
+
+
+def is_weight(name: object, value: object) -> bool:
+    """Whether an entry of a state dict is what one should be: numbers that are there, under a name."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and plain
+
+
+def check_not_compressed(path: Path) -> None:
+    """Check that a file is not far larger in memory than on the disk; torch.save never compresses.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        needed, there = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+    if needed > there:
+        raise ValueError(f"its {there:,} bytes would be {needed:,} in memory, but torch.save compresses nothing")
 
 
 def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -66,6 +90,7 @@ def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
+@functools.cache
 def expected_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     """What the weights of a CIFAR network look like."""
     with torch.device("meta"):

@@ -1,12 +1,16 @@
 """A trained network as one safetensors file that says what it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lkd.errors import UserError
-from lkd.files import read_tensors, write_tensors
+from lkd.files import read_tensors, refusing_malformed, write_tensors
 from lkd.models.build import build, plain_state_dict
 from lkd.models.given_network import GIVEN
 from lkd.models.timm_network import TimmNetwork
@@ -37,16 +41,50 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         UserError: If the file is missing, damaged, not a network, or its weights do not fit its architecture.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
-    name = str(header["architecture"]["name"])
-    if name.startswith(GIVEN):
-        raise UserError(
-            f"{path}: holds the weights of a {name.removeprefix(GIVEN).split('@')[0]} of the caller's own, which no "
-            "name builds: build it, and load them by load_state_dict(safetensors.torch.load_file(path))"
-        )
-    network = build(**header["architecture"])
-    inner = network.model if isinstance(network, TimmNetwork) else network
-    try:
+    with refusing_malformed(path, KIND):
+        name = str(header["architecture"]["name"])
+        if name.startswith(GIVEN):
+            raise UserError(
+                f"{path}: holds the weights of a {name.removeprefix(GIVEN).split('@')[0]} of the caller's own, which "
+                "no name builds: build it, and load them by load_state_dict(safetensors.torch.load_file(path))"
+            )
+        architecture = {"in_chans": 3} | header["architecture"] | {"pretrained": False}
+        check_size(path, architecture, tensors)
+        network = build(**architecture)
+        inner = network.model if isinstance(network, TimmNetwork) else network
         inner.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit a {header['architecture']['name']}: {error}") from error
-    return network.eval(), header
+    return network.eval(), header | {"architecture": architecture}
+
+
+def check_size(path: Path, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Check that a network is of the shapes of the weights, before it is made: a header can name one of any size.
+
+    Raises:
+        UserError: If it is not.
+    """
+    with torch.device("meta"), parameters_limited(4 * len(tensors) + 100):
+        expected = plain_state_dict(build(**architecture))
+    for name in [*expected, *tensors]:
+        shapes = [tuple(each[name].shape) if name in each else "missing" for each in (tensors, expected)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path}: its weights do not fit a {architecture['name']}: {name} is {shapes[0]}, there {shapes[1]}"
+            )
+
+
+@contextmanager
+def parameters_limited(most: int) -> Iterator[None]:
+    """Within, modules register this many parameters at most."""
+    left = most
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"the network has far more parameters than the file has weights, over {most:,}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lkd.files import parse_json
+
 LOG = "log.jsonl"
 
 
@@ -35,8 +37,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-            rows.setdefault(int(row["step"]), {}).update(row)
-        except (ValueError, TypeError, KeyError):
+            row = parse_json(line)
+        except ValueError:
             continue  # a line cut off by a crash
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
