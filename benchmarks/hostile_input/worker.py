@@ -2,8 +2,8 @@
 
 python worker.py READER FIRST LAST FOLDER
 
-Prints a JSON line for every file that was neither read nor refused in one line, one for every hundredth file, and the
-counts at the end.
+Prints a JSON line for every file that was neither read nor refused in one line, was slow, or took much memory. What is
+being read, the counts so far and the peak of memory are kept in FOLDER/progress.json: they outlive a crash.
 """
 
 import json
@@ -84,8 +84,8 @@ def say(**row: Any) -> None:
     print(json.dumps(row), flush=True)
 
 
-def fuzz(name: str, numbers: range, folder: Path) -> dict[str, int]:
-    """Read the damaged files of these numbers; counts of outcomes, and the peak of memory in KiB above the start."""
+def fuzz(name: str, numbers: range, folder: Path) -> None:
+    """Read the damaged files of these numbers."""
     reader = READERS[name]
     folder.mkdir(parents=True, exist_ok=True)
     reader.write(folder)
@@ -95,11 +95,15 @@ def fuzz(name: str, numbers: range, folder: Path) -> dict[str, int]:
         assert outcome in ("read", "refused"), why
     before, peak = memory("VmRSS"), 0
     counts: dict[str, int] = {}
-    evil, current = folder / "EVIL", Path("current")
+    evil = folder / "EVIL"
+
+    def write_progress(number: int) -> None:
+        Path("progress.json").write_text(json.dumps({"number": number, "counts": counts, "peak_kib": peak}))
+
     for number in numbers:
         path, damaged = draw_file(reader, name, number, files)
         path.write_bytes(damaged)
-        current.write_text(str(number))
+        write_progress(number)
         Path("/proc/self/clear_refs").write_text("5")  # the peak of this file alone
         started = time.process_time()
         outcome, why = try_file(reader, path)
@@ -113,9 +117,7 @@ def fuzz(name: str, numbers: range, folder: Path) -> dict[str, int]:
         counts[outcome] = counts.get(outcome, 0) + 1
         if outcome not in ("read", "refused") or grown > 512 << 10 or seconds > 2:
             say(number=number, file=path.name, outcome=outcome, why=why, seconds=round(seconds, 2), mib=grown >> 10)
-        elif number % 100 == 0:
-            say(number=number)
-    return counts | {"peak_kib": peak}
+    write_progress(numbers.stop)
 
 
 def main() -> None:
@@ -126,7 +128,7 @@ def main() -> None:
     os.chdir(folder)
     limit = (memory("VmSize") << 10) + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    say(counts=fuzz(name, range(first, last), folder / "files"))
+    fuzz(name, range(first, last), folder / "files")
 
 
 if __name__ == "__main__":

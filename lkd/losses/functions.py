@@ -4,9 +4,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
+from lkd.errors import UserError
+
 
 def widen(tensor: Tensor) -> Tensor:
-    """At least float32, whatever the autocast state gave; float64 stays."""
+    """At least float32, whatever the autocast state gave; float64 stays.
+
+    Every loss widens its logits, so that all say the same of a batch of no images, whose mean is not a number.
+
+    Raises:
+        UserError: If the batch is empty.
+    """
+    if tensor.shape[:1] == (0,):
+        raise UserError("loss: the batch is empty, and the mean of nothing is no number; give at least one image")
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -41,8 +51,15 @@ def label_of(target: Tensor) -> Tensor:
 
 def pearson_correlations(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
     """Pearson's correlation of each row of `a` with that row of `b`, [N, M] → [N]; 0 where a row is constant."""
-    a, b = (normalize(x - x.mean(1, keepdim=True), dim=1, eps=eps) for x in (a, b))
+    a, b = (normalize(centre(x), dim=1, eps=eps) for x in (a, b))
     return (a * b).sum(1)
+
+
+def centre(rows: Tensor) -> Tensor:
+    """Rows less their mean, [N, M]; exactly 0 where a row is constant, whatever its mean is rounded to."""
+    centred = rows - rows.mean(1, keepdim=True)
+    rounding = 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(1, keepdim=True)
+    return centred * (centred.abs().amax(1, keepdim=True) > rounding)
 
 
 def check_options(temperature: float | None = None, **weights: float) -> None:

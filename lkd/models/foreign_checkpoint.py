@@ -90,9 +90,15 @@ def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-@functools.cache
 def expected_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """What the weights of a CIFAR network look like."""
+    """What the weights of a CIFAR network look like, for any number of classes."""
+    ten, eleven = list_shapes(name, 10), list_shapes(name, 11)
+    return {key: shape if shape == eleven[key] else (num_classes, *shape[1:]) for key, shape in ten.items()}
+
+
+@functools.cache
+def list_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """What the weights of a CIFAR network look like; each is laid out once, which takes a while."""
     with torch.device("meta"):
         return shapes_of(CIFAR_NETWORKS[name](num_classes, 3).state_dict())
 

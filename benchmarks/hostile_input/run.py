@@ -1,0 +1,145 @@
+"""Damaged and hostile files for every reader, by the thousands. Kept in docs/evidence/hostile_input.
+
+python benchmarks/hostile_input/run.py [OUT] [--files N]
+
+Reads N files a reader (10,000), two readers at a time, and writes OUT/result.json, files.csv, README.md and what was
+found (findings.jsonl). Files are a function of reader and number alone: `worker.py READER NUMBER NUMBER+1 FOLDER`
+reads one again.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.hostile_input.readers import READERS  # noqa: E402 - from this repository, wherever it is started
+from lkd.evidence import evidence  # noqa: E402
+from lkd.files import write_json, write_text  # noqa: E402
+from lkd.run import environment  # noqa: E402
+
+EVIDENCE = ROOT / "docs" / "evidence" / "hostile_input"
+FILES = 10_000
+STUCK = 300  # seconds without a word from a worker, after which it is ended: a hang that no signal reaches
+OUTCOMES = ("read", "refused", "traceback", "out of memory", "code was run", "hang", "crash")
+README = """# Hostile input
+
+Made by `python benchmarks/hostile_input/run.py --files {files}`. Each reader of files that may come from strangers
+read {files:,} damaged files (byte flips, cuts, splices; and lies in each format's own terms: header lengths, offsets,
+shapes, dtypes, JSON of other types and depths, YAML tags, aliases and class paths, tar names and sizes, zip bombs,
+pickles that run a command, images that claim to be huge). Good is: it returns a valid object, which is then used once,
+or refuses the file in one line (`UserError`; of a damaged image, it is skipped). What else happened:
+
+{table}
+
+A hang is a file that takes more than {seconds} s of the process's own time. Peak memory is of one file, above the
+worker at rest. A worker has 4 GiB of address space to spare, and an allocation that fails counts as *out of memory*
+even if the reader turns it into a refusal. Commands and modules that hostile files name would leave a mark; *code was
+run* counts the marks.
+
+What it does not show: code behind these readers that a valid but malicious file reaches (a loss that teaches badly is a
+valid file); the readers of `hfds/` and `torch/`, which are other packages'; files that pass the checksum of CIFAR's
+pickles. Seeds are fixed: the same command tries the same files.
+
+`result.json`: the figures; `files.csv`: the table; `findings.jsonl`: every file that did not end well or was slow (over
+2 s) or large (over 512 MiB).
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=EVIDENCE)
+    parser.add_argument("--files", type=int, default=FILES, help="a reader")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    with ThreadPoolExecutor(options.workers) as threads:
+        rows = list(threads.map(lambda name: fuzz_reader(name, options.files), READERS))
+    report(rows, options.out, options.files)
+
+
+def fuzz_reader(name: str, files: int) -> dict[str, Any]:
+    """Have workers read a reader's files; a worker that dies is followed by another."""
+    counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
+    findings: list[dict[str, Any]] = []
+    peak, first, started = 0, 0, time.time()  # after the last file `first` is past `files`
+    while first < files:
+        with tempfile.TemporaryDirectory() as folder:
+            code = run_worker(name, first, files, Path(folder))
+            progress = json.loads((Path(folder) / "progress.json").read_text())
+            findings += [json.loads(line) for line in (Path(folder) / "said.jsonl").read_text().splitlines()]
+        peak, first = max(peak, progress["peak_kib"]), progress["number"] + 1
+        for outcome, count in progress["counts"].items():
+            counts[outcome] += count
+        if code == 1:
+            raise RuntimeError(f"the worker of {name!r} failed at file {progress['number']}")
+        if code:
+            outcome = "hang" if code == "stuck" else "crash"
+            counts[outcome] += 1
+            findings.append({"number": progress["number"], "outcome": outcome, "why": f"exit code {code}"})
+    print(f"{name}: {counts}, {peak >> 10} MiB, {time.time() - started:.0f} s", flush=True)
+    return {"reader": name, "files": sum(counts.values()), **counts, "peak_mib": peak / 1024, "findings": findings}
+
+
+def run_worker(name: str, first: int, last: int, folder: Path) -> int | str:
+    """Have a worker read the files of these numbers; its exit code, or `stuck`."""
+    words = [sys.executable, str(Path(__file__).with_name("worker.py")), name, str(first), str(last), str(folder)]
+    progress = folder / "progress.json"
+    progress.write_text(json.dumps({"number": first, "counts": {}, "peak_kib": 0}))
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "said.jsonl").open("w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=subprocess.DEVNULL, env=variables)
+        while True:
+            try:
+                return process.wait(10)
+            except subprocess.TimeoutExpired:
+                if time.time() - progress.stat().st_mtime > STUCK:
+                    process.kill()
+                    process.wait()
+                    return "stuck"
+
+
+def report(rows: list[dict[str, Any]], out: Path, files: int) -> None:
+    """Write the evidence."""
+    from benchmarks.hostile_input.worker import SECONDS
+
+    columns = ["reader", "files", *OUTCOMES, "peak_mib"]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "files.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | {"peak_mib": round(row["peak_mib"], 1)} for row in rows)
+    found = [json.dumps({"reader": row["reader"], **finding}) for row in rows for finding in row["findings"]]
+    write_text(out / "findings.jsonl", "".join(f"{line}\n" for line in found))
+    total = {key: sum(row[key] for row in rows) for key in ("files", *OUTCOMES)}
+    figures = {
+        "files_tried": total["files"],
+        "crashes": total["crash"],
+        "tracebacks": total["traceback"] + total["out of memory"] + total["code was run"],
+        "hangs": total["hang"],
+        "peak_memory_mib": round(max(row["peak_mib"] for row in rows), 1),
+        "readers": len(rows),
+        "files_read": total["read"],
+        "files_refused": total["refused"],
+    }
+    command = f"python benchmarks/hostile_input/run.py --files {files}"
+    write_json(out / "result.json", evidence(command, environment(), figures))
+    lines = ["| " + " | ".join(columns[:-1]) + " | peak, MiB |", "|---" * len(columns) + "|"]
+    for row in [*rows, {"reader": "all", **total, "peak_mib": figures["peak_memory_mib"]}]:
+        cells = [row["reader"], *(f"{row[key]:,}" for key in columns[1:-1]), f"{row['peak_mib']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    table = "\n".join(lines)
+    print(table)
+    write_text(out / "README.md", README.format(files=files, table=table, seconds=SECONDS))
+
+
+if __name__ == "__main__":
+    main()
