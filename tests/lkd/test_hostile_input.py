@@ -1,5 +1,6 @@
 """Files from strangers: refused in one line, whatever is in them; nothing in them is run, fetched or written to."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -83,7 +84,7 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path, monkeypatch) -> 
 def test_a_pickle_is_refused_not_run(number: int, tmp_path, no_evil) -> None:
     path = tmp_path / "teacher.pth"
     path.write_bytes(PICKLES[number])
-    with pytest.raises(UserError, match="cannot be read as a checkpoint of weights only|holds no state dict"):
+    with pytest.raises(UserError, match=r"cannot be read as a checkpoint of weights only|holds no state dict"):
         load_crd_checkpoint(path, "resnet8")
 
 
@@ -99,7 +100,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path) -> N
     torch.save({"model": {"w": torch.zeros(1000)}}, path)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/1", bytes(10**7))
-    with pytest.raises(UserError, match="in memory, but torch.save compresses nothing"):
+    with pytest.raises(UserError, match=r"in memory, but torch\.save compresses nothing"):
         load_crd_checkpoint(path, "resnet8")
 
 
@@ -308,10 +309,8 @@ def test_members_of_a_tar_are_never_written_anywhere(name, kind, tmp_path) -> No
             member.size = 4 if kind == tarfile.REGTYPE else 0
             tar.addfile(member, io.BytesIO(b"evil"))
     before = sorted(tmp_path.rglob("*"))
-    try:
+    with contextlib.suppress(UserError):  # its class is none, or not the one that is trained on
         load_dataset("tar", str(folder))
-    except UserError as error:
-        assert "lies in no class folder" in str(error) or "classes" in str(error)
     assert sorted(tmp_path.rglob("*")) == before
     linked = [member.name for member in index_tar(folder / "train.tar") if member.name == name]
     assert bool(linked) == (kind == tarfile.REGTYPE)

@@ -142,7 +142,7 @@ def test_one_and_two_workers_fill_the_same_cells() -> None:
     methods += ["--baseline", "CE", "--tuning_trainings", "1", "--students", "[{name: tiny_cnn}]"]
     for workers in ("1", "2"):
         run_fresh("compare", *TINY, *methods, "--workers", workers, "--run_dir", f"w{workers}")
-    tables = [list(csv.DictReader(Path(f"w{workers}", "cells.csv").open())) for workers in "12"]
+    tables = [list(csv.DictReader(Path(f"w{workers}/cells.csv").read_text().splitlines())) for workers in "12"]
     assert len(tables[0]) == 4
     for one, two in zip(*tables, strict=True):
         assert {k: v for k, v in one.items() if k not in MEASURED} == {
