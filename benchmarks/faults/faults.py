@@ -1,0 +1,190 @@
+"""The faults: what each is, what is promised, where it applies, and how it is brought about."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.faults import injections
+from benchmarks.faults.injections import Moment
+from benchmarks.faults.processes import Injection
+
+ALL = ("pool", "meta-train", "distill", "compare", "cache")
+TRAININGS = ("pool", "meta-train", "distill", "compare")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault.
+
+    Attributes:
+        what: What happens.
+        promise: What a user may rely on.
+        commands: Where it applies.
+        elsewhere: Why not at the other commands.
+        inject: From a moment to what is done to the process; None if the fault comes from outside.
+        codes: Exit codes that keep the promise.
+        says: What the run must have said, as a regular expression.
+        again: What the run that goes on must say.
+        files: Whether it needs images in files.
+        exact: Whether the result is that of the undisturbed run to the bit; else that of the run with `reference`.
+        reference: Another fault that must have the same result when it comes at the same call.
+    """
+
+    what: str
+    promise: str
+    commands: tuple[str, ...] = ALL
+    elsewhere: str = ""
+    inject: Callable[[Moment], Injection] | None = None
+    codes: tuple[int, ...] = (2,)
+    says: str = "^lkd: error: "
+    again: str = ""
+    files: bool = False
+    exact: bool = True
+    reference: str = ""
+
+
+SAME = "; `--resume auto` ends with the same bits"
+IN_TEACHER = "one logit of the teacher is not finite"
+
+FAULTS = {
+    "kill": Fault(
+        "SIGKILL",
+        f"at most the steps since the last checkpoint are lost{SAME}",
+        codes=(-9,),
+        says="",
+    ),
+    "terminate": Fault(
+        "SIGTERM",
+        f"exit 143 after a checkpoint at the next step (while preparing, and in `cache`: at once){SAME}",
+        codes=(143, -15),
+        says="",
+    ),
+    "disk full": Fault(
+        "no space left in the middle of a write",
+        f"exit 2 with one line that names the file; earlier files stay{SAME}",
+        inject=lambda moment: partial(injections.fill_disk, moment),
+        says="^lkd: error: .*No space left on device",
+    ),
+    "truncated": Fault(
+        "a checkpoint or result arrives truncated, and the machine dies",
+        f"it is found damaged, named, and the newest good one takes its place{SAME}",
+        inject=lambda moment: partial(injections.damage_file, moment, flip=False),
+        codes=(-9,),
+        says="",
+    ),
+    "flipped bits": Fault(
+        "a checkpoint or result arrives with flipped bits, and the machine dies",
+        f"it is found by its checksum, named, and the newest good one takes its place{SAME}",
+        inject=lambda moment: partial(injections.damage_file, moment, flip=True),
+        codes=(-9,),
+        says="",
+    ),
+    "worker killed": Fault(
+        "a worker process is killed",
+        f"exit 2 with one line; finished trainings are kept{SAME}",
+        commands=("compare",),
+        elsewhere="they have no worker processes",
+    ),
+    "decoder dies": Fault(
+        "a thread that decodes images runs out of memory",
+        f"exit 2 with one line that names the image{SAME}",
+        inject=lambda moment: partial(injections.fail_decoder, moment),
+        files=True,
+        says="^lkd: error: .*data: ",
+    ),
+    "image damaged": Fault(
+        "an image file is overwritten while the run reads it",
+        "the next image of the order takes its place, the log names it, the run goes on",
+        codes=(0,),
+        says="skipped",
+        files=True,
+        exact=False,
+    ),
+    "image gone": Fault(
+        "an image file vanishes",
+        "the next image of the order takes its place, the log names it, the run goes on",
+        codes=(0,),
+        says="skipped",
+        files=True,
+        exact=False,
+    ),
+    "read hangs": Fault(
+        "a read never returns",
+        f"exit 2 with one line that names the image, `data.read_timeout` seconds later{SAME}",
+        inject=lambda moment: partial(injections.hang_decoder, moment),
+        files=True,
+        says=r"^lkd: error: data\.read_timeout: ",
+    ),
+    "not finite: batch": Fault(
+        "one pixel of a batch is NaN or infinite",
+        f"exit 2 with one line that names the step and the images{SAME}",
+        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=False),
+        says="^lkd: error: .*not finite",
+        commands=("pool", "distill", "compare", "cache"),
+        elsewhere="pool and looks are trained as in `pool`; rollouts: below",
+    ),
+    "not finite: teacher": Fault(
+        IN_TEACHER,
+        f"exit 2 with one line that names the step and the teacher{SAME}",
+        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=False),
+        says="^lkd: error: .*not finite",
+        commands=("pool", "distill", "compare", "cache"),
+        elsewhere="pool and looks are trained as in `pool`; rollouts: below",
+    ),
+    "not finite: hypergradient": Fault(
+        "a hypergradient is NaN",
+        "it is left out and counted; loss and outer optimiser are as if that student had not been drawn",
+        inject=lambda moment: partial(injections.spoil_hypergradient, moment, factor=float("nan")),
+        commands=("meta-train",),
+        elsewhere="they have no hypergradient",
+        codes=(0,),
+        says="1 of 8 hypergradients were left out",
+        exact=False,
+        reference="not finite: hypergradient",
+    ),
+    "not finite: rollout's batch": Fault(
+        "one pixel of a batch of a rollout is NaN or infinite",
+        "that student's hypergradient is left out and counted, as if the student had not been drawn",
+        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=True),
+        commands=("meta-train",),
+        elsewhere="they have no rollouts",
+        codes=(0,),
+        says="1 of 8 hypergradients were left out",
+        exact=False,
+        reference="not finite: hypergradient",
+    ),
+    "not finite: rollout's teacher": Fault(
+        f"{IN_TEACHER} in a rollout",
+        "that student's hypergradient is left out and counted, as if the student had not been drawn",
+        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=True),
+        commands=("meta-train",),
+        elsewhere="they have no rollouts",
+        codes=(0,),
+        says="1 of 8 hypergradients were left out",
+        exact=False,
+        reference="not finite: hypergradient",
+    ),
+    "memory: rollout": Fault(
+        "a rollout finds no memory left",
+        f"exit 2 with one line that says what to lower{SAME}",
+        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=True),
+        commands=("meta-train",),
+        elsewhere="they have no rollouts",
+        says="^lkd: error: .*out of memory.*meta.rollout_steps",
+    ),
+    "memory: training": Fault(
+        "a training's step finds no memory left",
+        f"exit 2 with one line that says what to lower{SAME}",
+        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=False),
+        commands=TRAININGS,
+        elsewhere="it trains nothing",
+        says="^lkd: error: .*out of memory.*train.batch_size",
+    ),
+    "process dies": Fault(
+        "one of two processes of a job is killed",
+        f"the other ends within 20 seconds, exit 2 with one line{SAME} (of the undisturbed job)",
+        commands=("pool", "meta-train", "distill"),
+        elsewhere="compare is one process; those of `cache` do not talk: the other finishes its part",
+        says="^lkd: error: .*another process",
+    ),
+}

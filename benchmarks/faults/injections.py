@@ -1,0 +1,267 @@
+"""Faults, put into a process before it runs a command.
+
+A fault that has a moment comes at the n-th call of some function, counted in one process; `Moment` says which.
+"""
+
+import errno
+import functools
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lkd.caching
+import lkd.outer_loop
+import lkd.rollouts
+import lkd.training
+from lkd.cached_teacher import CachedTeacher
+from lkd.data import Batches
+from lkd.data.sources import FileSource
+from lkd.teacher import TabulatedTeacher, Teacher
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a fault comes.
+
+    Attributes:
+        record: A file that gets a byte at every call, from all processes of a run.
+        call: The call, counted from 1 in each process; 0 for never: then calls are only counted.
+        fired: A file that is made when the fault comes, so that it comes in one process only.
+        seed: Of what the fault draws.
+    """
+
+    record: Path
+    call: int
+    fired: Path
+    seed: int = 0
+
+    def counter(self) -> Callable[[], bool]:
+        """A function that counts a call, and says whether the fault is to come now."""
+        calls, lock = 0, threading.Lock()
+
+        def count() -> bool:
+            nonlocal calls
+            add_byte(self.record)
+            with lock:
+                calls += 1
+                return calls == self.call and claim(self.fired)
+
+        return count
+
+
+def add_byte(path: Path) -> None:
+    handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+    os.write(handle, b".")
+    os.close(handle)
+
+
+def claim(path: Path) -> bool:
+    """Make a file; whether it was not there."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def wrap(owner: Any, name: str, build: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function in another's place."""
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(build(original)))
+
+
+def count_steps(student: Path, outer: Path) -> None:
+    """Have every step of a training add a byte to one file, every outer step one to another, as they begin."""
+
+    def counting(path: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            add_byte(path)
+            return original(*arguments, **options)
+
+        return call
+
+    wrap(lkd.training.Training, "run_step", functools.partial(counting, student))
+    wrap(lkd.outer_loop.OuterLoop, "run_step", functools.partial(counting, outer))
+    wrap(lkd.caching.OrderedBatches, "at", functools.partial(counting, student))
+    lkd.meta_training.measure_training_seconds = lambda *_: 1.0  # its steps are none of the training's
+
+
+def fill_disk(moment: Moment) -> None:
+    """From the moment on no write through `lkd.files` succeeds: half of the content arrives, then the disk is full."""
+    count, full = moment.counter(), threading.Event()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def write(path: Path, content: Any, **options: Any) -> Any:
+            if count():
+                full.set()
+            if full.is_set():
+                original(path, content[: len(content) // 2], **options)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return original(path, content, **options)
+
+        return write
+
+    wrap(Path, "write_bytes", build)
+    wrap(Path, "write_text", build)
+
+
+def damage_file(moment: Moment, flip: bool) -> None:
+    """A file of tensors or a result arrives truncated, or with flipped bits, and the machine dies."""
+    count = moment.counter()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replace(path: Path, target: Path) -> Any:
+            checked = str(target).endswith((".safetensors", ".json")) and "config" not in str(target)
+            if not (checked and count()):
+                return original(path, target)
+            damage(path, flip, random.Random(moment.seed))
+            original(path, target)
+            moment.record.with_name("damaged").write_text(str(target))
+            return os.kill(os.getpid(), signal.SIGKILL)
+
+        return replace
+
+    wrap(Path, "replace", build)
+
+
+def damage(path: Path, flip: bool, chance: random.Random) -> None:
+    """Truncate a file, or flip one to eight of its bits."""
+    content = bytearray(path.read_bytes())
+    if flip:
+        for _ in range(chance.randint(1, 8)):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    else:
+        content = content[: chance.randrange(len(content))]
+    path.write_bytes(content)
+
+
+def fail_decoder(moment: Moment) -> None:
+    """A thread that decodes images runs out of memory."""
+    fail_read(moment, lambda: fail(MemoryError()))
+
+
+def hang_decoder(moment: Moment) -> None:
+    """A read never returns, as on a network file system that is gone."""
+    fail_read(moment, lambda: threading.Event().wait())
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def fail_read(moment: Moment, act: Callable[[], Any]) -> None:
+    count = moment.counter()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(source: FileSource, position: int) -> Any:
+            if count():
+                act()
+            return original(source, position)
+
+        return load
+
+    wrap(FileSource, "load", build)
+
+
+def spoil(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """A tensor with one entry that is not a number, or infinite."""
+    spoiled = tensor.clone()
+    chance = random.Random(seed)
+    spoiled.view(-1)[chance.randrange(spoiled.numel())] = chance.choice([float("nan"), float("inf"), -float("inf")])
+    return spoiled
+
+
+def spoil_batch(moment: Moment, in_rollouts: bool) -> None:
+    """One pixel of a batch is not finite."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def at(batches: Batches, step: int) -> Any:
+            batch = original(batches, step)
+            return batch._replace(images=spoil(batch.images, moment.seed)) if active() and count() else batch
+
+        return at
+
+    wrap(Batches, "at", build)
+
+
+def spoil_teacher(moment: Moment, in_rollouts: bool) -> None:
+    """One of the teacher's logits is not finite."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(teacher: Any, batch: Any) -> Any:
+            outputs = original(teacher, batch)
+            return outputs._replace(logits=spoil(outputs.logits, moment.seed)) if active() and count() else outputs
+
+        return answer
+
+    for kind in (Teacher, TabulatedTeacher, CachedTeacher):
+        wrap(kind, "__call__", build)
+
+
+def spoil_hypergradient(moment: Moment, factor: float) -> None:
+    """A hypergradient is multiplied by a number, say NaN."""
+    count = moment.counter()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def differentiate(*arguments: Any) -> Any:
+            found = original(*arguments)
+            if not count():
+                return found
+            grads = {name: factor * gradient for name, gradient in found.grads.items()}
+            return found._replace(grads=grads, norm=factor * found.norm)
+
+        return differentiate
+
+    wrap(lkd.outer_loop.OuterLoop, "differentiate_pool_student", build)
+
+
+def exhaust_memory(moment: Moment, in_rollouts: bool) -> None:
+    """A step of a student finds no memory left."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if active() and count():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return original(*arguments, **options)
+
+        return call
+
+    if in_rollouts:
+        wrap(lkd.rollouts, "call_module", build)
+    else:
+        wrap(lkd.training.Training, "compute_gradients", build)
+
+
+def watch_rollouts(moment: Moment, wanted: bool) -> Callable[[], bool]:
+    """A function that says whether a rollout is under way; always yes if that is not wanted.
+
+    The file `hypergradients` beside the record gets a byte for every rollout up to that of the fault.
+    """
+    if not wanted:
+        return lambda: True
+    inside = threading.Event()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def differentiate(*arguments: Any) -> Any:
+            inside.set()
+            if not moment.fired.exists():
+                add_byte(moment.record.with_name("hypergradients"))
+            try:
+                return original(*arguments)
+            finally:
+                inside.clear()
+
+        return differentiate
+
+    wrap(lkd.outer_loop.OuterLoop, "differentiate_pool_student", build)
+    return inside.is_set

@@ -1,0 +1,53 @@
+"""What every fault does to every command. Kept in docs/evidence/faults.
+
+python -m benchmarks.faults.run [RUN_DIR] [--moments 20] [--only FAULT]
+
+Goes on with an interrupted bench in RUN_DIR.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.episodes import Bench
+from benchmarks.faults.faults import FAULTS
+from benchmarks.faults.processes import prepare
+from benchmarks.faults.table import write_report
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", nargs="?", default="runs/faults", type=Path)
+    parser.add_argument("--moments", default=20, type=int, help="Episodes of every command under every fault.")
+    parser.add_argument("--only", default="", help="Faults and commands whose name contains this; writes no report.")
+    given = parser.parse_args()
+    prepare()
+    rows = run_all(given.run_dir.absolute(), given.moments, given.only)
+    if not given.only:
+        write_report(EVIDENCE, rows)
+
+
+def run_all(folder: Path, moments: int, only: str = "") -> list[dict[str, Any]]:
+    """Play the episodes that have no row yet; all rows."""
+    bench, record = Bench(folder), folder / "rows.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    done = {(row["command"], row["fault"], row["number"]) for row in rows}
+    for number in range(moments):
+        for label, fault in FAULTS.items():
+            for name in fault.commands:
+                if (name, label, number) in done or only not in f"{name} {label}":
+                    continue
+                row = bench.play(name, label, number)
+                rows.append(row)
+                with record.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                mark = "" if row["kept"] else "   PROMISE BROKEN" + "   WRONG RESULT" * row["wrong"]
+                print(f"{number:2} {name}, {label}: exit {row['exit']}, {row['steps_lost']} lost{mark}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
