@@ -78,32 +78,27 @@ class CachedTeacher:
 
     Raises:
         UserError: If one of the files is not good or belongs to another cache.
+
+    Attributes:
+        checked: The files whose content was compared with its hash.
     """
 
     def __init__(self, cache: CacheFolder, seeds: range, device: torch.device) -> None:
         self.cache, self.first_seed, self.device = cache, seeds.start, device
         self.rows = torch.zeros(int(cache.index.max()) + 1, dtype=torch.int64)
         self.rows[cache.index] = torch.arange(len(cache.index))
-        self.parts = [self.open(cache.path(seed, shard), shard) for seed in seeds for shard in range(cache.shards)]
-
-    def open(self, path: Path, shard: int) -> dict[str, Tensor]:
-        """Map a file of this number.
-
-        Raises:
-            UserError: If it is not good or belongs to another cache.
-        """
-        tensors, header = read_tensors(path, KIND, VERSION)
-        if header.get("cache") != self.cache.fingerprint:
-            raise UserError(f"{path}: belongs to another cache: delete it and go on with lkd cache")
-        with refusing_malformed(path, KIND):
-            self.cache.check(tensors, shard)
-        return tensors
+        self.paths = [cache.path(seed, shard) for seed in seeds for shard in range(cache.shards)]
+        self.parts = [open_part(cache, path, check=False) for path in self.paths]
+        for number, (path, part) in enumerate(zip(self.paths, self.parts, strict=True)):
+            with refusing_malformed(path, KIND):
+                cache.check(part, number % cache.shards)
+        self.checked: set[int] = set()
 
     def __call__(self, batch: Batch) -> Outputs:
         """Look a batch up.
 
         Raises:
-            UserError: If an image could not be decoded when the cache was made.
+            UserError: If an image could not be decoded when the cache was made, or a file is damaged.
         """
         kept = self.look_up(batch.index.cpu(), batch.augmentation.cpu())
         if kept["logits"].isnan().any():
@@ -120,10 +115,34 @@ class CachedTeacher:
         part = (augmentation - self.first_seed) * self.cache.shards + rows // size
         found = {name: tensor.new_empty(len(index), *tensor.shape[1:]) for name, tensor in self.parts[0].items()}
         for number in part.unique().tolist():
+            if number not in self.checked:  # when it is first read: all of a large cache would take minutes
+                open_part(self.cache, self.paths[number])
+                self.checked.add(number)
             places = (part == number).nonzero().flatten()
             for name, tensor in self.parts[number].items():
                 found[name][places] = tensor[rows[places] % size]
         return found
+
+
+def open_part(cache: CacheFolder, path: Path, check: bool = True) -> dict[str, Tensor]:
+    """Map a file of a cache.
+
+    Args:
+        cache: The cache.
+        path: The file.
+        check: Whether to read all of it, and compare its content with its hash.
+
+    Raises:
+        UserError: If it is damaged, or belongs to another cache.
+    """
+    advice = "delete it and go on with lkd cache"
+    try:
+        tensors, header = read_tensors(path, KIND, VERSION, check)
+    except UserError as error:
+        raise UserError(f"{error}: {advice}") from error
+    if header.get("cache") != cache.fingerprint:
+        raise UserError(f"{path}: belongs to another cache: {advice}")
+    return tensors
 
 
 def read_cache(folder: Path) -> CacheFolder:

@@ -17,13 +17,14 @@ from lkd.assembly import (
     prepare_loss,
     read_teacher_stages,
 )
-from lkd.cached_teacher import INDEX, INDEX_KIND, KIND, VERSION, CacheFolder, read_cache
+from lkd.broken_inputs import check_inputs
+from lkd.cached_teacher import INDEX, INDEX_KIND, KIND, VERSION, CacheFolder, open_part, read_cache
 from lkd.compressed_logits import bytes_of_answer, check_top_k, compress_logits
 from lkd.computation import is_bfloat16
 from lkd.config import CacheRecipe
 from lkd.data.ordered_batches import OrderedBatches
-from lkd.errors import UserError
-from lkd.files import check_free_space, write_tensors
+from lkd.errors import DamagedFileError, UserError
+from lkd.files import check_free_space, read_tensors, write_tensors
 from lkd.processes import place_of, read_job
 from lkd.run import choose_device
 from lkd.teacher import TeacherFunction, load_teacher, name_teacher, wrap_teacher
@@ -55,7 +56,10 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     check_stages(read_teacher_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)))
     cache, teacher = prepare_cache(recipe, images, device)
     places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
-    missing = {place for place in places if not cache.path(*place).is_file()}
+    job = read_job()
+    own = places[job.rank :: job.size]
+    missing = {place for place in own if not is_kept(cache, cache.path(*place))}
+    missing |= {place for place in places if not cache.path(*place).is_file()}
     positions = images.train.index.argsort().split(recipe.shard_size)
     count = sum(len(positions[shard]) for _, shard in missing)
     needed = count * bytes_of_answer(images.train.num_classes, recipe.top_k)
@@ -65,15 +69,36 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
         live = dataclasses.replace(recipe.teacher, cache=None)
         header = cache.header | {"teacher": introduce_teacher(live, images, device)}
         write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, header)
-    job = read_job()
     with tqdm(total=count // job.size, desc="cache", unit="image", disable=None) as bar:
-        for seed, shard in places[job.rank :: job.size]:
+        for seed, shard in own:
             if (seed, shard) in missing:
                 part = images.train.select(positions[shard])
                 batches = OrderedBatches(part, recipe.train.batch_size, recipe.data.augmentation, seed, device)
                 kept = ask_teacher(teacher, batches, recipe, bar)
                 write_tensors(cache.path(seed, shard), kept, KIND, VERSION, {"cache": cache.fingerprint})
     return read_cache(cache.folder)
+
+
+def is_kept(cache: CacheFolder, path: Path) -> bool:
+    """Whether a file of the cache is there and good; one that is not is said, and made anew."""
+    if not path.is_file():
+        return False
+    try:
+        open_part(cache, path)
+    except UserError:
+        print(f"warning: {path}: is damaged, or of another cache; it is made anew")
+        return False
+    return True
+
+
+def drop_damaged_index(path: Path) -> None:
+    """Delete a damaged index: it can be made anew, and is then the same."""
+    try:
+        if path.is_file():
+            read_tensors(path, INDEX_KIND, VERSION)
+    except DamagedFileError as error:
+        print(f"warning: {error}; it is made anew")
+        path.unlink(missing_ok=True)
 
 
 def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> tuple[CacheFolder, TeacherFunction]:
@@ -93,6 +118,7 @@ def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> 
         "num_classes": images.train.num_classes,
     }
     index = images.train.index.sort().values
+    drop_damaged_index(folder / INDEX)
     if (folder / INDEX).is_file():
         cache = read_cache(folder)
         check_made_with(cache, made_with)
@@ -116,7 +142,9 @@ def ask_teacher(teacher: TeacherFunction, batches: OrderedBatches, recipe: Cache
     for batch in batches:
         batch = batch._replace(images=lay_out(batch.images, recipe.train))
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16(recipe.train, device)):
-            logits = teacher(batch).logits
+            outputs = teacher(batch)
+        check_inputs("teacher.cache", batch, outputs)
+        logits = outputs.logits
         rows = torch.searchsorted(index, batch.index.cpu())
         for name, tensor in compress_logits(logits, recipe.top_k).items():
             if name not in kept:

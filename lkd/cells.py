@@ -23,7 +23,7 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.cost import Cost
 from lkd.distillation import start_training
 from lkd.evaluation import evaluate, guess
-from lkd.files import write_json
+from lkd.kept_results import write_result
 from lkd.training import DivergedError, TeacherFunction
 from lkd.tuning import Method, balance_of, split_method
 from lkd.workers import own_device
@@ -162,5 +162,5 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
         if best_weights:
             training.result.load_state_dict(best_weights)
             row["best"] = evaluate(training.result, images.test, place)
-    write_json(path, row)
+    write_result(path, row)
     return row

@@ -26,6 +26,7 @@ from lkd.config import CompareRecipe
 from lkd.errors import UserError
 from lkd.evidence import evidence
 from lkd.files import write_json
+from lkd.kept_results import drop_damaged
 from lkd.optimization import build_optimizer, build_scheduler
 from lkd.run import Run
 from lkd.tuning import balance_of, check_tuning, expand_grid, split_method
@@ -101,6 +102,7 @@ def finish_cells(recipe: CompareRecipe, cells: list[Cell], run: Run, workers: Pr
         UserError: If a training fails.
     """
     paths = {cell_path(recipe, cell, run.path): cell for cell in cells}
+    drop_damaged(paths, run.say)
     watch = Watch()
     told = False
     while missing := [path for path in paths if not path.exists()]:

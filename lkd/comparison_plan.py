@@ -4,7 +4,8 @@ from pathlib import Path
 
 from lkd.cells import Cell, cell_path
 from lkd.config import CompareRecipe
-from lkd.files import read_json, write_json
+from lkd.files import write_json
+from lkd.kept_results import read_result
 from lkd.tuning import Method, choose_points
 
 
@@ -31,7 +32,7 @@ def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, Method]:
         ranked = []
         for options in choose_points(recipe, label):
             mine = [cell for cell in cells if cell.method == label and cell.loss == options]
-            rows = [read_json(cell_path(recipe, cell, folder))["meta_validation"] for cell in mine]
+            rows = [read_result(cell_path(recipe, cell, folder))["meta_validation"] for cell in mine]
             ranked.append(
                 (-sum(row["top1"] for row in rows), sum(row["calibrated_cross_entropy"] for row in rows), options)
             )

@@ -19,7 +19,8 @@ from lkd.comparison_table import (
     tabulate,
 )
 from lkd.config import CompareRecipe
-from lkd.files import read_json, write_text
+from lkd.files import write_text
+from lkd.kept_results import read_result
 from lkd.losses.build import LOSSES
 from lkd.published import find_published
 from lkd.teacher import load_teacher_network
@@ -28,7 +29,7 @@ from lkd.tuning import Method, balance_of, split_method
 
 def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path) -> list[Row]:
     """Write `table.txt`, `table.csv`, `table.tex`, `cells.csv` and `comparison.png` from the finished cells."""
-    rows = [read_json(cell_path(recipe, cell, folder)) for cell in plan_report(recipe, picks)]
+    rows = [read_result(cell_path(recipe, cell, folder)) for cell in plan_report(recipe, picks)]
     tuned = [cell.method for cell in plan_tuning(recipe)]
     table = [
         row | {"tuned_over": tuned.count(row["method"]), "published": published_beside(recipe, row)}

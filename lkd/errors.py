@@ -1,7 +1,11 @@
 """Mistakes that a user can mend: one line, exit code 2, no traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -9,6 +13,16 @@ class UserError(Exception):
 
     The message names it, what was seen, what is accepted, and what to do.
     """
+
+
+class DamagedFileError(UserError):
+    """A file whose content is not what was written."""
+
+
+def explain_failed_write(path: Path | str, error: OSError) -> str:
+    """One line about a file that could not be written."""
+    advice = "; free some space and go on with --resume auto" if error.errno in FULL_DISK else ""
+    return f"{path}: cannot be written: {error.strerror or error}{advice}"
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:

@@ -28,7 +28,7 @@ from lkd.config import CompareRecipe, FidelityRecipe, PoolRecipe
 from lkd.errors import UserError, check_choice
 from lkd.fidelity_results import write_results
 from lkd.fidelity_rollouts import draw_path, find_students, list_objectives, plan_draws, run_draw
-from lkd.files import read_json
+from lkd.kept_results import drop_damaged, read_result
 from lkd.optimization import build_optimizer, build_scheduler
 from lkd.outer_objectives import OBJECTIVES
 from lkd.pool import Pool, build_pool, check_pool, open_pool
@@ -55,6 +55,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
     pool = pool or make_pool(recipe, images, run)
+    check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
     on_gpus = run.device.type == "cuda" and run.device.index is None
     with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
@@ -64,6 +65,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
             draw_path(recipe, draw, pool.folder, run.path): draw
             for draw in plan_draws(recipe, pool.index["students"], total_steps)
         }
+        drop_damaged(draws, run.say)
         jobs = {
             workers.submit(run_draw, recipe, draw, pool.folder, path, str(run.device)): ""
             for path, draw in draws.items()
@@ -71,8 +73,8 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         }
         finish_all(jobs, lambda *_: None, "rollouts")
     run.say(f"trainings and rollouts: {time.perf_counter() - started:.0f} s")
-    full = [read_json(cell_path(as_comparison(recipe), cell, run.path)) for cell in trainings]
-    return write_results(recipe, full, [read_json(path) for path in draws], run)
+    full = [read_result(cell_path(as_comparison(recipe), cell, run.path)) for cell in trainings]
+    return write_results(recipe, full, [read_result(path) for path in draws], run)
 
 
 def as_comparison(recipe: FidelityRecipe) -> CompareRecipe:

@@ -14,9 +14,10 @@ from lkd.assembly import architecture_of, prepare_loss, prepare_student, read_te
 from lkd.cells import digest_of, prepare_images_for_cells, prepare_teacher_for_cells
 from lkd.config import FidelityRecipe
 from lkd.data import Batch, draw_positions, seeded_generator
-from lkd.files import write_json
+from lkd.kept_results import write_result
 from lkd.outer_objectives import OBJECTIVES
-from lkd.pool import INDEX, PoolStudent, open_pool
+from lkd.pool import INDEX, open_pool
+from lkd.pool_student import PoolStudent
 from lkd.rollouts import (
     InnerBatch,
     build_inner_optimizer,
@@ -131,7 +132,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
         for objective, value in score_rollout(recipe, draw, student, start, loss, inner_batches, outer_batch).items():
             values[objective][label] = value
     row = {**draw._asdict(), "progress": start.progress, "values": values}
-    write_json(path, row)
+    write_result(path, row)
     return row
 
 

@@ -1,5 +1,6 @@
 """Files that are never half written: safetensors with a JSON header, and JSON."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lkd.errors import UserError
+from lkd.errors import DamagedFileError, UserError, explain_failed_write
 
-HEADER_KEY = "lkd"
+HEADER_KEY, DIGEST_KEY = "lkd", "digest"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
@@ -27,7 +29,7 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it replaces `path`, on failure it goes.
 
     Raises:
-        UserError: If the folder cannot be written.
+        UserError: If the folder cannot be written, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,8 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise UserError(explain_failed_write(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,7 +139,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from error
+        raise DamagedFileError(f"{path}: is not valid JSON: {error}") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -161,24 +165,35 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: in
         header: JSON content.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {HEADER_KEY: json.dumps({"kind": kind, "format_version": version, **header})}
+    content = json.dumps({"kind": kind, "format_version": version, **header})
+    metadata = {HEADER_KEY: content, DIGEST_KEY: hash_content(content, plain)}
     with replaced_atomically(path) as temporary:
         temporary.write_bytes(save(plain, metadata))
 
 
-def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def hash_content(header: str, tensors: dict[str, Tensor]) -> str:
+    """A hash of a file's header and tensors, to the bit."""
+    found = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that `write_tensors` wrote; runs no code from it.
 
     Args:
         path: The file.
         kind: What it must be.
         version: The newest format version that can be read.
+        check: Whether to compare the content with the hash that was written with it; reads all of the file.
 
     Returns:
         The tensors, on the CPU, and the header.
 
     Raises:
-        UserError: If the file is missing, truncated, of another kind or of a newer format.
+        UserError: If the file is missing, damaged, of another kind or of a newer format.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a {kind})")
@@ -189,7 +204,7 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         header = parse_json(metadata.get(HEADER_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
+        raise DamagedFileError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "a safetensors file of another program"
         raise UserError(f"{path}: is not a {kind} but {found}")
@@ -198,6 +213,8 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "
             "that this package reads: update lkd"
         )
+    if check and DIGEST_KEY in metadata and metadata[DIGEST_KEY] != hash_content(metadata[HEADER_KEY], tensors):
+        raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     return tensors, header
 
 

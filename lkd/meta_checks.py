@@ -46,6 +46,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     share_out(settings.students_per_step, "meta.students_per_step")
     if settings.clip_norm < 0:
         raise UserError(f"meta.clip_norm: {settings.clip_norm} is negative; 0 turns clipping off")
+    if settings.exploding_norm and settings.exploding_norm < 1:
+        raise UserError(f"meta.exploding_norm: {settings.exploding_norm} is not at least 1; 0 turns it off")
     if not 0 <= settings.average < 1:
         raise UserError(f"meta.average: {settings.average} is not in [0, 1); 0 turns averaging off")
     if not 0 <= settings.initial_rollout_steps <= settings.rollout_steps:

@@ -12,7 +12,7 @@ from lkd.config import MetaTrainRecipe, ModelRecipe
 from lkd.distillation import start_training
 from lkd.losses import LearnedLoss
 from lkd.pools import list_students
-from lkd.training import TeacherFunction
+from lkd.training import DivergedError, TeacherFunction
 
 WARM_UP, TIMED = 3, 30
 
@@ -47,8 +47,12 @@ def time_training(
     seconds = []
     for _ in range(min(WARM_UP + TIMED, training.total_steps)):
         started = read_clock(device)
-        training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
-        seconds.append(read_clock(device) - started)
+        try:
+            training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
+        except DivergedError:  # its steps took no longer than another's
+            break
+        finally:
+            seconds.append(read_clock(device) - started)
     return training.total_steps * statistics.median(seconds[WARM_UP:] or seconds)
 
 

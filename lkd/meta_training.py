@@ -82,11 +82,14 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         "split": images.fingerprint,
         "curve": loop.history,
         "reuse": reuse.rows,
+        "hypergradients": loop.guard.summarize(),
         "seconds": round(loop.seconds, 1),
         **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
     }
     save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
     run.tracker.keep("loss", path, **loop.history[-1])
+    for line in loop.guard.report():
+        run.say(line)
     if reuse.rows:
         run.say(f"best by reuse: the loss after outer step {reuse.best_row['step']} of {loop.step}")
     run.say(f"cost: {provenance['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
@@ -147,6 +150,8 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                 row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
                 loop.history.append({"step": loop.step, **row})
                 run.tracker.log(loop.step, **row)
+                for line in loop.warnings:
+                    run.say(line)
                 if settings.picture_every and loop.step % settings.picture_every == 0 and is_main():
                     show_loss(loop.loss, loop.step, run)
                 warning = describe_saturation(row)

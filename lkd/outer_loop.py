@@ -6,36 +6,33 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lkd.assembly import Images, prepare_student, read_teacher_stages
+from lkd.assembly import Images, prepare_student
 from lkd.config import MetaTrainRecipe
-from lkd.data import Batch, draw_positions, seeded_generator
+from lkd.data import seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
 from lkd.losses import LearnedLoss
+from lkd.memory import explain_exhaustion
 from lkd.meta_checks import AUDITED
 from lkd.meta_cost import read_clock
 from lkd.meta_log import measure_balance
-from lkd.outer_objectives import OBJECTIVES
+from lkd.outer_guard import OuterGuard
+from lkd.outer_problems import OuterProblems
 from lkd.pool import Pool
-from lkd.pool_sampling import build_age_weights, draw_position
 from lkd.pools import list_students
 from lkd.processes import count_processes, gather_objects, share_out
-from lkd.rollouts import (
-    InnerBatch,
-    build_inner_optimizer,
-    build_rollout_batches,
-    compute_inner_loss,
-    compute_outer_logits,
-    half_cosine,
-    list_inner_batches,
-)
+from lkd.rollouts import compute_inner_loss, half_cosine
 from lkd.training import TeacherFunction
-from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
+from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, outer_step
 from meta.estimators.base import Problem
-from meta.optim import Averaged, Optimizer
 from meta.types import Tensors
+
+LESS_MEMORY = (
+    "go on with --resume auto where there is more, or anew with a smaller meta.rollout_steps, meta.outer_batch_size or "
+    "train.batch_size"
+)
 
 
 class OuterLoop:
@@ -57,6 +54,8 @@ class OuterLoop:
         points: The weights of the loss: one point, or, once it alternates, one for each stretch of progress.
         own: By number, the students of this process in training while the loss alternates with them.
         balances: What `measure_balance` found for each student of the latest step, of all processes.
+        guard: Which hypergradients are left out, and what follows.
+        warnings: What the guard has to say of the latest step.
         seconds: What the steps took, by the wall's clock.
         work_seconds: The same by `read_clock`, of all processes.
 
@@ -78,11 +77,11 @@ class OuterLoop:
         models = list_students(recipe)
         self.students = [prepare_student(model, images.train, recipe.seed, device).train() for model in models]
         self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
-        self.objective = OBJECTIVES[self.settings.objective]
         self.estimator: Estimator = (
             Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
         )
-        self.age_weights = build_age_weights(recipe.pool)
+        self.problems = OuterProblems(recipe, images, teacher, self.loss, self.students, device)
+        self.guard = OuterGuard(self.settings.exploding_norm)
         self.numbers = share_out(self.settings.students_per_step, "meta.students_per_step")
         self.own: dict[int, OwnStudent] = {}
         if self.settings.interleaving != "before":
@@ -94,6 +93,7 @@ class OuterLoop:
         self.course: list[Point] = []
         self.history: list[dict[str, Any]] = []
         self.balances: list[dict[str, float]] = []
+        self.warnings: list[str] = []
         self.seconds = self.work_seconds = 0.0
 
     @property
@@ -110,7 +110,8 @@ class OuterLoop:
         """Average the hypergradients of several students and update the loss."""
         started, work_started = time.perf_counter(), read_clock(self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * half_cosine(self.step / self.settings.outer_steps)
+            rate = self.guard.rate * self.settings.learning_rate
+            group["lr"] = rate * half_cosine(self.step / self.settings.outer_steps)
         self.balances.clear()
         if self.alternates:
             self.course = self.points
@@ -118,19 +119,23 @@ class OuterLoop:
         hypergradients = []
         for number in range(self.settings.students_per_step):
             if number in self.numbers:
-                hypergradients.append(differentiate(number))
+                with explain_exhaustion(f"outer step {self.step}", LESS_MEMORY):
+                    hypergradients.append(differentiate(number))
             elif isinstance(self.estimator, Audited) and not self.alternates:
                 self.estimator.follow(partial(self.build_problem, number))
         parameters = dict(self.loss.named_parameters())
-        result = outer_step(hypergradients, parameters, self.optimizer, self.settings.clip_norm or None)
+        clip_norm = self.settings.clip_norm or None
+        result = outer_step(hypergradients, parameters, self.optimizer, clip_norm, self.guard.bound)
         self.step += 1
         if self.course and self.own_progress < 1:
             self.course.append((self.own_progress, copy_state(self.loss)))
         self.seconds += time.perf_counter() - started
         self.work_seconds += (read_clock(self.device) - work_started) * count_processes()
-        balances, left_out = zip(*gather_objects((self.balances, result.left_out)), strict=True)
-        self.balances = list(chain(*balances))
-        return result._replace(left_out=tuple(chain(*left_out)))
+        own = self.balances, result.left_out, result.norms
+        balances, left_out, norms = (list(chain(*parts)) for parts in zip(*gather_objects(own), strict=True))
+        self.balances = balances
+        self.warnings = self.guard.record(self.step, norms, left_out, 1 if self.course else self.rollout_length())
+        return result._replace(left_out=tuple(left_out), norms=tuple(norms))
 
     @property
     def own_progress(self) -> float:
@@ -141,46 +146,20 @@ class OuterLoop:
         """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
         problem = self.build_problem(number)
         hypergradient = self.estimator(*problem)
-        state, batch, network = problem[2], problem[4][0], self.students[self.count_draws(number)[1]]
+        state, batch = problem[2], problem[4][0]
+        network = self.students[self.problems.count_draws(self.step, number)[1]]
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, batch))
         return hypergradient
 
-    def count_draws(self, number: int) -> tuple[int, int]:
-        """How many students were drawn before this one from the pool of its architecture, and which that is."""
-        return divmod(self.step * self.settings.students_per_step + number, len(self.students))
-
     def build_problem(self, number: int) -> Problem:
         """Draw a student and batches: what the estimator is given."""
-        settings, train = self.settings, self.recipe.train
-        generator = seeded_generator(self.recipe.seed, 5, self.step, number)
-        draw, architecture = self.count_draws(number)
-        network, pool = self.students[architecture], self.pools[architecture]
-        student = pool.read(draw_position(self.age_weights(pool.ages, draw), generator), self.device)
-        state = student.state if self.recipe.pool.restore_momentum else student.state._replace(optimizer={})
-        seed = int(torch.randint(2**62, (), generator=generator))
-        torch.manual_seed(seed)  # of dropout
-        steps = self.rollout_length()
-        batches = build_rollout_batches(
-            self.images.train,
-            train,
-            steps,
-            settings.rollout_epochs,
-            seed,
-            self.recipe.data,
-            self.device,
-        )
-        stages = read_teacher_stages(self.loss)
-        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
-        optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
-        return (
-            partial(compute_inner_loss, network, self.loss),
-            self.outer_loss(network),
-            state,
-            {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
-            inner_batches,
-            self.draw_outer_batch(inner_batches, generator),
-            Averaged(optimizer, settings.average) if settings.average else optimizer,
-        )
+        return self.problems.build(self.step, number, self.pools, self.rollout_length())
+
+    def rollout_length(self) -> int:
+        """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""
+        first, last = self.settings.initial_rollout_steps or self.settings.rollout_steps, self.settings.rollout_steps
+        grown = first + round((last - first) * self.step / max(alternation_start(self.settings) - 1, 1))
+        return self.guard.shorten(grown)
 
     def differentiate_own_student(self, number: int) -> Hypergradient:
         """Train a student of the loop's own up to the next update, and walk its last steps back."""
@@ -194,32 +173,9 @@ class OuterLoop:
         generator = seeded_generator(self.recipe.seed, 5, self.step, number)
         return own.tape.hypergradient(
             partial(compute_inner_loss, training.student, self.loss),
-            self.outer_loss(training.student),
-            self.draw_outer_batch(batches, generator),
+            self.problems.outer_loss(training.student),
+            self.problems.draw_outer_batch(batches, generator),
         )
-
-    def rollout_length(self) -> int:
-        """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""
-        first, last = self.settings.initial_rollout_steps or self.settings.rollout_steps, self.settings.rollout_steps
-        return first + round((last - first) * self.step / max(alternation_start(self.settings) - 1, 1))
-
-    def draw_outer_batch(self, inner_batches: list[InnerBatch], generator: torch.Generator) -> Batch:
-        """Images for the outer loss: of meta-validation, or those that the rollout was trained on."""
-        size = self.settings.outer_batch_size
-        if self.settings.batches == "different":
-            part = self.images.meta_validation
-            return part.batch(draw_positions(len(part), size, generator), self.device)
-        columns = [torch.cat(column) for column in zip(*(batch for batch, _, _ in inner_batches), strict=True)]
-        positions = draw_positions(len(columns[0]), size, generator).to(self.device)
-        return Batch(*(column[positions] for column in columns))
-
-    def outer_loss(self, student: nn.Module) -> OuterLoss:
-        """The outer objective of a student as a function of its parameters."""
-
-        def compute(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-            return self.objective(compute_outer_logits(student, parameters, buffers, batch), batch.target)
-
-        return compute
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-exactly, with any number of processes. All of them must ask."""
@@ -233,6 +189,7 @@ class OuterLoop:
             "estimator": self.estimator.state_dict() if isinstance(self.estimator, Audited) else None,
             "own": {number: state for part in gathered for number, state in part.items()},
             "course": self.course,
+            "guard": self.guard.state_dict(),
             "seconds": self.seconds,
             "work_seconds": self.work_seconds,
         }
@@ -241,6 +198,7 @@ class OuterLoop:
         """Go on from what `state_dict` returned."""
         self.step, self.course, self.history = state["step"], state["course"], state["history"]
         self.seconds, self.work_seconds = state["seconds"], state["work_seconds"]
+        self.guard.load_state_dict(state["guard"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.estimator, Audited):

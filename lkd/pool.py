@@ -4,13 +4,9 @@ After LKD's "uniform sampling of diverse previously-trained student models"; whi
 is kept too, is our reconstruction.
 """
 
-import functools
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +16,15 @@ from lkd.assembly import Images, architecture_of, prepare_loss
 from lkd.checkpoints import Checkpoints, run_steps
 from lkd.config import MetaTrainRecipe, PoolContents, PoolRecipe
 from lkd.distillation import start_training
-from lkd.errors import UserError
-from lkd.files import read_mapping, read_tensors, refusing_malformed, write_json, write_tensors
+from lkd.errors import DamagedFileError, UserError
+from lkd.files import read_mapping, refusing_malformed, write_json
 from lkd.interrupt import deferred_interrupts
-from lkd.models import build
-from lkd.models.given_network import GIVEN
+from lkd.pool_student import PoolStudent, read_student, write_student
 from lkd.processes import is_main, wait_for_all
 from lkd.run import Run
-from lkd.training import TeacherFunction, Training
-from meta import State
+from lkd.training import DivergedError, TeacherFunction, Training
 
-KIND, VERSION = "pool student", 1
 INDEX = "index.json"
-
-
-class PoolStudent(NamedTuple):
-    """A student as it was at some age.
-
-    Attributes:
-        state: Parameters, buffers and the optimiser's state.
-        learning_rate: Of its next step.
-        progress: Its age: the part of its training that was over, in [0, 1].
-    """
-
-    state: State
-    learning_rate: float
-    progress: float
 
 
 @dataclass(frozen=True)
@@ -82,50 +61,11 @@ class Pool:
         Raises:
             UserError: If its file is missing or damaged.
         """
-        path = self.folder / self.index["students"][position]["file"]
-        tensors, header = read_tensors(path, KIND, VERSION)
-        parts: dict[str, dict[str, torch.Tensor]] = {"parameters": {}, "buffers": {}, "momentum_buffer": {}}
-        with refusing_malformed(path, KIND):
-            check_student(tensors, self.index["architecture"])
-            for name, tensor in tensors.items():
-                part, _, key = name.partition(":")
-                parts[part][key] = tensor.to(device)
-            momentum = parts.pop("momentum_buffer")
-            state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
-            learning_rate, progress = float(header["learning_rate"]), float(header["progress"])
-            if not (0 <= learning_rate < math.inf and 0 <= progress <= 1):
-                raise ValueError(f"learning_rate {learning_rate}, progress {progress}")
-        return PoolStudent(state, learning_rate, progress)
-
-
-def check_student(tensors: dict[str, Tensor], architecture: dict[str, Any]) -> None:
-    """Check that a student's tensors are those of a network of this architecture, if its name builds one.
-
-    Raises:
-        ValueError: If one is missing, unknown, or of another shape or type.
-    """
-    if str(architecture["name"]).startswith(GIVEN):
-        return
-    expected = list_tensors(json.dumps(architecture))
-    names = tensors.keys() | {name for name in expected if not name.startswith("momentum_buffer:")}
-    for name in sorted(names):
-        found = (tensors[name].shape, tensors[name].dtype) if name in tensors else "missing"
-        if found != expected.get(name):
-            raise ValueError(f"{name} is {found}, not {expected.get(name, 'known')}")
-
-
-@functools.cache
-def list_tensors(architecture: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of each tensor that a student can have, by its name in the file; of an architecture as JSON."""
-    with torch.device("meta"):
-        network = build(**json.loads(architecture) | {"pretrained": False})
-    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "parameters": parameters,
-        "buffers": buffers,
-        "momentum_buffer": parameters,
-    }
-    return {f"{part}:{name}": (x.shape, x.dtype) for part, each in parts.items() for name, x in each.items()}
+        try:
+            path = self.folder / self.index["students"][position]["file"]
+            return read_student(path, self.index["architecture"], device)
+        except DamagedFileError as error:
+            raise UserError(f"{error}; delete {self.folder}, and --resume auto trains its students again") from error
 
 
 def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Pool:
@@ -177,7 +117,7 @@ def build_pool(
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
 
-    Processes that have met share each training.
+    A student that diverges is kept at the ages before. Processes that have met share each training.
 
     Args:
         recipe: The recipe.
@@ -197,7 +137,10 @@ def build_pool(
     architecture = architecture_of(recipe.student, images.train)
     index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
     if (folder / INDEX).exists():
-        index = open_pool(folder, images, architecture).index
+        try:
+            index = open_pool(folder, images, architecture).index
+        except DamagedFileError as error:
+            run.say(f"warning: {error}; its students are trained again")
     done = {entry["training"] for entry in index["students"]}
     numbers = range(first, first + settings.students)
     with deferred_interrupts() as stop:
@@ -219,8 +162,14 @@ def build_pool(
             checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", recipe.train, run.say)
             checkpoints.resume_training(training)
             for step in list_snapshots(settings, training.total_steps):
-                for _ in run_steps(training, step, stop, checkpoints):
-                    pass
+                try:
+                    for _ in run_steps(training, step, stop, checkpoints):
+                        pass
+                    if training.step == step:
+                        check_finite(training)
+                except DivergedError as error:
+                    run.say(f"warning: student {number} of the pool has no ages after this: {error}")
+                    break
                 name = f"student-{number:03d}-step-{step:06d}.safetensors"
                 if training.step == step and is_main():  # else it was written before the checkpoint
                     write_student(folder / name, training)
@@ -230,6 +179,18 @@ def build_pool(
                 checkpoints.remove()
     wait_for_all()
     return Pool(folder, index)
+
+
+def check_finite(training: Training) -> None:
+    """Check a student after a step: the loss before it says nothing of the weights after it.
+
+    Raises:
+        DivergedError: If a weight or a buffer is not finite.
+    """
+    state = training.student.state_dict()
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise DivergedError(f"step {training.step}: {broken[0]} is not finite; lower train.learning_rate")
 
 
 def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
@@ -249,17 +210,3 @@ def check_pool(settings: PoolContents) -> None:
             raise UserError(f"pool.{name}: {getattr(settings, name)} is not at least 1")
     if not 0 <= settings.max_age <= 1:
         raise UserError(f"pool.max_age: {settings.max_age} is not in [0, 1]")
-
-
-def write_student(path: Path, training: Training) -> None:
-    """Write a training's student as it is now."""
-    tensors: dict[str, torch.Tensor] = {
-        f"parameters:{name}": tensor for name, tensor in training.student.named_parameters()
-    }
-    tensors |= {f"buffers:{name}": tensor for name, tensor in training.student.named_buffers()}
-    for name, parameter in training.student.named_parameters():
-        momentum = training.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum_buffer:{name}"] = momentum
-    header = {"learning_rate": training.learning_rate, "progress": training.progress, "step": training.step}
-    write_tensors(path, tensors, KIND, VERSION, header)

@@ -14,6 +14,8 @@ from lkd.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # the main process writes while others wait
 
+LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says; gloo's errors are plain RuntimeErrors
+
 
 class Job(NamedTuple):
     """What torchrun says of this process.
@@ -39,7 +41,11 @@ def read_job() -> Job:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo."""
+    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
+
+    Raises:
+        UserError: If another process was lost within the block.
+    """
     if read_job().size == 1 or dist.is_initialized():
         yield
         return
@@ -48,8 +54,19 @@ def join_processes(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
+    except RuntimeError as error:
+        if is_lost(error):
+            raise UserError(
+                f"torchrun: process {own_rank()} has lost another process of the job; go on with --resume auto"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error is that of a process that waits for another one which is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
 
 
 def place_of(device: torch.device) -> torch.device:

@@ -29,6 +29,7 @@ from lkd.config import (
 )
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
+from lkd.kept_results import read_result
 from lkd.losses.build import build_loss
 from lkd.meta_training import meta_train
 from lkd.plots import plot_learned_loss, plot_meta_training, plot_settings
@@ -244,7 +245,7 @@ def grid_accuracies(
 
 def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) -> float:
     """A finished cell's accuracy on meta-validation at the last step, %."""
-    return read_json(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
+    return read_result(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
 
 
 def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:

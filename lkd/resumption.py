@@ -7,7 +7,19 @@ from lkd.errors import UserError
 from lkd.files import read_mapping
 
 MAY_DIFFER_ON_RESUME = (
-    *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "data.root", "data.workers"),
+    *(
+        "run_dir",
+        "resume",
+        "threads",
+        "wandb",
+        "trackio",
+        "workers",
+        "device",
+        "join",
+        "data.root",
+        "data.workers",
+        "data.read_timeout",
+    ),
     *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
 )
 

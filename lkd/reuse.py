@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,8 @@ class Reuse:
             ]
         )
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
+        if math.isnan(mean[SCORE]):  # a student that was finite until its last step
+            mean[SCORE] = math.inf
         self.rows.append({"step": step, **mean})
         if self.best_row["step"] == step:
             self.best = [(start, copy.deepcopy(state)) for start, state in points]

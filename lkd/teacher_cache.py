@@ -21,7 +21,7 @@ from lkd.resumption import flatten
 OF_NO_EFFECT = {
     *("path", "name", "pretrained", "cache"),
     *("root", "train_size", "meta_validation_size", "split_seed", "label_noise", "augmentation_seeds"),
-    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "packed"),
+    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "read_timeout", "packed"),
 }
 
 

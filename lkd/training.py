@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lkd.acceleration import lay_out
 from lkd.assembly import read_teacher_stages
 from lkd.balance.balancing import Balancing
+from lkd.broken_inputs import check_inputs, sum_inputs
 from lkd.computation import (
     StudentLoss,
     build_average,
@@ -28,6 +29,7 @@ from lkd.computation import (
 from lkd.config import TrainRecipe
 from lkd.data import Batch, Batches
 from lkd.errors import UserError
+from lkd.memory import explain_exhaustion
 from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
 from lkd.processes import any_process
@@ -35,6 +37,11 @@ from lkd.teacher import TeacherFunction
 from lkd.throughput import StepClock
 
 Watch = Callable[[tuple[Batch, Any, float]], None]  # batch, the teacher's outputs or None, progress
+
+
+LESS_MEMORY = (
+    "go on with --resume auto where there is more, or anew with a smaller train.batch_size or more train.accumulation"
+)
 
 
 class DivergedError(UserError):
@@ -125,6 +132,7 @@ class Training:
 
         Raises:
             DivergedError: If a term is not finite.
+            UserError: If what the student is given is not finite, or there is no memory left.
         """
         epoch, place = divmod(self.step, self.batches.steps_per_epoch)
         if self.begin_epoch and not place:
@@ -147,7 +155,8 @@ class Training:
             last = number == self.accumulation - 1
             with nullcontext() if last else hold_gradients(self.computation):
                 own = Batch(*(column[part] for column in batch))
-                rows.append(self.compute_gradients(own, cut(teacher, part), first=number == 0))
+                with explain_exhaustion(f"step {self.step}", LESS_MEMORY):
+                    rows.append(self.compute_gradients(own, cut(teacher, part), first=number == 0))
         self.optimizer.step()
         self.step += 1
         self.scheduler.step_update(self.step)
@@ -166,6 +175,7 @@ class Training:
 
         Raises:
             DivergedError: If a term is not finite.
+            BrokenInputError: If what the student is given is not finite.
         """
         identity = {"index": batch.index} if self.needs_index else {}
         terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
@@ -175,8 +185,9 @@ class Training:
             if first:
                 self.balance.set_weight(terms, self.student.parameters(), self.step, self.progress)
             total = self.balance.weigh(terms)
-        broken = not torch.isfinite(total)
+        broken = not torch.isfinite(total + sum_inputs(batch, teacher))
         if any_process(broken, self.batches.device) if self.batches.part[1] > 1 else broken:  # else the others hang
+            check_inputs(f"step {self.step}", batch, teacher, shared=self.batches.part[1] > 1)
             values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise DivergedError(
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "

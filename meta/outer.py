@@ -1,5 +1,7 @@
 """The outer step: average the hypergradients of several students, guard, clip, update."""
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,11 +19,12 @@ class OuterStep(NamedTuple):
         value: Mean outer loss of the students that counted; NaN if none did.
         norm: Norm of the averaged hypergradient before clipping; NaN if no student counted.
         clipped: Whether the norm was above the bound.
-        skipped: Whether no student had a finite hypergradient, so that nothing was updated.
+        skipped: Whether no student's hypergradient counted, so that nothing was updated.
         left_out: For each of this process's students left out, its index and what was not finite, such as
-            `"2: weight, outer value"` or `"2: inner step 4: gradient of 'conv.weight'"`.
+            `"2: weight, outer value"` or `"2: inner step 4: gradient of 'conv.weight'"`, or its norm over the bound.
         signal_to_noise: Norm of the averaged hypergradient over its standard error, both over all outer parameters,
             the error from how the students differ; NaN if fewer than two counted.
+        norms: Norm of the hypergradient of each of this process's students that counted.
     """
 
     value: float
@@ -30,6 +33,7 @@ class OuterStep(NamedTuple):
     skipped: bool
     left_out: tuple[str, ...]
     signal_to_noise: float = float("nan")
+    norms: tuple[float, ...] = ()
 
 
 def outer_step(
@@ -37,6 +41,7 @@ def outer_step(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     clip_norm: float | None = None,
+    bound: float = math.inf,
 ) -> OuterStep:
     """Average the finite hypergradients, clip the average to `clip_norm`, and let `optimizer` apply it.
 
@@ -48,6 +53,7 @@ def outer_step(
         parameters: The outer parameters, under the names that the hypergradients use.
         optimizer: The outer optimiser of these parameters.
         clip_norm: Largest norm of the average that passes unchanged; None never clips.
+        bound: Largest norm of a hypergradient that counts.
 
     Raises:
         ValueError: There is no hypergradient, or its names are not those of `parameters`.
@@ -59,7 +65,7 @@ def outer_step(
             strangers = sorted(hypergradient.grads.keys() ^ parameters.keys())
             raise ValueError(f"names in only one of the hypergradient and the outer parameters: {', '.join(strangers)}")
 
-    faults = [_name_nonfinite(hypergradient) for hypergradient in hypergradients]
+    faults = [_find_faults(hypergradient, bound) for hypergradient in hypergradients]
     left_out = tuple(f"{index}: {', '.join(names)}" for index, names in enumerate(faults) if names)
     counted = [hypergradient for hypergradient, names in zip(hypergradients, faults, strict=True) if not names]
     value, grads, count, mean_square = _average(counted, parameters)
@@ -68,13 +74,15 @@ def outer_step(
 
     for name, parameter in parameters.items():
         parameter.grad = grads[name]
-    bound = float("inf") if clip_norm is None else clip_norm
-    norm = nn.utils.clip_grad_norm_(parameters.values(), bound).item()
-    optimizer.step()
+    largest = math.inf if clip_norm is None else clip_norm
+    norm = nn.utils.clip_grad_norm_(parameters.values(), largest).item()
+    if math.isfinite(norm):  # else finite hypergradients have a sum that is not
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     error = max(mean_square - norm**2, 0.0) / (count - 1) if count > 1 else float("nan")
     ratio = norm / error**0.5 if error else float("inf")
-    return OuterStep(value, norm, norm > bound, skipped=False, left_out=left_out, signal_to_noise=ratio)
+    norms = tuple(float(hypergradient.norm) for hypergradient in counted)
+    return OuterStep(value, norm, norm > largest, not math.isfinite(norm), left_out, ratio, norms)
 
 
 def _average(
@@ -103,8 +111,8 @@ def _average(
     return value.item(), grads, count, mean[-1].item()
 
 
-def _name_nonfinite(hypergradient: Hypergradient) -> list[str]:
-    """Name what is not finite in a hypergradient."""
+def _find_faults(hypergradient: Hypergradient, bound: float) -> list[str]:
+    """Name what is not finite in a hypergradient, or its norm if that is too large to count."""
     if hypergradient.fault is not None:
         return [hypergradient.fault]
 
@@ -112,4 +120,8 @@ def _name_nonfinite(hypergradient: Hypergradient) -> list[str]:
         return bool(torch.isfinite(tensor).all())
 
     names = [name for name, gradient in hypergradient.grads.items() if not is_finite(gradient)]
-    return names if is_finite(hypergradient.outer_value) else [*names, "outer value"]
+    names += [] if is_finite(hypergradient.outer_value) else ["outer value"]
+    norm = float(hypergradient.norm)
+    if not names and not norm <= min(bound, sys.float_info.max):
+        return [f"norm {norm:.3g} > {bound:.3g}"]
+    return names

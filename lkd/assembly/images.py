@@ -29,7 +29,9 @@ def prepare_images(recipe: DataRecipe) -> Images:
     if isinstance(recipe, GivenData):
         dataset, splits = recipe.dataset, recipe.split()
     else:
-        loading = LoadingOptions(recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed)
+        loading = LoadingOptions(
+            recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed, recipe.read_timeout
+        )
         dataset = load_dataset(recipe.name, recipe.root, loading)
         splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
     labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)

@@ -37,6 +37,8 @@ class MetaSettings:
         outer_batch_size: Images of one outer loss.
         learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
         clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
+        exploding_norm: A hypergradient whose norm is more than so many times the median of the latest ones is left
+            out; 0 leaves out only those that are not finite.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
         loss: Options of the loss networks: `form` (decoupled, balance, generic, residual, target), that form's own
             (hidden, initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and
@@ -66,6 +68,7 @@ class MetaSettings:
     outer_batch_size: int = 1000
     learning_rate: float = 0.05
     clip_norm: float = 1.0
+    exploding_norm: float = 100.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
     reuse_every: int = 10

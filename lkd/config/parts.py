@@ -29,6 +29,7 @@ class DataRecipe:
         workers: Threads that decode images in files; 0 for one for each CPU core of the process.
         damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
             Damaged images are skipped and named in the log.
+        read_timeout: Seconds after which a run stops that waits for an image in a file to be read; 0 waits for ever.
         packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
     """
 
@@ -46,6 +47,7 @@ class DataRecipe:
     image_size: int = 224
     workers: int = 0
     damaged_limit: float = 0.001
+    read_timeout: float = 600.0
     packed: str | None = None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lkd.data.damage import Damage
 from lkd.data.sources import ImageSource
+from lkd.errors import UserError
 
 
 class LoadingOptions(NamedTuple):
@@ -19,12 +20,14 @@ class LoadingOptions(NamedTuple):
         workers: Threads that decode; 0 for one for each CPU core of this process.
         damaged_limit: Fraction of damaged images above which the run stops.
         packed: Folder of packed images to take instead.
+        read_timeout: Seconds after which waiting for an image ends the run; 0 for never.
     """
 
     image_size: int = 224
     workers: int = 0
     damaged_limit: float = 0.001
     packed: str | None = None
+    read_timeout: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class ImageFiles:
         size: Height and width of the crops to cut.
         workers: Threads that decode.
         damage: Counts those that cannot be decoded.
+        timeout: Seconds after which waiting for one ends the run; None for never.
     """
 
     source: ImageSource
@@ -44,6 +48,7 @@ class ImageFiles:
     size: int
     workers: int = 1
     damage: Damage = field(default_factory=Damage)
+    timeout: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -68,9 +73,16 @@ class ImageFiles:
 
 
 def open_source(source: ImageSource, loading: LoadingOptions) -> ImageFiles:
-    """All images of a source, in its order."""
-    workers = loading.workers or count_own_cores()
-    return ImageFiles(source, torch.arange(len(source)), loading.image_size, workers, Damage(loading.damaged_limit))
+    """All images of a source, in its order.
+
+    Raises:
+        UserError: If a setting is impossible.
+    """
+    if loading.read_timeout < 0:
+        raise UserError(f"data.read_timeout: {loading.read_timeout:g} is negative; 0 waits for ever")
+    positions, workers = torch.arange(len(source)), loading.workers or count_own_cores()
+    damage = Damage(loading.damaged_limit)
+    return ImageFiles(source, positions, loading.image_size, workers, damage, loading.read_timeout or None)
 
 
 def count_own_cores() -> int:

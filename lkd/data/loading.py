@@ -5,17 +5,18 @@ Threads, not processes: decoding and scaling leave Python alone, and nothing has
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent import futures
 
 import torch
 from torch import Tensor
 
+from lkd.data.decoders import start_threads
 from lkd.data.decoding import DamagedImageError
 from lkd.data.image_files import ImageFiles
 from lkd.errors import UserError
 
 CHUNK = 8  # images that a thread takes at a time
+GO_ON = "go on with --resume auto"
 AHEAD = 2  # batches that are decoded before they are asked for
 
 Cut = Callable[[Tensor, int], Tensor]
@@ -39,6 +40,7 @@ class Loading:
         self.replace = replace
         self.slots = slots.tolist()
         self.pixels = torch.empty(len(slots), files.size, files.size, 3, dtype=torch.uint8, pin_memory=pin)
+        self.reading: set[int] = set()
         rows = range(len(slots))
         pool = start_threads(files.workers)
         self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
@@ -52,7 +54,7 @@ class Loading:
             while image is None and left:
                 seen += 1
                 try:
-                    image = self.files.load(slot)
+                    image = self.read(slot)
                 except DamagedImageError as error:
                     failures.append((self.files.name(slot), str(error)))
                     left = left - 1 if self.replace else 0
@@ -64,6 +66,21 @@ class Loading:
                 self.pixels[row] = self.cut(image, slot).permute(1, 2, 0)
         self.files.damage.record(seen, failures)
 
+    def read(self, slot: int) -> Tensor:
+        """Decode an image; while it is read it is in `reading`.
+
+        Raises:
+            DamagedImageError: If it cannot be decoded.
+            UserError: If there is no memory left for it.
+        """
+        self.reading.add(slot)
+        try:
+            return self.files.load(slot)
+        except MemoryError as error:
+            raise UserError(f"data: {self.files.name(slot)}: no memory left to decode it; {GO_ON}") from error
+        finally:
+            self.reading.discard(slot)
+
     def wait(self) -> tuple[Tensor, Tensor, float]:
         """Wait until it is there.
 
@@ -72,11 +89,18 @@ class Loading:
             ones replaced or left out; seconds waited.
 
         Raises:
-            UserError: If too many images are damaged.
+            UserError: If too many images are damaged, or one is not read within the time allowed.
         """
         started = time.perf_counter()
-        for task in self.tasks:
-            task.result()
+        try:
+            for task in self.tasks:
+                task.result(self.files.timeout)
+        except futures.TimeoutError as error:
+            names = ", ".join(self.files.name(slot) for slot in sorted(self.reading)[:3])
+            raise UserError(
+                f"data.read_timeout: no image was read for {self.files.timeout:g} s ({names or 'others before it'}); "
+                f"is the disk or the network file system there? {GO_ON}"
+            ) from error
         waited = time.perf_counter() - started
         slots = torch.tensor(self.slots, dtype=torch.int64)
         pixels = self.pixels if bool((slots >= 0).all()) else self.pixels[slots >= 0]
@@ -113,10 +137,3 @@ class Prefetcher:
     def __iter__(self) -> Iterator[Loading]:
         """All steps in order."""
         return map(self.take, range(self.steps or 0))
-
-
-@cache
-def start_threads(count: int) -> ThreadPoolExecutor:
-    """The threads of this process that decode, started once; torch's own threads stay out of them."""
-    torch.get_num_threads()  # else this thread would take over the decoders' number
-    return ThreadPoolExecutor(count, "lkd-decoder", torch.set_num_threads, (1,))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lkd.data.crops import SHORTER_SIDE, resize_shorter_side
 from lkd.data.damage import Damage
+from lkd.data.decoders import start_threads
 from lkd.data.decoding import MOST_PIXELS, DamagedImageError
-from lkd.data.loading import start_threads
 from lkd.data.sources import ImageSource
 from lkd.errors import UserError
 from lkd.files import check_free_space, read_tensors, refusing_malformed, replaced_atomically, write_tensors

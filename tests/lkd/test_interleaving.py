@@ -49,15 +49,16 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
     before = before.detach()
     batches = own.advance(10)
     assert [progress for _, _, progress in batches] == [0.25, 0.3, 0.35, 0.4, 0.45]
-    outer_batch = loop.draw_outer_batch(batches, torch.Generator().manual_seed(0))
+    outer_batch = loop.problems.draw_outer_batch(batches, torch.Generator().manual_seed(0))
 
     def inner_loss(*arguments):
         return compute_inner_loss(student, loop.loss, *arguments)
 
-    taped = own.tape.hypergradient(inner_loss, loop.outer_loss(student), outer_batch)
+    taped = own.tape.hypergradient(inner_loss, loop.problems.outer_loss(student), outer_batch)
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
     schedule = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
-    exact = ESTIMATORS["adjoint"](inner_loss, loop.outer_loss(student), before, hyper, batches, outer_batch, schedule)
+    outer_loss = loop.problems.outer_loss(student)
+    exact = ESTIMATORS["adjoint"](inner_loss, outer_loss, before, hyper, batches, outer_batch, schedule)
     torch.testing.assert_close(taped.final_state.parameters, exact.final_state.parameters, rtol=1e-4, atol=1e-5)
     assert cosine_similarity(taped.grads, exact.grads) > 0.99
     assert (taped.norm / exact.norm).item() == pytest.approx(1, abs=0.1), "kinks of the ReLU are crossed by differences"

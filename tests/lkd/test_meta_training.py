@@ -91,7 +91,7 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     hyper = {name: parameter.detach() for name, parameter in training.loss.named_parameters()}
     optimizer = build_inner_optimizer(recipe.train, 0.05, "cosine", 3)
     inner_loss = partial(compute_inner_loss, student, training.loss)
-    problem = (inner_loss, training.outer_loss(student), state, hyper, inner, outer, optimizer)
+    problem = (inner_loss, training.problems.outer_loss(student), state, hyper, inner, outer, optimizer)
     results = {name: ESTIMATORS[name](*problem) for name in ("unrolled", "higher")}
     for name, gradient in results["unrolled"].grads.items():
         torch.testing.assert_close(results["higher"].grads[name], gradient, rtol=1e-8, atol=1e-14)
