@@ -1,6 +1,7 @@
 """A learned loss compiled, and exported for programs without lkd: `python examples/compile_and_export.py LOSS OUT.pt2`.
 
-The exported program takes any number of images, 2 or more, and the number of classes that it was exported for.
+The exported program takes any number of images, 2 or more, and the number of classes that it was exported for. A loss
+with `normalize_gradient`, which no recipe here sets, compiles, but torch.export cannot follow the gradient inside it.
 """
 
 import argparse
