@@ -3,6 +3,7 @@
 A teacher is a student of cross-entropy.
 """
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lkd.run import Run
 from lkd.throughput import Throughput, format_throughput
 from lkd.training import TeacherFunction, Training
 
-SECONDS_BETWEEN_REPORTS = 1.0
+REPORTS = 1000  # after so many they are logged half as often
 
 
 def distill(recipe: DistillRecipe, run: Run) -> Path:
@@ -98,9 +99,13 @@ def train_to_the_end(
         if training.step + 1 == epoch_end and is_main():
             seen[:] = [batch]
 
+    reports, pause = count(), 1.0
+
     def report() -> None:
+        nonlocal pause
         bar.update()
-        if lately.elapsed >= SECONDS_BETWEEN_REPORTS:
+        if lately.elapsed >= pause:
+            pause = float(2 ** (next(reports) // REPORTS))
             figures = lately.read(training.step)
             bar.set_postfix_str(format_throughput(figures) + shown)
             if training.balance:

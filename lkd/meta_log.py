@@ -15,6 +15,7 @@ from meta import Audited, Estimator, OuterStep, call_module
 from meta.types import Tensors
 
 SHARE = "share/"
+ROWS = 1000  # of a log, and of the curve that checkpoints carry along, at most
 
 
 @torch.no_grad()
@@ -61,6 +62,11 @@ def log_row(
         latest = list(estimator.audits.values())[-1]
         row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
     return row
+
+
+def is_logged(step: int, outer_steps: int) -> bool:
+    """Whether the step of this number, counted from 1, is logged: all, or of many every so many, and the last."""
+    return (step - 1) % -(-outer_steps // ROWS) == 0 or step == outer_steps
 
 
 def measure_weights(part: nn.Module) -> float:

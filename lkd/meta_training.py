@@ -31,7 +31,7 @@ from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_cost import measure_training_seconds, summarize_cost
-from lkd.meta_log import describe_saturation, log_row, show_loss
+from lkd.meta_log import describe_saturation, is_logged, log_row, show_loss
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
 from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
@@ -148,8 +148,9 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                 if recipe.pool.sampling == "live" and not loop.alternates:
                     loop.pools = renew_pools(recipe, loop.step, first_pools, images, teacher, run, loop.loss)
                 row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
-                loop.history.append({"step": loop.step, **row})
-                run.tracker.log(loop.step, **row)
+                if is_logged(loop.step, settings.outer_steps):
+                    loop.history.append({"step": loop.step, **row})
+                    run.tracker.log(loop.step, **row)
                 for line in loop.warnings:
                     run.say(line)
                 if settings.picture_every and loop.step % settings.picture_every == 0 and is_main():

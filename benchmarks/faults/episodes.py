@@ -10,151 +10,155 @@ import time
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.faults.commands import COMMANDS, FILE_COMMANDS, Command, read_results, write_images
 from benchmarks.faults.faults import FAULTS, Fault
 from benchmarks.faults.injections import Moment, count_steps
-from benchmarks.faults.processes import finish, list_workers, start, wait_for_group
+from benchmarks.faults.processes import Injection, finish, list_workers, start, wait_for_group
 
-BOUND = 20.0  # seconds within which a run must have ended after its fault
+BOUND = 20.0  # seconds within which a run must have ended after a fault from outside
+ATTEMPTS = 20  # moments that are tried until a fault comes before the run is through
 Row = dict[str, Any]
 
 
-class Bench:
-    """Episodes in a folder, which is the current one.
+class Outcome(NamedTuple):
+    """What a disturbed run did.
 
-    Args:
-        folder: The folder.
+    Attributes:
+        codes: Exit codes of its processes; None if one hung.
+        said: What they printed.
+        seconds: From the fault, if it came from outside, to the end.
+        gone: Whether no worker was left.
+        call: At which call the fault came; 0 if it came from outside.
     """
+
+    codes: list[int | None]
+    said: str
+    seconds: float
+    gone: bool
+    call: int
+
+
+class Bench:
+    """Episodes in a folder, which becomes the current one; what they are compared with is made once."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        write_images(Path("images"))
+        write_images(Path("intact"))
         self.wholes: dict[tuple[str, bool, int], Row] = {}
         self.totals: dict[tuple[str, str], int] = {}
         self.references: dict[tuple[str, str, int], dict[str, str]] = {}
 
-    def command(self, fault: Fault, name: str) -> Command:
-        return (FILE_COMMANDS if fault.files else COMMANDS)[name]
+    def play(self, name: str, label: str, number: int) -> Row:
+        """Run an episode; a fault that comes too late for the run to notice is tried at another moment."""
+        fault, chance = FAULTS[label], random.Random(f"{name} {label} {number}")
+        size = 2 if label == "process dies" else 1
+        for _ in range(ATTEMPTS):
+            place = clear("episode")
+            outcome = self.disturb(name, label, place, size, chance)
+            if has_happened(fault, place, outcome):
+                break
+        else:
+            raise RuntimeError(f"{name}, {label}: the fault never came")
+        kept = keeps_promise(fault, outcome, size) and (label != "terminate" or says_how_to_go_on(outcome))
+        row: Row = {"command": name, "fault": label, "number": number, "call": outcome.call}
+        row |= {"exit": " ".join(map(str, outcome.codes)), "said": last_line(outcome.said)}
+        row |= {"seconds": round(outcome.seconds, 2), "exit_again": "", "warned": "", "steps_lost": 0}
+        if fault.codes != (0,):
+            kept = self.go_on(name, fault, place, size, row) and kept
+        right = self.is_right(name, fault, place, size, outcome.call)
+        finished = fault.codes == (0,) or row["exit_again"] == " ".join(["0"] * size)
+        row["bitwise"] = int(right) if fault.exact else ""
+        row["wrong"] = int(finished and not right)
+        row["kept"] = int(kept and finished and right)
+        if not row["kept"]:
+            shutil.copytree(place, Path("broken") / f"{name} {label} {number}", dirs_exist_ok=True)
+        return row
 
-    def run_whole(self, name: str, files: bool, size: int = 1) -> Row:
-        """The undisturbed run: its results, its duration, its steps; made once."""
+    def disturb(self, name: str, label: str, place: Path, size: int, chance: random.Random) -> Outcome:
+        """Run a command until the fault, and see it end."""
+        fault, command, moment = FAULTS[label], pick(name, FAULTS[label]), chance.random()
+        restore_images()
+        call, started = 0, time.monotonic()
+        if fault.inject:
+            workers = 2 if name == "compare" else 1
+            call = 1 + int(moment * self.count_calls(name, label) / workers)
+            injection = fault.inject(Moment(place / "calls", call, place / "fired", chance.randrange(2**32)))
+            processes = start_job(command, place, size, injection)
+        else:
+            whole = self.run_whole(name, fault.files, size)
+            processes = start_job(command, place, size)
+            disturb_from_outside(label, processes, place, moment * (whole["student"] + whole["outer"] + 1), chance)
+            started = time.monotonic()
+        codes = [finish(process) for process in processes]
+        seconds = time.monotonic() - started
+        gone = all(wait_for_group(process) for process in processes)
+        return Outcome(codes, (place / "output").read_text(), seconds, gone, call)
+
+    def go_on(self, name: str, fault: Fault, place: Path, size: int, row: Row) -> bool:
+        """Run the command again without a fault, add to the row, and say whether the promise is kept."""
+        restore_images()
+        command, whole = pick(name, fault), self.run_whole(name, fault.files, size)
+        before = (place / "output").stat().st_size
+        codes = [finish(process) for process in start_job(command, place, size)]
+        said = (place / "output").read_text()[before:]
+        student, outer = (steps(place)[key] - whole[key] for key in ("student", "outer"))
+        row["exit_again"] = " ".join(map(str, codes))
+        row["warned"] = " | ".join(line for line in said.splitlines() if "warning" in line)[:300]
+        row["steps_lost"] = student + outer
+        row["intervals_lost"] = round(max(student / command.interval, outer), 3)
+        damaged = (place / "damaged").read_text() if (place / "damaged").exists() else ""
+        named = damaged in said or not must_be_named(Path(damaged))
+        return "Traceback" not in said and named and row["intervals_lost"] <= 1
+
+    def is_right(self, name: str, fault: Fault, place: Path, size: int, call: int) -> bool:
+        """Whether the results in the end are those that are promised."""
+        command, whole = pick(name, fault), self.run_whole(name, fault.files, size)
+        results = read_results(command, place / "run")
+        if fault.exact:
+            return results == whole["results"]
+        if fault.reference:
+            return results == self.find_reference(name, fault, size_of(place / "hypergradients") or call)
+        return results.keys() == whole["results"].keys() and "unreadable" not in " ".join(results.values())
+
+    def run_whole(self, name: str, files: bool, size: int) -> Row:
+        """The undisturbed run: its results and steps."""
         key = (name, files, size)
         if key not in self.wholes:
-            command, place = (FILE_COMMANDS if files else COMMANDS)[name], clear("whole")
-            started = time.monotonic()
-            processes = start_job(command, place, size)
-            codes = [finish(process) for process in processes]
-            if any(codes):
-                raise RuntimeError(f"undisturbed {name}: exit {codes}: {(place / 'output').read_text()[-2000:]}")
-            seconds = time.monotonic() - started
-            self.wholes[key] = {"results": read_results(command, place / "run"), "seconds": seconds, **steps(place)}
+            command = (FILE_COMMANDS if files else COMMANDS)[name]
+            restore_images()
+            place = finish_run(command, "whole", size)
+            self.wholes[key] = {"results": read_results(command, place / "run"), **steps(place)}
         return self.wholes[key]
 
     def count_calls(self, name: str, label: str) -> int:
-        """How often an undisturbed run calls what a fault comes with; counted once."""
+        """How often an undisturbed run calls what a fault comes with."""
         if (name, label) not in self.totals:
-            fault, place = FAULTS[label], clear("count")
-            assert fault.inject is not None
-            moment = Moment(place / "calls", 0, place / "fired")
-            code = finish(start(self.command(fault, name).line(place / "run"), place / "output", fault.inject(moment)))
-            if code:
-                raise RuntimeError(f"{name}, {label}: exit {code}: {(place / 'output').read_text()[-2000:]}")
-            self.totals[name, label] = (place / "calls").stat().st_size
+            inject = FAULTS[label].inject
+            assert inject is not None
+            moment = Moment(Path("count/calls").absolute(), 0, Path("count/fired").absolute())
+            self.totals[name, label] = size_of(
+                finish_run(pick(name, FAULTS[label]), "count", 1, inject(moment)) / "calls"
+            )
         return self.totals[name, label]
 
     def find_reference(self, name: str, fault: Fault, call: int) -> dict[str, str]:
         """What the reference fault leaves when it comes at a call."""
         key = (name, fault.reference, call)
         if key not in self.references:
-            reference, place = FAULTS[fault.reference], clear("reference")
-            command = self.command(fault, name)
-            assert reference.inject is not None
-            moment = Moment(place / "calls", call, place / "fired")
-            code = finish(start(command.line(place / "run"), place / "output", reference.inject(moment)))
-            if code:
-                raise RuntimeError(f"{name}, {fault.reference}: exit {code}: {(place / 'output').read_text()[-2000:]}")
-            self.references[key] = read_results(command, place / "run")
+            inject = FAULTS[fault.reference].inject
+            assert inject is not None
+            moment = Moment(Path("reference/calls").absolute(), call, Path("reference/fired").absolute())
+            place = finish_run(pick(name, fault), "reference", 1, inject(moment))
+            self.references[key] = read_results(pick(name, fault), place / "run")
         return self.references[key]
 
-    def play(self, name: str, label: str, number: int) -> Row:
-        """Run an episode; a fault that comes too late for the run to notice is tried at another moment."""
-        fault, chance = FAULTS[label], random.Random(f"{name} {label} {number}")
-        size = 2 if label == "process dies" else 1
-        whole, command = self.run_whole(name, fault.files, size), self.command(fault, name)
-        for _ in range(20):
-            place, moment = clear("episode"), chance.random()
-            shutil.rmtree("images.intact", ignore_errors=True)
-            if fault.files:
-                shutil.copytree("images", "images.intact")
-            started = time.monotonic()
-            if fault.inject:
-                workers = 2 if name == "compare" else 1
-                call = 1 + int(moment * self.count_calls(name, label) / workers)
-                injected = fault.inject(Moment(place / "calls", call, place / "fired", chance.randrange(2**32)))
-                processes = [start(command.line(place / "run"), place / "output", counting(place), injected)]
-            else:
-                call, processes = 0, start_job(command, place, size)
-                disturb(label, processes, place, moment * (whole["student"] + whole["outer"] + 1), chance)
-            disturbed = time.monotonic()
-            codes = [finish(process) for process in processes]
-            ended = time.monotonic()
-            said = (place / "output").read_text()
-            if has_happened(fault, place, codes, said):
-                break
-        else:
-            raise RuntimeError(f"{name}, {label}: the fault never came")
-        row: Row = {"command": name, "fault": label, "number": number, "moment": round(moment, 4), "call": call}
-        row |= {"exit": " ".join(map(str, codes)), "said": last_line(said)}
-        survivor = [code for code in codes if code != -signal.SIGKILL] if size == 2 else codes
-        kept = all(code in fault.codes for code in survivor) and "Traceback" not in said
-        kept = kept and (not fault.says or bool(re.search(fault.says, said, re.MULTILINE)))
-        if label == "terminate" and codes[0] == 143:
-            kept = kept and "go on with: lkd" in said
-        row["seconds"] = round(ended - (started if fault.inject else disturbed), 2)
-        kept = kept and (bool(fault.inject) or row["seconds"] < BOUND) and all(map(wait_for_group, processes))
-        if fault.files:
-            shutil.rmtree("images")
-            shutil.move("images.intact", "images")
-        again: list[int | None] = [0]
-        if fault.codes != (0,):
-            before = len(said)
-            again = [finish(process) for process in start_job(command, place, size)]
-            spoken = (place / "output").read_text()[before:]
-            kept = kept and "Traceback" not in spoken
-            row["said_again"] = " | ".join(line for line in spoken.splitlines() if "warning" in line)[:300]
-            if label in ("truncated", "flipped bits"):
-                damaged = (place / "damaged").read_text() if (place / "damaged").exists() else ""
-                kept = kept and (not damaged or damaged in spoken)
-        lost = {key: value - whole[key] for key, value in steps(place).items()}
-        results = read_results(command, place / "run")
-        row["exit_again"] = " ".join(map(str, again))
-        row["steps_lost"] = lost["student"] + lost["outer"] if fault.codes != (0,) else 0
-        row["intervals_lost"] = max(lost["student"] / command.interval, lost["outer"]) if fault.codes != (0,) else 0
-        if fault.exact:
-            right = results == whole["results"]
-            row["bitwise"] = int(right)
-        elif fault.reference:
-            calls = size_of(place / "hypergradients") or call
-            right = results == self.find_reference(name, fault, calls)
-            row["as_reference"] = int(right)
-        else:
-            right = results.keys() == whole["results"].keys() and not any("unreadable" in v for v in results.values())
-        finished = again == [0] * size
-        row["wrong"] = int(finished and not right)
-        row["kept"] = int(kept and finished and right and row["intervals_lost"] <= 1)
-        return row
 
-
-def has_happened(fault: Fault, place: Path, codes: list[int | None], said: str) -> bool:
-    """Whether a fault came before the run was through, and the run could notice."""
-    if fault.inject:
-        return (place / "fired").exists()
-    if fault.codes == (0,):  # it came from outside, and a run that had read all files could not see it
-        return bool(re.search(fault.says, said))
-    return 0 not in codes
+def pick(name: str, fault: Fault) -> Command:
+    """The command, on the images that the fault needs."""
+    return (FILE_COMMANDS if fault.files else COMMANDS)[name]
 
 
 def clear(name: str) -> Path:
@@ -165,9 +169,31 @@ def clear(name: str) -> Path:
     return place
 
 
-def counting(place: Path) -> Any:
-    """The injection that counts steps in a folder."""
-    return partial(count_steps, place / "student", place / "outer")
+def restore_images() -> None:
+    """Undo what a fault did to image files."""
+    shutil.rmtree("images", ignore_errors=True)
+    shutil.copytree("intact", "images")
+
+
+def start_job(command: Command, place: Path, size: int, *injections: Injection) -> list[BaseProcess]:
+    """Start a run, or a job of two processes, whose steps are counted."""
+    words, output = command.line(place / "run"), place / "output"
+    counting = partial(count_steps, place / "student", place / "outer")
+    if size == 1:
+        return [start(words, output, counting, *injections)]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    return [start(words, output, *[counting][rank:], rank=rank, port=port) for rank in range(size)]
+
+
+def finish_run(command: Command, folder: str, size: int, *injections: Injection) -> Path:
+    """Run a command to its end in an empty folder; the folder."""
+    place = clear(folder)
+    codes = [finish(process) for process in start_job(command, place, size, *injections)]
+    if any(code != 0 for code in codes):
+        raise RuntimeError(f"lkd {' '.join(command.words)}: exit {codes}: {(place / 'output').read_text()[-2000:]}")
+    return place
 
 
 def steps(place: Path) -> dict[str, int]:
@@ -180,18 +206,9 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def start_job(command: Command, place: Path, size: int) -> list[BaseProcess]:
-    """Start a run, or a job of two processes."""
-    words, output = command.line(place / "run"), place / "output"
-    if size == 1:
-        return [start(words, output, counting(place))]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    return [start(words, output, *[counting(place)][rank:], rank=rank, port=port) for rank in range(size)]
-
-
-def disturb(label: str, processes: list[BaseProcess], place: Path, step: float, chance: random.Random) -> None:
+def disturb_from_outside(
+    label: str, processes: list[BaseProcess], place: Path, step: float, chance: random.Random
+) -> None:
     """Wait until a run has begun so many steps and is in the middle of the next, and bring a fault about."""
     victim = processes[chance.randrange(len(processes))]
     while victim.exitcode is None and sum(steps(place).values()) < int(step):
@@ -209,12 +226,43 @@ def disturb(label: str, processes: list[BaseProcess], place: Path, step: float, 
         if workers:
             os.kill(chance.choice(workers), signal.SIGKILL)
     else:
-        files = sorted(Path("images/train").rglob("*.png"))
-        for file in chance.sample(files, 3):
+        for file in chance.sample(sorted(Path("images/train").rglob("*.png")), 3):
             if label == "image gone":
                 file.unlink()
             else:
                 file.write_bytes(file.read_bytes()[:40])
+
+
+def has_happened(fault: Fault, place: Path, outcome: Outcome) -> bool:
+    """Whether a fault came before the run was through, and the run could notice."""
+    if fault.inject:
+        return (place / "fired").exists()
+    if fault.codes == (0,):  # a run that had read all files could not see it
+        return bool(re.search(fault.says, outcome.said))
+    return 0 not in outcome.codes
+
+
+def keeps_promise(fault: Fault, outcome: Outcome, size: int) -> bool:
+    """Whether a disturbed run ended as is promised; of a job, the process that was not killed."""
+    codes = outcome.codes if size == 1 else [code for code in outcome.codes if code != -signal.SIGKILL]
+    return (
+        all(code in fault.codes for code in codes)
+        and "Traceback" not in outcome.said
+        and bool(re.search(fault.says, outcome.said, re.MULTILINE))
+        and (fault.inject is not None or outcome.seconds < BOUND)
+        and outcome.gone
+    )
+
+
+def says_how_to_go_on(outcome: Outcome) -> bool:
+    """Whether a run that stopped because it was asked to names the command that goes on."""
+    return outcome.codes != [128 + signal.SIGTERM] or "go on with: lkd" in outcome.said
+
+
+def must_be_named(damaged: Path) -> bool:
+    """Whether the run that goes on reads this file: what it writes at its end is simply written again."""
+    folder = damaged.parent.name
+    return folder.startswith(("checkpoints", "student-", "cells")) or damaged.name.startswith(("seed-", "index"))
 
 
 def last_line(text: str) -> str:

@@ -185,6 +185,6 @@ FAULTS = {
         f"the other ends within 20 seconds, exit 2 with one line{SAME} (of the undisturbed job)",
         commands=("pool", "meta-train", "distill"),
         elsewhere="compare is one process; those of `cache` do not talk: the other finishes its part",
-        says="^lkd: error: .*another process",
+        says="^lkd: error: torchrun: .*lost another process",
     ),
 }
