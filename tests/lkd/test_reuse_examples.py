@@ -13,20 +13,20 @@ import yaml
 
 import lkd
 from lkd.artifact import load_loss, save_loss
-from lkd.losses.learned import FORMS, build_learned_loss
+from lkd.losses.learned import build_learned_loss
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-IMAGES, EPOCHS, BATCH = 2000, 3, 64
+IMAGES, EPOCHS, BATCH = 1280, 3, 64
 STEPS = EPOCHS * -(-IMAGES // BATCH)
 NAMES = ("student", "teacher", "target", "progress")  # what a loss is called with
 LEAST = {  # accuracy in percent; guessing has 10
-    "plain_pytorch": 50,
-    "timm_task": 25,
-    "lightning_module": 50,
-    "huggingface_trainer": 50,
-    "torchdistill_loss": 50,
+    "plain_pytorch": 40,
+    "timm_task": 20,
+    "lightning_module": 40,
+    "huggingface_trainer": 40,
+    "torchdistill_loss": 40,
 }
 NEEDS = {"lightning_module": "lightning", "huggingface_trainer": "transformers"}
 
@@ -108,7 +108,7 @@ def test_timms_task_gives_the_sum_of_the_terms(loss_file: str) -> None:
     assert not any(name.startswith("learned") for name in task.get_trainable_module().state_dict())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["decoupled", "generic", "target"])
 def test_a_loss_compiled_and_exported_is_the_same_loss(form: str, tmp_path) -> None:
     from compile_and_export import run
 
