@@ -71,15 +71,22 @@ def read_spec(made: Any) -> Any:
 
 
 def find_entity() -> str:
-    """Who is logged in."""
+    """Who is logged in.
+
+    Raises:
+        UserError: If W&B does not say.
+    """
     import wandb
 
-    return str(wandb.Api().default_entity)
+    entity = wandb.Api().default_entity
+    if not entity:
+        raise UserError("entity: W&B names no default for who is logged in; give --entity USER_OR_TEAM")
+    return str(entity)
 
 
 @contextmanager
 def explained_failures() -> Iterator[None]:
-    """Tell what W&B refused in one line; its libraries raise bare `Exception`s."""
+    """Tell in one line why W&B took nothing; its libraries raise bare `Exception`s."""
     try:
         yield
     except UserError:
@@ -87,5 +94,5 @@ def explained_failures() -> Iterator[None]:
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"dashboard: W&B refused: {first}; run `wandb login`, or write what would be sent with --dry_run"
+            f"dashboard: nothing was sent: {first}; run `wandb login`, or write what would be sent with --dry_run"
         ) from error

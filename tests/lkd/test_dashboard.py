@@ -215,7 +215,7 @@ def test_nobody_logged_in_is_one_line(monkeypatch, capsys, unused_tcp_port: int)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_tcp_port}")
     assert main(["dashboard"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match("lkd: error: dashboard: W&B refused: .*; run `wandb login`, or .* --dry_run", error)
+    assert re.match("lkd: error: dashboard: nothing was sent: .*; run `wandb login`, or .* --dry_run", error)
     wandb.teardown()
 
 
