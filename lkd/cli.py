@@ -143,6 +143,8 @@ def parse_recipe(command: str, words: list[str]) -> Any:
         parsed = parser.instantiate(parser.parse_args(expanded))
     except ArgumentError as error:
         raise UserError(explain(str(error), known_keys(parser))) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the recipe has a value that cannot be used ({type(error).__name__}: {error})") from error
     except SystemExit:
         return None
     values = {key: value for key, value in vars(parsed).items() if key != "config"}

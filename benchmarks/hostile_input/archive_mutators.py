@@ -132,7 +132,7 @@ def mutate_zip(rng: random.Random, content: bytes, other: bytes) -> bytes:
     elif kind < 0.75:
         members[number] = (
             name,
-            (body[:200] if rng.random() < 0.5 else b"") + bytes(rng.choice((10**3, 10**7, 3 * 10**8))),
+            (body[:200] if rng.random() < 0.5 else b"") + bytes(rng.choice((10**3, 10**7, 10**8))),
         )
     elif kind < 0.85:
         members[number] = name, change_npy_header(rng, body)

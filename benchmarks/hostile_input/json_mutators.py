@@ -35,7 +35,7 @@ def change(rng: random.Random, tree: Any) -> Any:
     elif kind < 0.7:
         del tree[key]
     elif kind < 0.8:
-        tree[key] = tree[rng.choice(keys)]
+        tree[key] = json.loads(json.dumps(tree[rng.choice(keys)]))  # a copy: no circles
     elif isinstance(tree, dict):
         tree[rng.choice(("", "a.b", "class", "pretrained", "options", "x" * 1000, key + "x"))] = rng.choice(VALUES)
     else:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from bilevel_problems import Problem
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -66,7 +66,7 @@ def draw_problem(seed: int, size: int, steps: int, optimizer: str, quadratic: bo
 
     hyper = {"centre": draw(size)} | ({} if quadratic else {"scale": 0.3 * draw()})
     batches = [torch.zeros(size, dtype=torch.float64) if quadratic else draw(size) for _ in range(steps)]
-    recipe = {"sgd": SGD(0.05), "momentum": SGD(0.05, momentum=0.8), "adam": Adam(0.05)}[optimizer]
+    recipe = {"sgd": SGD(0.05), "momentum": SGD(0.05, momentum=0.8), "adam": Adam(0.05, eps=1.0)}[optimizer]
     return Problem(inner_loss, outer_loss, State({"x": draw(size)}, {}, {}), hyper, batches, None, recipe)
 
 
@@ -75,7 +75,7 @@ def test_every_estimator_has_promised_something() -> None:
 
 
 @pytest.mark.parametrize("name", PROMISES)
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(
     data=st.data(),
     seed=st.integers(0, 10_000),
@@ -85,7 +85,7 @@ def test_every_estimator_has_promised_something() -> None:
 def test_estimators_keep_their_promises_on_random_problems(name, data, seed, size, optimizer) -> None:
     promise = PROMISES[name]
     steps = data.draw(st.sampled_from(promise.steps))
-    # Adam does not settle within these steps, and where a gradient is nearly 0 its update is nearly a step function.
+    # Adam does not settle within these steps. Its eps is large: with a small one its first update is a step function.
     optimizer = "momentum" if promise.quadratic or name == "evolution" else optimizer
     problem = draw_problem(seed, size, steps, optimizer, promise.quadratic)
     outcome = verify(promise.estimator, *problem, directions=3)
