@@ -88,7 +88,7 @@ def read_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def thin(curve: Curve, points: int) -> Curve:

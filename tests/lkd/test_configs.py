@@ -75,6 +75,7 @@ SMALL = {
     "export": [],
     "dashboard": [],
     "quickstart": ["--short"],
+    "report": [],
 }
 
 

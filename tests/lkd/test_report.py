@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -72,6 +75,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("lkd.comparison.start_workers", lambda count: ThreadPoolExecutor(1))  # a process starts slowly
         run_recipe(tiny_recipe(run_dir="learned", reuse_every=2))
         loss = ["--loss", "learned/loss.lkd.safetensors"]
         assert main(["distill", "--run_dir", "student", *TINY, *loss]) == 0
@@ -103,7 +107,7 @@ def test_the_command_writes_one_file(copies: Path, capsys) -> None:
     assert "pages/r.html: 4 runs" in capsys.readouterr().out
     page = Page(Path("pages/r.html").read_text())
     assert [run["label"] for run in page.data["runs"]] == ["student", "kd", "learned", "comparison"]
-    assert {path: path.stat().st_mtime_ns for path in before} == before | {copies: copies.stat().st_mtime_ns}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     for _, attributes in page.elements:
         assert not {"src", "href", "action"} & {key for key in attributes if not attributes[key].startswith("data:")}
 
@@ -147,10 +151,12 @@ def test_tables_give_last_and_best(runs: Path) -> None:
 def test_settings_that_differ_are_marked_and_equal_ones_left_out(runs: Path) -> None:
     page = build(runs / "student", runs / "kd")
     assert page.row("seed") == ["seed", "0", "3"]
-    assert page.row("loss.name") == ["loss.name", str(Path("loss.lkd.safetensors")), "kd"]
-    table = next(index for index, row in enumerate(page.rows) if row[:1] == ["setting"])
-    differing = page.rows[table + 1 :]
-    assert "train.momentum" not in [row[0] for row in differing[: [row[0] for row in differing].index("setting")]]
+    assert page.row("loss.name") == ["loss.name", "learned/loss.lkd.safetensors", "kd"]
+    titles = [place for place, row in enumerate(page.rows) if row[0] == "setting"]
+    assert [row[0] for row in page.rows[titles[0] : titles[1]]] == ["setting", "seed", "loss.name"]
+    assert page.rows[titles[1] + 1] == ["loss.temperature", "—", "2"]
+    marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "differs"]
+    assert len(marked) == 4, "two settings in the list of each run"
 
 
 def test_lineage_leads_back_to_the_loss(runs: Path) -> None:
@@ -181,9 +187,9 @@ def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:
 
 def test_surfaces_are_the_losses(runs: Path) -> None:
     page = build(runs / "student", runs / "learned", runs / "kd", runs / "comparison")
+    losses = {loss["name"]: loss for loss in page.data["losses"]}
     learned, kd, ce, default = (
-        next(loss for loss in page.data["losses"] if loss["name"].startswith(name))
-        for name in ("learned by learned", "kd temperature=2", "cross_entropy", "kd")
+        losses[name] for name in ("learned by learned", "kd temperature=2", "cross_entropy", "kd")
     )
     assert learned["runs"] == ["learned", "student"]
     assert set(learned["panels"]) == {"gradient at the target logit", "weight of the teacher, α", "temperature, τ"}
@@ -313,7 +319,7 @@ def test_long_logs_are_thinned_to_their_shape(tmp_path: Path, copies: Path) -> N
     count, spike, dip = 100_000, 43_210, 77_777
     values = [math.sin(step / 9000) for step in range(count)]
     values[spike], values[dip], values[500] = 50.0, -50.0, math.nan
-    names = [f"loss/{number}" for number in range(8)]
+    names = ["loss/3", "loss/4"]
     append_rows(
         Path("kd"), *(json.dumps({"step": s, "time": 1e9 + s, **dict.fromkeys(names, v)}) for s, v in enumerate(values))
     )
@@ -348,3 +354,62 @@ def test_a_repeated_step_counts_as_it_was_last_written(tmp_path: Path) -> None:
 def test_names_tell_runs_apart() -> None:
     paths = [Path("/x/a/student"), Path("/x/b/student"), Path("/x/b/kd")]
     assert name_apart(paths) == ["a/student", "b/student", "kd"]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+TOUCH = """
+<script>
+document.querySelector('#legend button[data-run="1"]').click();
+const chart = document.querySelector('figure[data-metric="meta_validation/top1"] svg');
+const box = chart.getBoundingClientRect();
+chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 9, clientY: box.top + 50}));
+</script>
+"""
+
+
+def render(path: Path, folder: Path, address: str = "") -> tuple[Page, str]:
+    """The page after its scripts have run, and what the browser's console said."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    command += [
+        "--enable-logging=stderr",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        f"{path.resolve().as_uri()}{address}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    console = "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+    return Page(result.stdout), console
+
+
+def drawn_runs(page: Page) -> set[str]:
+    return {attributes["data-run"] for tag, attributes in page.elements if tag == "path" and "data-run" in attributes}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_browser_draws_it_and_runs_nothing_that_was_planted(copies: Path) -> None:
+    planted = plant(copies)
+    assert main(["report", "kd", "student", "learned", *planted]) == 0
+    text = Path("report.html").read_text()
+    page, console = render(Path("report.html"), copies, "#off=0")
+    assert console == ""
+    metrics = {
+        attributes["data-metric"]
+        for tag, attributes in page.elements
+        if tag == "figure" and "data-metric" in attributes
+    }
+    assert metrics == {chart["name"] for section in page.data["sections"] for chart in section["charts"]}
+    assert drawn_runs(page) == {"1", "2", "3"}, "run 0 is off by the address"
+    assert sum(tag == "canvas" for tag, _ in page.elements) == sum(len(loss["panels"]) for loss in page.data["losses"])
+    # Without its security policy nothing but the escaping is between the planted texts and the browser.
+    unguarded = re.sub(r"<meta http-equiv.*?>", "", text).replace("</body>", f"{TOUCH}</body>")
+    Path("unguarded.html").write_text(unguarded)
+    page, console = render(Path("unguarded.html"), copies)
+    assert console == ""
+    assert drawn_runs(page) == {"0", "2", "3"}, "run 1 was switched off"
+    last = page.series("meta_validation/top1")["kd"]
+    assert f"step {last['steps'][-1]}{last['values'][-1]:g} kd" in page.words
+    assert "data-planted" not in dict(page.elements)["html"]
+    Path("broken.html").write_text(text.replace('"use strict";', '"use strict"; nowhere();'))
+    assert "CONSOLE" in render(Path("broken.html"), copies)[1], (
+        "a mistake, or a script that the policy refuses, is seen"
+    )
