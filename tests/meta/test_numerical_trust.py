@@ -31,6 +31,11 @@ class Promise(NamedTuple):
     quadratic: bool = False
 
 
+def evolve_anew(*problem):
+    """Evolution with particles of its own: kept ones would remember another problem."""
+    return evolution(*problem, particles=Particles(pairs=1000, spread=0.01))
+
+
 PROMISES = {
     "higher": Promise(ESTIMATORS["higher"], (1, 2, 5), 1e-6),
     "unrolled": Promise(ESTIMATORS["unrolled"], (1, 2, 5), 1e-6),
@@ -38,8 +43,8 @@ PROMISES = {
     "first_order": Promise(partial(first_order, radius=1e-4, central=True), (1, 2, 5), 1e-5),
     "truncated": Promise(partial(truncated, steps=5, estimator=ESTIMATORS["adjoint"]), (1, 2, 5), 1e-6),
     "last_step": Promise(last_step, (1,), 1e-6),
-    "implicit": Promise(partial(implicit, solver="conjugate_gradient", terms=8), (400,), 1e-4, quadratic=True),
-    "evolution": Promise(partial(evolution, particles=Particles(pairs=1500, spread=0.01)), (2,), 0.3),
+    "implicit": Promise(partial(implicit, solver="conjugate_gradient", terms=8), (150,), 1e-4, quadratic=True),
+    "evolution": Promise(evolve_anew, (2,), 0.3),
 }
 
 
