@@ -20,6 +20,7 @@ from lkd.inspection.balance_fit import fit_balance
 from lkd.inspection.command import inspect_recipe
 from lkd.inspection.field import describe_field, find_rest
 from lkd.inspection.invariances import check_invariances
+from lkd.inspection.pairing import describe_pairing
 from lkd.inspection.probes import STAGES, States, draw_states, logit_gradient
 from lkd.inspection.provenance import describe_file
 from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss
@@ -200,7 +201,7 @@ def test_what_a_loss_over_features_matches() -> None:
     assert sum(shares.values()) == pytest.approx(1)
     logits_alone = inspect_loss(LearnedLoss({"logits": learned.parts["logits"]}))
     assert report["balance"] == logits_alone["balance"], "the networks over features have no part in it"
-    hand_made = inspect_loss(build_loss("at", STAGES, STAGES))["pairing"]
+    hand_made = describe_pairing(build_loss("at", STAGES, STAGES))
     assert hand_made["pairs"][-1] == ("stage4", "stage4")
     assert inspect_loss(LearnedLoss({"features": FeatureLoss()}))["balance"] is None
 
