@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lkd.errors import DamagedFileError, UserError, explain_failed_write
 
-HEADER_KEY, DIGEST_KEY = "lkd", "digest"
+HEADER_KEY, DIGEST_KEY = "lkd", "content_hash"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
@@ -165,8 +165,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: in
         header: JSON content.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = json.dumps({"kind": kind, "format_version": version, **header})
-    metadata = {HEADER_KEY: content, DIGEST_KEY: hash_content(content, plain)}
+    content = {"kind": kind, "format_version": version, **header}
+    content[DIGEST_KEY] = hash_content(json.dumps(content), plain)
+    metadata = {HEADER_KEY: json.dumps(content)}  # one entry: several are written in an order that changes
     with replaced_atomically(path) as temporary:
         temporary.write_bytes(save(plain, metadata))
 
@@ -213,7 +214,8 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
             f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "
             "that this package reads: update lkd"
         )
-    if check and DIGEST_KEY in metadata and metadata[DIGEST_KEY] != hash_content(metadata[HEADER_KEY], tensors):
+    written = header.pop(DIGEST_KEY, None)
+    if check and written is not None and written != hash_content(json.dumps(header), tensors):
         raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     return tensors, header
 

@@ -46,10 +46,9 @@ def test_python_blocks_run_one_after_another(page: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_is_one_that_the_parser_takes(page: Path, monkeypatch) -> None:
+def test_every_command_of_a_page_is_one_that_the_parser_takes(page: Path) -> None:
     """The commands of the README are run; these are parsed, with their recipe files and every option."""
     (Path.cwd() / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.setenv("JSONARGPARSE_DEBUG", "0")
     for line in "\n".join(find_blocks(page, "sh", "bash", "")).replace("\\\n", " ").splitlines():
         for part in line.split("#")[0].split("&&"):
             match = re.search(r"(?:^|\s)(?:lkd|-m lkd\.cli) (.*)", part.strip())
