@@ -100,7 +100,7 @@ def check_entry(entry: dict[str, Any]) -> None:
     Raises:
         ValueError: If its file is not in the pool's own folder, or its number or age is not one.
     """
-    if Path(entry["file"]).name != entry["file"]:
+    if Path(entry["file"]).name != entry["file"] or entry["file"] in ("", ".."):
         raise ValueError(f"file {entry['file']!r} is not a name of a file in the pool's folder")
     if type(entry["training"]) is not int or not 0 <= entry["progress"] <= 1:
         raise ValueError(f"training {entry['training']!r}, progress {entry['progress']!r}")

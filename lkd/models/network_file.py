@@ -16,6 +16,7 @@ from lkd.models.given_network import GIVEN
 from lkd.models.timm_network import TimmNetwork
 
 KIND, VERSION = "network", 1
+MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file
 
 
 def save_network(path: Path, network: nn.Module, architecture: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -62,6 +63,7 @@ def check_size(path: Path, architecture: dict[str, Any], tensors: dict[str, Tens
     Raises:
         UserError: If it is not.
     """
+    check_options(architecture.get("options"))
     with torch.device("meta"), parameters_limited(4 * len(tensors) + 100):
         expected = plain_state_dict(build(**architecture))
     for name in [*expected, *tensors]:
@@ -70,6 +72,21 @@ def check_size(path: Path, architecture: dict[str, Any], tensors: dict[str, Tens
             raise UserError(
                 f"{path}: its weights do not fit a {architecture['name']}: {name} is {shapes[0]}, there {shapes[1]}"
             )
+
+
+def check_options(options: Any) -> None:
+    """Check that no option is a number that a network would count to, or a list that it would walk, for ever.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if isinstance(options, dict | list):
+        if len(options) > MOST_ENTRIES:
+            raise ValueError(f"options has {len(options):,} entries, at most {MOST_ENTRIES:,} are taken")
+        for each in options.values() if isinstance(options, dict) else options:
+            check_options(each)
+    elif isinstance(options, int | float) and not abs(options) <= MOST_NUMBER:
+        raise ValueError(f"options has a number {options:g}, at most {MOST_NUMBER:,} is taken")
 
 
 @contextmanager

@@ -217,7 +217,8 @@ def test_json_that_is_nested_deeply_is_refused(tmp_path) -> None:
     [
         ({"pretrained": True}, None),  # nothing is fetched: the file has the weights
         ({"num_classes": 10**12}, "do not fit a tiny_cnn: classifier.weight"),
-        ({"name": "vit_tiny_patch16_224", "options": {"depth": 10**7}}, "far more parameters than the file has"),
+        ({"name": "vit_tiny_patch16_224", "options": {"depth": 10**7}}, "options has a number 1e.07"),
+        ({"name": "vit_tiny_patch16_224", "options": {"depth": 1000}}, "far more parameters than the file has"),
         ({"name": "resnet10t", "options": {"checkpoint_path": "evil.pth"}}, "option checkpoint_path is not taken"),
         ({"name": "resnet10t", "options": {"pretrained": True}}, "option pretrained is not taken"),
         ({"name": "resnet10t", "options": {"pretrained_cfg": {"file": "evil.pth"}}}, "option pretrained_cfg is not"),
@@ -370,7 +371,7 @@ def test_an_image_that_claims_to_be_huge_is_refused_unread(width: int, height: i
     start = draw_picture(0).index(b"\xff\xc0")
     jpeg = bytearray(draw_picture(0))
     jpeg[start + 5 : start + 9] = struct.pack(">HH", min(height, 65_500), min(width, 65_500))
-    with pytest.raises(DamagedImageError, match=f"at most {MOST_PIXELS:,} are decoded|times the other"):
+    with pytest.raises(DamagedImageError, match=f"at most {MOST_PIXELS:,} are decoded|times the other|bomb"):
         decode(as_bytes(bytes(jpeg)), "bomb.jpg")
 
 

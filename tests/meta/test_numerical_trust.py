@@ -33,7 +33,7 @@ class Promise(NamedTuple):
 
 def evolve_anew(*problem):
     """Evolution with particles of its own: kept ones would remember another problem."""
-    return evolution(*problem, particles=Particles(pairs=1000, spread=0.01))
+    return evolution(*problem, particles=Particles(pairs=300, spread=0.01))
 
 
 PROMISES = {
