@@ -1,5 +1,6 @@
 """A running check of `first_order` against the exact hypergradient."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ class Audited:
     """`first_order` that audits itself: an estimator with a memory.
 
     At the first call and at every `every`-th after it, `audit` chooses the radius. Where even the best radius stays
-    under `threshold`, `adjoint` takes over until the next audit. A loss that cannot be differentiated twice cannot be
+    under `threshold`, `adjoint` takes over until the next audit. An audit on a student that diverges says nothing: the
+    next call is audited. A loss that cannot be differentiated twice cannot be
     audited: then `first_order` goes on with the middle radius, and the audit's cosine is NaN.
 
     Attributes:
@@ -112,6 +114,7 @@ class Audited:
     exact: bool = False
     radius: float = field(init=False)
     _calls: int = 0
+    _due: bool = False
 
     def __post_init__(self) -> None:
         self.radius = self._middle_radius()
@@ -144,10 +147,12 @@ class Audited:
         Args:
             build_problem: Gives the arguments of the call; called only if an audit is due.
         """
-        if self._calls % self.every == 0:
+        if self._calls % self.every == 0 or self._due:
             try:
                 found = audit(*build_problem(), radii=self.radii, central=self.central, examples=self.examples)
-                self.radius, self.exact = found.radius, found.cosine < self.threshold
+                self._due = not math.isfinite(found.cosine)
+                if not self._due:
+                    self.radius, self.exact = found.radius, found.cosine < self.threshold
             except NotTwiceDifferentiableError:
                 found = Audit(float("nan"), float("nan"), self._middle_radius(), {})
             self.audits[self._calls] = found
@@ -155,11 +160,12 @@ class Audited:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next call depends on, for a checkpoint."""
-        return {"calls": self._calls, "radius": self.radius, "exact": self.exact}
+        return {"calls": self._calls, "radius": self.radius, "exact": self.exact, "due": self._due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; earlier audits are not kept."""
         self._calls, self.radius, self.exact = state["calls"], state["radius"], state["exact"]
+        self._due = state["due"]
 
     def _middle_radius(self) -> float:
         return sorted(self.radii)[(len(self.radii) - 1) // 2]

@@ -7,6 +7,7 @@ Goes on with an interrupted bench in RUN_DIR.
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", nargs="?", default="runs/faults", type=Path)
     parser.add_argument("--moments", default=20, type=int, help="Episodes of every command under every fault.")
-    parser.add_argument("--only", default="", help="Faults and commands whose name contains this; writes no report.")
+    parser.add_argument("--only", default="", help="A regular expression of COMMAND FAULT; then no report is written.")
     given = parser.parse_args()
     prepare()
     rows = run_all(given.run_dir.absolute(), given.moments, given.only)
@@ -38,7 +39,7 @@ def run_all(folder: Path, moments: int, only: str = "") -> list[dict[str, Any]]:
     for number in range(moments):
         for label, fault in FAULTS.items():
             for name in fault.commands:
-                if (name, label, number) in done or only not in f"{name} {label}":
+                if (name, label, number) in done or not re.search(only, f"{name} {label}"):
                     continue
                 row = bench.play(name, label, number)
                 rows.append(row)

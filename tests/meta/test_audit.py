@@ -47,6 +47,17 @@ def test_processes_that_share_students_audit_as_one_that_has_them_all():
     assert sorted(alone.audits) == [0, 3]
 
 
+def test_an_audit_on_a_student_that_diverges_says_nothing():
+    problem = learned_loss_problem(steps=3)
+    broken = problem[2]._replace(parameters={n: float("nan") * p for n, p in problem[2].parameters.items()})
+    estimator = Audited(every=100, radii=(1e-4, 1e-2, 1.0))
+    estimator(*problem[:2], broken, *problem[3:])
+    assert (estimator.radius, estimator.exact) == (1e-2, False)
+    estimator(*problem)
+    assert sorted(estimator.audits) == [0, 1]
+    assert estimator.radius == 1e-4
+
+
 def test_audited_falls_back_to_the_exact_walk():
     problem = learned_loss_problem(steps=3)
     estimator = Audited(radii=(3.0,), threshold=0.9999)

@@ -48,3 +48,16 @@ def test_mismatched_names_are_an_error():
         outer_step([make(1.0)], {"other": weight}, optimizer, None)
     with pytest.raises(ValueError, match="at least one"):
         outer_step([], {"weight": weight}, optimizer, None)
+
+
+def test_what_is_too_large_is_left_out_and_touches_no_moment():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([weight], lr=1.0)
+    step = outer_step([make(1.0), make(1e3)], {"weight": weight}, optimizer, bound=100.0)
+    assert step.left_out == ("1: norm 2e+03 > 100",)
+    assert step.norms == (2.0,)
+    moments = {name: tensor.clone() for name, tensor in optimizer.state[weight].items()}
+    for gradient, bound in ((1e3, 100.0), (float("nan"), 100.0), (3e38, float("inf"))):  # the last has no finite norm
+        assert outer_step([make(gradient)], {"weight": weight}, optimizer, clip_norm=1.0, bound=bound).skipped
+    for name, tensor in optimizer.state[weight].items():
+        assert torch.equal(tensor, moments[name])
