@@ -69,14 +69,14 @@ FAULTS = {
         "a checkpoint or result arrives truncated, and the machine dies",
         f"it is found damaged, named, and the newest good one takes its place{SAME}",
         inject=lambda moment: partial(injections.damage_file, moment, flip=False),
-        codes=(-9,),
+        codes=(-9, 2),  # 2: of a comparison whose worker has died
         says="",
     ),
     "flipped bits": Fault(
         "a checkpoint or result arrives with flipped bits, and the machine dies",
         f"it is found by its checksum, named, and the newest good one takes its place{SAME}",
         inject=lambda moment: partial(injections.damage_file, moment, flip=True),
-        codes=(-9,),
+        codes=(-9, 2),  # 2: of a comparison whose worker has died
         says="",
     ),
     "worker killed": Fault(
@@ -182,7 +182,7 @@ FAULTS = {
     ),
     "process dies": Fault(
         "one of two processes of a job is killed",
-        f"the other ends within 20 seconds, exit 2 with one line{SAME} (of the undisturbed job)",
+        f"the other ends within a minute, exit 2 with one line{SAME} (of the undisturbed job)",
         commands=("pool", "meta-train", "distill"),
         elsewhere="compare is one process; those of `cache` do not talk: the other finishes its part",
         says="^lkd: error: torchrun: .*lost another process",

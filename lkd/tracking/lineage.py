@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from lkd.data.embedded import TEACHER
+from lkd.errors import DamagedFileError
 from lkd.files import read_json, write_json
 from lkd.resumption import flatten
 from lkd.sharing.references import fetch, is_remote
@@ -106,6 +108,10 @@ def record(path: Path, part: str, entry: Entry) -> None:
 
 
 def read_lineage(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """A run's lineage: `used` and `made`, each a list of kind, name and sha256."""
+    """A run's lineage: `used` and `made`, each a list of kind, name and sha256; a damaged file is begun anew."""
     file = path / LINEAGE
-    return read_json(file) if file.exists() else {"used": [], "made": []}
+    try:
+        return read_json(file) if file.exists() else {"used": [], "made": []}
+    except DamagedFileError as error:
+        logging.getLogger("lkd").warning("warning: %s; it is begun anew", error)
+        return {"used": [], "made": []}
