@@ -13,13 +13,14 @@ from lkd.run import environment
 COMMAND = "python -m benchmarks.faults.run"
 README = """# Faults
 
-Made by `{command}`: {runs} runs of `lkd pool`, `meta-train`, `distill`, `compare` and `cache`, each disturbed at a random
-moment, and gone on with by the same command line. What is promised is in [docs/faults.md](../../faults.md).
+Made by `{command}`: {runs} runs of `lkd pool`, `meta-train`, `distill`, `compare` and `cache`, each
+disturbed at a random moment, and gone on with by the same command line. What is promised: [faults.md](../../faults.md).
 
-* promises kept in **{kept} of {runs}** runs; wrong results (a run that ended well with other bits than promised): **{wrong}**
-* final bits those of the undisturbed run: **{equal} of {exact}** runs whose fault leaves none (CPU, one thread)
-* most steps done again: {lost} (a comparison's trainings of 20 steps have no checkpoints of their own; its two workers may
-  lose one each); most over the command's checkpoint interval: {intervals:.2f}
+* promises kept in **{kept} of {runs}** runs; wrong results (a run that ended well with other bits than promised):
+  **{wrong}**
+* final bits those of the undisturbed run: **{equal} of {exact}** runs, all in which that is promised (CPU, one thread)
+* most steps done again: {lost} (a comparison's trainings of 20 steps have no checkpoints of their own; its two workers
+  may lose one each); most over the command's checkpoint interval: {intervals:.2f}
 
 | fault | {commands} | longest, s |
 |---|{rule}---|
