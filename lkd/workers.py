@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lkd.errors import UserError
 from lkd.interrupt import Interrupted, deferred_interrupts
 
+END = 10.0  # seconds that terminated workers have to end
 worker_number = 0  # of this process, set where a worker starts
 
 
@@ -30,10 +31,13 @@ def start_workers(count: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield executor
     except BaseException:
-        processes = list((executor._processes or {}).values())
-        executor.shutdown(wait=False, cancel_futures=True)
+        processes, manager = list((executor._processes or {}).values()), executor._executor_manager_thread
+        with suppress(OSError):  # a pool whose worker was killed is closing its pipes at this moment
+            executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        if manager:
+            manager.join(END)  # else it races with the end of this process for the same pipes
         raise
     executor.shutdown()
 
