@@ -37,6 +37,7 @@ from lkd.run import Run
 from lkd.throughput import Throughput, format_throughput
 from lkd.training import TeacherFunction, Training
 
+FIRST_PAUSE = 1.0  # seconds between the first reports of how fast it goes
 REPORTS = 1000  # after so many they are logged half as often
 
 
@@ -99,13 +100,13 @@ def train_to_the_end(
         if training.step + 1 == epoch_end and is_main():
             seen[:] = [batch]
 
-    reports, pause = count(), 1.0
+    reports, pause = count(), FIRST_PAUSE
 
     def report() -> None:
         nonlocal pause
         bar.update()
         if lately.elapsed >= pause:
-            pause = float(2 ** (next(reports) // REPORTS))
+            pause = FIRST_PAUSE * 2 ** (next(reports) // REPORTS)
             figures = lately.read(training.step)
             bar.set_postfix_str(format_throughput(figures) + shown)
             if training.balance:

@@ -31,7 +31,8 @@ def start_workers(count: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield executor
     except BaseException:
-        processes, manager = list((executor._processes or {}).values()), executor._executor_manager_thread
+        processes = list((executor._processes or {}).values())
+        manager: Any = executor._executor_manager_thread
         with suppress(OSError):  # a pool whose worker was killed is closing its pipes at this moment
             executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:

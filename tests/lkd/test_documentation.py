@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ELSEWHERE = {  # pages whose Python blocks have tests of their own
     "reuse.md": "test_reuse_examples.py",
-    "python.md": "test_api.py",
+    "python.md": "test_reuse_examples.py",
 }
 
 
@@ -54,7 +54,7 @@ def test_every_command_of_a_page_is_one_that_the_parser_takes(page: Path) -> Non
             match = re.search(r"(?:^|\s)(?:lkd|-m lkd\.cli) (.*)", part.strip())
             if not match or match[1].split()[0] not in COMMANDS:
                 continue
-            words = [word for word in shlex.split(match[1]) if word not in ("...", "RECIPE.yaml", "RECIPE")]
+            words = [word for word in shlex.split(match[1].rstrip("'")) if word not in ("...", "RECIPE.yaml", "RECIPE")]
             recipe = parse_recipe(words[0], words[1:])
             assert isinstance(recipe, COMMANDS[words[0]][0]), line
 

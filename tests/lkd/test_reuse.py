@@ -108,7 +108,7 @@ def test_a_student_that_diverges_has_the_worst_score(monkeypatch) -> None:
     reuse = make_reuse(tiny_recipe(reuse_every=1, reuse_epochs=1))
     loss = build_loss_networks(reuse.recipe)
 
-    def run_step(self):
+    def run_step(self, *watch):
         raise DivergedError("not finite")
 
     monkeypatch.setattr(Training, "run_step", run_step)

@@ -91,7 +91,7 @@ def test_every_part_gets_its_own_time(parts: int, monkeypatch) -> None:
 
 
 def test_a_run_logs_its_throughput(monkeypatch) -> None:
-    monkeypatch.setattr(distillation, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(distillation, "FIRST_PAUSE", 0.0)
     assert (
         main(["distill", "--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]) == 0
     )
