@@ -1,5 +1,6 @@
 """JSON that means harm: values of other types, numbers out of range, paths, deep nests."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -15,6 +16,11 @@ VALUES: tuple[Any, ...] = (
 )
 
 
+def draw_value(rng: random.Random) -> Any:
+    """One of `VALUES`, as a copy: what is put into a tree is changed with it."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutate_json(rng: random.Random, tree: Any) -> Any:
     """A copy of a JSON tree with one to three of its places changed."""
     tree = json.loads(json.dumps(tree))
@@ -26,7 +32,7 @@ def mutate_json(rng: random.Random, tree: Any) -> Any:
 def change(rng: random.Random, tree: Any) -> Any:
     """Change one place of a tree."""
     if not isinstance(tree, dict | list) or not tree or rng.random() < 0.1:
-        return rng.choice(VALUES)
+        return draw_value(rng)
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     key = rng.choice(keys)
     kind = rng.random()
@@ -37,9 +43,9 @@ def change(rng: random.Random, tree: Any) -> Any:
     elif kind < 0.8:
         tree[key] = json.loads(json.dumps(tree[rng.choice(keys)]))  # a copy: no circles
     elif isinstance(tree, dict):
-        tree[rng.choice(("", "a.b", "class", "pretrained", "options", "x" * 1000, key + "x"))] = rng.choice(VALUES)
+        tree[rng.choice(("", "a.b", "class", "pretrained", "options", "x" * 1000, key + "x"))] = draw_value(rng)
     else:
-        tree.extend([rng.choice([tree[key], rng.choice(VALUES)])] * rng.choice((1, 2, 1000)))
+        tree.extend([copy.deepcopy(rng.choice([tree[key], draw_value(rng)]))] * rng.choice((1, 2, 1000)))
     return tree
 
 

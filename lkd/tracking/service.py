@@ -12,6 +12,7 @@ from lkd.errors import UserError
 from lkd.files import write_text
 from lkd.tracking.lineage import Entry
 
+START_TIMEOUT = 90  # seconds
 FINISH_TIMEOUT = 300  # seconds; what a dead network left behind stays in the run directory, for `wandb sync`
 RUN_ID = "wandb_run_id"
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
             job_type=config.get("command"),
             id=read_run_id(path),
             resume="allow" if recipe.mode == "online" else None,
-            settings=wandb.Settings(finish_timeout=FINISH_TIMEOUT),
+            settings=wandb.Settings(init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
         )
         run.define_metric("*", step_metric="step")
     except (wandb.errors.Error, OSError) as error:

@@ -39,7 +39,7 @@ def test_every_command_explains_its_options(command: str, capsys) -> None:
     options = [
         part for part in re.split(r"\n  (?=--)", text)[1:] if not part.startswith(("--config", "--print_config"))
     ]
-    assert len(options) > 4
+    assert len(options) > 1
     for option in options:
         name, _, explanation = option.replace("CONFIG", "", 1).partition(" ")
         assert len(explanation.split("(type")[0].split()) > 1, f"{name} is not explained"

@@ -50,14 +50,11 @@ def answer(content: dict[str, Any]) -> dict[str, Any]:
 class StandIn:
     """A server on this host.
 
-    Args:
-        dies_at: What a request's path ends with that is the last one answered; without it, all are.
-
     Attributes:
         requests: Path and body of every request.
     """
 
-    def __init__(self, dies_at: str | None = None) -> None:
+    def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         stand_in = self
 
@@ -73,8 +70,6 @@ class StandIn:
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
-                if dies_at and self.path.endswith(dies_at):
-                    threading.Thread(target=stand_in.die).start()
 
             def log_message(self, *arguments: object) -> None:
                 pass
