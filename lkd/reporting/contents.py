@@ -80,6 +80,8 @@ def show_comparison(path: Path) -> str:
         interval = "" if math.isnan(low) else f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
         figures = [(read_float(row, name), read_float(row, f"{name}_se")) for name in ("last", "best", "difference")]
         texts = [format_figure(figure, signed) for figure, signed in zip(figures, (False, False, True), strict=True)]
+        if figures[2] == (0, 0):  # to itself
+            texts[2], interval = "baseline", ""
         rows.append([str(row.get("student")), str(row.get("method")), *texts, interval, str(row.get("seeds"))])
     return f'<div class="wide">{html_table(header, rows)}</div>'
 

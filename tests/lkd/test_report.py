@@ -143,7 +143,8 @@ def test_tables_give_last_and_best(runs: Path) -> None:
     assert "3 of 3" in page.row("learned")
     assert "6 students of 2 trainings" in page.words
     cells = (runs / "comparison" / "table.txt").read_text()
-    (ce,) = (row for row in page.rows if row[:2] == ["small_cnn", "CE"])
+    ce, kd = (next(row for row in page.rows if row[:2] == ["small_cnn", method]) for method in ("CE", "KD"))
+    assert kd[4:6] == ["baseline", ""]
     assert all(figure in cells for figure in ce[2:4])
     assert sum(tag == "img" for tag, _ in page.elements) == 1
 
