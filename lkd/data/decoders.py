@@ -1,6 +1,7 @@
 """Threads that decode images, and do not keep the process from ending when one of them hangs."""
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -68,8 +69,13 @@ class Decoders:
             thread.join(max(0.0, end - time.monotonic()))
 
 
-@cache
 def start_threads(count: int) -> Decoders:
     """The threads of this process that decode, started once; torch's own threads stay out of them."""
+    return start_threads_of(os.getpid(), count)
+
+
+@cache
+def start_threads_of(process: int, count: int) -> Decoders:
+    """The threads of a process: those of its parent are none of a fork's."""
     torch.get_num_threads()  # else this thread would take over the decoders' number
     return Decoders(count)
