@@ -5,6 +5,7 @@ import logging
 import math
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lkd.files import read_json
 from lkd.tracking import Tracker, read_log, service
 from lkd.tracking.lineage import find_used, hash_file, hash_folder
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
-from tests.lkd.test_cli import TINY
+from tests.lkd.test_cli import ENVIRONMENT, TINY
 from tests.lkd.wandb_server import StandIn
 
 KEY = "a" * 40
@@ -54,27 +55,33 @@ def test_a_wandb_run_is_read_back_by_wandb(monkeypatch) -> None:
     assert {artifact["type"] for artifact in artifacts} == {"pool", "loss"}
 
 
-def test_a_network_that_dies_costs_no_more_than_a_warning(monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(service, "FINISH_TIMEOUT", 3)
-    server = StandIn()
-    monkeypatch.setenv("WANDB_BASE_URL", server.address)
-    log = service.Service.log
+def start_lkd(words: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """Start a command in a process of its own, which W&B lets have an environment of its own; it waits for seconds."""
+    code = (
+        "import sys; from lkd.tracking import service; service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 3;"
+        "from lkd.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    kept = {name: value for name, value in ENVIRONMENT.items() if name not in ("WANDB_API_KEY", "NETRC")}
+    settings = kept | {"HOME": str(Path.cwd()), "WANDB_SILENT": "true"} | environment
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings)
 
-    def log_and_die(self: service.Service, step: int, metrics: dict[str, Any]) -> None:
-        log(self, step, metrics)
-        if not server.dead.is_set():
-            server.die()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(service.Service, "log", log_and_die)
-        assert main(["distill", "--run_dir", "online", *TINY, "--wandb.mode", "online"]) == 0
-    assert server.dead.is_set()
+def test_a_network_that_dies_costs_no_more_than_a_warning() -> None:
+    server, log = StandIn(), Path("online/log.jsonl")
+    words = [*TINY, "--train.epochs", "6"]
+    online = ["distill", "--run_dir", "online", *words, "--wandb.mode", "online"]
+    process = start_lkd(online, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    server.die()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
     assert any(content.get("operationName") == "UpsertBucket" for _, content in server.requests)
-    assert main(["distill", "--run_dir", "alone", *TINY]) == 0
-    ours, other = (read_log(Path(name, "log.jsonl")) for name in ("online", "alone"))
-    assert [row["loss/task"] for row in ours] == [row["loss/task"] for row in other]
+    assert main(["distill", "--run_dir", "alone", *words]) == 0
+    assert hash_tensors("online/student.safetensors") == hash_tensors("alone/student.safetensors")
+    rows = [[row for row in read_log(Path(name, "log.jsonl")) if "loss/task" in row] for name in ("online", "alone")]
+    assert [row["loss/task"] for row in rows[0]] == [row["loss/task"] for row in rows[1]]
 
 
 def test_a_service_that_fails_is_warned_of_once_and_left_out(tmp_path, caplog, monkeypatch) -> None:
@@ -103,14 +110,11 @@ def test_a_service_that_fails_is_warned_of_once_and_left_out(tmp_path, caplog, m
     assert [row["value"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2]
 
 
-def test_wandb_asked_for_and_not_logged_in_is_a_line_and_no_run(monkeypatch, capsys, unused_tcp_port: int) -> None:
-    for name in ("WANDB_API_KEY", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(Path.cwd()))
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_tcp_port}")
-    monkeypatch.setattr(service, "START_TIMEOUT", 5)
-    assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "online"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+def test_wandb_asked_for_and_not_logged_in_is_a_line_and_no_run(unused_tcp_port: int) -> None:
+    words = ["distill", "--run_dir", "r", *TINY, "--wandb.mode", "online"]
+    process = start_lkd(words, WANDB_BASE_URL=f"http://127.0.0.1:{unused_tcp_port}")
+    error = process.communicate(timeout=120)[0].strip().splitlines()[-1]
+    assert process.returncode == 2, error
     assert error.startswith("lkd: error: wandb.mode: online failed")
     assert "--wandb.mode offline" in error
     assert main(["distill", "--run_dir", "r", *TINY]) == 0  # the folder is still free
