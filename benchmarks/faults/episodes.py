@@ -180,7 +180,7 @@ def start_job(command: Command, place: Path, size: int, *injections: Injection) 
     words, output = command.line(place / "run"), place / "output"
     counting = partial(count_steps, place / "student", place / "outer")
     if size == 1:
-        return [start(words, output, counting, *injections)]
+        return [start(words, output, *injections, counting)]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
