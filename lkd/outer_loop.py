@@ -14,7 +14,7 @@ from lkd.config import MetaTrainRecipe
 from lkd.data import seeded_generator
 from lkd.interleaving import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
 from lkd.losses import LearnedLoss
-from lkd.memory import explain_exhaustion
+from lkd.memory import FOR_ROLLOUTS, explain_exhaustion
 from lkd.meta_checks import AUDITED
 from lkd.meta_cost import read_clock
 from lkd.meta_log import measure_balance
@@ -28,11 +28,6 @@ from lkd.training import TeacherFunction
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterStep, outer_step
 from meta.estimators.base import Problem
 from meta.types import Tensors
-
-LESS_MEMORY = (
-    "go on with --resume auto where there is more, or anew with a smaller meta.rollout_steps, meta.outer_batch_size or "
-    "train.batch_size"
-)
 
 
 class OuterLoop:
@@ -119,7 +114,7 @@ class OuterLoop:
         hypergradients = []
         for number in range(self.settings.students_per_step):
             if number in self.numbers:
-                with explain_exhaustion(f"outer step {self.step}", LESS_MEMORY):
+                with explain_exhaustion(f"outer step {self.step}", FOR_ROLLOUTS):
                     hypergradients.append(differentiate(number))
             elif isinstance(self.estimator, Audited) and not self.alternates:
                 self.estimator.follow(partial(self.build_problem, number))

@@ -29,7 +29,7 @@ from lkd.computation import (
 from lkd.config import TrainRecipe
 from lkd.data import Batch, Batches
 from lkd.errors import UserError
-from lkd.memory import explain_exhaustion
+from lkd.memory import FOR_TRAININGS, explain_exhaustion
 from lkd.optimization import build_optimizer, build_scheduler, restore_optimizer
 from lkd.outputs import Outputs
 from lkd.processes import any_process
@@ -37,11 +37,6 @@ from lkd.teacher import TeacherFunction
 from lkd.throughput import StepClock
 
 Watch = Callable[[tuple[Batch, Any, float]], None]  # batch, the teacher's outputs or None, progress
-
-
-LESS_MEMORY = (
-    "go on with --resume auto where there is more, or anew with a smaller train.batch_size or more train.accumulation"
-)
 
 
 class DivergedError(UserError):
@@ -155,7 +150,7 @@ class Training:
             last = number == self.accumulation - 1
             with nullcontext() if last else hold_gradients(self.computation):
                 own = Batch(*(column[part] for column in batch))
-                with explain_exhaustion(f"step {self.step}", LESS_MEMORY):
+                with explain_exhaustion(f"step {self.step}", FOR_TRAININGS):
                     rows.append(self.compute_gradients(own, cut(teacher, part), first=number == 0))
         self.optimizer.step()
         self.step += 1
