@@ -206,6 +206,9 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
         header = parse_json(metadata.get(HEADER_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedFileError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
+    written = header.pop(DIGEST_KEY, None) if isinstance(header, dict) else None
+    if check and written is not None and written != hash_content(json.dumps(header), tensors):
+        raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "a safetensors file of another program"
         raise UserError(f"{path}: is not a {kind} but {found}")
@@ -214,9 +217,6 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
             f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "
             "that this package reads: update lkd"
         )
-    written = header.pop(DIGEST_KEY, None)
-    if check and written is not None and written != hash_content(json.dumps(header), tensors):
-        raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     return tensors, header
 
 
@@ -232,7 +232,7 @@ def check_header_size(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if length > MOST_HEADER:
-        raise UserError(
+        raise DamagedFileError(
             f"{path}: is damaged or not a safetensors file: its header would have {length:,} bytes, at most "
             f"{MOST_HEADER:,} are read"
         )

@@ -53,7 +53,8 @@ def flip_bit(path: Path, place: int = -1) -> None:
 def test_a_flipped_bit_in_any_file_of_tensors_is_found(tmp_path) -> None:
     path = tmp_path / "student.safetensors"
     write_tensors(path, {"weight": torch.arange(4.0)}, "pool student", 1, {"progress": 0.25})
-    for place in (-1, path.read_bytes().index(b"0.25") + 3):  # a weight; a number of the header
+    whole = path.read_bytes()
+    for place in (-1, whole.index(b"0.25") + 3, whole.index(b"pool student")):  # a weight; a number, the kind
         intact = path.read_bytes()
         flip_bit(path, place)
         with pytest.raises(DamagedFileError, match="its content is not what was written"):
