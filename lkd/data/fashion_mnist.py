@@ -1,6 +1,7 @@
 """Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017): whole, and the part of it that the package carries."""
 
 import hashlib
+import math
 import zipfile
 from pathlib import Path
 
@@ -72,12 +73,21 @@ def check_archive_size(path: Path) -> None:
     """Check what an archive unpacks to, before it is.
 
     Raises:
-        ValueError: If it is over `MOST_BYTES`.
+        ValueError: If it is over `MOST_BYTES`, or an array claims more than its member holds.
     """
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > MOST_BYTES:
-        raise ValueError(f"it would unpack to {size:,} bytes, at most {MOST_BYTES:,} are read")
+        if size > MOST_BYTES:
+            raise ValueError(f"it would unpack to {size:,} bytes, at most {MOST_BYTES:,} are read")
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, kind = read(file)
+            if math.prod(shape) * kind.itemsize > member.file_size:
+                raise ValueError(
+                    f"{member.filename} claims the shape {shape}, which its {member.file_size:,} bytes lack"
+                )
 
 
 def load_fashion_mnist(root: str | None) -> Dataset:

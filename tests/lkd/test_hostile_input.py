@@ -1,6 +1,7 @@
 """Files from strangers: refused in one line, whatever is in them; nothing in them is run, fetched or written to."""
 
 import contextlib
+import hashlib
 import io
 import json
 import pickle
@@ -106,8 +107,6 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path) -> N
 
 def write_archive(path: Path, **arrays) -> Path:
     """An npz with the checksum that belongs to it."""
-    import hashlib
-
     np.savez_compressed(path, **arrays)
     path.with_suffix(".npz.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  x\n")
     return path
@@ -123,6 +122,17 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path) -> None:
     path = write_archive(tmp_path / "a.npz", x=np.zeros(1 << 27, np.uint8))
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match=r"would unpack to 134,217,\d+ bytes, at most 67,108,864 are read"):
+        read_embedded_archive(path)
+
+
+def test_an_array_that_claims_more_than_there_is_is_refused_before_it_is_made(tmp_path) -> None:
+    path = write_archive(tmp_path / "a.npz", x=np.zeros(5, np.uint8))
+    body = io.BytesIO()
+    np.lib.format.write_array_header_1_0(body, {"descr": "|u1", "fortran_order": False, "shape": (10**11,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", body.getvalue() + bytes(5))
+    path.with_suffix(".npz.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  x\n")
+    with pytest.raises(UserError, match=r"claims the shape \(100000000000,\)"):
         read_embedded_archive(path)
 
 
