@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from lkd.data.embedded import ARCHIVE
+from lkd.files import DIGEST_KEY
 
 TRAIN = ["--train.batch_size", "10", "--train.checkpoint_every", "3", "--device", "cpu", "--threads", "1"]
 EMBEDDED = ["--data.train_size", "100", "--data.meta_validation_size", "60", *TRAIN, "--train.epochs", "2"]
@@ -27,7 +28,7 @@ META += ["--meta.reuse_students", "1", "--meta.outer_batch_size", "50", "--meta.
 COMPARE = ["--methods", "{CE: {name: cross_entropy}, KD: {name: kd}}", "--students", "[{name: tiny_cnn}]"]
 COMPARE += ["--seeds", "2", "--workers", "2"]
 CACHE = ["--data.augmentation_seeds", "3", "--shard_size", "20"]
-TIMINGS = ("seconds", "steps_per_second", "peak_mib", "digest")  # of a comparison's cell: they differ from run to run
+TIMINGS = ("seconds", "steps_per_second", "peak_mib", DIGEST_KEY)  # of a cell: they differ from run to run
 
 
 @dataclass(frozen=True)
