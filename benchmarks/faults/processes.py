@@ -19,7 +19,7 @@ import lkd.workers
 from lkd.cli import main, parse_recipe
 
 FORK = multiprocessing.get_context("fork")
-LONGEST = 120.0  # seconds after which a run is taken to hang
+LONGEST = 900.0  # seconds after which a run is taken to hang
 
 Injection = Callable[[], None]
 """What is done to a process before it runs the command."""
