@@ -15,6 +15,7 @@ from meta import Audited, Estimator, OuterStep, call_module
 from meta.types import Tensors
 
 SHARE = "share/"
+WORTH = 0.99  # of the cross-entropy of guessing: what a student has learned anything below
 ROWS = 1000  # of a log, and of the curve that checkpoints carry along, at most
 
 
@@ -83,6 +84,26 @@ def show_loss(loss: LearnedLoss, step: int, run: Run) -> None:
     path = run.path / "pictures" / f"learned-loss-{step:05}.png"
     plot_learned_loss(loss, KDLoss(0.5, 4.0), "KD(0.5, 4)", path)
     run.tracker.show(step, "learned_loss", path)
+
+
+def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str]:
+    """Which loss is saved, and whether it is worth anything.
+
+    Args:
+        best: The best look's row.
+        steps: Outer steps taken.
+        classes: What a student that knows nothing guesses among.
+    """
+    lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
+    if best["step"] == 0:
+        lines[0] += ": the initial one; none that was learned is better on meta-validation"
+    if not best["calibrated_cross_entropy"] < WORTH * math.log(classes):
+        entropies = f"{best['calibrated_cross_entropy']:.4g} of {math.log(classes):.4g}"
+        lines.append(
+            "warning: students that are trained with it know no more than a guess (calibrated cross-entropy "
+            f"{entropies}): lower train.learning_rate"
+        )
+    return lines
 
 
 def describe_saturation(row: dict[str, float]) -> str | None:

@@ -31,7 +31,7 @@ from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_cost import measure_training_seconds, summarize_cost
-from lkd.meta_log import describe_saturation, is_logged, log_row, show_loss
+from lkd.meta_log import describe_reuse, describe_saturation, is_logged, log_row, show_loss
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
 from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
@@ -91,7 +91,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     for line in loop.guard.report():
         run.say(line)
     if reuse.rows:
-        run.say(f"best by reuse: the loss after outer step {reuse.best_row['step']} of {loop.step}")
+        run.say(*describe_reuse(reuse.best_row, loop.step, images.train.num_classes))
     run.say(f"cost: {provenance['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
     run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
     return path

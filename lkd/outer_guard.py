@@ -9,6 +9,7 @@ WINDOW = 50  # norms that the median is taken of
 LEAST = 10  # with fewer known there is no bound
 LOST_IN_A_ROW = 3  # outer steps
 NAMED = 10  # reasons that are kept
+LONGEST = 100  # letters of one
 
 
 class OuterGuard:
@@ -62,7 +63,8 @@ class OuterGuard:
         self.norms = [*self.norms, *norms][-WINDOW:]
         self.counted += len(norms)
         self.left_out += len(left_out)
-        said = [f"outer step {step}: hypergradient left out: student {reason}" for reason in left_out]
+        short = [reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..." for reason in left_out]
+        said = [f"outer step {step}: hypergradient left out: student {reason}" for reason in short]
         said = said[: NAMED - len(self.reasons)]
         self.reasons += said
         self.lost = 0 if norms else self.lost + 1

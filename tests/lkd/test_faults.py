@@ -21,7 +21,7 @@ from lkd.interrupt import StopRequest
 from lkd.kept_results import drop_damaged, read_result, write_result
 from lkd.memory import explain_exhaustion
 from lkd.meta_cost import measure_training_seconds
-from lkd.meta_log import is_logged
+from lkd.meta_log import describe_reuse, is_logged
 from lkd.outer_guard import OuterGuard
 from lkd.pool import build_pool
 from lkd.reuse import Reuse
@@ -201,3 +201,14 @@ def test_the_log_of_outer_steps_is_bounded(steps: int) -> None:
     assert logged[0] == 1
     assert logged[-1] == steps
     assert len(logged) == steps if steps <= 1000 else len(logged) <= 1001
+
+
+@pytest.mark.parametrize(
+    ("step", "score", "said"),
+    [(20, 0.5, ["step 20 of 30"]), (0, 0.5, ["the initial one"]), (0, 2.302, ["the initial one", "more than a guess"])],
+)
+def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: float, said: list[str]) -> None:
+    lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, 10)
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
+    assert "more than a guess" in describe_reuse({"step": 0, "calibrated_cross_entropy": math.inf}, 30, 10)[1]
