@@ -1,8 +1,8 @@
 """What every fault does to every command. Kept in docs/evidence/faults.
 
-python -m benchmarks.faults.run [RUN_DIR] [--moments 20] [--only FAULT]
+python -m benchmarks.faults.run [RUN_DIR] [--moments 20] [--only PATTERN] [--report]
 
-Goes on with an interrupted bench in RUN_DIR.
+Goes on with an interrupted bench in RUN_DIR; with --report it only writes what its rows so far say.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.processes import prepare
 from benchmarks.faults.table import write_report
 
+ROWS = "rows.jsonl"
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
 
 
@@ -24,17 +25,27 @@ def main() -> None:
     parser.add_argument("run_dir", nargs="?", default="runs/faults", type=Path)
     parser.add_argument("--moments", default=20, type=int, help="Episodes of every command under every fault.")
     parser.add_argument("--only", default="", help="A regular expression of COMMAND FAULT; then no report is written.")
+    parser.add_argument("--report", action="store_true", help="Only write the report of the rows that there are.")
     given = parser.parse_args()
-    prepare()
-    rows = run_all(given.run_dir.absolute(), given.moments, given.only)
+    folder = given.run_dir.absolute()
+    if given.report:
+        rows = read_rows(folder / ROWS)
+    else:
+        prepare()
+        rows = run_all(folder, given.moments, given.only)
     if not given.only:
         write_report(EVIDENCE, rows)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that there are."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def run_all(folder: Path, moments: int, only: str = "") -> list[dict[str, Any]]:
     """Play the episodes that have no row yet; all rows."""
-    bench, record = Bench(folder), folder / "rows.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    bench, record = Bench(folder), folder / ROWS
+    rows = read_rows(record)
     done = {(row["command"], row["fault"], row["number"]) for row in rows}
     for number in range(moments):
         for label, fault in FAULTS.items():

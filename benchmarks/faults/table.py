@@ -1,6 +1,7 @@
 """The table of the fault bench, its figures and its README."""
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.run import environment
 
+FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
 COMMAND = "python -m benchmarks.faults.run"
 README = """# Faults
 
@@ -47,7 +49,7 @@ def write_report(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     with (folder / "runs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         writer.writeheader()
-        writer.writerows({key: shorten(value) for key, value in row.items()} for row in rows)
+        writer.writerows({key: FOLDER.sub("", str(value)) for key, value in row.items()} for row in rows)
     exact = [row["bitwise"] for row in rows if row["bitwise"] != ""]
     intervals = max(row.get("intervals_lost", 0) for row in rows)
     figures = {
@@ -86,8 +88,3 @@ def format_fault(label: str, commands: list[str], rows: Sequence[dict[str, Any]]
         cells.append(f"{sum(row['kept'] for row in own)}/{len(own)}, {lost}" if own else "—")
     cells.append(f"{max((row['seconds'] for row in rows if row['fault'] == label), default=0):.1f}")
     return f"| {' | '.join(cells)} |"
-
-
-def shorten(value: Any) -> Any:
-    """A message without the folder that the bench ran in."""
-    return value.replace(f"{Path.cwd()}/", "") if isinstance(value, str) else value
