@@ -62,18 +62,24 @@ class Checkpoints:
         return share_from_main(self.read_newest() if is_main() else None)
 
     def read_newest(self) -> Any:
-        """The newest checkpoint that is not damaged; None if there are none.
+        """The newest checkpoint that is not damaged; None if there are none, or it is the first one that is damaged.
 
         Raises:
             UserError: If all are damaged.
         """
         files = self.list()
+        only_first = len(files) == 1 < self.kept  # later there are always two
         for step, path in reversed(files.items()):
             try:
                 return load_checkpoint(path)
             except UserError as error:
-                self.say(f"warning: {error}; it is left out, the checkpoint before step {step} takes its place")
-        if files:
+                instead = (
+                    "it was the first: begun anew"
+                    if only_first
+                    else f"the checkpoint before step {step} takes its place"
+                )
+                self.say(f"warning: {error}; it is left out, {instead}")
+        if files and not only_first:
             raise UserError(f"{self.folder}: all {len(files)} checkpoints are damaged; delete the folder to start anew")
         return None
 

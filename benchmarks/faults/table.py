@@ -37,7 +37,8 @@ process killed by the kernel while it writes a file's last block (files are rena
 process that has imported the package; a comparison's workers are forks too. The full disk and memory are failing calls,
 put in by `benchmarks/faults/injections.py`; kills, dying workers and processes, damaged and vanished files are real.
 
-[An inner learning rate 100 times too high](stress.md) is beside this; `python -m benchmarks.faults.long_run` adds long runs.
+[An inner learning rate 100 times too high](stress.md) is beside this; `python -m benchmarks.faults.long_run` adds long
+runs.
 `result.json`: the figures; `runs.csv`: every run.
 """
 

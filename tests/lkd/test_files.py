@@ -140,6 +140,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_training_whose_first_checkpoint_is_damaged_begins_anew(tmp_path) -> None:
+    """That costs no more than the steps up to it; from the second on there is a good one before."""
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", TrainRecipe(checkpoints_kept=2), said.append)
+    checkpoints.save(3, {"weight": torch.zeros(1)})
+    checkpoints.list()[3].write_bytes(b"")
+    assert checkpoints.load() is None
+    assert "it was the first: begun anew" in said[-1]
+    kept_alone = Checkpoints(tmp_path / "checkpoints", TrainRecipe(checkpoints_kept=1), said.append)
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):  # it may be of any step
+        kept_alone.load()
+
+
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", TrainRecipe(checkpoints_kept=2), said.append)
@@ -158,8 +171,10 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_pa
         assert "the checkpoint before step 10 takes its place" in said[-1]
     checkpoints.save(9, {"weight": torch.zeros(1)})
     assert list(checkpoints.list()) == [9], "the damaged one is of a future that is no more"
-    checkpoints.list()[9].write_bytes(b"")
-    with pytest.raises(UserError, match="all 1 checkpoints are damaged; delete the folder to start anew"):
+    checkpoints.save(10, {"weight": torch.zeros(1)})
+    for path in checkpoints.list().values():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged; delete the folder to start anew"):
         checkpoints.load()
     with pytest.raises(UserError, match=r"train.checkpoints_kept: 0 is not at least 1"):
         Checkpoints(tmp_path, TrainRecipe(checkpoints_kept=0), said.append)
