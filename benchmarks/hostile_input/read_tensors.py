@@ -13,6 +13,7 @@ from lkd.balance.example_weights import load_weights, save_weights
 from lkd.checkpoints import Checkpoints
 from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
 from lkd.distillation import start_training
+from lkd.errors import UserError
 from lkd.files import write_json
 from lkd.losses import LearnedLoss, ReplayedLoss
 from lkd.losses.build import build_loss
@@ -100,8 +101,10 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    """Go on from a checkpoint."""
-    Checkpoints(path.parent, TrainRecipe(), str).resume_training(tiny_training())
+    """Go on from a checkpoint; one that is passed over with a warning, being the first, is refused too."""
+    said: list[str] = []
+    if not Checkpoints(path.parent, TrainRecipe(), said.append).resume_training(tiny_training()):
+        raise UserError(said[-1])
 
 
 def write_pool(folder: Path) -> None:
