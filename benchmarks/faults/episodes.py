@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -158,7 +159,8 @@ class Bench:
 
 def pick(name: str, fault: Fault) -> Command:
     """The command, on the images that the fault needs."""
-    return (FILE_COMMANDS if fault.files else COMMANDS)[name]
+    command = (FILE_COMMANDS if fault.files else COMMANDS)[name]
+    return replace(command, words=(*command.words, *fault.words))
 
 
 def clear(name: str) -> Path:

@@ -28,6 +28,7 @@ class Fault:
         files: Whether it needs images in files.
         exact: Whether the result is that of the undisturbed run to the bit; else that of the run with `reference`.
         reference: Another fault that must have the same result when it comes at the same call.
+        words: What the command line needs besides, in the disturbed run.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Fault:
     files: bool = False
     exact: bool = True
     reference: str = ""
+    words: tuple[str, ...] = ()
 
 
 SAME = "; `--resume auto` ends with the same bits"
@@ -179,6 +181,16 @@ FAULTS = {
         commands=TRAININGS,
         elsewhere="it trains nothing",
         says="^lkd: error: .*out of memory.*train.batch_size",
+    ),
+    "W&B gone": Fault(
+        "the server that W&B sends to is killed",
+        "the run goes on and ends well; its log and results are whole",
+        inject=lambda moment: partial(injections.lose_wandb, moment),
+        commands=TRAININGS,
+        elsewhere="it records no run",
+        codes=(0,),
+        says="",
+        words=("--wandb.mode", "online"),
     ),
     "process dies": Fault(
         "one of two processes of a job is killed",

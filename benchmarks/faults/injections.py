@@ -5,12 +5,14 @@ A fault that has a moment comes at the n-th call of some function, counted in on
 
 import errno
 import functools
+import multiprocessing
 import os
 import random
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ import torch
 import lkd.caching
 import lkd.outer_loop
 import lkd.rollouts
+import lkd.tracking.service
 import lkd.training
+from benchmarks.faults.processes import FORK
+from benchmarks.faults.wandb_server import StandIn
 from lkd.cached_teacher import CachedTeacher
 from lkd.data import Batches
 from lkd.data.sources import FileSource
@@ -168,6 +173,33 @@ def fail_read(moment: Moment, act: Callable[[], Any]) -> None:
         return load
 
     wrap(FileSource, "load", build)
+
+
+def lose_wandb(moment: Moment) -> None:
+    """The server that a run sends its metrics to is killed; the run waits three seconds for it at its end."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    server = FORK.Process(target=serve, args=(sending,), daemon=True)  # it ends with the run
+    server.start()
+    os.environ |= {"WANDB_BASE_URL": receiving.recv(), "WANDB_API_KEY": "a" * 40, "WANDB_SILENT": "true"}
+    lkd.tracking.service.FINISH_TIMEOUT = 3
+    count = moment.counter()
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any) -> None:
+            if count():
+                server.kill()
+                server.join()
+            original(*arguments)
+
+        return attempt
+
+    wrap(lkd.tracking.service.Service, "attempt", build)
+
+
+def serve(sending: Connection) -> None:
+    """Be W&B's server, and say where."""
+    sending.send(StandIn().address)
+    threading.Event().wait()
 
 
 def spoil(tensor: torch.Tensor, seed: int) -> torch.Tensor:

@@ -44,14 +44,18 @@ class Service:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Record metrics at a step."""
-        if self.name == "wandb":  # whose own counter refuses the steps that a resumed run repeats
-            self.attempt(lambda: self.run.log({"step": step, **metrics}))
-        else:
-            self.attempt(lambda: self.run.log(metrics, step=step))
+        self.attempt(lambda: self.send(step, metrics))
 
     def show(self, step: int, name: str, path: Path) -> None:
         """Record a picture at a step."""
-        self.log(step, {name: self.library.Image(str(path))})
+        self.attempt(lambda: self.send(step, {name: self.library.Image(str(path))}))
+
+    def send(self, step: int, metrics: dict[str, Any]) -> None:
+        """Send metrics; may fail."""
+        if self.name == "wandb":  # whose own counter refuses the steps that a resumed run repeats
+            self.run.log({"step": step, **metrics})
+        else:
+            self.run.log(metrics, step=step)
 
     def use(self, entry: Entry) -> None:
         """Link a file that the run reads. Offline, W&B links nothing: the entry is in the run's config."""

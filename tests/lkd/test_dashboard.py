@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import wandb
 
+from benchmarks.faults.wandb_server import StandIn
 from lkd.cli import main
 from lkd.dashboard.names import list_empty, read_names
 from lkd.dashboard.sections import COMPARISON, SECTIONS, Chart, Section
 from lkd.tracking import read_log
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
-from tests.lkd.wandb_server import StandIn
 
 pytest.importorskip("wandb_workspaces")
 ROOT = Path(__file__).parents[2]

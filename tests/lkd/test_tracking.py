@@ -1,5 +1,6 @@
 """What is recorded of a run: on disk whatever happens to the services, and readable by their own readers."""
 
+import importlib
 import json
 import logging
 import math
@@ -10,8 +11,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
+from benchmarks.faults.wandb_server import StandIn
 from lkd.checkpoint import digest
 from lkd.cli import main
 from lkd.config import WandbRecipe
@@ -20,7 +23,6 @@ from lkd.tracking import Tracker, read_log, service
 from lkd.tracking.lineage import find_used, hash_file, hash_folder
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import ENVIRONMENT, TINY
-from tests.lkd.wandb_server import StandIn
 
 KEY = "a" * 40
 
@@ -110,6 +112,15 @@ def test_a_service_that_fails_is_warned_of_once_and_left_out(tmp_path, caplog, m
         "warning: wandb failed and is left out from here on: gone; log.jsonl has all"
     ]
     assert [row["value"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_picture_that_cannot_be_read_costs_no_more_than_a_warning(library: str, caplog) -> None:
+    broken = service.Service(library, importlib.import_module(library), None)
+    with caplog.at_level(logging.WARNING):
+        broken.show(3, "learned_loss", Path("vanished.png"))
+    assert broken.broken
+    assert f"warning: {library} failed and is left out from here on" in caplog.text
 
 
 def test_wandb_asked_for_and_not_logged_in_is_a_line_and_no_run(unused_tcp_port: int) -> None:
