@@ -61,7 +61,7 @@ class Checkpoints:
         """
         return share_from_main(self.read_newest() if is_main() else None)
 
-    def read_newest(self) -> Any:
+    def read_newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that is not damaged; None if there are none, or it is the first one that is damaged.
 
         Raises:
@@ -71,7 +71,7 @@ class Checkpoints:
         only_first = len(files) == 1 < self.kept  # later there are always two
         for step, path in reversed(files.items()):
             try:
-                return load_checkpoint(path)
+                return load_tree(path)
             except UserError as error:
                 instead = (
                     "it was the first: begun anew"
@@ -93,16 +93,29 @@ class Checkpoints:
         Raises:
             UserError: If all checkpoints are damaged.
         """
-        saved = self.load() or {}
-        if saved:
-            with refusing_malformed(self.folder, "folder of checkpoints of this training"):
-                training.load_state_dict(saved.pop("training"))
+        saved = self.load()
+        if saved is None:
+            return {}
+        with refusing_malformed(self.folder, "folder of checkpoints of this training"):
+            training.load_state_dict(saved.pop("training"))
         return saved
 
     def remove(self) -> None:
         """Delete them: nobody will go on from here."""
         if is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def load_tree(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that `Checkpoints.save` wrote.
+
+    Raises:
+        UserError: If it is damaged, or holds something else than a dict.
+    """
+    tree = load_checkpoint(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds a {type(tree).__name__}, not what a training saves")
+    return tree
 
 
 def run_steps(

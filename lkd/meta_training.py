@@ -27,6 +27,7 @@ from lkd.checkpoints import Checkpoints
 from lkd.config import MetaTrainRecipe
 from lkd.errors import UserError
 from lkd.evaluation import evaluate
+from lkd.files import refusing_malformed
 from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
@@ -117,12 +118,13 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
     settings, first_pools = recipe.meta, loop.pools
     images, teacher = loop.images, loop.teacher
     training_seconds = 0.0
-    saved = checkpoints.load()
-    if saved:
-        loop.load_state_dict(saved["loop"])
-        reuse.load_state_dict(saved["reuse"])
-        training_seconds = saved["training_seconds"]
-    warned = any(describe_saturation(row) for row in loop.history)
+    warned, saved = False, checkpoints.load()
+    if saved is not None:
+        with refusing_malformed(checkpoints.folder, "folder of checkpoints of this meta-training"):
+            loop.load_state_dict(saved["loop"])
+            reuse.load_state_dict(saved["reuse"], loop.loss)
+            training_seconds = float(saved["training_seconds"])
+            warned = any(describe_saturation(row) for row in loop.history)
 
     def save() -> None:
         check_identical(loop)

@@ -39,12 +39,34 @@ def build_optimizer(parameters: list[Tensor], recipe: TrainRecipe) -> torch.opti
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state, laid out in memory as its parameters are: fused steps take that for granted."""
+    """Load an optimiser's state, laid out in memory as its parameters are: fused steps take that for granted.
+
+    Raises:
+        ValueError: If it is not that of an optimiser of its kind over such parameters.
+    """
+    options = list_kinds(optimizer)
     optimizer.load_state_dict(state)
+    if list_kinds(optimizer) != options:
+        raise ValueError("the optimiser's options are not those of its kind")
     for parameter, slots in optimizer.state.items():
+        if slots.keys() != next(iter(optimizer.state.values())).keys():
+            raise ValueError("the optimiser's parameters differ in what is kept of them")
         for name, value in slots.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if name == "step":
+                if not (isinstance(value, Tensor) and value.shape == () and value >= 0):
+                    raise ValueError(f"the optimiser's step is {value}, not a number of steps")
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 slots[name] = torch.empty_like(parameter).copy_(value)
+            elif value is not None:
+                raise ValueError(f"the optimiser's {name} does not fit a parameter of shape {tuple(parameter.shape)}")
+
+
+def list_kinds(optimizer: torch.optim.Optimizer) -> list[dict[str, type]]:
+    """What kind of value each option of every group of parameters has; a number may be whole."""
+    return [
+        {name: float if type(value) is int else type(value) for name, value in group.items()}
+        for group in optimizer.param_groups
+    ]
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps_per_epoch: int) -> Scheduler:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from lkd.meta_state import check_fields
+
 WINDOW = 50  # norms that the median is taken of
 LEAST = 10  # with fewer known there is no bound
 LOST_IN_A_ROW = 3  # outer steps
@@ -111,4 +113,7 @@ class OuterGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        vars(self).update(state)
+        vars(self).update(check_fields(state, vars(self)))
+        self.norms, self.reasons = [float(norm) for norm in self.norms], [str(reason) for reason in self.reasons]
+        if min(self.lost, self.halvings, self.counted, self.left_out) < 0 or not 0 <= self.rate <= 1:
+            raise ValueError("counts are negative, or the outer rate is not in [0, 1]")

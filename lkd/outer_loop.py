@@ -18,6 +18,8 @@ from lkd.memory import FOR_ROLLOUTS, explain_exhaustion
 from lkd.meta_checks import AUDITED
 from lkd.meta_cost import read_clock
 from lkd.meta_log import measure_balance
+from lkd.meta_state import check_points, check_rows
+from lkd.optimization import restore_optimizer
 from lkd.outer_guard import OuterGuard
 from lkd.outer_problems import OuterProblems
 from lkd.pool import Pool
@@ -191,11 +193,15 @@ class OuterLoop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.step, self.course, self.history = state["step"], state["course"], state["history"]
-        self.seconds, self.work_seconds = state["seconds"], state["work_seconds"]
+        if state["step"] not in range(self.settings.outer_steps + 1):
+            raise ValueError(f"outer step {state['step']} of {self.settings.outer_steps}")
+        self.step = int(state["step"])
+        self.course = check_points(state["course"], self.loss)
+        self.history = check_rows(state["history"], ("step",))
+        self.seconds, self.work_seconds = float(state["seconds"]), float(state["work_seconds"])
         self.guard.load_state_dict(state["guard"])
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         if isinstance(self.estimator, Audited):
             self.estimator.load_state_dict(state["estimator"])
         for number, own in self.own.items():

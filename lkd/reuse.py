@@ -18,6 +18,7 @@ from lkd.evaluation import evaluate
 from lkd.interleaving import Point, assemble_loss, draw_seed
 from lkd.interrupt import StopRequest
 from lkd.losses import LearnedLoss
+from lkd.meta_state import check_points, check_rows
 from lkd.processes import is_main, share_from_main
 from lkd.run import Run
 from lkd.training import DivergedError, TeacherFunction
@@ -138,9 +139,10 @@ class Reuse:
         """Everything needed to go on."""
         return {"rows": self.rows, "best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self.rows, self.best = state["rows"], state["best"]
+    def load_state_dict(self, state: dict[str, Any], loss: LearnedLoss) -> None:
+        """Go on from what `state_dict` returned; the best weights are of `loss`."""
+        self.rows = check_rows(state["rows"], ("step", *FIGURES))
+        self.best = check_points(state["best"], loss)
 
 
 def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:

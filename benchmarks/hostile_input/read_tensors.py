@@ -101,10 +101,13 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    """Go on from a checkpoint; one that is passed over with a warning, being the first, is refused too."""
+    """Go on from a checkpoint, for a step; one that is passed over with a warning, being the first, is refused too."""
     said: list[str] = []
-    if not Checkpoints(path.parent, TrainRecipe(), said.append).resume_training(tiny_training()):
+    Checkpoints(path.parent, TrainRecipe(), said.append).resume_training(tiny_training())
+    if said:
         raise UserError(said[-1])
+    if tiny_training().step < tiny_training().total_steps:
+        tiny_training().run_step()
 
 
 def write_pool(folder: Path) -> None:

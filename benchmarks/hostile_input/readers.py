@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.hostile_input import read_data, read_tensors, read_text
+from benchmarks.hostile_input import read_data, read_meta, read_tensors, read_text
 from benchmarks.hostile_input.archive_mutators import mutate_tar, mutate_zip
 from benchmarks.hostile_input.byte_mutators import mutate_bytes
 from benchmarks.hostile_input.idx_mutators import mutate_idx
@@ -40,6 +40,9 @@ READERS = {
     ),
     "training checkpoint": Reader(
         read_tensors.write_checkpoint, ("checkpoints/*.safetensors",), TENSORS, read_tensors.read_checkpoint
+    ),
+    "meta-training checkpoint": Reader(
+        read_meta.write_meta_checkpoint, ("checkpoints/*.safetensors",), TENSORS, read_meta.read_meta_checkpoint
     ),
     "pool": Reader(
         read_tensors.write_pool, ("pool/index.json", "pool/*.safetensors"), TENSORS | JSON, read_tensors.read_pool

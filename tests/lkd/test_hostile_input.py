@@ -29,7 +29,7 @@ from benchmarks.hostile_input.readers import READERS
 from benchmarks.hostile_input.text_mutators import ALIAS_BOMB, MERGE_BOMB
 from lkd.artifact import KIND, VERSION
 from lkd.balance.example_weights import load_weights
-from lkd.checkpoint import digest, encode
+from lkd.checkpoint import digest, encode, load_checkpoint, save_checkpoint
 from lkd.checkpoints import Checkpoints
 from lkd.cli import main, parse_recipe
 from lkd.config import TrainRecipe
@@ -289,6 +289,56 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
     encode(tree, tensors)
     write_tensors(tmp_path / "c" / "000000009.safetensors", tensors, "checkpoint", 2, header)
     assert checkpoints.load()["training"]["step"] == 3, "the one before takes its place"
+
+
+@pytest.mark.parametrize("tree", [None, []])
+def test_a_checkpoint_of_nothing_does_not_begin_a_training_anew_in_silence(tree, tmp_path) -> None:
+    said: list[str] = []
+    save_checkpoint(tmp_path / "000000003.safetensors", tree)
+    assert Checkpoints(tmp_path, TrainRecipe(), said.append).resume_training(tiny_training()) == {}
+    assert f"holds a {type(tree).__name__}, not what a training saves" in said[0]
+
+
+def test_an_empty_checkpoint_is_refused(tmp_path) -> None:
+    save_checkpoint(tmp_path / "000000003.safetensors", {})
+    with pytest.raises(UserError, match="is not a good folder of checkpoints of this training"):
+        Checkpoints(tmp_path, TrainRecipe(), str).resume_training(tiny_training())
+
+
+META = "meta-training checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda saved: saved.pop("loop"), "KeyError: 'loop'"),
+        (lambda saved: saved["loop"].update(step=9), "outer step 9 of 2"),
+        (lambda saved: saved["loop"].update(history=[{"step": "1"}]), "something else than numbers"),
+        (lambda saved: saved["loop"].update(course=[(2.0, saved["loop"]["loss"])]), r"\[2.0\] do not ascend in"),
+        (lambda saved: saved["loop"].update(course=[(0.0, {})]), "not those of the loss"),
+        (lambda saved: saved["loop"]["guard"].update(report=1), "has the fields"),
+        (lambda saved: saved["loop"]["guard"].update(rate="1"), "rate is a str, not a float"),
+        (lambda saved: saved["loop"]["guard"].update(lost=-1), "counts are negative"),
+        (lambda saved: saved["reuse"].update(rows=[{"step": 1}]), "a row lacks calibrated_cross_entropy, top1"),
+        (lambda saved: saved["loop"]["optimizer"]["param_groups"][0].update(lr="1"), "options are not those"),
+        (lambda saved: saved["loop"]["optimizer"]["state"][0].pop("exp_avg"), "differ in what is kept"),
+        (
+            lambda saved: saved["loop"]["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
+            "optimiser's step is -1",
+        ),
+        (lambda saved: saved["loop"]["optimizer"]["state"][0].update(exp_avg=torch.tensor(0)), "exp_avg does not fit"),
+        (lambda saved: saved["loop"]["optimizer"]["state"][0].update(exp_avg="x"), "exp_avg does not fit"),
+    ],
+)
+def test_a_meta_training_does_not_go_on_from_a_malformed_checkpoint(spoil, message: str, tmp_path) -> None:
+    """Files whose hash fits: whoever means harm would see to that."""
+    READERS[META].write(tmp_path)
+    (path,) = tmp_path.glob("checkpoints/*")
+    saved = load_checkpoint(path)
+    spoil(saved)
+    save_checkpoint(path, saved)
+    with pytest.raises(UserError, match=f"is not a good folder of checkpoints of this meta-training .*{message}"):
+        READERS[META].read(path)
 
 
 @pytest.mark.parametrize("weight", [torch.tensor([1.0, float("nan")]), torch.tensor([-1.0, 1]), torch.ones(3)])

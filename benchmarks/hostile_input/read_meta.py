@@ -1,0 +1,92 @@
+"""A checkpoint of meta-training, small, and its reader: the meta-training goes on from it, to its end."""
+
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hostile_input.read_tensors import CPU
+from lkd.assembly import prepare_images, prepare_learned_loss, prepare_teacher
+from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, PoolSettings, TeacherRecipe, TrainRecipe
+from lkd.errors import UserError
+from lkd.interleaving import assemble_loss
+from lkd.meta_log import describe_reuse
+from lkd.meta_training import learn
+from lkd.outer_loop import OuterLoop
+from lkd.pools import build_pools
+from lkd.reuse import Reuse
+from lkd.run import Run
+from lkd.tracking import Tracker
+
+STEPS = 2
+
+
+class SilentRun(Run):
+    """A run that prints nothing, and ends where a damaged first checkpoint would have it begin anew."""
+
+    def say(self, *lines: str) -> None:
+        """Note what would be printed."""
+        if "begun anew" in lines[0]:
+            raise UserError(lines[0])
+
+
+def open_silent_run(folder: Path) -> Run:
+    """A run in an empty folder."""
+    return SilentRun(folder, CPU, Tracker(folder, None, {}), "meta-train", quiet=True)
+
+
+@cache
+def prepare() -> tuple[MetaTrainRecipe, Any, Any, Any]:
+    """Recipe, images, teacher and pools; made once."""
+    recipe = MetaTrainRecipe(
+        data=DataRecipe(train_size=60, meta_validation_size=60),
+        teacher=TeacherRecipe(path="random", name="tiny_cnn"),
+        student=ModelRecipe("tiny_cnn"),
+        train=TrainRecipe(epochs=1, batch_size=20),
+        pool=PoolSettings(students=1, snapshots=2, max_age=1.0),
+        meta=MetaSettings(
+            outer_steps=STEPS, students_per_step=1, rollout_steps=1, rollout_epochs=1, outer_batch_size=30,
+            reuse_every=STEPS, reuse_students=1, reuse_epochs=1, estimator="first_order", checkpoint_every=1,
+        ),
+    )  # fmt: skip
+    images = prepare_images(recipe.data)
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        pools = build_pools(recipe, Path(folder) / "pool", images, teacher, open_silent_run(Path(folder)))
+        for pool in pools:
+            students = {number: pool.read(number, CPU) for number in range(len(pool))}
+            object.__setattr__(pool, "read", lambda number, device, students=students: students[number])
+    return recipe, images, teacher, pools
+
+
+def go_on(folder: Path) -> None:
+    """Go on with a meta-training from the newest checkpoint in a folder, to its end."""
+    recipe, images, teacher, pools = prepare()
+    run = open_silent_run(folder)
+    loop = OuterLoop(recipe, images, teacher, prepare_learned_loss(recipe, images), pools, CPU)
+    reuse = Reuse(recipe, [recipe.student], images, teacher, run)
+    try:
+        learn(recipe, loop, reuse, run)
+    finally:
+        run.tracker.finish()
+    assemble_loss(loop.loss, reuse.best or loop.points)
+    loop.guard.report()
+    describe_reuse(reuse.best_row, loop.step, images.train.num_classes)
+
+
+def write_meta_checkpoint(folder: Path) -> None:
+    """The checkpoint after the first outer step."""
+    with tempfile.TemporaryDirectory() as work:
+        go_on(Path(work))
+        name = "000000001.safetensors"
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copy(Path(work) / "checkpoints" / name, folder / "checkpoints" / name)
+
+
+def read_meta_checkpoint(path: Path) -> None:
+    """Go on from a checkpoint."""
+    with tempfile.TemporaryDirectory() as work:
+        (Path(work) / "checkpoints").mkdir()
+        shutil.copy(path, Path(work) / "checkpoints" / path.name)
+        go_on(Path(work))
