@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lkd.data.embedded import TEACHER
-from lkd.errors import DamagedFileError
-from lkd.files import read_json, write_json
+from lkd.errors import UserError
+from lkd.files import refusing_malformed
+from lkd.kept_results import read_result, write_result
 from lkd.resumption import flatten
 from lkd.sharing.references import fetch, is_remote
 
@@ -104,14 +105,16 @@ def record(path: Path, part: str, entry: Entry) -> None:
     """
     saved = read_lineage(path)
     rest = [row for row in saved[part] if (row["kind"], row["name"]) != (entry.kind, entry.name)]
-    write_json(path / LINEAGE, saved | {part: [*rest, entry.describe()]})
+    write_result(path / LINEAGE, saved | {part: [*rest, entry.describe()]})
 
 
 def read_lineage(path: Path) -> dict[str, list[dict[str, Any]]]:
     """A run's lineage: `used` and `made`, each a list of kind, name and sha256; a damaged file is begun anew."""
     file = path / LINEAGE
     try:
-        return read_json(file) if file.exists() else {"used": [], "made": []}
-    except DamagedFileError as error:
+        saved = read_result(file) if file.exists() else {"used": [], "made": []}
+        with refusing_malformed(file, LINEAGE):
+            return {part: [row for row in saved[part] if row["kind"] and row["name"]] for part in ("used", "made")}
+    except UserError as error:
         logging.getLogger("lkd").warning("warning: %s; it is begun anew", error)
         return {"used": [], "made": []}

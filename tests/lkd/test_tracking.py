@@ -20,7 +20,7 @@ from lkd.cli import main
 from lkd.config import WandbRecipe
 from lkd.files import read_json
 from lkd.tracking import Tracker, read_log, service
-from lkd.tracking.lineage import find_used, hash_file, hash_folder
+from lkd.tracking.lineage import Entry, find_used, hash_file, hash_folder, record
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import ENVIRONMENT, TINY
 
@@ -147,6 +147,20 @@ def test_trackio_is_told_the_same_metrics(monkeypatch) -> None:
     assert main(["distill", "--run_dir", "r", *TINY, "--trackio", "trials"]) == 0
     assert rows.pop() == {"finished": True}
     assert [{**row, "time": 0} for row in rows] == [{**row, "time": 0} for row in read_log(Path("r/log.jsonl"))]
+
+
+@pytest.mark.parametrize(("place", "bit"), [("used", 4), ('"sha256": "', 1), ("learned", 1), ("made", 128)])
+def test_a_flipped_bit_in_the_lineage_costs_a_warning(place: str, bit: int, tmp_path, caplog) -> None:
+    entry = Entry("loss", "learned", "00ff", None)
+    record(tmp_path, "used", entry)
+    whole = (tmp_path / "lineage.json").read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(place.encode()) + len(place) - 1] ^= bit
+    (tmp_path / "lineage.json").write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        record(tmp_path, "used", entry)
+    assert "it is begun anew" in caplog.text
+    assert (tmp_path / "lineage.json").read_bytes() == whole
 
 
 def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher() -> None:
