@@ -20,6 +20,7 @@ from lkd.errors import DamagedFileError, UserError, explain_failed_write
 
 HEADER_KEY, DIGEST_KEY = "lkd", "content_hash"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
+OLDER_KINDS = ("learned loss", "network")  # which people keep: files of them are older than hashes, and may have none
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
 
@@ -217,6 +218,8 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
             f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "
             "that this package reads: update lkd"
         )
+    if written is None and kind not in OLDER_KINDS:
+        raise DamagedFileError(f"{path}: is damaged: it has no hash of its content")
     return tensors, header
 
 

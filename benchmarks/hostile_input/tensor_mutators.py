@@ -6,10 +6,11 @@ import struct
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from benchmarks.hostile_input.json_mutators import VALUES, mutate_json, write_json_text
-from lkd.files import DIGEST_KEY, HEADER_KEY
+from lkd.files import DIGEST_KEY, HEADER_KEY, MALFORMED, hash_content
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", "")
 LENGTHS = (0, 1, 7, 10**6, 10**8, 10**8 + 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
@@ -18,15 +19,23 @@ CASTS = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
 
 
 def mutate_safetensors(rng: random.Random, content: bytes, other: bytes) -> bytes:
-    """Rewrite the length, the header, what our own header says, or the tensors.
+    """Rewrite the length, the header, what our own header says, or the tensors; mostly with a hash that fits."""
+    change = rng.choice((lie_about_length, change_header, change_own_header, change_own_header, change_tensors))
+    changed = change(rng, content)
+    return sign(changed) if rng.random() < 0.9 else changed
 
-    Mostly of a file without the hash of its content, which is read unchecked, as those of earlier versions are: whoever
-    means harm leaves it out.
-    """
-    content = drop_hash(content) if rng.random() < 0.9 else content
-    return rng.choice((lie_about_length, change_header, change_own_header, change_own_header, change_tensors))(
-        rng, content
-    )
+
+def sign(content: bytes) -> bytes:
+    """The file with the hash of its content, as whoever means harm would write it; if there is no such, as it is."""
+    try:
+        header, data = split(content)
+        own = json.loads(header["__metadata__"][HEADER_KEY])
+        own.pop(DIGEST_KEY, None)
+        own[DIGEST_KEY] = hash_content(json.dumps(own), load(content))
+        header["__metadata__"][HEADER_KEY] = json.dumps(own)
+        return join(json.dumps(header), data)
+    except (*MALFORMED, SafetensorError, RecursionError, struct.error):
+        return content
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -39,15 +48,6 @@ def join(header: str, data: bytes) -> bytes:
     """A file with a header of any text."""
     encoded = header.encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(encoded)) + encoded + data
-
-
-def drop_hash(content: bytes) -> bytes:
-    """The file without the hash of its content."""
-    header, data = split(content)
-    own = json.loads(header["__metadata__"][HEADER_KEY])
-    own.pop(DIGEST_KEY, None)
-    header["__metadata__"][HEADER_KEY] = json.dumps(own)
-    return join(json.dumps(header), data)
 
 
 def lie_about_length(rng: random.Random, content: bytes) -> bytes:
