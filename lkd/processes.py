@@ -12,8 +12,13 @@ from torch import Tensor
 
 from lkd.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)  # the main process writes while others wait
+try:
+    from torch.distributed import set_timeout
+except ImportError:  # its name in earlier versions of torch
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
+MEETING = timedelta(minutes=5)  # within which all processes of a job are there
+TIMEOUT = timedelta(minutes=30)  # afterwards: the main process writes while others wait
 LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says; gloo's errors are plain RuntimeErrors
 
 
@@ -44,14 +49,12 @@ def join_processes(device: torch.device) -> Iterator[None]:
     """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
 
     Raises:
-        UserError: If another process was lost within the block.
+        UserError: If they do not meet, or another process was lost within the block.
     """
     if read_job().size == 1 or dist.is_initialized():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    meet(device)
     try:
         yield
     except RuntimeError as error:
@@ -62,6 +65,25 @@ def join_processes(device: torch.device) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def meet(device: torch.device) -> None:
+    """Wait for the other processes of the job.
+
+    Raises:
+        UserError: If they are not there in time, or one dies meanwhile.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+    except (RuntimeError, ValueError) as error:  # the latter: torchrun's other variables are not there
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"torchrun: process {read_job().rank} has lost another process of the job, or not met it within "
+            f"{MEETING.total_seconds() / 60:g} minutes ({reason}); start again, with --resume auto"
+        ) from error
+    set_timeout(TIMEOUT)
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.faults.commands import COMMANDS, FILE_COMMANDS, Command, read_results, write_images
 from benchmarks.faults.faults import FAULTS, Fault
-from benchmarks.faults.injections import Moment, count_steps
+from benchmarks.faults.injections import Moment, count_steps, meet_soon
 from benchmarks.faults.processes import Injection, finish, list_workers, start, wait_for_group
 
 BOUND = 60.0  # seconds within which a run must have ended after a fault from outside
@@ -186,7 +186,7 @@ def start_job(command: Command, place: Path, size: int, *injections: Injection) 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return [start(words, output, *[counting][rank:], rank=rank, port=port) for rank in range(size)]
+    return [start(words, output, meet_soon, *[counting][rank:], rank=rank, port=port) for rank in range(size)]
 
 
 def finish_run(command: Command, folder: str, size: int, *injections: Injection) -> Path:

@@ -72,6 +72,31 @@ def test_a_stopped_job_goes_on_with_as_many_processes_or_one() -> None:
         torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_others_never_meet_ends_with_one_line(rank: int, unused_tcp_port: int) -> None:
+    code = (
+        "import sys; from datetime import timedelta; from lkd import processes;"
+        "processes.MEETING = timedelta(seconds=3);"
+        f"from lkd.cli import main; sys.exit(main({DISTILL!r}))"
+    )
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_tcp_port)}
+    alone = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert alone.returncode == 2, alone.stderr
+    (line,) = (line for line in alone.stderr.splitlines() if line.startswith("lkd: error"))
+    assert f"torchrun: process {rank} has lost another process of the job, or not met it within 0.05 minutes" in line
+    assert "Traceback" not in alone.stderr
+
+
+def test_a_job_that_does_not_say_where_it_meets_is_refused(monkeypatch, capsys) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(DISTILL) == 2
+    assert "environment variable MASTER_ADDR expected" in capsys.readouterr().err
+
+
 def test_parts_of_a_batch_are_the_batch() -> None:
     images = prepare_images(DataRecipe(train_size=200, meta_validation_size=100)).train
     whole = Batches(images, 40, seed=3)
