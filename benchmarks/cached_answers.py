@@ -7,7 +7,7 @@ import torch
 
 from lkd.cached_teacher import KIND, VERSION, CachedTeacher, CacheFolder
 from lkd.compressed_logits import compress_logits
-from lkd.files import write_tensors
+from lkd.tensor_files import write_tensors
 
 SHARD = 50_000
 

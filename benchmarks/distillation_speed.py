@@ -28,13 +28,13 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from lkd.config import TrainRecipe
 from lkd.cost import Cost
 from lkd.data import Batches, ImageSet
+from lkd.environment import environment
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.losses.learned import build_learned_loss
 from lkd.models import build
 from lkd.outputs import Outputs
-from lkd.run import environment
 from lkd.teacher import Teacher, TeacherFunction
 from lkd.training import Training
 

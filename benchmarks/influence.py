@@ -32,13 +32,13 @@ from lkd.config import (
 )
 from lkd.data import ImageSet, flip_labels, load_dataset
 from lkd.distillation import start_training
+from lkd.environment import environment
 from lkd.evaluation import evaluate
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.intervals import mean_and_error
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.rank_correlation import rank
-from lkd.run import environment
 from lkd.teacher import load_teacher
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "influence"

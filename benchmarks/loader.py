@@ -26,10 +26,10 @@ from lkd.assembly import prepare_images
 from lkd.config import DataRecipe, PackRecipe
 from lkd.data import Batches
 from lkd.data.labelled_sources import MEAN, STD
+from lkd.environment import environment
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.packing import pack_dataset
-from lkd.run import environment
 
 CLASSES, BATCH_SIZE, SIZE = 10, 64, 224
 OURS = {"files": "image_folder", "shards": "wds/photographs", "packed": "image_folder"}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lkd.files import read_json, write_json, write_text
-from lkd.quickstart import SETTINGS
+from lkd.quickstart_recipes import SETTINGS
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "quickstart"
 README = """# Quickstart

@@ -21,11 +21,11 @@ from lkd.caching import cache_answers
 from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import Batch
 from lkd.distillation import start_training
+from lkd.environment import environment
 from lkd.evaluation import evaluate
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.losses import KDLoss
-from lkd.run import environment
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "teacher_cache"
 CPU = torch.device("cpu")

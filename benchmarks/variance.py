@@ -22,11 +22,11 @@ from benchmarks.variance_problems import LeastSquares, flat_labels, mean_loss, t
 from lkd.assembly import prepare_images
 from lkd.balance.balancing import take_gradient
 from lkd.config import DataRecipe
+from lkd.environment import environment
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.outputs import Outputs
-from lkd.run import environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

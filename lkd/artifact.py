@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lkd.errors import UserError
-from lkd.files import MALFORMED, read_tensors, write_tensors
+from lkd.files import MALFORMED
 from lkd.losses.cross_entropy import CrossEntropyLoss
 from lkd.losses.learned import FORMS, FeatureLoss, LearnedLoss, LogitLoss
 from lkd.losses.replayed import ReplayedLoss
 from lkd.sharing.references import fetch, is_remote
+from lkd.tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"

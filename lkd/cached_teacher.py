@@ -12,8 +12,9 @@ from torch import Tensor
 from lkd.compressed_logits import check_top_k, restore_logits, type_of_classes
 from lkd.data import Batch
 from lkd.errors import UserError
-from lkd.files import read_tensors, refusing_malformed
+from lkd.files import refusing_malformed
 from lkd.outputs import Outputs
+from lkd.tensor_files import read_tensors
 
 KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
 INDEX = "index.safetensors"

@@ -24,11 +24,12 @@ from lkd.computation import is_bfloat16
 from lkd.config import CacheRecipe
 from lkd.data.ordered_batches import OrderedBatches
 from lkd.errors import DamagedFileError, UserError
-from lkd.files import check_free_space, read_tensors, write_tensors
+from lkd.files import check_free_space
 from lkd.processes import place_of, read_job
 from lkd.run import choose_device
 from lkd.teacher import TeacherFunction, load_teacher, name_teacher, wrap_teacher
 from lkd.teacher_cache import check_made_with, check_stages, choose_seeds, identify
+from lkd.tensor_files import read_tensors, write_tensors
 
 
 def cache_answers(recipe: CacheRecipe) -> CacheFolder:

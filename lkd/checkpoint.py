@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkd.files import read_tensors, refusing_malformed, write_tensors
+from lkd.files import refusing_malformed
+from lkd.tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "checkpoint", 2
 

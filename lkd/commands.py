@@ -46,8 +46,8 @@ from lkd.packing import pack_dataset
 from lkd.plan.plan import plan as plan_run
 from lkd.plan.table import format_plan
 from lkd.pool import build_pool, check_pool
-from lkd.quickstart import SETTINGS, loss_path
 from lkd.quickstart import quickstart as run_quickstart
+from lkd.quickstart_recipes import SETTINGS, loss_path
 from lkd.reporting.page import write_report
 from lkd.run import choose_device, open_run
 from lkd.sharing.transfer import pull_loss, push_loss

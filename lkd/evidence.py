@@ -8,7 +8,7 @@ def evidence(command: str, environment: dict[str, Any], figures: dict[str, float
 
     Args:
         command: The line that makes the evidence again.
-        environment: What `lkd.run.environment` saw: commit, versions, platform.
+        environment: What `lkd.environment.environment` saw: commit, versions, platform.
         figures: Key → number.
     """
     return {

@@ -19,9 +19,9 @@ from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.data import Dataset, ImageSet, Splits, split_training_images
 from lkd.data.image_files import ImageFiles
 from lkd.errors import UserError
-from lkd.files import read_tensors
 from lkd.models.given_network import GIVEN, adapt_given
 from lkd.models.network_file import KIND, VERSION
+from lkd.tensor_files import read_tensors
 
 HASH_LENGTH = 12
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lkd.errors import DamagedFileError, UserError
-from lkd.files import DIGEST_KEY, hash_content, read_json, write_json
+from lkd.files import read_json, write_json
+from lkd.tensor_files import DIGEST_KEY, hash_content
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:

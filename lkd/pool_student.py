@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lkd.files import read_tensors, refusing_malformed, write_tensors
+from lkd.files import refusing_malformed
 from lkd.models import build
 from lkd.models.given_network import GIVEN
+from lkd.tensor_files import read_tensors, write_tensors
 from lkd.training import Training
 from meta import State
 

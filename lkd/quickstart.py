@@ -1,51 +1,26 @@
-"""The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report.
+"""The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report."""
 
-The three settings share one recipe: clean labels; 40 % of the training labels flipped; clean labels with a teacher that
-answers at random on 60 % of the images. The balance that suits one of them fails in another.
-"""
-
-import dataclasses
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from lkd.artifact import SUFFIX, load_loss, read_provenance
+from lkd.artifact import load_loss, read_provenance
 from lkd.assembly import introduce_network, introduce_teacher, prepare_images
-from lkd.cells import Cell, cell_path
 from lkd.comparison import submit
 from lkd.comparison_plan import pick_options, plan_report, plan_tuning
 from lkd.comparison_results import write_results
-from lkd.config import (
-    CompareRecipe,
-    DataRecipe,
-    MetaSettings,
-    MetaTrainRecipe,
-    ModelRecipe,
-    PoolSettings,
-    QuickstartRecipe,
-    TeacherRecipe,
-    TrainRecipe,
-)
+from lkd.config import MetaTrainRecipe, QuickstartRecipe
 from lkd.evidence import evidence
 from lkd.files import read_json, write_json, write_text
-from lkd.kept_results import read_result
 from lkd.losses.build import build_loss
 from lkd.meta_training import meta_train
 from lkd.plots import plot_learned_loss, plot_meta_training, plot_settings
+from lkd.quickstart_figures import figures_of, grid_accuracies, regrets
+from lkd.quickstart_recipes import SETTINGS, compare_recipe, loss_path, meta_recipe, setting_folder
 from lkd.report import compare_regrets, write_quickstart_report
 from lkd.run import Run, open_run
 from lkd.workers import finish_all, start_workers
-
-SETTINGS: dict[str, dict[str, float]] = {
-    "clean": {},
-    "noisy": {"label_noise": 0.4},
-    "bad_teacher": {"random_answers": 0.6},
-}
-SEEN, UNSEEN = ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")
-LEARNING_RATE = 0.2  # of all losses here: better for each of them than 0.1
-LABELS = {"CE": "ce", "KD": "kd", "learned": "learned"}
-GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
 
 
 def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
@@ -129,67 +104,6 @@ def add_earlier_phases(phases: dict[str, float], path: Path) -> dict[str, float]
     return total
 
 
-def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
-    """The recipe of one setting's meta-training: the defaults, but for the setting itself and the short form."""
-    learned = MetaTrainRecipe(
-        run_dir=str(setting_folder(folder, setting) / "meta-train"),
-        resume="auto",
-        seed=recipe.seed,
-        device=recipe.device,
-        wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-{setting}"),
-        student=SEEN,
-        train=TrainRecipe(learning_rate=LEARNING_RATE),
-    )
-    if recipe.short:
-        learned.train.epochs = 2
-        learned.pool = PoolSettings(students=1, snapshots=2)
-        learned.meta = MetaSettings(
-            outer_steps=2, students_per_step=1, rollout_steps=4, outer_batch_size=200, reuse_every=0
-        )
-    return place_setting(learned, recipe, setting)
-
-
-def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
-    """The recipe of one setting's comparison."""
-    grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
-    compared = CompareRecipe(
-        run_dir=str(setting_folder(folder, setting)),
-        seed=recipe.seed,
-        device=recipe.device,
-        methods={
-            "CE": {"name": "cross_entropy"},
-            "KD": {"name": "kd", "grid": grid},
-            "learned": str(loss_path(folder, setting)),
-        },
-        students=[SEEN, UNSEEN],
-        train=TrainRecipe(learning_rate=LEARNING_RATE),
-        seeds=recipe.seeds,
-        evaluate_every=4,
-    )
-    if recipe.short:
-        compared.train.epochs = 2
-    return place_setting(compared, recipe, setting)
-
-
-def place_setting(placed: "MetaTrainRecipe | CompareRecipe", recipe: QuickstartRecipe, setting: str) -> Any:
-    """Put a setting's labels and teacher into a recipe."""
-    size = 640 if recipe.short else 4000
-    values = SETTINGS[setting]
-    placed.data = DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0))
-    placed.teacher = TeacherRecipe(random_answers=values.get("random_answers", 0.0))
-    return placed
-
-
-def setting_folder(folder: Path, setting: str) -> Path:
-    """Where a setting's files go."""
-    return folder / setting
-
-
-def loss_path(folder: Path, setting: str) -> Path:
-    """A setting's learned-loss file."""
-    return setting_folder(folder, setting) / "meta-train" / f"loss{SUFFIX}"
-
-
 def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
     """Meta-train in a worker process."""
     started = time.perf_counter()
@@ -208,50 +122,3 @@ def describe_job(label: str, result: dict[str, Any]) -> str | None:
         f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
         f"{weight[0]:.2f} → {weight[-1]:.2f}, temperature {temperature[0]:.1f} → {temperature[-1]:.1f}"
     )
-
-
-def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The evidence's figures: test accuracy, percent, mean over seeds, and its standard error."""
-    figures: dict[str, float] = {}
-    for setting, table in tables.items():
-        suffix = "" if setting == "clean" else f"_{setting}"
-        for row in table:
-            name = f"{LABELS[row['method']]}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
-            figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["last"])
-    return figures
-
-
-def grid_accuracies(
-    recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student.
-
-    Returns:
-        Fixed KD → setting → %, and method → setting → %.
-    """
-    grid: dict[str, dict[str, float]] = {}
-    bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
-    for setting, recipe in recipes.items():
-        place = setting_folder(folder, setting)
-        for cell in plan_tuning(recipe):
-            options: Any = cell.loss
-            label = f"KD({options['weight']:g}, {options['temperature']:g})"
-            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, cell, place)
-        for cell in plan_report(recipe, picks[setting]):
-            if cell.method in bold and cell.student == SEEN and cell.seed == recipe.seed:
-                bold[cell.method][setting] = meta_validation_accuracy(recipe, cell, place)
-    return grid, bold
-
-
-def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) -> float:
-    """A finished cell's accuracy on meta-validation at the last step, %."""
-    return read_result(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
-
-
-def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
-    """For each loss, its largest gap over the settings to the best fixed KD of that setting, in points."""
-    best = {setting: max(values[setting] for values in grid.values()) for setting in next(iter(grid.values()))}
-    return {
-        label: max(best[setting] - value for setting, value in values.items())
-        for label, values in (grid | bold).items()
-    }

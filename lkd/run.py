@@ -2,10 +2,7 @@
 
 import dataclasses
 import fcntl
-import importlib.metadata
 import logging
-import platform
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,13 +12,13 @@ from typing import Any, TextIO
 import torch
 
 from lkd.config import CompareRecipe, RunRecipe
+from lkd.environment import environment
 from lkd.errors import UserError
 from lkd.files import create_json, read_json, write_json
 from lkd.processes import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.resumption import check_resumable
 from lkd.tracking import Tracker
 
-PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
@@ -190,24 +187,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {name} was asked for, but torch sees no CUDA device; use --device cpu")
     return device
-
-
-def environment() -> dict[str, Any]:
-    """Versions, platform and the source's commit."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return {
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "commit": git.stdout.strip() or None,
-    }
-
-
-def version_of(package: str) -> str | None:
-    """Installed version of a package, if it is."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

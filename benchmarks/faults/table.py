@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.faults import FAULTS
+from lkd.environment import environment
 from lkd.evidence import evidence
 from lkd.files import write_json, write_text
-from lkd.run import environment
 
 FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
 COMMAND = "python -m benchmarks.faults.run"

@@ -22,7 +22,7 @@ from lkd.data.fashion_mnist import read_embedded_archive
 from lkd.data.packed import open_packed, pack
 from lkd.data.sources import FileSource
 from lkd.errors import UserError
-from lkd.files import write_tensors
+from lkd.tensor_files import write_tensors
 
 SIZE = 16
 OPTIONS = LoadingOptions(SIZE, workers=1, damaged_limit=1.0)

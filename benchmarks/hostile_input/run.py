@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.hostile_input.readers import READERS  # noqa: E402 - from this repository, wherever it is started
+from lkd.environment import environment  # noqa: E402
 from lkd.evidence import evidence  # noqa: E402
 from lkd.files import write_json, write_text  # noqa: E402
-from lkd.run import environment  # noqa: E402
 
 EVIDENCE = ROOT / "docs" / "evidence" / "hostile_input"
 FILES = 10_000

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lkd.config import InfluenceSettings
 from lkd.errors import UserError
-from lkd.files import read_tensors, write_tensors
+from lkd.tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "set of example weights", 1
 

@@ -14,7 +14,8 @@ from lkd.data.decoders import start_threads
 from lkd.data.decoding import MOST_PIXELS, DamagedImageError
 from lkd.data.sources import ImageSource
 from lkd.errors import UserError
-from lkd.files import check_free_space, read_tensors, refusing_malformed, replaced_atomically, write_tensors
+from lkd.files import check_free_space, refusing_malformed, replaced_atomically
+from lkd.tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "packed images", 1
 SAMPLE = 64  # images from which the size of all is estimated

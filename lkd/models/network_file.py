@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lkd.errors import UserError
-from lkd.files import read_tensors, refusing_malformed, write_tensors
+from lkd.files import refusing_malformed
 from lkd.models.build import build, plain_state_dict
 from lkd.models.given_network import GIVEN
 from lkd.models.timm_network import TimmNetwork
+from lkd.tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "network", 1
 MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file

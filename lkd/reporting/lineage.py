@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lkd.files import HEADER_KEY
 from lkd.reporting.runs import RunRecord, read_dict, read_rows
 from lkd.reporting.settings import flatten, show_path
+from lkd.tensor_files import HEADER_KEY
 
 SOURCES = ("teacher.path", "teacher.cache", "pool_dir", "checkpoint")  # settings that name what a run is made of
 SUFFIXES = (".safetensors", ".pth")

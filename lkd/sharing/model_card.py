@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.artifact import KIND, VERSION
-from lkd.files import read_tensors
+from lkd.tensor_files import read_tensors
 from lkd.tracking.lineage import hash_file
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"

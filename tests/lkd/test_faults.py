@@ -16,7 +16,6 @@ from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data import Batches
 from lkd.errors import DamagedFileError, UserError
-from lkd.files import read_tensors, write_tensors
 from lkd.interrupt import StopRequest
 from lkd.kept_results import drop_damaged, read_result, write_result
 from lkd.memory import explain_exhaustion
@@ -26,6 +25,7 @@ from lkd.outer_guard import OuterGuard
 from lkd.pool import build_pool
 from lkd.reuse import Reuse
 from lkd.run import Run, open_run
+from lkd.tensor_files import read_tensors, write_tensors
 from lkd.training import Training
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
 

@@ -11,12 +11,13 @@ from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.checkpoints import Checkpoints
 from lkd.config import TrainRecipe
 from lkd.errors import UserError
-from lkd.files import replaced_atomically, write_tensors
+from lkd.files import replaced_atomically
 from lkd.losses import LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
 from lkd.models import build
 from lkd.models.network_file import load_network, save_network
 from lkd.outputs import Outputs
+from lkd.tensor_files import write_tensors
 
 
 def make_loss() -> LearnedLoss:

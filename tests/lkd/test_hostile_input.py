@@ -38,12 +38,13 @@ from lkd.data.decoding import MOST_PIXELS, DamagedImageError, as_bytes, decode
 from lkd.data.fashion_mnist import read_embedded_archive
 from lkd.data.tar_files import index_tar
 from lkd.errors import UserError
-from lkd.files import MOST_HEADER, read_json, write_json, write_tensors
+from lkd.files import read_json, write_json
 from lkd.losses.learned import FORMS
 from lkd.models import build
 from lkd.models.foreign_checkpoint import load_crd_checkpoint
 from lkd.models.network_file import load_network, save_network
 from lkd.pool import INDEX, open_pool, write_student
+from lkd.tensor_files import MOST_HEADER, write_tensors
 
 SOURCES = [
     path

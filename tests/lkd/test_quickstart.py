@@ -8,7 +8,8 @@ import pytest
 import lkd
 from lkd.cli import main
 from lkd.files import read_json
-from lkd.quickstart import SETTINGS, regrets
+from lkd.quickstart_figures import regrets
+from lkd.quickstart_recipes import SETTINGS
 
 
 @pytest.fixture(scope="module")
