@@ -32,6 +32,18 @@ A cell: runs that kept the promise / runs, most steps done again; — where the 
 
 {elsewhere}
 
+What it found, each mended, with a test in tests/lkd that failed before:
+
+* a flipped bit in the first and only checkpoint of a training ended the run; it begins anew, and says so;
+* a flipped bit in `lineage.json` ended the run that went on with a traceback;
+* a flipped bit in the name of a file's hash hid the hash: the file was read unchecked;
+* a picture that could not be sent to W&B ended the run with a traceback;
+* a process that died while the two of a job were meeting left the other waiting for 30 minutes.
+
+The episodes that broke a promise were played again after the mends (meta-train, flipped bits, 1 and 11; cache, flipped
+bits, 9; distill, process dies, 10; and pool, decoder dies, 1, where the bench itself had put the fault in a place that
+the run never came to). Most of the others were played before, some at commits of the days before.
+
 What it does not show: GPUs; several hosts; power cuts other than as files that arrive truncated or with flipped bits; a
 process killed by the kernel while it writes a file's last block (files are renamed after fsync). Runs are forks of a
 process that has imported the package, and so are a comparison's workers. The two processes of a job are started without
