@@ -7,7 +7,7 @@ from typing import Any
 
 from lkd import __version__, config
 from lkd.command_words import complete_switches, explain, known_keys, name_leading, read_recipes, split_config, usage
-from lkd.errors import FULL_DISK, UserError, explain_failed_write
+from lkd.errors import BAD_PLACE, FULL_DISK, UserError, explain_failed_write
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -58,9 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lkd: error: {make_printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno in FULL_DISK:
+            line = explain_failed_write(error.filename or "run_dir", error)
+        elif error.errno in BAD_PLACE and error.filename:
+            line = f"{error.filename}: cannot be used: {error.strerror}"
+        else:
             raise
-        print("lkd: error:", explain_failed_write(error.filename or "run_dir", error), file=sys.stderr)
+        print("lkd: error:", make_printable(line), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lkd: interrupted", file=sys.stderr)

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BAD_PLACE = (  # a file's name, or where it lies: not what is in it
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 
 
 class UserError(Exception):

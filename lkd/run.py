@@ -134,7 +134,7 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
                 tracker = Tracker(path, None if joined else recipe, config)
                 opened.callback(tracker.finish)
                 yield Run(path, device, tracker, command, quiet)
-            except UserError:
+            except (UserError, OSError):
                 if new and not joined:
                     forget_unstarted(path)
                 raise

@@ -1,5 +1,6 @@
 """WebDataset shards on a disk: tar files with `KEY.jpg` and its label, `KEY.cls` or `KEY.json`, side by side."""
 
+import os
 from pathlib import Path
 
 from lkd.data.dataset import Dataset
@@ -56,7 +57,7 @@ def find_shards(root: Path, part: str) -> list[Path]:
                 outside = [name for name in named if not is_within(name)]
             if outside:
                 raise UserError(f"data.root: {info}: {outside[0]!r} is not a file in that folder: remove it")
-            missing = [name for name in named if not (root / name).is_file()]
+            missing = [name for name in named if not os.path.isfile(root / name)]  # never raises, as Path's does
             if missing:
                 raise UserError(f"data.root: {root / missing[0]}: no such shard, but {info.name} names it")
             if named:

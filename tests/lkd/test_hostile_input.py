@@ -357,6 +357,18 @@ def test_a_list_of_shards_does_not_lead_out_of_its_folder(name: str, tmp_path) -
         load_dataset("wds/x", str(tmp_path))
 
 
+def test_a_name_that_is_too_long_is_no_file(tmp_path, capsys) -> None:
+    write_shards(tmp_path)
+    write_json(tmp_path / "_info.json", {"splits": {"train": {"filenames": ["x" * 300]}}})
+    with pytest.raises(UserError, match=r"x: no such shard, but _info\.json names it"):
+        load_dataset("wds/x", str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        lkd.load_loss("x" * 300 + ".safetensors")
+    for words in (["report"], ["inspect"], ["meta-train", "--pool_dir"], ["distill", "--loss"]):
+        assert main([*words, "x" * 300 + ".yaml"]) == 2
+        assert "xxx" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 @pytest.mark.parametrize("name", ["../../evil.jpg", "/evil/evil.jpg", "c/x.jpg"])
 def test_members_of_a_tar_are_never_written_anywhere(name, kind, tmp_path) -> None:
