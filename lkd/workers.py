@@ -84,20 +84,27 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
         UserError: If a worker died.
     """
     with deferred_interrupts() as stop, tqdm(total=len(futures), desc=title, unit="job", disable=None) as bar:
-        pending = set(futures)
+        pending, done = set(futures), 0
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
                 try:
                     line = describe(futures[future], future.result())
                 except BrokenProcessPool as error:
+                    if stop:  # the signal went to the workers too, as a batch system's does
+                        raise interrupted(done, len(futures)) from error
                     raise UserError(
                         "workers: a worker process was killed (out of memory?); finished work is kept: go on with "
                         "--resume auto, with fewer --workers if memory was short"
                     ) from error
+                done += 1
                 bar.update()
                 if line:
                     tqdm.write(line)
             if stop and pending:
-                done = len(futures) - len(pending)
-                raise Interrupted(f"{done} of {len(futures)} jobs are finished and kept")
+                raise interrupted(done, len(futures))
+
+
+def interrupted(done: int, jobs: int) -> Interrupted:
+    """What to raise where work was stopped."""
+    return Interrupted(f"{done} of {jobs} jobs are finished and kept")

@@ -176,6 +176,20 @@ def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:
     raise AssertionError(f"{path} never got {count} lines")
 
 
+def test_a_comparison_that_is_stopped_with_its_workers_says_how_to_go_on() -> None:
+    """As a batch system stops it: SIGTERM to every process of the job."""
+    words = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "1", "--seeds", "2"]
+    command = [sys.executable, "-m", "lkd.cli", *words, "--methods", "{KD: kd}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(Path("c").glob("cells/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert "jobs are finished and kept; go on with: lkd compare" in error
+
+
 def test_an_interrupted_comparison_keeps_its_finished_cells() -> None:
     words = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "1", "--seeds", "2"]
     words += ["--methods", "{KD: kd, CE: cross_entropy}"]
