@@ -12,6 +12,7 @@ from typing import Any
 
 from lkd.errors import DamagedFileError, UserError, explain_failed_write
 
+MOST_JSON = 1 << 26  # bytes of a JSON file: what is made of it takes several times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
 
@@ -124,9 +125,11 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: If it cannot be read or is not JSON.
+        UserError: If it cannot be read, has over `MOST_JSON` bytes, or is not JSON.
     """
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise DamagedFileError(f"{path}: is damaged: it has {size:,} bytes, at most {MOST_JSON:,} of JSON are read")
         return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

@@ -17,6 +17,7 @@ from meta.types import Tensors
 SHARE = "share/"
 WORTH = 0.99  # of the cross-entropy of guessing: what a student has learned anything below
 ROWS = 1000  # of a log, and of the curve that checkpoints carry along, at most
+PICTURES = 100  # of a run, at most
 
 
 @torch.no_grad()
@@ -68,6 +69,11 @@ def log_row(
 def is_logged(step: int, outer_steps: int) -> bool:
     """Whether the step of this number, counted from 1, is logged: all, or of many every so many, and the last."""
     return (step - 1) % -(-outer_steps // ROWS) == 0 or step == outer_steps
+
+
+def is_pictured(step: int, outer_steps: int, every: int) -> bool:
+    """Whether the loss is drawn after this step: every so many, 0 for never, or in a long run as rarely as it takes."""
+    return bool(every) and step % (every * -(-outer_steps // (every * PICTURES))) == 0
 
 
 def measure_weights(part: nn.Module) -> float:

@@ -32,7 +32,7 @@ from lkd.interleaving import alternation_start, assemble_loss
 from lkd.interrupt import Interrupted, deferred_interrupts
 from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_cost import measure_training_seconds, summarize_cost
-from lkd.meta_log import describe_reuse, describe_saturation, is_logged, log_row, show_loss
+from lkd.meta_log import describe_reuse, describe_saturation, is_logged, is_pictured, log_row, show_loss
 from lkd.models.network_file import save_network
 from lkd.outer_loop import OuterLoop
 from lkd.pools import build_pools, count_pool_trainings, drop_superseded_pools, list_students, open_pools, renew_pools
@@ -155,7 +155,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                     run.tracker.log(loop.step, **row)
                 for line in loop.warnings:
                     run.say(line)
-                if settings.picture_every and loop.step % settings.picture_every == 0 and is_main():
+                if is_main() and is_pictured(loop.step, settings.outer_steps, settings.picture_every):
                     show_loss(loop.loss, loop.step, run)
                 warning = describe_saturation(row)
                 if warning and not warned:

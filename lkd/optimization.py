@@ -53,7 +53,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
             raise ValueError("the optimiser's parameters differ in what is kept of them")
         for name, value in slots.items():
             if name == "step":
-                if not (isinstance(value, Tensor) and value.shape == () and value >= 0):
+                if not (isinstance(value, Tensor) and value.shape == () and value.is_floating_point() and value >= 0):
                     raise ValueError(f"the optimiser's step is {value}, not a number of steps")
             elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 slots[name] = torch.empty_like(parameter).copy_(value)

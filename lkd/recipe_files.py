@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.errors import UserError
+from lkd.files import MALFORMED
 
 MOST_BYTES = 1 << 20  # of a recipe
 MOST_NESTED = 20  # mappings and lists in each other
@@ -34,7 +35,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
         raise UserError(f"{trail}: cannot be read: {reason}") from error
-    except (ValueError, yaml.YAMLError, RecursionError, OverflowError, TypeError) as error:
+    except (*MALFORMED, yaml.YAMLError) as error:
         raise UserError(f"{trail}: is not YAML that is read: {' '.join(str(error).split())[:500]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{trail}: is not a mapping of keys to values")

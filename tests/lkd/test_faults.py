@@ -20,7 +20,7 @@ from lkd.interrupt import StopRequest
 from lkd.kept_results import drop_damaged, read_result, write_result
 from lkd.memory import explain_exhaustion
 from lkd.meta_cost import measure_training_seconds
-from lkd.meta_log import describe_reuse, is_logged
+from lkd.meta_log import describe_reuse, is_logged, is_pictured
 from lkd.outer_guard import OuterGuard
 from lkd.pool import build_pool
 from lkd.reuse import Reuse
@@ -205,6 +205,14 @@ def test_the_log_of_outer_steps_is_bounded(steps: int) -> None:
     assert logged[0] == 1
     assert logged[-1] == steps
     assert len(logged) == steps if steps <= 1000 else len(logged) <= 1001
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "drawn"), [(30, 10, 3), (1000, 10, 100), (1001, 10, 50), (10_000, 10, 100), (10_000, 3000, 3)]
+)
+def test_the_pictures_of_a_run_are_bounded(steps: int, every: int, drawn: int) -> None:
+    assert sum(is_pictured(step, steps, every) for step in range(1, steps + 1)) == drawn
+    assert not is_pictured(every, steps, 0)
 
 
 @pytest.mark.parametrize(

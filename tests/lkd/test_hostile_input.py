@@ -38,7 +38,7 @@ from lkd.data.decoding import MOST_PIXELS, DamagedImageError, as_bytes, decode
 from lkd.data.fashion_mnist import read_embedded_archive
 from lkd.data.tar_files import index_tar
 from lkd.errors import UserError
-from lkd.files import read_json, write_json
+from lkd.files import MOST_JSON, read_json, write_json
 from lkd.losses.learned import FORMS
 from lkd.models import build
 from lkd.models.foreign_checkpoint import load_crd_checkpoint
@@ -171,6 +171,7 @@ def test_no_recipe_imports_or_makes_anything(text: str, tmp_path, no_evil) -> No
         ("a: " + "[" * 30 + "]" * 30, "nested more than 20 deep"),
         ("a: " + "[" * 100_000, "is not YAML"),
         ("a: " + "x" * 2_000_000, "longer than 1,048,576 characters"),
+        ("a: !!timestamp 2001-", "is not YAML that is read"),
     ],
 )
 def test_yaml_that_swells_is_refused(text: str, message: str, tmp_path) -> None:
@@ -212,6 +213,13 @@ def test_a_loss_of_any_size_is_refused_before_it_is_made(arguments, message, tmp
     write_tensors(tmp_path / "l", weights, KIND, VERSION, {"architecture": {"parts": parts}, "provenance": {}})
     with pytest.raises(UserError, match=message):
         lkd.load_loss(tmp_path / "l")
+
+
+def test_json_that_is_too_long_is_refused_before_it_is_read(tmp_path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(MOST_JSON + 1)  # sparse
+    with pytest.raises(UserError, match="it has 67,108,865 bytes, at most 67,108,864 of JSON are read"):
+        read_json(tmp_path / "a.json")
 
 
 def test_json_that_is_nested_deeply_is_refused(tmp_path) -> None:
@@ -328,6 +336,7 @@ META = "meta-training checkpoint"
             "optimiser's step is -1",
         ),
         (lambda saved: saved["loop"]["optimizer"]["state"][0].update(exp_avg=torch.tensor(0)), "exp_avg does not fit"),
+        (lambda saved: saved["loop"]["optimizer"]["state"][0].update(step=torch.tensor(True)), "step is True, not"),
         (lambda saved: saved["loop"]["optimizer"]["state"][0].update(exp_avg="x"), "exp_avg does not fit"),
     ],
 )
