@@ -49,8 +49,8 @@ even if the reader turns it into a refusal. Commands and modules that hostile fi
 run* counts the marks.
 
 The last rounds found, and each was mended with a test that failed before: checkpoints whose hash fits and whose content
-does not (a training began anew in silence; a meta-training, its optimiser or its log ended in a traceback), names longer
-than a file system takes in `_info.json` and in a pool's index, a date in YAML that is none, and JSON of any size.
+does not (a training began anew in silence; a meta-training ended in a traceback), names longer than a file system takes
+in `_info.json` and in a pool's index, a date in YAML that is none, and JSON of any size.
 
 What it does not show: code behind these readers that a valid but malicious file reaches (a loss that teaches badly is a
 valid file); the readers of `hfds/` and `torch/`, which are other packages'; files that pass the checksum of CIFAR's
