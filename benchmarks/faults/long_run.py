@@ -64,7 +64,9 @@ def watch(name: str, folder: Path) -> list[tuple[float | str, ...]]:
     while process.exitcode is None:
         process.join(1.0)
         if process.exitcode is None and (place / "log.jsonl").exists():
-            samples.append((name, round(time.monotonic() - started), *sample(process, place)))
+            measured = sample(process, place)
+            if measured[0]:  # else it is just ending
+                samples.append((name, round(time.monotonic() - started), *measured))
     if process.exitcode:
         raise RuntimeError(f"lkd {name}: exit {process.exitcode}; see {folder / name}.txt")
     return samples
