@@ -41,8 +41,9 @@ epochs, at toy size; the running command is looked at once a second, here after 
 {rows}
 
 Growth is from the median of the second tenth of the run to that of the last. The log has at most 1,000 rows of outer
-steps, however many there are; a training logs its speed every second, and half as often after every 1,000 times. Most of the disk is pictures of the loss, 100 at most; a first run of this benchmark,
-with a picture every 10 steps, had grown by 2.59 % and to 97 MiB of disk, and has led to that bound.
+steps, however many there are; a training logs its speed every second, and half as often after every 1,000 times.
+Most of the disk is pictures of the loss, 100 at most: a first run of this benchmark, with one every 10 steps, had grown
+by 2.59 %, and to 97 MiB of disk, and led to that bound.
 """
 
 
