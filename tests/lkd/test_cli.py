@@ -176,35 +176,37 @@ def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:
     raise AssertionError(f"{path} never got {count} lines")
 
 
-def test_a_comparison_that_is_stopped_with_its_workers_says_how_to_go_on() -> None:
-    """As a batch system stops it: SIGTERM to every process of the job."""
-    words = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "1", "--seeds", "2"]
-    command = [sys.executable, "-m", "lkd.cli", *words, "--methods", "{KD: kd}"]
+COMPARE = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "2", "--seeds", "2"]
+COMPARE += ["--methods", "{KD: kd, CE: cross_entropy}"]
+
+
+def start_comparison() -> "subprocess.Popen[str]":
+    """Start four trainings on two workers, in a group of processes of their own, and wait for the first to be done."""
+    command = [sys.executable, "-m", "lkd.cli", *COMPARE]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(Path("c").glob("cells/*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process
+
+
+def test_a_comparison_that_is_stopped_with_its_workers_says_how_to_go_on() -> None:
+    """As a batch system stops it: SIGTERM to every process of the job."""
+    process = start_comparison()
     os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143, error
-    assert "jobs are finished and kept; go on with: lkd compare" in error
+    assert "of 4 jobs are finished and kept; go on with: lkd compare" in error
 
 
 def test_an_interrupted_comparison_keeps_its_finished_cells() -> None:
-    words = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "1", "--seeds", "2"]
-    words += ["--methods", "{KD: kd, CE: cross_entropy}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lkd.cli", *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    deadline = time.monotonic() + 120
-    while not list(Path("c").glob("cells/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_comparison()
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "go on with: lkd compare" in error
     kept = {path: path.stat().st_mtime_ns for path in Path("c").glob("cells/*.json")}
     assert 1 <= len(kept) < 4
-    assert main([*words, "--resume", "auto"]) == 0
+    assert main([*COMPARE, "--resume", "auto"]) == 0
     assert len(list(Path("c").glob("cells/*.json"))) == 4
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
