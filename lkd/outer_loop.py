@@ -192,7 +192,11 @@ class OuterLoop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            LookupError, TypeError, ValueError: If that is not what it is.
+        """
         if state["step"] not in range(self.settings.outer_steps + 1):
             raise ValueError(f"outer step {state['step']} of {self.settings.outer_steps}")
         self.step = int(state["step"])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.faults import injections
+from benchmarks.faults import broken_values, injections
 from benchmarks.faults.injections import Moment
 from benchmarks.faults.processes import Injection
 
@@ -120,7 +120,7 @@ FAULTS = {
     "not finite: batch": Fault(
         "one pixel of a batch is NaN or infinite",
         f"exit 2 with one line that names the step and the images{SAME}",
-        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=False),
+        inject=lambda moment: partial(broken_values.spoil_batch, moment, in_rollouts=False),
         says="^lkd: error: .*not finite",
         commands=("pool", "distill", "compare", "cache"),
         elsewhere="pool and looks are trained as in `pool`; rollouts: below",
@@ -128,7 +128,7 @@ FAULTS = {
     "not finite: teacher": Fault(
         IN_TEACHER,
         f"exit 2 with one line that names the step and the teacher{SAME}",
-        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=False),
+        inject=lambda moment: partial(broken_values.spoil_teacher, moment, in_rollouts=False),
         says="^lkd: error: .*not finite",
         commands=("pool", "distill", "compare", "cache"),
         elsewhere="pool and looks are trained as in `pool`; rollouts: below",
@@ -136,7 +136,7 @@ FAULTS = {
     "not finite: hypergradient": Fault(
         "a hypergradient is NaN",
         "it is left out and counted; loss and outer optimiser are as if that student had not been drawn",
-        inject=lambda moment: partial(injections.spoil_hypergradient, moment, factor=float("nan")),
+        inject=lambda moment: partial(broken_values.spoil_hypergradient, moment, factor=float("nan")),
         commands=("meta-train",),
         elsewhere="they have no hypergradient",
         codes=(0,),
@@ -147,7 +147,7 @@ FAULTS = {
     "not finite: rollout's batch": Fault(
         "one pixel of a batch of a rollout is NaN or infinite",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
-        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=True),
+        inject=lambda moment: partial(broken_values.spoil_batch, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         codes=(0,),
@@ -158,7 +158,7 @@ FAULTS = {
     "not finite: rollout's teacher": Fault(
         f"{IN_TEACHER} in a rollout",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
-        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=True),
+        inject=lambda moment: partial(broken_values.spoil_teacher, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         codes=(0,),
@@ -169,7 +169,7 @@ FAULTS = {
     "memory: rollout": Fault(
         "a rollout finds no memory left",
         f"exit 2 with one line that says what to lower{SAME}",
-        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=True),
+        inject=lambda moment: partial(broken_values.exhaust_memory, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         says="^lkd: error: .*out of memory.*meta.rollout_steps",
@@ -177,7 +177,7 @@ FAULTS = {
     "memory: training": Fault(
         "a training's step finds no memory left",
         f"exit 2 with one line that says what to lower{SAME}",
-        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=False),
+        inject=lambda moment: partial(broken_values.exhaust_memory, moment, in_rollouts=False),
         commands=TRAININGS,
         elsewhere="it trains nothing",
         says="^lkd: error: .*out of memory.*train.batch_size",

@@ -4,11 +4,11 @@ It answers, and dies when told to.
 """
 
 import gzip
-import http.server
 import json
 import re
-import threading
 from typing import Any
+
+from benchmarks.local_server import QuietHandler, start_server
 
 VIEWER = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
 LAST_PAGE = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
@@ -58,7 +58,7 @@ class StandIn:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         stand_in = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the server
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
@@ -71,16 +71,9 @@ class StandIn:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.dead = threading.Event()
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.server, self.address = start_server(Handler)
 
     def die(self) -> None:
         """Answer nobody any more."""
         self.server.shutdown()
         self.server.server_close()
-        self.dead.set()

@@ -1,10 +1,10 @@
 """Damaged and hostile files for every reader, by the thousands. Kept in docs/evidence/hostile_input.
 
-python benchmarks/hostile_input/run.py [OUT] [--files N]
+python -m benchmarks.hostile_input.run [OUT] [--files N]
 
 Reads N files a reader (10,000), two readers at a time, and writes OUT/result.json, files.csv, README.md and what was
-found (findings.jsonl). Files are a function of reader and number alone: `worker.py READER NUMBER NUMBER+1 FOLDER`
-reads one again.
+found (findings.jsonl). Files are a function of reader and number alone: `python -m benchmarks.hostile_input.worker
+READER NUMBER NUMBER+1 FOLDER` reads one again.
 """
 
 import argparse
@@ -19,21 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hostile_input.readers import READERS
+from lkd.environment import environment
+from lkd.evidence import evidence
+from lkd.files import write_json, write_text
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.hostile_input.readers import READERS  # noqa: E402 - from this repository, wherever it is started
-from lkd.environment import environment  # noqa: E402
-from lkd.evidence import evidence  # noqa: E402
-from lkd.files import write_json, write_text  # noqa: E402
-
 EVIDENCE = ROOT / "docs" / "evidence" / "hostile_input"
 FILES = 10_000
 STUCK = 60  # seconds of its own time that a worker may take for one file: a hang that no signal reaches
 OUTCOMES = ("read", "refused", "traceback", "out of memory", "code was run", "hang", "crash")
 README = """# Hostile input
 
-Made by `python benchmarks/hostile_input/run.py --files {files}`. Each reader of files that may come from strangers
+Made by `python -m benchmarks.hostile_input.run --files {files}`. Each reader of files that may come from strangers
 read {files:,} damaged files (byte flips, cuts, splices; and lies in each format's own terms: header lengths, offsets,
 shapes, dtypes, JSON of other types and depths, YAML tags, aliases and class paths, tar names and sizes, zip bombs,
 pickles that run a command, images that claim to be huge). Where files carry a hash of their content, nine in ten lies
@@ -98,7 +96,7 @@ def fuzz_reader(name: str, files: int) -> dict[str, Any]:
 
 def run_worker(name: str, first: int, last: int, folder: Path) -> int | str:
     """Have a worker read the files of these numbers; its exit code, or `stuck`."""
-    words = [sys.executable, str(Path(__file__).with_name("worker.py")), name, str(first), str(last), str(folder)]
+    words = [sys.executable, "-m", "benchmarks.hostile_input.worker", name, str(first), str(last), str(folder)]
     progress = folder / "progress.json"
     progress.write_text(json.dumps({"number": first, "counts": {}, "peak_kib": 0}))
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -150,7 +148,7 @@ def report(rows: list[dict[str, Any]], out: Path, files: int) -> None:
         "files_read": total["read"],
         "files_refused": total["refused"],
     }
-    command = f"python benchmarks/hostile_input/run.py --files {files}"
+    command = f"python -m benchmarks.hostile_input.run --files {files}"
     write_json(out / "result.json", evidence(command, environment(), figures))
     lines = ["| " + " | ".join(columns[:-1]) + " | peak, MiB |", "|---" * len(columns) + "|"]
     for row in [*rows, {"reader": "all", **total, "peak_mib": figures["peak_memory_mib"]}]:

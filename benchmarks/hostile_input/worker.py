@@ -1,6 +1,6 @@
 """One process that reads damaged files, one after another, and says what became of each.
 
-python worker.py READER FIRST LAST FOLDER
+python -m benchmarks.hostile_input.worker READER FIRST LAST FOLDER
 
 Prints a JSON line for every file that was neither read nor refused in one line, was slow, or took much memory. What is
 being read, the counts so far and the peak of memory are kept in FOLDER/progress.json: they outlive a crash.

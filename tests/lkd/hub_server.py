@@ -2,10 +2,10 @@
 
 import base64
 import hashlib
-import http.server
 import json
-import threading
 from typing import Any
+
+from benchmarks.local_server import QuietHandler, start_server
 
 COMMIT = "0" * 40
 
@@ -24,7 +24,7 @@ class StandIn:
         self.tokens: set[str | None] = set()
         stand_in = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
                 stand_in.tokens.add(self.headers.get("authorization"))
                 lines = self.rfile.read(int(self.headers.get("content-length", 0))).decode().splitlines()
@@ -78,9 +78,4 @@ class StandIn:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.server, self.address = start_server(Handler)

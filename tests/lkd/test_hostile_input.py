@@ -29,7 +29,7 @@ from benchmarks.hostile_input.readers import READERS
 from benchmarks.hostile_input.text_mutators import ALIAS_BOMB, MERGE_BOMB
 from lkd.artifact import KIND, VERSION
 from lkd.balance.example_weights import load_weights
-from lkd.checkpoint import digest, encode, load_checkpoint, save_checkpoint
+from lkd.checkpoint import encode, load_checkpoint, save_checkpoint
 from lkd.checkpoints import Checkpoints
 from lkd.cli import main, parse_recipe
 from lkd.config import TrainRecipe
@@ -66,7 +66,7 @@ def no_evil(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_read_or_refused(name: str, tmp_path, monkeypatch) -> None:
-    """The short form of benchmarks/hostile_input/run.py."""
+    """The short form of benchmarks.hostile_input.run."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     findings: list[dict] = []
     monkeypatch.setattr(worker, "say", lambda **row: findings.append(row))
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="is not a good folder of checkpoints of this training"):
         checkpoints.resume_training(tiny_training())
     tree = {"a": torch.zeros(1)}
-    header = {"tree": {"dict": [["a", {"tensor": "7"}]]}, "digest": digest(tree)}
+    header = {"tree": {"dict": [["a", {"tensor": "7"}]]}}
     tensors: dict[str, torch.Tensor] = {}
     encode(tree, tensors)
     write_tensors(tmp_path / "c" / "000000009.safetensors", tensors, "checkpoint", 2, header)
