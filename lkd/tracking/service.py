@@ -101,7 +101,7 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
             tags=recipe.tags,
             name=recipe.name or path.name,
             mode=recipe.mode,
-            dir=str(path),
+            dir=str(path.absolute()),  # its service may have been started in another folder
             config=config,
             job_type=config.get("command"),
             id=read_run_id(path),

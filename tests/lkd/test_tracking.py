@@ -57,6 +57,15 @@ def test_a_wandb_run_is_read_back_by_wandb(monkeypatch) -> None:
     assert {artifact["type"] for artifact in artifacts} == {"pool", "loss"}
 
 
+def test_wandb_writes_into_the_run_directory_wherever_an_earlier_run_was_started(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]) == 0
+        assert list((folder / "r").glob("wandb/*run-*/*.wandb"))
+
+
 def start_lkd(words: list[str], **environment: str) -> "subprocess.Popen[str]":
     """Start a command in a process of its own, which W&B lets have an environment of its own; it waits for seconds."""
     code = (
