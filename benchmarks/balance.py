@@ -18,19 +18,19 @@ import matplotlib
 import torch
 from commands import run_lkd
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_teacher
 from lkd.balance.balancing import split_terms, take_gradient
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.files import read_json, write_json, write_text
-from lkd.intervals import t_quantile
-from lkd.training import Training
-from lkd.tuning import balance_of, split_method
+from lkd.core.files import read_json, write_json, write_text
+from lkd.core.statistics import t_quantile
+from lkd.evaluation.comparison.trials import balance_of, split_method
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lkd.plots import save_figure
+from lkd.meta_training.log import save_figure
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "balance"

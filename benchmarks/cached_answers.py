@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from lkd.cached_teacher import KIND, VERSION, CachedTeacher, CacheFolder
-from lkd.compressed_logits import compress_logits
-from lkd.tensor_files import write_tensors
+from lkd.core.tensor_files import write_tensors
+from lkd.models.teacher_cache import KIND, VERSION, CachedTeacher, CacheFolder, compress_logits
 
 SHARD = 50_000
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from commands import run_lkd
 
-from lkd.files import read_json, write_json, write_text
+from lkd.core.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "compare"

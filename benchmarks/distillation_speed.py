@@ -26,17 +26,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lkd.config import TrainRecipe
-from lkd.cost import Cost
+from lkd.core.files import environment, write_json, write_text
+from lkd.core.outputs import Outputs
 from lkd.data import Batches, ImageSet
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.evaluation.comparison.trials import Cost
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.losses.learned import build_learned_loss
 from lkd.models import build
-from lkd.outputs import Outputs
-from lkd.teacher import Teacher, TeacherFunction
-from lkd.training import Training
+from lkd.models.teacher import Teacher, TeacherFunction
+from lkd.tracking.run import evidence
+from lkd.training.training import Training
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "distillation_speed"
 CLASSES, TEMPERATURE, WEIGHT, REPEATS, WARM_UP = 1000, 4.0, 0.5, 9, 2

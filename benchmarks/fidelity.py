@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lkd.files import read_json, write_json, write_text
+from lkd.core.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "fidelity"

@@ -20,9 +20,8 @@ from hypergradient_problem import ENGINES, Problem, compile_problem
 from hypergradient_report import write_picture, write_table
 from rows import matching, median, read_rows, write_row
 
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json
+from lkd.core.files import environment, write_json
+from lkd.tracking.run import evidence
 from meta.estimators import adjoint, first_order
 from meta.tensors import cosine_similarity, global_norm
 

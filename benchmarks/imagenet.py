@@ -5,9 +5,8 @@ python benchmarks/imagenet.py
 
 from pathlib import Path
 
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import read_json, write_json
+from lkd.core.files import environment, read_json, write_json
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
 SOURCES = {

@@ -17,9 +17,8 @@ from imagenet_inputs import CLASSES, write_inputs
 from imagenet_runs import PAIR, SMALL, Commands, Row, find_weights
 from killed_runs import FORK_SERVER
 
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.core.files import environment, write_json, write_text
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "commands"
 KD = [f"{PAIR}/kd.yaml"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from killed_runs import read_results, start_command
 
-from lkd.files import read_json, write_json
+from lkd.core.files import read_json, write_json
 
 PAIR = "configs/imagenet/resnet50-mobilenetv1"
 SMALL = ["--data.image_size", "64", "--data.train_size", "32", "--data.meta_validation_size", "16", "--device", "cpu"]

@@ -16,12 +16,6 @@ from rows import matching, median, read_rows, write_row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lkd.assembly import prepare_images, prepare_teacher
-from lkd.balance.example_weights import save_weights, weigh_examples
-from lkd.balance.influence import measure_influence
-from lkd.balance.influence_weighted import InfluenceWeightedLoss
-from lkd.balance.problem import Problem
-from lkd.balance.pseudo_labels import label_by_teacher
 from lkd.config import (
     DataRecipe,
     InfluenceSettings,
@@ -30,16 +24,18 @@ from lkd.config import (
     TeacherRecipe,
     TrainRecipe,
 )
+from lkd.core.files import environment, write_json, write_text
+from lkd.core.statistics import mean_and_error, rank
 from lkd.data import ImageSet, flip_labels, load_dataset
-from lkd.distillation import start_training
-from lkd.environment import environment
-from lkd.evaluation import evaluate
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
-from lkd.intervals import mean_and_error
+from lkd.influence.influence import measure_influence
+from lkd.influence.solvers import Problem
+from lkd.influence.weighted_loss import InfluenceWeightedLoss, save_weights, weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.rank_correlation import rank
-from lkd.teacher import load_teacher
+from lkd.models.teacher import load_teacher
+from lkd.tracking.run import evidence
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import label_by_teacher, start_training
+from lkd.training.evaluate import evaluate
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "influence"
 CPU = torch.device("cpu")

@@ -22,14 +22,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from lkd.assembly import prepare_images
 from lkd.config import DataRecipe, PackRecipe
+from lkd.core.files import environment, write_json, write_text
 from lkd.data import Batches
-from lkd.data.labelled_sources import MEAN, STD
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
-from lkd.packing import pack_dataset
+from lkd.data.sources import MEAN, STD
+from lkd.export.export import pack_dataset
+from lkd.tracking.run import evidence
+from lkd.training.build import prepare_images
 
 CLASSES, BATCH_SIZE, SIZE = 10, 64, 224
 OURS = {"files": "image_folder", "shards": "wds/photographs", "packed": "image_folder"}

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from lkd.artifact import SUFFIX, read_provenance
-from lkd.cells import Cell, run_cell
-from lkd.comparison_table import format_figure, mean_and_error
 from lkd.config import CompareRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe
-from lkd.evidence import evidence
-from lkd.files import read_json, write_json, write_text
-from lkd.meta_training import meta_train
-from lkd.run import open_run
+from lkd.core.files import read_json, write_json, write_text
+from lkd.core.statistics import mean_and_error
+from lkd.evaluation.comparison.tables import format_figure
+from lkd.evaluation.comparison.trials import Cell, run_cell
+from lkd.losses.learned.file import SUFFIX, read_provenance
+from lkd.meta_training.meta_train import meta_train
+from lkd.tracking.run import evidence, open_run
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "meta_training_estimators"
 ESTIMATORS = {"unrolled": 2, "first_order": 2, "audited": 1}  # estimator: meta seeds

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lkd.files import read_json, write_json, write_text
-from lkd.quickstart_recipes import SETTINGS
+from lkd.core.files import read_json, write_json, write_text
+from lkd.evaluation.quickstart import SETTINGS
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "quickstart"
 README = """# Quickstart

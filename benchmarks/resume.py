@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from killed_runs import RUNS, TINY, VIT, read_results, start_command
 
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import read_json, write_json, write_text
+from lkd.core.files import environment, read_json, write_json, write_text
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "resume"
 KILLS = 20  # of each command

@@ -16,16 +16,15 @@ import torch
 from cached_answers import make_cached_teacher
 from rows import matching, median, write_row
 
-from lkd.assembly import Images, prepare_images, prepare_teacher
-from lkd.caching import cache_answers
 from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.files import environment, write_json, write_text
 from lkd.data import Batch
-from lkd.distillation import start_training
-from lkd.environment import environment
-from lkd.evaluation import evaluate
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.export.cache import cache_answers
 from lkd.losses import KDLoss
+from lkd.tracking.run import evidence
+from lkd.training.build import Images, prepare_images, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.evaluate import evaluate
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "teacher_cache"
 CPU = torch.device("cpu")

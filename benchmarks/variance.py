@@ -19,19 +19,18 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
 from benchmarks.variance_problems import LeastSquares, flat_labels, mean_loss, train_linear, train_svrg
-from lkd.assembly import prepare_images
 from lkd.balance.balancing import take_gradient
 from lkd.config import DataRecipe
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.core.files import environment, write_json, write_text
+from lkd.core.outputs import Outputs
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.outputs import Outputs
+from lkd.tracking.run import evidence
+from lkd.training.build import prepare_images
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lkd.plots import save_figure
+from lkd.meta_training.log import save_figure
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "variance"

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lkd.data import load_dataset
-from lkd.teacher import load_teacher_network
+from lkd.models.teacher import load_teacher_network
 
 NUM_CLASSES = 10
 

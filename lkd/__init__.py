@@ -9,23 +9,24 @@ sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward(
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Outputs", "UserError", "distill", "load_loss", "meta_train", "read_images"]
+__version__ = "0.2.0.dev0"
+__all__ = ["Outputs", "UserError", "distill", "load_loss", "meta_train", "read_images", "save_loss"]
 
 if TYPE_CHECKING:
     from lkd.api import distill, meta_train
-    from lkd.artifact import load_loss
-    from lkd.data.given_images import read_images
-    from lkd.errors import UserError
-    from lkd.outputs import Outputs
+    from lkd.core.errors import UserError
+    from lkd.core.outputs import Outputs
+    from lkd.data.arrays import read_images
+    from lkd.losses.learned.file import load_loss, save_loss
 
 HOMES = {
-    "Outputs": "lkd.outputs",
-    "UserError": "lkd.errors",
+    "Outputs": "lkd.core.outputs",
+    "UserError": "lkd.core.errors",
     "distill": "lkd.api",
-    "load_loss": "lkd.artifact",
+    "load_loss": "lkd.losses.learned.file",
     "meta_train": "lkd.api",
-    "read_images": "lkd.data.given_images",
+    "read_images": "lkd.data.arrays",
+    "save_loss": "lkd.losses.learned.file",
 }
 
 

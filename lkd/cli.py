@@ -5,38 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lkd import __version__, config
-from lkd.command_words import complete_switches, explain, known_keys, name_leading, read_recipes, split_config, usage
-from lkd.errors import BAD_PLACE, FULL_DISK, UserError, explain_failed_write
-
-# Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
-COMMANDS: dict[str, tuple[type, str]] = {
-    "quickstart": (
-        config.QuickstartRecipe,
-        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
-    ),
-    "plan": (config.PlanRecipe, "what a recipe of distill or meta-train will take: hours, memory, data"),
-    "teacher": (config.TrainTeacherRecipe, "train a teacher"),
-    "pool": (config.PoolRecipe, "keep students at many ages, to start rollouts from"),
-    "fidelity": (config.FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
-    "meta-train": (config.MetaTrainRecipe, "learn a distillation loss and save it as one file"),
-    "inspect": (config.InspectRecipe, "what a learned or a hand-made loss does, without training: report and picture"),
-    "distill": (config.DistillRecipe, "train a student with a learned or a hand-made loss"),
-    "influence": (config.InfluenceRecipe, "which training images help a network, and which harm it"),
-    "evaluate": (config.EvaluateRecipe, "measure a teacher's or a student's file"),
-    "cache": (config.CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
-    "pack": (config.PackRecipe, "decode all images of a data set once, for faster loading"),
-    "variance": (config.VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
-    "export": (config.ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
-    "push": (config.PushRecipe, "put a learned loss on the Hugging Face Hub or into W&B's artifacts"),
-    "pull": (config.PullRecipe, "fetch a learned loss from there"),
-    "compare": (config.CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
-    "report": (config.ReportRecipe, "one HTML page about runs: results, curves, learned losses, settings, lineage"),
-    "dashboard": (config.DashboardRecipe, "a W&B workspace for a project's runs, or a report of a comparison"),
-}
-
-# Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
-POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs"}
+from lkd import __version__
+from lkd.config.parse import COMMANDS, parse_recipe
+from lkd.core.errors import BAD_PLACE, FULL_DISK, UserError, explain_failed_write
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,8 +74,8 @@ def run_command(command: str, words: list[str]) -> int:
     if recipe is None:
         return 0
     from lkd import commands
-    from lkd.interrupt import Interrupted
-    from lkd.processes import read_job
+    from lkd.core.distributed import read_job
+    from lkd.core.interrupt import Interrupted
 
     work: Callable[[Any], None] = getattr(commands, command.replace("-", "_"))
     try:
@@ -119,40 +90,6 @@ def run_command(command: str, words: list[str]) -> int:
 def add_resume(command: str, words: list[str]) -> list[str]:
     """The same command line with `--resume auto`."""
     return [command, *words] if "--resume" in words else [command, *words, "--resume", "auto"]
-
-
-def parse_recipe(command: str, words: list[str]) -> Any:
-    """Turn recipe files and overrides into the command's dataclass; None if only help was asked for.
-
-    Raises:
-        UserError: If a file cannot be read, a key is unknown or a value is of the wrong type.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-    recipe, field = COMMANDS[command][0], POSITIONAL.get(command)
-    set_parsing_settings(  # a recipe is data: no value of it may name code that is imported or made
-        import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
-    )
-    parser = ArgumentParser(
-        prog=f"lkd {command}",
-        usage=f"lkd {command} {usage(recipe, field)} [--key value ...]",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
-    parser.add_class_arguments(recipe)
-    words = split_config(name_leading(words, recipe, field))
-    expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
-    try:
-        parsed = parser.instantiate(parser.parse_args(expanded))
-    except ArgumentError as error:
-        raise UserError(explain(str(error), known_keys(parser))) from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the recipe has a value that cannot be used ({type(error).__name__}: {error})") from error
-    except SystemExit:
-        return None
-    values = {key: value for key, value in vars(parsed).items() if key != "config"}
-    return recipe(**values)
 
 
 if __name__ == "__main__":

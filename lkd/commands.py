@@ -1,6 +1,48 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
-from lkd.assembly import (
+from lkd.config.evaluation import (
+    CompareRecipe,
+    DashboardRecipe,
+    FidelityRecipe,
+    InspectRecipe,
+    PlanRecipe,
+    QuickstartRecipe,
+    ReportRecipe,
+)
+from lkd.config.meta_training import MetaTrainRecipe, PoolRecipe
+from lkd.config.training import (
+    CacheRecipe,
+    DistillRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    InfluenceRecipe,
+    PackRecipe,
+    PullRecipe,
+    PushRecipe,
+    TrainTeacherRecipe,
+    VarianceRecipe,
+)
+from lkd.evaluation.comparison.compare import compare as compare_methods
+from lkd.evaluation.dashboard import make_dashboard
+from lkd.evaluation.fidelity.fidelity import measure_fidelity
+from lkd.evaluation.influence import measure_run
+from lkd.evaluation.inspection.inspect import inspect_recipe
+from lkd.evaluation.plan import format_plan
+from lkd.evaluation.plan import plan as plan_run
+from lkd.evaluation.quickstart import SETTINGS, loss_path
+from lkd.evaluation.quickstart import quickstart as run_quickstart
+from lkd.evaluation.report.page import write_report
+from lkd.evaluation.variance import measure_variance
+from lkd.export.cache import cache_answers
+from lkd.export.export import export as export_network
+from lkd.export.export import pack_dataset
+from lkd.export.share import pull_loss, push_loss
+from lkd.meta_training.meta_train import keep_pool
+from lkd.meta_training.meta_train import meta_train as learn_loss
+from lkd.models.teacher import load_teacher_network
+from lkd.pool.pool import build_pool, check_pool
+from lkd.tracking.run import choose_device, open_run
+from lkd.training.build import (
     check_network,
     introduce_network,
     introduce_teacher,
@@ -9,50 +51,9 @@ from lkd.assembly import (
     prepare_teacher,
     read_teacher_stages,
 )
-from lkd.caching import cache_answers
-from lkd.comparison import compare as compare_methods
-from lkd.config import (
-    CacheRecipe,
-    CompareRecipe,
-    DashboardRecipe,
-    DistillRecipe,
-    EvaluateRecipe,
-    ExportRecipe,
-    FidelityRecipe,
-    InfluenceRecipe,
-    InspectRecipe,
-    MetaTrainRecipe,
-    PackRecipe,
-    PlanRecipe,
-    PoolRecipe,
-    PullRecipe,
-    PushRecipe,
-    QuickstartRecipe,
-    ReportRecipe,
-    TrainTeacherRecipe,
-    VarianceRecipe,
-)
-from lkd.dashboard.make import make_dashboard
-from lkd.distillation import distill as distill_student
-from lkd.distillation import train_teacher
-from lkd.evaluation import evaluate as evaluate_network
-from lkd.export import export as export_network
-from lkd.fidelity import measure_fidelity
-from lkd.influence import measure_run
-from lkd.inspection.command import inspect_recipe
-from lkd.meta_training import keep_pool
-from lkd.meta_training import meta_train as learn_loss
-from lkd.packing import pack_dataset
-from lkd.plan.plan import plan as plan_run
-from lkd.plan.table import format_plan
-from lkd.pool import build_pool, check_pool
-from lkd.quickstart import quickstart as run_quickstart
-from lkd.quickstart_recipes import SETTINGS, loss_path
-from lkd.reporting.page import write_report
-from lkd.run import choose_device, open_run
-from lkd.sharing.transfer import pull_loss, push_loss
-from lkd.teacher import load_teacher_network
-from lkd.variance import measure_variance
+from lkd.training.distill import distill as distill_student
+from lkd.training.distill import train_teacher
+from lkd.training.evaluate import evaluate as evaluate_network
 
 
 def teacher(recipe: TrainTeacherRecipe) -> None:

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from lkd.intervals import mean_and_error
+from lkd.core.statistics import mean_and_error
 
 Accuracies = dict[str, dict[int, float]]
 """Method → seed → test accuracy of the last epoch, percent."""

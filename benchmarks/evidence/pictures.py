@@ -7,10 +7,10 @@ import matplotlib
 from figures import LEARNED, Accuracies, find_best_hand_made, gain
 from settings import SETTINGS
 
-from lkd.artifact import load_loss
-from lkd.intervals import mean_and_error
-from lkd.plots import EXTENT, save_figure
-from lkd.surfaces import balance_surface
+from lkd.core.statistics import mean_and_error
+from lkd.losses.learned.file import load_loss
+from lkd.losses.learned.shares import balance_surface
+from lkd.meta_training.log import EXTENT, save_figure
 
 matplotlib.use("Agg")
 

@@ -21,14 +21,14 @@ from settings import (
 )
 from text import NO_AXES, README, tabulate_goals
 
-from lkd.artifact import SUFFIX, load_loss, read_provenance
-from lkd.comparison_table import format_figure
 from lkd.config import CompareRecipe, MetaTrainRecipe
-from lkd.evidence import evidence
-from lkd.files import read_json, write_json, write_text
-from lkd.intervals import mean_and_error
-from lkd.reuse import SCORE
-from lkd.surfaces import balance_surface
+from lkd.core.files import read_json, write_json, write_text
+from lkd.core.statistics import mean_and_error
+from lkd.evaluation.comparison.tables import format_figure
+from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
+from lkd.losses.learned.shares import balance_surface
+from lkd.meta_training.reuse import SCORE
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "learned_loss"
 COMMAND = "python benchmarks/evidence/run.py DATA_ROOT"

@@ -17,13 +17,13 @@ from digits import write_digits
 from report import write_report
 from settings import ABLATION, META_RATE, is_of_axes, list_comparisons, list_learned
 
-from lkd.comparison import compare
 from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
-from lkd.distillation import train_teacher
-from lkd.errors import UserError
-from lkd.meta_training import meta_train
-from lkd.run import Run, open_run
-from lkd.workers import finish_all, start_workers
+from lkd.core.errors import UserError
+from lkd.evaluation.comparison.compare import compare
+from lkd.evaluation.comparison.workers import finish_all, start_workers
+from lkd.meta_training.meta_train import meta_train
+from lkd.tracking.run import Run, open_run
+from lkd.training.distill import train_teacher
 
 
 def main() -> int:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lkd.artifact import SUFFIX
 from lkd.config import CompareRecipe, DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.losses.learned.file import SUFFIX
 
 STUDENT, UNSEEN, TINY = "small_cnn", "small_mobilenet", "tiny_cnn"
 RATES = [0.2, 0.1, 0.3]

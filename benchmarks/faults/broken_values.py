@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-import lkd.outer_loop
-import lkd.rollouts
-import lkd.training
+import lkd.meta_training.outer_loop
+import lkd.meta_training.rollouts
+import lkd.training.training
 from benchmarks.faults.injections import Moment, add_byte, wrap
-from lkd.cached_teacher import CachedTeacher
 from lkd.data import Batches
-from lkd.teacher import TabulatedTeacher, Teacher
+from lkd.models.teacher import TabulatedTeacher, Teacher
+from lkd.models.teacher_cache import CachedTeacher
 
 
 def spoil(tensor: torch.Tensor, seed: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def spoil_hypergradient(moment: Moment, factor: float) -> None:
 
         return differentiate
 
-    wrap(lkd.outer_loop.OuterLoop, "differentiate_pool_student", build)
+    wrap(lkd.meta_training.outer_loop.OuterLoop, "differentiate_pool_student", build)
 
 
 def exhaust_memory(moment: Moment, in_rollouts: bool) -> None:
@@ -83,9 +83,9 @@ def exhaust_memory(moment: Moment, in_rollouts: bool) -> None:
         return call
 
     if in_rollouts:
-        wrap(lkd.rollouts, "call_module", build)
+        wrap(lkd.meta_training.rollouts, "call_module", build)
     else:
-        wrap(lkd.training.Training, "compute_gradients", build)
+        wrap(lkd.training.training.Training, "compute_gradients", build)
 
 
 def watch_rollouts(moment: Moment, wanted: bool) -> Callable[[], bool]:
@@ -109,5 +109,5 @@ def watch_rollouts(moment: Moment, wanted: bool) -> Callable[[], bool]:
 
         return differentiate
 
-    wrap(lkd.outer_loop.OuterLoop, "differentiate_pool_student", build)
+    wrap(lkd.meta_training.outer_loop.OuterLoop, "differentiate_pool_student", build)
     return inside.is_set

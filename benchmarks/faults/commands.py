@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from lkd.core.tensor_files import DIGEST_KEY
 from lkd.data.embedded import ARCHIVE
-from lkd.tensor_files import DIGEST_KEY
 
 TRAIN = ["--train.batch_size", "10", "--train.checkpoint_every", "3", "--device", "cpu", "--threads", "1"]
 EMBEDDED = ["--data.train_size", "100", "--data.meta_validation_size", "60", *TRAIN, "--train.epochs", "2"]

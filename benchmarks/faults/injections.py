@@ -17,15 +17,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import lkd.caching
-import lkd.outer_loop
-import lkd.processes
-import lkd.rollouts
-import lkd.tracking.service
-import lkd.training
+import lkd.core.distributed
+import lkd.export.cache
+import lkd.meta_training.outer_loop
+import lkd.meta_training.rollouts
+import lkd.tracking.tracker
+import lkd.training.training
 from benchmarks.faults.processes import FORK
 from benchmarks.faults.wandb_server import StandIn
-from lkd.data.sources import FileSource
+from lkd.data.image_files import FileSource
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ def count_steps(student: Path, outer: Path) -> None:
 
         return call
 
-    wrap(lkd.training.Training, "run_step", functools.partial(counting, student))
-    wrap(lkd.outer_loop.OuterLoop, "run_step", functools.partial(counting, outer))
-    wrap(lkd.caching.OrderedBatches, "at", functools.partial(counting, student))
-    lkd.meta_training.measure_training_seconds = lambda *_: 1.0  # its steps are none of the training's
+    wrap(lkd.training.training.Training, "run_step", functools.partial(counting, student))
+    wrap(lkd.meta_training.outer_loop.OuterLoop, "run_step", functools.partial(counting, outer))
+    wrap(lkd.export.cache.OrderedBatches, "at", functools.partial(counting, student))
+    lkd.meta_training.meta_train.measure_training_seconds = lambda *_: 1.0  # its steps are none of the training's
 
 
 def meet_soon() -> None:
     """The processes of a job wait half a minute for each other, not five."""
-    lkd.processes.MEETING = timedelta(seconds=30)
+    lkd.core.distributed.MEETING = timedelta(seconds=30)
 
 
 def fill_disk(moment: Moment) -> None:
-    """From the moment on no write through `lkd.files` succeeds: half of the content arrives, then the disk is full."""
+    """From the moment on no write of `lkd.core.files` succeeds: half of the content arrives, then the disk is full."""
     count, full = moment.counter(), threading.Event()
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +183,7 @@ def lose_wandb(moment: Moment) -> None:
     server = FORK.Process(target=serve, args=(sending,), daemon=True)  # it ends with the run
     server.start()
     os.environ |= {"WANDB_BASE_URL": receiving.recv(), "WANDB_API_KEY": "a" * 40, "WANDB_SILENT": "true"}
-    lkd.tracking.service.FINISH_TIMEOUT = 3
+    lkd.tracking.tracker.FINISH_TIMEOUT = 3
     count = moment.counter()
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def lose_wandb(moment: Moment) -> None:
 
         return attempt
 
-    wrap(lkd.tracking.service.Service, "attempt", build)
+    wrap(lkd.tracking.tracker.Service, "attempt", build)
 
 
 def serve(sending: Connection) -> None:

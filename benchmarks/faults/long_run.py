@@ -15,9 +15,8 @@ from pathlib import Path
 
 from benchmarks.faults.commands import TEACHER
 from benchmarks.faults.processes import FORK, prepare, run
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.core.files import environment, write_json, write_text
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
 TOY = ["--data.train_size", "40", "--data.meta_validation_size", "60", *TEACHER, "--student.name", "tiny_cnn"]

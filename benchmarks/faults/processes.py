@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import lkd.commands
-import lkd.comparison_results
-import lkd.data.fashion_mnist
-import lkd.workers
-from lkd.cli import main, parse_recipe
+import lkd.data.readers
+import lkd.evaluation.comparison.compare
+import lkd.evaluation.comparison.workers
+from lkd.cli import main
+from lkd.config.parse import parse_recipe
 
 FORK = multiprocessing.get_context("fork")
 LONGEST = 900.0  # seconds after which a run is taken to hang
@@ -50,7 +51,7 @@ def run(words: list[str], output: Path, injections: tuple[Injection, ...], rank:
     with output.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    lkd.workers.multiprocessing = ForkedWorkers()
+    lkd.evaluation.comparison.workers.multiprocessing = ForkedWorkers()
     for injection in injections:
         injection()
     code = main(words)
@@ -109,8 +110,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for command in ("pool", "meta-train", "distill", "compare", "cache"):
         parse_recipe(command, [])
-    lkd.data.fashion_mnist.read_embedded_archive = cache(lkd.data.fashion_mnist.read_embedded_archive)
-    lkd.comparison_results.plot_table = draw_nothing
+    lkd.data.readers.read_embedded_archive = cache(lkd.data.readers.read_embedded_archive)
+    lkd.evaluation.comparison.compare.plot_table = draw_nothing
 
 
 def draw_nothing(_: object, baseline: str, path: Path) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from lkd.artifact import load_loss, read_provenance
-from lkd.cli import main as run_lkd
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
-from lkd.models.network_file import load_network
+from lkd.config.parse import main as run_lkd
+from lkd.core.files import environment, write_json, write_text
+from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.models.files import load_network
+from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
 RECIPE = Path(__file__).parents[2] / "configs" / "embedded" / "meta-train.yaml"

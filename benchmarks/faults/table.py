@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.faults import FAULTS
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.core.files import environment, write_json, write_text
+from lkd.tracking.run import evidence
 
 FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
 COMMAND = "python -m benchmarks.faults.run"

@@ -11,18 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lkd.cached_teacher import INDEX, INDEX_KIND, KIND, VERSION, CachedTeacher
-from lkd.cached_teacher import read_cache as read_cache_folder
-from lkd.compressed_logits import compress_logits
+from lkd.core.errors import UserError
+from lkd.core.tensor_files import write_tensors
 from lkd.data import Batch, LoadingOptions, load_dataset
-from lkd.data.crops import CROP_NUMBERS, cut_center, cut_random
-from lkd.data.damage import Damage
-from lkd.data.decoding import DamagedImageError, as_bytes, decode
-from lkd.data.fashion_mnist import read_embedded_archive
+from lkd.data.augment import CROP_NUMBERS, cut_center, cut_random
+from lkd.data.image_files import Damage, DamagedImageError, FileSource, as_bytes, decode
 from lkd.data.packed import open_packed, pack
-from lkd.data.sources import FileSource
-from lkd.errors import UserError
-from lkd.tensor_files import write_tensors
+from lkd.data.readers import read_embedded_archive
+from lkd.models.teacher_cache import INDEX, INDEX_KIND, KIND, VERSION, CachedTeacher, compress_logits
+from lkd.models.teacher_cache import read_cache as read_cache_folder
 
 SIZE = 16
 OPTIONS = LoadingOptions(SIZE, workers=1, damaged_limit=1.0)

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hostile_input.read_tensors import CPU
-from lkd.assembly import prepare_images, prepare_learned_loss, prepare_teacher
 from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, PoolSettings, TeacherRecipe, TrainRecipe
-from lkd.errors import UserError
-from lkd.interleaving import assemble_loss
-from lkd.meta_log import describe_reuse
-from lkd.meta_training import learn
-from lkd.outer_loop import OuterLoop
-from lkd.pools import build_pools
-from lkd.reuse import Reuse
-from lkd.run import Run
+from lkd.core.errors import UserError
+from lkd.meta_training.log import describe_reuse
+from lkd.meta_training.meta_train import learn
+from lkd.meta_training.online_student import assemble_loss
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.reuse import Reuse
+from lkd.pool.pool import build_pools
 from lkd.tracking import Tracker
+from lkd.tracking.run import Run
+from lkd.training.build import prepare_images, prepare_learned_loss, prepare_teacher
 
 STEPS = 2
 

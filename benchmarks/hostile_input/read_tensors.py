@@ -7,22 +7,22 @@ from typing import Any
 import torch
 
 import lkd
-from lkd.artifact import read_provenance, save_loss
-from lkd.assembly import prepare_images
-from lkd.balance.example_weights import load_weights, save_weights
-from lkd.checkpoints import Checkpoints
 from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.errors import UserError
-from lkd.files import write_json
+from lkd.core.errors import UserError
+from lkd.core.files import write_json
+from lkd.core.outputs import Outputs
+from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses import LearnedLoss, ReplayedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import FORMS, FeatureLoss
+from lkd.losses.learned.file import read_provenance, save_loss
 from lkd.models import build
-from lkd.models.foreign_checkpoint import load_crd_checkpoint
-from lkd.models.network_file import load_network, save_network
-from lkd.outputs import Outputs
-from lkd.pool import INDEX, open_pool, write_student
+from lkd.models.files import load_network, save_network
+from lkd.models.published_weights import load_crd_checkpoint
+from lkd.pool.pool import INDEX, open_pool, write_student
+from lkd.training.build import prepare_images
+from lkd.training.checkpoints import Checkpoints
+from lkd.training.distill import start_training
 
 CPU = torch.device("cpu")
 FOREIGN = "resnet8"

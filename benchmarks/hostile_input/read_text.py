@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lkd.cli import parse_recipe
 from lkd.config import PoolSettings
-from lkd.files import write_json
-from lkd.pool_sampling import check_sampling
-from lkd.resumption import check_resumable
+from lkd.config.parse import parse_recipe
+from lkd.core.files import write_json
+from lkd.pool.sampling import check_sampling
 from lkd.tracking import read_log
+from lkd.tracking.run import check_resumable
 
 EVIL = "import pathlib\npathlib.Path({path!r}).touch()\n\n\nclass Evil:\n    pass\n"
 

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hostile_input.readers import READERS
-from lkd.environment import environment
-from lkd.evidence import evidence
-from lkd.files import write_json, write_text
+from lkd.core.files import environment, write_json, write_text
+from lkd.tracking.run import evidence
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence" / "hostile_input"

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from benchmarks.hostile_input.json_mutators import VALUES, mutate_json, write_json_text
-from lkd.files import MALFORMED
-from lkd.tensor_files import DIGEST_KEY, HEADER_KEY, hash_content
+from lkd.core.files import MALFORMED
+from lkd.core.tensor_files import DIGEST_KEY, HEADER_KEY, hash_content
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", "")
 LENGTHS = (0, 1, 7, 10**6, 10**8, 10**8 + 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1)

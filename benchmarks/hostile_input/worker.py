@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.hostile_input.readers import READERS, Reader, mutate_bytes
-from lkd.errors import UserError
+from lkd.core.errors import UserError
 
 SECONDS = 5  # of this process's own time, after which a file counts as a hang
 ROOM = 4 << 30  # bytes of address space above what the worker has when it starts

@@ -3,20 +3,31 @@
 Nothing here imports torch, so that `lkd --help` answers at once.
 """
 
-from lkd.config.caching import CacheRecipe
-from lkd.config.comparison import CompareRecipe, FidelityRecipe
-from lkd.config.dashboard import DashboardRecipe
-from lkd.config.influence import InfluenceRecipe, InfluenceSettings, InfluenceWeightedLossSettings
-from lkd.config.inspection import InspectRecipe
-from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
-from lkd.config.packing import PackRecipe
+from lkd.config.evaluation import (
+    CompareRecipe,
+    DashboardRecipe,
+    FidelityRecipe,
+    InspectRecipe,
+    PlanRecipe,
+    QuickstartRecipe,
+    ReportRecipe,
+)
+from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolContents, PoolRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe, WandbRecipe
-from lkd.config.plan import PlanRecipe
-from lkd.config.pool import PoolContents, PoolRecipe, PoolSettings
-from lkd.config.quickstart import QuickstartRecipe
-from lkd.config.report import ReportRecipe
-from lkd.config.sharing import PullRecipe, PushRecipe
-from lkd.config.trainings import DistillRecipe, EvaluateRecipe, ExportRecipe, TrainTeacherRecipe, VarianceRecipe
+from lkd.config.training import (
+    CacheRecipe,
+    DistillRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    InfluenceRecipe,
+    InfluenceSettings,
+    InfluenceWeightedLossSettings,
+    PackRecipe,
+    PullRecipe,
+    PushRecipe,
+    TrainTeacherRecipe,
+    VarianceRecipe,
+)
 
 __all__ = [
     "CacheRecipe",

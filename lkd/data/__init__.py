@@ -1,11 +1,10 @@
 """Data sets, their splits and batches."""
 
+from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.batches import Batches
-from lkd.data.dataset import Dataset
-from lkd.data.datasets import DATASETS, load_dataset
 from lkd.data.image_files import LoadingOptions
-from lkd.data.images import Batch, ImageSet
-from lkd.data.random_numbers import draw_positions, seeded_generator
+from lkd.data.images import Batch, Dataset, ImageSet
+from lkd.data.readers import DATASETS, load_dataset
 from lkd.data.splits import Splits, flip_labels, split_training_images
 
 __all__ = [

@@ -1,17 +1,50 @@
 """Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
+from timm.data import Mixup
 from torch import Tensor
 
-from lkd.data.augmentation import AUGMENTATIONS, FILE_AUGMENTATIONS, NUMBERS, augmentations_of
+from lkd.core.errors import UserError, check_choice
+from lkd.core.random import draw_uniform, mix_words, seeded_generator
+from lkd.data.augment import AUGMENTATIONS, FILE_AUGMENTATIONS, NUMBERS, augmentations_of
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
-from lkd.data.loading import Loading, Prefetcher
-from lkd.data.mixing import mix_batch
-from lkd.data.random_numbers import draw_uniform, mix_words, seeded_generator
-from lkd.errors import UserError, check_choice
+from lkd.data.loader import Loading, Prefetcher
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019) of whole batches, by timm, from a seed of their own.
+
+
+def mix_batch(batch: Batch, num_classes: int, mixup: float, cutmix: float, seed: int) -> Batch:
+    """Mix each image with its mirror in the batch: the first with the last, and so on.
+
+    Args:
+        batch: An even number of images, with class indices.
+        num_classes: Number of classes.
+        mixup: α of mixup's Beta(α, α); 0 for none.
+        cutmix: α of CutMix's; 0 for none. If neither is 0 each batch has one of them, with probability 1/2.
+        seed: What is mixed how is a function of it.
+
+    Returns:
+        The batch with mixed images and the target as distributions [B, C]; `index` and `augmentation` are those of each
+        image before it was mixed.
+    """
+    state = np.random.get_state()  # noqa: NPY002 - timm draws from numpy's global generator
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    try:
+        mixer = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
+        images, target = mixer(batch.images, batch.target)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    return batch._replace(images=images, target=target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit.
 
 
 class Batches:
@@ -164,3 +197,50 @@ class Batches:
         cycle = self.augmentation_seeds
         seeds = [1 + number % cycle if cycle else mix_words(self.seed, 1, number) >> 1 for number in numbers]
         return torch.tensor(seeds)[slots % self.repeats]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every image once, in order, as one augmentation seed shows it.
+
+
+class OrderedBatches(Batches):
+    """One pass over an image set, the last batch as small as it comes out; the pixels are those of `Batches`.
+
+    As in training, a damaged image is replaced by the next one, which is then seen twice.
+
+    Args:
+        images: The images.
+        batch_size: Images a batch.
+        augmentation: A name in `augmentations_of` these images.
+        augmentation_seed: The seed; 0 where nothing is augmented.
+        device: Where batches go.
+
+    Raises:
+        UserError: If the augmentation is unknown.
+    """
+
+    def __init__(
+        self, images: ImageSet, batch_size: int, augmentation: str, augmentation_seed: int, device: torch.device
+    ) -> None:
+        batch_size = min(batch_size, len(images))
+        steps = -(-len(images) // batch_size)
+        super().__init__(images, batch_size, 0, augmentation, device, steps=steps)
+        self.steps_per_epoch = steps
+        self.augmentation_seed = augmentation_seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches."""
+        return map(self.at, range(self.steps_per_epoch))
+
+    def draw_order(self, epoch: int) -> Tensor:
+        """The order of the set."""
+        return torch.arange(len(self.images))
+
+    def slots_of(self, step: int) -> Tensor:
+        """The places of a step's images."""
+        first = step * self.batch_size
+        return torch.arange(first, min(first + self.batch_size, len(self.images)))
+
+    def augmentation_of(self, epoch: int, slots: Tensor) -> Tensor:
+        """The augmentation seed, for each of these places."""
+        return torch.full_like(slots, self.augmentation_seed)

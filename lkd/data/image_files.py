@@ -1,15 +1,197 @@
-"""Images that stay where they are until a batch needs them."""
+"""Images that stay in files until a batch needs them: where they are, how they are decoded, what is damaged."""
 
+import io
+import logging
 import os
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import pil_to_tensor
 
-from lkd.data.damage import Damage
-from lkd.data.sources import ImageSource
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images that cannot be decoded: skipped, counted, named; too many of them end the run.
+
+LEAST_SEEN = 10_000  # a fraction of fewer images means little
+
+
+class Damage:
+    """Counts the images that were asked for and those that could not be decoded.
+
+    Args:
+        limit: Fraction of damaged images above which the run stops; of at least `LEAST_SEEN` images.
+
+    Raises:
+        UserError: If the limit is not in [0, 1].
+    """
+
+    def __init__(self, limit: float = 0.001) -> None:
+        if not 0 <= limit <= 1:
+            raise UserError(f"data.damaged_limit: {limit} is not in [0, 1]")
+        self.limit = limit
+        self.seen = 0
+        self.damaged = 0
+        self.named: set[str] = set()
+        self.lock = Lock()
+
+    def record(self, seen: int, failures: list[tuple[str, str]]) -> None:
+        """Count images, and log each damaged one the first time.
+
+        Args:
+            seen: Images asked for, the damaged ones among them.
+            failures: Name of each damaged image, and what is wrong with it.
+
+        Raises:
+            UserError: If there are more than the limit allows.
+        """
+        with self.lock:
+            self.seen += seen
+            self.damaged += len(failures)
+            for name, reason in failures:
+                if name not in self.named:
+                    self.named.add(name)
+                    logging.getLogger("lkd").warning(
+                        "%s; skipped (%d damaged of %d images seen)", reason, self.damaged, self.seen
+                    )
+            if self.damaged > self.limit * max(self.seen, LEAST_SEEN):
+                named = ", ".join(sorted(self.named)[:3]) + (", ..." if len(self.named) > 3 else "")
+                raise UserError(
+                    f"data: {self.damaged} of {self.seen} images seen cannot be decoded ({named}), more than "
+                    f"data.damaged_limit {self.limit:g} allows: replace them, or raise the limit"
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a file's bytes to pixels.
+
+MOST_PIXELS = 1 << 26  # of an image, 200 MB decoded: a file of a few bytes can claim thousands of millions
+MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is scaled up, and the longer one with it
+OF_TORCHVISION = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
+
+
+class DamagedImageError(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+def decode(content: Tensor, name: str) -> Tensor:
+    """Decode an image file as RGB.
+
+    Its size is read first. torchvision decodes JPEG; Pillow what is left of `FORMATS`, and what torchvision cannot.
+
+    Args:
+        content: The file's bytes, uint8, [N].
+        name: What the file is called in messages.
+
+    Returns:
+        uint8, [3, H, W].
+
+    Raises:
+        DamagedImageError: If it is no image, half of one, or too large.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content.numpy().data), formats=FORMATS) as image:
+            check_size(*image.size)
+            pixels = decode_by_torchvision(content) if image.format in OF_TORCHVISION else None
+            return pil_to_tensor(image.convert("RGB")) if pixels is None else pixels
+    except Exception as error:  # Pillow's readers let out whatever their parsers raise
+        reason = " ".join(str(error).split(" <")[0].split())  # without the address of an object
+        raise DamagedImageError(f"{name}: cannot be decoded ({reason})") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Check an image's size before any memory is taken for it.
+
+    Raises:
+        ValueError: If it is out of bounds.
+    """
+    if width < 1 or height < 1 or width * height > MOST_PIXELS:
+        raise ValueError(f"{width} × {height} pixels, at most {MOST_PIXELS:,} are decoded")
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise ValueError(f"{width} × {height} pixels, one side more than {MOST_ELONGATED} times the other")
+
+
+def decode_by_torchvision(content: Tensor) -> Tensor | None:
+    """Decode an image file as RGB; None if torchvision cannot, or gives no 8 bits."""
+    try:
+        pixels = decode_image(content, ImageReadMode.RGB)
+    except RuntimeError:  # what Pillow says of the file is clearer, and it may know better
+        return None
+    return pixels if pixels.dtype == torch.uint8 and pixels.dim() == 3 else None
+
+
+def as_bytes(content: bytes) -> Tensor:
+    """Bytes as a uint8 tensor."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the images of a large data set are, one by one.
+
+
+class ImageSource(Protocol):
+    """Images by their position; any thread may ask."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, position: int) -> Tensor:
+        """Decode an image: uint8, [3, H, W].
+
+        Raises:
+            DamagedImageError: If it cannot be read or decoded.
+        """
+
+    def name(self, position: int) -> str:
+        """What an image is called in messages and fingerprints."""
+
+    def size(self, position: int) -> int:
+        """Bytes that are read to load an image."""
+
+
+class FileSource:
+    """Images in files of their own.
+
+    Args:
+        root: The folder.
+        names: Paths of the files in it.
+    """
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root = str(root)
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, position: int) -> Tensor:
+        """Decode a file; see `ImageSource`."""
+        name = self.name(position)
+        try:
+            content = np.fromfile(f"{self.root}/{name}", np.uint8)
+        except OSError as error:
+            raise DamagedImageError(f"{name}: cannot be read ({error.strerror})") from error
+        return decode(torch.from_numpy(content), name)
+
+    def name(self, position: int) -> str:
+        """The path in the root."""
+        return self.names[position]
+
+    def size(self, position: int) -> int:
+        """Bytes of the file."""
+        return os.stat(f"{self.root}/{self.name(position)}").st_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images that stay where they are until a batch needs them.
 
 
 class LoadingOptions(NamedTuple):

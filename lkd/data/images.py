@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lkd.data.crops import cut_center
+from lkd.data.augment import cut_center
 from lkd.data.image_files import ImageFiles
-from lkd.data.loading import Loading, Prefetcher
+from lkd.data.loader import Loading, Prefetcher
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image sets, and the batches drawn from them.
 
 
 class Batch(NamedTuple):
@@ -120,3 +123,16 @@ class ImageSet:
 
         for loading in Prefetcher(start, len(parts)):
             yield loading.wait()[:2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every data set is.
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set: its training part, to be split further, and its test part, for reported numbers only."""
+
+    name: str
+    train: ImageSet
+    test: ImageSet

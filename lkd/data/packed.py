@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkd.data.crops import SHORTER_SIDE, resize_shorter_side
-from lkd.data.damage import Damage
-from lkd.data.decoders import start_threads
-from lkd.data.decoding import MOST_PIXELS, DamagedImageError
-from lkd.data.sources import ImageSource
-from lkd.errors import UserError
-from lkd.files import check_free_space, refusing_malformed, replaced_atomically
-from lkd.tensor_files import read_tensors, write_tensors
+from lkd.core.errors import UserError
+from lkd.core.files import check_free_space, refusing_malformed, replaced_atomically
+from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
+from lkd.data.image_files import MOST_PIXELS, Damage, DamagedImageError, ImageSource
+from lkd.data.loader import start_threads
 
 KIND, VERSION = "packed images", 1
 SAMPLE = 64  # images from which the size of all is estimated

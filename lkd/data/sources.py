@@ -1,63 +1,519 @@
-"""Where the images of a large data set are, one by one."""
+"""Image folders, tar files, WebDataset shards and Hugging Face data sets: images that are found one by one."""
 
 import os
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lkd.data.decoding import DamagedImageError, decode
+from lkd.core.errors import UserError
+from lkd.core.files import MALFORMED, parse_json, read_mapping, refusing_malformed
+from lkd.data.image_files import (
+    DamagedImageError,
+    FileSource,
+    ImageSource,
+    LoadingOptions,
+    as_bytes,
+    decode,
+    open_source,
+)
+from lkd.data.images import Dataset, ImageSet
+from lkd.data.packed import open_packed
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From two sources with labels to a data set, checked.
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
 
 
-class ImageSource(Protocol):
-    """Images by their position; any thread may ask."""
+class LabelledSource(NamedTuple):
+    """A source, and the class of each of its images."""
 
-    def __len__(self) -> int: ...
-
-    def load(self, position: int) -> Tensor:
-        """Decode an image: uint8, [3, H, W].
-
-        Raises:
-            DamagedImageError: If it cannot be read or decoded.
-        """
-
-    def name(self, position: int) -> str:
-        """What an image is called in messages and fingerprints."""
-
-    def size(self, position: int) -> int:
-        """Bytes that are read to load an image."""
+    source: ImageSource
+    labels: list[int]
 
 
-class FileSource:
-    """Images in files of their own.
+def build_dataset(
+    name: str,
+    parts: Sequence[LabelledSource],
+    classes: tuple[str, ...],
+    loading: LoadingOptions,
+    place: str,
+) -> Dataset:
+    """Build a data set.
 
     Args:
-        root: The folder.
-        names: Paths of the files in it.
+        name: Its name.
+        parts: The training and the test images.
+        classes: The classes' names.
+        loading: How images are loaded.
+        place: Where the images lie, for messages.
+
+    Raises:
+        UserError: If a part has no images, or a class has none to train on.
+    """
+    for part, labelled in zip(("training", "validation"), parts, strict=True):
+        if not labelled.labels:
+            raise UserError(f"data.root: {place} holds no {part} images")
+    counts = torch.bincount(torch.tensor(parts[0].labels), minlength=len(classes))
+    empty = [classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if empty:
+        named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise UserError(
+            f"data.root: {len(empty)} of the {len(classes)} classes have no training images in {place} ({named}): "
+            "add some, or remove the classes"
+        )
+    return Dataset(name, *(wrap_source(*part, classes, loading) for part in zip(("train", "val"), parts, strict=True)))
+
+
+def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], loading: LoadingOptions) -> ImageSet:
+    """All images of a source as an image set.
+
+    Raises:
+        UserError: If they are to be packed ones, and these are not there or of other images.
+    """
+    source, labels = labelled.source, torch.tensor(labelled.labels)
+    if loading.packed:
+        source = open_packed(source, Path(loading.packed), part, loading.image_size)
+    return ImageSet(open_source(source, loading), labels, torch.arange(len(labels)), classes, MEAN, STD)
+
+
+def number_classes(names: list[str], classes: tuple[str, ...], place: str) -> list[int]:
+    """The label of each class name.
+
+    Raises:
+        UserError: If a name is none of the classes.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    for name in names:
+        if name not in labels:
+            raise UserError(f"data.root: {place}: {name!r} is none of the {len(classes)} classes that are trained on")
+    return [labels[name] for name in names]
+
+
+def check_root(root: str | None, layout: str) -> str:
+    """The folder of a data set.
+
+    Raises:
+        UserError: If it is missing, or not on a file system.
+    """
+    if root is None:
+        raise UserError(f"data.root: missing; give the folder that holds {layout}")
+    if "://" in root or root.startswith("pipe:"):
+        raise UserError(
+            f"data.root: {root} is a stream, in which a training cannot be resumed to the bit; copy it to a disk, or "
+            "mount it, and give the folder"
+        )
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image folders of ImageNet's layout: `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`.
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FOLDER_LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg"
+
+
+def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
+    """Find the images; they are decoded only when a batch needs them.
+
+    Args:
+        root: The folder. The classes are the folders in `root/train`, in alphabetical order.
+        loading: How images are loaded.
+
+    Raises:
+        UserError: If the folder is missing or laid out otherwise, or a class has no training images.
+    """
+    root = check_root(root, FOLDER_LAYOUT)
+    classes = class_folders(Path(root), "train")
+    number_classes(list(class_folders(Path(root), "val")), classes, f"{root}/val")
+    parts = [find_images(Path(root) / part, classes) for part in ("train", "val")]
+    return build_dataset("image_folder", parts, classes, loading, f"{root} ({', '.join(SUFFIXES)})")
+
+
+def class_folders(root: Path, part: str) -> tuple[str, ...]:
+    """Names of the folders in `root/part`, sorted.
+
+    Raises:
+        UserError: If there is none.
+    """
+    folder = root / part
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()
+    if not names:
+        raise UserError(f"data.root: {str(root)!r} holds no {part}/CLASS/ folders; expected {FOLDER_LAYOUT}")
+    return names
+
+
+def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
+    """List the images of one part, class by class."""
+    names: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        entries = os.scandir(folder / name) if (folder / name).is_dir() else ()
+        found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        names += [f"{name}/{file}" for file in found]
+        labels += [label] * len(found)
+    return LabelledSource(FileSource(folder, names), labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images in tar files, found by their offsets: any of them can be read at any time, as from files of their own.
+
+MOST_NESTED = 3  # tars in tars
+SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
+
+
+class Member(NamedTuple):
+    """A file in a tar file.
+
+    Attributes:
+        name: Its path; that of a member of a tar in the tar begins with the inner one's name.
+        start: Where its bytes begin in the outer file.
+        size: How many there are.
     """
 
-    def __init__(self, root: Path, names: list[str]) -> None:
-        self.root = str(root)
-        self.names = names
+    name: str
+    start: int
+    size: int
+
+
+class TarSource:
+    """Images in tar files.
+
+    Args:
+        paths: The tar files.
+        members: Of each image, the position of its tar file, and where it is there.
+    """
+
+    def __init__(self, paths: list[Path], members: list[tuple[int, Member]]) -> None:
+        self.paths = [str(path) for path in paths]
+        self.names = [member.name for _, member in members]
+        self.places = torch.tensor([(tar, member.start, member.size) for tar, member in members]).view(-1, 3)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def load(self, position: int) -> Tensor:
-        """Decode a file; see `ImageSource`."""
-        name = self.name(position)
+        """Decode a member; see `ImageSource`."""
+        tar, start, size = self.places[position].tolist()
         try:
-            content = np.fromfile(f"{self.root}/{name}", np.uint8)
+            content = np.fromfile(self.paths[tar], np.uint8, size, offset=start)
         except OSError as error:
-            raise DamagedImageError(f"{name}: cannot be read ({error.strerror})") from error
-        return decode(torch.from_numpy(content), name)
+            raise DamagedImageError(f"{self.name(position)}: cannot be read ({error.strerror})") from error
+        return decode(torch.from_numpy(content), self.name(position))
 
     def name(self, position: int) -> str:
-        """The path in the root."""
-        return self.names[position]
+        """The tar file's name and the member's."""
+        return f"{Path(self.paths[self.places[position, 0]]).name}/{self.names[position]}"
 
     def size(self, position: int) -> int:
-        """Bytes of the file."""
-        return os.stat(f"{self.root}/{self.name(position)}").st_size
+        """Bytes of the member."""
+        return int(self.places[position, 2])
+
+
+def index_tar(path: Path) -> Iterator[Member]:
+    """List the files in a tar file, those of tars in it too; only headers are read.
+
+    Raises:
+        UserError: If it is compressed, damaged or cut off.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from index_stream(file, "", 0, path.stat().st_size)
+    except (tarfile.TarError, OSError, *MALFORMED) as error:  # tarfile lets out what its parsers of numbers raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data.root: {path}: cannot be read as an uncompressed tar ({reason}): unpack or replace it"
+        ) from error
+
+
+def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int = 0) -> Iterator[Member]:
+    """List the files in an open tar that begins at `start` of the outer one and has `size` bytes.
+
+    Raises:
+        tarfile.ReadError: If a member is not within the tar, or tars lie in each other more than `MOST_NESTED` deep.
+    """
+    if depth > MOST_NESTED:
+        raise tarfile.ReadError(f"{prefix} tars lie in each other, more than {MOST_NESTED} deep")
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        read = -1
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+            if not read < member.offset_data <= member.offset_data + max(member.size, 0) <= size or member.size < 0:
+                raise tarfile.ReadError(f"{member.name!r}: {member.size:,} bytes from {member.offset_data:,} on")
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name!r} is sparse")
+            read = member.offset_data
+            if not member.isfile():
+                continue
+            if member.name.endswith(".tar"):
+                inner = tar.extractfile(member)
+                assert inner is not None
+                folder, within = f"{prefix}{member.name.removesuffix('.tar')}/", start + member.offset_data
+                yield from index_stream(inner, folder, within, member.size, depth + 1)
+            else:
+                yield Member(prefix + member.name, start + member.offset_data, member.size)
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    """The bytes of a small member."""
+    return np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images in tar files by class: a tar for each class, a tar of class folders, or a tar of tars.
+
+CLASS_TAR_LAYOUT = (
+    "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar"
+)
+
+
+def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
+    """Find the images; an image's class is the folder or the tar that it lies in.
+
+    Args:
+        root: The folder that holds `LAYOUT`.
+        loading: How images are loaded.
+
+    Raises:
+        UserError: If the folder is missing or laid out otherwise, an image lies in no class, or a class has no training
+            images.
+    """
+    root = check_root(root, CLASS_TAR_LAYOUT)
+    (train, train_names), (val, val_names) = (find_class_images(Path(root), part) for part in ("train", "val"))
+    classes = tuple(sorted(set(train_names)))
+    parts = [
+        LabelledSource(source, number_classes(names, classes, f"{root}: {part}"))
+        for part, source, names in (("train", train, train_names), ("val", val, val_names))
+    ]
+    return build_dataset("tar", parts, classes, loading, root)
+
+
+def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
+    """The images of one part and their classes' names, sorted by class and name.
+
+    Raises:
+        UserError: If there are no tars, or an image lies in no class.
+    """
+    whole = root / f"{part}.tar"
+    paths = [whole] if whole.is_file() else sorted((root / part).glob("*.tar"))
+    if not paths:
+        raise UserError(
+            f"data.root: {str(root)!r} holds neither {part}.tar nor {part}/CLASS.tar; expected {CLASS_TAR_LAYOUT}"
+        )
+    found: list[tuple[str, int, Member]] = []
+    for number, path in enumerate(paths):
+        for member in index_tar(path):
+            if member.name.lower().endswith(SUFFIXES):
+                name = Path(member.name).parent.name or ("" if path == whole else path.stem)
+                if not name:
+                    raise UserError(
+                        f"data.root: {path}: {member.name} lies in no class folder; expected {CLASS_TAR_LAYOUT}"
+                    )
+                found.append((name, number, member))
+    found.sort(key=lambda entry: (entry[0], entry[2].name))
+    return TarSource(paths, [(number, member) for _, number, member in found]), [name for name, _, _ in found]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WebDataset shards on a disk: tar files with `KEY.jpg` and its label, `KEY.cls` or `KEY.json`, side by side.
+
+SHARD_LAYOUT = "*train*.tar and *val*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
+MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
+PARTS = {"train": ("train",), "val": ("validation", "val")}
+
+
+def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
+    """Find the images; shards are indexed, not streamed, so that any image can be read at any time.
+
+    Args:
+        name: What the data set is called.
+        root: The folder that holds `LAYOUT`.
+        loading: How images are loaded.
+
+    Raises:
+        UserError: If the folder is missing or a stream, shards are missing or damaged, a sample has no label, or a
+            class has no training images.
+    """
+    root = check_root(root, SHARD_LAYOUT)
+    train, val = (read_shards(find_shards(Path(root), part)) for part in PARTS)
+    largest = max(train.labels, default=0)
+    if largest >= max(len(train.labels), MOST_NAMED):
+        raise UserError(
+            f"data.root: {root}: label {largest:,} of a training image, but there are {len(train.labels):,} training "
+            "images: not every class from 0 on has one"
+        )
+    classes = tuple(map(str, range(1 + largest)))
+    unknown = [label for label in val.labels if label >= len(classes)]
+    if unknown:
+        raise UserError(f"data.root: {root}: label {unknown[0]} of a validation image is none of the training images'")
+    return build_dataset(f"wds/{name}", (train, val), classes, loading, root)
+
+
+def find_shards(root: Path, part: str) -> list[Path]:
+    """The tar files of `train` or `val`.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for info in (root / "_info.json", root / "info.json"):
+        if info.is_file():
+            with refusing_malformed(info, "list of shards"):
+                splits = read_mapping(info).get("splits", {})
+                named: list[str] = next((splits[name]["filenames"] for name in PARTS[part] if name in splits), [])
+                outside = [name for name in named if not is_within(name)]
+            if outside:
+                raise UserError(f"data.root: {info}: {outside[0]!r} is not a file in that folder: remove it")
+            missing = [name for name in named if not os.path.isfile(root / name)]  # never raises, as Path's does
+            if missing:
+                raise UserError(f"data.root: {root / missing[0]}: no such shard, but {info.name} names it")
+            if named:
+                return [root / name for name in named]
+    paths = sorted(root.glob(f"*{part}*.tar")) or sorted(root.glob(f"{part}*/*.tar"))
+    if not paths:
+        raise UserError(f"data.root: {str(root)!r} holds no {part} shards; expected {SHARD_LAYOUT}")
+    return paths
+
+
+def is_within(name: str) -> bool:
+    """Whether a name is that of a file in a folder, or in a folder in it."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+
+
+def read_shards(paths: list[Path]) -> LabelledSource:
+    """Index shards: where each image is, and its label.
+
+    Raises:
+        UserError: If a shard is damaged or a sample has no label.
+    """
+    members: list[tuple[int, Member]] = []
+    labels: list[int] = []
+    for number, path in enumerate(paths):
+        images: dict[str, Member] = {}
+        label_of: dict[str, int] = {}
+        for member in index_tar(path):
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}/{stem}"
+            if f".{extension.lower()}".endswith(SUFFIXES):
+                if key in images:
+                    raise UserError(f"data.root: {path}: {member.name} is the second image of one sample: rename it")
+                images[key] = member
+            elif extension in ("cls", "json"):
+                label_of |= read_label(path, member, key)
+        without = [member.name for key, member in images.items() if key not in label_of]
+        if without:
+            raise UserError(
+                f"data.root: {path}: {without[0]} has no label, neither in a .cls file nor as `label` in a .json file "
+                f"({len(without)} of its {len(images)} images): write the shards with labels"
+            )
+        members += [(number, member) for member in images.values()]
+        labels += [label_of[key] for key in images]
+    return LabelledSource(TarSource(paths, members), labels)
+
+
+def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
+    """The label in a `.cls` or `.json` member, by the sample's key; nothing if a `.json` has none.
+
+    Raises:
+        UserError: If it is not a class index.
+    """
+    content = read_member(path, member)
+    try:
+        value = parse_json(content)
+        if isinstance(value, dict):
+            value = value.get("label")
+        if value is None:
+            return {}
+        if type(value) is int and value >= 0:
+            return {key: value}
+    except ValueError:
+        pass
+    raise UserError(f"data.root: {path}: {member.name} holds {content[:40]!r}, not a class index (0, 1, ...)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets of the Hugging Face hub, or in its formats on a disk, through the package `datasets`.
+
+TEST_SPLITS = ("validation", "val", "test")  # the first that there is
+
+
+class HuggingFaceSource:
+    """Images in a column of an Arrow table.
+
+    Args:
+        table: The table, whose images are not decoded.
+        column: The column's name.
+        title: The data set's name and the split's.
+    """
+
+    def __init__(self, table: Any, column: str, title: str) -> None:
+        self.table = table.select_columns([column])
+        self.column = column
+        self.title = title
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def load(self, position: int) -> Tensor:
+        """Decode a row's image; see `ImageSource`."""
+        entry = self.table[position][self.column]
+        if not entry["bytes"]:
+            raise DamagedImageError(f"{self.name(position)}: has no bytes in the table")
+        return decode(as_bytes(entry["bytes"]), self.name(position))
+
+    def name(self, position: int) -> str:
+        """The table and the row."""
+        return f"{self.title}, row {position}"
+
+    def size(self, position: int) -> int:
+        """Bytes of the row's image."""
+        return len(self.table[position][self.column]["bytes"] or b"")
+
+
+def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
+    """Load a data set whose tables hold an image and a class label.
+
+    Args:
+        name: What `datasets.load_dataset` takes: a name on the hub, or a folder.
+        root: Where downloads are kept; None for that package's own place.
+        loading: How images are loaded.
+
+    Raises:
+        UserError: If the package is not installed, the data set cannot be loaded, or it has no images, labels or test
+            split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError('data.name: hfds needs the package `datasets`; pip install "lkd[huggingface]"') from error
+    try:
+        tables = datasets.load_dataset(name, cache_dir=root)
+    except Exception as error:  # of any of the package's readers
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"data.name: hfds/{name} cannot be loaded ({reason})") from error
+    test = next((split for split in TEST_SPLITS if split in tables), None)
+    if "train" not in tables or test is None:
+        raise UserError(
+            f"data.name: hfds/{name} has the splits {', '.join(tables)}; needed are train and one of "
+            f"{', '.join(TEST_SPLITS)}"
+        )
+    features = tables["train"].features
+    images, labels = (
+        [column for column, kind in features.items() if isinstance(kind, wanted)]
+        for wanted in (datasets.Image, datasets.ClassLabel)
+    )
+    if not images or not labels:
+        raise UserError(f"data.name: hfds/{name} has no column of {'class labels' if images else 'images'}: {features}")
+    parts = []
+    for split in ("train", test):
+        table = tables[split].cast_column(images[0], datasets.Image(decode=False))
+        source = HuggingFaceSource(table, images[0], f"{name}/{split}")
+        parts.append(LabelledSource(source, [int(label) for label in table[labels[0]]]))
+        if min(parts[-1].labels, default=0) < 0:
+            raise UserError(f"data.name: hfds/{name}: images of {split} have no label (-1)")
+    return build_dataset(f"hfds/{name}", parts, tuple(features[labels[0]].names), loading, f"hfds/{name}")

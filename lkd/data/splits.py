@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lkd.core.errors import UserError
+from lkd.core.random import seeded_generator
 from lkd.data.images import ImageSet
-from lkd.data.random_numbers import seeded_generator
-from lkd.errors import UserError
 
 
 class Splits(NamedTuple):

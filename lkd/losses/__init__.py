@@ -1,8 +1,8 @@
 """Losses: `loss(student, teacher, target, progress=None) -> dict of named scalar terms`, whose sum is the loss."""
 
-from lkd.losses.cross_entropy import CrossEntropyLoss
-from lkd.losses.kd import KDLoss
-from lkd.losses.learned import FeatureLoss, LearnedLoss, LogitLoss
-from lkd.losses.replayed import ReplayedLoss
+from lkd.losses.learned import LogitLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.logits import CrossEntropyLoss, KDLoss
 
 __all__ = ["CrossEntropyLoss", "FeatureLoss", "KDLoss", "LearnedLoss", "LogitLoss", "ReplayedLoss"]

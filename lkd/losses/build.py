@@ -5,22 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from lkd.artifact import SUFFIX, load_loss
-from lkd.errors import UserError, check_choice
-from lkd.losses.attention_transfer import AttentionTransferLoss
-from lkd.losses.cross_entropy import CrossEntropyLoss
-from lkd.losses.dist import DISTLoss
+from lkd.core.errors import UserError, check_choice
 from lkd.losses.dkd import DKDLoss
-from lkd.losses.fitnet import FitNetLoss
-from lkd.losses.kd import KDLoss
-from lkd.losses.learned import FeatureLoss, LearnedLoss
-from lkd.losses.logit_mse import LogitMSELoss
-from lkd.losses.logit_standardization import LogitStandardizationLoss
-from lkd.losses.replayed import ReplayedLoss
-from lkd.losses.rkd import RKDLoss
-from lkd.losses.similarity_preserving import SimilarityPreservingLoss
+from lkd.losses.features import AttentionTransferLoss, FitNetLoss, RKDLoss, SimilarityPreservingLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.file import SUFFIX, load_loss
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from lkd.losses.stages import Stages
-from lkd.sharing.references import is_remote
+from lkd.tracking.remote import is_remote
 
 TEACHER_LOGIT_LOSSES: dict[str, type[nn.Module]] = {
     "kd": KDLoss,
@@ -156,7 +149,7 @@ def build_torchdistill(name: str, student: Stages, teacher: Stages, options: dic
         UserError: If torchdistill is not installed.
     """
     try:
-        from lkd.losses.torchdistill_loss import TorchdistillLoss
+        from lkd.losses.torchdistill import TorchdistillLoss
     except ModuleNotFoundError as error:
         raise UserError(
             f'loss: {name} needs a package that is not installed ({error.name}); pip install "lkd[torchdistill]"'

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, logsumexp, nn
 from torch.nn.functional import log_softmax
 
+from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, label_of, widen
-from lkd.outputs import Outputs
 
 
 class DKDLoss(nn.Module):

@@ -1,16 +1,167 @@
-"""From a name to a network."""
+"""From a name, or from a user's own network, to a network that returns `Outputs`."""
 
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.utils.flop_counter import FlopCounterMode
 
-from lkd.errors import UserError, check_choice
-from lkd.files import MALFORMED
+from lkd.core.errors import UserError, check_choice
+from lkd.core.files import MALFORMED
+from lkd.core.outputs import Outputs
 from lkd.models.cifar import CIFAR_NETWORKS
-from lkd.models.given_network import LogitNetwork
 from lkd.models.small import SMALL_NETWORKS
-from lkd.models.timm_network import TimmNetwork
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A network that was trained on images of another normalisation or size than those it is given.
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, of pixels in [0, 1]."""
+
+
+class AdaptedInput(nn.Module):
+    """The network, seeing the same pixels in its own normalisation and size.
+
+    Args:
+        network: The network, returning `Outputs`.
+        given: What images are normalised with.
+        wanted: What the network was trained with.
+        size: Height and width that images are scaled to, bilinearly, antialiased; 0 keeps theirs.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, given: Statistics, wanted: Statistics, size: int = 0) -> None:
+        super().__init__()
+        self.network = network
+        self.size = size
+        mean, std, own_mean, own_std = (torch.tensor(part).view(-1, 1, 1) for part in (*given, *wanted))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Answer images [B, C, H, W]."""
+        images = images * self.scale + self.shift
+        if self.size and images.shape[-2:] != (self.size, self.size):
+            images = interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        outputs: Outputs = self.network(images)
+        return outputs
+
+
+def adapt_input(network: nn.Module, given: Statistics, wanted: Statistics, size: int = 0) -> nn.Module:
+    """The network as it is, or adapted if what it wants differs from what it is given."""
+    return AdaptedInput(network, given, wanted, size).train(network.training) if size or given != wanted else network
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any timm model as a network that returns `Outputs`.
+
+
+class TimmNetwork(nn.Module):
+    """A timm model whose forward pass returns logits and the features of every stage that its `feature_info` names.
+
+    Args:
+        model: A timm model with `forward_intermediates` and `forward_head`.
+
+    Raises:
+        ValueError: If the model offers no intermediate features.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"{type(model).__name__} has no forward_intermediates: it cannot give features")
+        self.model = model
+        info: Any = model.feature_info
+        self.stage_names = [entry["module"] for entry in getattr(info, "info", info)]
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Compute logits and stage features; `images` is [B, in_chans, H, W]."""
+        model: Any = self.model
+        last, intermediates = model.forward_intermediates(images)
+        return Outputs(model.forward_head(last), dict(zip(self.stage_names, intermediates, strict=True)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A user's own network, made to return `Outputs`.
+
+GIVEN = "object/"
+"""What the name of a network starts with that was given as an object: no name builds it."""
+
+
+class LogitNetwork(nn.Module):
+    """A network that gives logits alone, returning `Outputs` without features.
+
+    Args:
+        model: Maps images [B, C, H, W] to logits [B, classes], or to an object that has them as `logits`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Compute logits; `images` is [B, C, H, W]."""
+        answer = self.model(images)
+        return Outputs(getattr(answer, "logits", answer), {})
+
+
+def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Make a network return `Outputs`, and check by a dry run that it fits the images.
+
+    Args:
+        network: Returns logits, or an object that has them as `logits`, or `Outputs`; of a timm model, features are
+            read too.
+        role: What it is, for messages.
+        num_classes: Of the images.
+        image_shape: Channels, height, width.
+
+    Returns:
+        The network itself, or around it a module that returns `Outputs`.
+
+    Raises:
+        UserError: If it has no parameters, fails on such images, or answers with something else.
+    """
+    name, parameter = type(network).__name__, next(network.parameters(), None)
+    if parameter is None:
+        raise UserError(f"{role}: this {name} has no parameters")
+    answer = run_dry(network, name, role, torch.zeros(2, *image_shape, device=parameter.device))
+    logits = getattr(answer, "logits", answer)
+    found = list(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
+    if found != [2, num_classes]:
+        raise UserError(
+            f"{role}: this {name} answers 2 images with {found}, not with logits [2, {num_classes}] for the "
+            f"{num_classes} classes of the images (read_images takes num_classes)"
+        )
+    if isinstance(answer, Outputs):
+        return network
+    is_timm = all(hasattr(network, part) for part in ("forward_intermediates", "forward_head", "feature_info"))
+    return TimmNetwork(network) if is_timm else LogitNetwork(network)
+
+
+def run_dry(network: nn.Module, name: str, role: str, images: Tensor) -> Any:
+    """What a network answers, in eval mode; its mode and the random state stay.
+
+    Raises:
+        UserError: If it fails.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return network.eval()(images)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{role}: this {name} fails on images {list(images.shape)}: {reason}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a name to a network.
 
 OWN_NETWORKS = {**SMALL_NETWORKS, **CIFAR_NETWORKS}
 # Options of timm.create_model that read other files or the internet: no recipe and no file of a stranger may set them.
@@ -69,3 +220,66 @@ def first_line(error: BaseException) -> str:
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
     return (network.model if isinstance(network, TimmNetwork | LogitNetwork) else network).state_dict()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which network is it? Papers mix up MobileNets; a run says what it trains.
+
+
+def describe(
+    network: nn.Module, name: str, input_shape: tuple[int, int, int], pretrained: bool = False
+) -> dict[str, Any]:
+    """Describe a network by one dry run.
+
+    Args:
+        network: The network, returning `Outputs`.
+        name: The name that it was built from.
+        input_shape: Channels, height and width of one image.
+        pretrained: Whether it started from timm's weights.
+
+    Returns:
+        `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
+        `activations` (class names),
+        `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
+    """
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = network(torch.zeros(1, *input_shape, device=device))
+    network.train(training)
+    inner = network.model if isinstance(network, TimmNetwork) else network
+    tag = (getattr(inner, "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
+    activations = {type(m).__name__ for m in network.modules() if type(m).__module__ == "torch.nn.modules.activation"}
+    return {
+        "architecture": name,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "flops": counter.get_total_flops(),
+        "activations": sorted(activations) or ["none"],
+        "pretrained_tag": tag or "none",
+        "stages": {stage: list(feature.shape[1:]) for stage, feature in outputs.features.items()},
+    }
+
+
+def find_stages(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them.
+
+    Args:
+        network: The network, returning `Outputs`.
+        input_shape: Channels, height and width of one image.
+    """
+    training = network.training
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        outputs = network.eval()(torch.zeros(1, *input_shape, device=device))
+    network.train(training)
+    return {stage: tuple(feature.shape[1:]) for stage, feature in outputs.features.items()}
+
+
+def format_description(role: str, description: dict[str, Any]) -> str:
+    """One line for the terminal: role, architecture, size, activation, tag."""
+    return (
+        f"{role}: {description['architecture']}, {description['parameters']:,} parameters, "
+        f"{description['flops'] / 1e6:,.1f} MFLOPs an image, {'/'.join(description['activations'])}, "
+        f"pretrained tag {description['pretrained_tag']}"
+    )

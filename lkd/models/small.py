@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lkd.outputs import Outputs
+from lkd.core.outputs import Outputs
 
 
 class StagedNetwork(nn.Module):

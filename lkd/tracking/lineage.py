@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lkd.core.errors import UserError
+from lkd.core.files import flatten, refusing_malformed
+from lkd.core.tensor_files import read_result, write_result
 from lkd.data.embedded import TEACHER
-from lkd.errors import UserError
-from lkd.files import refusing_malformed
-from lkd.kept_results import read_result, write_result
-from lkd.resumption import flatten
-from lkd.sharing.references import fetch, is_remote
+from lkd.tracking.remote import fetch, is_remote
 
 LINEAGE = "lineage.json"
 FIELDS = {  # last part of a recipe's field that names a file → its kind

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lkd.assembly import prepare_images, prepare_learned_loss
 from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, PoolSettings, TrainRecipe
 from lkd.losses import LearnedLoss
-from lkd.meta_training import meta_train
-from lkd.run import open_run
+from lkd.meta_training.meta_train import meta_train
+from lkd.tracking.run import open_run
+from lkd.training.build import prepare_images, prepare_learned_loss
 
 
 def tiny_recipe(pool: dict | None = None, run_dir: str = "run", **meta) -> MetaTrainRecipe:

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.acceleration import build_forward
-from lkd.assembly import prepare_images, prepare_teacher
-from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.losses import KDLoss
 from lkd.models import build
-from lkd.models.network_file import load_network, save_network
-from lkd.training import Training
+from lkd.models.files import load_network, save_network
+from lkd.models.forward import build_forward
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1}

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lkd
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.losses import KDLoss
 from lkd.models import build
-from lkd.models.network_file import load_network
-from lkd.teacher import load_teacher_network
-from lkd.training import Training
+from lkd.models.files import load_network
+from lkd.models.teacher import load_teacher_network
+from lkd.training.build import prepare_images
+from lkd.training.training import Training
 
 SIZES = {"train_size": 200, "meta_validation_size": 100}
 TINY = {"epochs": 2, "batch_size": 20, "quiet": True}
@@ -151,7 +151,7 @@ def test_meta_training_of_objects_gives_the_bits_of_names_and_goes_on(images, te
     assert [row["step"] for row in given.history] == [1, 2]
     loaded = lkd.load_loss(given.path)
     assert_same_bits(loaded, given.loss)
-    from lkd.outer_loop import OuterLoop
+    from lkd.meta_training.outer_loop import OuterLoop
 
     run_step = OuterLoop.run_step
     with monkeypatch.context() as context:

@@ -7,23 +7,22 @@ import torch
 from torch.nn.functional import interpolate, one_hot
 from torchvision.transforms import InterpolationMode, v2
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
 from lkd.data import Batches
-from lkd.data.image_files import LoadingOptions, open_source
+from lkd.data.augment import CHANGES, augment_randomly
+from lkd.data.image_files import FileSource, LoadingOptions, open_source
 from lkd.data.images import ImageSet
-from lkd.data.labelled_sources import MEAN, STD
-from lkd.data.rand_augment import CHANGES, augment_randomly
-from lkd.data.sources import FileSource
-from lkd.distillation import start_training
-from lkd.errors import UserError
-from lkd.evaluation import evaluate
+from lkd.data.sources import MEAN, STD
 from lkd.losses.build import LOSSES, TORCHDISTILL
-from lkd.losses.torchdistill_recipes import RECIPES
-from lkd.models.adapted_input import AdaptedInput, adapt_input
-from lkd.outputs import Outputs
-from lkd.teacher import TabulatedTeacher, load_teacher
+from lkd.losses.torchdistill import RECIPES
+from lkd.models.build import AdaptedInput, adapt_input
+from lkd.models.teacher import TabulatedTeacher, load_teacher
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.distill import start_training
+from lkd.training.evaluate import evaluate
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")

@@ -6,21 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lkd.assembly import prepare_images, prepare_teacher
-from lkd.balance.balancing import Balancing, split_terms, take_gradient
-from lkd.balance.build import BALANCES, build_balance
-from lkd.balance.contract import Moment
-from lkd.balance.dto_kd import DTOKDBalance
-from lkd.balance.dynamic import DynamicBalance
-from lkd.cells import Cell, cell_path
-from lkd.checkpoint import load_checkpoint, save_checkpoint
-from lkd.comparison import check_methods
+from lkd.balance.balancing import BALANCES, Balancing, build_balance, split_terms, take_gradient
+from lkd.balance.rules import DTOKDBalance, DynamicBalance, Moment
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.tensor_files import load_checkpoint, save_checkpoint
+from lkd.evaluation.comparison.compare import check_methods
+from lkd.evaluation.comparison.trials import Cell, balance_of, cell_path, expand_grid, split_method
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.training import Training
-from lkd.tuning import balance_of, expand_grid, split_method
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 
 CPU = torch.device("cpu")
 DATA = DataRecipe(train_size=300, meta_validation_size=100)

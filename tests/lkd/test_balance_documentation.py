@@ -4,7 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
-from lkd.balance.build import BALANCES
+from lkd.balance.balancing import BALANCES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "balance.md").read_text()
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.cli import main
-from lkd.errors import UserError
+from lkd.core.errors import UserError
 from lkd.models import build
 from lkd.models.cifar import CIFAR_NETWORKS
-from lkd.models.foreign_checkpoint import load_crd_checkpoint
+from lkd.models.published_weights import load_crd_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {  # with 100 classes

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lkd.cli import COMMANDS, main, parse_recipe
-from lkd.files import read_json
+from lkd.cli import main
+from lkd.config.parse import COMMANDS, parse_recipe
+from lkd.core.files import read_json
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -161,7 +162,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(number: int) -> None:
     assert error.rstrip().endswith("--resume auto")
     assert not Path("cut/student.safetensors").exists()
     assert main([*words, "--run_dir", "cut", "--threads", "1", "--resume", "auto"]) == 0
-    from lkd.models.network_file import load_network
+    from lkd.models.files import load_network
 
     whole, cut = (load_network(Path(name, "student.safetensors"))[0].state_dict() for name in ("whole", "cut"))
     assert all((whole[name] == cut[name]).all() for name in whole)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from lkd.cli import COMMANDS, POSITIONAL, main, overview, parse_recipe
-from lkd.command_words import name_leading, usage
-from lkd.errors import UserError
+from lkd.cli import main, overview
+from lkd.config.parse import COMMANDS, POSITIONAL, name_leading, parse_recipe, usage
+from lkd.core.errors import UserError
 
 
 @dataclass

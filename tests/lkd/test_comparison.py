@@ -7,19 +7,17 @@ import statistics
 import pytest
 import torch
 
-from lkd.artifact import save_loss
-from lkd.assembly import prepare_images
-from lkd.cells import Cell, cell_path, run_cell
-from lkd.comparison import check_methods, compare
-from lkd.comparison_plan import pick_options, plan_report, plan_tuning
-from lkd.comparison_table import format_table, summarize, tabulate
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
-from lkd.errors import UserError
-from lkd.files import read_json, write_json
-from lkd.intervals import mean_and_error
+from lkd.core.errors import UserError
+from lkd.core.files import read_json, write_json
+from lkd.core.statistics import mean_and_error
+from lkd.evaluation.comparison.compare import check_methods, compare, pick_options, plan_report, plan_tuning
+from lkd.evaluation.comparison.tables import format_table, summarize, tabulate
+from lkd.evaluation.comparison.trials import Cell, cell_path, expand_grid, run_cell
 from lkd.losses import LearnedLoss, LogitLoss
-from lkd.run import open_run
-from lkd.tuning import expand_grid
+from lkd.losses.learned.file import save_loss
+from lkd.tracking.run import open_run
+from lkd.training.build import prepare_images
 
 
 def tiny_recipe() -> CompareRecipe:

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from lkd.comparison_plot import plot_table
-from lkd.comparison_table import format_csv, format_latex, list_rows, summarize, tabulate
+from lkd.evaluation.comparison.tables import (
+    find_published,
+    format_csv,
+    format_latex,
+    list_rows,
+    plot_table,
+    read_published,
+    summarize,
+    tabulate,
+)
 from lkd.losses.build import LOSSES
-from lkd.published import find_published, read_published
 
 METHODS = {"KD": [80.0, 82.0, 81.0], "A&B_100%": [81.0, 83.5, 81.5], "CE": [79.0, 80.0, 78.0]}
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.artifact import save_loss
-from lkd.cli import main, parse_recipe
+from lkd.cli import main
 from lkd.config import DistillRecipe
+from lkd.config.parse import parse_recipe
 from lkd.losses import LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
+from lkd.losses.learned.file import save_loss
 from lkd.models import build
 from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.tiny_images import write_cifar, write_image_folder

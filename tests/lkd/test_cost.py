@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lkd.cost import Cost
+from lkd.evaluation.comparison.trials import Cost
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,7 @@ import wandb
 
 from benchmarks.faults.wandb_server import StandIn
 from lkd.cli import main
-from lkd.dashboard.names import list_empty, read_names
-from lkd.dashboard.sections import COMPARISON, SECTIONS, Chart, Section
+from lkd.evaluation.dashboard import COMPARISON, SECTIONS, Chart, Section, list_empty, read_names
 from lkd.tracking import read_log
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
 

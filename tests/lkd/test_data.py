@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from lkd.assembly import prepare_images
 from lkd.config import DataRecipe
+from lkd.core.errors import UserError
 from lkd.data import Batches, flip_labels, load_dataset, seeded_generator, split_training_images
-from lkd.data.augmentation import flip_and_crop
+from lkd.data.augment import flip_and_crop
 from lkd.data.embedded import ARCHIVE
-from lkd.data.fashion_mnist import read_embedded_archive
-from lkd.errors import UserError
+from lkd.data.readers import read_embedded_archive
+from lkd.training.build import prepare_images
 
 
 @pytest.fixture(scope="module")

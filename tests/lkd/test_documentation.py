@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lkd.cli import COMMANDS, parse_recipe
+from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.data import DATASETS
 from lkd.losses.build import LOSSES
 
@@ -34,7 +34,7 @@ def test_python_blocks_run_one_after_another(page: Path, monkeypatch) -> None:
         return
     monkeypatch.setitem(LOSSES, "kept", LOSSES["kd"])  # what a block registers goes when the test ends
     monkeypatch.setattr("lkd.losses.build.LOSSES", dict(LOSSES))
-    monkeypatch.setattr("lkd.data.datasets.DATASETS", DATASETS)
+    monkeypatch.setattr("lkd.data.readers.DATASETS", DATASETS)
     before = set(DATASETS)
     space: dict[str, object] = {}
     try:

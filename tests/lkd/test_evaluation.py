@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lkd.calibration import calibrated_cross_entropy, expected_calibration_error, find_best_temperature
 from lkd.data import load_dataset
-from lkd.evaluation import evaluate
+from lkd.losses.functions import calibrated_cross_entropy, expected_calibration_error, find_best_temperature
 from lkd.models import build
+from lkd.training.evaluate import evaluate
 
 
 def test_best_temperature_equals_a_dense_search() -> None:

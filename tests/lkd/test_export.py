@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from lkd.cli import main
 from lkd.config import ExportRecipe
-from lkd.errors import UserError
-from lkd.export import draw_images, export
-from lkd.files import read_json
+from lkd.core.errors import UserError
+from lkd.core.files import read_json
+from lkd.export.export import draw_images, export
 from lkd.models import build
-from lkd.models.network_file import load_network, save_network
+from lkd.models.files import load_network, save_network
 
 SHAPE = {"image_shape": [3, 32, 32]}
 

@@ -9,24 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_student, prepare_teacher
-from lkd.broken_inputs import BrokenInputError
-from lkd.cached_teacher import KIND, VERSION
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import DamagedFileError, UserError, explain_exhaustion
+from lkd.core.interrupt import StopRequest
+from lkd.core.tensor_files import drop_damaged, read_result, read_tensors, write_result, write_tensors
 from lkd.data import Batches
-from lkd.errors import DamagedFileError, UserError
-from lkd.interrupt import StopRequest
-from lkd.kept_results import drop_damaged, read_result, write_result
-from lkd.memory import explain_exhaustion
-from lkd.meta_cost import measure_training_seconds
-from lkd.meta_log import describe_reuse, is_logged, is_pictured
-from lkd.outer_guard import OuterGuard
-from lkd.pool import build_pool
-from lkd.reuse import Reuse
-from lkd.run import Run, open_run
-from lkd.tensor_files import read_tensors, write_tensors
-from lkd.training import Training
+from lkd.meta_training.guard import OuterGuard
+from lkd.meta_training.log import describe_reuse, is_logged, is_pictured, measure_training_seconds
+from lkd.meta_training.reuse import Reuse
+from lkd.models.teacher_cache import KIND, VERSION
+from lkd.pool.pool import build_pool
+from lkd.tracking.run import Run, open_run
+from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher
+from lkd.training.training import BrokenInputError, Training
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lkd
-from lkd.artifact import save_loss
-from lkd.assembly import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
 from lkd.losses import FeatureLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import build_learned_loss
-from lkd.losses.learned.comparisons import draw_projection
-from lkd.outputs import Outputs
+from lkd.losses.learned.features import draw_projection
+from lkd.losses.learned.file import save_loss
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.distill import start_training
 from meta import ESTIMATORS, verify
 from tests.lkd.test_learned_forms import bilevel_problem, wander
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.assembly import prepare_images
-from lkd.cli import main, parse_recipe
+from lkd.cli import main
 from lkd.config import DataRecipe, FidelityRecipe, PoolSettings, TrainRecipe
-from lkd.errors import UserError
-from lkd.fidelity import check_ages, check_recipe
-from lkd.fidelity_recommendation import SettingFidelity, average_ages, recommend, weigh_ages
-from lkd.fidelity_results import write_results
-from lkd.files import read_json
-from lkd.run import open_run
+from lkd.config.parse import parse_recipe
+from lkd.core.errors import UserError
+from lkd.core.files import read_json
+from lkd.evaluation.fidelity.fidelity import check_ages, check_recipe
+from lkd.evaluation.fidelity.results import SettingFidelity, average_ages, recommend, weigh_ages, write_results
+from lkd.tracking.run import open_run
+from lkd.training.build import prepare_images
 
 OBJECTIVES = ["cross_entropy", "calibrated_cross_entropy"]
 
@@ -147,7 +147,7 @@ def _one_process(monkeypatch) -> None:
         with ThreadPoolExecutor(1) as executor:
             yield executor
 
-    monkeypatch.setattr("lkd.fidelity.start_workers", start_thread)
+    monkeypatch.setattr("lkd.evaluation.fidelity.fidelity.start_workers", start_thread)
 
 
 @pytest.mark.usefixtures("_one_process")

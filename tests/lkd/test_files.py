@@ -6,18 +6,17 @@ import pytest
 import torch
 
 import lkd
-from lkd.artifact import VERSION, read_provenance, save_loss
-from lkd.checkpoint import load_checkpoint, save_checkpoint
-from lkd.checkpoints import Checkpoints
 from lkd.config import TrainRecipe
-from lkd.errors import UserError
-from lkd.files import replaced_atomically
+from lkd.core.errors import UserError
+from lkd.core.files import replaced_atomically
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import load_checkpoint, save_checkpoint, write_tensors
 from lkd.losses import LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
+from lkd.losses.learned.file import VERSION, read_provenance, save_loss
 from lkd.models import build
-from lkd.models.network_file import load_network, save_network
-from lkd.outputs import Outputs
-from lkd.tensor_files import write_tensors
+from lkd.models.files import load_network, save_network
+from lkd.training.checkpoints import Checkpoints
 
 
 def make_loss() -> LearnedLoss:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import lkd
-from lkd.data.given_images import read_images
+from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
-from lkd.given import GivenData
-from lkd.models.given_network import adapt_given
+from lkd.models.build import adapt_given
 from lkd.models.small import SMALL_NETWORKS
+from lkd.training.build import GivenData
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
 
@@ -103,7 +103,7 @@ def test_images_that_cannot_be_used_are_refused_in_one_line(source, options: dic
 
 
 def test_too_large_a_dataset_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lkd.data.given_images.MEMORY_LIMIT", 30 * 6 * 5 * 3 - 1)
+    monkeypatch.setattr("lkd.data.arrays.MEMORY_LIMIT", 30 * 6 * 5 * 3 - 1)
     with pytest.raises(lkd.UserError, match=r"take 0.0 GiB of memory, more than 0: give image_size"):
         read_images(Pictures())
 

@@ -27,24 +27,24 @@ from benchmarks.hostile_input.read_data import add, draw_picture, write_shards
 from benchmarks.hostile_input.read_tensors import CPU, TINY, tiny_training
 from benchmarks.hostile_input.readers import READERS
 from benchmarks.hostile_input.text_mutators import ALIAS_BOMB, MERGE_BOMB
-from lkd.artifact import KIND, VERSION
-from lkd.balance.example_weights import load_weights
-from lkd.checkpoint import encode, load_checkpoint, save_checkpoint
-from lkd.checkpoints import Checkpoints
-from lkd.cli import main, parse_recipe
+from lkd.cli import main
 from lkd.config import TrainRecipe
+from lkd.config.parse import parse_recipe
+from lkd.core.errors import UserError
+from lkd.core.files import MOST_JSON, read_json, write_json
+from lkd.core.tensor_files import MOST_HEADER, encode, load_checkpoint, save_checkpoint, write_tensors
 from lkd.data import load_dataset
-from lkd.data.decoding import MOST_PIXELS, DamagedImageError, as_bytes, decode
-from lkd.data.fashion_mnist import read_embedded_archive
-from lkd.data.tar_files import index_tar
-from lkd.errors import UserError
-from lkd.files import MOST_JSON, read_json, write_json
+from lkd.data.image_files import MOST_PIXELS, DamagedImageError, as_bytes, decode
+from lkd.data.readers import read_embedded_archive
+from lkd.data.sources import index_tar
+from lkd.influence.weighted_loss import load_weights
 from lkd.losses.learned import FORMS
+from lkd.losses.learned.file import KIND, VERSION
 from lkd.models import build
-from lkd.models.foreign_checkpoint import load_crd_checkpoint
-from lkd.models.network_file import load_network, save_network
-from lkd.pool import INDEX, open_pool, write_student
-from lkd.tensor_files import MOST_HEADER, write_tensors
+from lkd.models.files import load_network, save_network
+from lkd.models.published_weights import load_crd_checkpoint
+from lkd.pool.pool import INDEX, open_pool, write_student
+from lkd.training.checkpoints import Checkpoints
 
 SOURCES = [
     path

@@ -10,16 +10,14 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe
+from lkd.core.errors import UserError
+from lkd.core.random import draw_uniform
 from lkd.data import Batches, ImageSet, LoadingOptions, load_dataset
-from lkd.data.crops import choose_crop, cut_center, cut_random
-from lkd.data.decoding import DamagedImageError
-from lkd.data.image_files import ImageFiles, open_source
-from lkd.data.random_numbers import draw_uniform
-from lkd.data.sources import FileSource
-from lkd.errors import UserError
+from lkd.data.augment import choose_crop, cut_center, cut_random
+from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, open_source
+from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_cifar, write_image_folder
 
 

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lkd.balance.example_weights import weigh_examples
-from lkd.balance.influence import measure_influence
-from lkd.calibration import calibrated_cross_entropy
 from lkd.config import InfluenceSettings
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.statistics import spearman
 from lkd.data import ImageSet
-from lkd.errors import UserError
+from lkd.influence.influence import measure_influence
+from lkd.influence.weighted_loss import weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
+from lkd.losses.functions import calibrated_cross_entropy
 from lkd.models import build
-from lkd.outputs import Outputs
-from lkd.rank_correlation import spearman
-from lkd.teacher import Teacher
+from lkd.models.teacher import Teacher
 
 CPU = torch.device("cpu")
 TRAIN, CLASSES, DAMPING = 24, 3, 0.05

@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_teacher
-from lkd.balance.example_weights import load_weights, save_weights
-from lkd.balance.pseudo_labels import label_by_teacher
-from lkd.checkpoint import digest, load_checkpoint, save_checkpoint
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
+from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses.build import build_loss
 from lkd.models import build
-from lkd.models.network_file import save_network
-from lkd.outputs import Outputs
-from lkd.teacher import Teacher
+from lkd.models.files import save_network
+from lkd.models.teacher import Teacher
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
+from lkd.training.distill import label_by_teacher, start_training
 
 CPU = torch.device("cpu")
 TEACHER = TeacherRecipe(path="random", name="small_cnn")

@@ -12,25 +12,27 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from lkd.artifact import load_loss, save_loss
 from lkd.cli import main
 from lkd.config import InspectRecipe
-from lkd.inspection import inspect_loss
-from lkd.inspection.balance_fit import fit_balance
-from lkd.inspection.command import inspect_recipe
-from lkd.inspection.field import describe_field, find_rest
-from lkd.inspection.invariances import check_invariances
-from lkd.inspection.pairing import describe_pairing
-from lkd.inspection.probes import STAGES, States, draw_states, logit_gradient
-from lkd.inspection.provenance import describe_file
+from lkd.core.outputs import Outputs
+from lkd.evaluation.inspection.balance_fit import STAGES, States, draw_states, fit_balance, logit_gradient
+from lkd.evaluation.inspection.inspect import (
+    describe_field,
+    describe_file,
+    describe_pairing,
+    find_rest,
+    inspect_loss,
+    inspect_recipe,
+)
+from lkd.evaluation.inspection.invariances import check_invariances
 from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.dkd import DKDLoss
 from lkd.losses.learned import FORMS, FeatureLoss, build_learned_loss
-from lkd.losses.replayed import ReplayedLoss
+from lkd.losses.learned.file import load_loss, save_loss
+from lkd.losses.learned.loss import ReplayedLoss
 from lkd.models import build
 from lkd.models.small import StagedNetwork
-from lkd.outputs import Outputs
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_learned_forms import wander
 
@@ -282,7 +284,7 @@ def learned_file(tmp_path) -> Path:
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, learned_file: Path, capsys) -> None:
-    from lkd.models.network_file import save_network
+    from lkd.models.files import save_network
 
     Path("cut.lkd.safetensors").write_bytes(learned_file.read_bytes()[:-100])
     architecture = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1}

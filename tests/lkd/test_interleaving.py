@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from lkd.artifact import load_loss, read_provenance, save_loss
-from lkd.assembly import prepare_images, prepare_teacher
 from lkd.config import MetaSettings
-from lkd.distillation import start_training
-from lkd.errors import UserError
-from lkd.interleaving import alternation_start, check_interleaving, window_end
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
 from lkd.losses import LearnedLoss, LogitLoss, ReplayedLoss
-from lkd.models.network_file import load_network
-from lkd.outer_loop import OuterLoop
-from lkd.outputs import Outputs
-from lkd.rollouts import compute_inner_loss, half_cosine
+from lkd.losses.learned.file import load_loss, read_provenance, save_loss
+from lkd.meta_training.online_student import alternation_start, check_interleaving, window_end
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
+from lkd.models.files import load_network
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import start_training
 from meta import State, Tape
 from meta.estimators import ESTIMATORS
 from meta.optim import SGD, read_slots

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from lkd.intervals import confidence_interval, t_quantile
+from lkd.core.statistics import confidence_interval, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lkd.core.outputs import Outputs
 from lkd.losses import KDLoss, LearnedLoss
 from lkd.losses.dkd import DKDLoss
 from lkd.losses.learned import FORMS, DecoupledLoss, GenericLoss, ResidualLoss, TargetLoss, build_learned_loss
 from lkd.losses.learned.inputs import read_logits
-from lkd.losses.learned.normalization import reference_logits
-from lkd.losses.learned.perceptron import Perceptron
-from lkd.outputs import Outputs
+from lkd.losses.learned.loss import reference_logits
+from lkd.losses.learned.networks import Perceptron
 from meta import ESTIMATORS, State, call_module, verify
 from meta.optim import SGD
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 import lkd
-from lkd.artifact import KIND, save_loss
-from lkd.assembly import prepare_images, prepare_learned_loss
 from lkd.cli import main
 from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import write_tensors
 from lkd.losses import FeatureLoss, KDLoss, LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import FORMS, build_learned_loss, find_saturated, gradient_shares
-from lkd.outputs import Outputs
-from lkd.tensor_files import write_tensors
+from lkd.losses.learned.file import KIND, save_loss
+from lkd.training.build import prepare_images, prepare_learned_loss
 from tests.lkd.test_learned_forms import wander
 
 STAGES = {"first": (4, 6, 6), "last": (8, 3, 3)}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lkd.core.outputs import Outputs
 from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import build_learned_loss
-from lkd.outputs import Outputs
 
 
 def draw(batch: int = 16, classes: int = 10, dtype: torch.dtype = torch.float32, scale: float = 3.0):

@@ -8,7 +8,7 @@ from typing import Any
 from lkd.losses.build import FEATURE_LOSSES, LOSSES, build_loss
 from lkd.losses.learned import FORMS, FeatureLoss
 from lkd.losses.stages import pair_equal_sizes, pair_last
-from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
+from lkd.losses.torchdistill import RECIPES, REFUSED
 
 TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
 ROWS = {

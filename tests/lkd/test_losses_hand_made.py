@@ -7,10 +7,10 @@ import torch
 import torchdistill.losses.mid_level as oracle
 from torch.nn import functional as F
 
-from lkd.errors import UserError
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
 from lkd.losses.build import FEATURE_LOSSES, build_loss
-from lkd.losses.rkd import RKDLoss
-from lkd.outputs import Outputs
+from lkd.losses.features import RKDLoss
 
 STUDENT = {"shallow": (6, 8, 8), "middle": (8, 4, 4), "deep": (12, 2, 2)}
 TEACHER = {"low": (10, 16, 16), "half": (9, 8, 8), "high": (7, 4, 4), "top": (20, 2, 2)}

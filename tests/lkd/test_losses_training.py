@@ -4,19 +4,18 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
-from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.data import Batches
-from lkd.distillation import start_training
-from lkd.errors import UserError
 from lkd.losses.build import LOSSES, build_loss
-from lkd.losses.torchdistill_loss import TorchdistillLoss
-from lkd.losses.torchdistill_recipes import RECIPES, REFUSED
-from lkd.outputs import Outputs
-from lkd.teacher import TabulatedTeacher, Teacher
-from lkd.training import Training
+from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
+from lkd.models.teacher import TabulatedTeacher, Teacher
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 
 CPU = torch.device("cpu")
 CNN = ModelRecipe("small_cnn")
@@ -157,7 +156,7 @@ def test_a_table_keeps_the_features_that_the_loss_reads(images, monkeypatch: pyt
     batch = Batches(images.train, 30, seed=1).at(2)
     for stage, feature in table(batch).features.items():
         torch.testing.assert_close(feature, live(batch).features[stage])
-    monkeypatch.setattr("lkd.assembly.networks.TABLE_BYTES", 1000)
+    monkeypatch.setattr("lkd.training.build.TABLE_BYTES", 1000)
     assert isinstance(start(images, "at").teacher, Teacher), "too large a table: the teacher is asked live"
     assert isinstance(start(images, "kd").teacher, TabulatedTeacher)
 
@@ -215,7 +214,7 @@ def test_bad_specifications_are_one_clear_line(specification, message: str) -> N
 
 
 def test_without_torchdistill_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lkd.losses.torchdistill_loss", None)
+    monkeypatch.setitem(__import__("sys").modules, "lkd.losses.torchdistill", None)
     with pytest.raises(UserError, match=r'pip install "lkd\[torchdistill\]"'):
         build_loss("torchdistill/PKTLoss", STAGES, STAGES)
 

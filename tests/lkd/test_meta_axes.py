@@ -9,23 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lkd.artifact import read_provenance
-from lkd.assembly import prepare_images, prepare_teacher
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
+from lkd.core.errors import UserError
+from lkd.core.files import read_json
+from lkd.core.interrupt import Interrupted
+from lkd.core.outputs import Outputs
 from lkd.data import Batch
-from lkd.distillation import start_training
-from lkd.errors import UserError
-from lkd.files import read_json
-from lkd.interrupt import Interrupted
 from lkd.losses import LearnedLoss, LogitLoss
-from lkd.meta_checks import check_meta_validation, check_schedule, check_settings
-from lkd.meta_cost import summarize_cost
-from lkd.outer_loop import OuterLoop
-from lkd.outputs import Outputs
-from lkd.pool import Pool, open_pool
-from lkd.pools import count_pool_trainings
-from lkd.rollouts import build_inner_optimizer
-from lkd.training import Training
+from lkd.losses.learned.file import read_provenance
+from lkd.meta_training.checks import check_meta_validation, check_schedule, check_settings
+from lkd.meta_training.log import summarize_cost
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.rollouts import build_inner_optimizer
+from lkd.pool.pool import Pool, count_pool_trainings, open_pool
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 from meta import ESTIMATORS, Hypergradient, rollout
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
@@ -142,7 +141,7 @@ def test_architectures_take_turns_and_share_the_loss() -> None:
 
 
 def test_live_students_are_trained_with_the_loss_as_it_is(monkeypatch) -> None:
-    monkeypatch.setattr("lkd.meta_training.drop_superseded_pools", lambda *arguments: None)
+    monkeypatch.setattr("lkd.meta_training.meta_train.drop_superseded_pools", lambda *arguments: None)
     recipe = tiny_recipe(SMALL | {"sampling": "live", "refresh_every": 2}, outer_steps=5, learning_rate=0.1)
     path = run_recipe(recipe)
     folders = sorted((path.parent / "live").iterdir())
@@ -339,7 +338,7 @@ def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(interleaving: s
     def build(recipe: MetaTrainRecipe, images) -> LearnedLoss:
         return LearnedLoss({"logits": LogitLoss(), "features": FeaturePart()})
 
-    monkeypatch.setattr("lkd.meta_training.prepare_learned_loss", build)
+    monkeypatch.setattr("lkd.meta_training.meta_train.prepare_learned_loss", build)
     path = run_recipe(tiny_recipe(SMALL, interleaving=interleaving, reuse_every=3, reuse_epochs=1))
     changed = [key for key, tensor in load_file(path).items() if "features" in key and tensor != 0]
     assert changed

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.artifact import load_loss, read_provenance, save_loss
-from lkd.assembly import prepare_images, prepare_learned_loss, prepare_stages
 from lkd.config import ModelRecipe
-from lkd.interleaving import assemble_loss, copy_state
+from lkd.core.outputs import Outputs
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
-from lkd.meta_log import describe_saturation
-from lkd.outer_loop import OuterLoop
-from lkd.outputs import Outputs
+from lkd.losses.learned.file import load_loss, read_provenance, save_loss
+from lkd.meta_training.log import describe_saturation
+from lkd.meta_training.online_student import assemble_loss, copy_state
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.training.build import prepare_images, prepare_learned_loss, prepare_stages
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
 STUDENTS = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
@@ -65,8 +65,8 @@ def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapte
 def test_a_saturated_part_is_told_once_even_if_the_run_goes_on_later(monkeypatch, capsys) -> None:
     recipe = tiny_recipe(outer_steps=4, checkpoint_every=1)
     recipe.resume = "auto"
-    monkeypatch.setattr("lkd.meta_log.SATURATED", 2.0)
-    monkeypatch.setattr("lkd.meta_log.find_saturated", lambda shares: ["logits"])
+    monkeypatch.setattr("lkd.meta_training.log.SATURATED", 2.0)
+    monkeypatch.setattr("lkd.meta_training.log.find_saturated", lambda shares: ["logits"])
     run_step = OuterLoop.run_step
     for stop_after in (2, None):
 

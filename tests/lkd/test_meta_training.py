@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from lkd.assembly import architecture_of, prepare_images, prepare_teacher
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
-from lkd.errors import UserError
-from lkd.meta_checks import check_settings
-from lkd.outer_loop import OuterLoop
-from lkd.pool import build_pool, open_pool
-from lkd.rollouts import build_inner_optimizer, compute_inner_loss
-from lkd.run import open_run
+from lkd.core.errors import UserError
+from lkd.meta_training.checks import check_settings
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
+from lkd.pool.pool import build_pool, open_pool
+from lkd.tracking.run import open_run
+from lkd.training.build import architecture_of, prepare_images, prepare_teacher
 from meta import verify
 from meta.estimators import ESTIMATORS
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
@@ -123,7 +123,7 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     recipe.pool.max_age = 0.0
     recipe.pool.snapshots = 1
     path = run_recipe(recipe)
-    from lkd.artifact import load_loss, read_provenance
+    from lkd.losses.learned.file import load_loss, read_provenance
 
     curve = read_provenance(path)["curve"]
     assert len(curve) == 12

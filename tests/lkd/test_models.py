@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 
-from lkd.errors import UserError
+from lkd.core.errors import UserError
 from lkd.models import build, describe, plain_state_dict
-from lkd.models.describe import format_description
+from lkd.models.build import format_description
 from lkd.models.small import SMALL_NETWORKS
 from meta import call_module
 

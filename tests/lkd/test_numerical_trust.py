@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lkd
-from lkd.assembly import prepare_images
 from lkd.config import DataRecipe
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
 from lkd.data import Batches
-from lkd.errors import UserError
 from lkd.losses import LearnedLoss
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.learned import FORMS, FeatureLoss
-from lkd.outputs import Outputs
+from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 
 STAGES = {"a": (4, 6, 6), "b": (6, 3, 3)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lkd.outer_objectives import OBJECTIVES, brier_score, smoothed_error
+from lkd.meta_training.rollouts import OBJECTIVES, brier_score, smoothed_error
 
 
 def test_brier_score_is_a_sum_over_samples_and_classes() -> None:

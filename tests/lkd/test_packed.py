@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe
+from lkd.core.errors import UserError
 from lkd.data import Batches
-from lkd.errors import UserError
+from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 
 SIZE = 28  # 7/8 of 32, the shorter side that is packed

@@ -12,13 +12,11 @@ from torch import nn
 
 from lkd.cli import main
 from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.files import read_json
+from lkd.core.files import read_json
+from lkd.evaluation import plan_steps as dry_rollout
+from lkd.evaluation.plan import GPUS, plan_images, stand_in
+from lkd.evaluation.plan_steps import extrapolate, plan_loss, run_dry_rollout, run_dry_step
 from lkd.models import build
-from lkd.plan import dry_rollout
-from lkd.plan.dry_rollout import extrapolate, run_dry_rollout
-from lkd.plan.dry_run import plan_loss, run_dry_step
-from lkd.plan.gpus import GPUS
-from lkd.plan.images import plan_images, stand_in
 
 ROOT = Path(__file__).parents[2]
 GPU = GPUS["a100_sxm_80gb"]
@@ -72,13 +70,13 @@ def test_a_known_network_has_its_known_flops_and_bfloat16_halves_the_traffic() -
 
 MEASURE = """
 import torch
-from lkd.cost import Cost
+from lkd.evaluation.comparison.trials import Cost
 from lkd.config import TrainRecipe
 from lkd.data import Batches, ImageSet
 from lkd.losses import KDLoss
 from lkd.models import build
-from lkd.teacher import Teacher
-from lkd.training import Training
+from lkd.models.teacher import Teacher
+from lkd.training.training import Training
 torch.set_num_threads(1)
 pixels = torch.zeros(96, 3, 64, 64, dtype=torch.uint8)
 images = ImageSet(pixels, torch.zeros(96).long(), torch.arange(96), tuple("0123456789"), (0.5,) * 3, (0.5,) * 3)

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.killed_runs import VIT
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe
+from lkd.core.distributed import read_job
+from lkd.core.errors import UserError
 from lkd.data import Batches
-from lkd.errors import UserError
-from lkd.models.network_file import load_network
-from lkd.processes import read_job
-from lkd.run import open_run
+from lkd.models.files import load_network
+from lkd.tracking.run import open_run
+from lkd.training.build import prepare_images
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
 DISTILL = ["distill", *TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]

@@ -7,9 +7,8 @@ import pytest
 
 import lkd
 from lkd.cli import main
-from lkd.files import read_json
-from lkd.quickstart_figures import regrets
-from lkd.quickstart_recipes import SETTINGS
+from lkd.core.files import read_json
+from lkd.evaluation.quickstart import SETTINGS, regrets
 
 
 @pytest.fixture(scope="module")

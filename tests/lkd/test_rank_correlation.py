@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lkd.data import seeded_generator
-from lkd.rank_correlation import (
+from lkd.core.statistics import (
     bootstrap_correlation,
     correlate,
     noise_ceiling,
@@ -13,6 +12,7 @@ from lkd.rank_correlation import (
     spearman,
     split_halves,
 )
+from lkd.data import seeded_generator
 
 
 def test_ranks_share_ties() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks.photographs import add_member, write_web_shards
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe
+from lkd.core.errors import UserError
 from lkd.data import Batches, Dataset, LoadingOptions, load_dataset
-from lkd.errors import UserError
+from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lkd.cli import main, parse_recipe
+from lkd.cli import main
 from lkd.config import TrainRecipe
-from lkd.errors import UserError
-from lkd.optimization import build_scheduler
-from lkd.recipe_files import read_recipe
+from lkd.config.parse import parse_recipe, read_recipe
+from lkd.core.errors import UserError
+from lkd.training.optimizer import build_scheduler
 
 
 def test_bases_are_merged_under_the_files_own_keys(tmp_path) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from lkd.cli import main, parse_recipe
+from lkd.cli import main
 from lkd.config import CompareRecipe
-from lkd.files import read_json, write_json
-from lkd.reporting.curves import Curve, read_curves, thin
-from lkd.reporting.page import build_page
-from lkd.reporting.reproduction import command_line
-from lkd.reporting.runs import name_apart, read_runs
+from lkd.config.parse import parse_recipe
+from lkd.core.files import read_json, write_json
+from lkd.evaluation.report.page import build_page, command_line
+from lkd.evaluation.report.runs import Curve, name_apart, read_curves, read_runs, thin
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
@@ -75,7 +74,9 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("lkd.comparison.start_workers", lambda count: ThreadPoolExecutor(1))  # a process starts slowly
+        patch.setattr(
+            "lkd.evaluation.comparison.compare.start_workers", lambda count: ThreadPoolExecutor(1)
+        )  # a process starts slowly
         run_recipe(tiny_recipe(run_dir="learned", reuse_every=2))
         loss = ["--loss", "learned/loss.lkd.safetensors"]
         assert main(["distill", "--run_dir", "student", *TINY, *loss]) == 0

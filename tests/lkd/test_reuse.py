@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.artifact import load_loss, read_provenance
-from lkd.assembly import prepare_images, prepare_teacher
 from lkd.config import DataRecipe, TrainRecipe
-from lkd.distillation import start_training
-from lkd.evaluation import evaluate
-from lkd.interleaving import copy_state, draw_seed
-from lkd.interrupt import StopRequest
+from lkd.core.interrupt import StopRequest
 from lkd.losses import ReplayedLoss
-from lkd.outer_loop import OuterLoop
-from lkd.reuse import Reuse, shorten
-from lkd.run import Run
-from lkd.training import DivergedError, Training
+from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.meta_training.online_student import copy_state, draw_seed
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.reuse import Reuse, shorten
+from lkd.tracking.run import Run
+from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.distill import start_training
+from lkd.training.evaluate import evaluate
+from lkd.training.training import DivergedError, Training
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 
 CPU = torch.device("cpu")

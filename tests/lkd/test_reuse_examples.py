@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import lkd
-from lkd.artifact import load_loss, save_loss
 from lkd.losses.learned import build_learned_loss
+from lkd.losses.learned.file import load_loss, save_loss
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))

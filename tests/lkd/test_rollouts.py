@@ -5,13 +5,19 @@ import itertools
 import pytest
 import torch
 
-from lkd.assembly import prepare_images, prepare_student
 from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
+from lkd.core.outputs import Outputs
 from lkd.data import Batches
 from lkd.losses.build import build_loss
-from lkd.outputs import Outputs
-from lkd.rollouts import anneal_rate, build_inner_optimizer, compute_inner_loss, draw_rollout_images, list_inner_batches
-from lkd.training import Training
+from lkd.meta_training.rollouts import (
+    anneal_rate,
+    build_inner_optimizer,
+    compute_inner_loss,
+    draw_rollout_images,
+    list_inner_batches,
+)
+from lkd.training.build import prepare_images, prepare_student
+from lkd.training.training import Training
 from meta import State, rollout
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 
 from lkd.cli import main
 from lkd.config import DistillRecipe
-from lkd.errors import UserError
-from lkd.run import open_run
+from lkd.core.errors import UserError
 from lkd.tracking import read_log
-from lkd.training import Training
+from lkd.tracking.run import open_run
+from lkd.training.training import Training
 from tests.lkd.test_cli import TINY
 
 

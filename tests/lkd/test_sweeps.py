@@ -12,9 +12,10 @@ import wandb
 import yaml
 from wandb.wandb_agent import Agent
 
-from lkd.cli import main, parse_recipe
-from lkd.resumption import flatten
+from lkd.cli import main
+from lkd.config.parse import parse_recipe
 from lkd.tracking import read_log
+from lkd.tracking.run import flatten
 from tests.lkd.test_tracking import read_wandb
 
 ROOT = Path(__file__).parents[2]

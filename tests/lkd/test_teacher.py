@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lkd.assembly import check_network, prepare_images, prepare_teacher
 from lkd.config import DataRecipe, TeacherRecipe
+from lkd.core.errors import UserError
 from lkd.data import Batches
 from lkd.data.embedded import TEACHER
-from lkd.errors import UserError
 from lkd.models import build
-from lkd.models.network_file import load_network
-from lkd.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
+from lkd.models.files import load_network
+from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
+from lkd.training.build import check_network, prepare_images, prepare_teacher
 
 CPU = torch.device("cpu")
 

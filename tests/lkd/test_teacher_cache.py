@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from benchmarks.killed_runs import start_command
-from lkd.assembly import architecture_of, prepare_images, prepare_teacher
-from lkd.caching import cache_answers
 from lkd.cli import main
-from lkd.compressed_logits import bytes_of_answer, check_top_k, compress_logits, restore_logits
 from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError
 from lkd.data import Batches
-from lkd.data.ordered_batches import OrderedBatches
-from lkd.errors import UserError
+from lkd.data.batches import OrderedBatches
+from lkd.export.cache import cache_answers
 from lkd.models import build
-from lkd.models.network_file import save_network
-from lkd.teacher import Teacher
+from lkd.models.files import save_network
+from lkd.models.teacher import Teacher
+from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logits, restore_logits
+from lkd.training.build import architecture_of, prepare_images, prepare_teacher
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")

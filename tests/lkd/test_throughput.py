@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lkd import distillation, throughput
-from lkd.assembly import prepare_images
 from lkd.cli import main
 from lkd.config import DataRecipe, TrainRecipe
+from lkd.core.outputs import Outputs
 from lkd.data import Batches
-from lkd.outputs import Outputs
-from lkd.throughput import PARTS
-from lkd.training import Training
+from lkd.training import distill as distillation
+from lkd.training import throughput
+from lkd.training.build import prepare_images
+from lkd.training.throughput import PARTS
+from lkd.training.training import Training
 
 TAKES = {"data": 2.0, "teacher": 3.0, "student": 5.0, "loss": 7.0}
 

@@ -15,11 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.faults.wandb_server import StandIn
-from lkd.checkpoint import digest
 from lkd.cli import main
 from lkd.config import WandbRecipe
-from lkd.files import read_json
-from lkd.tracking import Tracker, read_log, service
+from lkd.core.files import read_json
+from lkd.core.tensor_files import digest
+from lkd.tracking import Tracker, read_log
+from lkd.tracking import tracker as service
 from lkd.tracking.lineage import Entry, find_used, hash_file, hash_folder, record
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import ENVIRONMENT, TINY
@@ -222,7 +223,7 @@ def test_looking_at_a_batch_changes_nothing_and_its_shares_add_up(monkeypatch) -
         assert 0.99 < sum(shares) < 1.01 or sum(shares) < 1
         assert 0 <= row["train/agreement"] <= 100
         assert math.isfinite(row["gradient_norm"])
-    monkeypatch.setattr("lkd.distillation.describe_batch", lambda *arguments: {})
+    monkeypatch.setattr("lkd.training.distill.describe_batch", lambda *arguments: {})
     assert main([*words, "--run_dir", "alone"]) == 0
     assert hash_tensors("looked/student.safetensors") == hash_tensors("alone/student.safetensors")
 

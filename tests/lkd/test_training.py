@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lkd.assembly import prepare_images, prepare_loss, prepare_student, prepare_teacher, read_teacher_stages
-from lkd.checkpoint import load_checkpoint, save_checkpoint
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.data import Batches
-from lkd.distillation import start_training
-from lkd.errors import UserError
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.models import build
-from lkd.outputs import Outputs
-from lkd.teacher import Teacher
-from lkd.training import Training
+from lkd.models.teacher import Teacher
+from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher, read_teacher_stages
+from lkd.training.distill import start_training
+from lkd.training.training import Training
 
 CPU = torch.device("cpu")
 DATA = DataRecipe(augmentation="flip_and_crop")

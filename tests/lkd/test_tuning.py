@@ -4,14 +4,12 @@ from collections import Counter
 
 import pytest
 
-from lkd.assembly import prepare_images
-from lkd.cells import cell_path
-from lkd.comparison import check_methods
-from lkd.comparison_plan import pick_options, plan_tuning
 from lkd.config import CompareRecipe, DataRecipe, TrainRecipe
-from lkd.errors import UserError
-from lkd.files import write_json
-from lkd.tuning import choose_points, expand_grid, split_method
+from lkd.core.errors import UserError
+from lkd.core.files import write_json
+from lkd.evaluation.comparison.compare import check_methods, pick_options, plan_tuning
+from lkd.evaluation.comparison.trials import cell_path, choose_points, expand_grid, split_method
+from lkd.training.build import prepare_images
 
 IMAGES = prepare_images(DataRecipe(train_size=200, meta_validation_size=100))
 GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from benchmarks.variance_problems import LeastSquares, flat_labels, softmax_gradients, train_svrg
-from lkd.balance.contract import Moment
-from lkd.balance.variance import GradientMoments, VarianceOptimalBalance, optimal_share
+from lkd.balance.rules import GradientMoments, Moment, VarianceOptimalBalance, optimal_share
 from lkd.cli import main
-from lkd.files import read_json
+from lkd.core.files import read_json
+from lkd.core.outputs import Outputs
 from lkd.losses import KDLoss
-from lkd.outputs import Outputs
 
 
 def test_the_gradient_of_kd_is_the_students_minus_lambda_times_the_teachers() -> None:

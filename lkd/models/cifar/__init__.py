@@ -9,10 +9,9 @@ from functools import partial
 from torch import nn
 
 from lkd.models.cifar.mobilenet import MobileNetV2
-from lkd.models.cifar.resnet import ResNet, make_basic_block, make_bottleneck
+from lkd.models.cifar.resnet import ResNet, WideResNet, make_basic_block, make_bottleneck
 from lkd.models.cifar.shufflenet import ShuffleNetV1, ShuffleNetV2
 from lkd.models.cifar.vgg import VGG
-from lkd.models.cifar.wide_resnet import WideResNet
 
 # Blocks a stage, then channels of the stem and of every stage.
 BASIC_RESNETS = {

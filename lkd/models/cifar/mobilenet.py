@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from lkd.core.outputs import Outputs
 from lkd.models.cifar.parts import convolve, initialize, pool, run_stages
-from lkd.outputs import Outputs
 
 # Expansion, channels, blocks, stride of the first block.
 STAGES = (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from lkd.core.outputs import Outputs
 from lkd.models.cifar.parts import convolve, pool, run_stages, shuffle_channels
-from lkd.outputs import Outputs
 
 
 class Normalized(nn.Module):

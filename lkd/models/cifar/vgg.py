@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from lkd.core.outputs import Outputs
 from lkd.models.cifar.parts import initialize, pool, run_stages
-from lkd.outputs import Outputs
 
 WIDTHS = (64, 128, 256, 512, 512)
 

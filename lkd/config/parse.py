@@ -1,0 +1,270 @@
+"""From the words of a command line and its recipe files to what the parser takes."""
+
+import difflib
+import json
+import re
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from lkd.config import (
+    CacheRecipe,
+    CompareRecipe,
+    DashboardRecipe,
+    DistillRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    FidelityRecipe,
+    InfluenceRecipe,
+    InspectRecipe,
+    MetaTrainRecipe,
+    PackRecipe,
+    PlanRecipe,
+    PoolRecipe,
+    PullRecipe,
+    PushRecipe,
+    QuickstartRecipe,
+    ReportRecipe,
+    TrainTeacherRecipe,
+    VarianceRecipe,
+)
+from lkd.core.errors import UserError
+from lkd.core.files import MALFORMED
+
+# Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "quickstart": (
+        QuickstartRecipe,
+        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
+    ),
+    "plan": (PlanRecipe, "what a recipe of distill or meta-train will take: hours, memory, data"),
+    "teacher": (TrainTeacherRecipe, "train a teacher"),
+    "pool": (PoolRecipe, "keep students at many ages, to start rollouts from"),
+    "fidelity": (FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
+    "meta-train": (MetaTrainRecipe, "learn a distillation loss and save it as one file"),
+    "inspect": (InspectRecipe, "what a learned or a hand-made loss does, without training: report and picture"),
+    "distill": (DistillRecipe, "train a student with a learned or a hand-made loss"),
+    "influence": (InfluenceRecipe, "which training images help a network, and which harm it"),
+    "evaluate": (EvaluateRecipe, "measure a teacher's or a student's file"),
+    "cache": (CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
+    "pack": (PackRecipe, "decode all images of a data set once, for faster loading"),
+    "variance": (VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
+    "export": (ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
+    "push": (PushRecipe, "put a learned loss on the Hugging Face Hub or into W&B's artifacts"),
+    "pull": (PullRecipe, "fetch a learned loss from there"),
+    "compare": (CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
+    "report": (ReportRecipe, "one HTML page about runs: results, curves, learned losses, settings, lineage"),
+    "dashboard": (DashboardRecipe, "a W&B workspace for a project's runs, or a report of a comparison"),
+}
+
+# Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
+POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipe files that build on others: `base: FILE` or `base: [FILE, ...]`, relative to the file that says it.
+
+MOST_BYTES = 1 << 20  # of a recipe
+MOST_NESTED = 20  # mappings and lists in each other
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe file, merged with its bases.
+
+    Nested keys are merged one by one; the file wins over its bases, a later base over an earlier one.
+
+    Args:
+        path: The YAML file.
+        above: The files that led here, to find cycles.
+
+    Raises:
+        UserError: If a file is missing, is not a YAML mapping, or is its own base.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    trail = " → ".join(str(file) for file in (*above, path))
+    if path.resolve() in {file.resolve() for file in above}:
+        raise UserError(f"base: {trail} is a cycle: remove one of these")
+    try:
+        text = read_bounded(path)
+        check_plain(text)
+        content = get_loader("yaml")(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"{trail}: cannot be read: {reason}") from error
+    except (*MALFORMED, yaml.YAMLError) as error:
+        raise UserError(f"{trail}: is not YAML that is read: {' '.join(str(error).split())[:500]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{trail}: is not a mapping of keys to values")
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{trail}: base: {bases!r} is not a file name or a list of file names")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read_recipe(path.parent / base, (*above, path)))
+    return merge(merged, content)
+
+
+def read_bounded(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: If it is over `MOST_BYTES` long.
+    """
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
+    return text
+
+
+def check_plain(text: str) -> None:
+    """Check that YAML is a tree as large as its text and not deep, before it is built.
+
+    Raises:
+        ValueError: If it has aliases, of which a few lines can stand for any amount of memory, or is nested deeply.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise ValueError(f"line {event.start_mark.line + 1}: it is nested more than {MOST_NESTED} deep")
+
+
+def merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested dicts; `over` wins."""
+    both = {key: merge(below[key], over[key]) for key in below.keys() & over.keys() if is_nested(below[key], over[key])}
+    return {**below, **over, **both}
+
+
+def is_nested(*values: Any) -> bool:
+    """Whether all of the values are dicts."""
+    return all(isinstance(value, dict) for value in values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The words of a command line, put into the form that the parser takes, and its errors into the user's words.
+
+
+def usage(recipe: type, field: str | None) -> str:
+    """What may come before the options: recipe files, or values of a field."""
+    if field is None:
+        return "[RECIPE.yaml ...]"
+    return f"{field.upper().removesuffix('S')} ..." if takes_list(recipe, field) else field.upper()
+
+
+def takes_list(recipe: type, field: str) -> bool:
+    """Whether a field of a recipe is a list."""
+    return get_origin(get_type_hints(recipe)[field]) is list
+
+
+def name_leading(words: list[str], recipe: type, field: str | None) -> list[str]:
+    """Put the option that they are for before the words that come before the options.
+
+    Args:
+        words: The command line after the command.
+        recipe: The command's dataclass.
+        field: Its field that they are for; None for recipe files.
+
+    Raises:
+        UserError: If the field takes one value and there are more.
+    """
+    leading = list(takewhile(lambda word: not word.startswith("-"), words))
+    options = words[len(leading) :]
+    if field is None:
+        return [part for path in leading for part in ("--config", path)] + options
+    if not leading:
+        return options
+    if takes_list(recipe, field):
+        return [f"--{field}", json.dumps(leading), *options]
+    if len(leading) > 1:
+        raise UserError(f"{field}: one is taken, but {len(leading)} are given: {' '.join(leading)}")
+    return [f"--{field}", leading[0], *options]
+
+
+def split_config(words: list[str]) -> list[str]:
+    """Let `--config=FILE` be `--config FILE`."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def read_recipes(words: list[str]) -> list[str]:
+    """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
+    return [
+        json.dumps(read_recipe(Path(word)), default=str) if before == "--config" else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def complete_switches(words: list[str], switches: set[str]) -> list[str]:
+    """Let `--switch` alone mean `--switch true`."""
+    completed = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        completed += [word, "true"] if word in switches and following.startswith("--") else [word]
+    return completed
+
+
+def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
+    """The dotted keys that a parser accepts; only those of one type if it is given."""
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest not in ("help", "print_config", "config")
+        and (of_type is None or getattr(action, "_typehint", None) is of_type)
+    ]
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """Jsonargparse's message as one line, with the nearest keys where one was unknown."""
+    line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
+    misplaced = re.search(r"unrecognized arguments: ([^-]\S*)", line)
+    if misplaced:
+        return f"{misplaced[1]!r} is not an option, nor a value of one; files and folders go before the options"
+    unknown = re.search(
+        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line
+    )
+    group = re.search(r"Group '([\w.]+)'", line)
+    if not unknown:
+        return line
+    name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
+    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
+    return f"unknown key {name!r}; nearest: {', '.join(near)}"
+
+
+def parse_recipe(command: str, words: list[str]) -> Any:
+    """Turn recipe files and overrides into the command's dataclass; None if only help was asked for.
+
+    Raises:
+        UserError: If a file cannot be read, a key is unknown or a value is of the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    recipe, field = COMMANDS[command][0], POSITIONAL.get(command)
+    set_parsing_settings(  # a recipe is data: no value of it may name code that is imported or made
+        import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
+    )
+    parser = ArgumentParser(
+        prog=f"lkd {command}",
+        usage=f"lkd {command} {usage(recipe, field)} [--key value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
+    parser.add_class_arguments(recipe)
+    words = split_config(name_leading(words, recipe, field))
+    expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
+    try:
+        parsed = parser.instantiate(parser.parse_args(expanded))
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_keys(parser))) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the recipe has a value that cannot be used ({type(error).__name__}: {error})") from error
+    except SystemExit:
+        return None
+    values = {key: value for key, value in vars(parsed).items() if key != "config"}
+    return recipe(**values)

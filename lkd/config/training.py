@@ -1,0 +1,267 @@
+"""The recipes of the commands that train, measure, cache or pack one thing."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes of the commands that train or measure one network.
+
+
+@dataclass
+class TrainTeacherRecipe(RunRecipe):
+    """Train a teacher with cross-entropy and save it as one file (RUN_DIR/teacher.safetensors).
+
+    Args:
+        data: Training and meta-validation images.
+        model: The network.
+        train: The training.
+    """
+
+    run_dir: str = "runs/teacher"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=lambda: ModelRecipe(name="small_resnet"))
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+
+@dataclass
+class DistillRecipe(RunRecipe):
+    """Train a student with any loss (RUN_DIR/student.safetensors).
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The training.
+        loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+        balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
+            docs/balance.md); without it the loss is the sum of its terms.
+        labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    balance: dict[str, Any] | str | None = None
+    labelled_size: int = 0
+
+
+@dataclass
+class EvaluateRecipe:
+    """Measure a teacher's or a student's file.
+
+    Args:
+        checkpoint: File written by `lkd teacher` or `lkd distill`, or `embedded`.
+        split: test, or meta_validation.
+        data: The images.
+        device: cpu, cuda or auto.
+    """
+
+    checkpoint: str = "embedded"
+    split: Literal["test", "meta_validation"] = "test"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    device: str = "auto"
+
+
+@dataclass
+class VarianceRecipe:
+    """Measure how noisy a finished student's gradient is for each share of the teacher (RUN_DIR/variance).
+
+    Args:
+        run_dir: Run directory of a finished `lkd distill`.
+        samples: Mini-batches of training images: half predict, half measure.
+        batch_size: Images of a mini-batch.
+        horizon: 1 / (learning rate · strong convexity): how much bias costs against noise.
+        device: cpu, cuda or auto.
+    """
+
+    run_dir: str = "runs/student"
+    samples: int = 100
+    batch_size: int = 10
+    horizon: float = 0.0
+    device: str = "auto"
+
+
+@dataclass
+class ExportRecipe:
+    """Write a student in the formats that others read; every file is read back and its logits compared (OUT_DIR).
+
+    Args:
+        checkpoint: File written by `lkd distill` or `lkd teacher`.
+        out_dir: Where the files go: student.pth, student.safetensors, student.onnx, student.pt2, export.json.
+        formats: Some of timm (a state dict for `timm.create_model(..., checkpoint_path=)`), safetensors (the same
+            weights), onnx (needs the `export` extra), torch_export.
+        image_size: Height and width of the input; 0 for that of the training images, which the file names.
+        tolerance: Largest difference of a logit, over the largest logit, between the file and the network.
+    """
+
+    checkpoint: str = "runs/student/student.safetensors"
+    out_dir: str = "runs/export"
+    formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
+    image_size: int = 0
+    tolerance: float = 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipe of a teacher cache.
+
+
+@dataclass
+class CacheRecipe(DistillRecipe):
+    """Keep a teacher's answers to N augmentations of every training image, for trainings with the same `teacher.cache`.
+
+    Takes the recipe of `lkd distill`, with `data.augmentation_seeds` N and the folder `teacher.cache`. Of the training
+    it reads batch size, precision, compile and channels_last. What is there already is kept, and the rest is added.
+
+    Args:
+        top_k: Classes of each answer that are kept, with the sum of the others' probabilities; 0 for all classes.
+        shard_size: Images a file; a killed command loses at most one file's answers.
+    """
+
+    top_k: int = 0
+    shard_size: int = 50_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipe of packed images.
+
+
+@dataclass
+class PackRecipe:
+    """Decode all images once and keep them scaled down, for trainings with the same `data.packed`.
+
+    Args:
+        data: The images, and in `packed` the folder that they go to.
+        shorter_side: Pixels of the shorter side; 256 is right for crops of 224.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    shorter_side: int = 256
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes of influence: how it is measured, and how weights are made of it.
+
+
+@dataclass
+class InfluenceSettings:
+    """How the influence of training images is measured, and how it becomes weights.
+
+    Args:
+        method: How the inverse curvature is applied: conjugate_gradient; exact (a dense matrix, for few parameters);
+            lissa (a stochastic Neumann series); ekfac (kronfluence's EK-FAC, needs the `influence` extra); bilevel (the
+            bi-level engine differentiates meta-validation through `iterations` steps of training); or
+            gradient_similarity (no curvature: a control).
+        objective: Of meta-validation: cross_entropy; or calibrated_cross_entropy, at its best temperature, to which
+            more or less confidence is no help.
+        curvature: gauss_newton, never negative for convex losses; or hessian, where damping is raised until it is not.
+        damping: Added to the curvature's diagonal; ekfac adds a tenth of each layer's mean eigenvalue instead.
+        iterations: Of conjugate gradients at most; terms of lissa; steps of bilevel.
+        step_size: Of lissa (times the largest eigenvalue below 2) and of bilevel's steps.
+        curvature_examples: Training images, drawn at random, that the curvature is taken over; 0 for all.
+        batch_size: Images at a time.
+        parameters: Only parameters whose names begin so, as in classifier; "" for all.
+        weights: sigmoid, of the negative influence standardised; or exponential, e to the influence scaled to [-1, 1].
+        sharpness: Factor in the sigmoid.
+        favour: Which images get more weight: helpful; or harmful, as the official code's exponential does (a defect).
+    """
+
+    method: Literal["conjugate_gradient", "exact", "lissa", "ekfac", "bilevel", "gradient_similarity"] = (
+        "conjugate_gradient"
+    )
+    objective: Literal["calibrated_cross_entropy", "cross_entropy"] = "calibrated_cross_entropy"
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    damping: float = 0.01
+    iterations: int = 30
+    step_size: float = 0.05
+    curvature_examples: int = 2000
+    batch_size: int = 500
+    parameters: str = ""
+    weights: Literal["sigmoid", "exponential"] = "sigmoid"
+    sharpness: float = 1.0
+    favour: Literal["helpful", "harmful"] = "helpful"
+
+
+@dataclass
+class InfluenceWeightedLossSettings:
+    """Options of the loss influence_weighted.
+
+    Args:
+        loss: The loss that is weighted, by name or as {name: ..., ...}.
+        weights: File of weights that `lkd influence` wrote; without it the student's own influence is measured.
+        first_epoch: Epoch, from 0, before which it is measured for the first time; until then all weights are 1.
+        refresh_epochs: Epochs after which it is measured anew; 0 for never.
+        teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, with its
+            gradient times this; 0 leaves it as it is.
+        influence: How it is measured, and how weights are made of it.
+    """
+
+    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    weights: str | None = None
+    first_epoch: int = 3
+    refresh_epochs: int = 0
+    teacher_rate: float = 0.0
+    influence: InfluenceSettings = field(default_factory=InfluenceSettings)
+
+
+@dataclass
+class InfluenceRecipe(RunRecipe):
+    """Measure the influence of every training image on the meta-validation loss of a network (RUN_DIR/influence.csv).
+
+    Also written: weights.safetensors (for the loss influence_weighted), influence.png (the most helpful and the most
+    harmful images), result.json. The test split is not read.
+
+    Args:
+        data: The images.
+        checkpoint: The network: a file written by `lkd distill` or `lkd teacher`, or `embedded`.
+        loss: What the images teach: a loss over logits, by name or as {name: ..., ...}.
+        teacher: The teacher, of losses that need one.
+        influence: How it is measured.
+        shown: Images in each half of the picture.
+    """
+
+    run_dir: str = "runs/influence"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    checkpoint: str = "embedded"
+    loss: dict[str, Any] | str = "cross_entropy"
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    influence: InfluenceSettings = field(default_factory=InfluenceSettings)
+    shown: int = 24
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipes of sharing a learned loss.
+
+
+@dataclass
+class PushRecipe:
+    """Put a learned loss on the Hugging Face Hub, with a model card, or into W&B's artifacts.
+
+    Args:
+        loss: The file.
+        to: hf://OWNER/REPOSITORY[@REVISION][/FILE] or wandb://ENTITY/PROJECT/ARTIFACT[:ALIAS].
+        private: Of a new repository on the Hub, whether others cannot see it.
+        card: Only write the model card to this file; nothing is sent.
+    """
+
+    loss: str
+    to: str
+    private: bool = False
+    card: str | None = None
+
+
+@dataclass
+class PullRecipe:
+    """Fetch a learned loss from the Hugging Face Hub or from W&B's artifacts, and check it.
+
+    Args:
+        loss: hf://OWNER/REPOSITORY[@REVISION][/FILE] or wandb://ENTITY/PROJECT/ARTIFACT[:VERSION]. Other commands take
+            such a name in the place of a file, too.
+        out: The file to write.
+    """
+
+    loss: str
+    out: str = "loss.lkd.safetensors"

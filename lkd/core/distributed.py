@@ -1,0 +1,191 @@
+"""The processes of one torchrun job: who they are, and what they tell each other. Alone, all of it does nothing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lkd.core.errors import UserError
+
+try:
+    from torch.distributed import set_timeout
+except ImportError:  # its name in earlier versions of torch
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+
+MEETING = timedelta(minutes=5)  # within which all processes of a job are there
+TIMEOUT = timedelta(minutes=30)  # afterwards: the main process writes while others wait
+LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says; gloo's errors are plain RuntimeErrors
+
+
+class Job(NamedTuple):
+    """What torchrun says of this process.
+
+    Attributes:
+        rank: Its number over all hosts; 0 is the main process, which alone writes.
+        size: Processes in all.
+        local_rank: Its number on this host: the GPU that it takes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def read_job() -> Job:
+    """Read the environment that torchrun sets; without it this process is alone."""
+    rank, size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    return Job(rank, size, local_rank)
+
+
+@contextmanager
+def join_processes(device: torch.device) -> Iterator[None]:
+    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
+
+    Raises:
+        UserError: If they do not meet, or another process was lost within the block.
+    """
+    if read_job().size == 1 or dist.is_initialized():
+        yield
+        return
+    meet(device)
+    try:
+        yield
+    except RuntimeError as error:
+        if is_lost(error):
+            raise UserError(
+                f"torchrun: process {own_rank()} has lost another process of the job; go on with --resume auto"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def meet(device: torch.device) -> None:
+    """Wait for the other processes of the job.
+
+    Raises:
+        UserError: If they are not there in time, or one dies meanwhile.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+    except (RuntimeError, ValueError) as error:  # the latter: torchrun's other variables are not there
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"torchrun: process {read_job().rank} has lost another process of the job, or not met it within "
+            f"{MEETING.total_seconds() / 60:g} minutes ({reason}); start again, with --resume auto"
+        ) from error
+    set_timeout(TIMEOUT)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error is that of a process that waits for another one which is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
+
+
+def place_of(device: torch.device) -> torch.device:
+    """This process's own GPU where the device is `cuda` without a number.
+
+    Raises:
+        UserError: If this host has fewer GPUs than processes.
+    """
+    job = read_job()
+    if device.type != "cuda" or device.index is not None or job.size == 1:
+        return device
+    if job.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun: process {job.local_rank} of this host has no GPU, there are {torch.cuda.device_count()}; "
+            "lower --nproc_per_node"
+        )
+    return torch.device("cuda", job.local_rank)
+
+
+def count_processes() -> int:
+    """Processes that have met."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_rank() -> int:
+    """The number of this process among those that have met."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return own_rank() == 0
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether any process says yes; all must ask."""
+    if count_processes() == 1:
+        return flag
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here: what the main process wrote before is there for all."""
+    if count_processes() > 1:
+        dist.barrier()
+
+
+def share_out(count: int, name: str) -> range:
+    """This process's share of so many numbered things: as many as every other process has.
+
+    Args:
+        count: How many there are.
+        name: The setting that says so.
+
+    Raises:
+        UserError: If they do not divide.
+    """
+    processes = count_processes()
+    if count % processes:
+        raise UserError(f"{name}: {count} do not divide among {processes} processes; take a multiple of {processes}")
+    return range(own_rank() * count // processes, (own_rank() + 1) * count // processes)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All processes' rows, one process's after another's; they may bring different numbers of them."""
+    if count_processes() == 1:
+        return rows
+    own = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.empty_like(own) for _ in range(count_processes())]
+    dist.all_gather(sizes, own)
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every process's item, by rank."""
+    items = [item] * count_processes()
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def share_from_main(item: Any) -> Any:
+    """The main process's item, whatever the others give."""
+    items = [item]
+    if count_processes() > 1:
+        dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def copy_buffers_from_main(module: torch.nn.Module) -> None:
+    """Give a module the main process's buffers: the running statistics of BatchNorm differ from process to process."""
+    if count_processes() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

@@ -1,0 +1,79 @@
+"""Mistakes that a user can mend: one line, exit code 2, no traceback."""
+
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes that a user can mend: one line, exit code 2, no traceback.
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BAD_PLACE = (  # a file's name, or where it lies: not what is in it
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+
+
+class UserError(Exception):
+    """A file, field or value that cannot be used.
+
+    The message names it, what was seen, what is accepted, and what to do.
+    """
+
+
+class DamagedFileError(UserError):
+    """A file whose content is not what was written."""
+
+
+def explain_failed_write(path: Path | str, error: OSError) -> str:
+    """One line about a file that could not be written."""
+    advice = "; free some space and go on with --resume auto" if error.errno in FULL_DISK else ""
+    return f"{path}: cannot be written: {error.strerror or error}{advice}"
+
+
+def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
+    """Check that a name is one of the known ones.
+
+    Args:
+        kind: What is being named, say `"student"`.
+        name: The name given.
+        choices: The accepted names.
+
+    Raises:
+        UserError: If `name` is not among `choices`; the message gives the nearest ones.
+    """
+    known = sorted(choices)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:12]
+        raise UserError(f"{kind}: unknown name {name!r}; nearest: {', '.join(near)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out of memory as one line that says what to lower.
+
+FOR_TRAININGS = "a smaller train.batch_size or more train.accumulation"
+FOR_ROLLOUTS = "a smaller meta.rollout_steps, meta.outer_batch_size or train.batch_size"
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names it
+
+
+@contextmanager
+def explain_exhaustion(place: str, less: str) -> Iterator[None]:
+    """Turn running out of memory within the block into a line for the user.
+
+    Args:
+        place: Where it happened, say `"step 12"`.
+        less: What needs less.
+
+    Raises:
+        UserError: If a device or the host has no memory left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
+            advice = f"go on with --resume auto where there is more, or anew with {less}"
+            raise UserError(f"{place}: out of memory; {advice}") from error
+        raise

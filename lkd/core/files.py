@@ -1,0 +1,193 @@
+"""Files that are never half written: text and JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lkd.core.errors import DamagedFileError, UserError, explain_failed_write
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are never half written: text and JSON.
+
+MOST_JSON = 1 << 26  # bytes of a JSON file: what is made of it takes several times as much memory
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+"""What taking the content of a damaged file apart can raise."""
+
+
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it replaces `path`, on failure it goes.
+
+    Raises:
+        UserError: If the folder cannot be written, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(explain_failed_write(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_free_space(setting: str, folder: Path, needed: int, what: str, advice: str) -> None:
+    """Check that a folder, which is made if it is not there, has space.
+
+    Args:
+        setting: The field that names it.
+        folder: The folder.
+        needed: Bytes that will be written.
+        what: What they hold.
+        advice: What to do if it has too little.
+
+    Raises:
+        UserError: If it has too little, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be written: {error.strerror}") from error
+    if needed > free:
+        raise UserError(
+            f"{setting}: {folder} has {free / 1e9:.1f} GB free, {what} need about {needed / 1e9:.1f} GB: {advice}"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=True) + "\n")
+
+
+def create_json(path: Path, content: Any) -> bool:
+    """Write a JSON file if there is none of that name, atomically; whether it was written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}")
+    write_json(temporary, content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+@contextmanager
+def refusing_malformed(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever goes wrong while the content of a file is taken apart into one line.
+
+    Args:
+        path: The file.
+        kind: What it should be.
+
+    Raises:
+        UserError: If anything does.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"{path}: is not a good {kind} ({type(error).__name__}: {reason}): replace it") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: If it cannot be read, has over `MOST_JSON` bytes, or is not JSON.
+    """
+    try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise DamagedFileError(f"{path}: is damaged: it has {size:,} bytes, at most {MOST_JSON:,} of JSON are read")
+        return parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: is not valid JSON: {error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: If it cannot be read or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a JSON object: replace it")
+    return content
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a result was made with: versions, platform, commit.
+
+PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and the source's commit."""
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a package, if it is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,197 @@
+"""A caller's own images as an image set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lkd.core.errors import UserError
+from lkd.data.image_files import LoadingOptions
+from lkd.data.images import ImageSet
+from lkd.data.readers import wrap_images
+from lkd.data.sources import MEAN, STD, LabelledSource, wrap_source
+
+MEMORY_LIMIT = 2**33  # bytes of images that are read into memory
+READ_TWICE = 16  # images that are read twice, to find a transform that is random
+
+
+def read_images(
+    source: Any,
+    *,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+    workers: int = 0,
+) -> ImageSet:
+    """Make images of your own ready for `lkd.distill` and `lkd.meta_train`.
+
+    Args:
+        source: Tensors (images [N, C, H, W], labels [N]); or a map-style dataset of (image, label), an image being a
+            tensor [C, H, W] or a Pillow image, all of one shape. A dataset is read once, into memory (at most 8 GiB),
+            so its transform must not be random: augmentation is an option of the training. With `image_size` a
+            torchvision dataset of Pillow images stays where it is, and is decoded as batches need it.
+        num_classes: The number of classes; by default 1 + the largest label.
+        mean: For each channel. uint8 images are normalised with `mean` and `std`, of pixels scaled to [0, 1]; by
+            default those of the images themselves. Floating-point images are given to student and teacher as they are:
+            `mean` and `std`, by default 0 and 1, then say what they were normalised with, which only a teacher that is
+            timm's by name asks.
+        std: Standard deviation for each channel.
+        image_size: Height and width of the crops to cut.
+        workers: With `image_size`, threads that decode; 0 for one for each CPU core.
+
+    Raises:
+        UserError: If the images or the labels are not like that.
+    """
+    if (mean is None) != (std is None):
+        raise UserError("read_images: mean and std go together: give both, or neither")
+    if image_size is not None:
+        labels = torch.tensor(check_openable(source))
+        part = LabelledSource(wrap_images(source, type(source).__name__), labels.tolist())
+        classes = name_classes(source, labels, num_classes)
+        opened = wrap_source("train", part, classes, LoadingOptions(image_size, workers))
+        return ImageSet(opened.images, labels, opened.index, classes, tuple(mean or MEAN), tuple(std or STD))
+    images, labels = check_tensors(*(source if is_pair(source) else read_dataset(source)))
+    if mean is None or std is None:
+        mean, std = measure(images)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != images.shape[1]:
+            raise UserError(f"read_images: {name} has {len(values)} values, the images have {images.shape[1]} channels")
+    if min(std) <= 0:
+        raise UserError(f"read_images: std {list(std)} is not positive; a channel that is constant needs one given")
+    classes = name_classes(source, labels, num_classes)
+    return ImageSet(images, labels, torch.arange(len(labels)), classes, tuple(mean), tuple(std))
+
+
+def is_pair(source: Any) -> bool:
+    """Whether these are images and labels as tensors."""
+    return isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source)
+
+
+def check_tensors(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Check images and labels: uint8 or float32, and int64, on the CPU.
+
+    Raises:
+        UserError: If their shapes, types or values are not those of labelled images.
+    """
+    if images.ndim != 4 or not len(images) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise UserError(
+            f"read_images: images are {images.dtype}, {list(images.shape)}; give uint8 or float32, [N, C, H, W]"
+        )
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UserError(
+            f"read_images: labels are {labels.dtype}, {list(labels.shape)}; give class indices, [{len(images)}]"
+        )
+    if int(labels.min()) < 0:
+        raise UserError(f"read_images: a label is {int(labels.min())}; classes are counted from 0")
+    images = images.detach().cpu()
+    return images.float() if images.is_floating_point() else images, labels.detach().cpu().long()
+
+
+def read_dataset(dataset: Any) -> tuple[Tensor, Tensor]:
+    """Read a dataset's images and labels into memory.
+
+    Raises:
+        UserError: If it is no map-style dataset of images of one shape, is too large, or its transform is random.
+    """
+    kind = type(dataset).__name__
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+        raise UserError(
+            f"read_images: a {kind} is neither (images, labels) nor a map-style dataset with a length and items"
+        )
+    first, _ = read_item(dataset, 0)
+    size = len(dataset) * first.numel() * first.element_size()
+    if size > MEMORY_LIMIT:
+        raise UserError(
+            f"read_images: the {len(dataset):,} images of this {kind} take {size / 2**30:.1f} GiB of memory, more "
+            f"than {MEMORY_LIMIT / 2**30:.0f}: give image_size, or name a data set and its root (docs/data.md)"
+        )
+    images = first.new_empty(len(dataset), *first.shape)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for position in range(len(dataset)):
+        image, label = read_item(dataset, position)
+        if image.shape != first.shape or image.dtype != first.dtype:
+            raise UserError(
+                f"read_images: image {position} of this {kind} is {image.dtype}, {list(image.shape)}, the first one "
+                f"{first.dtype}, {list(first.shape)}: make them alike in its transform, or give image_size"
+            )
+        images[position], labels[position] = image, label
+    for position in range(min(READ_TWICE, len(dataset))):
+        if not torch.equal(read_item(dataset, position)[0], images[position]):
+            raise UserError(
+                f"read_images: image {position} of this {kind} is another at a second reading: its transform is "
+                "random, and reading it once would freeze it; take that part out, and give augmentation=flip_and_crop"
+            )
+    return images, labels
+
+
+def read_item(dataset: Any, position: int) -> tuple[Tensor, int]:
+    """An image, [C, H, W], and its label.
+
+    Raises:
+        UserError: If the item is something else.
+    """
+    item = dataset[position]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise UserError(
+            f"read_images: item {position} of this {type(dataset).__name__} is a {type(item).__name__}, "
+            "not (image, label)"
+        )
+    image, label = item
+    if not isinstance(image, Tensor):
+        pixels = np.asarray(image)
+        image = torch.from_numpy(pixels.copy())
+        image = image.unsqueeze(0) if image.ndim == 2 else image.movedim(-1, 0)
+    try:
+        return image, int(label)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"read_images: label {position} is {label!r}, not a class index") from error
+
+
+def check_openable(dataset: Any) -> list[int]:
+    """The labels of a dataset whose images can be decoded when they are needed.
+
+    Raises:
+        UserError: If it says no labels beforehand, or has a transform, which would not be used.
+    """
+    kind = type(dataset).__name__
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        raise UserError(f"read_images: image_size needs the labels beforehand, but this {kind} has no `targets`")
+    if getattr(dataset, "transform", None) is not None or getattr(dataset, "target_transform", None) is not None:
+        raise UserError(
+            f"read_images: with image_size the images are cut and augmented by options of the training; the transform "
+            f"of this {kind} would not be used: leave it out"
+        )
+    return [int(label) for label in labels]
+
+
+def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[str, ...]:
+    """The classes' names: the dataset's own, or else numbers.
+
+    Raises:
+        UserError: If a label is beyond them.
+    """
+    largest = int(labels.max())
+    names = tuple(str(name) for name in getattr(source, "classes", ()))
+    count = num_classes or max(len(names), largest + 1)
+    if largest >= count or count < 2:
+        raise UserError(f"read_images: label {largest} is none of {count} classes; at least 2 are needed")
+    return names if len(names) == count else tuple(str(number) for number in range(count))
+
+
+def measure(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 images, of pixels in [0, 1]; of others 0 and 1."""
+    channels = images.shape[1]
+    if images.dtype != torch.uint8:
+        return [0.0] * channels, [1.0] * channels
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for part in images.split(1000):  # bincount would widen all of them
+        counts += torch.stack([part[:, channel].flatten().bincount(minlength=256) for channel in range(channels)])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = (shares * values).sum(1)
+    std = (shares * (values - mean.unsqueeze(1)).square()).sum(1).sqrt()
+    return mean.tolist(), std.tolist()

@@ -1,0 +1,217 @@
+"""Batches that threads decode ahead of their use."""
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
+from functools import cache
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lkd.core.errors import UserError
+from lkd.data.image_files import DamagedImageError, ImageFiles
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads that decode images, and do not keep the process from ending when one of them hangs.
+
+AT_EXIT = 2.0  # seconds that threads have to finish what they are at when the process ends
+
+T = TypeVar("T")
+Task = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+class Decoders:
+    """Daemon threads that take tasks in order.
+
+    `ThreadPoolExecutor` waits for its threads when the process ends; a read that never returns would keep it for ever.
+
+    Args:
+        count: Threads.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self.threads = [
+            threading.Thread(target=self.work, name=f"lkd-decoder_{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.stop)
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Have a thread call a function."""
+        future: Future[T] = Future()
+        self.tasks.put((future, function, arguments))
+        return future
+
+    def map(self, function: Callable[..., T], items: Iterable[Any]) -> Iterator[T]:
+        """The function's values, in the order of the items; all of them are begun at once."""
+        futures = [self.submit(function, item) for item in items]
+        return (future.result() for future in futures)
+
+    def work(self) -> None:
+        """Do tasks until there is none to come."""
+        torch.set_num_threads(1)
+        while (task := self.tasks.get()) is not None:
+            future, function, arguments = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            del task, future, function, arguments  # else the last batch stays in memory
+
+    def stop(self) -> None:
+        """Let the threads end: one in the middle of torch's code must not when Python is gone."""
+        for _ in self.threads:
+            self.tasks.put(None)
+        end = time.monotonic() + AT_EXIT
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+def start_threads(count: int) -> Decoders:
+    """The threads of this process that decode, started once; torch's own threads stay out of them."""
+    return start_threads_of(os.getpid(), count)
+
+
+@cache
+def start_threads_of(process: int, count: int) -> Decoders:
+    """The threads of a process: those of its parent are none of a fork's."""
+    torch.get_num_threads()  # else this thread would take over the decoders' number
+    return Decoders(count)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches that threads decode ahead of their use. Threads, not processes: decoding and scaling leave Python alone, and
+# nothing has to be copied between processes.
+
+CHUNK = 8  # images that a thread takes at a time
+GO_ON = "go on with --resume auto"
+AHEAD = 2  # batches that are decoded before they are asked for
+
+Cut = Callable[[Tensor, int], Tensor]
+"""From an image [3, H, W] and its place in the epoch's order to a crop [3, size, size]."""
+
+
+class Loading:
+    """A batch that threads are decoding.
+
+    Args:
+        files: The images, in the order of the epoch.
+        slots: Which of them, by their place in that order, int64, [B].
+        cut: What is cut out of each.
+        replace: Put the next image of the order that can be decoded in a damaged one's place; else leave it out.
+        pin: Put the batch where a GPU can fetch it on its own.
+    """
+
+    def __init__(self, files: ImageFiles, slots: Tensor, cut: Cut, replace: bool, pin: bool) -> None:
+        self.files = files
+        self.cut = cut
+        self.replace = replace
+        self.slots = slots.tolist()
+        self.pixels = torch.empty(len(slots), files.size, files.size, 3, dtype=torch.uint8, pin_memory=pin)
+        self.reading: set[int] = set()
+        rows = range(len(slots))
+        pool = start_threads(files.workers)
+        self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
+
+    def fill(self, rows: Iterable[int]) -> None:
+        """Decode some rows; the slot of a row that is left out becomes -1."""
+        failures: list[tuple[str, str]] = []
+        seen = 0
+        for row in rows:
+            slot, image, left = self.slots[row], None, len(self.files.positions)
+            while image is None and left:
+                seen += 1
+                try:
+                    image = self.read(slot)
+                except DamagedImageError as error:
+                    failures.append((self.files.name(slot), str(error)))
+                    left = left - 1 if self.replace else 0
+                    slot = (slot + 1) % len(self.files.positions)
+            if image is None and self.replace:
+                raise UserError(f"data: no image can be decoded ({failures[0][1]}, ...)")
+            self.slots[row] = slot if image is not None else -1
+            if image is not None:
+                self.pixels[row] = self.cut(image, slot).permute(1, 2, 0)
+        self.files.damage.record(seen, failures)
+
+    def read(self, slot: int) -> Tensor:
+        """Decode an image; while it is read it is in `reading`.
+
+        Raises:
+            DamagedImageError: If it cannot be decoded.
+            UserError: If there is no memory left for it.
+        """
+        self.reading.add(slot)
+        try:
+            return self.files.load(slot)
+        except MemoryError as error:
+            raise UserError(f"data: {self.files.name(slot)}: no memory left to decode it; {GO_ON}") from error
+        finally:
+            self.reading.discard(slot)
+
+    def wait(self) -> tuple[Tensor, Tensor, float]:
+        """Wait until it is there.
+
+        Returns:
+            Pixels, uint8, [B, 3, size, size], in memory as [B, size, size, 3]; the slots that they are of, [B], damaged
+            ones replaced or left out; seconds waited.
+
+        Raises:
+            UserError: If too many images are damaged, or one is not read within the time allowed.
+        """
+        started = time.perf_counter()
+        try:
+            for task in self.tasks:
+                task.result(self.files.timeout)
+        except futures.TimeoutError as error:
+            names = ", ".join(self.files.name(slot) for slot in sorted(self.reading)[:3])
+            raise UserError(
+                f"data.read_timeout: no image was read for {self.files.timeout:g} s ({names or 'others before it'}); "
+                f"is the disk or the network file system there? {GO_ON}"
+            ) from error
+        waited = time.perf_counter() - started
+        slots = torch.tensor(self.slots, dtype=torch.int64)
+        pixels = self.pixels if bool((slots >= 0).all()) else self.pixels[slots >= 0]
+        return pixels.permute(0, 3, 1, 2), slots[slots >= 0], waited
+
+    def cancel(self) -> None:
+        """Decode no more of it."""
+        for task in self.tasks:
+            task.cancel()
+
+
+class Prefetcher:
+    """Starts the batches of the next steps while one is used.
+
+    Args:
+        start: Starts a step's batch.
+        steps: How many steps there are; None if they have no end.
+    """
+
+    def __init__(self, start: Callable[[int], Loading], steps: int | None = None) -> None:
+        self.start = start
+        self.steps = steps
+        self.pending: dict[int, Loading] = {}
+
+    def take(self, step: int) -> Loading:
+        """The batch of a step, and the next ones started; steps in order cost no waiting."""
+        last = step + AHEAD if self.steps is None else min(step + AHEAD, self.steps - 1)
+        wanted = range(step, max(step, last) + 1)
+        for dropped in self.pending.keys() - set(wanted):
+            self.pending.pop(dropped).cancel()
+        self.pending = {s: self.pending.get(s) or self.start(s) for s in wanted}
+        return self.pending.pop(step)
+
+    def __iter__(self) -> Iterator[Loading]:
+        """All steps in order."""
+        return map(self.take, range(self.steps or 0))

@@ -1,0 +1,1 @@
+"""Losses × students × paired seeds."""

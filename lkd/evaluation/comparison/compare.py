@@ -1,0 +1,275 @@
+"""Losses × students × paired seeds, each a training of its own; finished ones are kept and never run again."""
+
+import math
+import re
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lkd.balance.balancing import build_balance
+from lkd.config.evaluation import CompareRecipe
+from lkd.core.errors import UserError
+from lkd.core.files import write_json, write_text
+from lkd.core.tensor_files import drop_damaged, read_result
+from lkd.evaluation.comparison.tables import (
+    find_published,
+    format_csv,
+    format_latex,
+    format_options,
+    format_table,
+    list_cells,
+    list_rows,
+    plot_table,
+    summarize,
+    tabulate,
+)
+from lkd.evaluation.comparison.trials import (
+    Cell,
+    Method,
+    Row,
+    balance_of,
+    cell_path,
+    check_tuning,
+    choose_points,
+    expand_grid,
+    run_cell,
+    run_claimed,
+    split_method,
+)
+from lkd.evaluation.comparison.workers import Watch, finish_all, start_workers
+from lkd.losses.build import LOSSES
+from lkd.models.teacher import load_teacher_network
+from lkd.tracking.run import Run, evidence
+from lkd.training.build import Images, introduce_network, introduce_teacher, prepare_images, prepare_loss
+from lkd.training.optimizer import build_optimizer, build_scheduler
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which trainings a comparison consists of, and which options tuning picks.
+
+
+def plan_tuning(recipe: CompareRecipe) -> list[Cell]:
+    """The trainings that tuning needs: the points of every grid, with the first seeds and the first student."""
+    points = {label: choose_points(recipe, label) for label in recipe.methods}
+    return [
+        Cell(label, options, recipe.students[0], recipe.seed + offset, reported=False)
+        for offset in range(recipe.tuning_seeds)
+        for label in recipe.methods
+        for options in points[label]
+        if len(points[label]) > 1
+    ]
+
+
+def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, Method]:
+    """Each method's options: the best of its points on meta-validation, in the mean over the tuning seeds.
+
+    By accuracy; calibrated cross-entropy breaks ties.
+    """
+    cells = plan_tuning(recipe)
+    picks: dict[str, Method] = {}
+    for label in recipe.methods:
+        ranked = []
+        for options in choose_points(recipe, label):
+            mine = [cell for cell in cells if cell.method == label and cell.loss == options]
+            rows = [read_result(cell_path(recipe, cell, folder))["meta_validation"] for cell in mine]
+            ranked.append(
+                (-sum(row["top1"] for row in rows), sum(row["calibrated_cross_entropy"] for row in rows), options)
+            )
+        picks[label] = min(ranked, key=lambda entry: entry[:2])[2]
+    write_json(folder / "picks.json", picks)
+    return picks
+
+
+def plan_report(recipe: CompareRecipe, picks: dict[str, Method]) -> list[Cell]:
+    """The trainings behind the table."""
+    return [
+        Cell(label, options, student, recipe.seed + offset, reported=True)
+        for offset in range(recipe.seeds)
+        for student in recipe.students
+        for label, options in picks.items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a comparison leaves: tables, picture, notes, figures.
+
+
+def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path) -> list[Row]:
+    """Write `table.txt`, `table.csv`, `table.tex`, `cells.csv` and `comparison.png` from the finished cells."""
+    rows = [read_result(cell_path(recipe, cell, folder)) for cell in plan_report(recipe, picks)]
+    tuned = [cell.method for cell in plan_tuning(recipe)]
+    table = [
+        row | {"tuned_over": tuned.count(row["method"]), "published": published_beside(recipe, row)}
+        for row in summarize(rows, recipe.baseline)
+    ]
+    lines, notes = tabulate(table, recipe.baseline), write_notes(recipe, picks, table) + note_diverged(rows)
+    write_text(folder / "table.txt", format_table(lines, notes))
+    write_text(folder / "table.csv", format_csv(list_rows(table)))
+    write_text(folder / "table.tex", format_latex(lines, notes))
+    write_text(folder / "cells.csv", format_csv(list_cells(rows)))
+    plot_table(table, recipe.baseline, folder / "comparison.png")
+    return table
+
+
+def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
+    """The published number of a row's protocol, if there is one and the recipe changes nothing about it."""
+    loss = row["loss"]["name"] if isinstance(row["loss"], dict) else row["loss"]
+    epochs = split_method(row["loss"], recipe.train)[1].epochs
+    if balance_of(row["loss"]) or recipe.data.label_noise or recipe.teacher.random_answers or loss not in LOSSES:
+        return None
+    teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
+    return find_published(recipe.data.name, teacher, row["student"], epochs, loss)
+
+
+def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row]) -> list[str]:
+    """What a reader of the table must know."""
+    notes = [
+        f"Test accuracy, mean ± standard error over {recipe.seeds} paired seeds; 95 % interval of the paired "
+        "difference by Student's t. Best: the epoch that is best on meta-validation.",
+        "Cost: medians over seeds; steps/s and peak memory of the training steps alone, evaluation left out, on a "
+        "machine shared by all workers; peak above what images, teacher and loss take.",
+    ]
+    tuned = {row["method"]: row["tuned_over"] for row in table}
+    if any(tuned.values()):
+        notes.append(
+            f"Tuned over: trainings on {recipe.students[0].name}, {recipe.tuning_seeds} for each point (one a seed), "
+            "from which the options below were picked on meta-validation"
+            + (f"; the budget was {recipe.tuning_trainings} for each." if recipe.tuning_trainings else ".")
+        )
+        short = [f"{label} ({count})" for label, count in tuned.items() if count < recipe.tuning_trainings]
+        if short:
+            notes.append(f"Less than the budget, because there is no more to choose from: {', '.join(short)}.")
+        notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
+    sources = {row["published"]["source"]: None for row in table if row["published"]}
+    return [*notes, *(f"Published, students trained on all training images: {source}" for source in sources)]
+
+
+def note_diverged(rows: list[Row]) -> list[str]:
+    """Say which seeds diverged."""
+    diverged = [row for row in rows if "diverged_at" in row]
+    cells = ", ".join(f"{row['method']} on {row['student']}, seed {row['seed']}" for row in diverged)
+    return [f"Diverged, and counted as guessing: {cells}."] if diverged else []
+
+
+def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
+    """The figures of `result.json`: test accuracy, percent, last epoch; the first student's have no student's name."""
+    first = table[0]["student"]
+    figures: dict[str, float] = {"methods": len({row["method"] for row in table}), "seeds": table[0]["seeds"]}
+    for row in table:
+        key = figure_key(row["method"]) + ("" if row["student"] == first else f"_{figure_key(row['student'])}")
+        minus = f"{key}_minus_{figure_key(baseline)}"
+        figures[f"{key}_accuracy"], figures[f"{key}_se"] = row["last"]
+        figures[minus] = row["difference"][0]
+        figures[f"{minus}_low"], figures[f"{minus}_high"] = row["interval"]
+    return {key: round(value, 4) for key, value in figures.items() if not math.isnan(value)}
+
+
+def figure_key(label: str) -> str:
+    """A label as the key of a figure: lower case, underscores for everything but letters and digits."""
+    return re.sub(r"\W+", "_", label.lower())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses × students × paired seeds, each cell a training of its own; finished cells are kept and never run again.
+
+
+def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
+    """Tune, train every cell, and write tables, picture, `picks.json` and `result.json`.
+
+    Returns:
+        The table's rows.
+    """
+    images = prepare_images(recipe.data)
+    check_methods(recipe, images)
+    run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
+    on_gpus = run.device.type == "cuda" and run.device.index is None
+    with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
+        finish_cells(recipe, plan_tuning(recipe), run, workers, "tune")
+        picks = pick_options(recipe, run.path)
+        finish_cells(recipe, plan_report(recipe, picks), run, workers, "train")
+    table = write_results(recipe, picks, run.path)
+    figures = figures_of(table, recipe.baseline)
+    environment = run.provenance()["environment"]
+    write_json(run.path / "result.json", evidence("lkd compare", environment, figures))
+    run.tracker.log(0, **{f"{row['student']}/{row['method']}/test_last": row["last"][0] for row in table})
+    run.tracker.show(0, "comparison", run.path / "comparison.png")
+    return table
+
+
+def check_methods(recipe: CompareRecipe, images: Images) -> None:
+    """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
+
+    Raises:
+        UserError: If a method, a student, the baseline, the number of seeds or the tuning budget is not good.
+    """
+    if recipe.baseline not in recipe.methods:
+        raise UserError(f"baseline: {recipe.baseline!r} is not one of the methods {', '.join(recipe.methods)}")
+    for name in ("seeds", "evaluate_every"):
+        if getattr(recipe, name) < 1:
+            raise UserError(f"{name}: {getattr(recipe, name)} is not at least 1")
+    names = [student.name for student in recipe.students]
+    if len(set(names)) < max(1, len(names)):
+        raise UserError(f"students: {', '.join(names) or 'none'}; at least one, each name once")
+    check_tuning(recipe)
+    for label, method in recipe.methods.items():
+        for point in expand_grid(method):
+            loss, train = split_method(point, recipe.train)
+            try:
+                for student in recipe.students:
+                    built = prepare_loss(loss, student, recipe.teacher, images, recipe.seed)
+                build_balance(balance_of(point), built)
+                build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
+            except UserError as error:
+                raise UserError(f"methods.{label}: {error}") from error
+
+
+def submit(
+    recipe: CompareRecipe, cells: list[Cell], folder: Path, workers: ProcessPoolExecutor, device: str
+) -> "dict[Future[Any], str]":
+    """Give the cells that have no result yet to the workers."""
+    jobs = [(cell, cell_path(recipe, cell, folder)) for cell in cells]
+    return {
+        workers.submit(run_cell, recipe, cell, path, device): cell.method for cell, path in jobs if not path.exists()
+    }
+
+
+def finish_cells(recipe: CompareRecipe, cells: list[Cell], run: Run, workers: ProcessPoolExecutor, title: str) -> None:
+    """Train the cells that have no result yet, and wait for those that others who share the run train.
+
+    Raises:
+        Interrupted: On Ctrl-C or SIGTERM.
+        UserError: If a training fails.
+    """
+    paths = {cell_path(recipe, cell, run.path): cell for cell in cells}
+    drop_damaged(paths, run.say)
+    watch = Watch()
+    told = False
+    while missing := [path for path in paths if not path.exists()]:
+        claims = {path: claim for path in missing if (claim := watch.free_claim(path))}
+        jobs: dict[Future[Any], str] = {
+            workers.submit(run_claimed, recipe, paths[path], path, claim, str(run.device)): paths[path].method
+            for path, claim in claims.items()
+        }
+        if jobs:
+            finish_all(jobs, describe_row, title)
+            told = False
+        else:
+            if not told:
+                run.say(f"waiting for {len(missing)} trainings that other processes are at")
+            told = True
+            time.sleep(1)
+
+
+def describe_row(label: str, row: Row | None) -> str | None:
+    """One line about a finished cell."""
+    if row is None:
+        return None
+    figure = row["last"]["top1"] if row["reported"] else row["meta_validation"]["top1"]
+    split = "test" if row["reported"] else "meta-validation"
+    cell = f"{label}, {row['student']}, seed {row['seed']}, {format_options(row['loss'])}"
+    if "diverged_at" in row:
+        return f"  {cell}: diverged at step {row['diverged_at']} ({row['seconds']:.0f} s)"
+    return f"  {cell}: {figure:.2f} % on {split} ({row['seconds']:.0f} s)"

@@ -1,0 +1,311 @@
+"""The table and the picture of a comparison, with published numbers beside ours."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from lkd.core.files import replaced_atomically
+from lkd.core.statistics import confidence_interval, mean_and_error
+from lkd.tracking.run import shorten_paths
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture of a comparison.
+
+matplotlib.use("Agg")
+
+
+def plot_table(table: list[dict[str, Any]], baseline: str, path: Path) -> None:
+    """Draw, for each student, test accuracy and the paired difference to the baseline, one line for each method.
+
+    Args:
+        table: Rows of `summarize`.
+        baseline: Label of the method that differences are taken to.
+        path: The picture, PNG.
+    """
+    students = list(dict.fromkeys(row["student"] for row in table))
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    figure, axes = plt.subplots(
+        len(students),
+        2,
+        figsize=(9, (1.1 + 0.32 * len(methods)) * len(students)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (left, right), student in zip(axes, students, strict=True):
+        rows = [row for row in table if row["student"] == student]
+        draw_accuracies(left, rows, baseline)
+        draw_differences(right, [row for row in rows if row["method"] != baseline], methods, baseline)
+        left.set_yticks(range(len(methods)), methods)
+        left.set_ylim(len(methods) - 0.5, -0.5)
+        left.set_title(f"{student}: test accuracy, last epoch", fontsize=10)
+        right.set_title(f"{student}: difference to {baseline}, same seeds", fontsize=10)
+        for axis in (left, right):
+            axis.grid(axis="x", color="0.92")
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+    seeds = table[0]["seeds"]
+    axes[-1][0].set_xlabel(f"%; mean ± standard error, {seeds} seed{'s' * (seeds > 1)}")
+    axes[-1][1].set_xlabel("points; mean and 95 % interval; dots: seeds")
+    with replaced_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def draw_accuracies(axis: Axes, rows: list[dict[str, Any]], baseline: str) -> None:
+    """Points with standard errors; a line through the baseline's."""
+    for position, row in enumerate(rows):
+        mean, error = row["last"]
+        color = "0.35" if row["method"] == baseline else "tab:blue"
+        axis.errorbar(mean, position, xerr=0 if math.isnan(error) else error, fmt="o", color=color, capsize=3)
+        if row["method"] == baseline:
+            axis.axvline(mean, color="0.6", lw=0.8, ls=":")
+
+
+def draw_differences(axis: Axes, rows: list[dict[str, Any]], methods: list[str], baseline: str) -> None:
+    """Every seed's difference as a dot, and the interval of the mean; coloured where it leaves out zero."""
+    axis.axvline(0, color="0.6", lw=0.8, ls=":")
+    axis.annotate(
+        baseline, (0, methods.index(baseline)), ha="center", va="center", fontsize=8, color="0.35", backgroundcolor="w"
+    )
+    for row in rows:
+        position = methods.index(row["method"])
+        mean, (low, high) = row["difference"][0], row["interval"]
+        color = "tab:green" if low > 0 else "tab:red" if high < 0 else "0.35"
+        above = [position - 0.25] * len(row["differences"])
+        axis.plot(row["differences"], above, "o", color=color, alpha=0.5, ms=3.5, mew=0)
+        error = [[0.0], [0.0]] if math.isnan(low) else [[mean - low], [high - mean]]
+        axis.errorbar(mean, position, xerr=error, fmt="D", ms=5, color=color, capsize=3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of a comparison: its rows, and the same table as text, CSV and LaTeX.
+
+Row = dict[str, Any]
+
+
+def summarize(rows: list[Row], baseline: str) -> list[Row]:
+    """Average over seeds.
+
+    Args:
+        rows: Results of reported cells.
+        baseline: The method that differences are taken to, seed by seed.
+
+    Returns:
+        One row for each method and student: `last`, `best` and `difference` (last, to the baseline), each (mean,
+        standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
+        `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
+        (None where it was not measured); `loss_parameters`; `loss`.
+    """
+    groups: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["student"], row["method"]), {})[row["seed"]] = row
+    table = []
+    for (student, method), seeds in groups.items():
+        base = groups[student, baseline]
+        differences = [row["last"]["top1"] - base[seed]["last"]["top1"] for seed, row in seeds.items()]
+        cells = list(seeds.values())
+        peaks = [row["peak_mib"] for row in cells if row["peak_mib"] is not None]
+        table.append(
+            {
+                "student": student,
+                "method": method,
+                "loss": cells[0]["loss"],
+                "seeds": len(seeds),
+                "last": mean_and_error([row["last"]["top1"] for row in cells]),
+                "best": mean_and_error([row["best"]["top1"] for row in cells]),
+                "difference": (0.0, 0.0) if method == baseline else mean_and_error(differences),
+                "interval": confidence_interval(differences),
+                "differences": differences,
+                "steps_per_second": statistics.median(row["steps_per_second"] for row in cells),
+                "loss_parameters": cells[0]["loss_parameters"],
+                "peak_mib": statistics.median(peaks) if peaks else None,
+            }
+        )
+    return table
+
+
+def tabulate(table: list[Row], baseline: str) -> list[list[str]]:
+    """The header and the rows as words; the column of published numbers only where there is one."""
+    header = [
+        *("student", "method", "last epoch %", "best epoch %", f"last − {baseline}", "95 % interval", "seeds"),
+        *("tuned over", "steps/s", "loss parameters", "peak MiB", "published %"),
+    ]
+    lines = [header]
+    for row in table:
+        compared = row["method"] != baseline
+        low, high = row["interval"]
+        lines.append(
+            [
+                row["student"],
+                row["method"],
+                format_figure(row["last"]),
+                format_figure(row["best"]),
+                format_figure(row["difference"], True) if compared else "",
+                f"[{low:+.2f}, {high:+.2f}]".replace("-", "−") if compared and not math.isnan(low) else "",
+                str(row["seeds"]),
+                str(row["tuned_over"]),
+                f"{row['steps_per_second']:.1f}",
+                f"{row['loss_parameters']:,}",
+                "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+                "" if row["published"] is None else f"{row['published']['accuracy']:.2f}",
+            ]
+        )
+    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+
+
+def format_table(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
+    """A table for the terminal, with notes below."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
+
+
+def format_latex(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
+    r"""A LaTeX `tabular` (needs `\usepackage{booktabs}`), with the notes as comments."""
+    header, *body = ([escape_latex(cell) for cell in line] for line in lines)
+    rows = [" & ".join(line) + r" \\" for line in body]
+    for position in range(len(body) - 1, 0, -1):
+        if body[position][0] != body[position - 1][0]:
+            rows.insert(position, r"\midrule")
+    return "\n".join(
+        [
+            *(f"% {note}" for note in notes),
+            r"\begin{tabular}{ll" + "r" * (len(header) - 2) + "}",
+            r"\toprule",
+            " & ".join(header) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    signs = {character: f"\\{character}" for character in "&%$#_{}"}
+    signs |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    signs |= {"−": "$-$", "±": r"$\pm$", "[": "{[}", "]": "{]}", "<": "$<$", ">": "$>$"}
+    return "".join(signs.get(character, character) for character in text)
+
+
+def format_csv(lines: Sequence[Sequence[object]]) -> str:
+    """Rows as CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    return buffer.getvalue()
+
+
+def list_rows(table: list[Row]) -> list[list[object]]:
+    """The table's numbers, unrounded, under a header; nothing where there is none."""
+    header: list[object] = [
+        *("student", "method", "last", "last_se", "best", "best_se", "difference", "difference_se"),
+        *("interval_low", "interval_high", "seeds", "tuned_over", "steps_per_second", "loss_parameters", "peak_mib"),
+        *("published", "published_source"),
+    ]
+    rows = [
+        [
+            *(row["student"], row["method"], *row["last"], *row["best"], *row["difference"], *row["interval"]),
+            *(row["seeds"], row["tuned_over"], row["steps_per_second"], row["loss_parameters"], row["peak_mib"]),
+            *((row["published"] or {}).get(key) for key in ("accuracy", "source")),
+        ]
+        for row in table
+    ]
+    return [header, *([None if value != value else value for value in row] for row in rows)]
+
+
+def list_cells(rows: list[Row]) -> list[list[object]]:
+    """Every seed's figures, under a header."""
+    header: list[object] = [
+        *("method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step"),
+        *("diverged_at", "seconds", "steps_per_second", "loss_parameters", "peak_mib"),
+    ]
+    return [
+        header,
+        *(
+            [
+                row["method"],
+                row["student"],
+                row["seed"],
+                json.dumps(shorten_paths(row["loss"])) if isinstance(row["loss"], dict) else shorten_paths(row["loss"]),
+                f"{row['last']['top1']:.4f}",
+                f"{row['best']['top1']:.4f}",
+                f"{row['meta_validation']['top1']:.4f}",
+                row["best_step"],
+                row.get("diverged_at", ""),
+                f"{row['seconds']:.1f}",
+                f"{row['steps_per_second']:.2f}",
+                row["loss_parameters"],
+                "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def format_options(method: dict[str, Any] | str) -> str:
+    """A method's options as words; absolute paths are reduced to their last part."""
+    method = shorten_paths(method)
+    if isinstance(method, str):
+        return method
+    options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
+    return " ".join([method["name"], *(f"{key}={value}" for key, value in options.items())])
+
+
+def format_figure(figure: tuple[float, float], signed: bool = False) -> str:
+    """Mean ± standard error; no ± where there is one seed only."""
+    mean, error = figure
+    text = f"{mean:+.2f}" if signed else f"{mean:.2f}"
+    return (text if math.isnan(error) else f"{text} ± {error:.2f}").replace("-", "−")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published numbers, to stand beside ours where the protocol is the same. `published.csv` holds numbers that two
+# public sources give alike, for networks whose names mean one thing only. They are test accuracies of students
+# trained on all training images, mostly the last or the best epoch of one or a few runs.
+
+FILE = Path(__file__).with_name("published.csv")
+
+
+@cache
+def read_published(path: Path = FILE) -> tuple[dict[str, str], ...]:
+    """The rows of a file of published numbers."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def find_published(
+    data: str, teacher: str, student: str, epochs: int, loss: str, path: Path = FILE
+) -> dict[str, Any] | None:
+    """The published number of this protocol: `accuracy` in percent, and its `source`; None where there is none.
+
+    Args:
+        data: Name of the data set.
+        teacher: The teacher's architecture.
+        student: The student's architecture.
+        epochs: Of the student's training.
+        loss: Name in `LOSSES`.
+        path: The file.
+    """
+    wanted = {"data": data, "teacher": teacher, "student": student, "epochs": str(epochs), "loss": loss}
+    for row in read_published(path):
+        if all(simplify(row[key]) == simplify(value) for key, value in wanted.items()):
+            return {"accuracy": float(row["accuracy"]), "source": row["source"]}
+    return None
+
+
+def simplify(name: str) -> str:
+    """A name without the signs that spellings differ in."""
+    return name.lower().replace("-", "").replace("_", "")

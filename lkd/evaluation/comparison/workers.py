@@ -1,0 +1,226 @@
+"""Processes that train side by side, and who does which piece of work."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lkd.core.errors import UserError
+from lkd.core.interrupt import Interrupted, deferred_interrupts
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who does which piece of work, among processes and hosts that share a folder. The claim of a result is a file beside
+# it, `RESULT.claim.N`, made with O_CREAT | O_EXCL, so that one process only gets it; it names host, process and time.
+# Its owner renews the file's time while it works. A claim is stale if its owner was a process of this host that is no
+# longer there, or if its time has not changed while an observer watched for `STALE_AFTER` seconds (on the observer's
+# own clock: clocks of hosts need not agree). A stale claim N is taken over by making claim N + 1, never by removing
+# N: of two that try, one gets it. An owner that was suspended for longer than that and comes back does its work a
+# second time; results are written atomically and are a function of the cell, so that nothing else is harmed.
+
+RENEW_EVERY = 10.0
+STALE_AFTER = 60.0
+
+
+class Watch:
+    """An observer of claims; it remembers when it saw a claim's time change.
+
+    Args:
+        stale_after: Seconds without renewal after which a claim is stale.
+    """
+
+    def __init__(self, stale_after: float = STALE_AFTER) -> None:
+        self.stale_after = stale_after
+        self.seen: dict[Path, tuple[int, float]] = {}
+
+    def free_claim(self, result: Path) -> Path | None:
+        """The claim file that would win this result's work; None while someone else is at it."""
+        number = -1
+        for path in result.parent.glob(f"{result.name}.claim.*"):
+            number = max(number, int(path.suffix[1:]))
+        last = claim_path(result, number)
+        return claim_path(result, number + 1) if number < 0 or self.is_stale(last) else None
+
+    def is_stale(self, claim: Path) -> bool:
+        """Whether the owner is gone."""
+        try:
+            changed = claim.stat().st_mtime_ns
+            owner = json.loads(claim.read_text())
+        except (FileNotFoundError, ValueError):  # released just now, or just made and still empty
+            changed, owner = 0, {}
+        if owner.get("host") == host_name() and not process_exists(owner["pid"]):
+            return True
+        now = time.monotonic()
+        if self.seen.get(claim, (None, now))[0] != changed:
+            self.seen[claim] = (changed, now)
+        return now - self.seen[claim][1] > self.stale_after
+
+
+def claim_path(result: Path, number: int) -> Path:
+    """A claim's file."""
+    return result.with_name(f"{result.name}.claim.{number}")
+
+
+def host_name() -> str:
+    """This host, and on Linux its process namespace: containers may share a host name, not process numbers."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this host is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def claimed(result: Path, claim: Path, renew_every: float = RENEW_EVERY) -> Iterator[bool]:
+    """Hold a claim within the block; True if the work is ours to do.
+
+    Args:
+        result: The file that the work will write.
+        claim: What `Watch.free_claim` gave.
+        renew_every: Seconds between renewals.
+    """
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        yield False
+        return
+    with os.fdopen(handle, "w") as file:
+        json.dump({"host": host_name(), "pid": os.getpid(), "time": time.time()}, file)
+    over = threading.Event()
+    renewal = threading.Thread(target=renew, args=(claim, over, renew_every), daemon=True)
+    renewal.start()
+    try:
+        yield not result.exists()  # someone may have finished since we looked
+    finally:
+        over.set()
+        renewal.join()
+        if result.exists():
+            for path in result.parent.glob(f"{result.name}.claim.*"):
+                path.unlink(missing_ok=True)
+        claim.unlink(missing_ok=True)
+
+
+def renew(claim: Path, over: threading.Event, every: float) -> None:
+    """Touch a claim until it is over."""
+    while not over.wait(every):
+        with suppress(FileNotFoundError):
+            os.utime(claim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes that train side by side.
+
+END = 10.0  # seconds that terminated workers have to end
+worker_number = 0  # of this process, set where a worker starts
+
+
+@contextmanager
+def start_workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Start worker processes; 0 means one for every CPU core. Unfinished work is dropped on leaving by an exception."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count or cores
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(
+        count, spawn, initializer=prepare_worker, initargs=(max(1, cores // count), spawn.Value("i", 0))
+    )
+    try:
+        yield executor
+    except BaseException:
+        processes = list((executor._processes or {}).values())
+        manager: Any = executor._executor_manager_thread
+        with suppress(OSError):  # a pool whose worker was killed is closing its pipes at this moment
+            executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        if manager:
+            manager.join(END)  # else it races with the end of this process for the same pipes
+        raise
+    executor.shutdown()
+
+
+def prepare_worker(threads: int, counter: Any) -> None:
+    """Leave Ctrl-C to the parent, go when it goes, share the cores, take a number."""
+    global worker_number
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with counter.get_lock():
+        worker_number = counter.value
+        counter.value += 1
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def leave_with_parent() -> None:
+    """End this process when its parent is gone: a killed parent cannot tell its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def assign_device(device: str, worker: int, gpus: int) -> str:
+    """The device of a worker: `cuda` without a number means that workers take turns on the machine's GPUs."""
+    return f"cuda:{worker % gpus}" if device == "cuda" and gpus else device
+
+
+def own_device(device: str) -> str:
+    """The device of this process."""
+    import torch
+
+    return assign_device(device, worker_number, torch.cuda.device_count() if device == "cuda" else 0)
+
+
+def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any], str | None], title: str) -> None:
+    """Wait for work, with a progress bar; say a line about a result where `describe` gives one.
+
+    Raises:
+        Interrupted: On Ctrl-C or SIGTERM.
+        UserError: If a worker died.
+    """
+    with deferred_interrupts() as stop, tqdm(total=len(futures), desc=title, unit="job", disable=None) as bar:
+        pending, done = set(futures), 0
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                try:
+                    line = describe(futures[future], future.result())
+                except BrokenProcessPool as error:
+                    if stop:  # the signal went to the workers too, as a batch system's does
+                        raise interrupted(done, len(futures)) from error
+                    raise UserError(
+                        "workers: a worker process was killed (out of memory?); finished work is kept: go on with "
+                        "--resume auto, with fewer --workers if memory was short"
+                    ) from error
+                done += 1
+                bar.update()
+                if line:
+                    tqdm.write(line)
+            if stop and pending:
+                raise interrupted(done, len(futures))
+
+
+def interrupted(done: int, jobs: int) -> Interrupted:
+    """What to raise where work was stopped."""
+    return Interrupted(f"{done} of {jobs} jobs are finished and kept")

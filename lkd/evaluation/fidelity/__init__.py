@@ -1,0 +1,1 @@
+"""Do short rollouts rank losses as full trainings do?"""

@@ -1,0 +1,330 @@
+"""Ranking fidelity: do short rollouts rank losses as full trainings do?"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lkd.config.evaluation import CompareRecipe, FidelityRecipe
+from lkd.config.meta_training import PoolRecipe
+from lkd.core.errors import UserError, check_choice
+from lkd.core.random import draw_positions, seeded_generator
+from lkd.core.tensor_files import drop_damaged, read_result, write_result
+from lkd.data.images import Batch
+from lkd.evaluation.comparison.compare import finish_cells
+from lkd.evaluation.comparison.trials import (
+    Cell,
+    cell_path,
+    digest_of,
+    prepare_images_for_cells,
+    prepare_teacher_for_cells,
+)
+from lkd.evaluation.comparison.workers import finish_all, own_device, start_workers
+from lkd.evaluation.fidelity.results import write_results
+from lkd.meta_training.rollouts import (
+    OBJECTIVES,
+    InnerBatch,
+    build_inner_optimizer,
+    build_rollout_batches,
+    compute_inner_loss,
+    compute_outer_logits,
+    list_inner_batches,
+)
+from lkd.pool.pool import INDEX, Pool, PoolStudent, build_pool, check_pool, open_pool
+from lkd.tracking.run import Run
+from lkd.training.build import (
+    Images,
+    architecture_of,
+    introduce_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_student,
+    prepare_teacher,
+    read_teacher_stages,
+)
+from lkd.training.optimizer import build_optimizer, build_scheduler
+from meta import rollout
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rollouts behind ranking fidelity: every loss from the same student with the same batches, scored.
+
+ROW_FORMAT = 2
+
+
+class Draw(NamedTuple):
+    """One student and its batches, from which every loss is rolled out.
+
+    Attributes:
+        annealing: Learning rate within the rollout.
+        steps: K.
+        age: The student's age, as the recipe has it.
+        number: The number of the draw; equal numbers share batches, whatever the other fields.
+        student: Position in the pool.
+    """
+
+    annealing: str
+    steps: int
+    age: float
+    number: int
+    student: int
+
+
+def plan_draws(recipe: FidelityRecipe, pool: list[dict[str, Any]], total_steps: int) -> list[Draw]:
+    """All draws.
+
+    Args:
+        recipe: The recipe.
+        pool: The pool's `students`, as its index lists them.
+        total_steps: Of one full training.
+    """
+    draws = []
+    for age in recipe.ages:
+        positions = find_students(pool, age, total_steps)
+        draws += [
+            Draw(annealing, steps, age, number, positions[number % len(positions)])
+            for number in range(recipe.rollouts)
+            for annealing in recipe.annealing
+            for steps in recipe.rollout_lengths
+        ]
+    return draws
+
+
+def find_students(pool: list[dict[str, Any]], age: float, total_steps: int) -> list[int]:
+    """Positions of the students of an age: within half a training step, which is what the pool rounds ages to."""
+    return [position for position, entry in enumerate(pool) if abs(entry["progress"] - age) * total_steps <= 0.5 + 1e-3]
+
+
+def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> Path:
+    """Where a draw's result lies: named by all that decides it."""
+    names = {
+        label: loss["name"] if isinstance(loss, dict) and "name" in loss else str(loss)
+        for label, loss in recipe.losses.items()
+    }
+    identity = {
+        "format": ROW_FORMAT,
+        "draw": draw,
+        "losses": {label: digest_of(names[label]) or loss for label, loss in recipe.losses.items()},
+        "objectives": recipe.objectives or list(OBJECTIVES),
+        "outer_batch_size": recipe.outer_batch_size,
+        "rollout_epochs": recipe.rollout_epochs,
+        "data": dataclasses.asdict(recipe.data) | {"root": None},
+        "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
+        "student": dataclasses.asdict(recipe.student),
+        "train": dataclasses.asdict(recipe.train),
+        "pool": digest_of(str(pool / INDEX)),
+        "seed": recipe.seed,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / "rollouts" / f"{draw.annealing}-K{draw.steps}-age{draw.age:g}-draw{draw.number}-{digest}.json"
+
+
+def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Roll out every loss of one draw and write the outer values: `values[objective][loss label]`."""
+    device = own_device(device)
+    place = torch.device(device)
+    data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
+    images = prepare_images_for_cells(data)
+    losses = {
+        label: prepare_loss(loss, recipe.student, recipe.teacher, images, recipe.seed).to(place)
+        for label, loss in recipe.losses.items()
+    }
+    stages = sorted({stage for loss in losses.values() for stage in read_teacher_stages(loss)})
+    teacher = prepare_teacher_for_cells(data, taught, device, tuple(stages))
+    pool = open_pool(pool_folder, images, architecture_of(recipe.student, images.train))
+    start = pool.read(draw.student, place)
+    generator = seeded_generator(recipe.seed, 6, draw.number)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    batches = build_rollout_batches(
+        images.train, recipe.train, draw.steps, recipe.rollout_epochs, seed, recipe.data, place
+    )
+    inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps, tuple(stages))
+    size = min(recipe.outer_batch_size, len(images.meta_validation))
+    outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)
+    student = prepare_student(recipe.student, images.train, recipe.seed, place).train()
+    values: dict[str, dict[str, float]] = {objective: {} for objective in (recipe.objectives or list(OBJECTIVES))}
+    for label, loss in losses.items():
+        for objective, value in score_rollout(recipe, draw, student, start, loss, inner_batches, outer_batch).items():
+            values[objective][label] = value
+    row = {**draw._asdict(), "progress": start.progress, "values": values}
+    write_result(path, row)
+    return row
+
+
+def score_rollout(
+    recipe: FidelityRecipe,
+    draw: Draw,
+    student: nn.Module,
+    start: PoolStudent,
+    loss: nn.Module,
+    inner_batches: list[InnerBatch],
+    outer_batch: Batch,
+) -> dict[str, float]:
+    """Train as a rollout of meta-training does, and score what comes out by each objective; infinite if it diverged."""
+    end = rollout(
+        lambda *arguments: compute_inner_loss(student, loss, *arguments),
+        start.state,
+        {},
+        inner_batches,
+        build_inner_optimizer(recipe.train, start.learning_rate, draw.annealing, draw.steps),
+    )
+    with torch.no_grad():
+        logits = compute_outer_logits(student, end.parameters, end.buffers, outer_batch)
+        values = {
+            name: float(OBJECTIVES[name](logits, outer_batch.target))
+            for name in (recipe.objectives or list(OBJECTIVES))
+        }
+    return {name: value if math.isfinite(value) else math.inf for name, value in values.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranking fidelity: do short rollouts rank losses as full trainings do? Meta-training sees rollouts only; a loss that
+# it prefers is better for a whole training only as far as rollouts rank losses as whole trainings do. That can be
+# measured beforehand, with losses whose full trainings are affordable. The measurement is ours; the paper (LKD) has
+# none.
+
+
+def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
+    """Train every loss fully, roll every loss out, correlate; write tables, picture and `fidelity.json`.
+
+    Returns:
+        What `fidelity.json` holds.
+
+    Raises:
+        UserError: If the recipe, the data, the teacher or the pool is not good.
+        Interrupted: On Ctrl-C or SIGTERM; finished trainings and rollouts stay.
+    """
+    images = prepare_images(recipe.data)
+    total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
+    check_recipe(recipe, images, total_steps)
+    architecture = architecture_of(recipe.student, images.train)
+    pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
+    check_ages(recipe, pool, total_steps)
+    run.say(introduce_network("student", recipe.student, images, run.device))
+    run.say(introduce_teacher(recipe.teacher, images, run.device))
+    pool = pool or make_pool(recipe, images, run)
+    check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
+    started = time.perf_counter()
+    on_gpus = run.device.type == "cuda" and run.device.index is None
+    with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
+        trainings = plan_trainings(recipe)
+        finish_cells(as_comparison(recipe), trainings, run, workers, "full trainings")
+        draws = {
+            draw_path(recipe, draw, pool.folder, run.path): draw
+            for draw in plan_draws(recipe, pool.index["students"], total_steps)
+        }
+        drop_damaged(draws, run.say)
+        jobs = {
+            workers.submit(run_draw, recipe, draw, pool.folder, path, str(run.device)): ""
+            for path, draw in draws.items()
+            if not path.exists()
+        }
+        finish_all(jobs, lambda *_: None, "rollouts")
+    run.say(f"trainings and rollouts: {time.perf_counter() - started:.0f} s")
+    full = [read_result(cell_path(as_comparison(recipe), cell, run.path)) for cell in trainings]
+    return write_results(recipe, full, [read_result(path) for path in draws], run)
+
+
+def as_comparison(recipe: FidelityRecipe) -> CompareRecipe:
+    """The full trainings as a comparison's, so that they are run and kept as those are."""
+    return CompareRecipe(
+        data=recipe.data, teacher=recipe.teacher, train=recipe.train, methods=recipe.losses, students=[recipe.student]
+    )
+
+
+def plan_trainings(recipe: FidelityRecipe) -> list[Cell]:
+    """The full trainings: each loss with every seed. They are not reported: no one reads the test split."""
+    return [
+        Cell(label, loss, recipe.student, recipe.seed + offset, reported=False)
+        for offset in range(recipe.full_seeds)
+        for label, loss in recipe.losses.items()
+    ]
+
+
+def make_pool(recipe: FidelityRecipe, images: Images, run: Run) -> Pool:
+    """Build the pool in the run directory."""
+    stages = read_teacher_stages(prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed))
+    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages)
+    parts = {name: getattr(recipe, name) for name in ("seed", "data", "teacher", "student", "train", "pool")}
+    return build_pool(PoolRecipe(**parts), run.path / "pool", images, teacher, run)
+
+
+def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> None:
+    """Check everything but the ages, before any training.
+
+    Raises:
+        UserError: If a setting is impossible.
+    """
+    check_pool(recipe.pool)
+    for name, least in (("full_seeds", 2), ("rollouts", 2), ("outer_batch_size", 1), ("rollout_epochs", 1)):
+        if getattr(recipe, name) < least:
+            raise UserError(f"{name}: {getattr(recipe, name)} is not at least {least}")
+    for name in ("ages", "rollout_lengths", "annealing"):
+        values = getattr(recipe, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name}: {values} must hold at least one value, and each once")
+    for objective in recipe.objectives or list(OBJECTIVES):
+        check_choice("objectives", objective, OBJECTIVES)
+    build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
+    check_losses(recipe, images)
+    for steps in recipe.rollout_lengths:
+        if steps < 1:
+            raise UserError(f"rollout_lengths: {steps} is not at least 1")
+        longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)
+        if "constant" in recipe.annealing and steps > longest:
+            raise UserError(
+                f"rollout_lengths: a rollout of {steps} steps without annealing goes on past the end of the training: "
+                f"at age {max(recipe.ages):g}, {longest} of {total_steps} steps are left; "
+                "leave out `constant`, that age or that length"
+            )
+
+
+def check_losses(recipe: FidelityRecipe, images: Images) -> None:
+    """Check the losses to rank.
+
+    Raises:
+        UserError: If there are fewer than 3, or one cannot be built, has a grid or a training of its own, or has parts
+            that are trained along.
+    """
+    if len(recipe.losses) < 3:
+        raise UserError(f"losses: {len(recipe.losses)} given ({', '.join(recipe.losses)}); a ranking needs at least 3")
+    for label, specification in recipe.losses.items():
+        try:
+            for key in ("grid", "train"):
+                if isinstance(specification, dict) and key in specification:
+                    raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
+            loss = prepare_loss(specification, recipe.student, recipe.teacher, images, recipe.seed)
+            if getattr(loss, "needs_index", False) or any(p.requires_grad for p in loss.parameters()):
+                raise UserError(
+                    "has parts that are trained along with the student, which a student of the pool has not; "
+                    "take a loss without adapters"
+                )
+        except UserError as error:
+            raise UserError(f"losses.{label}: {error}") from error
+
+
+def check_ages(recipe: FidelityRecipe, pool: Pool | None, total_steps: int) -> None:
+    """Check that the pool holds, or will hold, students of every age.
+
+    Raises:
+        UserError: If not.
+    """
+    settings = recipe.pool
+    planned = torch.linspace(0, settings.max_age, settings.snapshots).tolist()
+    entries = (
+        pool.index["students"] if pool else [{"progress": round(age * total_steps) / total_steps} for age in planned]
+    )
+    held = sorted({round(entry["progress"], 3) for entry in entries})
+    for age in recipe.ages:
+        if not find_students(entries, age, total_steps):
+            hint = "take another pool" if pool else "change pool.snapshots and pool.max_age"
+            raise UserError(
+                f"ages: {age:g} is not an age of the pool, which has {', '.join(f'{a:g}' for a in held)}; "
+                f"take one of these, or {hint}"
+            )

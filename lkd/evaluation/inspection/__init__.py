@@ -1,0 +1,1 @@
+"""What a loss does, found out without a training."""

@@ -1,0 +1,375 @@
+"""The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report."""
+
+import dataclasses
+import json
+import time
+from concurrent.futures import Future
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from lkd.config.evaluation import CompareRecipe, QuickstartRecipe
+from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
+from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.files import read_json, write_json, write_text
+from lkd.core.tensor_files import read_result
+from lkd.evaluation.comparison.compare import pick_options, plan_report, plan_tuning, submit, write_results
+from lkd.evaluation.comparison.tables import format_figure
+from lkd.evaluation.comparison.trials import Cell, cell_path
+from lkd.evaluation.comparison.workers import finish_all, start_workers
+from lkd.evaluation.report.page import embed_picture, html_table
+from lkd.losses.build import build_loss
+from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
+from lkd.meta_training.log import plot_learned_loss, plot_meta_training, plot_settings
+from lkd.meta_training.meta_train import meta_train
+from lkd.tracking.run import Run, evidence, open_run
+from lkd.training.build import introduce_network, introduce_teacher, prepare_images
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipes of the quickstart: three settings, one recipe; the balance that suits one of them fails in another.
+# Clean labels; 40 % of the training labels flipped; clean labels with a teacher that answers at random on 60 % of the
+# images.
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "clean": {},
+    "noisy": {"label_noise": 0.4},
+    "bad_teacher": {"random_answers": 0.6},
+}
+SEEN, UNSEEN = ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")
+LEARNING_RATE = 0.2  # of all losses here: better for each of them than 0.1
+GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
+
+
+def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
+    """The recipe of one setting's meta-training: the defaults, but for the setting itself and the short form."""
+    learned = MetaTrainRecipe(
+        run_dir=str(setting_folder(folder, setting) / "meta-train"),
+        resume="auto",
+        seed=recipe.seed,
+        device=recipe.device,
+        wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-{setting}"),
+        student=SEEN,
+        train=TrainRecipe(learning_rate=LEARNING_RATE),
+    )
+    if recipe.short:
+        learned.train.epochs = 2
+        learned.pool = PoolSettings(students=1, snapshots=2)
+        learned.meta = MetaSettings(
+            outer_steps=2, students_per_step=1, rollout_steps=4, outer_batch_size=200, reuse_every=0
+        )
+    return place_setting(learned, recipe, setting)
+
+
+def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
+    """The recipe of one setting's comparison."""
+    grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
+    compared = CompareRecipe(
+        run_dir=str(setting_folder(folder, setting)),
+        seed=recipe.seed,
+        device=recipe.device,
+        methods={
+            "CE": {"name": "cross_entropy"},
+            "KD": {"name": "kd", "grid": grid},
+            "learned": str(loss_path(folder, setting)),
+        },
+        students=[SEEN, UNSEEN],
+        train=TrainRecipe(learning_rate=LEARNING_RATE),
+        seeds=recipe.seeds,
+        evaluate_every=4,
+    )
+    if recipe.short:
+        compared.train.epochs = 2
+    return place_setting(compared, recipe, setting)
+
+
+def place_setting(placed: "MetaTrainRecipe | CompareRecipe", recipe: QuickstartRecipe, setting: str) -> Any:
+    """Put a setting's labels and teacher into a recipe."""
+    size = 640 if recipe.short else 4000
+    values = SETTINGS[setting]
+    placed.data = DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0))
+    placed.teacher = TeacherRecipe(random_answers=values.get("random_answers", 0.0))
+    return placed
+
+
+def setting_folder(folder: Path, setting: str) -> Path:
+    """Where a setting's files go."""
+    return folder / setting
+
+
+def loss_path(folder: Path, setting: str) -> Path:
+    """A setting's learned-loss file."""
+    return setting_folder(folder, setting) / "meta-train" / f"loss{SUFFIX}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The figures of the quickstart.
+
+LABELS = {"CE": "ce", "KD": "kd", "learned": "learned"}
+
+
+def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The evidence's figures: test accuracy, percent, mean over seeds, and its standard error."""
+    figures: dict[str, float] = {}
+    for setting, table in tables.items():
+        suffix = "" if setting == "clean" else f"_{setting}"
+        for row in table:
+            name = f"{LABELS[row['method']]}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
+            figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["last"])
+    return figures
+
+
+def grid_accuracies(
+    recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student.
+
+    Returns:
+        Fixed KD → setting → %, and method → setting → %.
+    """
+    grid: dict[str, dict[str, float]] = {}
+    bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
+    for setting, recipe in recipes.items():
+        place = setting_folder(folder, setting)
+        for cell in plan_tuning(recipe):
+            options: Any = cell.loss
+            label = f"KD({options['weight']:g}, {options['temperature']:g})"
+            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, cell, place)
+        for cell in plan_report(recipe, picks[setting]):
+            if cell.method in bold and cell.student == SEEN and cell.seed == recipe.seed:
+                bold[cell.method][setting] = meta_validation_accuracy(recipe, cell, place)
+    return grid, bold
+
+
+def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) -> float:
+    """A finished cell's accuracy on meta-validation at the last step, %."""
+    return read_result(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
+
+
+def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
+    """For each loss, its largest gap over the settings to the best fixed KD of that setting, in points."""
+    best = {setting: max(values[setting] for values in grid.values()) for setting in next(iter(grid.values()))}
+    return {
+        label: max(best[setting] - value for setting, value in values.items())
+        for label, values in (grid | bold).items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The quickstart's page: one self-contained HTML file, no network.
+
+TEMPLATE = Path(__file__).with_name("quickstart.html")
+NAMES = {
+    "clean": "Clean labels",
+    "noisy": "40 % of the training labels flipped",
+    "bad_teacher": "Teacher answers at random on 60 % of the images",
+}
+NOTE = '<p class="note">This is the short form: it exercises every step and claims nothing.</p>'
+
+
+def write_quickstart_report(
+    recipe: QuickstartRecipe,
+    run: Run,
+    networks: list[str],
+    tables: dict[str, list[dict[str, Any]]],
+    picks: dict[str, dict[str, Any]],
+    phases: dict[str, float],
+    regret: str,
+) -> Path:
+    """Write RUN_DIR/report.html.
+
+    Args:
+        recipe: The quickstart's recipe.
+        run: The run.
+        networks: A line about each network.
+        tables: Setting → table rows.
+        picks: Setting → method → options that were used.
+        phases: Seconds of each phase.
+        regret: A sentence about the largest gaps.
+    """
+    seen, unseen = dict.fromkeys(row["student"] for row in tables["clean"])
+    config = {"recipe": dataclasses.asdict(recipe), **run.provenance()["environment"]}
+    fields = {
+        "note": NOTE if recipe.short else "",
+        "summary": summary_table(tables),
+        "regret": escape(regret),
+        "picture": embed_picture(run.path / "quickstart.png", "accuracy of every loss in the three settings"),
+        "seeds": recipe.seeds,
+        "seen": escape(seen),
+        "unseen": escape(unseen),
+        "tables": "".join(setting_section(setting, table, picks[setting]) for setting, table in tables.items()),
+        "curves": embed_picture(run.path / "meta-training.png", "outer loss, hypergradient norm, balance, temperature"),
+        "surfaces": "".join(
+            f"<h3>{escape(NAMES[setting])}</h3>"
+            + embed_picture(run.path / setting / "learned-loss.png", f"the loss learned with: {NAMES[setting]}")
+            for setting in tables
+        ),
+        "reuse": escape(reuse_lines(f"{run.path}/clean/meta-train/loss.lkd.safetensors", unseen)),
+        "networks": "".join(f"<li>{escape(line)}</li>" for line in networks),
+        "phases": html_table(
+            ["phase", "seconds"],
+            [[key.replace("_", " "), f"{v:.0f}"] for key, v in (phases | {"total": sum(phases.values())}).items()],
+        ),
+        "config": escape(json.dumps(config, indent=2)),
+    }
+    path = run.path / "report.html"
+    write_text(path, Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields))
+    return path
+
+
+def reuse_lines(path: str, student: str) -> str:
+    """How a learned loss is used again."""
+    return (
+        f'import lkd\n\nloss = lkd.load_loss("{path}")\n'
+        "sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward()\n\n"
+        f"$ lkd distill --loss {path} --student.name {student}"
+    )
+
+
+def summary_table(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """Learned loss minus tuned KD and minus CE, by setting and student, whichever way they fell."""
+    rows = []
+    for setting, table in tables.items():
+        for learned in (row for row in table if row["method"] == "learned"):
+            (ce,) = (row for row in table if row["method"] == "CE" and row["student"] == learned["student"])
+            over_ce = f"{learned['last'][0] - ce['last'][0]:+.2f}"
+            rows.append([NAMES[setting], learned["student"], format_figure(learned["difference"], True), over_ce])
+    return html_table(["setting", "student", "learned − tuned KD", "learned − CE"], rows)
+
+
+def compare_regrets(regret: dict[str, float]) -> str:
+    """What a fixed choice costs at worst, from the numbers."""
+    fixed = {label: value for label, value in regret.items() if label.startswith("KD")}
+    steadiest = min(fixed, key=lambda label: fixed[label])
+    return (
+        "Largest gap, over the three settings, to the best KD of the setting (meta-validation, first seed): "
+        f"the learned loss {regret['learned']:.1f} points, without tuning; "
+        f"the steadiest of {len(fixed)} fixed KDs, {steadiest}, {fixed[steadiest]:.1f}; "
+        f"the worst of them {max(fixed.values()):.1f}; cross-entropy {regret['CE']:.1f}."
+    )
+
+
+def setting_section(setting: str, table: list[dict[str, Any]], picks: dict[str, Any]) -> str:
+    """One setting's table."""
+    pick = picks["KD"]
+    rows = [
+        [
+            row["student"],
+            row["method"],
+            format_figure(row["last"]),
+            format_figure(row["best"]),
+            "" if row["method"] == "KD" else format_figure(row["difference"], True),
+        ]
+        for row in table
+    ]
+    header = ["student", "loss", "last epoch", "best epoch", "last − KD"]
+    return (
+        f"<h3>{escape(NAMES[setting])}</h3>"
+        f"<p>KD's pick: weight {pick['weight']:g}, temperature {pick['temperature']:g}.</p>"
+        f'<div class="wide">{html_table(header, rows, [row["method"] for row in table])}</div>'
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report.
+
+
+def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
+    """Run everything that has not been run yet.
+
+    Returns:
+        The HTML page.
+    """
+    started = time.time()
+    meta_recipes = {setting: meta_recipe(recipe, setting, run.path) for setting in SETTINGS}
+    compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
+    first = compare_recipes["clean"]
+    images = prepare_images(first.data)
+    networks = [
+        introduce_teacher(first.teacher, images, run.device),
+        *(introduce_network("student", student, images, run.device) for student in first.students),
+    ]
+    run.say(*networks)
+    run.say(
+        f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
+        f"{len(images.test):,} test images; three settings, one recipe, {recipe.seeds} paired seeds"
+    )
+    phases: dict[str, float] = {}
+    device = str(run.device)
+    with start_workers(recipe.workers) as workers:
+        jobs: dict[Future[Any], str] = {
+            workers.submit(learn_in_worker, meta): setting
+            for setting, meta in meta_recipes.items()
+            if not loss_path(run.path, setting).exists()
+        }
+        for setting, compare in compare_recipes.items():
+            jobs |= submit(compare, plan_tuning(compare), setting_folder(run.path, setting), workers, device)
+        finish_all(jobs, describe_job, "learn losses, tune KD")
+        phases["learn_and_tune"] = time.time() - started
+        picks = {
+            setting: pick_options(compare, setting_folder(run.path, setting))
+            for setting, compare in compare_recipes.items()
+        }
+        for setting, pick in picks.items():
+            run.say(f"{setting}: KD's pick on meta-validation: {pick['KD']}")
+        reported: dict[Future[Any], str] = {}
+        for setting, compare in compare_recipes.items():
+            cells = plan_report(compare, picks[setting])
+            reported |= submit(compare, cells, setting_folder(run.path, setting), workers, device)
+        finish_all(reported, lambda label, row: None, "train fresh students")
+    phases["train_fresh_students"] = time.time() - started - phases["learn_and_tune"]
+    tables = {
+        setting: write_results(compare, picks[setting], setting_folder(run.path, setting))
+        for setting, compare in compare_recipes.items()
+    }
+    curves = {setting: read_provenance(loss_path(run.path, setting))["curve"] for setting in SETTINGS}
+    plot_meta_training(curves, run.path / "meta-training.png")
+    for setting, pick in picks.items():
+        path = setting_folder(run.path, setting) / "learned-loss.png"
+        kd: Any = build_loss(pick["KD"])
+        label = f"KD({kd.weight:g}, {kd.temperature:g})"
+        learned: Any = load_loss(loss_path(run.path, setting))
+        plot_learned_loss(learned, kd, label, path)
+    grid, bold = grid_accuracies(compare_recipes, picks, run.path)
+    plot_settings(grid, bold, tables, run.path / "quickstart.png")
+    regret = compare_regrets(regrets(grid, bold))
+    write_text(run.path / "regret.txt", regret + "\n")
+    phases["report"] = time.time() - started - sum(phases.values())
+    phases = add_earlier_phases(phases, run.path / "phases.json")
+    result = evidence(
+        "lkd quickstart" + (" --short" if recipe.short else ""),
+        run.provenance()["environment"],
+        figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
+    )
+    write_json(run.path / "result.json", result)
+    run.tracker.log(0, **result["figures"])
+    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
+    return page
+
+
+def add_earlier_phases(phases: dict[str, float], path: Path) -> dict[str, float]:
+    """Seconds of each phase, with those of earlier sessions of a run that was gone on with."""
+    earlier = read_json(path) if path.exists() else {}
+    total = {name: seconds + earlier.get(name, 0.0) for name, seconds in phases.items()}
+    write_json(path, total)
+    return total
+
+
+def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
+    """Meta-train in a worker process."""
+    started = time.perf_counter()
+    with open_run(recipe, "meta-train", quiet=True) as run:
+        path = meta_train(recipe, run)
+    return {"path": str(path), "seconds": time.perf_counter() - started}
+
+
+def describe_job(label: str, result: dict[str, Any]) -> str | None:
+    """One line about a learned loss; tuning cells are silent."""
+    if "path" not in result:
+        return None
+    curve = read_provenance(result["path"])["curve"]
+    weight, temperature = ([row[f"loss/{name}"] for row in curve] for name in ("weight", "temperature"))
+    return (
+        f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
+        f"{weight[0]:.2f} → {weight[-1]:.2f}, temperature {temperature[0]:.1f} → {temperature[-1]:.1f}"
+    )

@@ -1,0 +1,232 @@
+"""The curves and losses of runs as data for the page to draw."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkd.core.errors import UserError
+from lkd.evaluation.report.runs import RESULTS, Curve, RunRecord, describe_loss, find_near, read_dict, simplify, thin
+from lkd.influence.influence import INFLUENCE_WEIGHTED
+from lkd.losses.build import build_loss, is_learned, reads_features
+from lkd.losses.learned.file import load_loss
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.learned.shares import balance_surface, gradient_surface
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The curves of runs as data for the page's charts.
+
+STEPPED = {"distill": "step", "teacher": "step", "pool": "step", "meta-train": "outer step"}  # command → its step
+FIRST = ("meta_validation", "reuse", "outer", "loss", "share", "training")  # groups, in this order
+SPEED, TRAINING = "throughput", "training"
+POINTS, LEAST, MOST = 100_000, 30, 1000  # of a page, and of one curve
+
+
+def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -> list[dict[str, Any]]:
+    """The charts of a page.
+
+    Args:
+        groups: Runs that share their data; one chart shows runs of one group only.
+        places: Label → number of a run.
+
+    Returns:
+        For every group and kind of step a dict of `data` (the group's number), `axis`, and `charts`: rows of `group`,
+        `name` and `series`, each with `run`, `steps`, `seconds` since the run's first line, `values` (None where it is
+        not finite), `total` (points before thinning) and `strange` (how many were not finite).
+    """
+    count = sum(len(run.log.curves) for group in groups for run in group if run.command in STEPPED)
+    points = min(max(POINTS // max(count, 1), LEAST), MOST)
+    sections = []
+    for number, group in enumerate(groups):
+        for axis in dict.fromkeys(STEPPED.values()):
+            runs = [run for run in group if STEPPED.get(run.command) == axis]
+            names = dict.fromkeys(name for run in runs for name in run.log.curves)
+            charts = [
+                {
+                    "group": group_of(name),
+                    "name": name,
+                    "series": [
+                        {"run": places[run.label], **describe_curve(run, run.log.curves[name], points)}
+                        for run in runs
+                        if name in run.log.curves
+                    ],
+                }
+                for name in sorted(names, key=rank)
+            ]
+            if charts:
+                sections.append({"data": number, "axis": axis, "charts": charts})
+    return sections
+
+
+def group_of(name: str) -> str:
+    """The group of charts that a metric belongs to: its prefix."""
+    if name == "images_per_second" or name.startswith("time_share/"):
+        return SPEED
+    return name.partition("/")[0] if "/" in name else TRAINING
+
+
+def rank(name: str) -> tuple[int, str]:
+    """The known groups in their order, then the others, speed last; within a group as they were logged."""
+    group = group_of(name)
+    return (FIRST.index(group) if group in FIRST else len(FIRST) + (group == SPEED), group)
+
+
+def describe_curve(run: RunRecord, curve: Curve, points: int) -> dict[str, Any]:
+    """A curve, thinned, with six digits."""
+    start = run.log.times[0] if run.log.times else 0.0
+    thinned = thin(curve, points)
+    return {
+        "steps": [int(step) if step.is_integer() else step for step in thinned.steps],
+        "seconds": [round(time - start, 1) if math.isfinite(time) else None for time in thinned.times],
+        "values": [float(f"{value:.6g}") if math.isfinite(value) else None for value in thinned.values],
+        "total": len(curve),
+        "strange": sum(not math.isfinite(value) for value in curve.values),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the losses of runs do to a student, as numbers for the page to draw.
+
+SURFACE_POINTS = 21
+COARSE = 5  # a grid whose points are among the POINTS
+PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
+REFERENCE = {"name": "kd", "weight": 0.5, "temperature": 4.0}
+BALANCE = ("weight of the teacher, α", "temperature, τ")
+MOST_SURFACES = 16  # losses on a page
+
+
+@dataclass
+class LossRecord:
+    """A loss that runs used or made.
+
+    Attributes:
+        name: What it is.
+        runs: Labels of the runs.
+        panels: Title → [progress][teacher][student], rounded; one progress only if it does not matter.
+        note: Why there are no panels.
+    """
+
+    name: str
+    runs: list[str]
+    panels: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    note: str | None = None
+
+
+def draw_losses(runs: Sequence[RunRecord]) -> list[LossRecord]:
+    """The losses that runs name or learned, each once, and a hand-made one to compare them with."""
+    records: dict[str, LossRecord] = {}
+    for run in sorted(runs, key=lambda run: run.command != "meta-train"):  # whose names say where a loss is from
+        for name, specification in list_losses(run):
+            key = identify(specification, run.path)
+            if key not in records and len(records) < MOST_SURFACES:
+                records[key] = draw_loss(name, specification, run.path)
+            if key in records and run.label not in records[key].runs:
+                records[key].runs.append(run.label)
+    if any(len(record.panels) > 1 for record in records.values()) and identify(REFERENCE) not in records:
+        records["reference"] = draw_loss(f"{describe_loss(REFERENCE)}, to compare", REFERENCE, Path.cwd())
+    return list(records.values())
+
+
+def identify(specification: Any, folder: Path = Path()) -> str:
+    """What two losses share if they are the same: their file or their options."""
+    named = {"name": specification} if isinstance(specification, str) else specification
+    path = find_near(specification, folder) if isinstance(specification, str) else None
+    return str(path) if path else json.dumps(simplify(named), sort_keys=True)
+
+
+def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
+    """Name and specification of the losses of a run; of methods that a comparison tunes, those that it picked."""
+    if run.command == "meta-train":
+        path = run.path / RESULTS[run.command]
+        return [(f"learned by {run.label}", str(path))] if path.is_file() else []
+    if run.command == "distill":
+        return [(describe_loss(run.recipe.get("loss")), run.recipe.get("loss"))]
+    methods = run.recipe.get("methods")
+    if run.command != "compare" or not isinstance(methods, dict):
+        return []
+    chosen = methods | read_dict(run.path / "picks.json")
+    tuned = [method for method in chosen.values() if not (isinstance(method, dict) and "grid" in method)]
+    return [(describe_loss(method), method) for method in tuned]
+
+
+def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
+    """The surfaces of one loss, or why there are none."""
+    record = LossRecord(name, [])
+    try:
+        loss = open_loss(specification, folder)
+        frames = [gradient_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
+        coarse = gradient_surface(at(loss, 0.5), 0.5, points=COARSE)
+    except UserError as error:
+        record.note = str(error)
+        return record
+    stride = (SURFACE_POINTS - 1) // (COARSE - 1)
+    if not torch.allclose(frames[2][::stride, ::stride], coarse, rtol=1e-2, atol=1e-5):
+        record.note = "compares the images of a batch with each other: no function of one image's confidence"
+        return record
+    record.panels["gradient at the target logit"] = to_frames(frames)
+    if has_balance(at(loss, 0.0)):
+        balances = [balance_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
+        for title, surfaces in zip(BALANCE, zip(*balances, strict=True), strict=True):
+            record.panels[title] = to_frames(surfaces)
+    return record
+
+
+def open_loss(specification: Any, folder: Path) -> nn.Module:
+    """Build a loss that is over logits alone; of a learned one that reads features too, its parts over logits.
+
+    Raises:
+        UserError: If the file is not good or not there, or the loss reads nothing but features.
+    """
+    if isinstance(specification, dict):
+        specification = {key: value for key, value in specification.items() if key not in ("train", "balance")}
+    if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
+        specification = specification.get("loss", "kd")
+    name = str(specification.get("name") if isinstance(specification, dict) else specification)
+    path = find_near(name, folder)
+    if is_learned(name) or (path is not None and path.is_file()):
+        if path is None:
+            raise UserError("its file is no longer there")
+        loss = load_loss(path)
+        if isinstance(loss, ReplayedLoss):
+            return ReplayedLoss([over_logits(part) for part in loss.losses], loss.starts)
+        return over_logits(loss)
+    if reads_features(specification):
+        raise UserError("reads features: no function of the confidence alone")
+    return build_loss(specification)
+
+
+def over_logits(loss: Any) -> LearnedLoss:
+    """The parts of a learned loss that read no features.
+
+    Raises:
+        UserError: If there are none.
+    """
+    parts = {name: part for name, part in loss.parts.items() if not getattr(part, "reads_features", False)}
+    if not parts:
+        raise UserError("reads features: no function of the confidence alone")
+    return LearnedLoss(parts, loss.normalize_gradient)
+
+
+def at(loss: nn.Module, progress: float) -> Any:
+    """The loss in charge at this progress."""
+    return loss.at(progress) if isinstance(loss, ReplayedLoss) else loss
+
+
+def has_balance(loss: Any) -> bool:
+    """Whether a loss is a learned one with a weight and a temperature of its own."""
+    part = loss.parts["logits"] if isinstance(loss, LearnedLoss) and "logits" in loss.parts else None
+    return hasattr(part, "weights_and_temperatures")
+
+
+def to_frames(surfaces: Sequence[Tensor]) -> list[list[float | None]]:
+    """Surfaces as flat lists, row by row, with four digits; a single one if all are the same."""
+    frames = [
+        [float(f"{value:.4g}") if math.isfinite(value) else None for value in surface.flatten().tolist()]
+        for surface in surfaces
+    ]
+    return frames[:1] if all(frame == frames[0] for frame in frames) else frames

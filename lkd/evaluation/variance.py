@@ -1,0 +1,135 @@
+"""`lkd variance`: how noisy a finished student's gradient is for each share of the teacher, predicted and measured."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lkd.balance.balancing import split_terms, take_gradient
+from lkd.balance.rules import GradientMoments, optimal_share
+from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.training import VarianceRecipe
+from lkd.core.errors import UserError
+from lkd.core.files import read_mapping, replaced_atomically, write_json
+from lkd.models.files import load_network
+from lkd.tracking.run import choose_device
+from lkd.training.build import (
+    build_batches,
+    check_network,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+    read_teacher_stages,
+)
+
+SHARES = [k / 20 for k in range(21)]
+
+
+def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
+    """Predict the noise from one half of the mini-batches and measure it on the other; write a figure and the numbers.
+
+    The noise at share λ is Var(∇[(1 − λ) · task + λ · distillation]) + λ² (1 + horizon) |E h|², over its value at 0,
+    the loss's terms as it gives them. Predicted are the streamed moments' parabola and its minimum; measured is the
+    variance of the combined gradients themselves.
+
+    Returns:
+        What `variance.json` holds.
+
+    Raises:
+        UserError: If the folder holds no finished `lkd distill`, or an option is out of range.
+    """
+    if recipe.samples < 4 or recipe.horizon < 0:
+        raise UserError(
+            f"samples: {recipe.samples} is not at least 4, or horizon: {recipe.horizon} is negative; "
+            "half of the samples predict, half measure"
+        )
+    pairs = collect_gradients(recipe)
+    halves = [fill_moments(pairs[start::2]) for start in (0, 1)]
+    share, ratio = optimal_share(halves[0], recipe.horizon)
+    result = {
+        "optimal_share": share,
+        "predicted_ratio": ratio,
+        "horizon": recipe.horizon,
+        "samples": len(pairs),
+        "shares": SHARES,
+        "predicted": [predict_noise(halves[0], s, recipe.horizon) for s in SHARES],
+        "measured": [measure_noise(pairs[1::2], s, recipe.horizon) for s in SHARES],
+    }
+    folder = Path(recipe.run_dir) / "variance"
+    write_json(folder / "variance.json", result)
+    plot_variance(result, folder / "variance.png")
+    return result
+
+
+def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the task and of the distillation term of a finished run's student, of one mini-batch each.
+
+    Raises:
+        UserError: If the run is not a finished `lkd distill`.
+    """
+    folder, device = Path(recipe.run_dir), choose_device(recipe.device)
+    saved = read_mapping(folder / "config.json")
+    if saved.get("command") != "distill":
+        raise UserError(f"run_dir: {folder} holds a run of `lkd {saved.get('command')}`, not of `lkd distill`")
+    parts = saved["recipe"]
+    data, taught = DataRecipe(**parts["data"]), TeacherRecipe(**parts["teacher"])
+    model, train = ModelRecipe(**parts["student"]), TrainRecipe(**parts["train"])
+    images = prepare_images(data)
+    student, header = load_network(folder / "student.safetensors")
+    check_network(str(folder / "student.safetensors"), header["architecture"], images.train)
+    loss = prepare_loss(parts["loss"], model, taught, images, parts["seed"]).to(device)
+    teacher = prepare_teacher(taught, data, images, device, read_teacher_stages(loss))
+    batches = build_batches(images.train, dataclasses.replace(train, batch_size=recipe.batch_size), data, 1, device)
+    student = student.to(device).eval().requires_grad_(True)
+    parameters = list(student.parameters())
+    pairs = []
+    for step in range(recipe.samples):
+        batch = batches.at(step)
+        task, distillation = split_terms(loss(student(batch.images), teacher(batch), batch.target, 1.0))
+        pairs.append((take_gradient(task, parameters), take_gradient(distillation, parameters)))
+    return pairs
+
+
+def fill_moments(pairs: list[tuple[Tensor, Tensor]]) -> GradientMoments:
+    """The moments of g and h = g − ∇distillation."""
+    moments = GradientMoments()
+    for task, distillation in pairs:
+        moments.add(task, task - distillation)
+    return moments
+
+
+def predict_noise(moments: GradientMoments, share: float, horizon: float) -> float:
+    """N(λ) / N(0) by the parabola."""
+    noise, together, control = moments.covariances()
+    bias = (1 + horizon) * moments.squared_bias()
+    return (noise - 2 * share * together + share**2 * (control + bias)) / noise if noise else 1.0
+
+
+def measure_noise(pairs: list[tuple[Tensor, Tensor]], share: float, horizon: float) -> float:
+    """N(λ) / N(0) from the gradients of the combined loss."""
+    combined = torch.stack([(1 - share) * task + share * distillation for task, distillation in pairs])
+    plain = torch.stack([task for task, _ in pairs])
+    bias = share**2 * (1 + horizon) * fill_moments(pairs).squared_bias()
+    noise = float(plain.var(0).sum())
+    return (float(combined.var(0).sum()) + bias) / noise if noise else 1.0
+
+
+def plot_variance(result: dict[str, Any], path: Path) -> None:
+    """Draw predicted and measured noise against λ."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    axis.plot(result["shares"], result["predicted"], label="predicted from one half of the mini-batches")
+    axis.plot(result["shares"], result["measured"], "o", ms=4, label="measured on the other half")
+    axis.axvline(min(max(result["optimal_share"], 0), 1), color="0.6", ls=":", label="λ*")
+    axis.set_xlabel("share of the teacher, λ")
+    axis.set_ylabel("noise of the gradient, N(λ) / N(0)")
+    axis.legend(frameon=False, fontsize=8)
+    with replaced_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)

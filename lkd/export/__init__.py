@@ -1,0 +1,1 @@
+"""What others read: formats, teacher caches, packed sets, shared losses."""

@@ -1,0 +1,168 @@
+"""`lkd cache`: a teacher's answers to N augmentations of every training image."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lkd.config.training import CacheRecipe
+from lkd.core.distributed import place_of, read_job
+from lkd.core.errors import DamagedFileError, UserError
+from lkd.core.files import check_free_space
+from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.data.batches import OrderedBatches
+from lkd.models.forward import lay_out
+from lkd.models.teacher import TeacherFunction, load_teacher, name_teacher, wrap_teacher
+from lkd.models.teacher_cache import (
+    INDEX,
+    INDEX_KIND,
+    KIND,
+    VERSION,
+    CacheFolder,
+    bytes_of_answer,
+    check_made_with,
+    check_stages,
+    check_top_k,
+    choose_seeds,
+    compress_logits,
+    identify,
+    open_part,
+    read_cache,
+)
+from lkd.tracking.run import choose_device
+from lkd.training.build import (
+    Images,
+    check_network,
+    introduce_teacher,
+    prepare_images,
+    prepare_loss,
+    read_teacher_stages,
+)
+from lkd.training.training import check_inputs, is_bfloat16
+
+
+def cache_answers(recipe: CacheRecipe) -> CacheFolder:
+    """Ask the teacher about every training image under every augmentation seed; what is there already is kept.
+
+    The processes of a torchrun job share the files, without talking to each other.
+
+    Returns:
+        The cache.
+
+    Raises:
+        UserError: If a setting is not good, the loss reads features, the folder holds the cache of something else, or
+            the disk is too small.
+    """
+    if recipe.teacher.cache is None:
+        raise UserError("teacher.cache: missing; give the folder that the answers go to")
+    seeds = choose_seeds(recipe.data)
+    if recipe.shard_size < 1:
+        raise UserError(f"shard_size: {recipe.shard_size} is not at least 1")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = place_of(choose_device(recipe.device))
+    images = prepare_images(recipe.data)
+    check_top_k(recipe.top_k, images.train.num_classes)
+    check_stages(read_teacher_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)))
+    cache, teacher = prepare_cache(recipe, images, device)
+    places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
+    job = read_job()
+    own = places[job.rank :: job.size]
+    missing = {place for place in own if not is_kept(cache, cache.path(*place))}
+    missing |= {place for place in places if not cache.path(*place).is_file()}
+    positions = images.train.index.argsort().split(recipe.shard_size)
+    count = sum(len(positions[shard]) for _, shard in missing)
+    needed = count * bytes_of_answer(images.train.num_classes, recipe.top_k)
+    hint = "take another disk, fewer data.augmentation_seeds, or a top_k"
+    check_free_space("teacher.cache", cache.folder, needed, f"{count:,} answers", hint)
+    if not (cache.folder / INDEX).is_file():
+        live = dataclasses.replace(recipe.teacher, cache=None)
+        header = cache.header | {"teacher": introduce_teacher(live, images, device)}
+        write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, header)
+    with tqdm(total=count // job.size, desc="cache", unit="image", disable=None) as bar:
+        for seed, shard in own:
+            if (seed, shard) in missing:
+                part = images.train.select(positions[shard])
+                batches = OrderedBatches(part, recipe.train.batch_size, recipe.data.augmentation, seed, device)
+                kept = ask_teacher(teacher, batches, recipe, bar)
+                write_tensors(cache.path(seed, shard), kept, KIND, VERSION, {"cache": cache.fingerprint})
+    return read_cache(cache.folder)
+
+
+def is_kept(cache: CacheFolder, path: Path) -> bool:
+    """Whether a file of the cache is there and good; one that is not is said, and made anew."""
+    if not path.is_file():
+        return False
+    try:
+        open_part(cache, path)
+    except UserError:
+        print(f"warning: {path}: is damaged, or of another cache; it is made anew")
+        return False
+    return True
+
+
+def drop_damaged_index(path: Path) -> None:
+    """Delete a damaged index: it can be made anew, and is then the same."""
+    try:
+        if path.is_file():
+            read_tensors(path, INDEX_KIND, VERSION)
+    except DamagedFileError as error:
+        print(f"warning: {error}; it is made anew")
+        path.unlink(missing_ok=True)
+
+
+def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> tuple[CacheFolder, TeacherFunction]:
+    """The cache, begun or to be begun, and the teacher that fills it.
+
+    Raises:
+        UserError: If the teacher is not good, or the folder holds the cache of something else.
+    """
+    folder = Path(str(recipe.teacher.cache))
+    network, architecture = load_teacher(recipe.teacher, images.train)
+    check_network(name_teacher(recipe.teacher), architecture, images.train)
+    made_with = identify(network, architecture, recipe.teacher, recipe.data, images.train)
+    header = {
+        "made_with": made_with,
+        "top_k": recipe.top_k,
+        "shard_size": recipe.shard_size,
+        "num_classes": images.train.num_classes,
+    }
+    index = images.train.index.sort().values
+    drop_damaged_index(folder / INDEX)
+    if (folder / INDEX).is_file():
+        cache = read_cache(folder)
+        check_made_with(cache, made_with)
+        for key in ("top_k", "shard_size"):
+            if cache.header[key] != header[key]:
+                raise UserError(
+                    f"{key}: {header[key]}, but the cache in {folder} has {cache.header[key]}: take the same"
+                )
+        if not torch.equal(cache.index, index):
+            raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
+    else:
+        cache = CacheFolder(folder, index, header)
+    return cache, wrap_teacher(network.to(device), recipe.teacher, recipe.data.split_seed, recipe.train)
+
+
+@torch.no_grad()
+def ask_teacher(teacher: TeacherFunction, batches: OrderedBatches, recipe: CacheRecipe, bar: tqdm) -> dict[str, Tensor]:
+    """Collect the answers to one file's images; where none could be decoded they are not numbers."""
+    index, device = batches.images.index, batches.device
+    kept: dict[str, Tensor] = {}
+    for batch in batches:
+        batch = batch._replace(images=lay_out(batch.images, recipe.train))
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16(recipe.train, device)):
+            outputs = teacher(batch)
+        check_inputs("teacher.cache", batch, outputs)
+        logits = outputs.logits
+        rows = torch.searchsorted(index, batch.index.cpu())
+        for name, tensor in compress_logits(logits, recipe.top_k).items():
+            if name not in kept:
+                nothing = math.nan if tensor.is_floating_point() else 0
+                kept[name] = torch.full((len(index), *tensor.shape[1:]), nothing, dtype=tensor.dtype)
+            kept[name][rows] = tensor.cpu()
+        bar.update(len(rows))
+    return kept

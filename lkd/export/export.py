@@ -1,0 +1,236 @@
+"""`lkd export`: a trained student in the formats that others read, each read back and compared; `lkd pack`."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lkd.config.training import ExportRecipe, PackRecipe
+from lkd.core.errors import UserError, check_choice
+from lkd.core.files import replaced_atomically, write_json
+from lkd.data.image_files import ImageFiles, LoadingOptions
+from lkd.data.packed import pack
+from lkd.data.readers import load_dataset
+from lkd.models.build import OWN_NETWORKS, plain_state_dict
+from lkd.models.files import load_network
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The formats of `lkd export`: each writes one file, and gives the function from images to logits that the file is.
+
+Compute = Callable[[Tensor], Tensor]
+Written = tuple[Path, Compute]
+
+
+class Logits(nn.Module):
+    """A network as others know networks: from images to logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits [B, C] of normalised images [B, C, H, W]."""
+        logits: Tensor = self.network(images).logits
+        return logits
+
+
+def write_timm(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
+    """A state dict that `timm.create_model(name, checkpoint_path=...)` loads.
+
+    Raises:
+        UserError: If the network is not one of timm's.
+    """
+    name = architecture["name"]
+    if name in OWN_NETWORKS:
+        raise UserError(f"formats: timm has no {name}; take safetensors, onnx or torch_export")
+    import timm
+
+    path = folder / "student.pth"
+    with replaced_atomically(path) as temporary:
+        torch.save(copy_state(model), temporary)
+    kept = {key: architecture[key] for key in ("num_classes", "in_chans")}
+    read = timm.create_model(name, checkpoint_path=str(path), **kept, **(architecture.get("options") or {})).eval()
+    return path, torch.no_grad()(read)
+
+
+def write_safetensors(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
+    """The plain state dict under its library's own names, without a header of ours."""
+    from safetensors.torch import load_file, save_file
+
+    from lkd.models.build import build
+
+    path = folder / "student.safetensors"
+    with replaced_atomically(path) as temporary:
+        save_file(copy_state(model), temporary)
+    network = build(**architecture)
+    getattr(network, "model", network).load_state_dict(load_file(path))
+    return path, torch.no_grad()(Logits(network).eval())
+
+
+def write_onnx(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
+    """ONNX with inputs `images` [batch, C, H, W] and output `logits`; any batch size.
+
+    Raises:
+        UserError: If the packages of the `export` extra are missing.
+    """
+    runtime = import_extra("onnxruntime")
+    import_extra("onnxscript")
+    path = folder / "student.onnx"
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+    )
+    assert program is not None  # it is with dynamo
+    with replaced_atomically(path) as temporary:
+        program.save(str(temporary), external_data=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return path, lambda pixels: torch.from_numpy(session.run(["logits"], {"images": pixels.numpy()})[0])
+
+
+def write_torch_export(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
+    """A `torch.export` program for any batch size; `torch.export.load(path).module()` runs it."""
+    path = folder / "student.pt2"
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with replaced_atomically(path) as temporary:
+        torch.export.save(program, temporary)
+    return path, torch.no_grad()(torch.export.load(path).module())
+
+
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """The network's weights under its library's own names."""
+    network: Any = model.network
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state_dict(network).items()}
+
+
+def import_extra(package: str) -> Any:
+    """Import a package of the `export` extra.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"formats: onnx needs {package}; pip install 'lkd[export]'") from error
+
+
+FORMATS: dict[str, Callable[[nn.Module, dict[str, Any], Tensor, Path], Written]] = {
+    "timm": write_timm,
+    "safetensors": write_safetensors,
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Write a trained student in the formats that others read, each read back and compared.
+
+BATCH = 4
+
+
+class Exported(NamedTuple):
+    """One file and how far its outputs are from the network's own.
+
+    Attributes:
+        path: The file.
+        difference: Largest difference of a logit, over the largest logit.
+    """
+
+    path: Path
+    difference: float
+
+
+def export(recipe: ExportRecipe) -> dict[str, Exported]:
+    """Write every format, read it back, and compare its logits on random images with the network's.
+
+    Returns:
+        Format → what was written.
+
+    Raises:
+        UserError: If the checkpoint, a format or the size is not good, a format needs a package that is not installed,
+            or what was read back differs by more than `tolerance`.
+    """
+    for name in recipe.formats:
+        check_choice("formats", name, FORMATS)
+    if not recipe.formats:
+        raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
+    network, header = load_network(Path(recipe.checkpoint))
+    images = draw_images(header, recipe)
+    model = Logits(network).eval()
+    with torch.no_grad():
+        expected = model(images)
+    folder = Path(recipe.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for name in recipe.formats:
+        path, compute = FORMATS[name](model, header["architecture"], images, folder)
+        difference = compare_logits(expected, compute(images))
+        if not difference <= recipe.tolerance:
+            raise UserError(
+                f"{path}: its logits differ by {difference:.2g} of the largest logit from the network's, more than "
+                f"tolerance {recipe.tolerance:g}; do not use this file"
+            )
+        written[name] = Exported(path, difference)
+    rows = {name: {"file": each.path.name, "difference": each.difference} for name, each in written.items()}
+    write_json(folder / "export.json", {"exported": rows, "shape": list(images.shape[1:]), **header})
+    return written
+
+
+def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
+    """Random images of the size that the network was trained on, [BATCH, C, H, W].
+
+    Raises:
+        UserError: If neither the file nor the recipe says which size.
+    """
+    channels = header["architecture"]["in_chans"]
+    known = header["provenance"].get("image_shape", [channels, 0, 0])
+    height, width = [recipe.image_size] * 2 if recipe.image_size else known[1:]
+    if min(height, width) < 1:
+        raise UserError(
+            f"image_size: {recipe.checkpoint} does not say which images it was trained on; give their height and width"
+        )
+    return torch.randn(BATCH, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def compare_logits(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, over the largest logit."""
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `lkd pack`: all images of a data set, decoded and scaled down once.
+
+
+def pack_dataset(recipe: PackRecipe) -> list[Path]:
+    """Pack the training and the test part of a data set into the folder `data.packed`.
+
+    Returns:
+        The index of each part.
+
+    Raises:
+        UserError: If a setting or the data set is not good, the images are in memory anyway, or the disk is too small.
+    """
+    data = recipe.data
+    if data.packed is None:
+        raise UserError("data.packed: missing; give the folder that the packed images go to")
+    if recipe.shorter_side < 8:
+        raise UserError(f"shorter_side: {recipe.shorter_side} is not at least 8 pixels")
+    dataset = load_dataset(data.name, data.root, LoadingOptions(data.image_size, data.workers, data.damaged_limit))
+    indices = []
+    for part, images in (("train", dataset.train.images), ("val", dataset.test.images)):
+        if not isinstance(images, ImageFiles):
+            raise UserError(f"data.name: {data.name} is in memory as it is; only images in files can be packed")
+        with tqdm(total=len(images.positions), desc=f"pack {part}", unit="image", disable=None) as bar:
+            options = images.workers, images.damage, bar.update
+            indices.append(pack(images.source, Path(data.packed), part, recipe.shorter_side, *options))
+    return indices

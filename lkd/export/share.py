@@ -1,0 +1,137 @@
+"""`lkd push` and `lkd pull`: learned losses on the Hugging Face Hub and in Weights & Biases."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lkd.config.training import PullRecipe, PushRecipe
+from lkd.core.files import replaced_atomically, write_text
+from lkd.core.tensor_files import read_tensors
+from lkd.losses.learned.file import KIND, VERSION, load_loss, read_provenance
+from lkd.tracking.lineage import hash_file
+from lkd.tracking.remote import HubReference, fetch, parse_reference, upload, upload_artifact
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model card of a learned loss, made from its file's header.
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+def write_card(path: Path, reference: str) -> str:
+    """Make the model card of a learned-loss file.
+
+    Args:
+        path: The file.
+        reference: Where it will lie, as in hf://owner/repository/file.
+
+    Returns:
+        Markdown with the Hub's front matter. Of folders it names the last part only.
+
+    Raises:
+        UserError: If the file is not a learned loss.
+    """
+    tensors, header = read_tensors(path, KIND, VERSION)
+    parts = header.get("architecture", {}).get("parts", {})
+    networks = ", ".join(f"{name}: {part.get('class')}" for name, part in parts.items())
+    provenance = header.get("provenance", {})
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        name=path.name.removesuffix(".lkd.safetensors"),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        size=path.stat().st_size,
+        features="It reads features too: student and teacher must give them." if "features" in parts else "",
+        reference=reference,
+        table=list_facts({"loss networks": networks} | describe_training(provenance)),
+        reached=describe_reuse(provenance),
+        version=header["format_version"],
+        sha256=hash_file(path),
+    )
+
+
+def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What the header says of the meta-training; what it does not say is left out."""
+    recipe, environment = provenance.get("recipe", {}), provenance.get("environment", {})
+    data, teacher, meta = (recipe.get(name, {}) for name in ("data", "teacher", "meta"))
+    students = recipe.get("students") or [recipe.get("student", {})]
+    facts = {
+        "data": data.get("name"),
+        "training images": data.get("train_size"),
+        "meta-validation images": data.get("meta_validation_size"),
+        "label noise": data.get("label_noise"),
+        "augmentation": data.get("augmentation"),
+        "teacher": teacher.get("name") or Path(str(teacher.get("path"))).name,
+        "students": ", ".join(str(student.get("name")) for student in students),
+        "outer steps": meta.get("outer_steps"),
+        "rollout steps": meta.get("rollout_steps"),
+        "estimator": meta.get("estimator"),
+        "objective": meta.get("objective"),
+        "seed": recipe.get("seed"),
+        "cost, in student trainings": provenance.get("cost_in_trainings"),
+        "versions": json.dumps(environment.get("versions")),
+        "commit": environment.get("commit"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def describe_reuse(provenance: dict[str, Any]) -> str:
+    """The looks at fresh students trained with the loss, if there were any."""
+    rows = provenance.get("reuse") or []
+    if not rows:
+        return "No fresh student was trained with it while it was learned."
+    first, best = rows[0], min(rows, key=lambda row: row["calibrated_cross_entropy"])
+    return list_facts(
+        {
+            f"{when} (outer step {row['step']})": f"top-1 {row['top1']:.2f} %, calibrated cross-entropy "
+            f"{row['calibrated_cross_entropy']:.4f}"
+            for when, row in (("fresh students, before learning", first), ("fresh students, this loss", best))
+        }
+    )
+
+
+def list_facts(facts: dict[str, Any]) -> str:
+    """A Markdown table; whatever a value holds stays in its cell."""
+    rows = [
+        f"| {name} | `{' '.join(str(value).split()).replace('`', '').replace('|', '/')}` |"
+        for name, value in facts.items()
+    ]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `lkd push` and `lkd pull`.
+
+
+def push_loss(recipe: PushRecipe) -> str:
+    """Send a learned loss.
+
+    Returns:
+        Where it is, or the file of its card.
+
+    Raises:
+        UserError: If the file is no learned loss, the name has no known form, or it cannot be sent.
+    """
+    path, reference = Path(recipe.loss), parse_reference(recipe.to)
+    load_loss(path)  # what cannot be loaded is not sent
+    card = write_card(path, recipe.to)
+    if recipe.card:
+        write_text(Path(recipe.card), card)
+        return recipe.card
+    if isinstance(reference, HubReference):
+        return upload(path, reference, card, recipe.private)
+    return upload_artifact(path, reference, "loss", describe_training(read_provenance(path)))
+
+
+def pull_loss(recipe: PullRecipe) -> Path:
+    """Fetch a learned loss and check it.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: If it cannot be had, is no learned loss, or the file cannot be written.
+    """
+    found = fetch(recipe.loss)
+    load_loss(found)
+    with replaced_atomically(Path(recipe.out)) as temporary:
+        shutil.copyfile(found, temporary)
+    return Path(recipe.out)

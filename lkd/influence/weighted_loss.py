@@ -1,0 +1,212 @@
+"""Any loss with a weight for every training example, from a file or from the influence of the student in training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lkd.config.training import InfluenceSettings, InfluenceWeightedLossSettings
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.data.images import ImageSet
+from lkd.influence.influence import measure_influence
+from lkd.models.teacher import TeacherFunction
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From influence to weights of the training examples, and the file that holds them.
+
+KIND, VERSION = "set of example weights", 1
+
+
+def weigh_examples(influence: Tensor, settings: InfluenceSettings) -> Tensor:
+    """Weights of mean 1, so that they are no learning rate in disguise; all 1 where no example stands out.
+
+    `sigmoid` is *our reconstruction* of the paper's "sigmoid-based mechanism", whose formula is not public:
+    sigmoid(−sharpness · (I − mean) / standard deviation). `exponential` is the official code's e^m with m the influence
+    scaled to [−1, 1] by its minimum and maximum. That code gives *more* weight to positive influence, the harmful
+    examples (`favour: harmful`), and outliers fix the scale, so that nearly all weights are alike.
+
+    Args:
+        influence: [N]; negative is helpful.
+        settings: Form, sharpness and sign.
+
+    Returns:
+        Weights, [N].
+    """
+    benefit = -influence.double() if settings.favour == "helpful" else influence.double()
+    spread = benefit.std(correction=0)
+    if not spread > 0:
+        return torch.ones_like(influence)
+    if settings.weights == "sigmoid":
+        weights = (settings.sharpness * (benefit - benefit.mean()) / spread).sigmoid()
+    else:
+        low, high = benefit.min(), benefit.max()
+        weights = (2 * (benefit - low) / (high - low) - 1).exp()
+    return (weights / weights.mean()).to(influence.dtype)
+
+
+def save_weights(path: Path, index: Tensor, weights: Tensor, influence: Tensor, provenance: dict[str, Any]) -> None:
+    """Write the weight and the influence of each example, [N] each, by its index."""
+    tensors = {"index": index, "weight": weights, "influence": influence}
+    write_tensors(path, tensors, KIND, VERSION, {"provenance": provenance})
+
+
+def load_weights(path: Path) -> tuple[Tensor, Tensor]:
+    """Read index and weight of each example, [N] each.
+
+    Raises:
+        UserError: If the file is missing, damaged or another one.
+    """
+    tensors, _ = read_tensors(path, KIND, VERSION)
+    nothing = torch.empty(0)
+    index, weight = tensors.get("index", nothing), tensors.get("weight", nothing)
+    good = index.dtype == torch.int64 and index.dim() == 1 and index.shape == weight.shape
+    if not (good and weight.is_floating_point() and bool((weight >= 0).all() and weight.isfinite().all())):
+        raise UserError(f"{path}: has not one index (int64) and one weight of at least 0 for each example: replace it")
+    return index, weight
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any loss with a weight for every training example, from a file or from the influence of the student in training.
+
+
+class InfluenceWeightedLoss(nn.Module):
+    """A loss whose gradient at the student's outputs is multiplied, row by row, by a weight of each example.
+
+    That is the gradient of Σ w_i L_i / B for every loss that is a mean over examples of functions of their own outputs
+    (cross_entropy, kd, dkd, logit_mse, logit_standardization, fitnet, at, learned losses over logits). Losses that
+    compare the examples of a batch (dist, sp, rkd) have no L_i; for them it is a heuristic. The loss's own parameters
+    (adapters) see no weights, and the terms' values are those without weights.
+
+    *Our reconstruction* of KD-AIF's update mechanisms: static weights of a file, or of the student itself, measured
+    once or again and again; and teacher and student together, where the teacher goes on with the cross-entropy of the
+    labels under the same weights, as the term `teacher/task`.
+
+    Args:
+        loss: The loss.
+        meta_validation: What influence is measured on.
+        settings: Where the weights come from.
+        teacher: The network of a teacher that is trained along, whose BatchNorm stays as it is; None for a frozen one.
+
+    Raises:
+        UserError: If a setting is impossible or the file is not good.
+    """
+
+    needs_index = True
+    row: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        meta_validation: ImageSet,
+        settings: InfluenceWeightedLossSettings,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if settings.teacher_rate < 0:
+            raise UserError(f"loss 'influence_weighted': teacher_rate: {settings.teacher_rate} is negative")
+        if settings.first_epoch < 0 or settings.refresh_epochs < 0:
+            raise UserError("loss 'influence_weighted': first_epoch and refresh_epochs must not be negative")
+        if getattr(loss, "needs_index", False):
+            raise UserError("loss 'influence_weighted': its `loss` remembers images itself; take another")
+        self.loss = loss
+        self.meta_validation = meta_validation
+        self.settings = settings
+        self.teacher_stages = getattr(loss, "teacher_stages", ())
+        self.teacher = teacher.requires_grad_(True) if teacher else None
+        self.known = load_weights(Path(settings.weights)) if settings.weights else None
+
+    @property
+    def own_teacher(self) -> TeacherFunction | None:
+        """The teacher that is trained along, if there is one: it is to be asked in the place of the frozen one."""
+        network = self.teacher
+        return None if network is None else lambda batch: network.eval()(batch.images)
+
+    def enroll(self, index: Tensor, labels: Tensor) -> None:
+        """Lay out the weights of the training images, all 1 or the file's.
+
+        Args:
+            index: Identity of each training image, [N].
+            labels: Not read.
+
+        Raises:
+            UserError: If the file has no weight for one of them.
+        """
+        self.register_buffer("row", torch.zeros(int(index.max()) + 1, dtype=torch.int64, device=index.device))
+        self.row[index] = torch.arange(len(index), device=index.device)
+        self.register_buffer("weight", torch.ones(len(index), device=index.device))
+        if self.known:
+            missing = ~torch.isin(index, self.known[0])
+            if missing.any():
+                raise UserError(
+                    f"loss 'influence_weighted': {self.settings.weights} has no weight for {int(missing.sum()):,} of "
+                    f"the {len(index):,} training images; make it with the same `data` as this training"
+                )
+            kept = torch.isin(self.known[0], index)
+            self.set_weights(self.known[0][kept], self.known[1][kept])
+
+    def set_weights(self, index: Tensor, weight: Tensor) -> None:
+        """Give these images these weights, [N] each."""
+        self.weight[self.row[index.to(self.row.device)]] = weight.to(self.weight)
+
+    def begin_epoch(
+        self, epoch: int, student: nn.Module, images: ImageSet, teacher: TeacherFunction | None, progress: float
+    ) -> None:
+        """Measure influence anew, if it is time.
+
+        Args:
+            epoch: From 0.
+            student: As it is.
+            images: The training images.
+            teacher: The teacher.
+            progress: How far the training is, in [0, 1].
+        """
+        first, every = self.settings.first_epoch, self.settings.refresh_epochs
+        due = epoch == first or (every > 0 and epoch > first and (epoch - first) % every == 0)
+        if self.settings.weights or not due:
+            return
+        device = self.weight.device
+        frozen = teacher and (lambda batch: detach(teacher(batch)))
+        found = measure_influence(
+            student, self.loss, frozen, images, self.meta_validation, device, self.settings.influence, progress, epoch
+        )
+        self.set_weights(found.index, weigh_examples(found.scores, self.settings.influence))
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None, index: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the loss's terms.
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's outputs for the same images.
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1].
+            index: Identity of each image, [B].
+        """
+        weight = self.weight[self.row[index]]
+        weighted = {stage: weigh_rows(feature, weight) for stage, feature in student.features.items()}
+        compute: Callable[..., dict[str, Tensor]] = self.loss
+        terms = compute(Outputs(weigh_rows(student.logits, weight), weighted), detach(teacher), target, progress)
+        if self.teacher is None:
+            return terms
+        own = weigh_rows(teacher.logits, weight * self.settings.teacher_rate)
+        return terms | {"teacher/task": cross_entropy(own, target)}
+
+
+def detach(outputs: Outputs) -> Outputs:
+    """The outputs without their graph."""
+    return Outputs(outputs.logits.detach(), {stage: feature.detach() for stage, feature in outputs.features.items()})
+
+
+def weigh_rows(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The same tensor; its gradient's rows are multiplied by the weights, [B]."""
+    view = tensor.view_as(tensor)
+    if view.requires_grad:
+        view.register_hook(lambda gradient: gradient * weight.view(-1, *[1] * (gradient.dim() - 1)))
+    return view

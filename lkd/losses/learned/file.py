@@ -1,0 +1,112 @@
+"""The learned-loss file: weights, what they are, and how they came about, in one safetensors file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkd.core.errors import UserError
+from lkd.core.files import MALFORMED
+from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.losses.learned import LogitLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.loss import FORMS, LearnedLoss, ReplayedLoss
+from lkd.losses.logits import CrossEntropyLoss
+from lkd.tracking.remote import fetch, is_remote
+
+KIND, VERSION = "learned loss", 2
+SUFFIX = ".lkd.safetensors"
+PARTS: dict[str, type[nn.Module]] = {
+    "LogitLoss": LogitLoss,  # the balance form's name in format version 1
+    **{network.__name__: network for network in (*FORMS.values(), FeatureLoss, CrossEntropyLoss)},
+}
+
+
+def save_loss(path: str | Path, loss: LearnedLoss | ReplayedLoss, provenance: dict[str, Any]) -> None:
+    """Write a learned loss, atomically; adapters of features, which fit one pair of networks, are left out.
+
+    Args:
+        path: The file; by custom it ends in `.lkd.safetensors`.
+        loss: The loss, or its course over a training.
+        provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON.
+    """
+    first: Any = loss.losses[0] if isinstance(loss, ReplayedLoss) else loss
+    parts = {
+        name: {"class": type(part).__name__, "arguments": getattr(part, "architecture", {})}
+        for name, part in first.parts.items()
+    }
+    architecture = {"parts": parts, "normalize_gradient": first.normalize_gradient}
+    if isinstance(loss, ReplayedLoss):
+        architecture["starts"] = loss.starts
+    tensors = {name: tensor for name, tensor in loss.state_dict().items() if ".adapters." not in name}
+    write_tensors(Path(path), tensors, KIND, VERSION, {"architecture": architecture, "provenance": provenance})
+
+
+def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
+    """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
+
+    Args:
+        path: A `*.lkd.safetensors` file; or where it is to be fetched from, `hf://owner/repository/file` or
+            `wandb://entity/project/artifact:version`.
+
+    Returns:
+        An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
+        classes and, if it reads features, for any stages: it compares the deepest that the outputs hold. A loss that
+        was learned while a student was trained with it is replayed by progress.
+
+    Raises:
+        UserError: If the file is missing, truncated, not a learned loss, or of a newer format, or cannot be fetched.
+    """
+    here = fetch(str(path)) if is_remote(str(path)) else Path(path)
+    tensors, header = read_tensors(here, KIND, VERSION)
+    try:
+        check_architecture(header["architecture"], tensors)
+        loss = build_loss_from(header["architecture"])
+        loss.load_state_dict(tensors)
+    except MALFORMED as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its weights and its architecture do not fit: {reason}") from error
+    return loss.requires_grad_(False).eval()
+
+
+def check_architecture(architecture: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Check that the networks are of the shapes of the weights, before any are made: a header can name any size.
+
+    Raises:
+        ValueError: If they are not, or there are no networks.
+    """
+    starts = architecture.get("starts") or [0]
+    if not architecture["parts"] or len(starts) > max(1, len(tensors)):
+        raise ValueError(f"{len(architecture['parts'])} networks, {len(starts)} times, for {len(tensors)} weights")
+    with torch.device("meta"):
+        built = build_loss_from(architecture).state_dict()
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (built, tensors))
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')}, the networks have {shapes.get(name, 'none')}")
+
+
+def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
+    """Build a loss, or the course of one, untrained, from what the file says of it."""
+    starts = architecture.get("starts")
+    losses = [build_loss_networks(architecture) for _ in starts or [0]]
+    return ReplayedLoss(losses, starts) if starts else losses[0]
+
+
+def build_loss_networks(architecture: dict[str, Any]) -> LearnedLoss:
+    """Build a loss, untrained, from what the file says of it."""
+    parts = {name: PARTS[part["class"]](**part["arguments"]) for name, part in architecture["parts"].items()}
+    return LearnedLoss(parts, architecture.get("normalize_gradient", False))
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What a learned loss was trained with.
+
+    Raises:
+        UserError: As `load_loss`.
+    """
+    provenance = read_tensors(Path(path), KIND, VERSION)[1].get("provenance")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: does not say what it was trained with: its `provenance` is {provenance!r}")
+    return provenance

@@ -1,0 +1,262 @@
+"""A learned loss: its networks put together, built from a recipe, and replayed by progress."""
+
+import inspect
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, softmax
+
+from lkd.core.errors import UserError, check_choice
+from lkd.core.outputs import Outputs
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.forms import BalanceLoss, DecoupledLoss, GenericLoss, ResidualLoss, TargetLoss
+from lkd.losses.learned.inputs import Progress
+from lkd.losses.logits import CrossEntropyLoss
+from lkd.losses.stages import Stages
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A scale for a loss over logits that its own weights cannot change.
+
+CONFIDENCES = (0.05, 0.2, 0.5, 0.8, 0.95)
+NUM_CLASSES = 10
+
+
+def reference_logits() -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of student and teacher logits, [25, 10] each, and labels, [25], which covers five confidences of each.
+
+    What is left of the label's probability falls off geometrically over the other classes, in another order for the
+    student than for the teacher.
+    """
+    falling = 0.5 ** torch.arange(NUM_CLASSES - 1, dtype=torch.float64)
+    rest = falling / falling.sum()
+    rows = [
+        (torch.cat([torch.tensor([s]), (1 - s) * rest.roll(3)]), torch.cat([torch.tensor([t]), (1 - t) * rest]))
+        for s in CONFIDENCES
+        for t in CONFIDENCES
+    ]
+    student, teacher = (torch.stack(column).log() for column in zip(*rows, strict=True))
+    return student, teacher, torch.zeros(len(rows), dtype=torch.int64)
+
+
+REFERENCE = reference_logits()
+
+
+def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
+    """Norm of cross-entropy's gradient over that of the loss's, at the reference logits; a scalar.
+
+    It depends on the loss's weights and on the progress, not on the student. So a loss times its scale is still a
+    function of the student whose gradient is what autograd says and whose Hessian is symmetric, and it is
+    differentiable in the weights. Dividing by the batch's own gradient norm would be neither (detached: the gradient of
+    no function) nor cheap (attached: a third derivative of the student). What this costs: one gradient of the loss at
+    25 × 10 logits a step; and it holds the norm on average over these states, so that a loss can still weigh some
+    states more than others.
+
+    Args:
+        loss: A loss over logits.
+        progress: In [0, 1].
+    """
+    like = next(loss.parameters())
+    student, teacher, target = (tensor.to(like.device) for tensor in REFERENCE)
+    student, teacher = student.to(like.dtype), teacher.to(like.dtype)
+
+    def total(logits: Tensor) -> Tensor:
+        terms = loss(Outputs(logits, {}), Outputs(teacher, {}), target, progress)
+        return torch.stack(list(terms.values())).sum()
+
+    with torch.autocast(like.device.type, enabled=False):
+        gradient = torch.func.grad(total)(student)
+    plain = (softmax(student, 1) - one_hot(target, NUM_CLASSES)) / len(target)
+    return plain.norm() * (gradient.square().sum() + 1e-12).rsqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sum of loss networks that is saved, loaded and trained with.
+
+
+class LearnedLoss(nn.Module):
+    """A learned loss: the sum of named parts, each a loss network with all weights inside.
+
+    Args:
+        parts: Part name → loss network; each part's terms are named `part/term`.
+        normalize_gradient: Whether each part over logits is scaled so that the norm of its gradient at reference logits
+            is cross-entropy's, at every progress: then no weights of it act as a learning rate (see `gradient_scale`).
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], normalize_gradient: bool = False) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(dict(parts))
+        self.normalize_gradient = normalize_gradient
+
+    @property
+    def teacher_stages(self) -> tuple[str, ...]:
+        """The teacher's stages that the parts read."""
+        stages = [stage for part in self.parts.values() for stage in getattr(part, "teacher_stages", ())]
+        return tuple(dict.fromkeys(stages))
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
+    ) -> dict[str, Tensor]:
+        """Compute every part's terms.
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's outputs for the same images.
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1].
+
+        Raises:
+            UserError: If a part reads features and a network gives none.
+        """
+        terms = {}
+        for name, part in self.parts.items():
+            scale = gradient_scale(part, progress) if self.normalize_gradient and has_own_scale(part) else 1.0
+            for term, value in part(student, teacher, target, progress).items():
+                terms[f"{name}/{term}"] = scale * value
+        return terms
+
+
+def has_own_scale(part: nn.Module) -> bool:
+    """Whether a part is over logits and its weights could change the size of its gradient."""
+    return not getattr(part, "reads_features", False) and any(True for _ in part.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A learned loss that changed while a student was trained with it, replayed by progress.
+
+
+class ReplayedLoss(nn.Module):
+    """The course of a learned loss: at each progress, the loss that was in charge there.
+
+    *Our reconstruction* of the reuse of LKD's dynamic strategy. Steps, not interpolates: a student meets exactly the
+    losses that the recorded students met.
+
+    Args:
+        losses: The losses, in order.
+        starts: Progress from which each is in charge; the first is 0, and they increase.
+
+    Raises:
+        ValueError: If there is not one start for each loss, or they do not increase from 0.
+    """
+
+    def __init__(self, losses: Sequence[LearnedLoss], starts: Sequence[float]) -> None:
+        super().__init__()
+        increasing = all(a < b for a, b in itertools.pairwise(starts))
+        if len(losses) != len(starts) or not starts or starts[0] != 0 or not increasing:
+            raise ValueError(f"starts: {list(starts)} do not increase from 0, one for each of {len(losses)} losses")
+        self.losses = nn.ModuleList(losses)
+        self.starts = [float(start) for start in starts]
+
+    @property
+    def teacher_stages(self) -> tuple[str, ...]:
+        """The teacher's stages whose features the losses read."""
+        return getattr(self.losses[0], "teacher_stages", ())
+
+    def at(self, progress: float | Tensor | None) -> nn.Module:
+        """The loss in charge at this progress.
+
+        Raises:
+            ValueError: If progress is None.
+        """
+        if progress is None:
+            raise ValueError("progress: None; a replayed loss must be told how far the training is, in [0, 1]")
+        return self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the terms of the loss in charge.
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's outputs for the same images.
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1].
+
+        Raises:
+            ValueError: If progress is None.
+        """
+        return self.at(progress)(student, teacher, target, progress)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a recipe's `meta.kind` and `meta.loss` to a learned loss.
+
+FORMS: dict[str, type[nn.Module]] = {
+    "balance": BalanceLoss,
+    "decoupled": DecoupledLoss,
+    "generic": GenericLoss,
+    "residual": ResidualLoss,
+    "target": TargetLoss,
+}
+KINDS = ("logits", "features", "both")
+
+
+def build_learned_loss(
+    kind: str,
+    options: dict[str, Any],
+    student_stages: Stages | None = None,
+    teacher_stages: Stages | None = None,
+) -> LearnedLoss:
+    """Build a learned loss with fresh weights.
+
+    Args:
+        kind: logits; features, which adds plain cross-entropy as the task; or both.
+        options: `form` (one of `FORMS`), the options of that form, `normalize_gradient`, and `features`: the options of
+            `FeatureLoss`.
+        student_stages: Shape of each stage's feature for one image; needed by features and both.
+        teacher_stages: The same of the teacher.
+
+    Raises:
+        UserError: If an option or the kind is not good, or a network gives no features.
+    """
+    check_choice("meta.kind", kind, KINDS)
+    remaining = dict(options)
+    form = remaining.pop("form", "decoupled")
+    normalize_gradient = remaining.pop("normalize_gradient", False)
+    feature_options = remaining.pop("features", {})
+    if not isinstance(normalize_gradient, bool):
+        raise UserError(f"meta.loss.normalize_gradient: {normalize_gradient!r} is neither true nor false")
+    if not isinstance(feature_options, dict):
+        raise UserError(f"meta.loss.features: {feature_options!r} is not a mapping of options")
+    if kind == "features" and set(options) - {"features"}:
+        unread = ", ".join(name for name in options if name != "features")
+        raise UserError(f"meta.loss: kind features has no network over logits, which {unread} could be for")
+    parts: dict[str, nn.Module] = {}
+    if kind == "features":
+        parts["task"] = CrossEntropyLoss()
+    else:
+        check_choice("meta.loss.form", form, FORMS)
+        parts["logits"] = build_part(FORMS[form], remaining, "meta.loss", f"form {form}")
+    if kind == "logits":
+        if feature_options:
+            raise UserError("meta.loss.features: kind logits has no network over features; set meta.kind to both")
+        return LearnedLoss(parts, normalize_gradient)
+    part = build_part(FeatureLoss, feature_options, "meta.loss.features", "the network over features")
+    parts["features"] = part
+    if student_stages is None or teacher_stages is None:
+        raise UserError(f"meta.kind {kind}: give build_learned_loss the student's and the teacher's stages")
+    try:
+        part.attach(student_stages, teacher_stages)
+    except ValueError as error:
+        raise UserError(f"meta.kind {kind}: {error}") from error
+    return LearnedLoss(parts, normalize_gradient)
+
+
+def build_part(network: type[nn.Module], options: dict[str, Any], field: str, described: str) -> Any:
+    """Build one loss network.
+
+    Raises:
+        UserError: If it takes no such option, or not that value.
+    """
+    known = list(inspect.signature(network.__init__).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{field}: unknown option {name!r}; {described} takes {', '.join(known)}")
+    try:
+        return network(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{field}: {error}") from error

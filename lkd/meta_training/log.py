@@ -1,0 +1,319 @@
+"""What is logged of an outer step: figures, cost, pictures."""
+
+import copy
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.parts import ModelRecipe
+from lkd.core.files import replaced_atomically
+from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.learned.shares import SATURATED, balance_surface, find_saturated, gradient_shares, gradient_surface
+from lkd.losses.logits import KDLoss
+from lkd.meta_training.rollouts import InnerBatch
+from lkd.models.teacher import TeacherFunction
+from lkd.pool.pool import list_students
+from lkd.tracking.run import Run
+from lkd.training.build import Images
+from lkd.training.distill import start_training
+from lkd.training.training import DivergedError
+from meta import Audited, Estimator, OuterStep, call_module
+from meta.types import Tensors
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What meta-training cost, in units of one student training.
+
+WARM_UP, TIMED = 3, 30
+
+
+def read_clock(device: torch.device) -> float:
+    """Seconds of work: on a CPU those of this process, which others do not disturb, else wall time."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def measure_training_seconds(
+    recipe: MetaTrainRecipe, images: Images, teacher: TeacherFunction, loss: LearnedLoss, device: torch.device
+) -> float:
+    """Seconds by `read_clock` of one whole training with this loss, without evaluation; the architectures' mean.
+
+    The median of a few steps, times their number: a training itself would take as long as it takes.
+    """
+    models = list_students(recipe)
+    return sum(time_training(recipe, model, images, teacher, loss, device) for model in models) / len(models)
+
+
+def time_training(
+    recipe: MetaTrainRecipe,
+    model: ModelRecipe,
+    images: Images,
+    teacher: TeacherFunction,
+    loss: LearnedLoss,
+    device: torch.device,
+) -> float:
+    """Seconds of one whole training of a student of this architecture."""
+    frozen = copy.deepcopy(loss).requires_grad_(False)
+    training = start_training(model, images.train, frozen, teacher, recipe.train, recipe.data, recipe.seed, device)
+    seconds = []
+    for _ in range(min(WARM_UP + TIMED, training.total_steps)):
+        started = read_clock(device)
+        try:
+            training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
+        except DivergedError:  # its steps took no longer than another's
+            break
+        finally:
+            seconds.append(read_clock(device) - started)
+    return training.total_steps * statistics.median(seconds[WARM_UP:] or seconds)
+
+
+def summarize_cost(
+    pool_trainings: float, reuse_trainings: float, outer_seconds: float, training_seconds: float
+) -> dict[str, Any]:
+    """The entry `cost` of a learned loss's provenance.
+
+    Args:
+        pool_trainings: Of all pools, in trainings: a pool's students are trained a known part of their way.
+        reuse_trainings: Of all looks at reuse, in trainings.
+        outer_seconds: By `read_clock`, of the outer steps: rollouts, hypergradients, and the trainings that the loss
+            alternated with.
+        training_seconds: By `read_clock`, of one training.
+    """
+    outer = outer_seconds / training_seconds
+    parts = {"pool": pool_trainings, "outer_steps": outer, "reuse": reuse_trainings}
+    return {
+        "cost_in_trainings": round(sum(parts.values()), 2),
+        "parts_in_trainings": {name: round(value, 2) for name, value in parts.items()},
+        "training_seconds": round(training_seconds, 2),
+        "outer_seconds": round(outer_seconds, 2),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is logged of an outer step.
+
+SHARE = "share/"
+WORTH = 0.99  # of the cross-entropy of guessing: what a student has learned anything below
+ROWS = 1000  # of a log, and of the curve that checkpoints carry along, at most
+PICTURES = 100  # of a run, at most
+
+
+@torch.no_grad()
+def measure_balance(
+    loss: LearnedLoss, student: nn.Module, parameters: Tensors, buffers: Tensors, batch: InnerBatch
+) -> dict[str, float]:
+    """The loss's mean weight and temperature for a student on a batch, its terms' shares, and the progress there."""
+    images, teacher, progress = batch
+    outputs, _ = call_module(student, parameters, buffers, images.images)
+    shares = gradient_shares(loss, outputs, teacher, images.target, progress)
+    row = {"outer/progress": progress} | {SHARE + name: share for name, share in shares.items()}
+    if "logits" not in loss.parts:
+        return row
+    part: Any = loss.parts["logits"]
+    weight, temperature = part.weights_and_temperatures(outputs.logits, teacher.logits, images.target, progress)
+    return row | {"loss/weight": float(weight.mean()), "loss/temperature": float(temperature.mean())}
+
+
+def log_row(
+    result: OuterStep, balances: list[dict[str, float]], loss: LearnedLoss, estimator: Estimator
+) -> dict[str, float]:
+    """One row of the log.
+
+    Args:
+        result: What the outer step did.
+        balances: Of `measure_balance`, for each student.
+        loss: The loss, after the step; the norm of each part's weights is logged.
+        estimator: The estimator; an audited one adds its latest audit.
+    """
+    ages = [balance["outer/progress"] for balance in balances]
+    row = {
+        "outer/value": result.value,
+        "outer/hypergradient_norm": result.norm,
+        "outer/clipped": float(result.clipped),
+        "outer/left_out": float(len(result.left_out)),
+        **{key: sum(balance[key] for balance in balances) / len(balances) for key in balances[0]},
+        "outer/progress_least": min(ages),
+        "outer/progress_most": max(ages),
+        **{f"weights/{name}": measure_weights(part) for name, part in loss.parts.items()},
+    }
+    if math.isfinite(result.signal_to_noise):  # there were two students at least
+        row["outer/signal_to_noise"] = result.signal_to_noise
+    if isinstance(estimator, Audited) and estimator.audits:
+        latest = list(estimator.audits.values())[-1]
+        row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
+    return row
+
+
+def is_logged(step: int, outer_steps: int) -> bool:
+    """Whether the step of this number, counted from 1, is logged: all, or of many every so many, and the last."""
+    return (step - 1) % -(-outer_steps // ROWS) == 0 or step == outer_steps
+
+
+def is_pictured(step: int, outer_steps: int, every: int) -> bool:
+    """Whether the loss is drawn after this step: every so many, 0 for never, or in a long run as rarely as it takes."""
+    return bool(every) and step % (every * -(-outer_steps // (every * PICTURES))) == 0
+
+
+def measure_weights(part: nn.Module) -> float:
+    """Norm of all weights of a part of the loss."""
+    return float(sum(parameter.detach().square().sum() for parameter in part.parameters())) ** 0.5
+
+
+def show_loss(loss: LearnedLoss, step: int, run: Run) -> None:
+    """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture."""
+    if "logits" not in loss.parts:
+        return
+
+    path = run.path / "pictures" / f"learned-loss-{step:05}.png"
+    plot_learned_loss(loss, KDLoss(0.5, 4.0), "KD(0.5, 4)", path)
+    run.tracker.show(step, "learned_loss", path)
+
+
+def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str]:
+    """Which loss is saved, and whether it is worth anything.
+
+    Args:
+        best: The best look's row.
+        steps: Outer steps taken.
+        classes: What a student that knows nothing guesses among.
+    """
+    lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
+    if best["step"] == 0:
+        lines[0] += ": the initial one; none that was learned is better on meta-validation"
+    if not best["calibrated_cross_entropy"] < WORTH * math.log(classes):
+        entropies = f"{best['calibrated_cross_entropy']:.4g} of {math.log(classes):.4g}"
+        lines.append(
+            "warning: students that are trained with it know no more than a guess (calibrated cross-entropy "
+            f"{entropies}): lower train.learning_rate"
+        )
+    return lines
+
+
+def describe_saturation(row: dict[str, float]) -> str | None:
+    """A warning if a part of the loss has no gradient to speak of left, by one row of the log."""
+    shares = {name.removeprefix(SHARE): share for name, share in row.items() if name.startswith(SHARE)}
+    saturated = find_saturated(shares)
+    return (
+        f"warning: saturated, its gradient share is under {SATURATED:g}: {', '.join(saturated)}" if saturated else None
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures of meta-training and of what a loss learned.
+
+matplotlib.use("Agg")
+
+
+EXTENT = (0.0, 1.0, 0.0, 1.0)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and close it."""
+    with replaced_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+
+
+def plot_meta_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw meta-validation value, hypergradient norm, balance and temperature over the outer steps.
+
+    Args:
+        curves: Setting → rows of the meta-training log.
+        path: The picture.
+    """
+    panels = {
+        "outer/value": "meta-validation loss after the rollout",
+        "outer/hypergradient_norm": "hypergradient norm",
+        "loss/weight": "mean weight of the teacher, α",
+        "loss/temperature": "mean temperature, τ",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for setting, rows in curves.items():
+            (line,) = axis.plot([row["step"] for row in rows], [row[key] for row in rows], lw=0.8, alpha=0.4)
+            values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+            smooth = [values[max(0, i - 4) : i + 1].mean().item() for i in range(len(values))]
+            axis.plot([row["step"] for row in rows], smooth, lw=1.8, color=line.get_color(), label=setting)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("outer step")
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_learned_loss(loss: LearnedLoss, kd: nn.Module, kd_label: str, path: Path, progress: float = 0.5) -> None:
+    """Draw the learned loss's gradient at the student's target logit beside KD's, and its weight and temperature."""
+    weight, temperature = balance_surface(loss, progress)
+    learned, hand_made = gradient_surface(loss, progress), gradient_surface(kd, progress)
+    bound = max(float(learned.abs().max()), float(hand_made.abs().max()))
+    panels: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
+        ("learned: gradient at the target logit", learned, {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}),
+        (f"{kd_label}: gradient at the target logit", hand_made, {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}),
+        ("learned: weight of the teacher, α", weight, {"cmap": "viridis", "vmin": 0, "vmax": 1}),
+        ("learned: temperature, τ", temperature, {"cmap": "viridis", "vmin": 1}),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    for axis, (title, surface, style) in zip(axes, panels, strict=True):
+        picture = axis.imshow(surface.numpy(), origin="lower", extent=EXTENT, aspect="auto", **style)
+        figure.colorbar(picture, ax=axis)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("student's probability of the label")
+    axes[0].set_ylabel("teacher's probability of the label")
+    save_figure(figure, path)
+
+
+def plot_settings(
+    grid: dict[str, dict[str, float]],
+    bold: dict[str, dict[str, float]],
+    tables: dict[str, list[dict[str, Any]]],
+    path: Path,
+) -> None:
+    """Draw the one picture of the quickstart.
+
+    Args:
+        grid: Fixed loss → setting → meta-validation accuracy, %.
+        bold: Method → the same, for the methods to stress.
+        tables: Setting → rows of its comparison table.
+        path: The picture.
+    """
+    settings = list(tables)
+    names = [setting.replace("_", " ") for setting in settings]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=[1, 1.25])
+    for number, values in enumerate(grid.values()):
+        label = f"KD, each of {len(grid)} fixed (weight, temperature)" if number == 0 else None
+        left.plot(names, [values[s] for s in settings], color="0.7", lw=1, marker=".", label=label)
+    for (method, values), color in zip(bold.items(), ("tab:blue", "tab:red"), strict=False):
+        left.plot(names, [values[s] for s in settings], lw=2.2, marker="o", color=color, label=method)
+    left.set_ylabel("meta-validation accuracy, %")
+    left.set_title("one line for each fixed choice, first seed", fontsize=10)
+    left.legend(fontsize=8, frameon=False, loc="lower left")
+    methods = list(dict.fromkeys(row["method"] for row in tables[settings[0]]))
+    students = list(dict.fromkeys(row["student"] for row in tables[settings[0]]))
+    colors = dict(zip(methods, ("tab:blue", "0.45", "tab:red", "tab:green"), strict=False))
+    ticks: dict[float, str] = {}
+    for place, (setting, student) in enumerate((s, n) for s in settings for n in students):
+        for offset, method in enumerate(methods):
+            (row,) = (r for r in tables[setting] if r["student"] == student and r["method"] == method)
+            mean, error = row["last"]
+            right.errorbar(
+                place + 0.2 * (offset - (len(methods) - 1) / 2),
+                mean,
+                0 if error != error else error,
+                fmt="o",
+                capsize=3,
+                color=colors[method],
+                label=method if place == 0 else None,
+            )
+        ticks[place] = f"{setting.replace('_', ' ')}\n{student}"
+    right.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    right.set_ylabel("test accuracy, %")
+    right.set_title("fresh students, mean ± standard error over paired seeds", fontsize=10)
+    right.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)

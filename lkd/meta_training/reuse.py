@@ -1,0 +1,154 @@
+"""Judge a loss by its use: fresh students trained with it frozen, scored on meta-validation."""
+
+import copy
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.parts import ModelRecipe, TrainRecipe
+from lkd.core.distributed import is_main, share_from_main
+from lkd.core.interrupt import StopRequest
+from lkd.losses.learned.loss import LearnedLoss
+from lkd.meta_training.guard import check_points, check_rows
+from lkd.meta_training.online_student import Point, assemble_loss, draw_seed
+from lkd.models.teacher import TeacherFunction
+from lkd.tracking.run import Run
+from lkd.training.build import Images
+from lkd.training.checkpoints import Checkpoints, run_steps
+from lkd.training.distill import start_training
+from lkd.training.evaluate import evaluate
+from lkd.training.training import DivergedError
+
+SCORE = "calibrated_cross_entropy"  # ranks like accuracy, but is less noisy
+FIGURES = (SCORE, "top1")
+LOOK = "look"  # the folder of a look's checkpoints
+
+
+class Reuse:
+    """Looks at how good the loss is when it is reused, and the best loss so far.
+
+    Each look trains `meta.reuse_students` fresh students of each architecture, the same in all looks, so that losses
+    are compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Processes that have met share each training.
+
+    Args:
+        recipe: The recipe.
+        models: The students' architectures.
+        images: The images.
+        teacher: From a batch to the teacher's outputs.
+        run: The run; a look that was stopped goes on from the checkpoints in its folder `look`.
+    """
+
+    def __init__(
+        self,
+        recipe: MetaTrainRecipe,
+        models: Sequence[ModelRecipe],
+        images: Images,
+        teacher: TeacherFunction,
+        run: Run,
+    ) -> None:
+        self.recipe, self.models, self.images, self.teacher, self.run = recipe, models, images, teacher, run
+        self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
+        self.rows: list[dict[str, float]] = []
+        self.best: list[Point] = []
+
+    @property
+    def best_row(self) -> dict[str, float]:
+        """What the best loss reached."""
+        return min(self.rows, key=lambda row: row[SCORE])
+
+    @property
+    def trainings(self) -> float:
+        """The cost of all looks, in units of one whole training."""
+        students = self.recipe.meta.reuse_students * len(self.models)
+        return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
+        settings = self.recipe.meta
+        seen = bool(self.rows) and self.rows[-1]["step"] == step
+        due = settings.reuse_every and (step % settings.reuse_every == 0 or step == settings.outer_steps)
+        return bool(due) and not seen
+
+    def is_exhausted(self) -> bool:
+        """Whether so many looks in a row found no better loss that meta-training ends."""
+        patience = self.recipe.meta.reuse_patience
+        if not patience or not self.rows:
+            return False
+        since = sum(row["step"] > self.best_row["step"] for row in self.rows)
+        return since >= patience
+
+    def look(self, step: int, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest) -> dict[str, float]:
+        """Train fresh students with the loss of these points and score them.
+
+        Raises:
+            Interrupted: If `stop` was asked for; the look goes on later.
+        """
+        assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
+        numbers = range(self.recipe.meta.reuse_students)
+        students = [(model, number) for model in self.models for number in numbers]
+        figures = share_from_main(
+            [
+                self.train_student(model, number, assembled, folder / f"student-{place:03d}", stop)
+                for place, (model, number) in enumerate(students)
+            ]
+        )
+        mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
+        if math.isnan(mean[SCORE]):  # a student that was finite until its last step
+            mean[SCORE] = math.inf
+        self.rows.append({"step": step, **mean})
+        if self.best_row["step"] == step:
+            self.best = [(start, copy.deepcopy(state)) for start, state in points]
+        return self.rows[-1]
+
+    def train_student(
+        self, model: ModelRecipe, number: int, loss: nn.Module, folder: Path, stop: StopRequest
+    ) -> dict[str, float]:
+        """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
+        training = start_training(
+            model,
+            self.images.train,
+            loss,
+            self.teacher,
+            self.train,
+            self.recipe.data,
+            draw_seed(self.recipe.seed, 7, number),
+            self.run.device,
+            shared=True,
+        )
+        checkpoints = Checkpoints(folder, self.recipe.train, self.run.say)
+        checkpoints.resume_training(training)
+        try:
+            for _ in run_steps(training, training.total_steps, stop, checkpoints):
+                pass
+        except DivergedError:
+            return {SCORE: float("inf"), "top1": 0.0}
+        checkpoints.save_training(training)
+        return evaluate(training.result, self.images.meta_validation, self.run.device, shared=True)
+
+    def forget_checkpoints(self) -> None:
+        """Delete the checkpoints of looks: those that were finished are in the outer loop's."""
+        if is_main():
+            shutil.rmtree(self.run.path / LOOK, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return {"rows": self.rows, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any], loss: LearnedLoss) -> None:
+        """Go on from what `state_dict` returned; the best weights are of `loss`."""
+        self.rows = check_rows(state["rows"], ("step", *FIGURES))
+        self.best = check_points(state["best"], loss)
+
+
+def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
+    """A training of fewer epochs whose warm-up and milestones shrink in proportion."""
+    milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
+    warmup = round(train.warmup_epochs * epochs / train.epochs)
+    return dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_epochs=warmup)

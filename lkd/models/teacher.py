@@ -1,0 +1,218 @@
+"""A teacher: a callable from a batch to its outputs, without gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkd.config.parts import TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError, check_choice
+from lkd.core.outputs import Outputs
+from lkd.core.random import seeded_generator
+from lkd.data.embedded import TEACHER
+from lkd.data.images import Batch, ImageSet
+from lkd.models.build import adapt_input, build
+from lkd.models.files import load_network
+from lkd.models.forward import build_forward
+from lkd.models.published_weights import EFFICIENTNET_LITE, load_crd_checkpoint, load_efficientnet_checkpoint
+
+TeacherFunction = Callable[[Batch], Outputs]
+"""From a batch to a teacher's outputs."""
+
+
+class Teacher:
+    """A frozen network that is asked anew for every batch.
+
+    Args:
+        network: The network; put into eval mode.
+        recipe: Whether it is compiled, and its layout in memory.
+    """
+
+    def __init__(self, network: nn.Module, recipe: TrainRecipe | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.forward = build_forward(self.network, recipe or TrainRecipe())
+
+    @torch.no_grad()  # not inference_mode: it is no faster here, and its tensors cannot be saved for a loss's backward
+    def __call__(self, batch: Batch) -> Outputs:
+        """Answer a batch."""
+        return self.forward(batch.images)
+
+
+class TabulatedTeacher:
+    """A teacher's answers to every image of a set, computed once: right as long as the images are not augmented.
+
+    Args:
+        teacher: The teacher.
+        images: The images that it will be asked about.
+        device: Where the table lies.
+        batch_size: Images at a time while it is made.
+        stages: The features that are kept beside the logits.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherFunction,
+        images: ImageSet,
+        device: torch.device,
+        batch_size: int = 500,
+        stages: tuple[str, ...] = (),
+    ) -> None:
+        rows = []
+        for batch in images.batches(torch.arange(len(images)).split(batch_size), device):
+            outputs = teacher(batch)
+            rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
+        index, self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
+        self.features = dict(zip(stages, features, strict=True))
+        self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
+        self.row[index] = torch.arange(len(index), device=device)
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Look a batch up by the images' index; the only features are those that were kept."""
+        rows = self.row[batch.index]
+        return Outputs(self.logits[rows], {stage: feature[rows] for stage, feature in self.features.items()})
+
+
+class UnreliableTeacher:
+    """A teacher that answers at random on a fixed fraction of the images.
+
+    There its logits are permuted over the classes, each image with a permutation of its own.
+
+    Args:
+        teacher: The teacher.
+        fraction: Of the images, in [0, 1].
+        seed: Which images, and which permutation each.
+    """
+
+    def __init__(self, teacher: Teacher, fraction: float, seed: int) -> None:
+        if not 0 <= fraction <= 1:
+            raise UserError(f"teacher.random_answers: {fraction} is not in [0, 1]")
+        self.teacher = teacher
+        self.fraction = fraction
+        self.seed = seed
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Answer a batch."""
+        outputs = self.teacher(batch)
+        order = torch.stack([self.class_order(int(i), outputs.logits.shape[1]) for i in batch.index])
+        return Outputs(outputs.logits.gather(1, order.to(outputs.logits.device)), outputs.features)
+
+    def class_order(self, index: int, num_classes: int) -> Tensor:
+        """The permutation of the classes for one image: the identity where the teacher is reliable."""
+        generator = seeded_generator(self.seed, 4, index)
+        if torch.rand((), generator=generator) >= self.fraction:
+            return torch.arange(num_classes)
+        return torch.randperm(num_classes, generator=generator)
+
+
+def wrap_teacher(network: nn.Module, recipe: TeacherRecipe, seed: int, train: TrainRecipe | None) -> TeacherFunction:
+    """The teacher that a recipe describes, of its network; asked anew for every batch.
+
+    Args:
+        network: The network.
+        recipe: Whether it is reliable.
+        seed: Of its random answers.
+        train: Whether it is compiled, and its layout in memory.
+
+    Raises:
+        UserError: If the fraction of random answers is impossible.
+    """
+    reliable = Teacher(network, train)
+    return UnreliableTeacher(reliable, recipe.random_answers, seed) if recipe.random_answers else reliable
+
+
+def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a teacher's file; `embedded` is the one that the package carries."""
+    return load_network(TEACHER if path == "embedded" else Path(path))
+
+
+def load_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
+    """Get the teacher that a recipe names, to be asked about these images as they are normalised for the student.
+
+    Args:
+        recipe: A file, or a network with timm's weights or with none.
+        images: What an untrained network is built for, and how images are normalised.
+
+    Returns:
+        The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
+
+    Raises:
+        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
+    """
+    network, architecture = read_teacher(recipe, images)
+    given = wanted = images.mean, images.std
+    if architecture["in_chans"] == 3 and (recipe.pretrained or recipe.name in EFFICIENTNET_LITE):
+        import timm
+
+        configuration = timm.get_pretrained_cfg(recipe.name)
+        wanted = tuple(configuration.mean), tuple(configuration.std)
+    return adapt_input(network, given, wanted, recipe.image_size), architecture
+
+
+def read_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
+    """Get the teacher that a recipe names, as it is.
+
+    Args:
+        recipe: A file, or a network with timm's weights or with none.
+        images: What an untrained network is built for.
+
+    Returns:
+        The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
+
+    Raises:
+        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
+    """
+    check_teacher_recipe(recipe)
+    architecture: dict[str, Any] = {"name": recipe.name, "options": recipe.options}
+    if recipe.pretrained:
+        import timm
+
+        check_choice("teacher.name", str(recipe.name), timm.list_pretrained())
+        configuration = timm.get_pretrained_cfg(recipe.name)
+        architecture |= {"num_classes": configuration.num_classes, "in_chans": 3, "pretrained": True}
+        return build(**architecture).eval(), architecture
+    if recipe.path == "random":
+        architecture |= {"num_classes": images.num_classes, "in_chans": images.image_shape[0], "pretrained": False}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build(**architecture).eval(), architecture
+    if recipe.path.endswith((".pth", ".pt")):
+        load = load_efficientnet_checkpoint if recipe.name in EFFICIENTNET_LITE else load_crd_checkpoint
+        network, num_classes = load(Path(recipe.path), str(recipe.name))
+        return network, architecture | {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
+    network, header = load_teacher_network(recipe.path)
+    found = header["architecture"]["name"]
+    if recipe.name not in (None, found):
+        raise UserError(
+            f"teacher.path: {recipe.path} holds a {found}, not the {recipe.name} of teacher.name: give the file of a "
+            f"{recipe.name}, or teacher.pretrained true for timm's weights"
+        )
+    return network, header["architecture"]
+
+
+def check_teacher_recipe(recipe: TeacherRecipe) -> None:
+    """Check that a teacher's fields go together.
+
+    Raises:
+        UserError: If they do not.
+    """
+    if recipe.image_size and recipe.image_size < 8:
+        raise UserError(f"teacher.image_size: {recipe.image_size} is not at least 8 pixels; 0 is for no scaling")
+    is_checkpoint = recipe.path.endswith((".pth", ".pt"))
+    if recipe.pretrained and recipe.path != "embedded":
+        raise UserError(f"teacher.path: {recipe.path} and teacher.pretrained exclude each other: give one")
+    if recipe.name is None and (recipe.pretrained or is_checkpoint or recipe.path == "random"):
+        what = "pretrained" if recipe.pretrained else recipe.path
+        raise UserError(f"teacher.name: missing; {what} needs the network's name, as in resnet32x4")
+    if recipe.pretrained and "." not in str(recipe.name):
+        raise UserError(
+            f"teacher.name: {recipe.name} has no tag; timm has several weights of it: name one, as in resnet34.tv_in1k"
+        )
+    if recipe.options and not (recipe.pretrained or recipe.path == "random"):
+        raise UserError(f"teacher.options: {recipe.options} do not apply to a file, which says what it holds")
+
+
+def name_teacher(recipe: TeacherRecipe) -> str:
+    """What a teacher is called in messages: its file, or else its name."""
+    return str(recipe.name) if recipe.pretrained or recipe.path == "random" else recipe.path

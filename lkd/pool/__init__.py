@@ -1,0 +1,1 @@
+"""Students at many ages, from which rollouts start."""

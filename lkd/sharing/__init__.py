@@ -1,1 +1,0 @@
-"""Learned losses on the Hugging Face Hub and in Weights & Biases."""

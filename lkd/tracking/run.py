@@ -1,0 +1,258 @@
+"""A run directory: config, versions, log and results, one process at a time."""
+
+import dataclasses
+import fcntl
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from lkd.config.evaluation import CompareRecipe
+from lkd.config.parts import RunRecipe
+from lkd.core.distributed import any_process, is_main, join_processes, place_of, read_job, wait_for_all
+from lkd.core.errors import UserError
+from lkd.core.files import create_json, environment, flatten, read_json, read_mapping, write_json
+from lkd.tracking.tracker import Tracker
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The form of `result.json`, the figures that an evidence command leaves.
+
+
+def evidence(command: str, environment: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:
+    """What `result.json` holds.
+
+    Args:
+        command: The line that makes the evidence again.
+        environment: What `lkd.core.files.environment` saw: commit, versions, platform.
+        figures: Key → number.
+    """
+    return {
+        "command": command,
+        "commit": environment["commit"],
+        "versions": environment["versions"],
+        "machine": environment["platform"],
+        "figures": figures,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether a run may be gone on with: by the same command, with the same config but for what does not change results.
+
+MAY_DIFFER_ON_RESUME = (
+    *(
+        "run_dir",
+        "resume",
+        "threads",
+        "wandb",
+        "trackio",
+        "workers",
+        "device",
+        "join",
+        "data.root",
+        "data.workers",
+        "data.read_timeout",
+    ),
+    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
+)
+
+
+def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
+    """Check that a run directory that holds a run may be gone on with.
+
+    Raises:
+        UserError: If not.
+    """
+    saved = read_mapping(path / "config.json")
+    if resume == "never":
+        raise UserError(
+            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
+            "go on with it by --resume auto, or choose another --run_dir"
+        )
+    if saved.get("command") != config["command"]:
+        raise UserError(
+            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
+        )
+    before, now = flatten(saved.get("recipe")), flatten(config["recipe"])
+    for key in sorted(before.keys() | now.keys()):
+        if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
+                "a resumed run keeps its config"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run directory: config, versions, log and results, one process at a time.
+
+SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
+FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
+OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run.
+
+    Attributes:
+        path: The run directory. Only the main process writes there.
+        device: Where tensors go.
+        tracker: The log.
+        command: Command that made the run, say `"distill"`.
+        quiet: Whether the terminal belongs to someone else: no lines, no progress bars.
+    """
+
+    path: Path
+    device: torch.device
+    tracker: Tracker
+    command: str
+    quiet: bool
+
+    def say(self, *lines: str) -> None:
+        """Print lines, and keep them in the run's `output.txt`; the main process's task alone."""
+        if not is_main():
+            return
+        with (self.path / "output.txt").open("a", encoding="utf-8") as file:
+            print(*lines, sep="\n", file=file)
+        if not self.quiet:
+            print(*lines, sep="\n", flush=True)
+
+    @property
+    def hide_bars(self) -> bool | None:
+        """What tqdm's `disable` takes: None shows bars on a terminal only."""
+        return True if self.quiet else None
+
+    def provenance(self) -> dict[str, Any]:
+        """Command, full config and versions: what is saved with every result. Folders of this machine are left out."""
+        saved = read_json(self.path / "config.json") | {"environment": read_json(self.path / "environment.json")}
+        return shorten_paths(saved)
+
+
+@contextmanager
+def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[Run]:
+    """Open a run directory for one command; make it, or go on in it with `resume: auto`.
+
+    Raises:
+        UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
+            config, is in use, or is not there for a process that must read it; or if the command runs in one process.
+    """
+    job = read_job()
+    if job.size > 1 and command not in SHARED_COMMANDS:
+        raise UserError(f"torchrun: `lkd {command}` runs in one process; in several run {', '.join(SHARED_COMMANDS)}")
+    device = place_of(choose_device(recipe.device))
+    with join_processes(device):
+        if job.rank == 0:
+            with open_run_directory(recipe, command, device, quiet) as run:
+                check_shared(run)
+                yield run
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                tracker = Tracker(Path(folder), None, {})  # of what the main process records too
+                try:
+                    run = Run(Path(recipe.run_dir), device, tracker, command, quiet=True)
+                    check_shared(run)
+                    yield run
+                finally:
+                    tracker.finish()
+
+
+def check_shared(run: Run) -> None:
+    """Check that every process sees the run directory, where the command needs it.
+
+    Raises:
+        UserError: If one does not.
+    """
+    if run.command not in FOLDER_COMMANDS:
+        return
+    wait_for_all()
+    if any_process(not (run.path / "config.json").exists(), run.device):
+        raise UserError(f"run_dir: {run.path} is not there for all processes; give a folder that all hosts share")
+
+
+@contextmanager
+def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, quiet: bool) -> Iterator[Run]:
+    """Open a run directory in the process that owns it; see `open_run`."""
+    path = Path(recipe.run_dir)
+    joined = isinstance(recipe, CompareRecipe) and recipe.join
+    config = {"command": command, "recipe": dataclasses.asdict(recipe)}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from error
+    with lock:
+        take_lock(lock, path, joined, command)
+        new = create_json(path / "config.json", config) if joined else not (path / "config.json").exists()
+        if not new:
+            check_resumable(path, config, "auto" if joined else recipe.resume)
+        if new or not joined:
+            write_json(path / "config.json", config)
+            write_json(path / "environment.json", environment())
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
+        with ExitStack() as opened:
+            for handler in handlers + ([] if quiet else [logging.StreamHandler()]):
+                logging.getLogger("lkd").addHandler(handler)
+                opened.callback(handler.close)
+                opened.callback(logging.getLogger("lkd").removeHandler, handler)
+            try:
+                tracker = Tracker(path, None if joined else recipe, config)
+                opened.callback(tracker.finish)
+                yield Run(path, device, tracker, command, quiet)
+            except (UserError, OSError):
+                if new and not joined:
+                    forget_unstarted(path)
+                raise
+
+
+def forget_unstarted(path: Path) -> None:
+    """Let a run that a mistake stopped before it did anything be started anew, with another config."""
+    log = path / "log.jsonl"
+    begun = (log.exists() and log.stat().st_size) or {entry.name for entry in path.iterdir()} - OPENED
+    if not begun:
+        (path / "config.json").unlink()
+
+
+def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
+    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too.
+
+    Raises:
+        UserError: If another process has it.
+    """
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if joined else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        hint = "; to share its work use --join" if command == "compare" and not joined else ""
+        raise UserError(f"run_dir: {path} is in use by another process{hint}") from error
+    if command == "compare":
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def shorten_paths(tree: Any) -> Any:
+    """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
+    if isinstance(tree, dict):
+        return {key: shorten_paths(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [shorten_paths(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one.
+
+    Raises:
+        UserError: If the device is unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is not a device; cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {name} was asked for, but torch sees no CUDA device; use --device cpu")
+    return device

@@ -1,0 +1,1 @@
+"""One network, from the parts of a recipe to a file."""
