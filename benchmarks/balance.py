@@ -115,7 +115,7 @@ def look(training: Training) -> list[float]:
     batch = training.batches.at(training.step)
     assert training.teacher
     student = training.student.eval()
-    identity = {"index": batch.index} if training.needs_index else {}
+    identity = {"index": batch.index} if training.loss.needs_index else {}
     task, distillation = split_terms(
         training.loss(student(batch.images), training.teacher(batch), batch.target, training.progress, **identity)
     )

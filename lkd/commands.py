@@ -49,7 +49,6 @@ from lkd.training.build import (
     prepare_images,
     prepare_loss,
     prepare_teacher,
-    read_teacher_stages,
 )
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
@@ -138,7 +137,7 @@ def pool(recipe: PoolRecipe) -> None:
         loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
         run.say(introduce_network("student", recipe.student, images, run.device))
         run.say(introduce_teacher(recipe.teacher, images, run.device))
-        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, read_teacher_stages(loss))
+        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, loss.teacher_stages)
         built = build_pool(recipe, run.path / "pool", images, teacher, run)
         keep_pool(run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")

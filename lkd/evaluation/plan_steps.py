@@ -22,6 +22,7 @@ from lkd.config.parts import ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data.batches import Batches
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.checks import AUDITED
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
@@ -32,7 +33,7 @@ from lkd.meta_training.rollouts import (
 )
 from lkd.models.build import OWN_NETWORKS, build
 from lkd.models.teacher import Teacher, load_teacher_network
-from lkd.training.build import Images, architecture_of, prepare_learned_loss, prepare_loss, read_teacher_stages
+from lkd.training.build import Images, architecture_of, prepare_learned_loss, prepare_loss
 from lkd.training.training import Training
 from meta import ESTIMATORS, State
 from meta.types import Tensors
@@ -252,7 +253,7 @@ class DryBatches(Batches):
 def run_dry_step(
     student: ModelRecipe,
     teacher: TeacherRecipe | None,
-    loss: Callable[[], nn.Module],
+    loss: Callable[[], DistillationLoss],
     train: TrainRecipe,
     images: Images,
     gpu: Gpu,
@@ -315,7 +316,7 @@ def build_untrained_teacher(teacher: TeacherRecipe, images: Images) -> nn.Module
 
 def plan_loss(
     specification: dict[str, Any] | str, student: ModelRecipe, teacher: TeacherRecipe, images: Images
-) -> tuple[Callable[[], nn.Module], str]:
+) -> tuple[Callable[[], DistillationLoss], str]:
     """How a recipe's loss is built, and what it is called.
 
     Raises:
@@ -414,7 +415,7 @@ def run_dry_rollout(
                 compute_outer_logits(network, parameters, buffers, batch), batch.target
             )
 
-        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, read_teacher_stages(loss))
+        inner_batches = list_inner_batches(batches, taught_by, 0.0, length, loss.teacher_stages)
         teacher_peak = counter.take_peak()
         ESTIMATORS[estimator](
             partial(compute_inner_loss, network, loss),

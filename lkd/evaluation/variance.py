@@ -21,7 +21,6 @@ from lkd.training.build import (
     prepare_images,
     prepare_loss,
     prepare_teacher,
-    read_teacher_stages,
 )
 
 SHARES = [k / 20 for k in range(21)]
@@ -80,7 +79,7 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     student, header = load_network(folder / "student.safetensors")
     check_network(str(folder / "student.safetensors"), header["architecture"], images.train)
     loss = prepare_loss(parts["loss"], model, taught, images, parts["seed"]).to(device)
-    teacher = prepare_teacher(taught, data, images, device, read_teacher_stages(loss))
+    teacher = prepare_teacher(taught, data, images, device, loss.teacher_stages)
     batches = build_batches(images.train, dataclasses.replace(train, batch_size=recipe.batch_size), data, 1, device)
     student = student.to(device).eval().requires_grad_(True)
     parameters = list(student.parameters())

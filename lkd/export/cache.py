@@ -39,7 +39,6 @@ from lkd.training.build import (
     introduce_teacher,
     prepare_images,
     prepare_loss,
-    read_teacher_stages,
 )
 from lkd.training.training import check_inputs, is_bfloat16
 
@@ -66,7 +65,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     device = place_of(choose_device(recipe.device))
     images = prepare_images(recipe.data)
     check_top_k(recipe.top_k, images.train.num_classes)
-    check_stages(read_teacher_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)))
+    check_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed).teacher_stages)
     cache, teacher = prepare_cache(recipe, images, device)
     places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
     job = read_job()

@@ -11,6 +11,7 @@ from lkd.config.training import InfluenceSettings, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError, check_choice
 from lkd.data.images import ImageSet
 from lkd.influence.solvers import SOLVERS, Problem, measure_through_training, measure_with_ekfac
+from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ class Influence(NamedTuple):
 
 def measure_influence(
     network: nn.Module,
-    loss: nn.Module,
+    loss: DistillationLoss,
     teacher: TeacherFunction | None,
     train: ImageSet,
     meta_validation: ImageSet,

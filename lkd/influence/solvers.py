@@ -20,6 +20,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import find_best_temperature, widen
+from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 from meta import State, Tensors
 from meta.estimators import adjoint
@@ -56,7 +57,7 @@ class Problem:
     def __init__(
         self,
         network: nn.Module,
-        loss: nn.Module,
+        loss: DistillationLoss,
         teacher: TeacherFunction | None,
         train: ImageSet,
         meta_validation: ImageSet,
@@ -68,7 +69,7 @@ class Problem:
     ) -> None:
         if not len(meta_validation):
             raise UserError("influence: there are no meta-validation images; set data.meta_validation_size to some")
-        if getattr(loss, "teacher_stages", ()) or getattr(loss, "needs_index", False):
+        if loss.teacher_stages or loss.needs_index:
             raise UserError("influence: the loss reads features or remembers images; take one over logits, such as kd")
         self.network, self.loss, self.teacher, self.progress = network, loss, teacher, progress
         self.train, self.meta_validation, self.device, self.batch_size = train, meta_validation, device, batch_size

@@ -1,6 +1,5 @@
 """Any loss with a weight for every training example, from a file or from the influence of the student in training."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.images import ImageSet
 from lkd.influence.influence import measure_influence
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.models.teacher import TeacherFunction
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def load_weights(path: Path) -> tuple[Tensor, Tensor]:
 # Any loss with a weight for every training example, from a file or from the influence of the student in training.
 
 
-class InfluenceWeightedLoss(nn.Module):
+class InfluenceWeightedLoss(DistillationLoss):
     """A loss whose gradient at the student's outputs is multiplied, row by row, by a weight of each example.
 
     That is the gradient of Σ w_i L_i / B for every loss that is a mean over examples of functions of their own outputs
@@ -102,7 +102,7 @@ class InfluenceWeightedLoss(nn.Module):
 
     def __init__(
         self,
-        loss: nn.Module,
+        loss: DistillationLoss,
         meta_validation: ImageSet,
         settings: InfluenceWeightedLossSettings,
         teacher: nn.Module | None = None,
@@ -112,12 +112,12 @@ class InfluenceWeightedLoss(nn.Module):
             raise UserError(f"loss 'influence_weighted': teacher_rate: {settings.teacher_rate} is negative")
         if settings.first_epoch < 0 or settings.refresh_epochs < 0:
             raise UserError("loss 'influence_weighted': first_epoch and refresh_epochs must not be negative")
-        if getattr(loss, "needs_index", False):
+        if loss.needs_index:
             raise UserError("loss 'influence_weighted': its `loss` remembers images itself; take another")
         self.loss = loss
         self.meta_validation = meta_validation
         self.settings = settings
-        self.teacher_stages = getattr(loss, "teacher_stages", ())
+        self.teacher_stages = loss.teacher_stages
         self.teacher = teacher.requires_grad_(True) if teacher else None
         self.known = load_weights(Path(settings.weights)) if settings.weights else None
 
@@ -178,7 +178,12 @@ class InfluenceWeightedLoss(nn.Module):
         self.set_weights(found.index, weigh_examples(found.scores, self.settings.influence))
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None, index: Tensor
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        target: Tensor,
+        progress: Progress = None,
+        index: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss's terms.
 
@@ -189,10 +194,10 @@ class InfluenceWeightedLoss(nn.Module):
             progress: How far the training is, in [0, 1].
             index: Identity of each image, [B].
         """
+        assert index is not None, "this loss needs_index"
         weight = self.weight[self.row[index]]
         weighted = {stage: weigh_rows(feature, weight) for stage, feature in student.features.items()}
-        compute: Callable[..., dict[str, Tensor]] = self.loss
-        terms = compute(Outputs(weigh_rows(student.logits, weight), weighted), detach(teacher), target, progress)
+        terms = self.loss(Outputs(weigh_rows(student.logits, weight), weighted), detach(teacher), target, progress)
         if self.teacher is None:
             return terms
         own = weigh_rows(teacher.logits, weight * self.settings.teacher_rate)

@@ -4,5 +4,15 @@ from lkd.losses.learned import LogitLoss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, KDLoss
+from lkd.losses.loss import DistillationLoss, wrap_loss
 
-__all__ = ["CrossEntropyLoss", "FeatureLoss", "KDLoss", "LearnedLoss", "LogitLoss", "ReplayedLoss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "FeatureLoss",
+    "KDLoss",
+    "LearnedLoss",
+    "LogitLoss",
+    "ReplayedLoss",
+    "wrap_loss",
+]

@@ -12,22 +12,23 @@ from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.file import SUFFIX, load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
+from lkd.losses.loss import DistillationLoss
 from lkd.losses.stages import Stages
 from lkd.tracking.remote import is_remote
 
-TEACHER_LOGIT_LOSSES: dict[str, type[nn.Module]] = {
+TEACHER_LOGIT_LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KDLoss,
     "logit_mse": LogitMSELoss,
     "dkd": DKDLoss,
     "dist": DISTLoss,
 }
-FEATURE_LOSSES: dict[str, type[nn.Module]] = {
+FEATURE_LOSSES: dict[str, type[DistillationLoss]] = {
     "fitnet": FitNetLoss,
     "at": AttentionTransferLoss,
     "sp": SimilarityPreservingLoss,
     "rkd": RKDLoss,
 }
-LOSSES: dict[str, type[nn.Module]] = {
+LOSSES: dict[str, type[DistillationLoss]] = {
     "cross_entropy": CrossEntropyLoss,
     **TEACHER_LOGIT_LOSSES,
     "logit_standardization": LogitStandardizationLoss,
@@ -38,7 +39,7 @@ TORCHDISTILL = "torchdistill/"
 
 def build_loss(
     specification: str | dict[str, Any], student_stages: Stages | None = None, teacher_stages: Stages | None = None
-) -> nn.Module:
+) -> DistillationLoss:
     """Build a loss.
 
     Args:
@@ -142,7 +143,7 @@ def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:
     return LogitStandardizationLoss(build_loss(inner), **options)
 
 
-def build_torchdistill(name: str, student: Stages, teacher: Stages, options: dict[str, Any]) -> nn.Module:
+def build_torchdistill(name: str, student: Stages, teacher: Stages, options: dict[str, Any]) -> DistillationLoss:
     """Build one of torchdistill's losses.
 
     Raises:

@@ -1,14 +1,15 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
 
 import torch
-from torch import Tensor, logsumexp, nn
+from torch import Tensor, logsumexp
 from torch.nn.functional import log_softmax
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, label_of, widen
+from lkd.losses.loss import DistillationLoss, Progress
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(DistillationLoss):
     """task · CE + τ² · (alpha · TCKD + beta · NCKD).
 
     TCKD = KL(bᵀ ‖ bˢ), where b = (p_target, 1 − p_target); NCKD = KL(p̂ᵀ ‖ p̂ˢ), where p̂ is the softmax over the
@@ -43,7 +44,7 @@ class DKDLoss(nn.Module):
         self.warmup = warmup
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD).
 

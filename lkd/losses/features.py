@@ -7,6 +7,7 @@ from torch.nn.functional import normalize, smooth_l1_loss
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.losses.stages import (
     Stages,
     as_map,
@@ -23,7 +24,7 @@ from lkd.losses.stages import (
 # Attention transfer (Zagoruyko, Komodakis, ICLR 2017, arXiv 1612.03928, eq. 2).
 
 
-class AttentionTransferLoss(nn.Module):
+class AttentionTransferLoss(DistillationLoss):
     """task · CE + distillation · Σ over pairs of the mean over batch and places of (Q(student) − Q(teacher))².
 
     Q is the map of squared activations, averaged over the channels, flattened and scaled to unit length. This is the
@@ -57,7 +58,7 @@ class AttentionTransferLoss(nn.Module):
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task` and `distillation`.
 
@@ -86,7 +87,7 @@ def attention(feature: Tensor) -> Tensor:
 # FitNets: hints (Romero, Ballas, Kahou, Chassang, Gatta, Bengio, ICLR 2015, arXiv 1412.6550, eq. 3).
 
 
-class FitNetLoss(nn.Module):
+class FitNetLoss(DistillationLoss):
     """task · CE + distillation · mean over pairs of the mean squared error of r(student feature) from the teacher's.
 
     The paper trains the student up to the guided stage with ½‖·‖² alone, then the whole network with KD; here, as in
@@ -121,7 +122,7 @@ class FitNetLoss(nn.Module):
         self.regressors = nn.ModuleList(build_adapter(student_stages[s], teacher_stages[t]) for s, t in self.pairs)
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task` and `distillation`.
 
@@ -146,7 +147,7 @@ class FitNetLoss(nn.Module):
 # Relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019, arXiv 1904.05068).
 
 
-class RKDLoss(nn.Module):
+class RKDLoss(DistillationLoss):
     """task · CE + distance · Huber(distances of pairs) + angle · Huber(angles of triplets).
 
     The features are averaged over places (the networks' embeddings). Distances are Euclidean, over the batch's mean
@@ -184,7 +185,7 @@ class RKDLoss(nn.Module):
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task`, `distance` and `angle`.
 
@@ -228,7 +229,7 @@ def angles(embedding: Tensor) -> Tensor:
 # Similarity-preserving distillation (Tung, Mori, ICCV 2019, arXiv 1907.09682).
 
 
-class SimilarityPreservingLoss(nn.Module):
+class SimilarityPreservingLoss(DistillationLoss):
     """task · CE + distillation / B² · Σ over pairs of ‖G(teacher) − G(student)‖²_F.
 
     G = Q Qᵀ with rows scaled to unit length, Q being the flattened features of the batch, [B, c · h · w]: no shapes
@@ -261,7 +262,7 @@ class SimilarityPreservingLoss(nn.Module):
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task` and `distillation`.
 

@@ -1,19 +1,20 @@
 """Hand-made losses over logits: cross-entropy, KD, DIST, logit matching, logit standardisation."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, kl_divergences, pearson_correlations, widen
+from lkd.losses.loss import DistillationLoss, Progress
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-entropy with the target: the student without a teacher.
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(DistillationLoss):
     """Mean cross-entropy; the teacher is ignored."""
 
     def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the term `task`.
 
@@ -30,7 +31,7 @@ class CrossEntropyLoss(nn.Module):
 # DIST: distillation from a stronger teacher (Huang, You, Wang, Qian, Xu, NeurIPS 2022, arXiv 2205.10536).
 
 
-class DISTLoss(nn.Module):
+class DISTLoss(DistillationLoss):
     """task · CE + beta · inter + gamma · intra.
 
     inter = τ² · mean over samples of (1 − ρ) between the rows of the two probability matrices at temperature τ, and
@@ -56,7 +57,7 @@ class DISTLoss(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task`, `inter_class` and `intra_class`.
 
@@ -79,7 +80,7 @@ class DISTLoss(nn.Module):
 # Classic knowledge distillation (Hinton, Vinyals, Dean, 2015, arXiv 1503.02531).
 
 
-class KDLoss(nn.Module):
+class KDLoss(DistillationLoss):
     """(1 − w) · CE(student, target) + w · τ² · KL(teacher_τ ‖ student_τ).
 
     Args:
@@ -100,7 +101,7 @@ class KDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task` and `distillation`.
 
@@ -121,7 +122,7 @@ class KDLoss(nn.Module):
 # Logit matching (Ba, Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv 1312.6184).
 
 
-class LogitMSELoss(nn.Module):
+class LogitMSELoss(DistillationLoss):
     """task · CE(student, target) + distillation · mean over batch and classes of (student − teacher)².
 
     The paper regresses on the logits alone (`task: 0`), with ½ and a sum over the classes; the mean is that of
@@ -142,7 +143,7 @@ class LogitMSELoss(nn.Module):
         self.distillation = distillation
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms `task` and `distillation`.
 
@@ -163,7 +164,7 @@ class LogitMSELoss(nn.Module):
 # Logit standardisation (Sun, Ren, Li, Wang, Cao, CVPR 2024, arXiv 2403.01427).
 
 
-class LogitStandardizationLoss(nn.Module):
+class LogitStandardizationLoss(DistillationLoss):
     """A logit loss whose teacher terms see Z(z) = (z − mean) / (ε + standard deviation) in place of the logits z.
 
     Mean and deviation are over the classes of each sample, of student and teacher alike; the term `task` sees the
@@ -179,14 +180,14 @@ class LogitStandardizationLoss(nn.Module):
         ValueError: If the factor is negative.
     """
 
-    def __init__(self, loss: nn.Module, distillation: float = 10.0) -> None:
+    def __init__(self, loss: DistillationLoss, distillation: float = 10.0) -> None:
         super().__init__()
         check_options(distillation=distillation)
         self.loss = loss
         self.distillation = distillation
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss.
 

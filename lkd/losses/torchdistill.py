@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, label_of
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.losses.stages import Pairs, Stages, choose_pairs, pair_equal_sizes, pair_last
 from lkd.losses.torchdistill_wiring import (
     StagePair,
@@ -124,7 +125,7 @@ REFUSED = {
 # torchdistill's losses (Matsubara, 2021, arXiv 2011.12913) under this project's contract, without its hooks.
 
 
-class TorchdistillLoss(nn.Module):
+class TorchdistillLoss(DistillationLoss):
     """task · CE(student, target) + distillation · one of torchdistill's losses.
 
     What the loss reads is computed from `Outputs`; adapters, embeddings and memory banks are parameters and buffers of
@@ -221,7 +222,7 @@ class TorchdistillLoss(nn.Module):
         student: Outputs,
         teacher: Outputs,
         target: Tensor,
-        progress: float | None = None,
+        progress: Progress = None,
         index: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms `task`, if its weight is not 0, `distillation`, and for FT `reconstruction`.

@@ -50,7 +50,6 @@ from lkd.training.build import (
     prepare_learned_loss,
     prepare_loss,
     prepare_teacher,
-    read_teacher_stages,
 )
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
@@ -79,7 +78,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
     for model in models:
         run.say(introduce_network("student", model, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    stages = [stage for reader in (loss, *pool_losses) for stage in read_teacher_stages(reader)]
+    stages = [stage for reader in (loss, *pool_losses) for stage in reader.teacher_stages]
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
     if draws and not pools:
         pools = build_pools(recipe, run.path / "pool", images, teacher, run)

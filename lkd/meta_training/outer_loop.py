@@ -32,7 +32,7 @@ from lkd.meta_training.rollouts import (
 from lkd.models.teacher import TeacherFunction
 from lkd.pool.pool import Pool, list_students
 from lkd.pool.sampling import build_age_weights, draw_position
-from lkd.training.build import Images, prepare_student, read_teacher_stages
+from lkd.training.build import Images, prepare_student
 from lkd.training.optimizer import restore_optimizer
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
 from meta.estimators.base import Problem
@@ -93,7 +93,7 @@ class OuterProblems:
         batches = build_rollout_batches(
             self.images.train, train, steps, settings.rollout_epochs, seed, self.recipe.data, self.device
         )
-        stages = read_teacher_stages(self.loss)
+        stages = self.loss.teacher_stages
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
         return (

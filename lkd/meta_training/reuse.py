@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parts import ModelRecipe, TrainRecipe
 from lkd.core.distributed import is_main, share_from_main
 from lkd.core.interrupt import StopRequest
 from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.guard import check_points, check_rows
 from lkd.meta_training.online_student import Point, assemble_loss, draw_seed
 from lkd.models.teacher import TeacherFunction
@@ -108,7 +107,7 @@ class Reuse:
         return self.rows[-1]
 
     def train_student(
-        self, model: ModelRecipe, number: int, loss: nn.Module, folder: Path, stop: StopRequest
+        self, model: ModelRecipe, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
         training = start_training(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lkd.config.meta_training import MetaTrainRecipe, PoolContents, PoolRecipe
@@ -23,6 +23,7 @@ from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.online_student import alternation_start
 from lkd.models.build import GIVEN, build
 from lkd.models.teacher import TeacherFunction
@@ -213,7 +214,7 @@ def build_pool(
     images: Images,
     teacher: TeacherFunction,
     run: Run,
-    loss: nn.Module | None = None,
+    loss: DistillationLoss | None = None,
     first: int = 0,
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.

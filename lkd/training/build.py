@@ -25,6 +25,7 @@ from lkd.influence.influence import INFLUENCE_WEIGHTED, read_weighted_loss
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
+from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.losses.stages import Stages
 from lkd.models.build import GIVEN, adapt_given, build, describe, find_stages, format_description
 from lkd.models.files import KIND, VERSION
@@ -102,9 +103,9 @@ class GivenLoss(str):
 
     module: nn.Module
 
-    def copy(self) -> nn.Module:
+    def copy(self) -> DistillationLoss:
         """A loss of its own for each training."""
-        return copy_module(self.module, "loss")
+        return wrap_loss(copy_module(self.module, "loss"))
 
 
 def give_loss(module: nn.Module) -> GivenLoss:
@@ -389,7 +390,7 @@ def introduce_network(role: str, model: ModelRecipe, images: Images, device: tor
 
 def prepare_loss(
     specification: "dict[str, Any] | str", student: ModelRecipe, teacher: TeacherRecipe, images: Images, seed: int
-) -> nn.Module:
+) -> DistillationLoss:
     """Build a loss for a student and a teacher; a loss over features finds their shapes by a dry run of each.
 
     Args:
@@ -460,8 +461,3 @@ def prepare_stages(student: ModelRecipe, teacher: TeacherRecipe, images: Images)
     shape = images.train.image_shape
     network = build_network(student, images.train, untrained=True)
     return find_stages(network, shape), find_stages(open_teacher(teacher, images.train)[0], shape)
-
-
-def read_teacher_stages(loss: nn.Module) -> tuple[str, ...]:
-    """The teacher's stages whose features a loss reads."""
-    return getattr(loss, "teacher_stages", ())

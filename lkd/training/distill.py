@@ -20,6 +20,7 @@ from lkd.data.images import Batch, ImageSet
 from lkd.data.splits import interleave_classes
 from lkd.losses.learned.shares import gradient_shares
 from lkd.losses.logits import CrossEntropyLoss
+from lkd.losses.loss import DistillationLoss
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
@@ -32,7 +33,6 @@ from lkd.training.build import (
     prepare_loss,
     prepare_student,
     prepare_teacher,
-    read_teacher_stages,
 )
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
@@ -66,7 +66,7 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     if teacher is not None:
         same = student.logits.argmax(1) == teacher.logits.argmax(1)
         figures["train/agreement"] = 100 * same.float().mean().item()
-    if training.needs_index:
+    if training.loss.needs_index:
         return figures
 
     def weighed(*arguments: Any) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def distill(recipe: DistillRecipe, run: Run) -> Path:
     build_balance(recipe.balance, loss)  # a mistake shows before the teacher works
     run.say(introduce_network("student", recipe.student, images, run.device))
     run.say(introduce_teacher(recipe.teacher, images, run.device))
-    stages = read_teacher_stages(loss)
+    stages = loss.teacher_stages
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
     train = label_by_teacher(images.train, recipe.labelled_size, teacher, run.device, recipe.data.split_seed)
     return train_to_the_end(recipe, recipe.student, train, images.meta_validation, loss, teacher, run, "student")
@@ -164,7 +164,7 @@ def train_to_the_end(
     model: ModelRecipe,
     train: ImageSet,
     meta_validation: ImageSet,
-    loss: nn.Module,
+    loss: DistillationLoss,
     teacher: TeacherFunction | None,
     run: Run,
     role: str,
@@ -242,7 +242,7 @@ def train_to_the_end(
 def start_training(
     model: ModelRecipe,
     train: ImageSet,
-    loss: nn.Module,
+    loss: DistillationLoss,
     teacher: TeacherFunction | None,
     recipe: TrainRecipe,
     data: DataRecipe,

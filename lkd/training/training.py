@@ -19,9 +19,9 @@ from lkd.core.tensor_files import random_state, set_random_state
 from lkd.data.batches import Batches
 from lkd.data.images import Batch
 from lkd.losses.functions import widen
+from lkd.losses.loss import DistillationLoss
 from lkd.models.forward import build_forward, lay_out
 from lkd.models.teacher import TeacherFunction
-from lkd.training.build import read_teacher_stages
 from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from lkd.training.throughput import StepClock
 
@@ -100,7 +100,7 @@ class StudentLoss(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        loss: nn.Module,
+        loss: DistillationLoss,
         autocast: Callable[[], torch.autocast],
         recipe: TrainRecipe,
         clock: StepClock,
@@ -111,7 +111,7 @@ class StudentLoss(nn.Module):
         self.autocast = autocast
         self.clock = clock
         self.run_student = build_forward(student, recipe)
-        self.reads_features = bool(read_teacher_stages(loss))
+        self.reads_features = bool(loss.teacher_stages)
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
@@ -210,7 +210,7 @@ def share_gradients(computation: StudentLoss, recipe: TrainRecipe, batches: Batc
         raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
     if batches.part[1] == 1:
         return computation
-    if getattr(computation.loss, "needs_index", False):
+    if computation.loss.needs_index:
         raise UserError("loss: it remembers every image (needs_index), which several processes cannot share; take one")
     if recipe.sync_batchnorm:
         computation.student = nn.SyncBatchNorm.convert_sync_batchnorm(computation.student)
@@ -248,10 +248,6 @@ class Training:
     Args:
         student: The network, returning `Outputs`; put into train mode.
         loss: `loss(student, teacher, target, progress) -> terms`; its trainable parameters, if any, are trained along.
-            One that must know which image is which sets `needs_index`: then `loss.enroll(index, labels)` is told all
-            training images once, and each call is given the batch's `index`. One that has `begin_epoch(epoch, student,
-            images, teacher, progress)` is called with the student as it is before the first step of every epoch. One
-            that has an `own_teacher` has it asked in the place of `teacher`.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         batches: The batch of every step.
         recipe: Epochs, learning rate, schedule.
@@ -267,23 +263,20 @@ class Training:
     def __init__(
         self,
         student: nn.Module,
-        loss: nn.Module,
+        loss: DistillationLoss,
         teacher: TeacherFunction | None,
         batches: Batches,
         recipe: TrainRecipe,
         balance: Balancing | None = None,
     ) -> None:
         self.student = student.train()
-        self.needs_index = bool(getattr(loss, "needs_index", False))
-        if self.needs_index:
-            enroll: Any = loss.enroll
-            enroll(batches.images.index, batches.images.labels)
-        self.begin_epoch: Callable[..., None] | None = getattr(loss, "begin_epoch", None)
+        if loss.needs_index:
+            loss.enroll(batches.images.index, batches.images.labels)
         self.recipe = recipe
         self.loss = loss.to(batches.device)
         self.balance = balance
         check_balance(balance, recipe, batches)
-        self.teacher = getattr(loss, "own_teacher", None) or teacher
+        self.teacher = loss.own_teacher or teacher
         self.batches = batches
         self.total_steps = recipe.epochs * batches.steps_per_epoch
         self.step = 0
@@ -329,15 +322,15 @@ class Training:
             UserError: If what the student is given is not finite, or there is no memory left.
         """
         epoch, place = divmod(self.step, self.batches.steps_per_epoch)
-        if self.begin_epoch and not place:
-            self.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
+        if not place:
+            self.loss.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
         self.clock.start()
         batch = self.batches.at(self.step)
         batch = batch._replace(images=lay_out(batch.images, self.recipe))
         self.clock.lap("data")
         with self.autocast():
             teacher = self.teacher(batch) if self.teacher else None
-        teacher = widen_outputs(keep_stages(teacher, read_teacher_stages(self.loss))) if teacher else None
+        teacher = widen_outputs(keep_stages(teacher, self.loss.teacher_stages)) if teacher else None
         self.clock.lap("teacher")
         if watch:
             watch((batch, teacher, self.progress))
@@ -371,7 +364,7 @@ class Training:
             DivergedError: If a term is not finite.
             BrokenInputError: If what the student is given is not finite.
         """
-        identity = {"index": batch.index} if self.needs_index else {}
+        identity = {"index": batch.index} if self.loss.needs_index else {}
         terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
         if self.balance is None:
             total = torch.stack(list(terms.values())).sum()

@@ -20,7 +20,7 @@ from lkd.losses.build import LOSSES, TORCHDISTILL
 from lkd.losses.torchdistill import RECIPES
 from lkd.models.build import AdaptedInput, adapt_input
 from lkd.models.teacher import TabulatedTeacher, load_teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.evaluate import evaluate
 from tests.lkd.tiny_images import write_image_folder
@@ -104,7 +104,7 @@ def test_every_loss_takes_mixed_targets(name: str, images) -> None:
     if name == "torchdistill/CRDLoss":
         specification["num_negative_samples"] = 8
     loss = prepare_loss(specification, student, teacher, images, 0)
-    taught = prepare_teacher(teacher, data, images, CPU, read_teacher_stages(loss))
+    taught = prepare_teacher(teacher, data, images, CPU, loss.teacher_stages)
     assert not isinstance(taught, TabulatedTeacher), "mixed images are in no table"
     training = start_training(student, images.train, loss, taught, TrainRecipe(epochs=1, batch_size=20), data, 0, CPU)
     terms = training.run_step()

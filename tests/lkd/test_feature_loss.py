@@ -15,7 +15,7 @@ from lkd.losses.build import build_loss
 from lkd.losses.learned import build_learned_loss
 from lkd.losses.learned.features import draw_projection
 from lkd.losses.learned.file import save_loss
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import start_training
 from meta import ESTIMATORS, verify
 from tests.lkd.test_learned_forms import bilevel_problem, wander
@@ -216,7 +216,7 @@ def test_a_saved_loss_trains_a_student_with_its_features(path: str, adapters: bo
     images = prepare_images(DataRecipe(train_size=120, meta_validation_size=50))
     student = ModelRecipe("small_mobilenet")
     loss = prepare_loss({"name": path, "adapters": adapters}, student, TeacherRecipe(), images, 3)
-    teacher = prepare_teacher(TeacherRecipe(), DataRecipe(), images, CPU, read_teacher_stages(loss))
+    teacher = prepare_teacher(TeacherRecipe(), DataRecipe(), images, CPU, loss.teacher_stages)
     assert set(teacher.features) == {"stage1", "stage2", "stage3"}
     recipe = TrainRecipe(epochs=1, batch_size=20, learning_rate=0.01)
     training = start_training(student, images.train, loss, teacher, recipe, DataRecipe(), 3, CPU)

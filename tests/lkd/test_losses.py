@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses import CrossEntropyLoss, KDLoss, LearnedLoss, LogitLoss
+from lkd.losses import CrossEntropyLoss, DistillationLoss, KDLoss, LearnedLoss, LogitLoss, wrap_loss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import build_learned_loss
 
@@ -170,3 +171,31 @@ def test_kd_refuses_impossible_options(options) -> None:
 def test_logit_loss_refuses_impossible_options(options) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         LogitLoss(**options)
+
+
+def test_a_user_s_function_or_module_becomes_a_loss() -> None:
+    outputs, target = Outputs(torch.randn(4, 3), {}), torch.tensor([0, 1, 2, 0])
+    by_lambda = wrap_loss(lambda student, teacher, target: (student.logits - teacher.logits).square().mean())
+    assert set(by_lambda(outputs, outputs, target, 0.5)) == {"loss"}
+    assert wrap_loss(lambda s, t, y, progress=None: {"a": torch.tensor(progress)})(outputs, outputs, target, 0.5) == {
+        "a": 0.5
+    }
+
+    class Remembering(torch.nn.Module):
+        teacher_stages, needs_index = ("stage1",), True
+
+        def enroll(self, index, labels) -> None:
+            self.index = index
+
+        def forward(self, student, teacher, target, progress, index):
+            return {"a": (index == self.index).float().mean()}
+
+    loss = wrap_loss(Remembering())
+    assert isinstance(loss, DistillationLoss)
+    assert wrap_loss(loss) is loss
+    assert loss.teacher_stages == ("stage1",)
+    assert loss.needs_index
+    loss.enroll(torch.arange(4), target)
+    assert loss(outputs, outputs, target, 0.5, index=torch.arange(4)) == {"a": 1.0}
+    with pytest.raises(UserError, match="float"):
+        wrap_loss(lambda s, t, y: 1.0)(outputs, outputs, target)

@@ -13,7 +13,7 @@ from lkd.data import Batches
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
 from lkd.models.teacher import TabulatedTeacher, Teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 
@@ -39,7 +39,7 @@ def specify(name: str) -> dict:
 def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "none", batch_size: int = 20) -> Training:
     loss = prepare_loss(specify(name), student, TeacherRecipe(), images, 3)
     data = DataRecipe(augmentation=augmentation)
-    teacher = prepare_teacher(TeacherRecipe(), data, images, CPU, read_teacher_stages(loss))
+    teacher = prepare_teacher(TeacherRecipe(), data, images, CPU, loss.teacher_stages)
     recipe = TrainRecipe(epochs=2, batch_size=batch_size, learning_rate=0.001)
     return start_training(student, images.train, loss, teacher, recipe, DataRecipe(augmentation=augmentation), 3, CPU)
 
@@ -141,7 +141,7 @@ def test_adapted_losses_take_dense_targets(images, name: str) -> None:
     training = start(images, name)
     batch = training.batches.at(0)
     outputs = training.student(batch.images), training.teacher(batch)
-    identity = {"index": batch.index} if training.needs_index else {}
+    identity = {"index": batch.index} if training.loss.needs_index else {}
     terms = training.loss(*outputs, one_hot(batch.target, 10).float(), 0.5, **identity)
     assert all(torch.isfinite(value) for value in terms.values())
 

@@ -15,7 +15,7 @@ from lkd.core.files import read_json
 from lkd.core.interrupt import Interrupted
 from lkd.core.outputs import Outputs
 from lkd.data import Batch
-from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses import DistillationLoss, LearnedLoss, LogitLoss
 from lkd.losses.learned.file import read_provenance
 from lkd.meta_training.checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_training.log import summarize_cost
@@ -317,7 +317,7 @@ def test_a_pool_of_another_split_is_a_leak(pool_dir) -> None:
         run_recipe(recipe)
 
 
-class FeaturePart(torch.nn.Module):
+class FeaturePart(DistillationLoss):
     """A loss network over one stage of both networks."""
 
     architecture: ClassVar[dict] = {}

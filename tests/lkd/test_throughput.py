@@ -11,6 +11,7 @@ from lkd.cli import main
 from lkd.config import DataRecipe, TrainRecipe
 from lkd.core.outputs import Outputs
 from lkd.data import Batches
+from lkd.losses import DistillationLoss
 from lkd.training import distill as distillation
 from lkd.training import throughput
 from lkd.training.build import prepare_images
@@ -57,7 +58,7 @@ class SlowStudent(nn.Module):
         return Outputs(Slow.apply(self.classifier(images.flatten(1)), "student") * 1.0, {})
 
 
-class SlowLoss(nn.Module):
+class SlowLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress=None) -> dict[str, Tensor]:
         return {"distillation": Slow.apply(student.logits, "loss").square().mean()}
 

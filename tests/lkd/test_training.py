@@ -11,10 +11,10 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.data import Batches
-from lkd.losses import CrossEntropyLoss, KDLoss
+from lkd.losses import CrossEntropyLoss, DistillationLoss, KDLoss
 from lkd.models import build
 from lkd.models.teacher import Teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher, read_teacher_stages
+from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 
@@ -85,7 +85,7 @@ def test_the_learning_rate_warms_up_and_ends_low(images) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_named(images) -> None:
-    class Broken(torch.nn.Module):
+    class Broken(DistillationLoss):
         def forward(self, student: Outputs, teacher, target, progress=None):
             return {"task": student.logits.mean(), "distillation": student.logits.sum() * math.inf}
 
@@ -114,7 +114,7 @@ def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(lo
     values = {}
     for precision in ("float32", "bfloat16", "auto"):
         built = prepare_loss({"name": loss}, recipe, taught, images, 0)
-        teacher = prepare_teacher(taught, DataRecipe(), images, CPU, read_teacher_stages(built))
+        teacher = prepare_teacher(taught, DataRecipe(), images, CPU, built.teacher_stages)
         train = TrainRecipe(epochs=1, batch_size=40, learning_rate=0.02, precision=precision)
         training = start_training(recipe, images.train, built, teacher, train, DataRecipe(), 0, CPU)
         rows = [training.run_step() for _ in range(10)]

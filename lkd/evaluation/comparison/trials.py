@@ -23,7 +23,7 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.tensor_files import write_result
 from lkd.evaluation.comparison.workers import claimed, own_device
 from lkd.models.teacher import TeacherFunction
-from lkd.training.build import Images, prepare_images, prepare_loss, prepare_teacher, read_teacher_stages
+from lkd.training.build import Images, prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import label_by_teacher, start_training
 from lkd.training.evaluate import evaluate, guess
 from lkd.training.training import DivergedError
@@ -292,7 +292,7 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     images = prepare_images_for_cells(data)
     specification, train = split_method(cell.loss, recipe.train)
     loss = prepare_loss(specification, cell.student, recipe.teacher, images, cell.seed)
-    teacher = prepare_teacher_for_cells(data, taught, device, read_teacher_stages(loss))
+    teacher = prepare_teacher_for_cells(data, taught, device, loss.teacher_stages)
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)

@@ -47,7 +47,6 @@ from lkd.training.build import (
     prepare_loss,
     prepare_student,
     prepare_teacher,
-    read_teacher_stages,
 )
 from lkd.training.optimizer import build_optimizer, build_scheduler
 from meta import rollout
@@ -135,7 +134,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
         label: prepare_loss(loss, recipe.student, recipe.teacher, images, recipe.seed).to(place)
         for label, loss in recipe.losses.items()
     }
-    stages = sorted({stage for loss in losses.values() for stage in read_teacher_stages(loss)})
+    stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
     teacher = prepare_teacher_for_cells(data, taught, device, tuple(stages))
     pool = open_pool(pool_folder, images, architecture_of(recipe.student, images.train))
     start = pool.read(draw.student, place)
@@ -249,7 +248,7 @@ def plan_trainings(recipe: FidelityRecipe) -> list[Cell]:
 
 def make_pool(recipe: FidelityRecipe, images: Images, run: Run) -> Pool:
     """Build the pool in the run directory."""
-    stages = read_teacher_stages(prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed))
+    stages = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed).teacher_stages
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages)
     parts = {name: getattr(recipe, name) for name in ("seed", "data", "teacher", "student", "train", "pool")}
     return build_pool(PoolRecipe(**parts), run.path / "pool", images, teacher, run)
@@ -300,7 +299,7 @@ def check_losses(recipe: FidelityRecipe, images: Images) -> None:
                 if isinstance(specification, dict) and key in specification:
                     raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
             loss = prepare_loss(specification, recipe.student, recipe.teacher, images, recipe.seed)
-            if getattr(loss, "needs_index", False) or any(p.requires_grad for p in loss.parameters()):
+            if loss.needs_index or any(p.requires_grad for p in loss.parameters()):
                 raise UserError(
                     "has parts that are trained along with the student, which a student of the pool has not; "
                     "take a loss without adapters"

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lkd.core.outputs import Outputs
+from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.losses.stages import Stages
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def parts_at(loss: nn.Module, progress: float) -> dict[str, nn.Module]:
     return dict(current.parts.items()) if isinstance(current, LearnedLoss) else {}
 
 
-class LogitView(nn.Module):
+class LogitView(DistillationLoss):
     """A loss as a function of logits alone: networks over features are left out, else features are made up and fixed.
 
     Args:
@@ -84,14 +86,16 @@ class LogitView(nn.Module):
         seed: Of the features.
     """
 
-    def __init__(self, loss: nn.Module, seed: int) -> None:
+    def __init__(self, loss: DistillationLoss, seed: int) -> None:
         super().__init__()
         self.loss = leave_out_features(loss)
         self.seed = seed
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: float) -> dict[str, Tensor]:
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
+    ) -> dict[str, Tensor]:
         """The loss's terms; see `LearnedLoss`."""
-        if not getattr(self.loss, "teacher_stages", ()):
+        if not self.loss.teacher_stages:
             return self.loss(student, teacher, target, progress)
         terms: dict[
             str, Tensor
@@ -102,7 +106,7 @@ class LogitView(nn.Module):
         return terms
 
 
-def leave_out_features(loss: nn.Module) -> nn.Module:
+def leave_out_features(loss: DistillationLoss) -> DistillationLoss:
     """A learned loss without its networks over features; any other as it is."""
     if isinstance(loss, ReplayedLoss):
         return ReplayedLoss([strip(each) for each in loss.losses], loss.starts)
@@ -111,7 +115,7 @@ def leave_out_features(loss: nn.Module) -> nn.Module:
 
 def strip(loss: Any) -> LearnedLoss:
     """The parts of one learned loss that read no features."""
-    kept = {name: part for name, part in loss.parts.items() if not getattr(part, "reads_features", False)}
+    kept = {name: part for name, part in loss.parts.items() if not isinstance(part, FeatureLoss)}
     return LearnedLoss(kept, loss.normalize_gradient)
 
 

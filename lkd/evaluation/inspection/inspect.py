@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkd.config.evaluation import InspectRecipe
 from lkd.core.errors import UserError
@@ -31,6 +31,7 @@ from lkd.losses.learned.inputs import read_logits
 from lkd.losses.learned.networks import relative_depths
 from lkd.losses.learned.shares import confidence_grid, gradient_shares, gradient_surface
 from lkd.losses.logits import CrossEntropyLoss, KDLoss
+from lkd.losses.loss import DistillationLoss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The gradient field of a loss over the confidence of teacher and student, beside those of KD and cross-entropy.
@@ -40,7 +41,7 @@ POINTS = 33
 DIGITS = 5  # after the point
 
 
-def describe_field(loss: nn.Module, kd: KDLoss, num_classes: int) -> dict[str, Any]:
+def describe_field(loss: DistillationLoss, kd: KDLoss, num_classes: int) -> dict[str, Any]:
     """The gradient at the student's logit of the label; what is left of each probability is shared evenly.
 
     Args:
@@ -92,7 +93,7 @@ def find_rest(row: Tensor) -> float:
 
 
 @torch.no_grad()
-def read_own_balance(loss: nn.Module, states: States, progress: float) -> dict[str, float]:
+def read_own_balance(loss: DistillationLoss, states: States, progress: float) -> dict[str, float]:
     """Their means over the states, by name; empty where the form has none.
 
     Args:
@@ -122,7 +123,7 @@ PAIRING_PROGRESS = (0.0, 0.5, 1.0)
 SPARSE = 5  # every so many states: features of all of them take long; no divisor of the number of confidences
 
 
-def describe_pairing(loss: nn.Module) -> dict[str, Any] | None:
+def describe_pairing(loss: DistillationLoss) -> dict[str, Any] | None:
     """How a loss pairs stages; None if it reads no features.
 
     Returns:
@@ -133,12 +134,12 @@ def describe_pairing(loss: nn.Module) -> dict[str, Any] | None:
     """
     if any(isinstance(part, FeatureLoss) for part in parts_at(loss, 0.0).values()):
         return {"learned": [describe_learned(loss, progress) for progress in PAIRING_PROGRESS]}
-    stages = getattr(loss, "teacher_stages", ())
+    stages = loss.teacher_stages
     return {"pairs": getattr(loss, "pairs", None), "teacher_stages": list(stages)} if stages else None
 
 
 @torch.no_grad()
-def describe_learned(loss: nn.Module, progress: float) -> dict[str, Any]:
+def describe_learned(loss: DistillationLoss, progress: float) -> dict[str, Any]:
     """The pairing of the network over features that is in charge at this progress."""
     (part,) = (part for part in parts_at(loss, progress).values() if isinstance(part, FeatureLoss))
     names = list(STAGES)
@@ -154,7 +155,7 @@ def describe_learned(loss: nn.Module, progress: float) -> dict[str, Any]:
     }
 
 
-def measure_shares(loss: nn.Module, states: States, seed: int) -> list[dict[str, Any]]:
+def measure_shares(loss: DistillationLoss, states: States, seed: int) -> list[dict[str, Any]]:
     """Each term's share of the gradient at three progresses, with made-up features; see `gradient_shares`."""
     student, teacher, target = (x[::SPARSE] for x in (states.student, states.teacher, states.target))
     outputs = add_features(student, teacher, seed)
@@ -168,7 +169,9 @@ def measure_shares(loss: nn.Module, states: States, seed: int) -> list[dict[str,
 # All that is found out about a loss, as one tree of numbers and names.
 
 
-def inspect_loss(loss: nn.Module, kd: KDLoss | None = None, num_classes: int = 10, seed: int = 0) -> dict[str, Any]:
+def inspect_loss(
+    loss: DistillationLoss, kd: KDLoss | None = None, num_classes: int = 10, seed: int = 0
+) -> dict[str, Any]:
     """Find out what a loss does, without training anything.
 
     The loss is asked about made-up logits (of students and teachers of every confidence) and, if it reads features,
@@ -300,7 +303,7 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     return format_inspection(report, file, title), folder
 
 
-def open_loss(specification: dict[str, Any] | str) -> tuple[nn.Module, str]:
+def open_loss(specification: dict[str, Any] | str) -> tuple[DistillationLoss, str]:
     """The loss, and its file's path or its name. Losses over features are built for made-up stages.
 
     Raises:
@@ -308,7 +311,7 @@ def open_loss(specification: dict[str, Any] | str) -> tuple[nn.Module, str]:
     """
     loss = build_loss(specification, STAGES, STAGES)
     name = specification if isinstance(specification, str) else specification["name"]
-    if getattr(loss, "needs_index", False):
+    if loss.needs_index:
         raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")
     return loss, name
 

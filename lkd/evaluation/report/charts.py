@@ -14,6 +14,7 @@ from lkd.core.errors import UserError
 from lkd.evaluation.report.runs import RESULTS, Curve, RunRecord, describe_loss, find_near, read_dict, simplify, thin
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.losses.build import build_loss, is_learned, reads_features
+from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.file import load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
@@ -206,7 +207,7 @@ def over_logits(loss: Any) -> LearnedLoss:
     Raises:
         UserError: If there are none.
     """
-    parts = {name: part for name, part in loss.parts.items() if not getattr(part, "reads_features", False)}
+    parts = {name: part for name, part in loss.parts.items() if not isinstance(part, FeatureLoss)}
     if not parts:
         raise UserError("reads features: no function of the confidence alone")
     return LearnedLoss(parts, loss.normalize_gradient)

@@ -13,7 +13,6 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.learned.inputs import (
     CONDITIONING,
-    Progress,
     as_progress,
     check_conditioning,
     name_sample_inputs,
@@ -29,6 +28,7 @@ from lkd.losses.learned.networks import (
     name_needs,
     relative_depths,
 )
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.losses.stages import Stages, as_map, map_shape, pool
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def draw_projection(channels: int, size: int, role: str) -> Tensor:
 COMPARISONS = ("places", "images", "channels")
 
 
-class FeatureLoss(nn.Module):
+class FeatureLoss(DistillationLoss):
     """Distillation over features: three comparisons of every pair of stages, weighed by networks that know no shapes.
 
     Stage i of the student and j of the teacher are compared in three ways: where they are active (attention maps on a
@@ -142,8 +142,6 @@ class FeatureLoss(nn.Module):
     Raises:
         ValueError: If an option is out of range.
     """
-
-    reads_features = True
 
     def __init__(
         self,
@@ -211,6 +209,7 @@ class FeatureLoss(nn.Module):
             for name in list(stages)[-self.deepest :]:
                 map_shape(stages[name])
         self.stages = list(student_stages), list(teacher_stages)
+        self.teacher_stages = tuple(self.stages[1][-self.deepest :])
         self.adapters = nn.ParameterList(
             draw_projection(map_shape(student_stages[name])[0], self.channels, "student").clone()
             for name in (self.stages[0][-self.deepest :] if adapters else [])
@@ -223,11 +222,6 @@ class FeatureLoss(nn.Module):
             self.stages = [], self.stages[1]
         self.adapters = nn.ParameterList()
         return self
-
-    @property
-    def teacher_stages(self) -> tuple[str, ...]:
-        """The teacher's stages that are read; none before `attach`: then the deepest that it gives."""
-        return tuple(self.stages[1][-self.deepest :]) if self.stages else ()
 
     def pair_stages(self, student: Outputs, teacher: Outputs) -> tuple[list[str], list[str], Tensor, Tensor]:
         """Names and relative depths of the stages that take part.

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkd.core.errors import UserError
 from lkd.core.files import MALFORMED
@@ -13,11 +13,12 @@ from lkd.losses.learned import LogitLoss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.loss import FORMS, LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss
+from lkd.losses.loss import DistillationLoss
 from lkd.tracking.remote import fetch, is_remote
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
-PARTS: dict[str, type[nn.Module]] = {
+PARTS: dict[str, type[DistillationLoss]] = {
     "LogitLoss": LogitLoss,  # the balance form's name in format version 1
     **{network.__name__: network for network in (*FORMS.values(), FeatureLoss, CrossEntropyLoss)},
 }

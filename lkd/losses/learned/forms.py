@@ -12,7 +12,6 @@ from lkd.losses.functions import cross_entropies, kl_divergences, label_of
 from lkd.losses.learned.inputs import (
     CONDITIONING,
     LogProbabilities,
-    Progress,
     as_progress,
     check_conditioning,
     name_sample_inputs,
@@ -30,12 +29,13 @@ from lkd.losses.learned.networks import (
     negative_entropies,
     unbound_balance,
 )
+from lkd.losses.loss import DistillationLoss, Progress
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The balance form of a learned loss over logits: α and τ of each sample (our reconstruction).
 
 
-class BalanceLoss(nn.Module):
+class BalanceLoss(DistillationLoss):
     """Distillation over logits whose balance and temperature a small network sets for each sample.
 
     For sample i, a network sees up to six numbers and sets α and τ; the loss is the mean of
@@ -121,7 +121,7 @@ class BalanceLoss(nn.Module):
 # The decoupled form of a learned loss over logits: α, τ and β of each sample (our reconstruction).
 
 
-class DecoupledLoss(nn.Module):
+class DecoupledLoss(DistillationLoss):
     """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
 
     For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
@@ -238,7 +238,7 @@ class DecoupledLoss(nn.Module):
 # The generic form of a learned loss over logits (our reconstruction).
 
 
-class GenericLoss(nn.Module):
+class GenericLoss(DistillationLoss):
     """A free loss over logits: one network, shared by all classes, weighs how far each class is from its target.
 
     The loss is the mean over samples of Σ_c g(x_c) · [q_c log(q_c / p_c) − q_c + p_c], with p the student's
@@ -335,7 +335,7 @@ class GenericLoss(nn.Module):
 # The residual form of a learned loss over logits: KD and a bounded residual (our reconstruction).
 
 
-class ResidualLoss(nn.Module):
+class ResidualLoss(DistillationLoss):
     """Classic KD plus a residual that is never larger than a fraction of it, class by class.
 
     KD is (1 − α) · KL(label ‖ student) + α · τ² · KL(teacher_τ ‖ student_τ), both divergences sums over classes of
@@ -428,7 +428,7 @@ class ResidualLoss(nn.Module):
 # The target form of a learned loss over logits: cross-entropy to a learned target (our reconstruction).
 
 
-class TargetLoss(nn.Module):
+class TargetLoss(DistillationLoss):
     """Cross-entropy to a learned mixture of label and tempered teacher, convex in the student's logits.
 
     The target is q = (1 − α) · label + α · softmax(teacher / τ), with α and τ set by a network that sees the teacher

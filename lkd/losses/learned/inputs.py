@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from lkd.losses.functions import widen
-
-Progress = float | Tensor | None
+from lkd.losses.loss import Progress
 
 CONDITIONING = ("progress", "state")
 # Input → the kind of conditioning that it belongs to; the teacher's are always seen.

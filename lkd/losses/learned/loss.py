@@ -14,8 +14,8 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import BalanceLoss, DecoupledLoss, GenericLoss, ResidualLoss, TargetLoss
-from lkd.losses.learned.inputs import Progress
 from lkd.losses.logits import CrossEntropyLoss
+from lkd.losses.loss import DistillationLoss, Progress
 from lkd.losses.stages import Stages
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
 # The sum of loss networks that is saved, loaded and trained with.
 
 
-class LearnedLoss(nn.Module):
+class LearnedLoss(DistillationLoss):
     """A learned loss: the sum of named parts, each a loss network with all weights inside.
 
     Args:
@@ -86,16 +86,16 @@ class LearnedLoss(nn.Module):
             is cross-entropy's, at every progress: then no weights of it act as a learning rate (see `gradient_scale`).
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], normalize_gradient: bool = False) -> None:
+    def __init__(self, parts: Mapping[str, DistillationLoss], normalize_gradient: bool = False) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(dict(parts))
         self.normalize_gradient = normalize_gradient
 
     @property
-    def teacher_stages(self) -> tuple[str, ...]:
+    def teacher_stages(self) -> tuple[str, ...]:  # type: ignore[override]  # they are known once a part is attached
         """The teacher's stages that the parts read."""
-        stages = [stage for part in self.parts.values() for stage in getattr(part, "teacher_stages", ())]
-        return tuple(dict.fromkeys(stages))
+        parts: Any = self.parts.values()
+        return tuple(dict.fromkeys(stage for part in parts for stage in part.teacher_stages))
 
     def forward(
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
@@ -121,14 +121,14 @@ class LearnedLoss(nn.Module):
 
 def has_own_scale(part: nn.Module) -> bool:
     """Whether a part is over logits and its weights could change the size of its gradient."""
-    return not getattr(part, "reads_features", False) and any(True for _ in part.parameters())
+    return not isinstance(part, FeatureLoss) and any(True for _ in part.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A learned loss that changed while a student was trained with it, replayed by progress.
 
 
-class ReplayedLoss(nn.Module):
+class ReplayedLoss(DistillationLoss):
     """The course of a learned loss: at each progress, the loss that was in charge there.
 
     *Our reconstruction* of the reuse of LKD's dynamic strategy. Steps, not interpolates: a student meets exactly the
@@ -151,11 +151,13 @@ class ReplayedLoss(nn.Module):
         self.starts = [float(start) for start in starts]
 
     @property
-    def teacher_stages(self) -> tuple[str, ...]:
+    def teacher_stages(self) -> tuple[str, ...]:  # type: ignore[override]
         """The teacher's stages whose features the losses read."""
-        return getattr(self.losses[0], "teacher_stages", ())
+        first: Any = self.losses[0]
+        stages: tuple[str, ...] = first.teacher_stages
+        return stages
 
-    def at(self, progress: float | Tensor | None) -> nn.Module:
+    def at(self, progress: Progress) -> nn.Module:
         """The loss in charge at this progress.
 
         Raises:
@@ -166,7 +168,7 @@ class ReplayedLoss(nn.Module):
         return self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
 
     def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: float | Tensor | None = None
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss in charge.
 
@@ -185,7 +187,7 @@ class ReplayedLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # From a recipe's `meta.kind` and `meta.loss` to a learned loss.
 
-FORMS: dict[str, type[nn.Module]] = {
+FORMS: dict[str, type[DistillationLoss]] = {
     "balance": BalanceLoss,
     "decoupled": DecoupledLoss,
     "generic": GenericLoss,
@@ -225,7 +227,7 @@ def build_learned_loss(
     if kind == "features" and set(options) - {"features"}:
         unread = ", ".join(name for name in options if name != "features")
         raise UserError(f"meta.loss: kind features has no network over logits, which {unread} could be for")
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, DistillationLoss] = {}
     if kind == "features":
         parts["task"] = CrossEntropyLoss()
     else:
@@ -246,7 +248,7 @@ def build_learned_loss(
     return LearnedLoss(parts, normalize_gradient)
 
 
-def build_part(network: type[nn.Module], options: dict[str, Any], field: str, described: str) -> Any:
+def build_part(network: type[DistillationLoss], options: dict[str, Any], field: str, described: str) -> Any:
     """Build one loss network.
 
     Raises:

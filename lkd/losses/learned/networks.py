@@ -10,12 +10,12 @@ from torch.nn.functional import linear
 from lkd.losses.learned.inputs import (
     CLASS_INPUTS,
     LogProbabilities,
-    Progress,
     class_inputs,
     name_sample_inputs,
     sample_inputs,
     squash,
 )
+from lkd.losses.loss import Progress
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The small network inside every learned loss.

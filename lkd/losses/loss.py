@@ -1,0 +1,112 @@
+"""What a distillation loss is, and how a user's own module or function becomes one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.data.images import ImageSet
+
+Progress = float | Tensor | None
+
+
+class DistillationLoss(nn.Module):
+    """Named scalar terms, whose sum is the loss. Every loss here derives from it, and so may a user's.
+
+    Attributes:
+        teacher_stages: The teacher's stages whose features the loss reads.
+        needs_index: Whether it must know which image is which: then training calls `enroll` once and gives `forward`
+            the batch's `index`.
+    """
+
+    teacher_stages: tuple[str, ...] = ()
+    needs_index: bool = False
+
+    @property
+    def own_teacher(self) -> Callable[[Any], Outputs] | None:
+        """From a batch to the outputs of a teacher that is asked in the place of the training's, if there is one."""
+        return None
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
+    ) -> dict[str, Tensor]:
+        """Compute the terms, in float32 or wider whatever the autocast state, in log space.
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's outputs for the same images.
+            target: Class indices [B] or distributions [B, C].
+            progress: How far the training is, in [0, 1], if that is known: a number or a 0-dimensional tensor.
+        """
+        raise NotImplementedError
+
+    def enroll(self, index: Tensor, labels: Tensor) -> None:
+        """Learn which training images there are; called once, where `needs_index`.
+
+        Args:
+            index: Identity of each training image, [N].
+            labels: Class of each, [N].
+        """
+
+    def begin_epoch(
+        self,
+        epoch: int,
+        student: nn.Module,
+        images: ImageSet,
+        teacher: Callable[[Any], Outputs] | None,
+        progress: float,
+    ) -> None:
+        """Look at the student before the first step of an epoch.
+
+        Args:
+            epoch: From 0.
+            student: As it is.
+            images: The training images.
+            teacher: From a batch to the teacher's outputs.
+            progress: How far the training is, in [0, 1].
+        """
+
+
+class WrappedLoss(DistillationLoss):
+    """A user's module or function, which may leave out `progress` and may return one tensor."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.teacher_stages = tuple(getattr(function, "teacher_stages", ()))
+        self.needs_index = bool(getattr(function, "needs_index", False))
+        called = function.forward if isinstance(function, nn.Module) else function
+        parameters = inspect.signature(called).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.reads_progress = len(positional) > 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+    def enroll(self, index: Tensor, labels: Tensor) -> None:
+        """Let it learn which training images there are."""
+        function: Any = self.function
+        function.enroll(index, labels)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, **identity: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the terms; one tensor is the term `loss`."""
+        given = (student, teacher, target, progress) if self.reads_progress else (student, teacher, target)
+        terms = self.function(*given, **identity)
+        if isinstance(terms, Tensor):
+            return {"loss": terms}
+        if not isinstance(terms, dict):
+            raise UserError(
+                f"loss: the one given returns a {type(terms).__name__}; return a dict of scalar tensors, or one of them"
+            )
+        return terms
+
+
+def wrap_loss(loss: Callable[..., Any]) -> DistillationLoss:
+    """A loss of this project from a user's: a `DistillationLoss` is one, anything else is wrapped.
+
+    Args:
+        loss: `loss(student, teacher, target, progress) -> {term: scalar} or scalar`; `progress` may be left out.
+    """
+    return loss if isinstance(loss, DistillationLoss) else WrappedLoss(loss)
