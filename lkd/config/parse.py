@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -68,10 +68,36 @@ MOST_BYTES = 1 << 20  # of a recipe
 MOST_NESTED = 20  # mappings and lists in each other
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe file, merged with its bases.
+def read_recipes(paths: list[Path]) -> list[dict[str, Any]]:
+    """Read the recipe files of a command line, each merged with its bases.
 
-    Nested keys are merged one by one; the file wins over its bases, a later base over an earlier one.
+    Nested keys are merged one by one; a file wins over its bases, a later base over an earlier one. Two keys reach
+    into the other files: what stands under `with: {FILE: ...}` is merged over FILE if that is read, before or after;
+    and `pair: NAME` is what `{pair}` stands for.
+
+    Raises:
+        UserError: If a file is missing, is not a YAML mapping, or is its own base, or one of these keys is not good.
+    """
+    files = [read_layers(path) for path in paths]
+    additions: dict[Path, dict[str, Any]] = {}
+    pair = None
+    for path, content in chain(*files):
+        additions = merge(additions, pop_additions(path, content))
+        pair = content.pop("pair", pair)
+    if not (pair is None or isinstance(pair, str)):
+        raise UserError(f"pair: {pair!r} is not a name")
+    recipes = []
+    for layers in files:
+        recipe: dict[str, Any] = {}
+        for path, content in layers:
+            whole = merge(content, additions.get(path.resolve(), {}))
+            recipe = merge(recipe, fill_in_pair(whole, pair, str(path)))
+        recipes.append(recipe)
+    return recipes
+
+
+def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a recipe file and the files that it builds on, which come first.
 
     Args:
         path: The YAML file.
@@ -101,10 +127,41 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{trail}: base: {bases!r} is not a file name or a list of file names")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = merge(merged, read_recipe(path.parent / base, (*above, path)))
-    return merge(merged, content)
+    below = [layer for base in bases for layer in read_layers(path.parent / base, (*above, path))]
+    return [*below, (path, content)]
+
+
+def pop_additions(path: Path, content: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Take what stands under `with` out of a file's content.
+
+    Raises:
+        UserError: If it is not a mapping of recipe files to keys and values.
+    """
+    named = content.pop("with", {})
+    if not is_nested(named) or not is_nested(*named.values()):
+        raise UserError(f"{path}: with: {named!r} is not a mapping of recipe files to keys and values")
+    additions = {path.parent / str(name): values for name, values in named.items()}
+    for other in additions:
+        if not other.is_file():
+            raise UserError(f"{path}: with: there is no file {other}; names are relative to the file that says them")
+    return {other.resolve(): values for other, values in additions.items()}
+
+
+def fill_in_pair(value: Any, pair: str | None, place: str) -> Any:
+    """Put the pair's name in the place of `{pair}`.
+
+    Raises:
+        UserError: If there is no name.
+    """
+    if isinstance(value, dict):
+        return {key: fill_in_pair(inner, pair, f"{place}: {key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [fill_in_pair(inner, pair, place) for inner in value]
+    if not isinstance(value, str) or "{pair}" not in value:
+        return value
+    if pair is None:
+        raise UserError(f"{place}: {value!r} is for a pair; name the pair's recipe too, which says `pair: NAME`")
+    return value.replace("{pair}", pair)
 
 
 def read_bounded(path: Path) -> str:
@@ -193,12 +250,12 @@ def split_config(words: list[str]) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
-def read_recipes(words: list[str]) -> list[str]:
-    """Put the content of a recipe file, with its bases, in the place of its name after `--config`."""
-    return [
-        json.dumps(read_recipe(Path(word)), default=str) if before == "--config" else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
+def put_contents(words: list[str]) -> list[str]:
+    """Put the contents of recipe files, with their bases, in the places of their names after `--config`."""
+    places = [place for place, before in enumerate(words[:-1], 1) if before == "--config"]
+    recipes = read_recipes([Path(words[place]) for place in places])
+    contents = {place: json.dumps(recipe, default=str) for place, recipe in zip(places, recipes, strict=True)}
+    return [contents.get(place, word) for place, word in enumerate(words)]
 
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:
@@ -257,7 +314,7 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     parser.add_class_arguments(recipe)
     words = split_config(name_leading(words, recipe, field))
-    expanded = complete_switches(read_recipes(words), {f"--{key}" for key in known_keys(parser, bool)})
+    expanded = complete_switches(put_contents(words), {f"--{key}" for key in known_keys(parser, bool)})
     try:
         parsed = parser.instantiate(parser.parse_args(expanded))
     except ArgumentError as error:

@@ -1,34 +1,30 @@
 """Every recipe in configs/ and every command in the README runs, on tiny inputs."""
 
-import os
+import dataclasses
+import json
 import re
 import shlex
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from lkd.cli import main
-from lkd.config import DistillRecipe
 from lkd.config.parse import parse_recipe
 from lkd.losses import LearnedLoss, LogitLoss
-from lkd.losses.build import build_loss
 from lkd.losses.learned.file import save_loss
-from lkd.models import build
 from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.tiny_images import write_cifar, write_image_folder
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs/sweeps").glob("*")))  # test_sweeps.py
-RECIPES = [path for path in FILES if not path.name.startswith("_")]  # the others are their bases
-LITERATURE = [path for path in RECIPES if path.relative_to(ROOT).parts[1] in ("cifar100", "imagenet")]
-META_TRAINED = ("cifar100/resnet56-resnet20", "imagenet/resnet50-mobilenetv1")
-CIFAR_PAIRS = {
-    *("resnet56-resnet20", "resnet110-resnet20", "resnet110-resnet32", "resnet32x4-resnet8x4", "wrn40-2-wrn16-2"),
-    *("wrn40-2-wrn40-1", "vgg13-vgg8", "vgg13-mobilenetv2", "resnet50-mobilenetv2", "resnet50-vgg8"),
-    *("resnet32x4-shufflenetv1", "resnet32x4-shufflenetv2", "wrn40-2-shufflenetv1"),
-}  # tables 1 and 2 of CRD (Tian et al., 2020)
+LITERATURE = json.loads(Path(__file__).with_name("literature_recipes.json").read_text())
+"""Data set → what all of its recipes hold, and the command line of each → what else it holds."""
+RECIPES = sorted((ROOT / "configs/embedded").iterdir()) + sorted((ROOT / "configs/fashion_mnist").iterdir())
+META_TRAINED = {"cifar100": "resnet56-resnet20", "imagenet": "resnet50-mobilenetv1"}
 SMALL_DATA = ["--data.train_size", "200", "--data.meta_validation_size", "100"]
+SMALL_STEP = ["--data.train_size", "4", "--data.meta_validation_size", "4", "--train.batch_size", "4"]
+SMALL_STEP += ["--train.epochs", "1"]
 SMALL_TRAINING = [*SMALL_DATA, "--train.epochs", "1", "--train.batch_size", "50"]
 SMALL_POOL = [*SMALL_TRAINING, "--pool.students", "1", "--pool.snapshots", "2"]
 SMALL = {
@@ -92,100 +88,84 @@ def command_of(recipe: Path) -> str:
     return found[1]
 
 
+def flatten(recipe: Any, group: str = "") -> dict[str, Any]:
+    """The values of a recipe by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        key, value = group + field.name, getattr(recipe, field.name)
+        flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return flat
+
+
+@pytest.mark.parametrize("data", LITERATURE)
+def test_every_pair_with_every_method_is_the_recipe_that_it_was_as_one_file(data: str, monkeypatch) -> None:
+    """Field by field, as written down when each pair had a file for each method."""
+    monkeypatch.chdir(ROOT)
+    for line, own in LITERATURE[data]["each"].items():
+        command, *files = line.split()[1:]
+        recipe = parse_recipe(command, files)
+        defaults = flatten(type(recipe)())
+        shared = {key: value for key, value in LITERATURE[data]["all"].items() if key in defaults}
+        assert flatten(recipe) == defaults | shared | own, line
+
+
+def list_stems(folder: str, pattern: str = "*.yaml") -> list[str]:
+    return sorted(path.stem for path in (ROOT / "configs" / folder).glob(pattern))
+
+
+def choose_runs(data: str) -> list[tuple[str, str, str]]:
+    """Every pair and every method of a data set at least once."""
+    pairs, methods = list_stems(data, "[!_]*-*.yaml"), list_stems(f"{data}/methods")
+    methods.remove("meta-train")
+    most = max(len(pairs), len(methods))
+    runs = [(data, *run) for run in islice(zip(cycle(pairs), cycle(methods), strict=False), most)]
+    return [*runs, (data, META_TRAINED[data], "meta-train")]
+
+
+def name_command(method: str) -> str:
+    return "meta-train" if method == "meta-train" else "distill"
+
+
+@pytest.mark.parametrize("data", LITERATURE)
+def test_no_pair_and_no_method_goes_unmentioned(data: str) -> None:
+    combined = {
+        f"lkd {name_command(method)} configs/{data}/{pair}.yaml configs/{data}/methods/{method}.yaml"
+        for pair in list_stems(data, "[!_]*-*.yaml")
+        for method in list_stems(f"{data}/methods")
+    }
+    alone = {line for line in LITERATURE[data]["each"] if line.count(".yaml") == 1}
+    assert combined == LITERATURE[data]["each"].keys() - alone
+
+
 @pytest.fixture(scope="module")
 def literature_roots(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        cifar = write_cifar(tmp_path_factory.mktemp("cifar"), "cifar100", monkeypatch)
+        cifar = write_cifar(tmp_path_factory.mktemp("cifar"), "cifar100", monkeypatch, test=10)
         yield {"cifar100": cifar, "imagenet": write_image_folder(tmp_path_factory.mktemp("imagenet"))}
 
 
-def spread_out(recipes: list[Path]) -> list[Path]:
-    """Every pair, every base and every method; LKD_TEST_ALL_RECIPES=1 runs every recipe, which takes minutes."""
-    if os.environ.get("LKD_TEST_ALL_RECIPES"):
-        return recipes
-    folders = sorted({path.parent for path in recipes})
-    methods = ("ce.yaml", "kd.yaml", "dkd.yaml", "dist.yaml", "lkd.yaml")
-    chosen = {
-        folder / methods[(number + offset) % len(methods)] for number, folder in enumerate(folders) for offset in (0, 2)
-    }
-    learning = {ROOT / "configs" / pair / "meta-train.yaml" for pair in META_TRAINED}
-    return [path for path in recipes if path in chosen | learning or path.name == "teacher.yaml"]
-
-
-def name_of(recipe: Path) -> str:
-    return str(recipe.relative_to(ROOT / "configs"))
-
-
-@pytest.mark.parametrize("recipe", spread_out(LITERATURE), ids=name_of)
-def test_recipes_of_the_literature_do_two_steps(recipe: Path, literature_roots, tmp_path) -> None:
+@pytest.mark.parametrize(("data", "pair", "method"), [run for data in LITERATURE for run in choose_runs(data)])
+def test_recipes_of_the_literature_run(data: str, pair: str, method: str, literature_roots, tmp_path) -> None:
     """With untrained teachers: nobody's weights are at hand."""
-    command, data = command_of(recipe), recipe.relative_to(ROOT / "configs").parts[0]
-    words = [*("--data.root", literature_roots[data]), *("--data.train_size", "8", "--data.meta_validation_size", "4")]
-    words += ["--train.batch_size", "4", "--train.epochs", "1"]
-    if command != "teacher":
-        words += ["--teacher.path", "random", "--teacher.pretrained", "false"]
-    if data == "imagenet":
-        words += ["--data.image_size", "32"]
-    if recipe.name == "lkd.yaml":
+    folder = ROOT / "configs" / data
+    words = [name_command(method), str(folder / f"{pair}.yaml"), str(folder / f"methods/{method}.yaml")]
+    words += ["--data.root", literature_roots[data], "--data.image_size", "32", *SMALL_STEP]
+    words += ["--teacher.path", "random", "--teacher.pretrained", "false"]
+    if method == "lkd":
         save_loss(tmp_path / "l.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
         words += ["--loss", str(tmp_path / "l.lkd.safetensors")]
-    if command == "meta-train":
+    if method == "meta-train":
         words += [*SMALL["meta-train"][len(SMALL_TRAINING) :]]
         words += ["--data.meta_validation_size", "100" if data == "cifar100" else "4"]  # every class
-    assert main([command, str(recipe), *words]) == 0
+    assert main(words) == 0
 
 
-@pytest.mark.parametrize("recipe", LITERATURE, ids=name_of)
-def test_every_recipe_of_the_literature_says_what_its_place_says(recipe: Path) -> None:
-    command, (data, *pair, _) = command_of(recipe), recipe.relative_to(ROOT / "configs").parts
-    assert f"lkd {command} configs/{name_of(recipe)} --data.root DIR" in recipe.read_text()
-    parsed = parse_recipe(command, [str(recipe)])
-    assert parsed.run_dir == f"runs/{name_of(recipe).removesuffix('.yaml')}"
-    train = parsed.train
-    if data == "imagenet":
-        assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (100, 256, 0.1, 1e-4)
-        assert train.milestones == [30, 60, 90]
-    else:
-        small = "mobilenet" in pair[-1] or "shufflenet" in pair[-1] if pair else False
-        assert (train.epochs, train.batch_size, train.weight_decay) == (240, 64, 5e-4)
-        assert train.learning_rate == (0.01 if small else 0.05)
-        assert train.milestones == [150, 180, 210]
-        assert parsed.data.augmentation == "flip_and_crop_4"
-    assert (train.schedule, train.decay_rate, train.momentum, train.nesterov) == ("multistep", 0.1, 0.9, False)
-    if pair:
-        teacher, student = (
-            model.name.split(".")[0].removeprefix("cifar_") for model in (parsed.teacher, parsed.student)
-        )
-        short = {"wrn_40_2": "wrn40-2", "wrn_40_1": "wrn40-1", "wrn_16_2": "wrn16-2"}
-        short |= {"mobilenetv2_half": "mobilenetv2", "mobilenetv1_100": "mobilenetv1"}
-        assert "-".join(short.get(name, name) for name in (teacher, student)) == pair[0]
-        with torch.device("meta"):
-            build(parsed.student.name, 10, options=parsed.student.options)
-        if data == "imagenet":
-            assert parsed.teacher.pretrained
-            assert parsed.teacher.name.endswith(".tv_in1k")
-    if isinstance(parsed, DistillRecipe):
-        method = recipe.stem
-        if method == "lkd":
-            assert parsed.loss == f"runs/{data}/{pair[0]}/meta-train/loss.lkd.safetensors"
-        else:
-            assert parsed.loss["name"] == {"ce": "cross_entropy"}.get(method, method)
-            build_loss(parsed.loss)
+def test_the_recipe_of_the_literatures_teachers_runs(literature_roots) -> None:
+    words = ["teacher", str(ROOT / "configs/cifar100/teacher.yaml"), "--data.root", literature_roots["cifar100"]]
+    assert main([*words, "--model.name", "resnet8", *SMALL_STEP]) == 0
 
 
-def test_every_pair_has_every_method() -> None:
-    methods = {"ce.yaml", "kd.yaml", "dkd.yaml", "dist.yaml", "meta-train.yaml", "lkd.yaml"}
-    pairs = {path for path in (ROOT / "configs").glob("*/*") if path.is_dir()}
-    for pair in pairs:
-        assert {path.name for path in pair.glob("[!_]*.yaml")} == methods
-    assert {path.name for path in pairs if path.parent.name == "cifar100"} == CIFAR_PAIRS
-    assert {path.name for path in pairs if path.parent.name == "imagenet"} == {
-        "resnet34-resnet18",
-        "resnet50-mobilenetv1",
-    }
-
-
-@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(LITERATURE)), ids=name_of)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_runs(recipe: Path, fashion_root: str) -> None:
     command = command_of(recipe)
     root = ["--data.root", fashion_root] if "fashion_mnist" in recipe.parent.name else []
