@@ -5,7 +5,7 @@ import torch
 
 from lkd.cli import main
 from lkd.config import TrainRecipe
-from lkd.config.parse import parse_recipe, read_recipe
+from lkd.config.parse import parse_recipe, read_recipes
 from lkd.core.errors import UserError
 from lkd.training.optimizer import build_scheduler
 
@@ -25,6 +25,27 @@ def test_bases_are_merged_under_the_files_own_keys(tmp_path) -> None:
         assert recipe.seed == 2
 
 
+def test_what_a_file_adds_to_another_reaches_that_one_alone_in_either_order(tmp_path) -> None:
+    (tmp_path / "methods").mkdir()
+    pair, base, mine = (tmp_path / name for name in ("pair.yaml", "base.yaml", "mine.yaml"))
+    dkd, kd = (tmp_path / "methods" / name for name in ("dkd.yaml", "kd.yaml"))
+    base.write_text("with: {methods/dkd.yaml: {seed: 5, loss: {alpha: 2.0}}}")
+    pair.write_text("base: base.yaml\npair: a-b\nwith: {methods/dkd.yaml: {loss: {beta: 6.0}}}")
+    dkd.write_text("loss: {name: dkd, beta: 8.0}\nrun_dir: 'runs/{pair}/dkd'")
+    kd.write_text("loss: {name: kd}\nrun_dir: 'runs/{pair}/kd'\nwandb: {tags: ['{pair}', x]}")
+    mine.write_text("base: [pair.yaml, methods/dkd.yaml]\nloss: {beta: 3.0}\npair: c-d")
+    for files in ([pair, dkd], [dkd, pair]):
+        recipe = parse_recipe("distill", [str(file) for file in files])
+        assert recipe.loss == {"name": "dkd", "alpha": 2.0, "beta": 6.0}
+        assert (recipe.run_dir, recipe.seed) == ("runs/a-b/dkd", 5)
+    recipe = parse_recipe("distill", [str(pair), str(kd)])
+    assert (recipe.loss, recipe.seed, recipe.run_dir) == ({"name": "kd"}, 0, "runs/a-b/kd")
+    assert recipe.wandb.tags == ["a-b", "x"]
+    recipe = parse_recipe("distill", [str(mine)])
+    assert (recipe.loss["beta"], recipe.run_dir) == (3.0, "runs/c-d/dkd")
+    assert parse_recipe("distill", [str(pair), str(dkd), "--loss.beta", "4"]).loss["beta"] == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -35,6 +56,11 @@ def test_bases_are_merged_under_the_files_own_keys(tmp_path) -> None:
         ("base: .", "cannot be read: Is a directory"),
         ("- 1", "is not a mapping"),
         ("a: [", "is not YAML"),
+        ("with: [other.yaml]", "r.yaml: with: ['other.yaml'] is not a mapping of recipe files"),
+        ("with: {other.yaml: 1}", "r.yaml: with: {'other.yaml': 1} is not a mapping of recipe files"),
+        ("with: {missing.yaml: {seed: 1}}", "r.yaml: with: there is no file"),
+        ("pair: [a]", "pair: ['a'] is not a name"),
+        ("wandb: {tags: ['of {pair}']}", "r.yaml: wandb: tags: 'of {pair}' is for a pair"),
     ],
 )
 def test_bases_that_cannot_be_used_are_one_line(text: str, message: str, tmp_path, capsys) -> None:
@@ -45,7 +71,7 @@ def test_bases_that_cannot_be_used_are_one_line(text: str, message: str, tmp_pat
     assert message in error
     assert "\n" not in error
     with pytest.raises(UserError):
-        read_recipe(tmp_path / "r.yaml")
+        read_recipes([tmp_path / "r.yaml"])
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 7])
