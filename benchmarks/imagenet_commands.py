@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 
 from imagenet_inputs import CLASSES, write_inputs
-from imagenet_runs import PAIR, SMALL, Commands, Row, find_weights
+from imagenet_runs import METHODS, PAIR, SMALL, Commands, Row, find_weights
 from killed_runs import FORK_SERVER
 
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "commands"
-KD = [f"{PAIR}/kd.yaml"]
+KD = [PAIR, f"{METHODS}/kd.yaml"]
 UNTRAINED = ["--teacher.path", "random", "--teacher.pretrained", "false"]
 SEEDS = ["--data.augmentation_seeds", "2"]
 POOL = ["--pool.snapshots", "2", "--meta.outer_steps", "1", "--meta.rollout_steps", "2"]
@@ -42,7 +42,7 @@ README = """# The ImageNet recipe by the command line
 
 Made by `python benchmarks/imagenet_commands.py`: {good} commands that must work and {bad} with one mistake each. Data:
 3,000 JPEGs of 1,000 classes, cut from photographs, with ImageNet's mixture of sizes; an image folder, shards of it, and
-the same packed. Recipes: `configs/imagenet/resnet50-mobilenetv1`, made small: 64 pixels, 16 images a step, 4 steps.
+the same packed. Recipes: `configs/imagenet`, ResNet-50 → MobileNet V1, small: 64 pixels, 16 images a step, 4 steps.
 MobileNet V1 is taught by an untrained ResNet-50, and by EfficientNet-Lite2 with its ImageNet weights.
 
 | | command | processes | |
@@ -158,12 +158,12 @@ def run_good_inputs(commands: Commands) -> None:
 def run_learned_loss(commands: Commands) -> None:
     """Learn a loss on the image folder and distil with it, the teacher asked and from the cache."""
     folder = [*commands.data("folder"), *UNTRAINED]
-    words = [f"{PAIR}/meta-train.yaml", *SMALL, *folder, *POOL, "--run_dir", str(commands.place("meta-train"))]
+    words = [PAIR, f"{METHODS}/meta-train.yaml", *SMALL, *folder, *POOL, "--run_dir", str(commands.place("meta-train"))]
     commands.run("meta-train", ["meta-train", *words])
     loss = ["--loss", str(commands.place("meta-train") / "loss.lkd.safetensors")]
     cache = [*SEEDS, "--teacher.cache", str(commands.place("folder cache"))]
-    commands.distill("learned loss", *folder, *loss, recipe="lkd")
-    commands.distill("learned loss, cache", *folder, *loss, *cache, recipe="lkd")
+    commands.distill("learned loss", *folder, *loss, method="lkd")
+    commands.distill("learned loss, cache", *folder, *loss, *cache, method="lkd")
 
 
 def report(rows: list[Row]) -> None:

@@ -13,7 +13,8 @@ from killed_runs import read_results, start_command
 
 from lkd.core.files import read_json, write_json
 
-PAIR = "configs/imagenet/resnet50-mobilenetv1"
+PAIR = "configs/imagenet/resnet50-mobilenetv1.yaml"
+METHODS = "configs/imagenet/methods"
 SMALL = ["--data.image_size", "64", "--data.train_size", "32", "--data.meta_validation_size", "16", "--device", "cpu"]
 SMALL += ["--train.batch_size", "16", "--train.epochs", "2", "--train.checkpoint_every", "1"]
 SMALL += ["--data.workers", "1", "--threads", "1"]
@@ -43,10 +44,10 @@ class Commands:
         return ["--data.name", reader, "--data.root", str(self.folder / "data" / name)]
 
     def distill(
-        self, name: str, *words: str, of: str = "", processes: int = 1, kill: bool = False, recipe: str = "kd"
+        self, name: str, *words: str, of: str = "", processes: int = 1, kill: bool = False, method: str = "kd"
     ) -> None:
-        """Run a recipe, and compare what it leaves with what the run `of` left, if that is given."""
-        given = [f"{PAIR}/{recipe}.yaml", *SMALL, *words, "--run_dir", str(self.place(name))]
+        """Distil by a method, and compare what it leaves with what the run `of` left, if that is given."""
+        given = [PAIR, f"{METHODS}/{method}.yaml", *SMALL, *words, "--run_dir", str(self.place(name))]
         self.run(name, ["distill", *given], processes, kill)
         if of:
             self.rows[-1] |= {"compared_with": of, "max_difference": self.compare(name, of)}

@@ -127,7 +127,9 @@ COMMITTED += ["resnet34-resnet18/meta-train"] if os.environ.get("LKD_TEST_ALL_RE
 
 @pytest.mark.parametrize("recipe", COMMITTED)
 def test_the_committed_plans_are_what_the_command_says(recipe: str) -> None:
-    assert main(["plan", str(ROOT / "configs" / "imagenet" / f"{recipe}.yaml"), "--out", "out"]) == 0
+    pair, method = recipe.split("/")
+    files = [str(ROOT / "configs/imagenet" / name) for name in (f"{pair}.yaml", f"methods/{method}.yaml")]
+    assert main(["plan", *files, "--out", "out"]) == 0
     committed = ROOT / "docs" / "plans" / recipe
     assert equal(read_json(Path("out/plan.json")), read_json(committed / "plan.json"))
     assert Path("out/plan.txt").read_text().splitlines()[0] == (committed / "plan.txt").read_text().splitlines()[0]

@@ -98,7 +98,7 @@ def test_a_run_of_a_sweep_logs_what_the_sweep_optimises_under_the_agents_id(path
 
 
 def test_a_recipe_file_with_bases_can_be_given_with_an_equals_sign() -> None:
-    path = ROOT / "configs/cifar100/resnet56-resnet20/kd.yaml"
+    path = ROOT / "configs/cifar100/resnet56-resnet20.yaml"
     assert parse_recipe("distill", [f"--config={path}", "--seed=3"]) == parse_recipe(
         "distill", [str(path), "--seed", "3"]
     )
