@@ -194,7 +194,7 @@ def check_plain(text: str) -> None:
             raise ValueError(f"line {event.start_mark.line + 1}: it is nested more than {MOST_NESTED} deep")
 
 
-def merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[Any, Any], over: dict[Any, Any]) -> dict[Any, Any]:
     """Merge two nested dicts; `over` wins."""
     both = {key: merge(below[key], over[key]) for key in below.keys() & over.keys() if is_nested(below[key], over[key])}
     return {**below, **over, **both}
