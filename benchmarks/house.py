@@ -1,9 +1,9 @@
 """Measure the house: files, lines, arrows, the trip of a step, the suite's time and coverage.
 
-    python benchmarks/house.py [--root CHECKOUT] [--suite JUNIT.xml] [--coverage COVERAGE.json] [--ci_seconds N] [--before]
+    python benchmarks/house.py [--root CHECKOUT] [--suite XML] [--coverage JSON] [--ci_seconds N] [--before]
 
-prints the figures of a checkout and merges them into docs/evidence/house/result.json; with `--before` under names that end
-in `_before`. What is not given (the suite's time, say) is left as it was there. The suite's file is what
+prints the figures of a checkout and merges them into docs/evidence/house/result.json; with `--before` under names that
+end in `_before`. What is not given (the suite's time, say) is left as it was there. The suite's file is what
 `python -m pytest --junitxml FILE` writes, the coverage's what `coverage json` writes of a run with `--branch`.
 """
 
