@@ -15,10 +15,10 @@ from pathlib import Path
 
 from imagenet_inputs import CLASSES, write_inputs
 from imagenet_runs import METHODS, PAIR, SMALL, Commands, Row, find_weights
-from killed_runs import FORK_SERVER
 
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
+from tests.processes import FORK_SERVER
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "imagenet" / "commands"
 KD = [PAIR, f"{METHODS}/kd.yaml"]

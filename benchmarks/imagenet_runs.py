@@ -9,9 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from killed_runs import read_results, start_command
-
 from lkd.core.files import read_json, write_json
+from tests.processes import read_results, start_command
 
 PAIR = "configs/imagenet/resnet50-mobilenetv1.yaml"
 METHODS = "configs/imagenet/methods"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from killed_runs import RUNS, TINY, VIT, read_results, start_command
 
 from lkd.core.files import environment, read_json, write_json, write_text
 from lkd.tracking.run import evidence
+from tests.processes import RUNS, TINY, VIT, read_results, start_command
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "resume"
 KILLS = 20  # of each command

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.killed_runs import RUNS, VIT, read_results, start_command
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import digest, load_checkpoint
 from lkd.losses.learned.file import read_provenance
 from lkd.meta_training import meta_train as meta_training
 from lkd.meta_training.meta_train import check_identical
 from tests.lkd.test_resume import run
+from tests.processes import RUNS, VIT, read_results, start_command
 
 WORDS = ["meta-train", *RUNS["meta-train"], "--pool.students", "1"]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.killed_runs import VIT
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe
 from lkd.core.distributed import read_job
@@ -20,6 +19,7 @@ from lkd.data import Batches
 from lkd.models.files import load_network
 from lkd.tracking.run import open_run
 from lkd.training.build import prepare_images
+from tests.processes import VIT
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
 DISTILL = ["distill", *TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]

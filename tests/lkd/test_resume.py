@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.killed_runs import RUNS, read_results, start_command
+from tests.processes import RUNS, read_results, start_command
 
 MOMENTS = {  # what has to be there before a run is killed, for each time that it is
     "distill": ["checkpoints/00000000*", "checkpoints/00000001*"],

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.killed_runs import start_command
 from lkd.cli import main
 from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
@@ -23,6 +22,7 @@ from lkd.models.teacher import Teacher
 from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logits, restore_logits
 from lkd.training.build import architecture_of, prepare_images, prepare_teacher
 from tests.lkd.tiny_images import write_image_folder
+from tests.processes import start_command
 
 CPU = torch.device("cpu")
 IN_MEMORY = DataRecipe(train_size=200, meta_validation_size=100, augmentation="flip_and_crop", augmentation_seeds=2)
