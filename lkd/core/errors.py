@@ -34,6 +34,11 @@ def explain_failed_write(path: Path | str, error: OSError) -> str:
     return f"{path}: cannot be written: {error.strerror or error}{advice}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
     """Check that a name is one of the known ones.
 

