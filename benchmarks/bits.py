@@ -171,9 +171,7 @@ def main() -> int:
         return compare(json.loads(words.old.read_text()), json.loads(words.new.read_text()), words.only)
     import_package(words.root.resolve())
     with tempfile.TemporaryDirectory() as folder:
-        found, failed = record(words.only, (words.keep or Path(folder)).resolve())
-    words.file.write_text(json.dumps(found, indent=1) + "\n")
-    return int(failed)
+        return record(words.file.absolute(), words.only, (words.keep or Path(folder)).resolve())
 
 
 def compare(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]], only: str) -> int:
@@ -202,6 +200,8 @@ def list_differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
 def import_package(root: Path) -> None:
     """Import the package of a checkout, and what it needs, on one thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # workers take as many threads as there are cores
     sys.path[0] = str(root)  # in the place of benchmarks/, also in a comparison's workers
     for name in ("torch", "torchvision", "timm", "safetensors.torch", "scipy.stats", "matplotlib.figure"):
         importlib.import_module(name)
@@ -211,8 +211,8 @@ def import_package(root: Path) -> None:
         raise SystemExit(f"{root} holds no package lkd; {package.__file__} was imported")
 
 
-def record(only: str, folder: Path) -> tuple[dict[str, dict[str, str]], bool]:
-    """Run the cases; the hashes of each, and whether one failed."""
+def record(file: Path, only: str, folder: Path) -> int:
+    """Run the cases and write the hashes of each; 1 if one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     run_command(split(f"distill {TRAIN}", "warm-up", folder))  # imports what its children need
     found: dict[str, dict[str, str]] = {}
@@ -249,13 +249,14 @@ def record(only: str, folder: Path) -> tuple[dict[str, dict[str, str]], bool]:
             keys = [key for key in list_differences(found[origin], found[name]) if "audit" not in key]
             problem = f"does not leave what {origin} does: {', '.join(keys)}" if keys else None
         failed |= bool(problem)
+        file.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name}: {problem or f'{len(found[name])} items'}, {sum(os.times()[:4]) - started:.1f} s", flush=True)
 
     for name in names:
         if re.search(only, name):
             run(name)
     print(f"{len(found)} cases, {sum(os.times()[:4]):.0f} s of CPU time")
-    return found, failed
+    return int(failed)
 
 
 def split(line: str, name: str, folder: Path) -> list[str]:
@@ -275,6 +276,7 @@ def run_command(words: list[str]) -> None:
 def kill_and_run(words: list[str], pattern: str, count: int) -> None:
     """Run a command that is killed, with its workers, when a file is put in its place for the n-th time."""
     left = count
+    os.setsid()  # its workers are killed with it, and nobody else
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
@@ -315,7 +317,6 @@ def run_child(step: Callable[[], None], output: Path) -> None:
     """Do something in a forked child, and end it."""
     code = 1
     try:
-        os.setsid()
         with output.open("a") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
