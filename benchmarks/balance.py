@@ -18,12 +18,12 @@ import matplotlib
 import torch
 from commands import run_lkd
 
-from lkd.balance.balancing import split_terms, take_gradient
+from lkd.balance.balancing import build_balance, split_terms, take_gradient
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.statistics import t_quantile
 from lkd.evaluation.comparison.trials import balance_of, split_method
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
+from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 
@@ -95,10 +95,12 @@ def follow(method: str, pick: Any, saved: dict[str, Any], every: int = 20) -> li
     taught = TeacherRecipe(**saved["teacher"])
     specification, train = split_method(pick, TrainRecipe(**saved["train"]))
     images, device = prepare_images(data), torch.device("cpu")
-    loss = prepare_loss(specification, model, taught, images, recipe.seed)
-    teacher = prepare_teacher(taught, data, images, device)
+    student, opened = choose_student(model, images.train), open_teacher(taught, images.train)
+    loss = prepare_loss(specification, student, opened, images, recipe.seed)
+    teacher = prepare_teacher(opened, images, device)
     balance = balance_of(pick)
-    training = start_training(model, images.train, loss, teacher, train, data, recipe.seed, device, balance=balance)
+    weighed = build_balance(balance, loss)
+    training = start_training(student, images, loss, teacher, train, recipe.seed, device, balance=weighed)
     rows = []
     while training.step < training.total_steps:
         looks = training.step % every == 0

@@ -8,6 +8,7 @@ Goes on with the rows of an interrupted run in RUN_DIR. Embedded images of Fashi
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from lkd.influence.weighted_loss import InfluenceWeightedLoss, save_weights, wei
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.models.teacher import load_teacher
 from lkd.tracking.run import evidence
-from lkd.training.build import prepare_images, prepare_teacher
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_teacher
 from lkd.training.distill import label_by_teacher, start_training
 from lkd.training.evaluate import evaluate
 
@@ -89,7 +90,7 @@ def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/influence-evidence")
     folder.mkdir(parents=True, exist_ok=True)
     images = prepare_images(DATA)
-    teacher = prepare_teacher(TeacherRecipe(), DATA, images, CPU)
+    teacher = prepare_teacher(open_teacher(TeacherRecipe(), images.train), images, CPU)
     few = images.train.select(torch.arange(LABELLED))  # the split interleaves the classes
     for seed in range(SEEDS):
         if not matching(folder / "flipped.csv", seed=seed):
@@ -100,11 +101,12 @@ def main() -> int:
             weighted = train_weighted(network, few.relabel(labels), images, teacher, TRAIN, seed, folder)
             write_row(folder / "flipped.csv", FLIPPED, [seed, *found, unweighted, weighted])
     if not read_rows(folder / "speed.csv"):
-        write_row(folder / "speed.csv", SPEED, measure_speed(network_of(few), images))
+        write_row(folder / "speed.csv", SPEED, measure_speed(network_of(few, images), images))
     keep_evidence(folder)
     for seed in range(SEEDS):
         if not matching(folder / "semi_supervised.csv", seed=seed):
-            part = label_by_teacher(images.train, LABELLED, teacher, CPU, seed)
+            splits = replace(DATA, split_seed=seed)
+            part = label_by_teacher(replace(images, settings=splits), LABELLED, teacher, CPU).train
             network, unweighted = train(part, images, teacher, TRAIN, seed)
             weighted = train_weighted(network, part, images, teacher, TRAIN, seed, folder)
             write_row(folder / "semi_supervised.csv", SEMI_SUPERVISED, [seed, unweighted, weighted])
@@ -116,13 +118,17 @@ def main() -> int:
     return 0
 
 
-def network_of(images: ImageSet) -> nn.Module:
-    return start_training(ModelRecipe(), images, CrossEntropyLoss(), None, TRAIN, DATA, 0, CPU).student.train()
+def network_of(part: ImageSet, images: Images) -> nn.Module:
+    student = choose_student(ModelRecipe(), part)
+    parts = student, replace(images, train=part), CrossEntropyLoss(), None
+    return start_training(*parts, TRAIN, 0, CPU).student.train()
 
 
 def train(part, images, teacher, recipe: TrainRecipe, seed: int, loss: nn.Module | None = None):
     """Train a student and return it with its test accuracy in percent."""
-    training = start_training(ModelRecipe(), part, loss or KDLoss(0.5, 4.0), teacher, recipe, DATA, seed, CPU)
+    student = choose_student(ModelRecipe(), part)
+    parts = student, replace(images, train=part), loss or KDLoss(0.5, 4.0), teacher
+    training = start_training(*parts, recipe, seed, CPU)
     while training.step < training.total_steps:
         training.run_step()
     return training.student, evaluate(training.student, images.test, CPU)["top1"]
@@ -142,7 +148,7 @@ def train_weighted(network, part, images, teacher, recipe: TrainRecipe, seed: in
 def train_by(options: dict[str, Any], part, images, teacher, seed: int) -> float:
     """Train a student whose own influence weighs its images, and with them, perhaps, its teacher's."""
     settings = InfluenceWeightedLossSettings(influence=SETTINGS, **options)
-    own = load_teacher(TeacherRecipe(), images.train)[0] if settings.teacher_rate else None
+    own = load_teacher(images.train)[0] if settings.teacher_rate else None
     loss = InfluenceWeightedLoss(KDLoss(0.5, 4.0), images.meta_validation, settings, own)
     return train(part, images, teacher, TRAIN, seed, loss)[1]
 

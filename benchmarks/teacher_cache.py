@@ -22,7 +22,7 @@ from lkd.data import Batch
 from lkd.export.cache import cache_answers
 from lkd.losses import KDLoss
 from lkd.tracking.run import evidence
-from lkd.training.build import Images, prepare_images, prepare_teacher
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.evaluate import evaluate
 
@@ -85,9 +85,10 @@ def measure_accuracy(path: Path) -> None:
 
 def train_student(images: Images, recipe: TeacherRecipe, seed: int) -> list[float]:
     """Train a student; its accuracy on the test and the training split, and processor seconds."""
-    teacher = prepare_teacher(recipe, DATA, images, CPU)
+    teacher = prepare_teacher(open_teacher(recipe, images.train), images, CPU)
     started = time.process_time()
-    training = start_training(ModelRecipe(), images.train, KDLoss(1.0, 4.0), teacher, TRAIN, DATA, seed, CPU)
+    student = choose_student(ModelRecipe(), images.train)
+    training = start_training(student, images, KDLoss(1.0, 4.0), teacher, TRAIN, seed, CPU)
     while training.step < training.total_steps:
         training.run_step()
     seconds = time.process_time() - started

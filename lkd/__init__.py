@@ -7,6 +7,7 @@ sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward(
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
@@ -17,17 +18,38 @@ if TYPE_CHECKING:
     from lkd.core.errors import UserError
     from lkd.core.outputs import Outputs
     from lkd.data.arrays import read_images
-    from lkd.losses.learned.file import load_loss, save_loss
+    from lkd.losses.learned.file import save_loss
+    from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 
 HOMES = {
     "Outputs": "lkd.core.outputs",
     "UserError": "lkd.core.errors",
     "distill": "lkd.api",
-    "load_loss": "lkd.losses.learned.file",
     "meta_train": "lkd.api",
     "read_images": "lkd.data.arrays",
     "save_loss": "lkd.losses.learned.file",
 }
+
+
+def load_loss(path: str | Path) -> "LearnedLoss | ReplayedLoss":
+    """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
+
+    Args:
+        path: A `*.lkd.safetensors` file; or where it is to be fetched from, `hf://owner/repository/file` or
+            `wandb://entity/project/artifact:version`.
+
+    Returns:
+        An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
+        classes and, if it reads features, for any stages: it compares the deepest that the outputs hold. A loss that
+        was learned while a student was trained with it is replayed by progress.
+
+    Raises:
+        UserError: If the file is missing, truncated, not a learned loss, or of a newer format, or cannot be fetched.
+    """
+    from lkd.losses.learned.file import load_loss as load
+    from lkd.tracking.remote import fetch_named
+
+    return load(fetch_named(str(path)))
 
 
 def __getattr__(name: str) -> Any:

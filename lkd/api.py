@@ -6,25 +6,29 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lkd.config.parse import parse_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
+from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.arrays import read_images
+from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.meta_training.meta_train import meta_train as learn_loss
-from lkd.models.files import load_network
+from lkd.models.build import GIVEN
+from lkd.models.files import KIND, VERSION, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
-from lkd.training.build import GivenData, GivenModel, GivenTeacher, give_loss
+from lkd.training.build import build_parts, copy_module
 from lkd.training.distill import distill as distill_student
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,6 +37,10 @@ from lkd.training.distill import distill as distill_student
 META_VALIDATION_SHARE = 10  # of given images one in so many is meta-validation, unless the caller says otherwise
 PARTS = ("wandb", "meta", "pool")  # a dict of their fields is given
 FILES = (".safetensors", ".pth", ".pt")
+HASH_LENGTH = 12
+
+Named = tuple[Any, Any]
+"""A part of a recipe, and the object that stands behind its name; None where the name is all."""
 
 Student = str | dict[str, Any] | nn.Module | Callable[[], nn.Module]
 Teacher = str | Path | dict[str, Any] | nn.Module
@@ -68,8 +76,8 @@ def format_value(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, dict | list | tuple | bool) else str(value)
 
 
-def choose_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, options: dict[str, Any]) -> DataRecipe:
-    """The images: those of a name, or those that are given.
+def name_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, options: dict[str, Any]) -> Named:
+    """The images' recipe; of those that are given, the images of both parts, the second None to split it off.
 
     Args:
         train_set: A data set's name, or what `read_images` takes, or an `ImageSet`.
@@ -83,20 +91,35 @@ def choose_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, op
     if isinstance(train_set, str):
         if meta_validation_set is not None:
             raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
-        return dataclasses.replace(recipe, name=train_set)
+        return dataclasses.replace(recipe, name=train_set), None
     train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
     unread = {"root", "image_size", "workers", "damaged_limit", "packed"} & set(options)
     if unread:
         raise UserError(f"{sorted(unread)[0]}: is of data sets by name; lkd.read_images has options for given images")
-    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(DataRecipe)} | {"root": None}
-    fields.pop("name")
-    if meta_validation_set is None:
-        fields["train_size"] = options.get("train_size", 0)
-        fields["meta_validation_size"] = options.get("meta_validation_size", len(train) // META_VALIDATION_SHARE)
-        return GivenData(train, None, **fields)
-    for name in ("train_size", "meta_validation_size"):
-        if name in options:
+    content = digest_images(train)
+    sizes = {
+        "train_size": options.get("train_size", 0),
+        "meta_validation_size": options.get("meta_validation_size", len(train) // META_VALIDATION_SHARE),
+    }
+    if meta_validation_set is not None:
+        if sizes.keys() & options.keys():
+            name = min(sizes.keys() & options.keys())
             raise UserError(f"{name}: leave it out; with a meta_validation_set both sets are taken whole")
+        meta_validation_set = check_like(meta_validation_set, train)
+        content += digest_images(meta_validation_set)
+        sizes = {"train_size": len(train), "meta_validation_size": len(meta_validation_set)}
+    return dataclasses.replace(recipe, name=name_object("images", content), root=None, **sizes), (
+        train,
+        meta_validation_set,
+    )
+
+
+def check_like(meta_validation_set: Any, train: ImageSet) -> ImageSet:
+    """Images for meta-validation, numbered apart from the training images.
+
+    Raises:
+        UserError: If they are not good, or unlike the training images.
+    """
     if not isinstance(meta_validation_set, ImageSet):
         meta_validation_set = read_images(
             meta_validation_set, num_classes=train.num_classes, mean=train.mean, std=train.std
@@ -105,26 +128,44 @@ def choose_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, op
         if getattr(meta_validation_set, name) != getattr(train, name):
             found, wanted = getattr(meta_validation_set, name), getattr(train, name)
             raise UserError(f"meta_validation_set: its {name} is {found}, that of the training images is {wanted}")
-    fields |= {"train_size": len(train), "meta_validation_size": len(meta_validation_set)}
-    return GivenData(train, meta_validation_set, **fields)
+    index = 1 + int(train.index.max()) + torch.arange(len(meta_validation_set))
+    return dataclasses.replace(meta_validation_set, index=index)
 
 
-def choose_student(student: Student) -> ModelRecipe:
-    """The student: of a name, or one that is given.
+def digest_images(images: ImageSet) -> str:
+    """A hash of all that trains: pixels (of files, their names), labels, normalisation."""
+    pixels: Any = images.images
+    if isinstance(pixels, ImageFiles):
+        pixels = [pixels.name(slot) for slot in range(len(images))]
+    return digest([pixels, images.labels, images.mean, images.std, images.num_classes])
+
+
+def name_student(student: Student) -> Named:
+    """The student's recipe; of one that is given, what makes it. Its name holds its shapes, not its weights.
 
     Raises:
-        UserError: If it is something else.
+        UserError: If it is something else, or builds no network, or one that cannot be copied or saved.
     """
     if isinstance(student, str):
-        return ModelRecipe(student)
+        return ModelRecipe(student), None
     if isinstance(student, dict):
-        return read_part("student", ModelRecipe, student)
-    if callable(student):
-        return GivenModel(student)
-    raise UserError(f"student: {student!r} is neither a name, a dict, a torch.nn.Module nor a function that builds one")
+        return read_part("student", ModelRecipe, student), None
+    if not callable(student):
+        raise UserError(
+            f"student: {student!r} is neither a name, a dict, a torch.nn.Module nor a function that builds one"
+        )
+    make = partial(copy_module, student, "student") if isinstance(student, nn.Module) else student
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = make()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
+    shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
+    content = digest([shapes, [type(module).__name__ for module in network.modules()]])
+    return ModelRecipe(name_object(type(network).__name__, content)), make
 
 
-def choose_students(students: Student | Sequence[Student]) -> list[ModelRecipe]:
+def name_students(students: Student | Sequence[Student]) -> list[Named]:
     """The students of a meta-training, one or several.
 
     Raises:
@@ -139,31 +180,67 @@ def choose_students(students: Student | Sequence[Student]) -> list[ModelRecipe]:
             )
     if not several:
         raise UserError("students: give at least one")
-    return [choose_student(student) for student in several]
+    return [name_student(student) for student in several]
 
 
-def choose_teacher(teacher: Teacher) -> TeacherRecipe:
-    """The teacher: a file, timm's of a name, or one that is given.
+def name_teacher(teacher: Teacher) -> Named:
+    """The teacher's recipe: a file, timm's of a name, or one that is given, and then a frozen copy of it.
 
     Raises:
         UserError: If it is something else.
     """
     if isinstance(teacher, nn.Module):
-        return GivenTeacher(teacher)
+        content = digest(list_tensors(teacher, "teacher"))
+        network = copy_module(teacher, "teacher").eval().requires_grad_(False)
+        return TeacherRecipe(path=name_object(type(teacher).__name__, content)), network
     if isinstance(teacher, dict):
-        return read_part("teacher", TeacherRecipe, teacher)
+        return read_part("teacher", TeacherRecipe, teacher), None
     if not isinstance(teacher, str | Path):
         raise UserError(f"teacher: {teacher!r} is neither a name, a file, a dict nor a torch.nn.Module")
     name = str(teacher)
     is_file = isinstance(teacher, Path) or name == "embedded" or name.endswith(FILES) or Path(name).is_file()
-    return TeacherRecipe(path=name) if is_file else TeacherRecipe(name=name, pretrained=True)
+    return TeacherRecipe(path=name) if is_file else TeacherRecipe(name=name, pretrained=True), None
 
 
-def choose_loss(loss: Any) -> Any:
-    """The loss as a recipe has it."""
-    if isinstance(loss, nn.Module):
-        return give_loss(loss)
-    return str(loss) if isinstance(loss, Path) else loss
+def name_loss(loss: Any) -> Named:
+    """The loss as a recipe has it; of one that is given, a module."""
+    if isinstance(loss, str | dict) or not (isinstance(loss, Path) or callable(loss)):
+        return loss, None
+    if isinstance(loss, Path):
+        return str(loss), None
+    content = list_tensors(loss, "loss") if isinstance(loss, nn.Module) else describe_function(loss)
+    return name_object(getattr(loss, "__name__", type(loss).__name__), digest(content)), loss
+
+
+def describe_function(function: Any) -> list[Any]:
+    """What a function does, as a tree to hash: its code, and the numbers and tensors that it refers to."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return [type(function).__qualname__]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [*code.co_consts, *(function.__defaults__ or ()), *cells]
+    plain = [
+        value if isinstance(value, int | float | str | Tensor | None) else type(value).__name__ for value in values
+    ]
+    return [code.co_code.hex(), list(code.co_names), plain]
+
+
+def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module.
+
+    Raises:
+        UserError: If that is not only tensors.
+    """
+    state = module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
+    return dict(state)
+
+
+def name_object(what: str, content: str) -> str:
+    """What an object is called in a config; equal content, equal names."""
+    return f"{GIVEN}{what}@{content[:HASH_LENGTH]}"
 
 
 def read_part(role: str, part: type, fields: dict[str, Any]) -> Any:
@@ -289,13 +366,22 @@ def distill(
     """
     fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
     recipe = build_recipe("distill", ("balance", "labelled_size"), fixed, options)
-    recipe.student, recipe.teacher, recipe.loss = choose_student(student), choose_teacher(teacher), choose_loss(loss)
-    recipe.data = choose_data(train_set, meta_validation_set, recipe.data, options)
+    recipe.student, make = name_student(student)
+    recipe.teacher, network = name_teacher(teacher)
+    recipe.loss, module = name_loss(loss)
+    recipe.data, images = name_data(train_set, meta_validation_set, recipe.data, options)
+    objects = {recipe.student.name: make, recipe.teacher.path: network, recipe.data.name: images}
+    objects |= {recipe.loss: module} if module else {}
     with open_library_run(recipe, "distill", quiet) as run:
-        path = distill_student(recipe, run)
+        parts = build_parts(recipe, {name: given for name, given in objects.items() if given is not None})
+        path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size)
         wait_for_all()
-        given = recipe.student
-        trained = given.load(path) if isinstance(given, GivenModel) else load_network(path)[0]
+        if make:
+            trained = make()
+            trained.load_state_dict(read_tensors(path, KIND, VERSION)[0])
+            trained.eval()
+        else:
+            trained = load_network(path)[0]
         rows = [row for row in read_log(Path(recipe.run_dir) / "log.jsonl") if "meta_validation/top1" in row]
     prefix = "meta_validation/"
     history = [{key.removeprefix(prefix): row[key] for key in row if key == "step" or prefix in key} for row in rows]
@@ -343,15 +429,17 @@ def meta_train(
         UserError: If an argument is not good, in one line.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    models = choose_students(students)
+    named = name_students(students)
+    models = [model for model, _ in named]
     fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
     fixed |= {"meta": meta or {}, "pool": pool or {}}
     recipe = build_recipe("meta-train", ("pool_dir",), fixed, options)
     recipe.student, recipe.students = models[0], models if len(models) > 1 else []
-    recipe.teacher = choose_teacher(teacher)
-    recipe.data = choose_data(train_set, meta_validation_set, recipe.data, options)
+    recipe.teacher, network = name_teacher(teacher)
+    recipe.data, images = name_data(train_set, meta_validation_set, recipe.data, options)
+    objects = {model.name: make for model, make in named} | {recipe.teacher.path: network, recipe.data.name: images}
     with open_library_run(recipe, "meta-train", quiet) as run:
-        path = learn_loss(recipe, run)
+        path = learn_loss(recipe, run, {name: given for name, given in objects.items() if given is not None})
         wait_for_all()
         return MetaTrained(load_loss(path).to(run.device), path, read_provenance(path)["curve"])
 

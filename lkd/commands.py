@@ -43,11 +43,14 @@ from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import build_pool, check_pool
 from lkd.tracking.run import choose_device, open_run
 from lkd.training.build import (
+    LossBuilder,
+    build_parts,
     check_network,
+    choose_student,
     introduce_network,
     introduce_teacher,
+    open_teacher,
     prepare_images,
-    prepare_loss,
     prepare_teacher,
 )
 from lkd.training.distill import distill as distill_student
@@ -58,13 +61,14 @@ from lkd.training.evaluate import evaluate as evaluate_network
 def teacher(recipe: TrainTeacherRecipe) -> None:
     """`lkd teacher`."""
     with open_run(recipe, "teacher") as run:
-        train_teacher(recipe, run)
+        images = prepare_images(recipe.data)
+        train_teacher(choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run)
 
 
 def distill(recipe: DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
-        distill_student(recipe, run)
+        distill_student(build_parts(recipe), recipe.train, recipe.seed, run, recipe.labelled_size)
 
 
 def influence(recipe: InfluenceRecipe) -> None:
@@ -134,11 +138,14 @@ def pool(recipe: PoolRecipe) -> None:
     with open_run(recipe, "pool") as run:
         check_pool(recipe.pool)
         images = prepare_images(recipe.data)
-        loss = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed)
-        run.say(introduce_network("student", recipe.student, images, run.device))
-        run.say(introduce_teacher(recipe.teacher, images, run.device))
-        teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, loss.teacher_stages)
-        built = build_pool(recipe, run.path / "pool", images, teacher, run)
+        student = choose_student(recipe.student, images.train)
+        taught_by = open_teacher(recipe.teacher, images.train)
+        losses = LossBuilder(recipe.pool.loss, taught_by, images)
+        stages = losses.build(student, recipe.seed).teacher_stages
+        run.say(introduce_network("student", student, images, run.device))
+        run.say(introduce_teacher(taught_by, images, run.device))
+        answers = prepare_teacher(taught_by, images, run.device, stages)
+        built = build_pool(recipe, run.path / "pool", images, student, answers, losses, run)
         keep_pool(run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 

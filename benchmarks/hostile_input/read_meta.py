@@ -17,7 +17,14 @@ from lkd.meta_training.reuse import Reuse
 from lkd.pool.pool import build_pools
 from lkd.tracking import Tracker
 from lkd.tracking.run import Run
-from lkd.training.build import prepare_images, prepare_learned_loss, prepare_teacher
+from lkd.training.build import (
+    LossBuilder,
+    choose_student,
+    open_teacher,
+    prepare_images,
+    prepare_learned_loss,
+    prepare_teacher,
+)
 
 STEPS = 2
 
@@ -51,23 +58,27 @@ def prepare() -> tuple[MetaTrainRecipe, Any, Any, Any]:
         ),
     )  # fmt: skip
     images = prepare_images(recipe.data)
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
+    students = [choose_student(recipe.student, images.train)]
+    opened = open_teacher(recipe.teacher, images.train)
+    teacher, losses = prepare_teacher(opened, images, CPU), LossBuilder(recipe.pool.loss, opened, images)
     with tempfile.TemporaryDirectory() as folder:
-        pools = build_pools(recipe, Path(folder) / "pool", images, teacher, open_silent_run(Path(folder)))
+        run = open_silent_run(Path(folder))
+        pools = build_pools(recipe, Path(folder) / "pool", images, students, teacher, losses, run)
         for pool in pools:
             students = {number: pool.read(number, CPU) for number in range(len(pool))}
             object.__setattr__(pool, "read", lambda number, device, students=students: students[number])
-    return recipe, images, teacher, pools
+    return recipe, images, students, opened, teacher, pools
 
 
 def go_on(folder: Path) -> None:
     """Go on with a meta-training from the newest checkpoint in a folder, to its end."""
-    recipe, images, teacher, pools = prepare()
+    recipe, images, students, opened, teacher, pools = prepare()
     run = open_silent_run(folder)
-    loop = OuterLoop(recipe, images, teacher, prepare_learned_loss(recipe, images), pools, CPU)
-    reuse = Reuse(recipe, [recipe.student], images, teacher, run)
+    loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
+    loop = OuterLoop(recipe, images, students, teacher, loss, pools, CPU)
+    reuse = Reuse(recipe, students, images, teacher, run)
     try:
-        learn(recipe, loop, reuse, run)
+        learn(recipe, loop, reuse, opened, run)
     finally:
         run.tracker.finish()
     assemble_loss(loop.loss, reuse.best or loop.points)

@@ -20,7 +20,7 @@ from lkd.models import build
 from lkd.models.files import load_network, save_network
 from lkd.models.published_weights import load_crd_checkpoint
 from lkd.pool.pool import INDEX, open_pool, write_student
-from lkd.training.build import prepare_images
+from lkd.training.build import choose_student, prepare_images
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.distill import start_training
 
@@ -89,8 +89,9 @@ def tiny_training() -> Any:
     """A training that a checkpoint is of; made once."""
     if not _training:
         images = prepare_images(DataRecipe(train_size=100, meta_validation_size=50))
-        parts = ModelRecipe("tiny_cnn"), images.train, build_loss("cross_entropy"), lambda batch: None
-        _training.append(start_training(*parts, TrainRecipe(epochs=1, batch_size=20), DataRecipe(), 0, CPU))
+        student = choose_student(ModelRecipe("tiny_cnn"), images.train)
+        parts = student, images, build_loss("cross_entropy"), lambda batch: None
+        _training.append(start_training(*parts, TrainRecipe(epochs=1, batch_size=20), 0, CPU))
         _training[0].run_step()
     return _training[0]
 

@@ -18,8 +18,9 @@ from lkd.influence.weighted_loss import save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.meta_training.log import plt, save_figure
 from lkd.models.teacher import load_teacher_network
+from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
-from lkd.training.build import Images, check_network, prepare_images, prepare_teacher
+from lkd.training.build import Images, check_network, open_teacher, prepare_images, prepare_teacher
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A sheet of the images that help a network most, and of those that harm it most.
@@ -75,14 +76,15 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     check_settings(recipe.influence)
     if recipe.shown < 1:
         raise UserError(f"shown: {recipe.shown} is not at least 1")
-    if reads_features(recipe.loss):
+    specification = fetch_named(recipe.loss) if isinstance(recipe.loss, str) else recipe.loss
+    if reads_features(specification):
         raise UserError(f"loss: {recipe.loss!r} reads features; influence takes losses over logits, such as kd")
-    loss = build_loss(recipe.loss).to(run.device)
+    loss = build_loss(specification).to(run.device)
     images = prepare_images(recipe.data)
     network, header = load_teacher_network(recipe.checkpoint)
     check_network(recipe.checkpoint, header["architecture"], images.train)
     is_taught = recipe.loss not in ("cross_entropy", {"name": "cross_entropy"})
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device) if is_taught else None
+    teacher = prepare_teacher(open_teacher(recipe.teacher, images.train), images, run.device) if is_taught else None
     started = time.perf_counter()
     found = measure_influence(
         network.to(run.device),

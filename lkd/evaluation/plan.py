@@ -24,6 +24,7 @@ from lkd.evaluation.plan_steps import (
     GPUS,
     DryStep,
     Gpu,
+    build_untrained_loss,
     name_untrained,
     plan_loss,
     plan_rollout,
@@ -33,8 +34,7 @@ from lkd.evaluation.plan_steps import (
 from lkd.meta_training.checks import check_settings
 from lkd.meta_training.online_student import alternation_start
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
-from lkd.pool.pool import list_students
-from lkd.training.build import Images, prepare_images, prepare_learned_loss
+from lkd.training.build import Images, prepare_images
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which images a plan is for: those of the recipe if they are there, else what is known of the data set.
@@ -220,7 +220,7 @@ def plan_meta_training(
         UserError: If a loss, a network or the batch is not good.
     """
     train, meta, teacher = recipe.train, recipe.meta, name_untrained(recipe.teacher)
-    models = list_students(recipe)
+    models = recipe.students or [recipe.student]
     steps = count_steps(train.epochs, images.train_size, train.batch_size)
     losses = [plan_loss(recipe.pool.loss, model, teacher, images.stand_in)[0] for model in models]
     dry = [
@@ -301,7 +301,7 @@ def count_trainings(recipe: MetaTrainRecipe, architectures: int) -> dict[str, fl
 def count_loss_parameters(recipe: MetaTrainRecipe, images: Images) -> int:
     """Parameters of the loss networks."""
     with torch.device("meta"):
-        loss = prepare_learned_loss(recipe, images)
+        loss = build_untrained_loss(recipe, images)
     return sum(parameter.numel() for parameter in loss.parameters())
 
 

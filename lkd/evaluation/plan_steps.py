@@ -21,7 +21,7 @@ from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parts import ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.data.batches import Batches
 from lkd.data.images import Batch
-from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.checks import AUDITED
 from lkd.meta_training.rollouts import (
@@ -31,9 +31,15 @@ from lkd.meta_training.rollouts import (
     compute_outer_logits,
     list_inner_batches,
 )
-from lkd.models.build import OWN_NETWORKS, build
+from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import Teacher, load_teacher_network
-from lkd.training.build import Images, architecture_of, prepare_learned_loss, prepare_loss
+from lkd.training.build import (
+    Images,
+    choose_student,
+    open_teacher,
+    prepare_learned_loss,
+    prepare_loss,
+)
 from lkd.training.training import Training
 from meta import ESTIMATORS, State
 from meta.types import Tensors
@@ -274,10 +280,10 @@ def run_dry_step(
     with without_contents(counter):
         taught_by = build_untrained_teacher(teacher, images) if teacher else None
         batches = DryBatches(images, train.batch_size)
-        network = build(**architecture_of(dataclasses.replace(student, pretrained=False), images.train))
+        network = choose_student(dataclasses.replace(student, pretrained=False), images.train).make()
         built = loss()
         built.to = lambda *_: built  # type: ignore  # tensors without contents cannot be moved
-        training = Training(network, built, Teacher(taught_by, train) if taught_by else None, batches, train)
+        training = Training(network, built, Teacher(taught_by) if taught_by else None, batches, train)
         training.clock = training.computation.clock = counter  # type: ignore[assignment]
         training.run_step()
         training.optimizer.zero_grad()
@@ -311,7 +317,7 @@ def name_untrained(teacher: TeacherRecipe) -> TeacherRecipe:
 def build_untrained_teacher(teacher: TeacherRecipe, images: Images) -> nn.Module:
     """Build the network of `name_untrained`."""
     model = ModelRecipe(str(teacher.name), options={} if teacher.name in OWN_NETWORKS else teacher.options)
-    return build(**architecture_of(model, images.train))
+    return choose_student(model, images.train).make()
 
 
 def plan_loss(
@@ -325,7 +331,19 @@ def plan_loss(
     if isinstance(specification, str) and specification.endswith(".safetensors") and not Path(specification).exists():
         return lambda: build_learned_loss("logits", {}).requires_grad_(False), "the default learned loss, not there yet"
     named = specification if isinstance(specification, str) else str(specification.get("name"))
-    return lambda: prepare_loss(specification, student, teacher, images, 0), named
+
+    def fit() -> DistillationLoss:
+        opened = open_teacher(teacher, images.train)
+        return prepare_loss(specification, choose_student(student, images.train), opened, images, 0)
+
+    return fit, named
+
+
+def build_untrained_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
+    """The loss networks of a recipe whose teacher is untrained."""
+    students = [choose_student(model, images.train) for model in recipe.students or [recipe.student]]
+    opened = open_teacher(recipe.teacher, images.train)
+    return prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,8 +417,8 @@ def run_dry_rollout(
     with torch.device("meta"), without_autocast, counter:
         taught_by = Teacher(build_untrained_teacher(teacher, images))
         model = dataclasses.replace(student, pretrained=False)
-        network = build(**architecture_of(model, images.train)).train()
-        loss = prepare_learned_loss(dataclasses.replace(recipe, teacher=teacher), images)
+        network = choose_student(model, images.train).make().train()
+        loss = build_untrained_loss(dataclasses.replace(recipe, teacher=teacher), images)
         parameters = {name: p.detach() for name, p in network.named_parameters()}
         buffers = dict(network.named_buffers())
         momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}

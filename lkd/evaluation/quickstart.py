@@ -24,7 +24,7 @@ from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
 from lkd.meta_training.log import plot_learned_loss, plot_meta_training, plot_settings
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
-from lkd.training.build import introduce_network, introduce_teacher, prepare_images
+from lkd.training.build import choose_student, introduce_network, introduce_teacher, open_teacher, prepare_images
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The recipes of the quickstart: three settings, one recipe; the balance that suits one of them fails in another.
@@ -286,8 +286,11 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     first = compare_recipes["clean"]
     images = prepare_images(first.data)
     networks = [
-        introduce_teacher(first.teacher, images, run.device),
-        *(introduce_network("student", student, images, run.device) for student in first.students),
+        introduce_teacher(open_teacher(first.teacher, images.train), images, run.device),
+        *(
+            introduce_network("student", choose_student(student, images.train), images, run.device)
+            for student in first.students
+        ),
     ]
     run.say(*networks)
     run.say(

@@ -18,6 +18,8 @@ from lkd.tracking.run import choose_device
 from lkd.training.build import (
     build_batches,
     check_network,
+    choose_student,
+    open_teacher,
     prepare_images,
     prepare_loss,
     prepare_teacher,
@@ -78,8 +80,9 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     images = prepare_images(data)
     student, header = load_network(folder / "student.safetensors")
     check_network(str(folder / "student.safetensors"), header["architecture"], images.train)
-    loss = prepare_loss(parts["loss"], model, taught, images, parts["seed"]).to(device)
-    teacher = prepare_teacher(taught, data, images, device, loss.teacher_stages)
+    opened = open_teacher(taught, images.train)
+    loss = prepare_loss(parts["loss"], choose_student(model, images.train), opened, images, parts["seed"]).to(device)
+    teacher = prepare_teacher(opened, images, device, loss.teacher_stages)
     batches = build_batches(images.train, dataclasses.replace(train, batch_size=recipe.batch_size), data, 1, device)
     student = student.to(device).eval().requires_grad_(True)
     parameters = list(student.parameters())

@@ -14,8 +14,7 @@ from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import check_free_space
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.batches import OrderedBatches
-from lkd.models.forward import lay_out
-from lkd.models.teacher import TeacherFunction, load_teacher, name_teacher, wrap_teacher
+from lkd.models.teacher import TeacherFunction
 from lkd.models.teacher_cache import (
     INDEX,
     INDEX_KIND,
@@ -26,17 +25,20 @@ from lkd.models.teacher_cache import (
     check_made_with,
     check_stages,
     check_top_k,
-    choose_seeds,
     compress_logits,
-    identify,
     open_part,
     read_cache,
 )
 from lkd.tracking.run import choose_device
 from lkd.training.build import (
     Images,
-    check_network,
+    OpenedTeacher,
+    ask_anew,
+    choose_cached_seeds,
+    choose_student,
+    identify_answers,
     introduce_teacher,
+    open_teacher,
     prepare_images,
     prepare_loss,
 )
@@ -57,7 +59,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     """
     if recipe.teacher.cache is None:
         raise UserError("teacher.cache: missing; give the folder that the answers go to")
-    seeds = choose_seeds(recipe.data)
+    seeds = choose_cached_seeds(recipe.data)
     if recipe.shard_size < 1:
         raise UserError(f"shard_size: {recipe.shard_size} is not at least 1")
     if recipe.threads:
@@ -65,8 +67,10 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     device = place_of(choose_device(recipe.device))
     images = prepare_images(recipe.data)
     check_top_k(recipe.top_k, images.train.num_classes)
-    check_stages(prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed).teacher_stages)
-    cache, teacher = prepare_cache(recipe, images, device)
+    opened = open_teacher(recipe.teacher, images.train)
+    student = choose_student(recipe.student, images.train)
+    check_stages(prepare_loss(recipe.loss, student, opened, images, recipe.seed).teacher_stages)
+    cache, teacher = prepare_cache(recipe, opened, images), ask_anew(opened, images, device, recipe.train)
     places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
     job = read_job()
     own = places[job.rank :: job.size]
@@ -78,7 +82,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     hint = "take another disk, fewer data.augmentation_seeds, or a top_k"
     check_free_space("teacher.cache", cache.folder, needed, f"{count:,} answers", hint)
     if not (cache.folder / INDEX).is_file():
-        live = dataclasses.replace(recipe.teacher, cache=None)
+        live = dataclasses.replace(opened, settings=dataclasses.replace(recipe.teacher, cache=None))
         header = cache.header | {"teacher": introduce_teacher(live, images, device)}
         write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, header)
     with tqdm(total=count // job.size, desc="cache", unit="image", disable=None) as bar:
@@ -113,16 +117,14 @@ def drop_damaged_index(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> tuple[CacheFolder, TeacherFunction]:
-    """The cache, begun or to be begun, and the teacher that fills it.
+def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images) -> CacheFolder:
+    """The cache, begun or to be begun.
 
     Raises:
-        UserError: If the teacher is not good, or the folder holds the cache of something else.
+        UserError: If the folder holds the cache of something else.
     """
     folder = Path(str(recipe.teacher.cache))
-    network, architecture = load_teacher(recipe.teacher, images.train)
-    check_network(name_teacher(recipe.teacher), architecture, images.train)
-    made_with = identify(network, architecture, recipe.teacher, recipe.data, images.train)
+    made_with = identify_answers(opened, images)
     header = {
         "made_with": made_with,
         "top_k": recipe.top_k,
@@ -143,7 +145,7 @@ def prepare_cache(recipe: CacheRecipe, images: Images, device: torch.device) -> 
             raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
     else:
         cache = CacheFolder(folder, index, header)
-    return cache, wrap_teacher(network.to(device), recipe.teacher, recipe.data.split_seed, recipe.train)
+    return cache
 
 
 @torch.no_grad()
@@ -152,7 +154,8 @@ def ask_teacher(teacher: TeacherFunction, batches: OrderedBatches, recipe: Cache
     index, device = batches.images.index, batches.device
     kept: dict[str, Tensor] = {}
     for batch in batches:
-        batch = batch._replace(images=lay_out(batch.images, recipe.train))
+        if recipe.train.channels_last:
+            batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16(recipe.train, device)):
             outputs = teacher(batch)
         check_inputs("teacher.cache", batch, outputs)

@@ -14,7 +14,6 @@ from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from lkd.losses.loss import DistillationLoss
 from lkd.losses.stages import Stages
-from lkd.tracking.remote import is_remote
 
 TEACHER_LOGIT_LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KDLoss,
@@ -58,7 +57,7 @@ def build_loss(
             f"loss: {specification!r} has no `name` (one of {', '.join(sorted(LOSSES))}, or a *{SUFFIX} path)"
         )
     if is_learned(name):
-        return build_from_file(name, student_stages, teacher_stages, options)
+        return attach_features(load_loss(name), name, options, student_stages, teacher_stages)
     if not name.startswith(TORCHDISTILL):
         check_choice("loss", name, LOSSES)
     try:
@@ -84,8 +83,8 @@ def reads_features(specification: str | dict[str, Any]) -> bool:
 
 
 def is_learned(name: str) -> bool:
-    """Whether a loss's name is that of a learned-loss file, here or elsewhere."""
-    return is_remote(name) or name.endswith(".safetensors") or Path(name).is_file()
+    """Whether a loss's name is that of a learned-loss file."""
+    return name.endswith(".safetensors") or Path(name).is_file()
 
 
 def find_feature_parts(loss: nn.Module) -> list[FeatureLoss]:
@@ -93,38 +92,43 @@ def find_feature_parts(loss: nn.Module) -> list[FeatureLoss]:
     return [part for part in loss.modules() if isinstance(part, FeatureLoss)]
 
 
-def build_from_file(
-    path: str, student_stages: Stages | None, teacher_stages: Stages | None, options: dict[str, Any]
+def attach_features(
+    loss: LearnedLoss | ReplayedLoss,
+    path: str | Path,
+    options: dict[str, Any],
+    student_stages: Stages | None = None,
+    teacher_stages: Stages | None = None,
 ) -> LearnedLoss | ReplayedLoss:
-    """Load a learned loss and, if it reads features, attach it to the networks' stages.
+    """Attach a learned loss to the networks' stages, if it reads features.
 
     Args:
-        path: The file.
-        student_stages: As for `build_loss`.
-        teacher_stages: As for `build_loss`.
+        loss: The loss.
+        path: Its file.
         options: Of a loss that reads features, `adapters`: whether the student's channels are adapted by 1×1
             convolutions that are trained along.
+        student_stages: As for `build_loss`.
+        teacher_stages: As for `build_loss`.
 
     Raises:
-        UserError: If the file is not good, takes no such option, or reads features that a network does not give.
+        UserError: If the loss takes no such option, or reads features that a network does not give.
     """
-    loss = load_loss(path)
     parts = find_feature_parts(loss)
-    adapters = options.pop("adapters", False) if parts else False
-    if options:
-        raise UserError(f"loss: {path} is a learned loss and takes no {', '.join(options)}")
+    unknown = sorted(options.keys() - ({"adapters"} if parts else set()))
+    if unknown:
+        raise UserError(f"loss: {path} is a learned loss and takes no {', '.join(unknown)}")
     if not parts:
         return loss
     if student_stages is None or teacher_stages is None:
-        raise UserError(f"loss {path!r} reads features: give build_loss the student's and the teacher's stages")
+        raise UserError(f"loss {str(path)!r} reads features: give build_loss the student's and the teacher's stages")
+    adapters = options.get("adapters", False)
     if not isinstance(adapters, bool):
-        raise UserError(f"loss {path!r}: adapters: {adapters!r} is neither true nor false")
+        raise UserError(f"loss {str(path)!r}: adapters: {adapters!r} is neither true nor false")
     try:
         for part in parts:
             part.attach(student_stages, teacher_stages, adapters)
             part.adapters = parts[0].adapters  # a student has one set, whichever loss is in charge
     except ValueError as error:
-        raise UserError(f"loss {path!r}: {error}") from error
+        raise UserError(f"loss {str(path)!r}: {error}") from error
     return loss
 
 

@@ -111,7 +111,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
         UserError: If not.
     """
     settings = recipe.meta
-    batches = build_batches(images.train, recipe.train, recipe.data, recipe.seed, torch.device("cpu"))
+    batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))
     total_steps = recipe.train.epochs * batches.steps_per_epoch
     check_interleaving(settings, total_steps)
     if not alternation_start(settings):

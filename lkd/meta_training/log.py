@@ -14,16 +14,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lkd.config.meta_training import MetaTrainRecipe
-from lkd.config.parts import ModelRecipe
 from lkd.core.files import replaced_atomically
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.learned.shares import SATURATED, balance_surface, find_saturated, gradient_shares, gradient_surface
 from lkd.losses.logits import KDLoss
 from lkd.meta_training.rollouts import InnerBatch
 from lkd.models.teacher import TeacherFunction
-from lkd.pool.pool import list_students
 from lkd.tracking.run import Run
-from lkd.training.build import Images
+from lkd.training.build import Images, StudentBuilder
 from lkd.training.distill import start_training
 from lkd.training.training import DivergedError
 from meta import Audited, Estimator, OuterStep, call_module
@@ -41,19 +39,23 @@ def read_clock(device: torch.device) -> float:
 
 
 def measure_training_seconds(
-    recipe: MetaTrainRecipe, images: Images, teacher: TeacherFunction, loss: LearnedLoss, device: torch.device
+    recipe: MetaTrainRecipe,
+    images: Images,
+    students: list[StudentBuilder],
+    teacher: TeacherFunction,
+    loss: LearnedLoss,
+    device: torch.device,
 ) -> float:
     """Seconds by `read_clock` of one whole training with this loss, without evaluation; the architectures' mean.
 
     The median of a few steps, times their number: a training itself would take as long as it takes.
     """
-    models = list_students(recipe)
-    return sum(time_training(recipe, model, images, teacher, loss, device) for model in models) / len(models)
+    return sum(time_training(recipe, each, images, teacher, loss, device) for each in students) / len(students)
 
 
 def time_training(
     recipe: MetaTrainRecipe,
-    model: ModelRecipe,
+    student: StudentBuilder,
     images: Images,
     teacher: TeacherFunction,
     loss: LearnedLoss,
@@ -61,7 +63,7 @@ def time_training(
 ) -> float:
     """Seconds of one whole training of a student of this architecture."""
     frozen = copy.deepcopy(loss).requires_grad_(False)
-    training = start_training(model, images.train, frozen, teacher, recipe.train, recipe.data, recipe.seed, device)
+    training = start_training(student, images, frozen, teacher, recipe.train, recipe.seed, device)
     seconds = []
     for _ in range(min(WARM_UP + TIMED, training.total_steps)):
         started = read_clock(device)

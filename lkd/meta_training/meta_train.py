@@ -8,6 +8,7 @@ the trainings of loss and student are interleaved) are options of the recipe.
 """
 
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,26 +38,33 @@ from lkd.pool.pool import (
     build_pools,
     count_pool_trainings,
     drop_superseded_pools,
-    list_students,
     open_pools,
     renew_pools,
 )
 from lkd.tracking.run import Run
 from lkd.training.build import (
-    architecture_of,
+    LossBuilder,
+    Objects,
+    OpenedTeacher,
+    choose_student,
     introduce_network,
     introduce_teacher,
+    open_teacher,
     prepare_images,
     prepare_learned_loss,
-    prepare_loss,
     prepare_teacher,
 )
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
 
 
-def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
+def meta_train(recipe: MetaTrainRecipe, run: Run, objects: Objects | None = None) -> Path:
     """Learn a loss and save it. Processes that have met share the work.
+
+    Args:
+        recipe: The recipe.
+        run: The run.
+        objects: What a caller gives in the place of some of its names.
 
     Returns:
         The learned-loss file.
@@ -66,32 +74,33 @@ def meta_train(recipe: MetaTrainRecipe, run: Run) -> Path:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     check_settings(recipe)
-    images = prepare_images(recipe.data)
+    images = prepare_images(recipe.data, objects)
     check_meta_validation(images)
-    pools = open_pools(recipe, Path(recipe.pool_dir), images) if recipe.pool_dir else []
+    students = [choose_student(m, images.train, objects) for m in recipe.students or [recipe.student]]
+    pools = open_pools(students, Path(recipe.pool_dir), images) if recipe.pool_dir else []
     check_schedule(recipe, images, pools)
-    loss = prepare_learned_loss(recipe, images)
-    models = list_students(recipe)
+    opened = open_teacher(recipe.teacher, images.train, objects)
+    loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
     draws = bool(alternation_start(recipe.meta))
-    pool_loss = recipe.pool.loss
-    pool_losses = [prepare_loss(pool_loss, m, recipe.teacher, images, recipe.seed) for m in models] if draws else []
-    for model in models:
-        run.say(introduce_network("student", model, images, run.device))
-    run.say(introduce_teacher(recipe.teacher, images, run.device))
+    losses = LossBuilder(recipe.pool.loss, opened, images)
+    pool_losses = [losses.build(student, recipe.seed) for student in students] if draws else []
+    for student in students:
+        run.say(introduce_network("student", student, images, run.device))
+    run.say(introduce_teacher(opened, images, run.device))
     stages = [stage for reader in (loss, *pool_losses) for stage in reader.teacher_stages]
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, tuple(dict.fromkeys(stages)))
+    teacher = prepare_teacher(opened, images, run.device, tuple(dict.fromkeys(stages)))
     if draws and not pools:
-        pools = build_pools(recipe, run.path / "pool", images, teacher, run)
+        pools = build_pools(recipe, run.path / "pool", images, students, teacher, losses, run)
         keep_pool(run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
-    loop = OuterLoop(recipe, images, teacher, loss, pools, run.device)
-    reuse = Reuse(recipe, models, images, teacher, run)
-    training_seconds = learn(recipe, loop, reuse, run)
+    loop = OuterLoop(recipe, images, students, teacher, loss, pools, run.device)
+    reuse = Reuse(recipe, students, images, teacher, run)
+    training_seconds = learn(recipe, loop, reuse, opened, run)
     path = run.path / f"loss{SUFFIX}"
     if not is_main():
         return path
     if loop.own:
-        save_own_student(recipe, loop, run)
+        save_own_student(students[0].architecture, loop, run)
     pool_trainings = count_pool_trainings(recipe, pools, loop.step)
     provenance = run.provenance() | {
         "split": images.fingerprint,
@@ -118,7 +127,7 @@ def keep_pool(run: Run) -> None:
         run.tracker.keep("pool", run.path / "pool")
 
 
-def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> float:
+def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: OpenedTeacher, run: Run) -> float:
     """Take all outer steps, or those that a resumed run has left.
 
     Returns:
@@ -150,7 +159,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
     bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
         training_seconds = training_seconds or share_from_main(
-            measure_training_seconds(recipe, images, teacher, loop.loss, run.device)
+            measure_training_seconds(recipe, images, reuse.students, teacher, loop.loss, run.device)
         )
         try:
             while True:
@@ -162,7 +171,10 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, run: Run) -> f
                 if loop.step == settings.outer_steps or reuse.is_exhausted():
                     break
                 if recipe.pool.sampling == "live" and not loop.alternates:
-                    loop.pools = renew_pools(recipe, loop.step, first_pools, images, teacher, run, loop.loss)
+                    students = reuse.students
+                    loop.pools = renew_pools(
+                        recipe, loop.step, first_pools, images, students, opened, teacher, run, loop.loss
+                    )
                 row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
                 if is_logged(loop.step, settings.outer_steps):
                     loop.history.append({"step": loop.step, **row})
@@ -204,11 +216,10 @@ def check_identical(loop: OuterLoop) -> None:
         )
 
 
-def save_own_student(recipe: MetaTrainRecipe, loop: OuterLoop, run: Run) -> None:
+def save_own_student(architecture: dict[str, Any], loop: OuterLoop, run: Run) -> None:
     """Save the first student that was trained while the loss was learned: what the dynamic strategy itself gives."""
     student, path = loop.own[0].training.student, run.path / "student.safetensors"
     figures = evaluate(student, loop.images.meta_validation, run.device)
     provenance = run.provenance() | {"meta_validation": {"last": figures}}
-    architecture = architecture_of(list_students(recipe)[0], loop.images.train)
     save_network(path, student, architecture, provenance)
     run.say(f"{path}: {figures['top1']:.2f} % on meta-validation")

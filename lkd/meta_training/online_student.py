@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
-from lkd.config.parts import ModelRecipe
 from lkd.core.errors import UserError
 from lkd.core.random import seeded_generator
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.meta_training.rollouts import InnerBatch
 from lkd.models.teacher import TeacherFunction
-from lkd.training.build import Images
+from lkd.training.build import Images, StudentBuilder
 from lkd.training.distill import start_training
 from meta import Tape
 
@@ -32,7 +31,7 @@ class OwnStudent:
 
     Args:
         recipe: The recipe.
-        model: The network.
+        student: What builds it.
         images: The images.
         teacher: From a batch to the teacher's outputs.
         loss: The loss, which the outer loop changes.
@@ -43,7 +42,7 @@ class OwnStudent:
     def __init__(
         self,
         recipe: MetaTrainRecipe,
-        model: ModelRecipe,
+        student: StudentBuilder,
         images: Images,
         teacher: TeacherFunction,
         loss: LearnedLoss,
@@ -53,7 +52,7 @@ class OwnStudent:
         self.seed = draw_seed(recipe.seed, 6, number)
         self.rollout_steps = recipe.meta.rollout_steps
         loss.requires_grad_(False)  # so that the student's optimiser leaves the loss alone
-        self.training = start_training(model, images.train, loss, teacher, recipe.train, recipe.data, self.seed, device)
+        self.training = start_training(student, images, loss, teacher, recipe.train, self.seed, device)
         loss.requires_grad_(True)
         hyper = dict(loss.named_parameters())
         self.tape = Tape(self.training.student, self.training.optimizer, hyper, self.rollout_steps)

@@ -30,9 +30,9 @@ from lkd.meta_training.rollouts import (
     list_inner_batches,
 )
 from lkd.models.teacher import TeacherFunction
-from lkd.pool.pool import Pool, list_students
+from lkd.pool.pool import Pool
 from lkd.pool.sampling import build_age_weights, draw_position
-from lkd.training.build import Images, prepare_student
+from lkd.training.build import Images, StudentBuilder
 from lkd.training.optimizer import restore_optimizer
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
 from meta.estimators.base import Problem
@@ -91,7 +91,7 @@ class OuterProblems:
         seed = int(torch.randint(2**62, (), generator=generator))
         torch.manual_seed(seed)  # of dropout
         batches = build_rollout_batches(
-            self.images.train, train, steps, settings.rollout_epochs, seed, self.recipe.data, self.device
+            self.images.train, train, steps, settings.rollout_epochs, seed, self.images.settings, self.device
         )
         stages = self.loss.teacher_stages
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
@@ -138,6 +138,7 @@ class OuterLoop:
     Args:
         recipe: The recipe.
         images: The images.
+        students: What builds students of each architecture.
         teacher: From a batch to the teacher's outputs.
         loss: The loss to learn.
         pools: Where students come from: one for each architecture; none if the loss only alternates.
@@ -161,6 +162,7 @@ class OuterLoop:
         self,
         recipe: MetaTrainRecipe,
         images: Images,
+        students: list[StudentBuilder],
         teacher: TeacherFunction,
         loss: LearnedLoss,
         pools: list[Pool],
@@ -168,8 +170,7 @@ class OuterLoop:
     ) -> None:
         self.recipe, self.settings, self.images = recipe, recipe.meta, images
         self.teacher, self.loss, self.pools, self.device = teacher, loss.to(device), pools, device
-        models = list_students(recipe)
-        self.students = [prepare_student(model, images.train, recipe.seed, device).train() for model in models]
+        self.students = [student.build(recipe.seed, device).train() for student in students]
         self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
         self.estimator: Estimator = (
             Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
@@ -180,7 +181,7 @@ class OuterLoop:
         self.own: dict[int, OwnStudent] = {}
         if self.settings.interleaving != "before":
             self.own = {
-                n: OwnStudent(recipe, models[n % len(models)], images, teacher, self.loss, n, device)
+                n: OwnStudent(recipe, students[n % len(students)], images, teacher, self.loss, n, device)
                 for n in self.numbers
             }
         self.step = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.config.meta_training import MetaTrainRecipe
-from lkd.config.parts import ModelRecipe, TrainRecipe
+from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import is_main, share_from_main
 from lkd.core.interrupt import StopRequest
 from lkd.losses.learned.loss import LearnedLoss
@@ -18,7 +18,7 @@ from lkd.meta_training.guard import check_points, check_rows
 from lkd.meta_training.online_student import Point, assemble_loss, draw_seed
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.build import Images
+from lkd.training.build import Images, StudentBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.distill import start_training
 from lkd.training.evaluate import evaluate
@@ -38,7 +38,7 @@ class Reuse:
 
     Args:
         recipe: The recipe.
-        models: The students' architectures.
+        students: What builds students of each architecture.
         images: The images.
         teacher: From a batch to the teacher's outputs.
         run: The run; a look that was stopped goes on from the checkpoints in its folder `look`.
@@ -47,12 +47,12 @@ class Reuse:
     def __init__(
         self,
         recipe: MetaTrainRecipe,
-        models: Sequence[ModelRecipe],
+        students: list[StudentBuilder],
         images: Images,
         teacher: TeacherFunction,
         run: Run,
     ) -> None:
-        self.recipe, self.models, self.images, self.teacher, self.run = recipe, models, images, teacher, run
+        self.recipe, self.students, self.images, self.teacher, self.run = recipe, students, images, teacher, run
         self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
         self.rows: list[dict[str, float]] = []
         self.best: list[Point] = []
@@ -65,7 +65,7 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        students = self.recipe.meta.reuse_students * len(self.models)
+        students = self.recipe.meta.reuse_students * len(self.students)
         return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
 
     def is_due(self, step: int) -> bool:
@@ -91,11 +91,11 @@ class Reuse:
         """
         assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
         numbers = range(self.recipe.meta.reuse_students)
-        students = [(model, number) for model in self.models for number in numbers]
+        students = [(student, number) for student in self.students for number in numbers]
         figures = share_from_main(
             [
-                self.train_student(model, number, assembled, folder / f"student-{place:03d}", stop)
-                for place, (model, number) in enumerate(students)
+                self.train_student(student, number, assembled, folder / f"student-{place:03d}", stop)
+                for place, (student, number) in enumerate(students)
             ]
         )
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
@@ -107,16 +107,15 @@ class Reuse:
         return self.rows[-1]
 
     def train_student(
-        self, model: ModelRecipe, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
+        self, student: StudentBuilder, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
         training = start_training(
-            model,
-            self.images.train,
+            student,
+            self.images,
             loss,
             self.teacher,
             self.train,
-            self.recipe.data,
             draw_seed(self.recipe.seed, 7, number),
             self.run.device,
             shared=True,

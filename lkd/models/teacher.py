@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.config.parts import TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.data.images import Batch, ImageSet
-from lkd.models.build import adapt_input, build
+from lkd.models.build import adapt_input, build, build_forward
 from lkd.models.files import load_network
-from lkd.models.forward import build_forward
 from lkd.models.published_weights import EFFICIENTNET_LITE, load_crd_checkpoint, load_efficientnet_checkpoint
 
 TeacherFunction = Callable[[Batch], Outputs]
@@ -27,12 +25,13 @@ class Teacher:
 
     Args:
         network: The network; put into eval mode.
-        recipe: Whether it is compiled, and its layout in memory.
+        compiled: Whether it goes through torch.compile.
+        channels_last: Whether its weights lie in memory with the channels last.
     """
 
-    def __init__(self, network: nn.Module, recipe: TrainRecipe | None = None) -> None:
+    def __init__(self, network: nn.Module, compiled: bool = False, channels_last: bool = False) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.forward = build_forward(self.network, recipe or TrainRecipe())
+        self.forward = build_forward(self.network, compiled, channels_last)
 
     @torch.no_grad()  # not inference_mode: it is no faster here, and its tensors cannot be saved for a loss's backward
     def __call__(self, batch: Batch) -> Outputs:
@@ -106,113 +105,87 @@ class UnreliableTeacher:
         return torch.randperm(num_classes, generator=generator)
 
 
-def wrap_teacher(network: nn.Module, recipe: TeacherRecipe, seed: int, train: TrainRecipe | None) -> TeacherFunction:
-    """The teacher that a recipe describes, of its network; asked anew for every batch.
-
-    Args:
-        network: The network.
-        recipe: Whether it is reliable.
-        seed: Of its random answers.
-        train: Whether it is compiled, and its layout in memory.
-
-    Raises:
-        UserError: If the fraction of random answers is impossible.
-    """
-    reliable = Teacher(network, train)
-    return UnreliableTeacher(reliable, recipe.random_answers, seed) if recipe.random_answers else reliable
-
-
 def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """Load a teacher's file; `embedded` is the one that the package carries."""
     return load_network(TEACHER if path == "embedded" else Path(path))
 
 
-def load_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
-    """Get the teacher that a recipe names, to be asked about these images as they are normalised for the student.
+def load_teacher(
+    images: ImageSet,
+    path: str = "embedded",
+    name: str | None = None,
+    pretrained: bool = False,
+    options: dict[str, Any] | None = None,
+    image_size: int = 0,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Get a teacher, to be asked about these images as they are normalised for the student.
 
     Args:
-        recipe: A file, or a network with timm's weights or with none.
         images: What an untrained network is built for, and how images are normalised.
+        path: A file, or `embedded`, or `random` for the untrained network `name`.
+        name: The network that the file holds.
+        pretrained: Take timm's `name` with the weights of its tag; no file is read.
+        options: Further arguments of timm.create_model, for `pretrained` and `random`.
+        image_size: Height and width that images are scaled to for it; 0 for no scaling.
 
     Returns:
         The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
 
     Raises:
-        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
+        UserError: If the file is not good, holds another network than the named one, or the arguments contradict.
     """
-    network, architecture = read_teacher(recipe, images)
-    given = wanted = images.mean, images.std
-    if architecture["in_chans"] == 3 and (recipe.pretrained or recipe.name in EFFICIENTNET_LITE):
-        import timm
-
-        configuration = timm.get_pretrained_cfg(recipe.name)
-        wanted = tuple(configuration.mean), tuple(configuration.std)
-    return adapt_input(network, given, wanted, recipe.image_size), architecture
-
-
-def read_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
-    """Get the teacher that a recipe names, as it is.
-
-    Args:
-        recipe: A file, or a network with timm's weights or with none.
-        images: What an untrained network is built for.
-
-    Returns:
-        The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
-
-    Raises:
-        UserError: If the file is not good, holds another network than the named one, or the fields contradict.
-    """
-    check_teacher_recipe(recipe)
-    architecture: dict[str, Any] = {"name": recipe.name, "options": recipe.options}
-    if recipe.pretrained:
-        import timm
-
-        check_choice("teacher.name", str(recipe.name), timm.list_pretrained())
-        configuration = timm.get_pretrained_cfg(recipe.name)
-        architecture |= {"num_classes": configuration.num_classes, "in_chans": 3, "pretrained": True}
-        return build(**architecture).eval(), architecture
-    if recipe.path == "random":
+    if image_size and image_size < 8:
+        raise UserError(f"teacher.image_size: {image_size} is not at least 8 pixels; 0 is for no scaling")
+    if pretrained and path != "embedded":
+        raise UserError(f"teacher.path: {path} and teacher.pretrained exclude each other: give one")
+    if name is None and (pretrained or path == "random" or path.endswith((".pth", ".pt"))):
+        what = "pretrained" if pretrained else path
+        raise UserError(f"teacher.name: missing; {what} needs the network's name, as in resnet32x4")
+    if options and not (pretrained or path == "random"):
+        raise UserError(f"teacher.options: {options} do not apply to a file, which says what it holds")
+    architecture: dict[str, Any] = {"name": name, "options": options or {}}
+    if pretrained:
+        network = build_pretrained(architecture)
+    elif path == "random":
         architecture |= {"num_classes": images.num_classes, "in_chans": images.image_shape[0], "pretrained": False}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return build(**architecture).eval(), architecture
-    if recipe.path.endswith((".pth", ".pt")):
-        load = load_efficientnet_checkpoint if recipe.name in EFFICIENTNET_LITE else load_crd_checkpoint
-        network, num_classes = load(Path(recipe.path), str(recipe.name))
-        return network, architecture | {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
-    network, header = load_teacher_network(recipe.path)
-    found = header["architecture"]["name"]
-    if recipe.name not in (None, found):
-        raise UserError(
-            f"teacher.path: {recipe.path} holds a {found}, not the {recipe.name} of teacher.name: give the file of a "
-            f"{recipe.name}, or teacher.pretrained true for timm's weights"
-        )
-    return network, header["architecture"]
+            network = build(**architecture)
+    elif path.endswith((".pth", ".pt")):
+        load = load_efficientnet_checkpoint if name in EFFICIENTNET_LITE else load_crd_checkpoint
+        network, num_classes = load(Path(path), str(name))
+        architecture |= {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
+    else:
+        network, header = load_teacher_network(path)
+        architecture = header["architecture"]
+        if name not in (None, architecture["name"]):
+            raise UserError(
+                f"teacher.path: {path} holds a {architecture['name']}, not the {name} of teacher.name: give the file "
+                f"of a {name}, or teacher.pretrained true for timm's weights"
+            )
+    given = wanted = images.mean, images.std
+    if architecture["in_chans"] == 3 and (pretrained or name in EFFICIENTNET_LITE):
+        import timm
+
+        configuration = timm.get_pretrained_cfg(name)
+        wanted = tuple(configuration.mean), tuple(configuration.std)
+    return adapt_input(network.eval(), given, wanted, image_size), architecture
 
 
-def check_teacher_recipe(recipe: TeacherRecipe) -> None:
-    """Check that a teacher's fields go together.
+def build_pretrained(architecture: dict[str, Any]) -> nn.Module:
+    """Build timm's network of a name with a tag; the architecture learns of its classes.
 
     Raises:
-        UserError: If they do not.
+        UserError: If timm has no such weights.
     """
-    if recipe.image_size and recipe.image_size < 8:
-        raise UserError(f"teacher.image_size: {recipe.image_size} is not at least 8 pixels; 0 is for no scaling")
-    is_checkpoint = recipe.path.endswith((".pth", ".pt"))
-    if recipe.pretrained and recipe.path != "embedded":
-        raise UserError(f"teacher.path: {recipe.path} and teacher.pretrained exclude each other: give one")
-    if recipe.name is None and (recipe.pretrained or is_checkpoint or recipe.path == "random"):
-        what = "pretrained" if recipe.pretrained else recipe.path
-        raise UserError(f"teacher.name: missing; {what} needs the network's name, as in resnet32x4")
-    if recipe.pretrained and "." not in str(recipe.name):
+    import timm
+
+    name = str(architecture["name"])
+    if "." not in name:
         raise UserError(
-            f"teacher.name: {recipe.name} has no tag; timm has several weights of it: name one, as in resnet34.tv_in1k"
+            f"teacher.name: {name} has no tag; timm has several weights of it: name one, as in resnet34.tv_in1k"
         )
-    if recipe.options and not (recipe.pretrained or recipe.path == "random"):
-        raise UserError(f"teacher.options: {recipe.options} do not apply to a file, which says what it holds")
-
-
-def name_teacher(recipe: TeacherRecipe) -> str:
-    """What a teacher is called in messages: its file, or else its name."""
-    return str(recipe.name) if recipe.pretrained or recipe.path == "random" else recipe.path
+    check_choice("teacher.name", name, timm.list_pretrained())
+    configuration = timm.get_pretrained_cfg(name)
+    architecture |= {"num_classes": configuration.num_classes, "in_chans": 3, "pretrained": True}
+    return build(**architecture)

@@ -1,6 +1,5 @@
 """A teacher's answers on disk, by image and augmentation seed; read in place of asking the teacher."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.config.parts import DataRecipe, TeacherRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import flatten, refusing_malformed
 from lkd.core.outputs import Outputs
@@ -258,20 +256,22 @@ OF_NO_EFFECT = {
 
 
 def identify(
-    network: nn.Module, architecture: dict[str, Any], recipe: TeacherRecipe, data: DataRecipe, images: ImageSet
+    network: nn.Module, name: str, teacher: dict[str, Any], data: dict[str, Any], images: ImageSet
 ) -> dict[str, Any]:
-    """All that decides a teacher's answer to an image of some index and augmentation seed, as JSON."""
-    taught_by, look = (
-        {key: value for key, value in dataclasses.asdict(part).items() if key not in OF_NO_EFFECT}
-        for part in (recipe, data)
-    )
-    taught_by |= {
-        "network": architecture["name"],
-        "weights": digest(dict([*network.named_parameters(), *network.named_buffers()])),
-    }
-    if recipe.random_answers:
-        taught_by["seed"] = data.split_seed
-    look |= {"name": data.name, "shape": images.image_shape, "mean": images.mean, "std": images.std}
+    """All that decides a teacher's answer to an image of some index and augmentation seed, as JSON.
+
+    Args:
+        network: The teacher's.
+        name: What it is called.
+        teacher: The fields of its recipe.
+        data: The fields of the images' recipe.
+        images: The images.
+    """
+    taught_by, look = ({key: part[key] for key in part if key not in OF_NO_EFFECT} for part in (teacher, data))
+    taught_by |= {"network": name, "weights": digest(dict([*network.named_parameters(), *network.named_buffers()]))}
+    if teacher["random_answers"]:
+        taught_by["seed"] = data["split_seed"]
+    look |= {"shape": images.image_shape, "mean": images.mean, "std": images.std}
     if isinstance(images.images, ImageFiles):
         source = images.images.source
         look |= {"files": hash_names(source)}
@@ -294,25 +294,25 @@ def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
             )
 
 
-def choose_seeds(data: DataRecipe) -> range:
-    """The augmentation seeds that a recipe's batches have.
+def choose_seeds(augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float) -> range:
+    """The augmentation seeds that batches have.
 
     Raises:
         UserError: If they have no end, or images are mixed, which no augmentation seed says.
     """
-    if data.mixup or data.cutmix:
+    if mixup or cutmix:
         raise UserError(
-            f"data.mixup, data.cutmix: {data.mixup}, {data.cutmix}; a teacher cache holds no answers to mixed images: "
+            f"data.mixup, data.cutmix: {mixup}, {cutmix}; a teacher cache holds no answers to mixed images: "
             "set both to 0, or leave teacher.cache out"
         )
-    if data.augmentation == "none":
+    if augmentation == "none":
         return range(1)
-    if data.augmentation_seeds < 1:
+    if augmentation_seeds < 1:
         raise UserError(
-            f"data.augmentation_seeds: {data.augmentation_seeds} takes a new augmentation in every epoch, which no "
+            f"data.augmentation_seeds: {augmentation_seeds} takes a new augmentation in every epoch, which no "
             "cache holds: give N, at least 1, for epochs that cycle over N augmentations"
         )
-    return range(1, data.augmentation_seeds + 1)
+    return range(1, augmentation_seeds + 1)
 
 
 def check_stages(stages: tuple[str, ...]) -> None:
@@ -329,14 +329,14 @@ def check_stages(stages: tuple[str, ...]) -> None:
 
 
 def open_cache(
-    folder: Path, made_with: dict[str, Any], data: DataRecipe, images: ImageSet, device: torch.device
+    folder: Path, made_with: dict[str, Any], seeds: range, images: ImageSet, device: torch.device
 ) -> CachedTeacher:
-    """Open a cache for training on these images.
+    """Open a cache for training on these images, under these augmentation seeds.
 
     Raises:
         UserError: If there is none, it was made with something else, or it lacks images or augmentation seeds.
     """
-    seeds, cache = choose_seeds(data), read_cache(folder)
+    cache = read_cache(folder)
     check_made_with(cache, made_with)
     lacking = int((~torch.isin(images.index, cache.index)).sum())
     if lacking:
@@ -349,6 +349,6 @@ def open_cache(
     if missing:
         raise UserError(
             f"teacher.cache: {folder} lacks {missing:,} of the {len(paths):,} files for data.augmentation_seeds "
-            f"{data.augmentation_seeds}: make them with lkd cache, or lower data.augmentation_seeds"
+            f"{len(seeds)}: make them with lkd cache, or lower data.augmentation_seeds"
         )
     return CachedTeacher(cache, seeds, device)

@@ -1,7 +1,6 @@
 """The pool: students at many ages, on disk, from which rollouts start."""
 
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -16,19 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lkd.config.meta_training import MetaTrainRecipe, PoolContents, PoolRecipe
-from lkd.config.parts import ModelRecipe
 from lkd.core.distributed import is_main, wait_for_all
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
-from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.online_student import alternation_start
 from lkd.models.build import GIVEN, build
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.build import Images, architecture_of, prepare_loss
+from lkd.training.build import Images, LossBuilder, OpenedTeacher, StudentBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.distill import start_training
 from lkd.training.training import DivergedError, Training
@@ -212,9 +209,10 @@ def build_pool(
     recipe: PoolRecipe | MetaTrainRecipe,
     folder: Path,
     images: Images,
+    student: StudentBuilder,
     teacher: TeacherFunction,
+    losses: LossBuilder,
     run: Run,
-    loss: DistillationLoss | None = None,
     first: int = 0,
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
@@ -222,12 +220,13 @@ def build_pool(
     A student that diverges is kept at the ages before. Processes that have met share each training.
 
     Args:
-        recipe: The recipe.
+        recipe: The settings of pool and training, and the seed.
         folder: Where the pool goes, or is gone on with.
         images: The images.
+        student: What builds its students.
         teacher: From a batch to the teacher's outputs.
+        losses: What they are trained with.
         run: The run.
-        loss: What the students are trained with; by default what `pool.loss` names.
         first: Number of the first training: equal numbers give equal initial weights and batches.
 
     Raises:
@@ -236,7 +235,7 @@ def build_pool(
     """
     settings = recipe.pool
     check_pool(settings)
-    architecture = architecture_of(recipe.student, images.train)
+    architecture = student.architecture
     index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
     if (folder / INDEX).exists():
         try:
@@ -251,12 +250,11 @@ def build_pool(
                 continue
             seed = recipe.seed + 1000 * (number + 1)
             training = start_training(
-                recipe.student,
-                images.train,
-                loss or prepare_loss(settings.loss, recipe.student, recipe.teacher, images, seed),
+                student,
+                images,
+                losses.build(student, seed),
                 teacher,
                 recipe.train,
-                recipe.data,
                 seed,
                 run.device,
                 shared=True,
@@ -320,30 +318,24 @@ def check_pool(settings: PoolContents) -> None:
 LIVE = "live"  # the folder of renewed pools
 
 
-def list_students(recipe: MetaTrainRecipe) -> list[ModelRecipe]:
-    """The architectures that the loss is learned with."""
-    return recipe.students or [recipe.student]
-
-
-def open_pools(recipe: MetaTrainRecipe, folder: Path, images: Images) -> list[Pool]:
+def open_pools(students: list[StudentBuilder], folder: Path, images: Images) -> list[Pool]:
     """Open the pool of each architecture.
 
     Raises:
         UserError: If one is missing or does not fit.
     """
-    return [
-        open_pool(place, images, architecture_of(model, images.train))
-        for model, place in zip(list_students(recipe), list_folders(recipe, folder), strict=True)
-    ]
+    places = list_folders(len(students), folder)
+    return [open_pool(place, images, each.architecture) for each, place in zip(students, places, strict=True)]
 
 
 def build_pools(
     recipe: MetaTrainRecipe,
     folder: Path,
     images: Images,
+    students: list[StudentBuilder],
     teacher: TeacherFunction,
+    losses: LossBuilder,
     run: Run,
-    loss: LearnedLoss | None = None,
     first: int = 0,
 ) -> list[Pool]:
     """Build the pool of each architecture, or finish it; the arguments are those of `build_pool`.
@@ -352,9 +344,10 @@ def build_pools(
         UserError: If the settings are impossible.
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.
     """
+    places = list_folders(len(students), folder)
     return [
-        build_pool(dataclasses.replace(recipe, student=model), place, images, teacher, run, loss, first)
-        for model, place in zip(list_students(recipe), list_folders(recipe, folder), strict=True)
+        build_pool(recipe, place, images, student, teacher, losses, run, first)
+        for student, place in zip(students, places, strict=True)
     ]
 
 
@@ -363,6 +356,8 @@ def renew_pools(
     outer_step: int,
     first_pools: list[Pool],
     images: Images,
+    students: list[StudentBuilder],
+    opened: OpenedTeacher,
     teacher: TeacherFunction,
     run: Run,
     loss: LearnedLoss,
@@ -377,7 +372,9 @@ def renew_pools(
         outer_step: The outer step that is about to be taken.
         first_pools: What is drawn from until the first renewal.
         images: The images.
-        teacher: From a batch to the teacher's outputs.
+        students: What builds students of each architecture.
+        opened: The teacher.
+        teacher: From a batch to its outputs.
         run: The run.
         loss: The loss as it is now.
 
@@ -390,9 +387,9 @@ def renew_pools(
         return first_pools
     folder = run.path / LIVE / name_renewal(outer_step - since)
     if since:
-        return open_pools(recipe, folder, images)
-    frozen = copy.deepcopy(loss).requires_grad_(False)
-    return build_pools(recipe, folder, images, teacher, run, frozen, renewals * recipe.pool.students)
+        return open_pools(students, folder, images)
+    frozen = LossBuilder(copy.deepcopy(loss).requires_grad_(False), opened, images)
+    return build_pools(recipe, folder, images, students, teacher, frozen, run, renewals * recipe.pool.students)
 
 
 def drop_superseded_pools(recipe: MetaTrainRecipe, outer_step: int, run: Run) -> None:
@@ -415,7 +412,6 @@ def count_pool_trainings(recipe: MetaTrainRecipe, first_pools: list[Pool], outer
     return sum(pool.trainings for pool in first_pools) + renewed
 
 
-def list_folders(recipe: MetaTrainRecipe, folder: Path) -> list[Path]:
+def list_folders(count: int, folder: Path) -> list[Path]:
     """Where each architecture's pool is: the folder itself if there is one architecture, else numbered ones in it."""
-    count = len(list_students(recipe))
     return [folder] if count == 1 else [folder / str(number) for number in range(count)]

@@ -73,6 +73,15 @@ def fetch(name: str) -> Path:
     return download_artifact(reference, cache_folder())
 
 
+def fetch_named(name: str) -> str:
+    """The name of a file on this machine: itself, or that of what is downloaded where it lies elsewhere.
+
+    Raises:
+        UserError: As `fetch`.
+    """
+    return str(fetch(name)) if is_remote(name) else name
+
+
 def cache_folder() -> Path:
     """Where artifacts of W&B are kept: `$LKD_CACHE`, or `~/.cache/lkd`. The Hub's files lie in its own cache."""
     return Path(os.environ.get("LKD_CACHE") or Path.home() / ".cache" / "lkd")

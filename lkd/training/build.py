@@ -1,222 +1,83 @@
-"""From a recipe to the things that train: images, teacher, student, loss."""
+"""From a recipe to the objects that train, in one place: images, teacher, student, loss. Each file is opened once."""
 
 import copy
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lkd.config.meta_training import MetaTrainRecipe
+from lkd.balance.balancing import Balancing, build_balance
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.core.errors import UserError
-from lkd.core.tensor_files import digest, read_tensors
+from lkd.config.training import DistillRecipe
+from lkd.core.errors import UserError, first_line
 from lkd.data.batches import Batches
-from lkd.data.image_files import ImageFiles, LoadingOptions
+from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.readers import load_dataset
 from lkd.data.splits import Splits, flip_labels, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED, read_weighted_loss
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
-from lkd.losses.build import build_loss, find_feature_parts, reads_features
+from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
+from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.losses.stages import Stages
-from lkd.models.build import GIVEN, adapt_given, build, describe, find_stages, format_description
-from lkd.models.files import KIND, VERSION
-from lkd.models.teacher import TabulatedTeacher, TeacherFunction, load_teacher, name_teacher, wrap_teacher
-from lkd.models.teacher_cache import check_stages, identify, open_cache, read_cache
+from lkd.models.build import adapt_given, build, describe, find_stages, format_description
+from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
+from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
+from lkd.tracking.remote import fetch_named
 from lkd.training.evaluate import evaluate
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Objects in the place of a recipe's parts: networks, a teacher, images or a loss that the caller has built. Each is a
-# part of the recipe whose name holds a hash of the object, so that the config says what a run was made with, and a
-# run is not gone on with with something else. What was given is copied, never changed.
-
-HASH_LENGTH = 12
-
-
-class GivenModel(ModelRecipe):
-    """A student that is an object. Its name holds its shapes: its weights are the checkpoint's once there is one.
-
-    Args:
-        given: The network, of which every student starts as a copy; or a function that builds it, under a seed of each
-            student's own.
-
-    Raises:
-        UserError: If it is or builds no network, or one that cannot be copied or saved.
-    """
-
-    def __init__(self, given: nn.Module | Callable[[], nn.Module]) -> None:
-        self.make = (lambda: copy_module(given, "student")) if isinstance(given, nn.Module) else given
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = self.make()
-        if not isinstance(network, nn.Module):
-            raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
-        shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
-        super().__init__(name_object(network, digest([shapes, [type(m).__name__ for m in network.modules()]])))
-
-    def build(self, images: ImageSet) -> nn.Module:
-        """A fresh one, returning `Outputs`.
-
-        Raises:
-            UserError: If it does not fit the images.
-        """
-        return adapt_given(self.make(), "student", images.num_classes, images.image_shape)
-
-    def load(self, path: Path) -> nn.Module:
-        """The network as it was given, with the weights of a student's file, in eval mode."""
-        network = self.make()
-        network.load_state_dict(read_tensors(path, KIND, VERSION)[0])
-        return network.eval()
-
-
-class GivenTeacher(TeacherRecipe):
-    """A teacher that is an object; it sees images as the student does.
-
-    Raises:
-        UserError: If it cannot be copied.
-    """
-
-    def __init__(self, given: nn.Module) -> None:
-        self.network = copy_module(given, "teacher").eval().requires_grad_(False)
-        super().__init__(path=name_object(given, digest(list_tensors(given, "teacher"))))
-
-    def open(self, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
-        """The network, returning `Outputs`, and its architecture.
-
-        Raises:
-            UserError: If it does not fit the images.
-        """
-        network = adapt_given(self.network, "teacher", images.num_classes, images.image_shape)
-        return network, {"name": self.path, "num_classes": images.num_classes, "in_chans": images.image_shape[0]}
-
-
-class GivenLoss(str):
-    """A loss that is an object. Made by `give_loss`."""
-
-    module: nn.Module
-
-    def copy(self) -> DistillationLoss:
-        """A loss of its own for each training."""
-        return wrap_loss(copy_module(self.module, "loss"))
-
-
-def give_loss(module: nn.Module) -> GivenLoss:
-    """Let a module be a recipe's loss."""
-    given = GivenLoss(name_object(module, digest(list_tensors(module, "loss"))))
-    given.module = module
-    return given
-
-
-class GivenData(DataRecipe):
-    """Images that are objects.
-
-    Args:
-        train: What is trained on, and where meta-validation is split off unless it is given.
-        meta_validation: What the outer loop and tuning look at.
-        fields: The recipe's other fields.
-    """
-
-    def __init__(self, train: ImageSet, meta_validation: ImageSet | None, **fields: Any) -> None:
-        content = hashlib.blake2b(digest_images(train).encode())
-        if meta_validation:
-            index = 1 + int(train.index.max()) + torch.arange(len(meta_validation))
-            meta_validation = dataclasses.replace(meta_validation, index=index)
-            content.update(digest_images(meta_validation).encode())
-        super().__init__(name=f"{GIVEN}images@{content.hexdigest()[:HASH_LENGTH]}", **fields)
-        self.dataset = Dataset(self.name, train, train.select(torch.arange(0)))
-        self.meta_validation = meta_validation
-
-    def split(self) -> Splits:
-        """The training and the meta-validation images.
-
-        Raises:
-            UserError: If the sizes are impossible.
-        """
-        train = self.dataset.train
-        if self.meta_validation:
-            return Splits(train, self.meta_validation, self.name)
-        splits = split_training_images(train, self.train_size, self.meta_validation_size, self.split_seed)
-        return splits._replace(fingerprint=f"{self.name}/{splits.fingerprint}")
-
-
-def name_object(module: nn.Module, content: str) -> str:
-    """What an object is called in a config."""
-    return f"{GIVEN}{type(module).__name__}@{content[:HASH_LENGTH]}"
-
-
-def copy_module(module: nn.Module, role: str) -> nn.Module:
-    """A copy that shares nothing with the module.
-
-    Raises:
-        UserError: If it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(module)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{role}: this {type(module).__name__} cannot be copied: {reason}") from error
-
-
-def list_tensors(module: nn.Module, role: str) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a module.
-
-    Raises:
-        UserError: If that is not only tensors.
-    """
-    state = module.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
-    return dict(state)
-
-
-def digest_images(images: ImageSet) -> str:
-    """A hash of all that trains: pixels (of files, their names), labels, normalisation."""
-    pixels: Any = images.images
-    if isinstance(pixels, ImageFiles):
-        pixels = [pixels.name(slot) for slot in range(len(images))]
-    return digest([pixels, images.labels, images.mean, images.std, images.num_classes])
-
+Copied = TypeVar("Copied")
+Objects = Mapping[str, Any]
+"""What a caller gives in the place of names: by the name that stands for it in the recipe, which holds a hash of it."""
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images and batches, as a recipe has them.
+# Images and batches.
 
 
 @dataclass(frozen=True)
 class Images:
-    """The three parts of a data set, and a fingerprint of the split."""
+    """The three parts of a data set, a fingerprint of the split, and how batches are made of them."""
 
     name: str
     train: ImageSet
     meta_validation: ImageSet
     test: ImageSet
     fingerprint: str
+    settings: DataRecipe = dataclasses.field(default_factory=DataRecipe)
 
 
-def prepare_images(recipe: DataRecipe) -> Images:
-    """Load, split, and flip labels of the training part if the recipe says so.
+def prepare_images(settings: DataRecipe, objects: Objects | None = None) -> Images:
+    """Load, split, and flip labels of the training part if the settings say so.
 
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    if isinstance(recipe, GivenData):
-        dataset, splits = recipe.dataset, recipe.split()
-    else:
+    train, meta_validation = (objects or {}).get(settings.name, (None, None))
+    if train is None:
         loading = LoadingOptions(
-            recipe.image_size, recipe.workers, recipe.damaged_limit, recipe.packed, recipe.read_timeout
+            settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
         )
-        dataset = load_dataset(recipe.name, recipe.root, loading)
-        splits = split_training_images(dataset.train, recipe.train_size, recipe.meta_validation_size, recipe.split_seed)
-    labels = flip_labels(splits.train.labels, recipe.label_noise, dataset.train.num_classes, recipe.split_seed)
-    return Images(dataset.name, splits.train.relabel(labels), splits.meta_validation, dataset.test, splits.fingerprint)
+        dataset = load_dataset(settings.name, settings.root, loading)
+    else:
+        dataset = Dataset(settings.name, train, train.select(torch.arange(0)))
+    if meta_validation is None:
+        sizes = settings.train_size, settings.meta_validation_size, settings.split_seed
+        splits = split_training_images(dataset.train, *sizes)
+        if train is not None:
+            splits = splits._replace(fingerprint=f"{settings.name}/{splits.fingerprint}")
+    else:
+        splits = Splits(train, meta_validation, settings.name)
+    labels = flip_labels(splits.train.labels, settings.label_noise, dataset.train.num_classes, settings.split_seed)
+    train = splits.train.relabel(labels)
+    return Images(dataset.name, train, splits.meta_validation, dataset.test, splits.fingerprint, settings)
 
 
 def build_batches(
@@ -228,10 +89,10 @@ def build_batches(
     part: tuple[int, int] = (0, 1),
     steps: int | None = None,
 ) -> Batches:
-    """Training batches of these images, as the recipes have it; see `Batches`.
+    """Training batches of these images, as the settings have it; see `Batches`.
 
     Raises:
-        UserError: If the recipes do not fit the images.
+        UserError: If the settings do not fit the images.
     """
     return Batches(
         images,
@@ -249,74 +110,143 @@ def build_batches(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Students and teachers, as a recipe has them.
+# Students and teachers.
 
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
 
-def architecture_of(model: ModelRecipe, images: ImageSet) -> dict[str, Any]:
-    """Keyword arguments of `lkd.models.build` for a model on these images."""
-    return {
+@dataclass(frozen=True)
+class StudentBuilder:
+    """Builds students of one kind.
+
+    Attributes:
+        architecture: Keyword arguments of `lkd.models.build`; the name of a caller's own network holds a hash.
+        make: Builds a network that returns `Outputs`.
+    """
+
+    architecture: dict[str, Any]
+    make: Callable[[], nn.Module]
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return str(self.architecture["name"])
+
+    def build(self, seed: int, device: torch.device) -> nn.Module:
+        """A student whose initial weights are a function of the seed."""
+        torch.manual_seed(seed)
+        return self.make().to(device)
+
+    def find_stages(self, image_shape: tuple[int, int, int]) -> Stages:
+        """Shapes of its features, by a dry run, for which pretrained weights are not fetched."""
+        make = self.make
+        if self.architecture["pretrained"]:
+            make = partial(build, **self.architecture | {"pretrained": False})
+        return find_stages(make(), image_shape)
+
+
+def choose_student(model: ModelRecipe, images: ImageSet, objects: Objects | None = None) -> StudentBuilder:
+    """What builds a student for these images: of a name, or copies of a caller's own.
+
+    Raises:
+        UserError: When it is asked for one, if it cannot be built, or does not fit the images.
+    """
+    architecture: dict[str, Any] = {
         "name": model.name,
         "num_classes": images.num_classes,
         "in_chans": images.image_shape[0],
         "pretrained": model.pretrained,
         "options": model.options,
     }
+    make = (objects or {}).get(model.name)
+    if make is None:
+        return StudentBuilder(architecture, partial(build, **architecture))
+    return StudentBuilder(architecture, lambda: adapt_given(make(), "student", images.num_classes, images.image_shape))
 
 
-def build_network(model: ModelRecipe, images: ImageSet, untrained: bool = False) -> nn.Module:
-    """Build a model for these images, or take a copy of the one that was given.
+@dataclass(frozen=True)
+class OpenedTeacher:
+    """A teacher whose file has been read.
 
-    Args:
-        model: The model.
-        images: What it is for.
-        untrained: Whether pretrained weights are left out, where only shapes are asked for.
-
-    Raises:
-        UserError: If it cannot be built, or does not fit the images.
+    Attributes:
+        network: In eval mode.
+        architecture: Its `name`, `num_classes` and `in_chans`.
+        settings: How it is asked.
     """
-    if isinstance(model, GivenModel):
-        return model.build(images)
-    architecture = architecture_of(model, images)
-    return build(**architecture | ({"pretrained": False} if untrained else {}))
+
+    network: nn.Module
+    architecture: dict[str, Any]
+    settings: TeacherRecipe
+
+    def find_stages(self, image_shape: tuple[int, int, int]) -> Stages:
+        """Shapes of its features, by a dry run."""
+        return find_stages(self.network, image_shape)
 
 
-def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: torch.device) -> nn.Module:
-    """Build a student whose initial weights are a function of the seed."""
-    torch.manual_seed(seed)
-    return build_network(model, images).to(device)
-
-
-def open_teacher(recipe: TeacherRecipe, images: ImageSet) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the teacher's network, or take the one that was given, and check that it fits the images.
-
-    Returns:
-        The network, in eval mode, and its architecture.
+def open_teacher(settings: TeacherRecipe, images: ImageSet, objects: Objects | None = None) -> OpenedTeacher:
+    """Read the teacher's file, or take the network that was given, and check that it fits the images.
 
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
     """
-    if isinstance(recipe, GivenTeacher):
-        return recipe.open(images)
-    network, architecture = load_teacher(recipe, images)
-    check_network(name_teacher(recipe), architecture, images)
-    return network, architecture
+    given = (objects or {}).get(settings.path)
+    if given is not None:
+        network = adapt_given(given, "teacher", images.num_classes, images.image_shape)
+        architecture = {"name": settings.path, "num_classes": images.num_classes, "in_chans": images.image_shape[0]}
+        return OpenedTeacher(network, architecture, settings)
+    network, architecture = load_teacher(
+        images, settings.path, settings.name, settings.pretrained, settings.options, settings.image_size
+    )
+    name = str(settings.name) if settings.pretrained or settings.path == "random" else settings.path
+    check_network(name, architecture, images)
+    return OpenedTeacher(network, architecture, settings)
+
+
+def ask_anew(
+    teacher: OpenedTeacher, images: Images, device: torch.device, train: TrainRecipe | None = None
+) -> TeacherFunction:
+    """The teacher, asked for every batch; as reliable as its settings say.
+
+    Args:
+        teacher: The teacher.
+        images: Their split's seed is that of random answers.
+        device: Where it runs.
+        train: Whether it is compiled, and its layout in memory.
+
+    Raises:
+        UserError: If the fraction of random answers is impossible.
+    """
+    fast = (train.compile, train.channels_last) if train else ()
+    reliable, random = Teacher(teacher.network.to(device), *fast), teacher.settings.random_answers
+    return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
+
+
+def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:
+    """All that decides the teacher's answers, for its cache."""
+    fields = dataclasses.asdict(teacher.settings), dataclasses.asdict(images.settings)
+    return identify(teacher.network, teacher.architecture["name"], *fields, images.train)
+
+
+def choose_cached_seeds(data: DataRecipe) -> range:
+    """The augmentation seeds whose answers a cache holds.
+
+    Raises:
+        UserError: If they have no end, or images are mixed.
+    """
+    return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix)
 
 
 def prepare_teacher(
-    recipe: TeacherRecipe,
-    data: DataRecipe,
+    teacher: OpenedTeacher,
     images: Images,
     device: torch.device,
     stages: tuple[str, ...] = (),
     train: TrainRecipe | None = None,
 ) -> TeacherFunction:
-    """Load the teacher, or its cache; without both augmentation and cache its answers to all images are computed once.
+    """What answers batches: a cache; a table, computed here, if nothing is augmented; or the network, asked anew.
 
     Args:
-        recipe: The teacher.
-        data: The images' recipe.
+        teacher: The teacher.
         images: The images.
         device: Where it runs.
         stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
@@ -324,21 +254,19 @@ def prepare_teacher(
         train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
 
     Raises:
-        UserError: If the file is not good, or the teacher does not fit the images; or if the cache was made with
-            another teacher or other images, or does not hold what the loss reads.
+        UserError: If the cache was made with another teacher or other images, or does not hold what the loss reads.
     """
-    network, architecture = open_teacher(recipe, images.train)
-    if recipe.cache:
+    data, cache = images.settings, teacher.settings.cache
+    if cache:
         check_stages(stages)
-        made_with = identify(network, architecture, recipe, data, images.train)
-        return open_cache(Path(recipe.cache), made_with, data, images.train, device)
-    shapes = find_stages(network, images.train.image_shape) if stages else {}
+        return open_cache(
+            Path(cache), identify_answers(teacher, images), choose_cached_seeds(data), images.train, device
+        )
+    shapes = teacher.find_stages(images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    asked_anew = data.augmentation != "none" or bool(data.mixup or data.cutmix) or size > TABLE_BYTES
-    teacher = wrap_teacher(network.to(device), recipe, data.split_seed, train if asked_anew else None)
-    if asked_anew:
-        return teacher
-    return TabulatedTeacher(teacher, images.train, device, stages=stages)
+    if data.augmentation != "none" or data.mixup or data.cutmix or size > TABLE_BYTES:
+        return ask_anew(teacher, images, device, train)
+    return TabulatedTeacher(ask_anew(teacher, images, device), images.train, device, stages=stages)
 
 
 def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:
@@ -355,109 +283,193 @@ def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> 
             raise UserError(f"{path}: has {theirs} {what}, the data set and its students have {ours}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run says of its networks before it starts.
+def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> str:
+    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says."""
+    settings = teacher.settings
+    if settings.cache:
+        return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
+    name, shape = teacher.architecture["name"], images.train.image_shape
+    described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
+    top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
+    random = settings.random_answers
+    wrong = f", but answers at random on {random:.0%} of the images" if random else ""
+    return f"{described}, {top1:.2f} % on meta-validation{wrong}"
 
 
-def introduce_teacher(recipe: TeacherRecipe, images: Images, device: torch.device) -> str:
-    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says.
-
-    Raises:
-        UserError: If its file is not good or it does not fit the images.
-    """
-    if recipe.cache:
-        return f"{read_cache(Path(recipe.cache)).header['teacher']} when its answers were cached in {recipe.cache}"
-    network, architecture = open_teacher(recipe, images.train)
-    described = describe(network, architecture["name"], images.train.image_shape, recipe.pretrained)
-    top1 = evaluate(network.to(device), images.meta_validation, device, shared=True)["top1"]
-    random = f", but answers at random on {recipe.random_answers:.0%} of the images" if recipe.random_answers else ""
-    return f"{format_description('teacher', described)}, {top1:.2f} % on meta-validation{random}"
-
-
-def introduce_network(role: str, model: ModelRecipe, images: Images, device: torch.device) -> str:
+def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
     """Say which network this is that will be trained.
 
     Raises:
         UserError: If it cannot be built.
     """
-    network = prepare_student(model, images.train, 0, device)
-    return format_description(role, describe(network, model.name, images.train.image_shape, model.pretrained))
+    network, pretrained = student.build(0, device), student.architecture["pretrained"]
+    return format_description(role, describe(network, student.name, images.train.image_shape, pretrained))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses, fitted to the networks that they compare.
 
 
-def prepare_loss(
-    specification: "dict[str, Any] | str", student: ModelRecipe, teacher: TeacherRecipe, images: Images, seed: int
-) -> DistillationLoss:
-    """Build a loss for a student and a teacher; a loss over features finds their shapes by a dry run of each.
+Specification = dict[str, Any] | str | Callable[..., Any]
+"""What names a loss in a recipe, or the loss itself: a module or a function."""
+
+
+class LossBuilder:
+    """Builds a loss for a student and a seed; the loss's file is read once.
 
     Args:
-        specification: What `build_loss` takes; or {name: influence_weighted, loss: ..., ...}; or a `GivenLoss`.
-        student: The student.
+        specification: What `lkd.losses.build.build_loss` takes, where a name may be one that lies elsewhere; or
+            {name: influence_weighted, loss: ..., ...}; or a module, of which copies are used, or a function.
         teacher: The teacher.
         images: The images.
-        seed: Of the initial weights of the loss's adapters.
 
     Raises:
-        UserError: If the loss, or one of the networks, is not good.
+        UserError: If the file is not good.
     """
-    if isinstance(specification, GivenLoss):
-        return specification.copy()
-    if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
-        settings = read_weighted_loss(specification)
-        inner = prepare_loss(settings.loss, student, teacher, images, seed)
-        own = open_trained_teacher(teacher, images) if settings.teacher_rate else None
-        return InfluenceWeightedLoss(inner, images.meta_validation, settings, own)
-    if not reads_features(specification):
-        return build_loss(specification)
-    stages = prepare_stages(student, teacher, images)
-    torch.manual_seed(seed)
-    return build_loss(specification, *stages)
+
+    def __init__(self, specification: Specification, teacher: OpenedTeacher, images: Images) -> None:
+        self.specification, self.teacher, self.images = specification, teacher, images
+        self.file: LossFile | None = None
+        if callable(specification):
+            return
+        options = dict(specification) if isinstance(specification, dict) else {"name": specification}
+        name = options.pop("name", None)
+        if name == INFLUENCE_WEIGHTED:
+            self.settings = read_weighted_loss({"name": name, **options})
+            self.inner = LossBuilder(self.settings.loss, teacher, images)
+        elif isinstance(name, str) and is_learned(here := fetch_named(name)):
+            self.file, self.options = LossFile.read(here), options
+
+    def build(self, student: StudentBuilder, seed: int) -> DistillationLoss:
+        """A loss of its own; shapes of features are found by a dry run of both networks.
+
+        Args:
+            student: The student.
+            seed: Of the initial weights of the loss's adapters.
+
+        Raises:
+            UserError: If the loss, or one of the networks, is not good.
+        """
+        if callable(self.specification):
+            return wrap_loss(copy_module(self.specification, "loss"))
+        if hasattr(self, "inner"):
+            own = self.copy_teacher() if self.settings.teacher_rate else None
+            inner = self.inner.build(student, seed)
+            return InfluenceWeightedLoss(inner, self.images.meta_validation, self.settings, own)
+        reads = find_feature_parts(self.file.build()) if self.file else reads_features(self.specification)
+        shape = self.images.train.image_shape
+        stages = (student.find_stages(shape), self.teacher.find_stages(shape)) if reads else ()
+        torch.manual_seed(seed)
+        if self.file:
+            return attach_features(self.file.build(), self.file.path, self.options, *stages)
+        return build_loss(self.specification, *stages)
+
+    def copy_teacher(self) -> nn.Module:
+        """The network of a teacher that is trained along with the student.
+
+        Raises:
+            UserError: If the settings do not have a plain network.
+        """
+        if self.teacher.settings.cache or self.teacher.settings.random_answers:
+            raise UserError(
+                "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache and random_answers"
+            )
+        return copy_module(self.teacher.network, "teacher")
 
 
-def open_trained_teacher(teacher: TeacherRecipe, images: Images) -> nn.Module:
-    """The network of a teacher that is trained along with the student.
-
-    Raises:
-        UserError: If the recipe does not have a plain network.
-    """
-    if teacher.cache or teacher.random_answers:
-        raise UserError(
-            "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache and random_answers"
-        )
-    return open_teacher(teacher, images.train)[0]
+def prepare_loss(
+    specification: Specification,
+    student: StudentBuilder,
+    teacher: OpenedTeacher,
+    images: Images,
+    seed: int,
+) -> DistillationLoss:
+    """Build one loss; see `LossBuilder`."""
+    return LossBuilder(specification, teacher, images).build(student, seed)
 
 
-def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
-    """Build the loss networks that a recipe is to learn; their initial weights are a function of its seed.
+def prepare_learned_loss(
+    kind: str,
+    options: dict[str, Any],
+    students: list[StudentBuilder],
+    teacher: OpenedTeacher,
+    images: Images,
+    seed: int,
+) -> LearnedLoss:
+    """Build the loss networks that are to be learned.
 
     Features of several architectures are read from whichever student the loss meets.
 
+    Args:
+        kind: logits, features or both.
+        options: Of the networks.
+        students: The architectures that the loss is learned with.
+        teacher: The teacher.
+        images: The images.
+        seed: Of their initial weights.
+
     Raises:
-        UserError: If `meta.kind` or `meta.loss`, or one of the networks, is not good.
+        UserError: If an option, or one of the networks, is not good.
     """
-    settings, seed = recipe.meta, recipe.seed
-    if settings.kind == "logits":
+    shape = images.train.image_shape
+    for student in students:
+        stages = () if kind == "logits" else (student.find_stages(shape), teacher.find_stages(shape))
         torch.manual_seed(seed)
-        return build_learned_loss(settings.kind, settings.loss)
-    for model in recipe.students or [recipe.student]:
-        stages = prepare_stages(model, recipe.teacher, images)
-        torch.manual_seed(seed)
-        loss = build_learned_loss(settings.kind, settings.loss, *stages)
-    if len(recipe.students) > 1:
+        loss = build_learned_loss(kind, options, *stages)
+    if len(students) > 1:
         for part in find_feature_parts(loss):
             part.free_student()
     return loss
 
 
-def prepare_stages(student: ModelRecipe, teacher: TeacherRecipe, images: Images) -> tuple[Stages, Stages]:
-    """Shapes of the student's and the teacher's features, by a dry run of each.
+def copy_module(module: Copied, role: str) -> Copied:
+    """A copy that shares nothing with the module.
 
     Raises:
-        UserError: If one of the networks is not good.
+        UserError: If it cannot be copied.
     """
-    shape = images.train.image_shape
-    network = build_network(student, images.train, untrained=True)
-    return find_stages(network, shape), find_stages(open_teacher(teacher, images.train)[0], shape)
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{role}: this {type(module).__name__} cannot be copied: {first_line(error)}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All parts of a distillation.
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a student is trained from.
+
+    Attributes:
+        images: The images.
+        teacher: The teacher, as it was read.
+        student: What builds students.
+        loss: The loss, fitted to both networks.
+        balance: What weighs its terms; None where the loss is their sum.
+    """
+
+    images: Images
+    teacher: OpenedTeacher
+    student: StudentBuilder
+    loss: DistillationLoss
+    balance: Balancing | None
+
+
+def build_parts(recipe: DistillRecipe, objects: Objects | None = None) -> Parts:
+    """Build all that a recipe names.
+
+    Args:
+        recipe: The recipe.
+        objects: What a caller gives in the place of some of its names.
+
+    Raises:
+        UserError: If one of them is not good, or they do not fit.
+    """
+    images = prepare_images(recipe.data, objects)
+    student = choose_student(recipe.student, images.train, objects)
+    teacher = open_teacher(recipe.teacher, images.train, objects)
+    given = objects.get(recipe.loss) if objects and isinstance(recipe.loss, str) else None
+    loss = prepare_loss(recipe.loss if given is None else given, student, teacher, images, recipe.seed)
+    return Parts(images, teacher, student, loss, build_balance(recipe.balance, loss))

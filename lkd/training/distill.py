@@ -1,5 +1,6 @@
 """Train a network to the end: checkpoints, log, meta-validation after every epoch."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lkd.balance.balancing import build_balance
-from lkd.config.parts import DataRecipe, ModelRecipe, TrainRecipe
-from lkd.config.training import DistillRecipe, TrainTeacherRecipe
+from lkd.balance.balancing import Balancing
+from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import count_processes, is_main, own_rank
 from lkd.core.errors import UserError
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
-from lkd.data.images import Batch, ImageSet
+from lkd.data.images import Batch
 from lkd.data.splits import interleave_classes
 from lkd.losses.learned.shares import gradient_shares
 from lkd.losses.logits import CrossEntropyLoss
@@ -25,13 +25,12 @@ from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
 from lkd.training.build import (
-    architecture_of,
+    Images,
+    Parts,
+    StudentBuilder,
     build_batches,
     introduce_network,
     introduce_teacher,
-    prepare_images,
-    prepare_loss,
-    prepare_student,
     prepare_teacher,
 )
 from lkd.training.checkpoints import Checkpoints, run_steps
@@ -93,32 +92,30 @@ def answer(student: nn.Module, images: Tensor) -> Outputs:
 # KD-AIF's semi-supervised form; its objective is not public.
 
 
-def label_by_teacher(
-    images: ImageSet, labelled_size: int, teacher: TeacherFunction, device: torch.device, seed: int
-) -> ImageSet:
-    """Keep the labels of some images and give the others the class that the teacher finds most probable.
+def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:
+    """Keep the labels of some training images and give the others the class that the teacher finds most probable.
 
     Args:
-        images: The training images.
+        images: The images; which ones keep theirs is a function of the split's seed.
         labelled_size: How many keep theirs, as balanced over the classes as the images are; 0 for all.
         teacher: The teacher.
         device: Where it runs.
-        seed: Of the choice.
 
     Raises:
         UserError: If there are not so many images.
     """
-    if not 0 <= labelled_size <= len(images):
-        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(images)} training images")
+    train = images.train
+    if not 0 <= labelled_size <= len(train):
+        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
     if not labelled_size:
         return images
-    unlabelled = interleave_classes(images.labels, images.num_classes, seed)[labelled_size:]
-    labels = images.labels.clone()
-    positions = {int(index): place for place, index in zip(unlabelled, images.index[unlabelled], strict=True)}
-    for batch in images.batches(unlabelled.split(500), device):
+    unlabelled = interleave_classes(train.labels, train.num_classes, images.settings.split_seed)[labelled_size:]
+    labels = train.labels.clone()
+    positions = {int(index): place for place, index in zip(unlabelled, train.index[unlabelled], strict=True)}
+    for batch in train.batches(unlabelled.split(500), device):
         found = [int(positions[int(index)]) for index in batch.index]
         labels[found] = teacher(batch).logits.argmax(1).cpu()
-    return images.relabel(labels)
+    return replace(images, train=train.relabel(labels))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,56 +126,48 @@ FIRST_PAUSE = 1.0  # seconds between the first reports of how fast it goes
 REPORTS = 1000  # after so many they are logged half as often
 
 
-def distill(recipe: DistillRecipe, run: Run) -> Path:
+def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size: int = 0) -> Path:
     """Train a student with any loss.
+
+    Args:
+        parts: What it is trained from.
+        train: How.
+        seed: Of initial weights and of the order of the batches.
+        run: The run.
+        labelled_size: Training images whose labels are known; 0 for all.
 
     Returns:
         The student's file; its provenance holds the meta-validation figures of the last and of the best epoch.
     """
-    images = prepare_images(recipe.data)
-    loss = prepare_loss(recipe.loss, recipe.student, recipe.teacher, images, recipe.seed)
-    build_balance(recipe.balance, loss)  # a mistake shows before the teacher works
-    run.say(introduce_network("student", recipe.student, images, run.device))
-    run.say(introduce_teacher(recipe.teacher, images, run.device))
-    stages = loss.teacher_stages
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages, recipe.train)
-    train = label_by_teacher(images.train, recipe.labelled_size, teacher, run.device, recipe.data.split_seed)
-    return train_to_the_end(recipe, recipe.student, train, images.meta_validation, loss, teacher, run, "student")
+    images, loss = parts.images, parts.loss
+    run.say(introduce_network("student", parts.student, images, run.device))
+    run.say(introduce_teacher(parts.teacher, images, run.device))
+    teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
+    labelled = label_by_teacher(images, labelled_size, teacher, run.device)
+    training = start_training(
+        parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
+    )
+    return train_to_the_end(training, labelled, parts.student, run, "student")
 
 
-def train_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
-    """Train a teacher with cross-entropy.
+def train_teacher(student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run) -> Path:
+    """Train a teacher: a student of cross-entropy.
 
     Returns:
         The teacher's file.
     """
-    images = prepare_images(recipe.data)
-    run.say(introduce_network("teacher", recipe.model, images, run.device))
-    return train_to_the_end(
-        recipe, recipe.model, images.train, images.meta_validation, CrossEntropyLoss(), None, run, "teacher"
-    )
+    run.say(introduce_network("teacher", student, images, run.device))
+    training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
+    return train_to_the_end(training, images, student, run, "teacher")
 
 
-def train_to_the_end(
-    recipe: DistillRecipe | TrainTeacherRecipe,
-    model: ModelRecipe,
-    train: ImageSet,
-    meta_validation: ImageSet,
-    loss: DistillationLoss,
-    teacher: TeacherFunction | None,
-    run: Run,
-    role: str,
-) -> Path:
+def train_to_the_end(training: Training, images: Images, student: StudentBuilder, run: Run, role: str) -> Path:
     """Train, evaluating after every epoch; resume from the run's checkpoint if there is one.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    balance = recipe.balance if isinstance(recipe, DistillRecipe) else None
-    training = start_training(
-        model, train, loss, teacher, recipe.train, recipe.data, recipe.seed, run.device, shared=True, balance=balance
-    )
-    checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
+    checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     shown = ""
@@ -214,7 +203,7 @@ def train_to_the_end(
                 report()
             speed = epoch.read(training.step)
             looked = describe_batch(training, seen.pop()) if seen else {}
-            figures = evaluate(training.result, meta_validation, run.device, shared=True)
+            figures = evaluate(training.result, images.meta_validation, run.device, shared=True)
             history.append({"step": training.step, **figures})
             run.tracker.log(
                 training.step,
@@ -232,33 +221,31 @@ def train_to_the_end(
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
     if not is_main():
         return path
-    provenance = run.provenance() | {"meta_validation": results, "image_shape": list(train.image_shape)}
-    save_network(path, training.result, architecture_of(model, train), provenance)
+    provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
+    save_network(path, training.result, student.architecture, provenance)
     run.tracker.keep(role, path, **results["last"])
     run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
     return path
 
 
 def start_training(
-    model: ModelRecipe,
-    train: ImageSet,
+    student: StudentBuilder,
+    images: Images,
     loss: DistillationLoss,
     teacher: TeacherFunction | None,
-    recipe: TrainRecipe,
-    data: DataRecipe,
+    train: TrainRecipe,
     seed: int,
     device: torch.device,
     shared: bool = False,
-    balance: dict[str, Any] | str | None = None,
+    balance: Balancing | None = None,
 ) -> Training:
     """A fresh training; equal seeds give equal initial weights and equal batches, whatever the loss.
 
     `shared`: the processes that have met do it together, each with its part of every batch; else each for itself.
-    `balance`: what `build_balance` takes.
     """
-    student = prepare_student(model, train, seed, device)
+    network = student.build(seed, device)
     part = (own_rank(), count_processes()) if shared else (0, 1)
     if part[0]:  # else dropout would drop the same in every process
         torch.manual_seed(seeded_generator(seed, 10, part[0]).initial_seed())
-    batches = build_batches(train, recipe, data, seed, device, part)
-    return Training(student, loss, teacher, batches, recipe, build_balance(balance, loss))
+    batches = build_batches(images.train, train, images.settings, seed, device, part)
+    return Training(network, loss, teacher, batches, train, balance)

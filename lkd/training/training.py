@@ -20,7 +20,7 @@ from lkd.data.batches import Batches
 from lkd.data.images import Batch
 from lkd.losses.functions import widen
 from lkd.losses.loss import DistillationLoss
-from lkd.models.forward import build_forward, lay_out
+from lkd.models.build import build_forward
 from lkd.models.teacher import TeacherFunction
 from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from lkd.training.throughput import StepClock
@@ -110,7 +110,7 @@ class StudentLoss(nn.Module):
         self.loss = loss
         self.autocast = autocast
         self.clock = clock
-        self.run_student = build_forward(student, recipe)
+        self.run_student = build_forward(student, recipe.compile, recipe.channels_last)
         self.reads_features = bool(loss.teacher_stages)
 
     def forward(
@@ -326,7 +326,8 @@ class Training:
             self.loss.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
         self.clock.start()
         batch = self.batches.at(self.step)
-        batch = batch._replace(images=lay_out(batch.images, self.recipe))
+        if self.recipe.channels_last:
+            batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         self.clock.lap("data")
         with self.autocast():
             teacher = self.teacher(batch) if self.teacher else None

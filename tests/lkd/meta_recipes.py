@@ -6,7 +6,8 @@ from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, PoolSettings, 
 from lkd.losses import LearnedLoss
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import open_run
-from lkd.training.build import prepare_images, prepare_learned_loss
+from lkd.training.build import prepare_images
+from tests.lkd.parts import prepare_learned_loss
 
 
 def tiny_recipe(pool: dict | None = None, run_dir: str = "run", **meta) -> MetaTrainRecipe:

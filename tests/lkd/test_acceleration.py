@@ -11,11 +11,11 @@ from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.losses import KDLoss
 from lkd.models import build
+from lkd.models.build import build_forward
 from lkd.models.files import load_network, save_network
-from lkd.models.forward import build_forward
-from lkd.training.build import prepare_images, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.parts import prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1}
@@ -80,6 +80,6 @@ def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
-    forward = build_forward(build("tiny_cnn", 7, 1), TrainRecipe(compile=True))
+    forward = build_forward(build("tiny_cnn", 7, 1), compiled=True)
     with pytest.raises(UserError, match=r"train\.compile: torch\.compile does not work here .*leave it out"):
         forward(torch.zeros(3, 1, 28, 28))

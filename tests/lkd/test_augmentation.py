@@ -20,9 +20,9 @@ from lkd.losses.build import LOSSES, TORCHDISTILL
 from lkd.losses.torchdistill import RECIPES
 from lkd.models.build import AdaptedInput, adapt_input
 from lkd.models.teacher import TabulatedTeacher, load_teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.evaluate import evaluate
+from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")
@@ -132,11 +132,10 @@ def test_the_teacher_sees_the_same_pixels_its_own_way(images) -> None:
     torch.testing.assert_close(AdaptedInput(Echo(), given, wanted, 28)(normalized).logits, scaled, rtol=1e-5, atol=1e-5)
     echo = Echo()
     assert adapt_input(echo, given, given) is echo
-    teacher = TeacherRecipe("random", "small_cnn", image_size=14)
-    network, _ = load_teacher(teacher, images.train)
+    network, _ = load_teacher(images.train, "random", "small_cnn", image_size=14)
     batch = Batches(images.train, 4, 0).at(0)
     small = interpolate(batch.images, (14, 14), mode="bilinear", antialias=True)
-    plain, _ = load_teacher(TeacherRecipe("random", "small_cnn"), images.train)
+    plain, _ = load_teacher(images.train, "random", "small_cnn")
     torch.testing.assert_close(network(batch.images).logits, plain(small).logits)
 
 
@@ -152,12 +151,12 @@ def test_a_real_teacher_knows_real_images() -> None:
     def measure(size: int, teacher_size: int) -> dict[str, float]:
         files = open_source(FileSource(folder, names), LoadingOptions(size, workers=1))
         shown = ImageSet(files, labels, torch.arange(len(names)), classes, MEAN, STD)
-        recipe = TeacherRecipe(path=weights, name="tf_efficientnet_lite2", image_size=teacher_size)
-        return evaluate(load_teacher(recipe, shown)[0], shown, CPU, 10)
+        network, _ = load_teacher(shown, weights, "tf_efficientnet_lite2", image_size=teacher_size)
+        return evaluate(network, shown, CPU, 10)
 
     own = measure(260, 0)
     assert own["top1"] >= 85
     assert own["top5"] >= 90
     assert measure(224, 260)["top1"] >= 80, "on the pixels of a student at 224"
     with pytest.raises(UserError, match="its 322 weights have not the shapes of the"):
-        load_teacher(TeacherRecipe(path=weights, name="tf_efficientnet_lite0"), prepare_images(DataRecipe()).train)
+        load_teacher(prepare_images(DataRecipe()).train, weights, "tf_efficientnet_lite0")

@@ -14,9 +14,9 @@ from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.evaluation.comparison.compare import check_methods
 from lkd.evaluation.comparison.trials import Cell, balance_of, cell_path, expand_grid, split_method
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.training.build import prepare_images, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.parts import prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 DATA = DataRecipe(train_size=300, meta_validation_size=100)

@@ -21,9 +21,10 @@ from lkd.meta_training.reuse import Reuse
 from lkd.models.teacher_cache import KIND, VERSION
 from lkd.pool.pool import build_pool
 from lkd.tracking.run import Run, open_run
-from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher
+from lkd.training.build import prepare_images
 from lkd.training.training import BrokenInputError, Training
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
+from tests.lkd.parts import list_pool_parts, list_students, prepare_loss, prepare_student, prepare_teacher
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ def test_a_diverging_student_of_the_pool_is_kept_up_to_its_divergence(small_pool
     recipe, images, teacher = small_pool_problem
     recipe.train.learning_rate = 1e20
     with open_run(recipe, "pool", quiet=True) as run:
-        pool = build_pool(recipe, run.path / "pool", images, teacher, run)
+        pool = build_pool(recipe, run.path / "pool", *list_pool_parts(recipe, images, teacher), run)
     assert pool.ages.tolist() == [0.0]
     assert all(torch.isfinite(tensor).all() for tensor in pool.read(0, CPU).state.parameters.values())
     assert "student 0 of the pool has no ages after this: step" in Path("run/output.txt").read_text()
@@ -179,7 +180,12 @@ def test_a_diverging_student_of_the_pool_is_kept_up_to_its_divergence(small_pool
 def test_the_cost_of_a_training_that_diverges_is_measured(small_pool_problem) -> None:
     recipe, images, teacher = small_pool_problem
     recipe.train.learning_rate = 1e20
-    assert measure_training_seconds(recipe, images, teacher, build_loss_networks(recipe), CPU) > 0
+    assert (
+        measure_training_seconds(
+            recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), CPU
+        )
+        > 0
+    )
 
 
 def test_a_look_whose_students_are_not_finite_is_the_worst(small_pool_problem, monkeypatch) -> None:
@@ -189,7 +195,7 @@ def test_a_look_whose_students_are_not_finite_is_the_worst(small_pool_problem, m
     figures = {"top1": 10.0}
     monkeypatch.setattr(Reuse, "train_student", lambda *_: figures | {"calibrated_cross_entropy": next(scores)})
     run = Run(Path("run"), CPU, None, "meta-train", quiet=True)
-    reuse, loss = Reuse(recipe, [recipe.student], images, teacher, run), build_loss_networks(recipe)
+    reuse, loss = Reuse(recipe, list_students(recipe, images), images, teacher, run), build_loss_networks(recipe)
     for step in (0, 1):
         reuse.look(step, loss, [(0.0, loss.state_dict())], StopRequest())
     assert reuse.best_row["step"] == 1

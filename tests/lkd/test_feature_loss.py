@@ -15,9 +15,9 @@ from lkd.losses.build import build_loss
 from lkd.losses.learned import build_learned_loss
 from lkd.losses.learned.features import draw_projection
 from lkd.losses.learned.file import save_loss
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from meta import ESTIMATORS, verify
+from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 from tests.lkd.test_learned_forms import bilevel_problem, wander
 
 SMALL = {"stage1": (8, 14, 14), "stage2": (16, 7, 7), "stage3": (32, 4, 4)}

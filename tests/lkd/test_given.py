@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import lkd
+from lkd.api import name_data
+from lkd.config import DataRecipe
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
 from lkd.models.build import adapt_given
 from lkd.models.small import SMALL_NETWORKS
-from lkd.training.build import GivenData
+from lkd.training.build import prepare_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
 
@@ -111,10 +113,12 @@ def test_too_large_a_dataset_is_refused_before_it_is_read(monkeypatch: pytest.Mo
 def test_a_split_is_known_by_the_images_in_it() -> None:
     images, other = read_images(Pictures()), read_images(Pictures(target=lambda position: position % 2))
     fields = {"train_size": 0, "meta_validation_size": 6}
-    first, same, another = (GivenData(i, None, **fields) for i in (images, images, other))
+    named = [name_data(given, None, DataRecipe(), fields) for given in (images, images, other)]
+    first, same, another = (prepare_images(recipe, {recipe.name: given}) for recipe, given in named)
     assert first.name == same.name != another.name
-    assert first.split().fingerprint == same.split().fingerprint != another.split().fingerprint
-    apart = GivenData(images, other).split()
+    assert first.fingerprint == same.fingerprint != another.fingerprint
+    recipe, given = name_data(images, images, DataRecipe(), {})
+    apart = prepare_images(recipe, {recipe.name: given})
     assert not set(apart.train.index.tolist()) & set(apart.meta_validation.index.tolist())
 
 

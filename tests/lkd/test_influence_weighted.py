@@ -18,8 +18,9 @@ from lkd.losses.build import build_loss
 from lkd.models import build
 from lkd.models.files import save_network
 from lkd.models.teacher import Teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
-from lkd.training.distill import label_by_teacher, start_training
+from lkd.training.build import prepare_images
+from lkd.training.distill import label_by_teacher
+from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 TEACHER = TeacherRecipe(path="random", name="small_cnn")
@@ -110,7 +111,7 @@ def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if
 
 def test_only_the_labels_that_are_known_are_kept(images) -> None:
     teacher = Teacher(build("small_cnn", 10, 1))
-    found = label_by_teacher(images.train, 50, teacher, CPU, 0)
+    found = label_by_teacher(images, 50, teacher, CPU).train
     batch = images.train.batch(torch.arange(200), CPU)
     given = found.labels == images.train.labels
     taught = found.labels == teacher(batch).logits.argmax(1)
@@ -119,7 +120,7 @@ def test_only_the_labels_that_are_known_are_kept(images) -> None:
     assert int(given.sum()) >= 50
     assert not given.all()
     with pytest.raises(UserError, match="labelled_size: 201 is not between 0"):
-        label_by_teacher(images.train, 201, teacher, CPU, 0)
+        label_by_teacher(images, 201, teacher, CPU)
 
 
 def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:

@@ -12,13 +12,13 @@ from lkd.meta_training.online_student import alternation_start, check_interleavi
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
-from lkd.training.build import prepare_images, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from meta import State, Tape
 from meta.estimators import ESTIMATORS
 from meta.optim import SGD, read_slots
 from meta.tensors import cosine_similarity
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.parts import list_students, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def make_loop(recipe) -> OuterLoop:
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    return OuterLoop(recipe, images, teacher, build_loss_networks(recipe), [], CPU)
+    return OuterLoop(recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), [], CPU)
 
 
 def test_updates_are_spread_evenly_over_the_training() -> None:

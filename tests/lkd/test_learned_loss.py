@@ -13,7 +13,8 @@ from lkd.losses import FeatureLoss, KDLoss, LearnedLoss, LogitLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned import FORMS, build_learned_loss, find_saturated, gradient_shares
 from lkd.losses.learned.file import KIND, save_loss
-from lkd.training.build import prepare_images, prepare_learned_loss
+from lkd.training.build import prepare_images
+from tests.lkd.parts import prepare_learned_loss
 from tests.lkd.test_learned_forms import wander
 
 STAGES = {"first": (4, 6, 6), "last": (8, 3, 3)}

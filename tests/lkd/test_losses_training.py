@@ -13,9 +13,9 @@ from lkd.data import Batches
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
 from lkd.models.teacher import TabulatedTeacher, Teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 CNN = ModelRecipe("small_cnn")

@@ -22,11 +22,11 @@ from lkd.meta_training.log import summarize_cost
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer
 from lkd.pool.pool import Pool, count_pool_trainings, open_pool
-from lkd.training.build import prepare_images, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
 from meta import ESTIMATORS, Hypergradient, rollout
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.parts import list_students, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 SMALL = {"max_age": 0.5, "snapshots": 2, "students": 1}
@@ -48,7 +48,15 @@ def capture_problem(recipe: MetaTrainRecipe, pool_dir: Path, number: int = 0):
     """What the estimator would be given at the first outer step."""
     images = prepare_images(recipe.data)
     index = read_json(pool_dir / "index.json")
-    loop = OuterLoop(recipe, images, answer_zero, build_loss_networks(recipe), [Pool(pool_dir, index)], CPU)
+    loop = OuterLoop(
+        recipe,
+        images,
+        list_students(recipe, images),
+        answer_zero,
+        build_loss_networks(recipe),
+        [Pool(pool_dir, index)],
+        CPU,
+    )
     caught = []
 
     def estimator(*problem) -> Hypergradient:
@@ -160,7 +168,7 @@ def test_live_students_are_trained_with_the_loss_as_it_is(monkeypatch) -> None:
 def loss_after(recipe: MetaTrainRecipe, steps: int, folder: Path) -> LearnedLoss:
     images, teacher = prepared(recipe)
     pool = Pool(folder, read_json(folder / "index.json"))
-    loop = OuterLoop(recipe, images, teacher, build_loss_networks(recipe), [pool], CPU)
+    loop = OuterLoop(recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), [pool], CPU)
     for _ in range(steps):
         loop.run_step()
     return loop.loss
@@ -335,7 +343,7 @@ class FeaturePart(DistillationLoss):
 
 @pytest.mark.parametrize("interleaving", ["before", "alternate"])
 def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(interleaving: str, monkeypatch) -> None:
-    def build(recipe: MetaTrainRecipe, images) -> LearnedLoss:
+    def build(*_) -> LearnedLoss:
         return LearnedLoss({"logits": LogitLoss(), "features": FeaturePart()})
 
     monkeypatch.setattr("lkd.meta_training.meta_train.prepare_learned_loss", build)

@@ -12,8 +12,9 @@ from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.log import describe_saturation
 from lkd.meta_training.online_student import assemble_loss, copy_state
 from lkd.meta_training.outer_loop import OuterLoop
-from lkd.training.build import prepare_images, prepare_learned_loss, prepare_stages
+from lkd.training.build import choose_student, open_teacher, prepare_images
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.parts import prepare_learned_loss
 
 STUDENTS = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
 
@@ -44,7 +45,9 @@ def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapte
     path = tmp_path / "replayed.lkd.safetensors"
     save_loss(path, assemble_loss(networks, [(0.0, early), (0.5, late)]), {})
     assert reads_features(str(path))
-    stages = prepare_stages(recipe.student, recipe.teacher, images)
+    shape = images.train.image_shape
+    networks = choose_student(recipe.student, images.train), open_teacher(recipe.teacher, images.train)
+    stages = [network.find_stages(shape) for network in networks]
     loss = build_loss({"name": str(path), "adapters": True}, *stages)
     assert len(find_feature_parts(loss)) == 2
     assert loss.teacher_stages

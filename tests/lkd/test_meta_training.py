@@ -13,16 +13,19 @@ from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
 from lkd.pool.pool import build_pool, open_pool
 from lkd.tracking.run import open_run
-from lkd.training.build import architecture_of, prepare_images, prepare_teacher
+from lkd.training.build import choose_student, prepare_images
 from meta import verify
 from meta.estimators import ESTIMATORS
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.parts import list_pool_parts, list_students, prepare_teacher
 
 CPU = torch.device("cpu")
 
 
 def make_loop(recipe: MetaTrainRecipe, images, teacher, *pools) -> OuterLoop:
-    return OuterLoop(recipe, images, teacher, build_loss_networks(recipe), list(pools), CPU)
+    return OuterLoop(
+        recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), list(pools), CPU
+    )
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def built():
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
     with open_run(recipe, "pool", quiet=True) as run:
-        pool = build_pool(recipe, run.path / "pool", images, teacher, run)
+        pool = build_pool(recipe, run.path / "pool", *list_pool_parts(recipe, images, teacher), run)
         yield recipe, images, teacher, pool, run
 
 
@@ -51,15 +54,15 @@ def test_a_pool_goes_on_where_it_stopped_and_is_refused_where_it_does_not_fit(bu
     recipe, images, teacher, pool, run = built
     before = {path: path.stat().st_mtime_ns for path in pool.folder.iterdir()}
     recipe.pool.students = 3
-    grown = build_pool(recipe, pool.folder, images, teacher, run)
+    grown = build_pool(recipe, pool.folder, *list_pool_parts(recipe, images, teacher), run)
     assert len(grown) == 9
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "index.json")
-    architecture = architecture_of(recipe.student, images.train)
+    architecture = choose_student(recipe.student, images.train).architecture
     other = prepare_images(DataRecipe(train_size=200, meta_validation_size=100, split_seed=1))
     with pytest.raises(UserError, match="may have seen meta-validation"):
         open_pool(pool.folder, other, architecture)
     with pytest.raises(UserError, match="holds small_cnn students, not small_mobilenet"):
-        open_pool(pool.folder, images, architecture_of(ModelRecipe("small_mobilenet"), images.train))
+        open_pool(pool.folder, images, choose_student(ModelRecipe("small_mobilenet"), images.train).architecture)
     with pytest.raises(UserError, match="holds no pool"):
         open_pool(run.path, images, architecture)
 

@@ -13,11 +13,11 @@ from lkd.meta_training.online_student import copy_state, draw_seed
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.reuse import Reuse, shorten
 from lkd.tracking.run import Run
-from lkd.training.build import prepare_images, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.evaluate import evaluate
 from lkd.training.training import DivergedError, Training
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.parts import list_students, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 def make_reuse(recipe) -> Reuse:
     images = prepare_images(recipe.data)
     teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    return Reuse(recipe, [recipe.student], images, teacher, Run(Path("run"), CPU, None, "meta-train", quiet=True))
+    return Reuse(
+        recipe, list_students(recipe, images), images, teacher, Run(Path("run"), CPU, None, "meta-train", quiet=True)
+    )
 
 
 def script_scores(monkeypatch, scores: list[float]) -> None:

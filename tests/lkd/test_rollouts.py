@@ -16,9 +16,10 @@ from lkd.meta_training.rollouts import (
     draw_rollout_images,
     list_inner_batches,
 )
-from lkd.training.build import prepare_images, prepare_student
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
 from meta import State, rollout
+from tests.lkd.parts import prepare_student
 
 CPU = torch.device("cpu")
 

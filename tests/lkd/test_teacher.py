@@ -10,7 +10,8 @@ from lkd.data.embedded import TEACHER
 from lkd.models import build
 from lkd.models.files import load_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
-from lkd.training.build import check_network, prepare_images, prepare_teacher
+from lkd.training.build import check_network, prepare_images
+from tests.lkd.parts import prepare_teacher
 
 CPU = torch.device("cpu")
 

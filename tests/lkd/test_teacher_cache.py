@@ -20,7 +20,8 @@ from lkd.models import build
 from lkd.models.files import save_network
 from lkd.models.teacher import Teacher
 from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logits, restore_logits
-from lkd.training.build import architecture_of, prepare_images, prepare_teacher
+from lkd.training.build import choose_student, prepare_images
+from tests.lkd.parts import prepare_teacher
 from tests.lkd.tiny_images import write_image_folder
 from tests.processes import start_command
 
@@ -146,7 +147,7 @@ def test_another_network_of_the_same_name_and_files_of_another_cache_are_refused
     recipe = CacheRecipe(data=IN_MEMORY, teacher=TeacherRecipe("random", "small_cnn", cache="cache"))
     cache = cache_answers(recipe)
     images = prepare_images(IN_MEMORY)
-    architecture = architecture_of(ModelRecipe("small_cnn"), images.train)
+    architecture = choose_student(ModelRecipe("small_cnn"), images.train).architecture
     torch.manual_seed(1)
     save_network(Path("other.safetensors"), build(**architecture), architecture, {})
     with pytest.raises(UserError, match=r"was made with teacher\.weights '\w+', not with '\w+'"):

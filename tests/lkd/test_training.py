@@ -14,9 +14,9 @@ from lkd.data import Batches
 from lkd.losses import CrossEntropyLoss, DistillationLoss, KDLoss
 from lkd.models import build
 from lkd.models.teacher import Teacher
-from lkd.training.build import prepare_images, prepare_loss, prepare_student, prepare_teacher
-from lkd.training.distill import start_training
+from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.parts import prepare_loss, prepare_student, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 DATA = DataRecipe(augmentation="flip_and_crop")

@@ -43,7 +43,16 @@ from lkd.evaluation.comparison.workers import Watch, finish_all, start_workers
 from lkd.losses.build import LOSSES
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import Run, evidence
-from lkd.training.build import Images, introduce_network, introduce_teacher, prepare_images, prepare_loss
+from lkd.training.build import (
+    Images,
+    LossBuilder,
+    OpenedTeacher,
+    choose_student,
+    introduce_network,
+    introduce_teacher,
+    open_teacher,
+    prepare_images,
+)
 from lkd.training.optimizer import build_optimizer, build_scheduler
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,9 +191,11 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
         The table's rows.
     """
     images = prepare_images(recipe.data)
-    check_methods(recipe, images)
-    run.say(*(introduce_network("student", student, images, run.device) for student in recipe.students))
-    run.say(introduce_teacher(recipe.teacher, images, run.device))
+    teacher = open_teacher(recipe.teacher, images.train)
+    check_methods(recipe, images, teacher)
+    students = [choose_student(student, images.train) for student in recipe.students]
+    run.say(*(introduce_network("student", student, images, run.device) for student in students))
+    run.say(introduce_teacher(teacher, images, run.device))
     on_gpus = run.device.type == "cuda" and run.device.index is None
     with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
         finish_cells(recipe, plan_tuning(recipe), run, workers, "tune")
@@ -199,7 +210,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe, images: Images) -> None:
+def check_methods(recipe: CompareRecipe, images: Images, teacher: OpenedTeacher) -> None:
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
 
     Raises:
@@ -218,8 +229,9 @@ def check_methods(recipe: CompareRecipe, images: Images) -> None:
         for point in expand_grid(method):
             loss, train = split_method(point, recipe.train)
             try:
+                losses = LossBuilder(loss, teacher, images)
                 for student in recipe.students:
-                    built = prepare_loss(loss, student, recipe.teacher, images, recipe.seed)
+                    built = losses.build(choose_student(student, images.train), recipe.seed)
                 build_balance(balance_of(point), built)
                 build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
             except UserError as error:

@@ -17,13 +17,22 @@ from typing import Any
 
 import torch
 
+from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import CompareRecipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError, check_choice
 from lkd.core.tensor_files import write_result
 from lkd.evaluation.comparison.workers import claimed, own_device
 from lkd.models.teacher import TeacherFunction
-from lkd.training.build import Images, prepare_images, prepare_loss, prepare_teacher
+from lkd.training.build import (
+    Images,
+    OpenedTeacher,
+    choose_student,
+    open_teacher,
+    prepare_images,
+    prepare_loss,
+    prepare_teacher,
+)
 from lkd.training.distill import label_by_teacher, start_training
 from lkd.training.evaluate import evaluate, guess
 from lkd.training.training import DivergedError
@@ -274,11 +283,16 @@ def prepare_images_for_cells(data: str) -> Images:
 
 
 @lru_cache(maxsize=8)
+def open_teacher_for_cells(data: str, teacher: str) -> OpenedTeacher:
+    """A teacher, read once a process; the recipes are JSON."""
+    return open_teacher(TeacherRecipe(**json.loads(teacher)), prepare_images_for_cells(data).train)
+
+
+@lru_cache(maxsize=8)
 def prepare_teacher_for_cells(data: str, teacher: str, device: str, stages: tuple[str, ...]) -> TeacherFunction:
-    """A teacher for the losses that read these stages, once a process; the recipes are JSON."""
-    images = prepare_images_for_cells(data)
-    recipes = TeacherRecipe(**json.loads(teacher)), DataRecipe(**json.loads(data))
-    return prepare_teacher(*recipes, images, torch.device(device), stages)
+    """What answers the losses that read these stages, once a process; the recipes are JSON."""
+    opened = open_teacher_for_cells(data, teacher)
+    return prepare_teacher(opened, prepare_images_for_cells(data), torch.device(device), stages)
 
 
 def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
@@ -291,16 +305,15 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
     data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
     images = prepare_images_for_cells(data)
     specification, train = split_method(cell.loss, recipe.train)
-    loss = prepare_loss(specification, cell.student, recipe.teacher, images, cell.seed)
+    student = choose_student(cell.student, images.train)
+    loss = prepare_loss(specification, student, open_teacher_for_cells(data, taught), images, cell.seed)
     teacher = prepare_teacher_for_cells(data, taught, device, loss.teacher_stages)
     place = torch.device(device)
     started = time.perf_counter()
     cost = Cost(place)
-    balance = balance_of(cell.loss)
-    labelled = label_by_teacher(images.train, recipe.labelled_size, teacher, place, recipe.data.split_seed)
-    training = start_training(
-        cell.student, labelled, loss, teacher, train, recipe.data, cell.seed, place, balance=balance
-    )
+    balance = build_balance(balance_of(cell.loss), loss)
+    labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
+    training = start_training(student, labelled, loss, teacher, train, cell.seed, place, balance=balance)
     weights: list[float] = []
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}

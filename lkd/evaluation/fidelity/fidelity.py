@@ -22,6 +22,7 @@ from lkd.evaluation.comparison.trials import (
     Cell,
     cell_path,
     digest_of,
+    open_teacher_for_cells,
     prepare_images_for_cells,
     prepare_teacher_for_cells,
 )
@@ -40,12 +41,15 @@ from lkd.pool.pool import INDEX, Pool, PoolStudent, build_pool, check_pool, open
 from lkd.tracking.run import Run
 from lkd.training.build import (
     Images,
-    architecture_of,
+    LossBuilder,
+    OpenedTeacher,
+    StudentBuilder,
+    choose_student,
     introduce_network,
     introduce_teacher,
+    open_teacher,
     prepare_images,
     prepare_loss,
-    prepare_student,
     prepare_teacher,
 )
 from lkd.training.optimizer import build_optimizer, build_scheduler
@@ -130,13 +134,14 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     place = torch.device(device)
     data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
     images = prepare_images_for_cells(data)
+    builder, opened = choose_student(recipe.student, images.train), open_teacher_for_cells(data, taught)
     losses = {
-        label: prepare_loss(loss, recipe.student, recipe.teacher, images, recipe.seed).to(place)
+        label: prepare_loss(loss, builder, opened, images, recipe.seed).to(place)
         for label, loss in recipe.losses.items()
     }
     stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
     teacher = prepare_teacher_for_cells(data, taught, device, tuple(stages))
-    pool = open_pool(pool_folder, images, architecture_of(recipe.student, images.train))
+    pool = open_pool(pool_folder, images, builder.architecture)
     start = pool.read(draw.student, place)
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -146,7 +151,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps, tuple(stages))
     size = min(recipe.outer_batch_size, len(images.meta_validation))
     outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)
-    student = prepare_student(recipe.student, images.train, recipe.seed, place).train()
+    student = builder.build(recipe.seed, place).train()
     values: dict[str, dict[str, float]] = {objective: {} for objective in (recipe.objectives or list(OBJECTIVES))}
     for label, loss in losses.items():
         for objective, value in score_rollout(recipe, draw, student, start, loss, inner_batches, outer_batch).items():
@@ -201,13 +206,13 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     """
     images = prepare_images(recipe.data)
     total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
-    check_recipe(recipe, images, total_steps)
-    architecture = architecture_of(recipe.student, images.train)
-    pool = open_pool(Path(recipe.pool_dir), images, architecture) if recipe.pool_dir else None
+    student, teacher = choose_student(recipe.student, images.train), open_teacher(recipe.teacher, images.train)
+    check_recipe(recipe, images, student, teacher, total_steps)
+    pool = open_pool(Path(recipe.pool_dir), images, student.architecture) if recipe.pool_dir else None
     check_ages(recipe, pool, total_steps)
-    run.say(introduce_network("student", recipe.student, images, run.device))
-    run.say(introduce_teacher(recipe.teacher, images, run.device))
-    pool = pool or make_pool(recipe, images, run)
+    run.say(introduce_network("student", student, images, run.device))
+    run.say(introduce_teacher(teacher, images, run.device))
+    pool = pool or make_pool(recipe, images, student, teacher, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
     on_gpus = run.device.type == "cuda" and run.device.index is None
@@ -246,15 +251,17 @@ def plan_trainings(recipe: FidelityRecipe) -> list[Cell]:
     ]
 
 
-def make_pool(recipe: FidelityRecipe, images: Images, run: Run) -> Pool:
+def make_pool(recipe: FidelityRecipe, images: Images, student: StudentBuilder, opened: OpenedTeacher, run: Run) -> Pool:
     """Build the pool in the run directory."""
-    stages = prepare_loss(recipe.pool.loss, recipe.student, recipe.teacher, images, recipe.seed).teacher_stages
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, run.device, stages)
-    parts = {name: getattr(recipe, name) for name in ("seed", "data", "teacher", "student", "train", "pool")}
-    return build_pool(PoolRecipe(**parts), run.path / "pool", images, teacher, run)
+    losses = LossBuilder(recipe.pool.loss, opened, images)
+    teacher = prepare_teacher(opened, images, run.device, losses.build(student, recipe.seed).teacher_stages)
+    settings = PoolRecipe(seed=recipe.seed, train=recipe.train, pool=recipe.pool)
+    return build_pool(settings, run.path / "pool", images, student, teacher, losses, run)
 
 
-def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> None:
+def check_recipe(
+    recipe: FidelityRecipe, images: Images, student: StudentBuilder, teacher: OpenedTeacher, total_steps: int
+) -> None:
     """Check everything but the ages, before any training.
 
     Raises:
@@ -271,7 +278,7 @@ def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> No
     for objective in recipe.objectives or list(OBJECTIVES):
         check_choice("objectives", objective, OBJECTIVES)
     build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
-    check_losses(recipe, images)
+    check_losses(recipe, images, student, teacher)
     for steps in recipe.rollout_lengths:
         if steps < 1:
             raise UserError(f"rollout_lengths: {steps} is not at least 1")
@@ -284,7 +291,7 @@ def check_recipe(recipe: FidelityRecipe, images: Images, total_steps: int) -> No
             )
 
 
-def check_losses(recipe: FidelityRecipe, images: Images) -> None:
+def check_losses(recipe: FidelityRecipe, images: Images, student: StudentBuilder, teacher: OpenedTeacher) -> None:
     """Check the losses to rank.
 
     Raises:
@@ -298,7 +305,7 @@ def check_losses(recipe: FidelityRecipe, images: Images) -> None:
             for key in ("grid", "train"):
                 if isinstance(specification, dict) and key in specification:
                     raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
-            loss = prepare_loss(specification, recipe.student, recipe.teacher, images, recipe.seed)
+            loss = prepare_loss(specification, student, teacher, images, recipe.seed)
             if loss.needs_index or any(p.requires_grad for p in loss.parameters()):
                 raise UserError(
                     "has parts that are trained along with the student, which a student of the pool has not; "

@@ -1,7 +1,7 @@
 """The learned-loss file: weights, what they are, and how they came about, in one safetensors file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.loss import FORMS, LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss
-from lkd.tracking.remote import fetch, is_remote
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
@@ -44,12 +43,43 @@ def save_loss(path: str | Path, loss: LearnedLoss | ReplayedLoss, provenance: di
     write_tensors(Path(path), tensors, KIND, VERSION, {"architecture": architecture, "provenance": provenance})
 
 
+class LossFile(NamedTuple):
+    """What a file of a learned loss holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "LossFile":
+        """Read a file.
+
+        Raises:
+            UserError: If it is missing, truncated, not a learned loss, or of a newer format.
+        """
+        return cls(Path(path), *read_tensors(Path(path), KIND, VERSION))
+
+    def build(self) -> LearnedLoss | ReplayedLoss:
+        """The loss, frozen.
+
+        Raises:
+            UserError: If weights and architecture do not fit.
+        """
+        try:
+            check_architecture(self.header["architecture"], self.tensors)
+            loss = build_loss_from(self.header["architecture"])
+            loss.load_state_dict(self.tensors)
+        except MALFORMED as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path}: its weights and its architecture do not fit: {reason}") from error
+        return loss.requires_grad_(False).eval()
+
+
 def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
     """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
 
     Args:
-        path: A `*.lkd.safetensors` file; or where it is to be fetched from, `hf://owner/repository/file` or
-            `wandb://entity/project/artifact:version`.
+        path: A `*.lkd.safetensors` file.
 
     Returns:
         An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
@@ -57,18 +87,9 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
         was learned while a student was trained with it is replayed by progress.
 
     Raises:
-        UserError: If the file is missing, truncated, not a learned loss, or of a newer format, or cannot be fetched.
+        UserError: If the file is missing, truncated, not a learned loss, or of a newer format.
     """
-    here = fetch(str(path)) if is_remote(str(path)) else Path(path)
-    tensors, header = read_tensors(here, KIND, VERSION)
-    try:
-        check_architecture(header["architecture"], tensors)
-        loss = build_loss_from(header["architecture"])
-        loss.load_state_dict(tensors)
-    except MALFORMED as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: its weights and its architecture do not fit: {reason}") from error
-    return loss.requires_grad_(False).eval()
+    return LossFile.read(path).build()
 
 
 def check_architecture(architecture: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,77 @@
+"""The parts of a training, of recipes: in short, for tests."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lkd.balance.balancing import build_balance
+from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.data.images import ImageSet
+from lkd.losses import LearnedLoss
+from lkd.models.teacher import TeacherFunction
+from lkd.training import build, distill
+from lkd.training.build import Images, LossBuilder, StudentBuilder, choose_student, open_teacher
+from lkd.training.training import Training
+
+
+def prepare_teacher(
+    recipe: TeacherRecipe,
+    data: DataRecipe,
+    images: Images,
+    device: torch.device,
+    stages: tuple[str, ...] = (),
+    train: TrainRecipe | None = None,
+) -> TeacherFunction:
+    """What answers batches of these images, made as `data` says."""
+    return build.prepare_teacher(
+        open_teacher(recipe, images.train), replace(images, settings=data), device, stages, train
+    )
+
+
+def prepare_loss(specification, student: ModelRecipe, teacher: TeacherRecipe, images: Images, seed: int) -> nn.Module:
+    """A loss for a student and a teacher."""
+    losses = LossBuilder(specification, open_teacher(teacher, images.train), images)
+    return losses.build(choose_student(student, images.train), seed)
+
+
+def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
+    """The loss networks that a recipe is to learn."""
+    teacher = open_teacher(recipe.teacher, images.train)
+    meta, students = recipe.meta, list_students(recipe, images)
+    return build.prepare_learned_loss(meta.kind, meta.loss, students, teacher, images, recipe.seed)
+
+
+def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: torch.device) -> nn.Module:
+    """A student."""
+    return choose_student(model, images).build(seed, device)
+
+
+def list_students(recipe: MetaTrainRecipe, images: Images) -> list[StudentBuilder]:
+    """What builds the students of a recipe."""
+    return [choose_student(model, images.train) for model in recipe.students or [recipe.student]]
+
+
+def start_training(
+    student: ModelRecipe,
+    train: ImageSet,
+    loss: nn.Module,
+    teacher: TeacherFunction | None,
+    recipe: TrainRecipe,
+    data: DataRecipe,
+    seed: int,
+    device: torch.device,
+    balance=None,
+) -> Training:
+    """A fresh training on these images."""
+    images = Images("", train, train, train, "", data)
+    weighed = build_balance(balance, loss)
+    return distill.start_training(
+        choose_student(student, train), images, loss, teacher, recipe, seed, device, balance=weighed
+    )
+
+
+def list_pool_parts(recipe, images: Images, teacher: TeacherFunction) -> tuple:
+    """What `build_pool` takes between its folder and its run."""
+    losses = LossBuilder(recipe.pool.loss, open_teacher(recipe.teacher, images.train), images)
+    return images, choose_student(recipe.student, images.train), teacher, losses
