@@ -2,15 +2,16 @@
 
 import re
 import shutil
+import signal
 import socket
 import time
 from importlib.util import find_spec
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from lkd.core.files import read_json, write_json
-from tests.processes import read_results, start_command
+from tests.processes import Command, read_results
+from tests.processes import start_job as start_processes
 
 PAIR = "configs/imagenet/resnet50-mobilenetv1.yaml"
 METHODS = "configs/imagenet/methods"
@@ -82,7 +83,7 @@ class Commands:
         while all(process.is_alive() for process in job) and not list(self.place(name).glob("checkpoints/[0-9]*")):
             time.sleep(0.005)
         for process in job:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         if set(wait(job)) != {-9}:
             raise SystemExit(f"{name}: was through before it was killed; see {output}")
 
@@ -97,19 +98,17 @@ class Commands:
         return max(float((tensor.double() - second[key].double()).abs().max()) for key, tensor in first.items())
 
 
-def start_job(words: list[str], processes: int, output: Path) -> list[BaseProcess]:
+def start_job(words: list[str], processes: int, output: Path) -> list[Command]:
     """Start a command's processes, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return [start_command(words, output, rank, processes, port) for rank in range(processes)]
+    return [Command(words, output)] if processes == 1 else start_processes(words, port, processes, str(output))
 
 
-def wait(job: list[BaseProcess]) -> list[int | None]:
+def wait(job: list[Command]) -> list[int | None]:
     """Exit codes of a job's processes."""
-    for process in job:
-        process.join()
-    return [process.exitcode for process in job]
+    return [process.wait(timeout=3600) for process in job]
 
 
 def find_weights() -> list[str]:

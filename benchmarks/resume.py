@@ -8,6 +8,7 @@ Goes on with an interrupted run in RUN_DIR.
 import csv
 import random
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 
 from lkd.core.files import environment, read_json, write_json, write_text
 from lkd.tracking.run import evidence
-from tests.processes import RUNS, TINY, VIT, read_results, start_command
+from tests.processes import RUNS, TINY, VIT, Command, read_results, start_job
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "resume"
 KILLS = 20  # of each command
@@ -59,10 +60,8 @@ def main() -> None:
 def finish(words: list[str], output: Path) -> float:
     """Run a command to its end; seconds."""
     started = time.monotonic()
-    process = start_command(words, output)
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"lkd {' '.join(words)}: exit code {process.exitcode}; see {output}")
+    if code := Command(words, output).wait(timeout=3600):
+        raise RuntimeError(f"lkd {' '.join(words)}: exit code {code}; see {output}")
     return time.monotonic() - started
 
 
@@ -89,11 +88,10 @@ def kill_and_resume(command: str, number: int, folder: Path) -> dict[str, Any]:
         while not killed:  # it may be through before
             shutil.rmtree(run_dir, ignore_errors=True)
             seconds = chance.uniform(0.1, 1.0) * duration
-            process = start_command(words, folder / "output.txt")
+            process = Command(words, folder / "output.txt")
             time.sleep(seconds)
-            process.kill()
-            process.join()
-            killed = process.exitcode != 0
+            process.send_signal(signal.SIGKILL)
+            killed = process.wait() != 0
         found = [str(path.relative_to(run_dir).with_suffix("")) for path in run_dir.rglob("[0-9]*.safetensors")]
         finish(words, folder / "output.txt")
         expected, results = read_results(whole), read_results(run_dir)
@@ -119,9 +117,8 @@ def compare_processes(name: str, folder: Path) -> dict[str, Any]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        job = [start_command([*words, str(two)], folder / f"output-{n}.txt", n, 2, port) for n in range(2)]
-        for process in job:
-            process.join()
+        for process in start_job([*words, str(two)], port, output=str(folder / "output-{rank}.txt")):
+            process.wait()
         expected, results = read_results(one), read_results(two)
         difference = max(float((t - results[key]).abs().max()) for key, t in expected.items() if t.is_floating_point())
         largest = max(float(t.abs().max()) for t in expected.values() if t.is_floating_point())

@@ -1,12 +1,14 @@
-"""Tiny runs of `lkd` commands in processes of their own, to be killed and gone on with.
+"""Commands in processes of their own, forked from one that has imported the package and done nothing else.
 
-The processes are forked from one that has imported the package and done nothing else: they start at once.
+They start at once, where a fresh interpreter imports for six seconds.
 """
 
 import multiprocessing
 import os
+import subprocess
 import sys
-from multiprocessing.process import BaseProcess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -30,36 +32,95 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["lkd.commands"])
 
 
-def start_command(words: list[str], output: Path, rank: int = 0, size: int = 1, port: int = 0) -> BaseProcess:
-    """Start a command, alone or as a process of a job, as torchrun would.
+class Command:
+    """A command in a process of its own, as `subprocess.Popen` has it.
 
     Args:
-        words: The command line.
-        output: Gets what it prints.
-        rank: Its number.
-        size: Processes of the job.
-        port: Where they meet.
+        words: The command line, after `lkd`.
+        output: What it prints, both streams, is appended to this file.
+        environment: Variables to set.
+        prepare: Called in the process before the command: a function at the top of a module.
+        group: Whether it leads a process group of its own.
     """
-    environment = {"OMP_NUM_THREADS": "1"}
-    if size > 1:
-        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        environment |= {name: str(value) for name, value in job.items()}
-    process = FORK_SERVER.Process(target=run_command, args=(words, output, environment))
-    process.start()
-    return process
+
+    def __init__(
+        self,
+        words: list[str],
+        output: str | Path = "output.txt",
+        environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
+        group: bool = False,
+    ) -> None:
+        self.output = Path(output).absolute()
+        self.printed_before = self.output.stat().st_size if self.output.exists() else 0
+        place = (os.getcwd(), str(self.output), environment or {}, prepare, group)
+        self.process = FORK_SERVER.Process(target=run_command, args=(words, *place))
+        self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
+
+    @property
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_bytes()[self.printed_before :].decode() if self.output.exists() else ""
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal that killed it; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Wait until it ends, and give its exit code."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired("lkd", timeout, self.text)
+        return self.process.exitcode
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 120) -> None:
+        """Wait until something has come about while it runs."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.poll() is None, self.text
+            assert time.monotonic() < end, self.text
+            time.sleep(0.002)
 
 
-def run_command(words: list[str], output: Path, environment: dict[str, str]) -> None:
+def start_job(words: list[str], port: int, size: int = 2, output: str = "output-{rank}.txt") -> list[Command]:
+    """Start a command in several processes that meet at a port, as torchrun would."""
+    job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [
+        Command(words, output.format(rank=rank), job | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+
+
+def run_command(
+    words: list[str],
+    folder: str,
+    output: str,
+    environment: dict[str, str],
+    prepare: Callable[[], None] | None,
+    group: bool,
+) -> None:
     """Run a command in this process, and leave with its exit code."""
     import torch
 
     from lkd.cli import main
 
+    if group:
+        os.setpgid(0, 0)
+    os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with output.open("a") as file:
+    with open(output, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    if prepare:
+        prepare()
     sys.exit(main(words))
 
 

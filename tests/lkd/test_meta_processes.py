@@ -1,7 +1,6 @@
 """Meta-training by several processes (gloo): the loss that one process learns, stopped and gone on with by one."""
 
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +13,13 @@ from lkd.losses.learned.file import read_provenance
 from lkd.meta_training import meta_train as meta_training
 from lkd.meta_training.meta_train import check_identical
 from tests.lkd.test_resume import run
-from tests.processes import RUNS, VIT, read_results, start_command
+from tests.processes import RUNS, VIT, Command, read_results, start_job
 
 WORDS = ["meta-train", *RUNS["meta-train"], "--pool.students", "1"]
 
 
-def start_job(words: list[str], port: int) -> list:
-    return [start_command(words, Path(f"output-{rank}.txt"), rank, size=2, port=port) for rank in range(2)]
-
-
-def finish(job: list) -> list[int]:
-    for process in job:
-        process.join(timeout=300)
-    return [process.exitcode for process in job]
+def finish(job: list[Command]) -> list[int]:
+    return [process.wait() for process in job]
 
 
 def read_loop(run_dir: str) -> dict:
@@ -71,10 +64,9 @@ def test_a_stopped_job_goes_on_with_another_number_of_processes(unused_tcp_port:
     """To the bit: the students that the loss alternates with are each of one process."""
     words = [*WORDS, "--meta.interleaving", "alternate", "--meta.reuse_every", "0"]
     job = start_job([*words, "--run_dir", "stopped"], unused_tcp_port)
-    while job[0].is_alive() and not list(Path("stopped").glob("checkpoints/000000002*")):
-        time.sleep(0.002)
+    job[0].wait_for(lambda: list(Path("stopped").glob("checkpoints/000000002*")))
     for process in job:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
     assert finish(job) == [128 + signal.SIGTERM] * 2, Path("output-0.txt").read_text()
     assert "go on with: lkd meta-train" in Path("output-0.txt").read_text()
     run([*words, "--run_dir", "stopped", "--resume", "auto"])

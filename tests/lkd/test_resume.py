@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import RUNS, read_results, start_command
+from tests.processes import RUNS, Command, read_results
 
 MOMENTS = {  # what has to be there before a run is killed, for each time that it is
     "distill": ["checkpoints/00000000*", "checkpoints/00000001*"],
@@ -18,20 +18,17 @@ MOMENTS = {  # what has to be there before a run is killed, for each time that i
 
 
 def run(words: list[str]) -> None:
-    process = start_command(words, Path("output.txt"))
-    process.join()
-    assert process.exitcode == 0, Path("output.txt").read_text()
+    command = Command(words)
+    assert command.wait() == 0, command.text
 
 
 def kill_when_there(words: list[str], pattern: str, delay: float) -> None:
-    process = start_command(words, Path("output.txt"))
+    command = Command(words)
     folder = Path(words[words.index("--run_dir") + 1])
-    while process.is_alive() and not list(folder.glob(f"{pattern}.safetensors")):
-        time.sleep(0.002)
+    command.wait_for(lambda: list(folder.glob(f"{pattern}.safetensors")))
     time.sleep(delay)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, Path("output.txt").read_text()
+    command.send_signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL, command.text
 
 
 @pytest.mark.parametrize("command", MOMENTS)

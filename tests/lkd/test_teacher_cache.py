@@ -23,7 +23,7 @@ from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logi
 from lkd.training.build import choose_student, prepare_images
 from tests.lkd.parts import prepare_teacher
 from tests.lkd.tiny_images import write_image_folder
-from tests.processes import start_command
+from tests.processes import Command
 
 CPU = torch.device("cpu")
 IN_MEMORY = DataRecipe(train_size=200, meta_validation_size=100, augmentation="flip_and_crop", augmentation_seeds=2)
@@ -165,13 +165,11 @@ def test_a_killed_cache_goes_on_to_the_same_bytes_and_processes_share_it(monkeyp
     words = ["cache", *WORDS, "--shard_size", "40", "--threads", "1"]
     assert main([*words, "--teacher.cache", "whole"]) == 0
     words += CACHE
-    process = start_command(words, Path("output.txt"))
-    while process.is_alive() and not list(Path("cache").glob("seed-*")):
-        time.sleep(0.001)
+    command = Command(words)
+    command.wait_for(lambda: list(Path("cache").glob("seed-*")))
     time.sleep(random.Random(0).uniform(0, 0.02))
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, Path("output.txt").read_text()
+    command.send_signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL, command.text
     begun = {path: path.stat().st_mtime_ns for path in Path("cache").glob("seed-*")}
     assert 0 < len(begun) < 10
     monkeypatch.setenv("WORLD_SIZE", "2")
