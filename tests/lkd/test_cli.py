@@ -13,6 +13,7 @@ import pytest
 from lkd.cli import main
 from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.core.files import read_json
+from tests.processes import Command
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -148,18 +149,13 @@ def test_an_interrupted_run_resumes_to_the_same_student(number: int) -> None:
     """Stopped at whatever step it is, and gone on with: the same bits as a run that nobody disturbed."""
     words = ["distill", "--data.train_size", "500", "--data.meta_validation_size", "100", "--train.epochs", "40"]
     assert main([*words, "--run_dir", "whole"]) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lkd.cli", *words, "--run_dir", "cut", "--threads", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    wait_for_lines(Path("cut/log.jsonl"), 3)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number
-    assert "go on with: lkd distill" in error
-    assert error.rstrip().endswith("--resume auto")
+    command = Command([*words, "--run_dir", "cut", "--threads", "1"])
+    log = Path("cut/log.jsonl")
+    command.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3)
+    command.send_signal(number)
+    assert command.wait() == 128 + number
+    assert "go on with: lkd distill" in command.text
+    assert command.text.rstrip().endswith("--resume auto")
     assert not Path("cut/student.safetensors").exists()
     assert main([*words, "--run_dir", "cut", "--threads", "1", "--resume", "auto"]) == 0
     from lkd.models.files import load_network
@@ -168,44 +164,30 @@ def test_an_interrupted_run_resumes_to_the_same_student(number: int) -> None:
     assert all((whole[name] == cut[name]).all() for name in whole)
 
 
-def wait_for_lines(path: Path, count: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never got {count} lines")
-
-
 COMPARE = ["compare", "--run_dir", "c", *TINY, "--train.epochs", "30", "--workers", "2", "--seeds", "2"]
 COMPARE += ["--methods", "{KD: kd, CE: cross_entropy}"]
 
 
-def start_comparison() -> "subprocess.Popen[str]":
+def start_comparison() -> Command:
     """Start four trainings on two workers, in a group of processes of their own, and wait for the first to be done."""
-    command = [sys.executable, "-m", "lkd.cli", *COMPARE]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(Path("c").glob("cells/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return process
+    command = Command(COMPARE, group=True)
+    command.wait_for(lambda: list(Path("c").glob("cells/*.json")))
+    return command
 
 
 def test_a_comparison_that_is_stopped_with_its_workers_says_how_to_go_on() -> None:
     """As a batch system stops it: SIGTERM to every process of the job."""
-    process = start_comparison()
-    os.killpg(process.pid, signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, error
-    assert "of 4 jobs are finished and kept; go on with: lkd compare" in error
+    command = start_comparison()
+    os.killpg(command.pid, signal.SIGTERM)
+    assert command.wait() == 143, command.text
+    assert "of 4 jobs are finished and kept; go on with: lkd compare" in command.text
 
 
 def test_an_interrupted_comparison_keeps_its_finished_cells() -> None:
-    process = start_comparison()
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "go on with: lkd compare" in error
+    command = start_comparison()
+    command.send_signal(signal.SIGINT)
+    assert command.wait() == 130
+    assert "go on with: lkd compare" in command.text
     kept = {path: path.stat().st_mtime_ns for path in Path("c").glob("cells/*.json")}
     assert 1 <= len(kept) < 4
     assert main([*COMPARE, "--resume", "auto"]) == 0
