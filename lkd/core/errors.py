@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes that a user can mend: one line, exit code 2, no traceback.
 
@@ -78,6 +76,8 @@ def explain_exhaustion(place: str, less: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        import torch  # here: `lkd --help` reads this file, and must not wait for it
+
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
             advice = f"go on with --resume auto where there is more, or anew with {less}"
             raise UserError(f"{place}: out of memory; {advice}") from error
