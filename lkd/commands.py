@@ -40,7 +40,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
 from lkd.models.teacher import load_teacher_network
-from lkd.pool.pool import build_pool, check_pool
+from lkd.pool.pool import build_pool
 from lkd.tracking.run import choose_device, open_run
 from lkd.training.build import (
     LossBuilder,
@@ -136,7 +136,6 @@ def plan(recipe: PlanRecipe) -> None:
 def pool(recipe: PoolRecipe) -> None:
     """`lkd pool`."""
     with open_run(recipe, "pool") as run:
-        check_pool(recipe.pool)
         images = prepare_images(recipe.data)
         student = choose_student(recipe.student, images.train)
         taught_by = open_teacher(recipe.teacher, images.train)

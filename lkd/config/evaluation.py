@@ -5,6 +5,15 @@ from typing import Any, Literal
 
 from lkd.config.meta_training import MetaSettings, PoolContents, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.ranges import (
+    AtLeast2,
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The recipes of a comparison and of ranking fidelity.
@@ -48,13 +57,13 @@ class CompareRecipe(RunRecipe):
         }
     )
     students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
-    seeds: int = 3
+    seeds: PositiveInt = 3
     baseline: str = "KD"
-    tuning_trainings: int = 0
-    tuning_seeds: int = 1
-    labelled_size: int = 0
-    evaluate_every: int = 1
-    workers: int = 0
+    tuning_trainings: NonNegativeInt = 0
+    tuning_seeds: PositiveInt = 1
+    labelled_size: NonNegativeInt = 0
+    evaluate_every: PositiveInt = 1
+    workers: NonNegativeInt = 0
     join: bool = False
 
 
@@ -102,15 +111,15 @@ class FidelityRecipe(RunRecipe):
     pool: PoolContents = field(default_factory=lambda: PoolContents(students=8, snapshots=9, max_age=0.8))
     pool_dir: str | None = None
     losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
-    ages: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
-    rollout_lengths: list[int] = field(default_factory=lambda: [20, 60])
-    rollout_epochs: int = 13
+    ages: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
+    rollout_lengths: list[PositiveInt] = field(default_factory=lambda: [20, 60])
+    rollout_epochs: PositiveInt = 13
     annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
     objectives: list[str] = field(default_factory=list)
-    outer_batch_size: int = 1000
-    full_seeds: int = 4
-    rollouts: int = 8
-    workers: int = 0
+    outer_batch_size: PositiveInt = 1000
+    full_seeds: AtLeast2 = 4
+    rollouts: AtLeast2 = 8
+    workers: NonNegativeInt = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,9 +171,9 @@ class InspectRecipe:
 
     loss: dict[str, Any] | str
     out: str | None = None
-    kd_weight: float = 0.5
-    kd_temperature: float = 4.0
-    num_classes: int = 10
+    kd_weight: ClosedUnitInterval = 0.5
+    kd_temperature: PositiveFloat = 4.0
+    num_classes: AtLeast2 = 10
     seed: int = 0
 
 
@@ -211,12 +220,12 @@ class PlanRecipe(RunRecipe):
     pool_dir: str | None = None
     meta: MetaSettings | None = None
     gpu: Literal["h100_sxm", "a100_sxm_80gb", "l40s", "rtx_4090"] = "h100_sxm"
-    gpus: int = 1
-    efficiency: float = 0.5
-    cores: int = 16
-    decode_rate: float = 500.0
-    augmentation_seeds: int = 8
-    top_k: int = 20
+    gpus: PositiveInt = 1
+    efficiency: PositiveFraction = 0.5
+    cores: PositiveInt = 16
+    decode_rate: NonNegativeFloat = 500.0
+    augmentation_seeds: PositiveInt = 8
+    top_k: PositiveInt = 20
     out: str | None = None
 
 
@@ -236,8 +245,8 @@ class QuickstartRecipe(RunRecipe):
 
     run_dir: str = "runs/quickstart"
     short: bool = False
-    workers: int = 0
-    seeds: int = 3
+    workers: NonNegativeInt = 0
+    seeds: PositiveInt = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.ranges import (
+    ClosedUnitInterval,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ZeroOrAtLeast1,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The pool of students, and how meta-training draws from it.
@@ -20,9 +29,9 @@ class PoolContents:
         loss: What they are trained with: a loss name, or {name: ..., ...}.
     """
 
-    students: int = 4
-    snapshots: int = 9
-    max_age: float = 0.8
+    students: PositiveInt = 4
+    snapshots: PositiveInt = 9
+    max_age: ClosedUnitInterval = 0.8
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
 
 
@@ -44,8 +53,8 @@ class PoolSettings(PoolContents):
 
     sampling: Literal["uniform", "gaussian", "fixed_step", "latest", "live", "fidelity"] = "uniform"
     gaussian_age: float = 0.0
-    gaussian_spread: float = 0.1
-    refresh_every: int = 10
+    gaussian_spread: PositiveFloat = 0.1
+    refresh_every: PositiveInt = 10
     fidelity_file: str | None = None
     restore_momentum: bool = True
 
@@ -121,29 +130,29 @@ class MetaSettings:
             run of over 100 times as many steps a multiple: there are 100 pictures at most.
     """
 
-    outer_steps: int = 30
+    outer_steps: PositiveInt = 30
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
-    students_per_step: int = 2
-    rollout_steps: int = 100
-    initial_rollout_steps: int = 0
-    rollout_epochs: int = 13
+    students_per_step: PositiveInt = 2
+    rollout_steps: PositiveInt = 100
+    initial_rollout_steps: NonNegativeInt = 0
+    rollout_epochs: PositiveInt = 13
     annealing: Literal["cosine", "constant"] = "cosine"
-    average: float = 0.0
+    average: FractionBelowOne = 0.0
     estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
-    outer_batch_size: int = 1000
-    learning_rate: float = 0.05
-    clip_norm: float = 1.0
-    exploding_norm: float = 100.0
+    outer_batch_size: PositiveInt = 1000
+    learning_rate: NonNegativeFloat = 0.05
+    clip_norm: NonNegativeFloat = 1.0
+    exploding_norm: ZeroOrAtLeast1 = 100.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
-    reuse_every: int = 10
-    reuse_students: int = 3
-    reuse_epochs: int = 0
-    reuse_patience: int = 0
-    checkpoint_every: int = 10
-    picture_every: int = 10
+    reuse_every: NonNegativeInt = 10
+    reuse_students: PositiveInt = 3
+    reuse_epochs: NonNegativeInt = 0
+    reuse_patience: NonNegativeInt = 0
+    checkpoint_every: PositiveInt = 10
+    picture_every: NonNegativeInt = 10
 
 
 @dataclass

@@ -1,11 +1,17 @@
 """From the words of a command line and its recipe files to what the parser takes."""
 
+import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Callable, Mapping
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
+from jsonargparse import typing as ranged
 
 from lkd.config import (
     CacheRecipe,
@@ -60,6 +66,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
 # Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
 POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs"}
 
+Recipe = TypeVar("Recipe")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe files that build on others: `base: FILE` or `base: [FILE, ...]`, relative to the file that says it.
@@ -106,9 +114,6 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     Raises:
         UserError: If a file is missing, is not a YAML mapping, or is its own base.
     """
-    import yaml
-    from jsonargparse import get_loader
-
     trail = " → ".join(str(file) for file in (*above, path))
     if path.resolve() in {file.resolve() for file in above}:
         raise UserError(f"base: {trail} is a cycle: remove one of these")
@@ -183,8 +188,6 @@ def check_plain(text: str) -> None:
     Raises:
         ValueError: If it has aliases, of which a few lines can stand for any amount of memory, or is nested deeply.
     """
-    import yaml
-
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
@@ -266,7 +269,7 @@ def complete_switches(words: list[str], switches: set[str]) -> list[str]:
     return completed
 
 
-def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
+def known_keys(parser: ArgumentParser, of_type: type | None = None) -> list[str]:
     """The dotted keys that a parser accepts; only those of one type if it is given."""
     return [
         action.dest
@@ -276,52 +279,102 @@ def known_keys(parser: Any, of_type: type | None = None) -> list[str]:
     ]
 
 
-def explain(message: str, keys: list[str]) -> str:
-    """Jsonargparse's message as one line, with the nearest keys where one was unknown."""
+def explain(message: str, keys: list[str], place: str = "") -> str:
+    """Jsonargparse's message as one line: the nearest keys where one was unknown, the range where a number left it.
+
+    Args:
+        message: The message.
+        keys: All that are known.
+        place: What comes before a key, say `"train."`.
+    """
     line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
     misplaced = re.search(r"unrecognized arguments: ([^-]\S*)", line)
     if misplaced:
         return f"{misplaced[1]!r} is not an option, nor a value of one; files and folders go before the options"
     unknown = re.search(
-        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|Key ')([\w.]+)", line
+        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|(?:Option|Key) ')([\w.]+)", line
     )
-    group = re.search(r"Group '([\w.]+)'", line)
-    if not unknown:
-        return line
-    name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
-    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
-    return f"unknown key {name!r}; nearest: {', '.join(near)}"
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", line)
+        name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
+        near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
+        return f"unknown key {place + name!r}; nearest: {', '.join(near)}"
+    refused = re.search(r"Not of type (\w+): (?:invalid .*?: )?(\S+)", line)
+    accepted = getattr(ranged, refused[1], None) if refused else None
+    if refused and accepted:
+        key = ".".join(re.findall(r'[kK]ey "([\w.]+)"', line))
+        kind = "a whole number" if issubclass(accepted, int) else "a number"
+        return f"{place}{key}: {refused[2]} is not {kind} {re.sub('v(==)?', '', accepted._expression)}"
+    return place + re.sub(r'^Parser key "([\w.]+)":', r"\1:", line)
+
+
+def build_parser(kind: type, **options: Any) -> ArgumentParser:
+    """A parser of a recipe or of a part of one. A recipe is data: no value of it may name code that is imported."""
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
+    )
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def instantiate(kind: type[Recipe], parser: ArgumentParser, parse: Callable[[], Any], role: str = "") -> Recipe:
+    """The dataclass of what `parse` gives, with plain numbers in the place of the types that carry ranges.
+
+    Raises:
+        UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
+    """
+    try:
+        parsed = parser.instantiate(parse())
+    except ArgumentError as error:
+        raise UserError(explain(str(error), known_keys(parser), role and f"{role}.")) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{role or 'the recipe'} has a value that cannot be used ({reason})") from error
+    return make_plain(kind(**{key: value for key, value in vars(parsed).items() if key != "config"}))
+
+
+def make_plain(value: Any) -> Any:
+    """Numbers of the types that carry ranges as the plain numbers that files hold, in a recipe and all its parts."""
+    if dataclasses.is_dataclass(value):
+        for name, inner in vars(value).items():
+            setattr(value, name, make_plain(inner))
+    elif isinstance(value, list):
+        return [make_plain(inner) for inner in value]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value) if isinstance(value, int) else float(value)
+    return value
+
+
+def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -> Recipe:
+    """A recipe, or a part of one, of plain values, checked as the command line's are.
+
+    Args:
+        kind: The dataclass.
+        values: Its fields; those of its parts are dicts.
+        role: What messages call it, say `"train"`.
+
+    Raises:
+        UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
+    """
+    parser = build_parser(kind)
+    return instantiate(kind, parser, lambda: parser.parse_object(dict(values)), role)
 
 
 def parse_recipe(command: str, words: list[str]) -> Any:
     """Turn recipe files and overrides into the command's dataclass; None if only help was asked for.
 
     Raises:
-        UserError: If a file cannot be read, a key is unknown or a value is of the wrong type.
+        UserError: If a file cannot be read, a key is unknown, or a value is of the wrong type or outside of its range.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
     recipe, field = COMMANDS[command][0], POSITIONAL.get(command)
-    set_parsing_settings(  # a recipe is data: no value of it may name code that is imported or made
-        import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
+    parser = build_parser(
+        recipe, prog=f"lkd {command}", usage=f"lkd {command} {usage(recipe, field)} [--key value ...]"
     )
-    parser = ArgumentParser(
-        prog=f"lkd {command}",
-        usage=f"lkd {command} {usage(recipe, field)} [--key value ...]",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
-    parser.add_class_arguments(recipe)
     words = split_config(name_leading(words, recipe, field))
     expanded = complete_switches(put_contents(words), {f"--{key}" for key in known_keys(parser, bool)})
     try:
-        parsed = parser.instantiate(parser.parse_args(expanded))
-    except ArgumentError as error:
-        raise UserError(explain(str(error), known_keys(parser))) from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the recipe has a value that cannot be used ({type(error).__name__}: {error})") from error
+        return instantiate(recipe, parser, lambda: parser.parse_args(expanded))
     except SystemExit:
         return None
-    values = {key: value for key, value in vars(parsed).items() if key != "config"}
-    return recipe(**values)

@@ -3,6 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lkd.config.ranges import (
+    AtLeast8,
+    ClosedUnitInterval,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ZeroOrAtLeast8,
+)
+
 
 @dataclass
 class DataRecipe:
@@ -35,19 +45,19 @@ class DataRecipe:
 
     name: str = "embedded"
     root: str | None = None
-    train_size: int = 4000
-    meta_validation_size: int = 4000
+    train_size: NonNegativeInt = 4000
+    meta_validation_size: PositiveInt = 4000
     split_seed: int = 0
-    label_noise: float = 0.0
+    label_noise: ClosedUnitInterval = 0.0
     augmentation: str = "none"
-    augmentation_seeds: int = 0
-    repeats: int = 1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    image_size: int = 224
-    workers: int = 0
-    damaged_limit: float = 0.001
-    read_timeout: float = 600.0
+    augmentation_seeds: NonNegativeInt = 0
+    repeats: PositiveInt = 1
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    image_size: AtLeast8 = 224
+    workers: NonNegativeInt = 0
+    damaged_limit: ClosedUnitInterval = 0.001
+    read_timeout: NonNegativeFloat = 600.0
     packed: str | None = None
 
 
@@ -89,8 +99,8 @@ class TeacherRecipe:
     name: str | None = None
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 0
-    random_answers: float = 0.0
+    image_size: ZeroOrAtLeast8 = 0
+    random_answers: ClosedUnitInterval = 0.0
     cache: str | None = None
 
 
@@ -124,24 +134,24 @@ class TrainRecipe:
         checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
-    epochs: int = 13
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
+    epochs: PositiveInt = 13
+    batch_size: PositiveInt = 64
+    learning_rate: NonNegativeFloat = 0.1
+    momentum: FractionBelowOne = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: NonNegativeFloat = 5e-4
     schedule: str = "cosine"
-    milestones: list[int] = field(default_factory=list)
-    decay_rate: float = 0.1
-    warmup_epochs: int = 0
+    milestones: list[PositiveInt] = field(default_factory=list)
+    decay_rate: NonNegativeFloat = 0.1
+    warmup_epochs: NonNegativeInt = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    accumulation: int = 1
-    ema_decay: float = 0.0
+    accumulation: PositiveInt = 1
+    ema_decay: FractionBelowOne = 0.0
     sync_batchnorm: bool = False
     compile: bool = False
     channels_last: bool = False
-    checkpoint_every: int = 1000
-    checkpoints_kept: int = 2
+    checkpoint_every: PositiveInt = 1000
+    checkpoints_kept: PositiveInt = 2
 
 
 @dataclass
@@ -183,6 +193,6 @@ class RunRecipe:
     resume: Literal["never", "auto"] = "never"
     seed: int = 0
     device: str = "auto"
-    threads: int = 0
+    threads: NonNegativeInt = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)
     trackio: str | None = None

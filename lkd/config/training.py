@@ -4,6 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.ranges import (
+    AtLeast4,
+    AtLeast8,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ZeroOrAtLeast8,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipes of the commands that train or measure one network.
@@ -46,7 +55,7 @@ class DistillRecipe(RunRecipe):
     train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
-    labelled_size: int = 0
+    labelled_size: NonNegativeInt = 0
 
 
 @dataclass
@@ -79,9 +88,9 @@ class VarianceRecipe:
     """
 
     run_dir: str = "runs/student"
-    samples: int = 100
-    batch_size: int = 10
-    horizon: float = 0.0
+    samples: AtLeast4 = 100
+    batch_size: PositiveInt = 10
+    horizon: NonNegativeFloat = 0.0
     device: str = "auto"
 
 
@@ -101,8 +110,8 @@ class ExportRecipe:
     checkpoint: str = "runs/student/student.safetensors"
     out_dir: str = "runs/export"
     formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
-    image_size: int = 0
-    tolerance: float = 1e-4
+    image_size: ZeroOrAtLeast8 = 0
+    tolerance: NonNegativeFloat = 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,8 +130,8 @@ class CacheRecipe(DistillRecipe):
         shard_size: Images a file; a killed command loses at most one file's answers.
     """
 
-    top_k: int = 0
-    shard_size: int = 50_000
+    top_k: NonNegativeInt = 0
+    shard_size: PositiveInt = 50_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,7 +148,7 @@ class PackRecipe:
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
-    shorter_side: int = 256
+    shorter_side: AtLeast8 = 256
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,14 +183,14 @@ class InfluenceSettings:
     )
     objective: Literal["calibrated_cross_entropy", "cross_entropy"] = "calibrated_cross_entropy"
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    damping: float = 0.01
-    iterations: int = 30
-    step_size: float = 0.05
-    curvature_examples: int = 2000
-    batch_size: int = 500
+    damping: NonNegativeFloat = 0.01
+    iterations: PositiveInt = 30
+    step_size: PositiveFloat = 0.05
+    curvature_examples: NonNegativeInt = 2000
+    batch_size: PositiveInt = 500
     parameters: str = ""
     weights: Literal["sigmoid", "exponential"] = "sigmoid"
-    sharpness: float = 1.0
+    sharpness: PositiveFloat = 1.0
     favour: Literal["helpful", "harmful"] = "helpful"
 
 
@@ -201,9 +210,9 @@ class InfluenceWeightedLossSettings:
 
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     weights: str | None = None
-    first_epoch: int = 3
-    refresh_epochs: int = 0
-    teacher_rate: float = 0.0
+    first_epoch: NonNegativeInt = 3
+    refresh_epochs: NonNegativeInt = 0
+    teacher_rate: NonNegativeFloat = 0.0
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
 
 
@@ -229,7 +238,7 @@ class InfluenceRecipe(RunRecipe):
     loss: dict[str, Any] | str = "cross_entropy"
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
-    shown: int = 24
+    shown: PositiveInt = 24
 
 
 # ----------------------------------------------------------------------------------------------------------------------

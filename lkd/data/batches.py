@@ -99,12 +99,8 @@ class Batches:
                 f"train.batch_size: {batch_size} is the batch of all {part[1]} processes together and does not divide "
                 f"among them; take a multiple of {part[1]}"
             )
-        if augmentation_seeds < 0:
-            raise UserError(f"data.augmentation_seeds: {augmentation_seeds} is negative; 0 takes a new one every epoch")
-        if repeats < 1 or (repeats > 1 and augmentation == "none"):
-            raise UserError(f"data.repeats: {repeats} is not at least 1, or would repeat images without augmentation")
-        if min(mixup, cutmix) < 0:
-            raise UserError(f"data.mixup, data.cutmix: {mixup}, {cutmix} must not be negative; 0 is none")
+        if repeats > 1 and augmentation == "none":
+            raise UserError(f"data.repeats: {repeats} would repeat images without augmentation; take 1")
         if (mixup or cutmix) and batch_size // part[1] % 2:
             raise UserError(f"train.batch_size: mixup and CutMix need an even batch in every process, not {batch_size}")
         self.images = images

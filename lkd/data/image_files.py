@@ -27,14 +27,9 @@ class Damage:
 
     Args:
         limit: Fraction of damaged images above which the run stops; of at least `LEAST_SEEN` images.
-
-    Raises:
-        UserError: If the limit is not in [0, 1].
     """
 
     def __init__(self, limit: float = 0.001) -> None:
-        if not 0 <= limit <= 1:
-            raise UserError(f"data.damaged_limit: {limit} is not in [0, 1]")
         self.limit = limit
         self.seen = 0
         self.damaged = 0

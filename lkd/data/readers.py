@@ -322,10 +322,6 @@ def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | N
     if name not in (*DATASETS, *FILE_READERS) and not (rest and reader in NAMED_READERS):
         check_choice("data.name", name, [*DATASETS, *FILE_READERS, *(f"{known}/NAME" for known in NAMED_READERS)])
     loading = loading or LoadingOptions()
-    if loading.image_size < 8:
-        raise UserError(f"data.image_size: {loading.image_size} is not at least 8 pixels")
-    if loading.workers < 0:
-        raise UserError(f"data.workers: {loading.workers} is negative; 0 takes a thread for each CPU core")
     if name in DATASETS:
         return DATASETS[name](root)
     if name in FILE_READERS:

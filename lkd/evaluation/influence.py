@@ -13,7 +13,7 @@ from lkd.config.training import InfluenceRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import replaced_atomically, write_json
 from lkd.data.images import ImageSet
-from lkd.influence.influence import Influence, check_settings, measure_influence
+from lkd.influence.influence import Influence, measure_influence
 from lkd.influence.weighted_loss import save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.meta_training.log import plt, save_figure
@@ -73,9 +73,6 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     Raises:
         UserError: If the network, the loss or a setting is not good.
     """
-    check_settings(recipe.influence)
-    if recipe.shown < 1:
-        raise UserError(f"shown: {recipe.shown} is not at least 1")
     specification = fetch_named(recipe.loss) if isinstance(recipe.loss, str) else recipe.loss
     if reads_features(specification):
         raise UserError(f"loss: {recipe.loss!r} reads features; influence takes losses over logits, such as kd")

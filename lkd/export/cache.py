@@ -60,8 +60,6 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     if recipe.teacher.cache is None:
         raise UserError("teacher.cache: missing; give the folder that the answers go to")
     seeds = choose_cached_seeds(recipe.data)
-    if recipe.shard_size < 1:
-        raise UserError(f"shard_size: {recipe.shard_size} is not at least 1")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = place_of(choose_device(recipe.device))

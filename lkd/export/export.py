@@ -223,8 +223,6 @@ def pack_dataset(recipe: PackRecipe) -> list[Path]:
     data = recipe.data
     if data.packed is None:
         raise UserError("data.packed: missing; give the folder that the packed images go to")
-    if recipe.shorter_side < 8:
-        raise UserError(f"shorter_side: {recipe.shorter_side} is not at least 8 pixels")
     dataset = load_dataset(data.name, data.root, LoadingOptions(data.image_size, data.workers, data.damaged_limit))
     indices = []
     for part, images in (("train", dataset.train.images), ("val", dataset.test.images)):

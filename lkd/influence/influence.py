@@ -1,14 +1,13 @@
 """Influence of each training example on the meta-validation loss: I_i = −∇L_valᵀ (H + damping)⁻¹ ∇L_i."""
 
-import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lkd.config.training import InfluenceSettings, InfluenceWeightedLossSettings
-from lkd.core.errors import UserError, check_choice
+from lkd.config.training import InfluenceSettings
+from lkd.core.errors import UserError
 from lkd.data.images import ImageSet
 from lkd.influence.solvers import SOLVERS, Problem, measure_through_training, measure_with_ekfac
 from lkd.losses.loss import DistillationLoss
@@ -71,7 +70,6 @@ def measure_influence(
     Raises:
         UserError: If a setting is impossible or does not suit the network, or a solver diverges.
     """
-    check_settings(settings)
     modes = {module: module.training for module in network.modules()}
     try:
         problem = Problem(
@@ -103,55 +101,4 @@ def measure_influence(
             module.training = mode
 
 
-def check_settings(settings: InfluenceSettings) -> None:
-    """Check the numbers.
-
-    Raises:
-        UserError: If one is out of range.
-    """
-    for name, least in (("damping", 0.0), ("curvature_examples", 0), ("iterations", 1), ("batch_size", 1)):
-        if not getattr(settings, name) >= least:
-            raise UserError(f"influence.{name}: {getattr(settings, name)} is not at least {least}")
-    for name in ("step_size", "sharpness"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise UserError(f"influence.{name}: {getattr(settings, name)} is not positive")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options of the loss influence_weighted, from a recipe's mapping to a dataclass.
-
 INFLUENCE_WEIGHTED = "influence_weighted"
-Settings = TypeVar("Settings", InfluenceSettings, InfluenceWeightedLossSettings)
-
-
-def read_weighted_loss(specification: dict[str, Any]) -> InfluenceWeightedLossSettings:
-    """Read {name: influence_weighted, ...}.
-
-    Raises:
-        UserError: If an option is unknown or of the wrong type.
-    """
-    where = f"loss '{INFLUENCE_WEIGHTED}'"
-    options = {name: value for name, value in specification.items() if name != "name"}
-    if not isinstance(options.get("influence", {}), dict):
-        raise UserError(f"{where}: influence: {options['influence']!r} is not a mapping, such as {{method: lissa}}")
-    influence = read_settings(f"{where}: influence", InfluenceSettings, options.pop("influence", {}))
-    return dataclasses.replace(read_settings(where, InfluenceWeightedLossSettings, options), influence=influence)
-
-
-def read_settings(where: str, kind: type[Settings], values: dict[str, Any]) -> Settings:
-    """Make a dataclass of plain values.
-
-    Raises:
-        UserError: If a name is unknown or a value is not of its field's type.
-    """
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        check_choice(where, name, hints)
-        hint = hints[name]
-        if get_origin(hint) is Literal:
-            check_choice(f"{where}: {name}", str(value), get_args(hint))
-        elif hint in (int, float) and (
-            isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float))
-        ):
-            raise UserError(f"{where}: {name}: {value!r} is not of type {hint.__name__}")
-    return kind(**values)

@@ -85,8 +85,6 @@ class UnreliableTeacher:
     """
 
     def __init__(self, teacher: Teacher, fraction: float, seed: int) -> None:
-        if not 0 <= fraction <= 1:
-            raise UserError(f"teacher.random_answers: {fraction} is not in [0, 1]")
         self.teacher = teacher
         self.fraction = fraction
         self.seed = seed
@@ -134,8 +132,6 @@ def load_teacher(
     Raises:
         UserError: If the file is not good, holds another network than the named one, or the arguments contradict.
     """
-    if image_size and image_size < 8:
-        raise UserError(f"teacher.image_size: {image_size} is not at least 8 pixels; 0 is for no scaling")
     if pretrained and path != "embedded":
         raise UserError(f"teacher.path: {path} and teacher.pretrained exclude each other: give one")
     if name is None and (pretrained or path == "random" or path.endswith((".pth", ".pt"))):

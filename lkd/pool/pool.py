@@ -230,11 +230,9 @@ def build_pool(
         first: Number of the first training: equal numbers give equal initial weights and batches.
 
     Raises:
-        UserError: If the settings are impossible.
         Interrupted: On Ctrl-C or SIGTERM; finished students stay, and the one in training goes on later.
     """
     settings = recipe.pool
-    check_pool(settings)
     architecture = student.architecture
     index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
     if (folder / INDEX).exists():
@@ -299,19 +297,6 @@ def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
     return sorted({round(step) for step in steps.tolist()})
 
 
-def check_pool(settings: PoolContents) -> None:
-    """Check what a pool is to hold, before any training.
-
-    Raises:
-        UserError: If a setting is impossible.
-    """
-    for name in ("students", "snapshots"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"pool.{name}: {getattr(settings, name)} is not at least 1")
-    if not 0 <= settings.max_age <= 1:
-        raise UserError(f"pool.max_age: {settings.max_age} is not in [0, 1]")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The pools of all architectures that a loss is learned with, and their renewal while the loss improves.
 
@@ -341,7 +326,6 @@ def build_pools(
     """Build the pool of each architecture, or finish it; the arguments are those of `build_pool`.
 
     Raises:
-        UserError: If the settings are impossible.
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.
     """
     places = list_folders(len(students), folder)

@@ -26,8 +26,6 @@ def build_age_weights(settings: PoolSettings) -> AgeWeights:
     """
     if settings.sampling == "gaussian":
         mean, spread = settings.gaussian_age, settings.gaussian_spread
-        if not spread > 0:
-            raise UserError(f"pool.gaussian_spread: {spread} is not above 0")
         return lambda ages, draw: (-((ages - mean) / spread).square() / 2).softmax(0)
     if settings.sampling == "fixed_step":
         return lambda ages, draw: (ages == ages.unique()[draw % len(ages.unique())]).double()
@@ -36,8 +34,6 @@ def build_age_weights(settings: PoolSettings) -> AgeWeights:
     if settings.sampling == "fidelity":
         known_ages, known_weights = read_fidelity(settings.fidelity_file)
         return lambda ages, draw: interpolate(ages, known_ages, known_weights)
-    if settings.sampling == "live" and settings.refresh_every < 1:
-        raise UserError(f"pool.refresh_every: {settings.refresh_every} is not at least 1")
     return lambda ages, draw: torch.ones_like(ages)
 
 

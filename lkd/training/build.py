@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from lkd.balance.balancing import Balancing, build_balance
+from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.config.training import DistillRecipe
+from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError, first_line
 from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.readers import load_dataset
 from lkd.data.splits import Splits, flip_labels, split_training_images
-from lkd.influence.influence import INFLUENCE_WEIGHTED, read_weighted_loss
+from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
 from lkd.losses.learned.file import LossFile
@@ -335,7 +336,7 @@ class LossBuilder:
         options = dict(specification) if isinstance(specification, dict) else {"name": specification}
         name = options.pop("name", None)
         if name == INFLUENCE_WEIGHTED:
-            self.settings = read_weighted_loss({"name": name, **options})
+            self.settings = make_recipe(InfluenceWeightedLossSettings, options, f"loss '{name}'")
             self.inner = LossBuilder(self.settings.loss, teacher, images)
         elif isinstance(name, str) and is_learned(here := fetch_named(name)):
             self.file, self.options = LossFile.read(here), options

@@ -25,15 +25,9 @@ class Checkpoints:
         folder: A folder of their own.
         recipe: How many are kept, and after how many steps the next one is due.
         say: Told what is wrong with a damaged one.
-
-    Raises:
-        UserError: If a setting is impossible.
     """
 
     def __init__(self, folder: Path, recipe: TrainRecipe, say: Callable[[str], None]) -> None:
-        for name in ("checkpoint_every", "checkpoints_kept"):
-            if getattr(recipe, name) < 1:
-                raise UserError(f"train.{name}: {getattr(recipe, name)} is not at least 1")
         self.folder, self.every, self.kept, self.say = folder, recipe.checkpoint_every, recipe.checkpoints_kept, say
 
     def list(self) -> "dict[int, Path]":

@@ -73,10 +73,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     """Build timm's scheduler, stepped every update.
 
     Raises:
-        UserError: If timm knows no such schedule, it has no epochs, or the milestones do not fit it.
+        UserError: If timm knows no such schedule, or the milestones do not fit it.
     """
-    if recipe.epochs < 1:
-        raise UserError(f"train.epochs: {recipe.epochs} is not at least 1")
     check_milestones(recipe)
     try:
         scheduler, _ = create_scheduler_v2(

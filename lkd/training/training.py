@@ -135,7 +135,7 @@ def check_accumulation(recipe: TrainRecipe, batches: Batches) -> int:
         UserError: If the batch of one process does not divide into them.
     """
     size = batches.batch_size // batches.part[1]
-    if recipe.accumulation < 1 or size % recipe.accumulation:
+    if size % recipe.accumulation:
         raise UserError(
             f"train.accumulation: {recipe.accumulation} does not divide the batch of one process, {size} images"
         )
@@ -159,13 +159,7 @@ def check_balance(balance: Balancing | None, recipe: TrainRecipe, batches: Batch
 
 
 def build_average(student: nn.Module, recipe: TrainRecipe) -> ModelEmaV3 | None:
-    """The moving average of the student's weights, if one is asked for.
-
-    Raises:
-        UserError: If the decay is out of range.
-    """
-    if not 0 <= recipe.ema_decay < 1:
-        raise UserError(f"train.ema_decay: {recipe.ema_decay} is not in [0, 1); 0 turns it off")
+    """The moving average of the student's weights, if one is asked for."""
     return ModelEmaV3(student, recipe.ema_decay) if recipe.ema_decay else None
 
 

@@ -214,13 +214,10 @@ def check_methods(recipe: CompareRecipe, images: Images, teacher: OpenedTeacher)
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
 
     Raises:
-        UserError: If a method, a student, the baseline, the number of seeds or the tuning budget is not good.
+        UserError: If a method, a student, the baseline or the tuning budget is not good.
     """
     if recipe.baseline not in recipe.methods:
         raise UserError(f"baseline: {recipe.baseline!r} is not one of the methods {', '.join(recipe.methods)}")
-    for name in ("seeds", "evaluate_every"):
-        if getattr(recipe, name) < 1:
-            raise UserError(f"{name}: {getattr(recipe, name)} is not at least 1")
     names = [student.name for student in recipe.students]
     if len(set(names)) < max(1, len(names)):
         raise UserError(f"students: {', '.join(names) or 'none'}; at least one, each name once")

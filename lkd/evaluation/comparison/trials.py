@@ -19,8 +19,9 @@ import torch
 
 from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import CompareRecipe
+from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.core.errors import UserError, check_choice
+from lkd.core.errors import UserError
 from lkd.core.tensor_files import write_result
 from lkd.evaluation.comparison.workers import claimed, own_device
 from lkd.models.teacher import TeacherFunction
@@ -182,8 +183,6 @@ def check_tuning(recipe: CompareRecipe) -> None:
     Raises:
         UserError: If one is not good.
     """
-    if recipe.tuning_seeds < 1:
-        raise UserError(f"tuning_seeds: {recipe.tuning_seeds} is not at least 1")
     if recipe.tuning_trainings and recipe.tuning_trainings < recipe.tuning_seeds:
         raise UserError(
             f"tuning_trainings: {recipe.tuning_trainings} is not at least tuning_seeds, {recipe.tuning_seeds}; "
@@ -199,20 +198,9 @@ def check_tuning(recipe: CompareRecipe) -> None:
         for name, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"methods.{label}.grid.{name}: {values!r} is not a list of values to try")
-            if name.startswith(TRAIN):
-                for value in values:
-                    check_setting(f"methods.{label}.grid.{name}", name.removeprefix(TRAIN), value)
-        for name, value in train.items():
-            check_setting(f"methods.{label}.train.{name}", name, value)
-
-
-def check_setting(where: str, name: str, value: Any) -> None:
-    """Check that the training has such a setting, and that the value is of its type."""
-    defaults = dataclasses.asdict(TrainRecipe())
-    check_choice(where, name, defaults)
-    kind = type(defaults[name])
-    if not (isinstance(value, kind) or (kind is float and type(value) is int)) or (kind is int and value is True):
-        raise UserError(f"{where}: {value!r} is not of type {kind.__name__}")
+            for value in values if name.startswith(TRAIN) else []:
+                make_recipe(TrainRecipe, {name.removeprefix(TRAIN): value}, f"methods.{label}.grid.train")
+        make_recipe(TrainRecipe, train, f"methods.{label}.train")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

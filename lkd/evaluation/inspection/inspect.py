@@ -286,12 +286,7 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     Raises:
         UserError: If the loss, or a setting, is not good.
     """
-    if recipe.num_classes < 2:
-        raise UserError(f"num_classes: {recipe.num_classes} is not at least 2")
-    try:
-        kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
-    except ValueError as error:
-        raise UserError(f"kd_{error}") from error
+    kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
     loss, name = open_loss(recipe.loss)
     file = describe_file(Path(name)) if is_learned(name) else None
     title = Path(name).name if file else describe_options(recipe.loss)
