@@ -358,6 +358,9 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -
     Raises:
         UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
     """
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(value := values.get(name), str) and isinstance(hint, type) and issubclass(hint, int | float):
+            raise UserError(f"{role and role + '.'}{name}: {value!r} is text, not a number")
     parser = build_parser(kind)
     return instantiate(kind, parser, lambda: parser.parse_object(dict(values)), role)
 

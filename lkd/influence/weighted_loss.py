@@ -108,10 +108,6 @@ class InfluenceWeightedLoss(DistillationLoss):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if settings.teacher_rate < 0:
-            raise UserError(f"loss 'influence_weighted': teacher_rate: {settings.teacher_rate} is negative")
-        if settings.first_epoch < 0 or settings.refresh_epochs < 0:
-            raise UserError("loss 'influence_weighted': first_epoch and refresh_epochs must not be negative")
         if loss.needs_index:
             raise UserError("loss 'influence_weighted': its `loss` remembers images itself; take another")
         self.loss = loss

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lkd.cli import main, overview
-from lkd.config.parse import COMMANDS, POSITIONAL, name_leading, parse_recipe, usage
+from lkd.config import DistillRecipe, TrainRecipe
+from lkd.config.parse import COMMANDS, POSITIONAL, make_recipe, name_leading, parse_recipe, usage
 from lkd.core.errors import UserError
 
 
@@ -70,3 +71,36 @@ def test_help_and_mistakes_speak_of_them(capsys) -> None:
     assert "show runs" in overview()
     assert main(["show", "--out", "o.html", "a"]) == 2
     assert "'a' is not an option, nor a value of one; files and folders go before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--data.label_noise 2", "data.label_noise: 2 is not a number >=0 and <=1"),
+        ("--train.epochs 0", "train.epochs: 0 is not a whole number >0"),
+        ("--train.epochs 1.5", "train.epochs: '1.5'"),
+        ("--train.momentum nan", "train.momentum: nan"),
+        ("--train.milestones [3,0]", "train.milestones: 0"),
+        ("--teacher.image_size 4", "teacher.image_size: 4 is not a whole number 0 or >=8"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_and_code_2(words: str, named: str, capsys) -> None:
+    assert main(["distill", *words.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"lkd: error: {named}")
+    assert "\n" not in error
+
+
+def test_plain_values_are_checked_as_the_command_line_is() -> None:
+    train = make_recipe(TrainRecipe, {"learning_rate": 1, "epochs": 2}, "train")
+    assert (train.learning_rate, type(train.learning_rate), type(train.epochs)) == (1.0, float, int)
+    assert make_recipe(DistillRecipe, {"train": {"epochs": 3}, "balance": None}).train.epochs == 3
+    for values, named in (
+        ({"learning_rate": -1}, "train.learning_rate: -1"),
+        ({"epochs": True}, "train.epochs: True"),
+        ({"epochs": "3"}, "train.epochs: '3'"),
+        ({"epoch": 3}, "'train.epoch'; nearest: epochs"),
+        ({"schedule": 3}, "train.schedule: .*3"),
+    ):
+        with pytest.raises(UserError, match=named):
+            make_recipe(TrainRecipe, values, "train")

@@ -176,5 +176,3 @@ def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_pa
         path.write_bytes(b"")
     with pytest.raises(UserError, match="all 2 checkpoints are damaged; delete the folder to start anew"):
         checkpoints.load()
-    with pytest.raises(UserError, match=r"train.checkpoints_kept: 0 is not at least 1"):
-        Checkpoints(tmp_path, TrainRecipe(checkpoints_kept=0), said.append)

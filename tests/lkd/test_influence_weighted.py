@@ -148,12 +148,12 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ({"los": "kd"}, "unknown name 'los'; nearest: loss"),
-        ({"first_epoch": "one"}, "first_epoch: 'one' is not of type int"),
-        ({"influence": {"method": "newton"}}, "influence: method: unknown name 'newton'"),
-        ({"influence": 3}, "influence: 3 is not a mapping"),
+        ({"los": "kd"}, "los.; nearest: loss"),
+        ({"first_epoch": "one"}, "first_epoch: 'one'"),
+        ({"influence": {"method": "newton"}}, "influence.method: .*conjugate_gradient.*newton"),
+        ({"influence": 3}, "influence: .*3"),
         ({"weights": "none.safetensors"}, "none.safetensors: no such file"),
-        ({"first_epoch": -1}, "must not be negative"),
+        ({"first_epoch": -1}, "first_epoch: -1"),
     ],
 )
 def test_what_cannot_be_is_said(images, loss, message: str) -> None:

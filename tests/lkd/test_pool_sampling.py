@@ -89,8 +89,6 @@ def test_bad_fidelity_files_are_refused(content, message: str) -> None:
     ("settings", "message"),
     [
         ({"sampling": "gaussian", "gaussian_age": 0.7}, "gaussian_age: 0.7 is outside the pool.*from 0 to 0.5"),
-        ({"sampling": "gaussian", "gaussian_spread": 0.0}, "gaussian_spread: 0.0 is not above 0"),
-        ({"sampling": "live", "refresh_every": 0}, "refresh_every: 0 is not at least 1"),
         ({"sampling": "fidelity"}, "fidelity_file: missing"),
     ],
 )
