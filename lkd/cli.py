@@ -9,6 +9,8 @@ from lkd import __version__
 from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.core.errors import BAD_PLACE, FULL_DISK, UserError, explain_failed_write
 
+SIDE_BY_SIDE = ("compare", "fidelity", "quickstart")  # commands that train in several processes
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
@@ -73,6 +75,10 @@ def run_command(command: str, words: list[str]) -> int:
     recipe = parse_recipe(command, words)
     if recipe is None:
         return 0
+    if command in SIDE_BY_SIDE:
+        from lkd.core.workers import preload_workers
+
+        preload_workers("lkd.commands")
     from lkd import commands
     from lkd.core.distributed import read_job
     from lkd.core.interrupt import Interrupted

@@ -19,8 +19,8 @@ from settings import ABLATION, META_RATE, is_of_axes, list_comparisons, list_lea
 
 from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.core.errors import UserError
+from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison.compare import compare
-from lkd.evaluation.comparison.workers import finish_all, start_workers
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, open_run
 from lkd.training.distill import train_teacher

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import lkd.commands
+import lkd.core.workers
 import lkd.data.readers
 import lkd.evaluation.comparison.compare
-import lkd.evaluation.comparison.workers
 from lkd.cli import main
 from lkd.config.parse import parse_recipe
 
@@ -51,23 +51,13 @@ def run(words: list[str], output: Path, injections: tuple[Injection, ...], rank:
     with output.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    lkd.evaluation.comparison.workers.multiprocessing = ForkedWorkers()
+    lkd.core.workers.CONTEXT = FORK  # forks need not import everything anew
     for injection in injections:
         injection()
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
-
-
-class ForkedWorkers:
-    """Stands for `multiprocessing` where workers are started: forks, which need not import everything anew."""
-
-    parent_process = staticmethod(multiprocessing.parent_process)
-
-    def get_context(self, method: str) -> multiprocessing.context.BaseContext:
-        """Fork, whatever was asked for."""
-        return FORK
 
 
 def finish(process: BaseProcess, seconds: float = LONGEST) -> int | None:

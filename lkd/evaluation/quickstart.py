@@ -14,10 +14,10 @@ from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
+from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison.compare import pick_options, plan_report, plan_tuning, submit, write_results
 from lkd.evaluation.comparison.tables import format_figure
 from lkd.evaluation.comparison.trials import Cell, cell_path
-from lkd.evaluation.comparison.workers import finish_all, start_workers
 from lkd.evaluation.report.page import embed_picture, html_table
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance

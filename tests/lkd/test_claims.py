@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lkd.evaluation.comparison.workers import Watch, claim_path, claimed, host_name
+from lkd.core.workers import Watch, claim_path, claimed, host_name
 
 
 def write_claim(result: Path, number: int, **owner) -> Path:

@@ -16,7 +16,7 @@ from lkd.cli import main
 from lkd.config import CompareRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
-from lkd.evaluation.comparison.workers import assign_device, process_exists
+from lkd.core.workers import assign_device, process_exists
 from lkd.tracking.run import open_run
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> N
 def test_workers_go_with_a_killed_parent() -> None:
     script = """
 import os, signal
-from lkd.evaluation.comparison.workers import start_workers
+from lkd.core.workers import start_workers
 if __name__ == "__main__":
     with start_workers(1) as workers:
         print(workers.submit(os.getpid).result(), flush=True)

@@ -14,6 +14,7 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import write_json, write_text
 from lkd.core.tensor_files import drop_damaged, read_result
+from lkd.core.workers import LeaseWatch, finish_all, start_workers
 from lkd.evaluation.comparison.tables import (
     find_published,
     format_csv,
@@ -36,10 +37,9 @@ from lkd.evaluation.comparison.trials import (
     choose_points,
     expand_grid,
     run_cell,
-    run_claimed,
+    run_leased,
     split_method,
 )
-from lkd.evaluation.comparison.workers import Watch, finish_all, start_workers
 from lkd.losses.build import LOSSES
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import Run, evidence
@@ -254,13 +254,13 @@ def finish_cells(recipe: CompareRecipe, cells: list[Cell], run: Run, workers: Pr
     """
     paths = {cell_path(recipe, cell, run.path): cell for cell in cells}
     drop_damaged(paths, run.say)
-    watch = Watch()
+    watch = LeaseWatch()
     told = False
     while missing := [path for path in paths if not path.exists()]:
-        claims = {path: claim for path in missing if (claim := watch.free_claim(path))}
+        leases = {path: lease for path in missing if (lease := watch.find_free(path))}
         jobs: dict[Future[Any], str] = {
-            workers.submit(run_claimed, recipe, paths[path], path, claim, str(run.device)): paths[path].method
-            for path, claim in claims.items()
+            workers.submit(run_leased, recipe, paths[path], path, lease, str(run.device)): paths[path].method
+            for path, lease in leases.items()
         }
         if jobs:
             finish_all(jobs, describe_row, title)

@@ -23,7 +23,7 @@ from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import write_result
-from lkd.evaluation.comparison.workers import claimed, own_device
+from lkd.core.workers import hold_lease, own_device
 from lkd.models.teacher import TeacherFunction
 from lkd.training.build import (
     Images,
@@ -229,9 +229,9 @@ class Cell:
     reported: bool
 
 
-def run_claimed(recipe: CompareRecipe, cell: Cell, path: Path, claim: Path, device: str) -> Row | None:
+def run_leased(recipe: CompareRecipe, cell: Cell, path: Path, lease: Path, device: str) -> Row | None:
     """Train one cell if nobody else does; None if someone does, or did."""
-    with claimed(path, claim) as ours:
+    with hold_lease(path, lease) as ours:
         return run_cell(recipe, cell, path, device) if ours else None
 
 

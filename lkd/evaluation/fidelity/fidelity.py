@@ -16,6 +16,7 @@ from lkd.config.meta_training import PoolRecipe
 from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.core.tensor_files import drop_damaged, read_result, write_result
+from lkd.core.workers import finish_all, own_device, start_workers
 from lkd.data.images import Batch
 from lkd.evaluation.comparison.compare import finish_cells
 from lkd.evaluation.comparison.trials import (
@@ -26,7 +27,6 @@ from lkd.evaluation.comparison.trials import (
     prepare_images_for_cells,
     prepare_teacher_for_cells,
 )
-from lkd.evaluation.comparison.workers import finish_all, own_device, start_workers
 from lkd.evaluation.fidelity.results import write_results
 from lkd.meta_training.rollouts import (
     OBJECTIVES,

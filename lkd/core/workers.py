@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -20,55 +21,53 @@ from lkd.core.errors import UserError
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Who does which piece of work, among processes and hosts that share a folder. The claim of a result is a file beside
-# it, `RESULT.claim.N`, made with O_CREAT | O_EXCL, so that one process only gets it; it names host, process and time.
-# Its owner renews the file's time while it works. A claim is stale if its owner was a process of this host that is no
-# longer there, or if its time has not changed while an observer watched for `STALE_AFTER` seconds (on the observer's
-# own clock: clocks of hosts need not agree). A stale claim N is taken over by making claim N + 1, never by removing
-# N: of two that try, one gets it. An owner that was suspended for longer than that and comes back does its work a
-# second time; results are written atomically and are a function of the cell, so that nothing else is harmed.
+# Leases: who does which piece of work, among processes and hosts that share a folder. The lease of a result is a file
+# beside it, `RESULT.lease.N`, made with O_CREAT | O_EXCL, so that one process only gets it; it names host, process and
+# time. Its owner renews the file's time while it works. A lease is stale if its owner was a process of this host that
+# is no longer there, or if its time has not changed while an observer watched for `STALE_AFTER` seconds (on the
+# observer's own clock: clocks of hosts need not agree). A stale lease N is taken over by making lease N + 1, never by
+# removing N: of two that try, one gets it. An owner that was suspended for longer than that and comes back does its
+# work a second time; results are written atomically and are a function of the work, so that nothing else is harmed.
 
 RENEW_EVERY = 10.0
 STALE_AFTER = 60.0
 
 
-class Watch:
-    """An observer of claims; it remembers when it saw a claim's time change.
+class LeaseWatch:
+    """An observer of leases; it remembers when it saw a lease's time change.
 
     Args:
-        stale_after: Seconds without renewal after which a claim is stale.
+        stale_after: Seconds without renewal after which a lease is stale.
     """
 
     def __init__(self, stale_after: float = STALE_AFTER) -> None:
         self.stale_after = stale_after
         self.seen: dict[Path, tuple[int, float]] = {}
 
-    def free_claim(self, result: Path) -> Path | None:
-        """The claim file that would win this result's work; None while someone else is at it."""
-        number = -1
-        for path in result.parent.glob(f"{result.name}.claim.*"):
-            number = max(number, int(path.suffix[1:]))
-        last = claim_path(result, number)
-        return claim_path(result, number + 1) if number < 0 or self.is_stale(last) else None
+    def find_free(self, result: Path) -> Path | None:
+        """The lease file that would win this result's work; None while someone else is at it."""
+        number = max((int(path.suffix[1:]) for path in result.parent.glob(f"{result.name}.lease.*")), default=-1)
+        free = number < 0 or self.is_stale(lease_path(result, number))
+        return lease_path(result, number + 1) if free else None
 
-    def is_stale(self, claim: Path) -> bool:
+    def is_stale(self, lease: Path) -> bool:
         """Whether the owner is gone."""
         try:
-            changed = claim.stat().st_mtime_ns
-            owner = json.loads(claim.read_text())
+            changed = lease.stat().st_mtime_ns
+            owner = json.loads(lease.read_text())
         except (FileNotFoundError, ValueError):  # released just now, or just made and still empty
             changed, owner = 0, {}
         if owner.get("host") == host_name() and not process_exists(owner["pid"]):
             return True
         now = time.monotonic()
-        if self.seen.get(claim, (None, now))[0] != changed:
-            self.seen[claim] = (changed, now)
-        return now - self.seen[claim][1] > self.stale_after
+        if self.seen.get(lease, (None, now))[0] != changed:
+            self.seen[lease] = (changed, now)
+        return now - self.seen[lease][1] > self.stale_after
 
 
-def claim_path(result: Path, number: int) -> Path:
-    """A claim's file."""
-    return result.with_name(f"{result.name}.claim.{number}")
+def lease_path(result: Path, number: int) -> Path:
+    """A lease's file."""
+    return result.with_name(f"{result.name}.lease.{number}")
 
 
 def host_name() -> str:
@@ -91,24 +90,30 @@ def process_exists(pid: int) -> bool:
 
 
 @contextmanager
-def claimed(result: Path, claim: Path, renew_every: float = RENEW_EVERY) -> Iterator[bool]:
-    """Hold a claim within the block; True if the work is ours to do.
+def hold_lease(result: Path, lease: Path, renew_every: float = RENEW_EVERY) -> Iterator[bool]:
+    """Hold a lease within the block; True if the work is ours to do.
 
     Args:
         result: The file that the work will write.
-        claim: What `Watch.free_claim` gave.
+        lease: What `LeaseWatch.find_free` gave.
         renew_every: Seconds between renewals.
     """
-    claim.parent.mkdir(parents=True, exist_ok=True)
+    lease.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        handle = os.open(lease, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         yield False
         return
     with os.fdopen(handle, "w") as file:
         json.dump({"host": host_name(), "pid": os.getpid(), "time": time.time()}, file)
     over = threading.Event()
-    renewal = threading.Thread(target=renew, args=(claim, over, renew_every), daemon=True)
+
+    def renew() -> None:
+        while not over.wait(renew_every):
+            with suppress(FileNotFoundError):
+                os.utime(lease)
+
+    renewal = threading.Thread(target=renew, daemon=True)
     renewal.start()
     try:
         yield not result.exists()  # someone may have finished since we looked
@@ -116,23 +121,32 @@ def claimed(result: Path, claim: Path, renew_every: float = RENEW_EVERY) -> Iter
         over.set()
         renewal.join()
         if result.exists():
-            for path in result.parent.glob(f"{result.name}.claim.*"):
+            for path in result.parent.glob(f"{result.name}.lease.*"):
                 path.unlink(missing_ok=True)
-        claim.unlink(missing_ok=True)
-
-
-def renew(claim: Path, over: threading.Event, every: float) -> None:
-    """Touch a claim until it is over."""
-    while not over.wait(every):
-        with suppress(FileNotFoundError):
-            os.utime(claim)
+        lease.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes that train side by side.
+# Processes that train side by side. They are forks of one server process that has imported what a training needs, so
+# that the imports happen once, and beside those of the main process. The server computes nothing: it has no threads
+# and no CUDA that a fork would break.
 
 END = 10.0  # seconds that terminated workers have to end
+CONTEXT: Any = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
 worker_number = 0  # of this process, set where a worker starts
+
+
+def preload_workers(module: str) -> None:
+    """Start the server that workers will be forks of, if there can be one, and let it import a module meanwhile."""
+    if CONTEXT.get_start_method() == "forkserver":
+        CONTEXT.set_forkserver_preload([module])
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server, and its forks, leave Ctrl-C to us
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager
@@ -140,9 +154,8 @@ def start_workers(count: int) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes; 0 means one for every CPU core. Unfinished work is dropped on leaving by an exception."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or cores
-    spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        count, spawn, initializer=prepare_worker, initargs=(max(1, cores // count), spawn.Value("i", 0))
+        count, CONTEXT, initializer=prepare_worker, initargs=(max(1, cores // count), CONTEXT.Value("i", 0))
     )
     try:
         yield executor
@@ -208,7 +221,7 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
                     line = describe(futures[future], future.result())
                 except BrokenProcessPool as error:
                     if stop:  # the signal went to the workers too, as a batch system's does
-                        raise interrupted(done, len(futures)) from error
+                        raise Interrupted(f"{done} of {len(futures)} jobs are finished and kept") from error
                     raise UserError(
                         "workers: a worker process was killed (out of memory?); finished work is kept: go on with "
                         "--resume auto, with fewer --workers if memory was short"
@@ -218,9 +231,4 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
                 if line:
                     tqdm.write(line)
             if stop and pending:
-                raise interrupted(done, len(futures))
-
-
-def interrupted(done: int, jobs: int) -> Interrupted:
-    """What to raise where work was stopped."""
-    return Interrupted(f"{done} of {jobs} jobs are finished and kept")
+                raise Interrupted(f"{done} of {len(futures)} jobs are finished and kept")
