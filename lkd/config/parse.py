@@ -358,9 +358,13 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -
     Raises:
         UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
     """
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(value := values.get(name), str) and isinstance(hint, type) and issubclass(hint, int | float):
-            raise UserError(f"{role and role + '.'}{name}: {value!r} is text, not a number")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        hint, place = hints.get(name), role and f"{role}."
+        if isinstance(value, str) and isinstance(hint, type) and issubclass(hint, int | float):
+            raise UserError(f"{place}{name}: {value!r} is text, not a number")
+        if dataclasses.is_dataclass(hint) and not isinstance(value, Mapping):
+            raise UserError(f"{place}{name}: {value!r} is not a mapping of its fields")
     parser = build_parser(kind)
     return instantiate(kind, parser, lambda: parser.parse_object(dict(values)), role)
 

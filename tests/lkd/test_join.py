@@ -49,18 +49,18 @@ def trained(output: str) -> list[str]:
 
 
 def stop_a_worker() -> int:
-    """Stop a process while it holds a claim."""
-    end = time.monotonic() + 120
+    """Stop a process while it holds a lease."""
+    end = time.monotonic() + 300
     while time.monotonic() < end:
-        for claim in Path("shared/cells").glob("*.claim.*"):
+        for lease in Path("shared/cells").glob("*.lease.*"):
             with suppress(UserError):  # just released, or just made
-                owner = read_json(claim)["pid"]
+                owner = read_json(lease)["pid"]
                 os.kill(owner, signal.SIGSTOP)
-                if claim.exists():
+                if lease.exists():
                     return owner
                 os.kill(owner, signal.SIGCONT)
         time.sleep(0.01)
-    raise AssertionError("no claim was seen")
+    raise AssertionError("no lease was seen")
 
 
 def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> None:
