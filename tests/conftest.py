@@ -1,9 +1,22 @@
 """Every test runs on one thread, in a folder of its own."""
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.gallery import make_gallery
+
+# Kills, deadlines and several processes at once: one after the other, on one of the suite's workers.
+SERIAL = ("test_cli", "test_faults", "test_join", "test_meta_processes", "test_processes", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SERIAL:
+            item.add_marker(pytest.mark.xdist_group("serial"))
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +32,10 @@ def unused_tcp_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small runs to look at: `tests.gallery.RUNS`."""
+    base = tmp_path_factory.getbasetemp()
+    return make_gallery((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gallery")
