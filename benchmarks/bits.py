@@ -364,7 +364,7 @@ def hash_file(path: Path) -> Iterator[tuple[str, str]]:
         rows: dict[int, dict[str, Any]] = {}  # a step that a resumed run has taken anew has a second row
         for row in map(json.loads, path.read_text().splitlines()):
             steady = {key: value for key, value in row.items() if not UNSTEADY.search(key)}
-            if set(steady) != {"step"}:  # rows of speed alone come every few seconds, whatever the step is
+            if not set(steady) <= {"step", "balance"}:  # rows of speed come every few seconds, whatever the step is
                 rows.setdefault(row["step"], {}).update(steady)
         tree: Any = list(rows.values())
     elif path.suffix == ".json":
