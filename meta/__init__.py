@@ -2,13 +2,13 @@
 
 from meta import optim
 from meta.audit import Audit, Audited, Horizon, audit, horizon
-from meta.estimators import ESTIMATORS, Estimator, Particles
-from meta.module import call_module
+from meta.estimators import ESTIMATORS, Particles
 from meta.outer import OuterStep, outer_step
+from meta.problem import Estimator, Hypergradient, InnerLoss, OuterLoss, Problem, call_module
 from meta.rollout import rollout
-from meta.students import stack_batches, stack_students, unstack_state
+from meta.students import stack_students, unstack_state
 from meta.tape import Tape
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.tensors import State, Tensors
 from meta.verify import Verification, verify
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "OuterLoss",
     "OuterStep",
     "Particles",
+    "Problem",
     "State",
     "Tape",
     "Tensors",
@@ -32,7 +33,6 @@ __all__ = [
     "optim",
     "outer_step",
     "rollout",
-    "stack_batches",
     "stack_students",
     "unstack_state",
     "verify",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +11,10 @@ from torch.utils._pytree import tree_map
 
 from meta.checks import NotTwiceDifferentiableError
 from meta.estimators.adjoint import adjoint
-from meta.estimators.base import Estimator, Problem
 from meta.estimators.first_order import first_order
-from meta.optim import OptimizerOrRecipe
+from meta.problem import Estimator, Hypergradient, Problem
 from meta.randomness import read_generators, replaying
 from meta.tensors import cosine_similarity
-from meta.trajectory import Storage
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 RADII = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -39,42 +36,35 @@ class Audit(NamedTuple):
 
 
 def audit(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
+    problem: Problem,
     *,
     radii: Sequence[float] = RADII,
     central: bool = False,
     examples: int | None = None,
-    reference: Estimator = adjoint,
 ) -> Audit:
-    """Compare `first_order` at several radii with an exact estimator; the random generators are left as they were.
+    """Compare `first_order` at several radii with `adjoint`; the random generators are left as they were.
 
     Costs one exact and `len(radii)` first-order hypergradients on the examples chosen.
 
-    Args (beside those of every `Estimator`):
+    Args:
+        problem: The problem.
         radii: The perturbation lengths to try.
         central: Whether the differences are central.
         examples: Cut every tensor of the batches to this many leading entries; None takes whole batches.
-        reference: The exact estimator.
 
     Raises:
         NotTwiceDifferentiableError: The inner loss allows no exact hypergradient.
         ValueError: The inputs make no bi-level problem.
     """
-    batches, last = tree_map(lambda leaf: _head(leaf, examples), (list(inner_batches), outer_batch))
-    problem = (inner_loss, outer_loss, state, hyper, batches, last, optimizer)
-    generators = read_generators(state.parameters)
+    batches, last = tree_map(lambda leaf: _head(leaf, examples), (list(problem.inner_batches), problem.outer_batch))
+    problem = replace(problem, inner_batches=batches, outer_batch=last)
+    generators = read_generators(problem.state.parameters)
     with replaying(generators):
-        exact = reference(*problem)
+        exact = adjoint(problem)
     cosines, ratios = {}, {}
     for radius in radii:
         with replaying(generators):
-            estimate = first_order(*problem, radius=radius, central=central)
+            estimate = first_order(problem, radius=radius, central=central)
         cosines[radius] = cosine_similarity(estimate.grads, exact.grads)
         ratios[radius] = (estimate.norm / exact.norm).item()
     best = max(cosines, key=lambda radius: cosines[radius])
@@ -87,8 +77,8 @@ class Audited:
 
     At the first call and at every `every`-th after it, `audit` chooses the radius. Where even the best radius stays
     under `threshold`, `adjoint` takes over until the next audit. An audit on a student that diverges says nothing: the
-    next call is audited. A loss that cannot be differentiated twice cannot be
-    audited: then `first_order` goes on with the middle radius, and the audit's cosine is NaN.
+    next call is audited. A loss that cannot be differentiated twice cannot be audited: then `first_order` goes on with
+    the middle radius, and the audit's cosine is NaN.
 
     Attributes:
         every: Calls between audits.
@@ -96,8 +86,6 @@ class Audited:
         radii: The perturbation lengths to choose from.
         central: Whether the differences are central.
         examples: Leading examples of every batch that an audit looks at; None takes whole batches.
-        max_growth: Where the walk is truncated; see `first_order`.
-        storage: How trajectories are stored; see `meta.trajectory.Storage`.
         audits: Call number → audit, for logging.
         exact: Whether `adjoint` is in charge at present.
         radius: The radius in use.
@@ -108,8 +96,6 @@ class Audited:
     radii: Sequence[float] = RADII
     central: bool = False
     examples: int | None = 16
-    max_growth: float | None = None
-    storage: Storage = "memory"
     audits: dict[int, Audit] = field(default_factory=dict)
     exact: bool = False
     radius: float = field(init=False)
@@ -119,24 +105,12 @@ class Audited:
     def __post_init__(self) -> None:
         self.radius = self._middle_radius()
 
-    def __call__(
-        self,
-        inner_loss: InnerLoss,
-        outer_loss: OuterLoss,
-        state: State,
-        hyper: Tensors,
-        inner_batches: Sequence[Any],
-        outer_batch: Any,
-        optimizer: OptimizerOrRecipe,
-    ) -> Hypergradient:
+    def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate the hypergradient; see `Estimator`."""
-        problem = (inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer)
         self.follow(lambda: problem)
         if self.exact:
-            return adjoint(*problem, max_growth=self.max_growth, storage=self.storage)
-        return first_order(
-            *problem, radius=self.radius, central=self.central, max_growth=self.max_growth, storage=self.storage
-        )
+            return adjoint(problem)
+        return first_order(problem, radius=self.radius, central=self.central)
 
     def follow(self, build_problem: Callable[[], Problem]) -> None:
         """Count a call, and audit if it is due, without estimating anything.
@@ -145,11 +119,11 @@ class Audited:
         that all of them keep the radius that a single process would have.
 
         Args:
-            build_problem: Gives the arguments of the call; called only if an audit is due.
+            build_problem: Gives the problem of the call; called only if an audit is due.
         """
         if self._calls % self.every == 0 or self._due:
             try:
-                found = audit(*build_problem(), radii=self.radii, central=self.central, examples=self.examples)
+                found = audit(build_problem(), radii=self.radii, central=self.central, examples=self.examples)
                 self._due = not math.isfinite(found.cosine)
                 if not self._due:
                     self.radius, self.exact = found.radius, found.cosine < self.threshold
@@ -184,13 +158,7 @@ class Horizon(NamedTuple):
 
 
 def horizon(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
+    problem: Problem,
     *,
     lengths: Sequence[int] | None = None,
     estimator: Estimator = adjoint,
@@ -203,15 +171,19 @@ def horizon(
     Where the rollout is chaotic, two students a rounding error apart have unrelated hypergradients, and the exact one
     of either is of no use. Costs two hypergradients for each length.
 
-    Args (beside those of every `Estimator`):
-        lengths: Rollout lengths to try; None doubles from 1 up to `len(inner_batches)`.
+    Args:
+        problem: The problem.
+        lengths: Rollout lengths to try; None doubles from 1 up to the problem's.
         estimator: The estimator that is compared with itself.
         noise: Relative size of the disturbance of every inner parameter; the default is some float32 roundings.
         threshold: Cosine that a length has to reach.
         seed: Seed of the disturbance.
     """
-    tried = _double_up_to(len(inner_batches)) if lengths is None else sorted(lengths)
+    longest = len(problem.inner_batches)
+    doubled = {longest, *(2**power for power in range((longest - 1).bit_length()))}
+    tried = sorted(doubled if lengths is None else lengths)
     generator = torch.Generator().manual_seed(seed)
+    state = problem.state
     shifted = {
         name: tensor * (1 + noise * torch.randn(tensor.shape, generator=generator).to(tensor))
         for name, tensor in state.parameters.items()
@@ -220,11 +192,10 @@ def horizon(
     cosines: dict[int, float] = {}
     for length in tried:
         found = []
-        for parameters in (state.parameters, shifted):
-            start = state._replace(parameters=parameters)
+        for start in (state, state._replace(parameters=shifted)):
             with replaying(generators):
-                batches = inner_batches[:length]
-                found.append(estimator(inner_loss, outer_loss, start, hyper, batches, outer_batch, optimizer).grads)
+                shorter = replace(problem, state=start, inner_batches=problem.inner_batches[:length])
+                found.append(estimator(shorter).grads)
         cosines[length] = cosine_similarity(*found)
     trusted = 0
     for length in tried:
@@ -232,13 +203,6 @@ def horizon(
             break
         trusted = length
     return Horizon(trusted, cosines)
-
-
-def _double_up_to(longest: int) -> list[int]:
-    lengths = [1]
-    while lengths[-1] * 2 < longest:
-        lengths.append(lengths[-1] * 2)
-    return sorted({*lengths, longest})
 
 
 def _head(leaf: Any, examples: int | None) -> Any:

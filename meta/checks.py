@@ -6,28 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta.types import State, Tensors
+from meta.problem import Problem
+from meta.tensors import Tensors
 
 
 class NotTwiceDifferentiableError(ValueError):
     """An operation of the inner loss has no second derivative."""
 
 
-def check_inputs(state: State, hyper: Tensors | None, inner_batches: Sequence[Any]) -> None:
+def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
     """Check, before anything is computed, all that the inputs alone can tell.
 
     Args:
-        state: Where the rollout starts.
-        hyper: The outer parameters; None where there are none to differentiate.
-        inner_batches: One batch a step.
+        problem: The problem.
+        needs_hyper: Whether there must be outer parameters.
 
     Raises:
         ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, or trees that do not
             match.
     """
-    if len(inner_batches) == 0:
+    state, hyper = problem.state, problem.hyper
+    if len(problem.inner_batches) == 0:
         raise ValueError("a rollout needs at least one inner batch (K = 0 has no hypergradient)")
-    groups = [("inner", state.parameters), *([] if hyper is None else [("outer", hyper)])]
+    groups = [("inner", state.parameters), *([("outer", hyper)] if needs_hyper or hyper else [])]
     for kind, tensors in groups:
         if not tensors:
             raise ValueError(f"there are no {kind} parameters")

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meta.types import Hypergradient, Tensors
+from meta.problem import Hypergradient
+from meta.tensors import Tensors
 
 
 class OuterStep(NamedTuple):

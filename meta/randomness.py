@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meta.types import Tensors
+from meta.tensors import Tensors
 
 
 class GeneratorStates(NamedTuple):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_inputs, check_scalar, check_twice_differentiable
-from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
+from meta.optim import Optimizer, build_optimizer
+from meta.problem import Problem
 from meta.randomness import read_generators
+from meta.tensors import State, Tensors, detach
 from meta.trajectory import Step, Storage, StoredSteps, Trajectory, without_values
-from meta.types import InnerLoss, State, Tensors
 
 WayBack = Literal["graph", "difference", "central difference"]
 """How steps are walked back: taken again with their graph, or by differences of gradients to one side or to both."""
@@ -25,50 +26,27 @@ class Derivatives(NamedTuple):
     buffers: Tensors
 
 
-def rollout(
-    inner_loss: InnerLoss, state: State, hyper: Tensors, inner_batches: Sequence[Any], optimizer: OptimizerOrRecipe
-) -> State:
-    """Train for `len(inner_batches)` steps and return the state reached, detached.
-
-    Args:
-        inner_loss: The loss that is descended.
-        state: Where to start; it is not written to.
-        hyper: The outer parameters; empty where the loss has none.
-        inner_batches: One batch a step.
-        optimizer: The inner optimiser, or a function of `hyper` that returns one.
+def rollout(problem: Problem) -> State:
+    """Take a problem's inner steps and return the state reached, detached; there need be no outer parameters.
 
     Raises:
         ValueError: There is no step to take, or the loss cannot be differentiated with respect to the parameters.
     """
-    check_inputs(state, hyper or None, inner_batches)
-    hyper = {name: tensor.detach() for name, tensor in hyper.items()}
-    built = build_optimizer(optimizer, hyper)
-    state = state.detach()
-    for index, batch in enumerate(inner_batches):
-        derivatives = differentiate(inner_loss, state, hyper, batch)
-        with torch.no_grad():
-            parameters, slots = built.update(state.parameters, derivatives.parameters, state.optimizer, index)
-        state = State(parameters, derivatives.buffers, slots)
+    check_inputs(problem, needs_hyper=False)
+    problem = replace(problem, hyper=detach(problem.hyper))
+    optimizer = build_optimizer(problem.optimizer, problem.hyper)
+    state = problem.state.detach()
+    for index, batch in enumerate(problem.inner_batches):
+        state = _step(optimizer, state, differentiate(problem, state, batch), index)
     return state
 
 
-def record(
-    inner_loss: InnerLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    optimizer: Optimizer,
-    back: WayBack,
-    storage: Storage = "memory",
-) -> Trajectory:
+def record(problem: Problem, optimizer: Optimizer, back: WayBack, storage: Storage = "memory") -> Trajectory:
     """Train as `rollout` does and keep of every step what the walk back needs; no graph is kept.
 
     Args:
-        inner_loss: The loss that is descended.
-        state: Where to start; it is not written to.
-        hyper: The outer parameters.
-        inner_batches: One batch a step.
-        optimizer: The inner optimiser.
+        problem: The problem.
+        optimizer: Its inner optimiser, built.
         back: How the steps will be walked back.
         storage: How the steps are stored.
 
@@ -76,39 +54,27 @@ def record(
         ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice; or there is no
             such storage.
     """
-    detached = {name: tensor.detach() for name, tensor in hyper.items()}
-    state = state.detach()
-    steps = StoredSteps(storage, max(1, len(inner_batches)))
-    for index, batch in enumerate(inner_batches):
+    problem = replace(problem, hyper=detach(problem.hyper))
+    state = problem.state.detach()
+    steps = StoredSteps(storage, max(1, len(problem.inner_batches)))
+    by_graph = back == "graph"
+    for index, batch in enumerate(problem.inner_batches):
         generators = read_generators(state.parameters)
-        by_graph = back == "graph"
-        derivatives = differentiate(
-            inner_loss, state, detached, batch, hyper=not by_graph, twice=by_graph and not steps
-        )
+        derivatives = differentiate(problem, state, batch, hyper=not by_graph, twice=by_graph and not steps)
         step = Step(index, state, batch, generators, derivatives.parameters, derivatives.hyper)
         steps.append(_strip(step, back, optimizer.reads_values(index)))
-        with torch.no_grad():
-            parameters, slots = optimizer.update(state.parameters, derivatives.parameters, state.optimizer, index)
-        state = State(parameters, derivatives.buffers, slots)
+        state = _step(optimizer, state, derivatives, index)
     return Trajectory(steps, state)
 
 
 def differentiate(
-    inner_loss: InnerLoss,
-    state: State,
-    hyper_values: Tensors,
-    batch: Any,
-    *,
-    parameters: bool = True,
-    hyper: bool = False,
-    twice: bool = False,
+    problem: Problem, state: State, batch: Any, *, parameters: bool = True, hyper: bool = False, twice: bool = False
 ) -> Derivatives:
     """Differentiate the inner loss once, with respect to the parameters, the outer parameters, or both; keep no graph.
 
     Args:
-        inner_loss: The loss.
+        problem: The loss and the outer parameters.
         state: The parameters and buffers to evaluate it at.
-        hyper_values: The outer parameters.
         batch: The batch.
         parameters: Whether to differentiate with respect to the parameters.
         hyper: Whether to differentiate with respect to the outer parameters.
@@ -118,41 +84,31 @@ def differentiate(
         ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice.
     """
     inner = {name: tensor.detach().requires_grad_(parameters) for name, tensor in state.parameters.items()}
-    outer = {name: tensor.detach().requires_grad_(hyper) for name, tensor in hyper_values.items()}
+    outer = {name: tensor.detach().requires_grad_(hyper) for name, tensor in problem.hyper.items()}
     inner_targets, outer_targets = inner if parameters else {}, outer if hyper else {}
     with torch.enable_grad():
-        loss, buffers = inner_loss(inner, state.buffers, outer, batch)
+        loss, buffers = problem.inner_loss(inner, state.buffers, outer, batch)
         check_scalar("inner", loss)
         targets = [*inner_targets.values(), *outer_targets.values()]
         found = torch.autograd.grad(loss, targets, create_graph=twice, allow_unused=True)
-    inner_gradients = _drop_missing(inner_targets, found[: len(inner_targets)])
-    outer_gradients = _drop_missing(outer_targets, found[len(inner_targets) :])
+    inner_gradients = drop_missing(inner_targets, found[: len(inner_targets)])
+    outer_gradients = drop_missing(outer_targets, found[len(inner_targets) :])
     if parameters and not inner_gradients:
         raise ValueError("the inner loss does not depend on any inner parameter that it was given")
     if twice:
         check_twice_differentiable(inner_gradients.values())
-        inner_gradients, outer_gradients = _detach(inner_gradients), _detach(outer_gradients)
-    return Derivatives(inner_gradients, outer_gradients, _detach(buffers))
+        inner_gradients, outer_gradients = detach(inner_gradients), detach(outer_gradients)
+    return Derivatives(inner_gradients, outer_gradients, detach(buffers))
 
 
-def unroll(
-    inner_loss: InnerLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    optimizer: Optimizer,
-    first_step: int = 0,
-) -> tuple[State, list[Tensor]]:
-    """Train as `rollout` does and keep the graph from the state reached back to `state` and `hyper`.
+def unroll(problem: Problem, optimizer: Optimizer, first_step: int = 0) -> tuple[State, list[Tensor]]:
+    """Train as `rollout` does and keep the graph from the state reached back to the problem's state and `hyper`.
 
     Buffers are constants to the derivative, as BatchNorm's statistics are in autograd.
 
     Args:
-        inner_loss: The loss that is descended.
-        state: Where to start. Its parameters must require gradients.
-        hyper: The outer parameters; those to differentiate must require gradients.
-        inner_batches: One batch a step.
-        optimizer: The inner optimiser.
+        problem: The problem; its parameters must require gradients, and of `hyper` those to differentiate.
+        optimizer: Its inner optimiser, built.
         first_step: The step within the rollout that the first batch belongs to, for schedules.
 
     Returns:
@@ -161,20 +117,29 @@ def unroll(
     Raises:
         ValueError: A loss is no scalar, depends on no parameter, or cannot be differentiated twice.
     """
-    losses = []
-    for index, batch in enumerate(inner_batches, start=first_step):
-        loss, buffers = inner_loss(state.parameters, state.buffers, hyper, batch)
+    state, losses = problem.state, []
+    for index, batch in enumerate(problem.inner_batches, start=first_step):
+        loss, buffers = problem.inner_loss(state.parameters, state.buffers, problem.hyper, batch)
         check_scalar("inner", loss)
         found = torch.autograd.grad(loss, list(state.parameters.values()), create_graph=True, allow_unused=True)
-        gradients = _drop_missing(state.parameters, found)
+        gradients = drop_missing(state.parameters, found)
         if not gradients:
             raise ValueError("the inner loss does not depend on any inner parameter that it was given")
         if index == 0:
             check_twice_differentiable(gradients.values())
-        parameters, slots = optimizer.update(state.parameters, gradients, state.optimizer, index)
-        state = State(parameters, _detach(buffers), slots)
+        state = optimizer.update(state, gradients, index)._replace(buffers=detach(buffers))
         losses.append(loss)
     return state, losses
+
+
+def drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:
+    """Name what `torch.autograd.grad` found for these targets, and leave out what it did not reach."""
+    return {name: gradient for name, gradient in zip(targets, gradients, strict=True) if gradient is not None}
+
+
+@torch.no_grad()
+def _step(optimizer: Optimizer, state: State, derivatives: Derivatives, index: int) -> State:
+    return optimizer.update(state, derivatives.parameters, index)._replace(buffers=derivatives.buffers)
 
 
 def _strip(step: Step, back: WayBack, reads_values: bool) -> Step:
@@ -188,11 +153,3 @@ def _strip(step: Step, back: WayBack, reads_values: bool) -> Step:
         slots = {slot: without_values(tensors) for slot, tensors in slots.items()}
     before = step.before._replace(optimizer=slots)
     return replace(step, before=before, gradients=gradients, hyper_gradients=hyper_gradients)
-
-
-def _drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensors:
-    return {name: gradient for name, gradient in zip(targets, gradients, strict=True) if gradient is not None}
-
-
-def _detach(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """The hypergradient of a student's real training steps, for the price of the walk back."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from meta.estimators.first_order import walk_trajectory
-from meta.optim import Optimizer, UpdateAdjoint, from_torch, read_slots
+from meta.optim import Optimizer, PerStep, from_torch, read_slots
+from meta.problem import Hypergradient, InnerLoss, OuterLoss, Problem
 from meta.randomness import GeneratorStates, read_generators
-from meta.tensors import as_leaves
+from meta.tensors import State, Tensors, as_leaves, copy
 from meta.trajectory import Step, Storage, StoredSteps, Trajectory
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 
 
 class Tape:
@@ -65,7 +65,7 @@ class Tape:
         """Announce the batch of the step that begins now, before its forward pass."""
         for parameter in self.hyper.values():
             parameter.grad = None
-        self._watched = (batch, read_generators(self._parameters()), _copy(dict(self.module.named_buffers())))
+        self._watched = (batch, read_generators(self._parameters()), copy(dict(self.module.named_buffers())))
 
     def hypergradient(
         self,
@@ -75,7 +75,6 @@ class Tape:
         *,
         radius: float = 3e-3,
         central: bool = False,
-        max_growth: float | None = None,
     ) -> Hypergradient:
         """Walk back over the recorded steps, from the student as it is now; see `meta.estimators.first_order`.
 
@@ -85,17 +84,14 @@ class Tape:
         if not self._steps:
             raise ValueError("the tape is empty: call watch(batch) before each forward pass")
         steps = [replace(step, index=index) for index, step in enumerate(self._steps)]
-        return walk_trajectory(
-            Trajectory(steps, self._read_state(dict(self.module.named_buffers()))),
-            inner_loss,
-            outer_loss,
-            as_leaves(self.hyper),
-            outer_batch,
-            _Recorded(list(self._optimizers)),
-            radius=radius,
-            central=central,
-            max_growth=max_growth,
+        optimizers = list(self._optimizers)
+        recorded = PerStep(lambda step: (optimizers[step], step))
+        end = self._read_state(dict(self.module.named_buffers()))
+        batches = [step.batch for step in steps]
+        problem = Problem(
+            inner_loss, outer_loss, steps[0].before, as_leaves(self.hyper), batches, outer_batch, recorded
         )
+        return walk_trajectory(Trajectory(steps, end), problem, recorded, radius=radius, central=central)
 
     def close(self) -> None:
         """Stop recording."""
@@ -109,7 +105,7 @@ class Tape:
         self._watched = None
         gradients = {name: tensor.grad for name, tensor in self._parameters().items() if tensor.grad is not None}
         hyper_gradients = {name: tensor.grad for name, tensor in self.hyper.items() if tensor.grad is not None}
-        step = Step(0, self._read_state(buffers), batch, generators, gradients, _copy(hyper_gradients))
+        step = Step(0, self._read_state(buffers), batch, generators, gradients, copy(hyper_gradients))
         self._steps.append(step)
         self._optimizers.append(from_torch(self.optimizer, self.module))
 
@@ -117,26 +113,4 @@ class Tape:
         return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
 
     def _read_state(self, buffers: Tensors) -> State:
-        return State(_copy(self._parameters()), _copy(buffers), read_slots(self.optimizer, self.module))
-
-
-class _Recorded:
-    """The optimiser as it was at every recorded step."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = optimizers
-
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
-        return self.optimizers[step].update(parameters, gradients, optimizer_state, step)
-
-    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        return self.optimizers[step].adjoint(before, gradients, step, cotangents)
-
-    def reads_values(self, step: int) -> bool:
-        return True
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return State(copy(self._parameters()), copy(buffers), read_slots(self.optimizer, self.module))

@@ -1,11 +1,44 @@
-"""Arithmetic on named tensors."""
+"""Named tensors, the state of an inner training, and arithmetic on both."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from meta.types import State, Tensors
+Tensors = dict[str, Tensor]
+"""Named tensors: parameters, buffers, gradients, or outer parameters."""
 
 PARAMETERS = "parameters"
+
+
+class State(NamedTuple):
+    """Everything an inner training needs to go on: what a rollout starts from and what it leaves.
+
+    Attributes:
+        parameters: The inner parameters, by name.
+        buffers: Non-trained tensors such as BatchNorm statistics, by name.
+        optimizer: The inner optimiser's state: slot name (say `momentum_buffer`) → parameter name → tensor. Empty
+            before the first step.
+    """
+
+    parameters: Tensors
+    buffers: Tensors
+    optimizer: dict[str, Tensors]
+
+    def detach(self) -> "State":
+        """Copy the state, cut off from every graph and sharing no memory with the original."""
+        slots = {slot: copy(tensors) for slot, tensors in self.optimizer.items()}
+        return State(copy(self.parameters), copy(self.buffers), slots)
+
+
+def copy(tensors: Tensors) -> Tensors:
+    """Copy the tensors' values; no graph and no memory is shared."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def detach(tensors: Tensors) -> Tensors:
+    """Cut the tensors off from their graph; memory is shared."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def as_leaves(tensors: Tensors) -> Tensors:

@@ -3,19 +3,18 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from meta.randomness import GeneratorStates
-from meta.types import State, Tensors
+from meta.tensors import State, Tensors
 
-Storage = Literal["memory", "cpu", "bfloat16"]
+Storage = Literal["memory", "bfloat16"]
 """How a rollout's steps are stored:
 
 - `memory`: as they are, on their device.
-- `cpu`: parameters, buffers, gradients and optimiser state of CUDA rollouts in pinned CPU memory; else as `memory`.
 - `bfloat16`: parameters as bfloat16 differences from step to step, optimiser state rounded to bfloat16, gradients as
   they are: for each float32 parameter and step 2 bytes instead of 4. Each difference is taken to the parameters that
   will be read back for the step before, so that errors do not add up over the steps: every step is off by 2⁻⁹ of its
@@ -85,7 +84,6 @@ class StoredSteps(Sequence[Step]):
         self._next_place = 0
         self._blocks: dict[_Key, Tensor] = {}
         self._layout: _Layout = {}
-        self._device = torch.device("cpu")
         self._start: Tensors = {}
         # The parameters that are read back for the step `_position`.
         self._parameters: Tensors = {}
@@ -97,7 +95,6 @@ class StoredSteps(Sequence[Step]):
             self._drop_oldest()
         if self._storage == "bfloat16":
             step = replace(step, before=self._encode(step.before))
-        self._device = next(iter(step.before.parameters.values())).device
         trees = _list_trees(step)
         layout = {tree: _lay_out(tree, tensors) for tree, tensors in trees.items()}
         if layout != self._layout:
@@ -105,20 +102,14 @@ class StoredSteps(Sequence[Step]):
         row = _Row(step.index, step.batch, self._layout, self._next_place, self._reserve(self._layout))
         for tree, places in self._layout.items():
             for name, place in places.items():
-                self._view(row, place).copy_(trees[tree][name], non_blocking=self._storage == "cpu")
+                self._view(row, place).copy_(trees[tree][name])
         self._rows.append(row)
         self._next_place = (self._next_place + 1) % self._capacity
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
+    def __getitem__(self, index: int) -> Step:  # type: ignore[override]  # nobody slices it
         index = range(len(self))[index]
         step = self._read(self._rows[index])
         return replace(step, before=self._decode(step.before, index)) if self._storage == "bfloat16" else step
@@ -137,11 +128,7 @@ class StoredSteps(Sequence[Step]):
         )
 
     def _read_tree(self, row: "_Row", tree: str) -> Tensors:
-        return {name: self._upload(self._view(row, place)) for name, place in row.layout[tree].items()}
-
-    def _upload(self, tensor: Tensor) -> Tensor:
-        # Adam's step counts lie on the CPU all along.
-        return tensor.to(self._device, non_blocking=True) if tensor.is_pinned() else tensor
+        return {name: self._view(row, place) for name, place in row.layout[tree].items()}
 
     def _view(self, row: "_Row", place: "_Place") -> Tensor:
         if place.key[2].type == "meta":
@@ -157,13 +144,12 @@ class StoredSteps(Sequence[Step]):
                 if place.key[2].type != "meta":
                     widths[place.key] = place.start + place.shape.numel()
         own = {}
-        for (tree, dtype, device), width in widths.items():
-            pinned = self._storage == "cpu" and device.type == "cuda" and tree != "generators"
-            options: dict[str, Any] = {"pin_memory": True} if pinned else {"device": device}
-            if (tree, dtype, device) not in self._blocks:
-                self._blocks[tree, dtype, device] = torch.empty(self._capacity, width, dtype=dtype, **options)
-            elif self._blocks[tree, dtype, device].shape[1] != width:
-                own[tree, dtype, device] = torch.empty(width, dtype=dtype, **options)
+        for key, width in widths.items():
+            _, dtype, device = key
+            if key not in self._blocks:
+                self._blocks[key] = torch.empty(self._capacity, width, dtype=dtype, device=device)
+            elif self._blocks[key].shape[1] != width:
+                own[key] = torch.empty(width, dtype=dtype, device=device)
         return own
 
     def _drop_oldest(self) -> None:

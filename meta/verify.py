@@ -1,17 +1,15 @@
 """An estimator against finite differences of the outer objective."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from meta.estimators import Estimator
-from meta.optim import OptimizerOrRecipe, evaluation_parameters
+from meta.problem import Estimator, Problem
 from meta.rollout import rollout
-from meta.tensors import global_norm
-from meta.types import InnerLoss, OuterLoss, State, Tensors
+from meta.tensors import Tensors, global_norm
 
 
 class Verification(NamedTuple):
@@ -29,53 +27,36 @@ class Verification(NamedTuple):
 
 
 def verify(
-    estimator: Estimator,
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
-    *,
-    directions: int = 4,
-    step_size: float = 1e-5,
-    seed: int = 0,
+    estimator: Estimator, problem: Problem, *, directions: int = 4, step_size: float = 1e-5, seed: int = 0
 ) -> Verification:
     """Compare an estimator with central differences of the outer objective along random unit directions, in float64.
 
     Every floating-point tensor of the state, the outer parameters and the batches is converted; tensors that the losses
-    close over are
-    the caller's to convert. Random numbers drawn by the losses are the same in every evaluation. Costs 2 · `directions`
-    rollouts. Kinks (ReLU, max-pooling) and
-    chaotic rollouts disturb the differences, not the estimator: then try another `step_size`.
+    close over are the caller's to convert. Random numbers drawn by the losses are the same in every evaluation. Costs
+    2 · `directions` rollouts. Kinks (ReLU, max-pooling) and chaotic rollouts disturb the differences, not the
+    estimator: then try another `step_size`.
 
     Args:
         estimator: The estimator to test.
-        inner_loss: As for the estimator.
-        outer_loss: As for the estimator.
-        state: As for the estimator.
-        hyper: As for the estimator.
-        inner_batches: As for the estimator.
-        outer_batch: As for the estimator.
-        optimizer: As for the estimator.
+        problem: The problem to test it on.
         directions: How many directions to try.
         step_size: Distance from `hyper` to either side, in units of max(1, ‖hyper‖).
         seed: Seed of the directions and of the random numbers that the losses draw.
     """
-    state, hyper, inner_batches, outer_batch = tree_map(_to_float64, (state, hyper, list(inner_batches), outer_batch))
+    names = ("state", "hyper", "inner_batches", "outer_batch")
+    problem = replace(problem, **{name: tree_map(_to_float64, getattr(problem, name)) for name in names})
+    hyper = problem.hyper
     distance = step_size * max(1.0, global_norm(hyper).item())
     generator = torch.Generator().manual_seed(seed)
 
     def objective(shifted: Tensors) -> Tensor:
         torch.manual_seed(seed)
-        end = rollout(inner_loss, state, shifted, inner_batches, optimizer)
-        return outer_loss(evaluation_parameters(end), end.buffers, outer_batch).detach()
+        return problem.evaluate(rollout(replace(problem, hyper=shifted))).detach()
 
     estimated, measured = [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        grads = estimator(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer).grads
+        grads = estimator(problem).grads
         for _ in range(directions):
             direction = _random_unit(hyper, generator)
             ahead = objective({name: tensor + distance * direction[name] for name, tensor in hyper.items()})

@@ -1,15 +1,15 @@
 """The walk back over a trajectory that every adjoint estimator shares."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from meta.checks import check_scalar
 from meta.optim import evaluation_parameters
-from meta.tensors import add, as_leaves, global_norm
-from meta.types import OuterLoss, State, Tensors
+from meta.problem import Problem
+from meta.tensors import State, Tensors, add, as_leaves, global_norm
 
 Segment = TypeVar("Segment")
 
@@ -26,15 +26,13 @@ class Walk(NamedTuple):
     Attributes:
         grads: The hypergradient; names that no step used are left out.
         norms: Norm of the parameters' cotangents at every state of the walk, the last state first.
-        segments_left: How many segments were not crossed because the walk stopped before them.
     """
 
     grads: Tensors
     norms: Tensor
-    segments_left: int
 
 
-def outer_cotangents(outer_loss: OuterLoss, end: State, batch: Any) -> tuple[Tensor, State]:
+def outer_cotangents(problem: Problem, end: State) -> tuple[Tensor, State]:
     """Return the outer loss at the end of a rollout, and its cotangents with respect to the state there.
 
     Raises:
@@ -42,7 +40,7 @@ def outer_cotangents(outer_loss: OuterLoss, end: State, batch: Any) -> tuple[Ten
     """
     parameters = as_leaves(evaluation_parameters(end))
     with torch.enable_grad():
-        value = outer_loss(parameters, end.buffers, batch)
+        value = problem.outer_loss(parameters, end.buffers, problem.outer_batch)
         check_scalar("outer", value)
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     if all(gradient is None for gradient in found):
@@ -57,31 +55,20 @@ def outer_cotangents(outer_loss: OuterLoss, end: State, batch: Any) -> tuple[Ten
     return value.detach(), State(cotangents, {}, {})
 
 
-def walk_back(
-    segments: Sequence[Segment], cotangents: State, pull_back: PullBack[Segment], max_growth: float | None
-) -> Walk:
+def walk_back(segments: Sequence[Segment], cotangents: State, pull_back: PullBack[Segment]) -> Walk:
     """Carry cotangents from the end of a trajectory to its start and collect the hypergradient on the way.
 
     Args:
         segments: The trajectory, cut into consecutive segments.
         cotangents: Of the state after the last segment.
         pull_back: How one segment is crossed.
-        max_growth: Stop where the parameters' cotangents have grown by more than this factor since the end; None never
-            stops.
-
-    Raises:
-        ValueError: `max_growth` is below 1, so that no step would be crossed.
     """
-    if max_growth is not None and max_growth < 1:
-        raise ValueError(f"the adjoint cannot be bound to a factor below 1 ({max_growth})")
     grads: Tensors = {}
     norms = [global_norm(cotangents.parameters)]
     for position in reversed(range(len(segments))):
-        if max_growth is not None and norms[-1] > max_growth * norms[0]:
-            return Walk(grads, torch.stack(norms), position + 1)
         to_start = position == 0
         cotangents, found = pull_back(segments[position], cotangents, to_start)
         grads = add(grads, found)
         if not to_start:
             norms.append(global_norm(cotangents.parameters))
-    return Walk(grads, torch.stack(norms), 0)
+    return Walk(grads, torch.stack(norms))

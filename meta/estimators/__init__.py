@@ -1,7 +1,6 @@
 """Ways to get the hypergradient, one file each, all with one signature."""
 
 from meta.estimators.adjoint import adjoint
-from meta.estimators.base import Estimator
 from meta.estimators.evolution import Particles, evolution
 from meta.estimators.first_order import first_order
 from meta.estimators.higher import higher
@@ -9,6 +8,7 @@ from meta.estimators.implicit import implicit
 from meta.estimators.last_step import last_step
 from meta.estimators.truncated import truncated
 from meta.estimators.unrolled import unrolled
+from meta.problem import Estimator
 
 ESTIMATORS: dict[str, Estimator] = {
     "higher": higher,
@@ -24,7 +24,6 @@ ESTIMATORS: dict[str, Estimator] = {
 
 __all__ = [
     "ESTIMATORS",
-    "Estimator",
     "Particles",
     "adjoint",
     "evolution",

@@ -1,19 +1,16 @@
 """The hypergradient by persistent evolution strategies."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from meta.checks import check_inputs
 from meta.estimators.parts import collect
-from meta.optim import OptimizerOrRecipe, evaluation_parameters
+from meta.problem import Hypergradient, Problem
 from meta.randomness import read_generators, replaying
 from meta.rollout import rollout
-from meta.tensors import add
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.tensors import State, Tensors, add
 
 
 @dataclass
@@ -56,57 +53,47 @@ class Particles:
 
 
 @torch.no_grad()
-def evolution(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
-    *,
-    particles: Particles | None = None,
-) -> Hypergradient:
+def evolution(problem: Problem, *, particles: Particles | None = None) -> Hypergradient:
     """Correlate random perturbations of the outer parameters with the outer loss that they lead to.
 
     Nothing is differentiated: the outer loss may be an error rate. Unbiased for the objective smoothed by the
-    perturbations, with a
-    variance that grows with the number of outer parameters: for tiny sets of them. With `particles` handed from window
-    to window, the inner trainings go on and their
-    perturbations add up, so that the hypergradient reaches back to the first window (Vicol et al. 2021, PES); without,
-    it is an antithetic
-    evolution strategy over one window. Costs 2 · `pairs` + 1 rollouts of K gradient evaluations; memory of one, and a
-    state for each particle.
+    perturbations, with a variance that grows with the number of outer parameters: for tiny sets of them. With
+    `particles` handed from window to window, the inner trainings go on and their perturbations add up, so that the
+    hypergradient reaches back to the first window (Vicol et al. 2021, PES); without, it is an antithetic evolution
+    strategy over one window. Costs 2 · `pairs` + 1 rollouts of K gradient evaluations; memory of one, and a state for
+    each particle.
 
-    Args (beside those of every `Estimator`):
+    Args:
+        problem: The problem.
         particles: The population, updated in place; None starts a new one of 8 pairs. After its first window its own
-            states are gone on
-            from, and `state` serves the unperturbed rollout only, whose outer value and end are returned.
+            states are gone on from, and `problem.state` serves the unperturbed rollout only, whose outer value and end
+            are returned.
 
     Raises:
         ValueError: The inputs make no bi-level problem. That the losses ignore an outer parameter cannot be seen.
     """
-    check_inputs(state, hyper, inner_batches)
+    check_inputs(problem)
+    hyper = problem.hyper
     particles = Particles() if particles is None else particles
-    generators = read_generators(state.parameters)
+    generators = read_generators(problem.state.parameters)
 
     def run(start: State, values: Tensors) -> tuple[State, Tensor]:
         # Every particle draws the same random numbers: their differences come from the perturbations alone.
         with replaying(generators):
-            end = rollout(inner_loss, start, values, inner_batches, optimizer)
-            value = outer_loss(evaluation_parameters(end), end.buffers, outer_batch)
+            end = rollout(replace(problem, state=start, hyper=values))
+            value = problem.evaluate(end)
         if value.dim() != 0:
             raise ValueError(f"the outer loss must be a scalar, but has shape {tuple(value.shape)}")
         return end, value
 
     grads: Tensors = {}
     carried = []
-    for (ahead, behind), perturbation, accumulated in particles.draw(state.detach(), hyper):
+    for (ahead, behind), perturbation, accumulated in particles.draw(problem.state.detach(), hyper):
         ahead, value_ahead = run(ahead, add(hyper, perturbation))
         behind, value_behind = run(behind, {name: value - perturbation[name] for name, value in hyper.items()})
         weight = (value_ahead - value_behind) / (2 * particles.spread**2 * particles.pairs)
         grads = add(grads, {name: weight * total for name, total in accumulated.items()})
         carried.append((ahead, behind))
     particles.carry(carried)
-    end, value = run(state, hyper)
+    end, value = run(problem.state, hyper)
     return collect(value, grads, hyper, end, unused=())

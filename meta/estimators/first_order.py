@@ -1,105 +1,71 @@
 """The hypergradient by an adjoint walk whose second derivatives are differences of first-order gradients."""
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from meta.checks import check_inputs
 from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
-from meta.optim import Optimizer, OptimizerOrRecipe, build_optimizer
+from meta.optim import Optimizer, build_optimizer
+from meta.problem import Hypergradient, Problem
 from meta.randomness import replaying
 from meta.rollout import WayBack, differentiate, record
-from meta.tensors import add, as_leaves, global_norm
+from meta.tensors import State, Tensors, add, as_leaves, global_norm
 from meta.trajectory import Step, Storage, Trajectory
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
 from meta.walk import outer_cotangents, walk_back
 
 
 def first_order(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
-    *,
-    radius: float = 3e-3,
-    central: bool = False,
-    max_growth: float | None = None,
-    storage: Storage = "memory",
+    problem: Problem, *, radius: float = 3e-3, central: bool = False, storage: Storage = "memory"
 ) -> Hypergradient:
     """Walk the adjoint back; take each Hessian and mixed product as a difference of two gradients of the inner loss.
 
     No double backward: it works wherever the inner loss can be trained at all (fused attention, torch.compile,
     autocast, operations without a second derivative). Costs K gradient evaluations forward and K (`central`: 2K) back,
     and holds K parameters and gradients (`central`: parameters; optimiser state too where the update is not linear in
-    it), no activations. Biased: O(`radius`) one-sided (sides change from step to step, so
-    that most of it cancels), O(`radius`²) central, plus rounding over `radius`; across kinks (ReLU) the difference is
-    the mean curvature over the step instead of the curvature almost everywhere. (DARTS, Liu et al. 2019, takes such a
-    difference at one step.)
+    it), no activations. Biased: O(`radius`) one-sided (sides change from step to step, so that most of it cancels),
+    O(`radius`²) central, plus rounding over `radius`; across kinks (ReLU) the difference is the mean curvature over the
+    step instead of the curvature almost everywhere. (DARTS, Liu et al. 2019, takes such a difference at one step.)
 
-    Args (beside those of every `Estimator`):
+    Args:
+        problem: The problem.
         radius: Length of the perturbation of the inner parameters, relative to their norm.
         central: Whether to step to both sides; otherwise the rollout's own gradient is one of the two.
-        max_growth: Stop the walk where the adjoint's norm has grown by more than this factor; None never stops.
         storage: How the K states are stored; see `meta.trajectory.Storage`.
 
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
     """
-    check_inputs(state, hyper, inner_batches)
-    leaves = as_leaves(hyper)
-    built = build_optimizer(optimizer, leaves)
+    check_inputs(problem)
+    problem = replace(problem, hyper=as_leaves(problem.hyper))
+    optimizer = build_optimizer(problem.optimizer, problem.hyper)
     back: WayBack = "central difference" if central else "difference"
-    trajectory = record(inner_loss, state, leaves, inner_batches, built, back, storage)
-    return walk_trajectory(
-        trajectory,
-        inner_loss,
-        outer_loss,
-        leaves,
-        outer_batch,
-        built,
-        radius=radius,
-        central=central,
-        max_growth=max_growth,
-    )
+    trajectory = record(problem, optimizer, back, storage)
+    return walk_trajectory(trajectory, problem, optimizer, radius=radius, central=central)
 
 
 def walk_trajectory(
-    trajectory: Trajectory,
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    leaves: Tensors,
-    outer_batch: Any,
-    optimizer: Optimizer,
-    *,
-    radius: float,
-    central: bool,
-    max_growth: float | None,
+    trajectory: Trajectory, problem: Problem, optimizer: Optimizer, *, radius: float, central: bool
 ) -> Hypergradient:
-    """Walk back over a trajectory that is already there; the arguments are those of `first_order`."""
+    """Walk back over a trajectory of the problem that is already there; its `hyper` are leaves."""
 
     def pull_back(step: Step, cotangents: State, to_start: bool) -> tuple[State, Tensors]:
         adjoint = optimizer.adjoint(step.before, step.gradients, step.index, cotangents)
-        curvature, mixed = _difference(inner_loss, leaves, step, adjoint.gradients, radius, central, to_start)
-        settings = pull_back_settings(adjoint.settings, leaves)
+        curvature, mixed = _difference(problem, step, adjoint.gradients, radius, central, to_start)
+        settings = pull_back_settings(adjoint.settings, problem.hyper)
         return State(add(adjoint.parameters, curvature), {}, adjoint.optimizer), add(mixed, settings)
 
     with torch.no_grad():
-        value, cotangents = outer_cotangents(outer_loss, trajectory.end, outer_batch)
-        walk = walk_back(trajectory.steps, cotangents, pull_back, max_growth)
-    # Every segment is one step: the segments left are the step that the walk went back to.
-    truncated_at = walk.segments_left or None
-    unused = leaves.keys() - walk.grads.keys()
+        value, cotangents = outer_cotangents(problem, trajectory.end)
+        walk = walk_back(trajectory.steps, cotangents, pull_back)
+    unused = problem.hyper.keys() - walk.grads.keys()
     if unused:
         unused -= {name for step in trajectory.steps for name in step.hyper_gradients}
-    result = collect(value, walk.grads, leaves, trajectory.end, unused, walk.norms, truncated_at)
+    result = collect(value, walk.grads, problem.hyper, trajectory.end, unused, walk.norms)
     if is_finite(result):
         return result
-    return result._replace(fault=find_fault(inner_loss, leaves, trajectory.steps, trajectory.end))
+    return result._replace(fault=find_fault(problem, trajectory.steps, trajectory.end))
 
 
 def _side(index: int) -> int:
@@ -108,7 +74,7 @@ def _side(index: int) -> int:
 
 
 def _difference(
-    inner_loss: InnerLoss, hyper: Tensors, step: Step, direction: Tensors, radius: float, central: bool, to_start: bool
+    problem: Problem, step: Step, direction: Tensors, radius: float, central: bool, to_start: bool
 ) -> tuple[Tensors, Tensors]:
     """Difference the inner loss's gradients along `direction`.
 
@@ -125,14 +91,8 @@ def _difference(
     def gradients_at(scale: Tensor) -> tuple[Tensors, Tensors]:
         moved = parameters | {name: parameters[name] + scale * tensor for name, tensor in direction.items()}
         with replaying(step.generators):
-            found = differentiate(
-                inner_loss,
-                step.before._replace(parameters=moved),
-                hyper,
-                step.batch,
-                parameters=not to_start,
-                hyper=True,
-            )
+            before = step.before._replace(parameters=moved)
+            found = differentiate(problem, before, step.batch, parameters=not to_start, hyper=True)
         return found.parameters, found.hyper
 
     ahead = gradients_at(scale)

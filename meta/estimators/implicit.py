@@ -1,7 +1,6 @@
 """The hypergradient by the implicit function theorem at the rollout's end."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,22 +8,15 @@ from torch import Tensor
 from meta.checks import check_inputs, check_scalar, check_twice_differentiable, find_unused
 from meta.estimators.parts import collect
 from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
-from meta.optim import SGD, Adam, AdamW, OptimizerOrRecipe, build_optimizer, evaluation_parameters
-from meta.optim.base import setting_at
-from meta.rollout import rollout
-from meta.tensors import as_leaves
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.optim import SGD, Adam, AdamW, build_optimizer, evaluation_parameters, setting_at
+from meta.problem import Hypergradient, Problem
+from meta.rollout import drop_missing, rollout
+from meta.tensors import State, as_leaves
 from meta.walk import outer_cotangents
 
 
 def implicit(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
+    problem: Problem,
     *,
     solver: Literal["neumann", "conjugate_gradient"] = "neumann",
     terms: int = 10,
@@ -36,11 +28,12 @@ def implicit(
     −∂²L/∂φ∂θ · H⁻¹ · ∂(outer loss)/∂θ, with H⁻¹ by a Neumann series (Lorraine et al. 2020) or by conjugate gradients
     (Pedregosa 2016), on the last inner batch. Exact only where the gradient of that batch's loss plus the weight decay
     vanishes, H is positive definite (`damping` may help), and the solver has converged (Neumann: `step_size` times the
-    largest eigenvalue below
-    2). A learned loss on a network that is still training fulfils none of the three: then the result can even point
-    the wrong way. Costs K gradient evaluations and about two for each term; memory of one step's double graph.
+    largest eigenvalue below 2). A learned loss on a network that is still training fulfils none of the three: then the
+    result can even point the wrong way. Costs K gradient evaluations and about two for each term; memory of one step's
+    double graph.
 
-    Args (beside those of every `Estimator`):
+    Args:
+        problem: The problem.
         solver: How the inverse Hessian is applied.
         terms: Terms of the series after the first, or iterations of conjugate gradients.
         step_size: Of the Neumann series; None takes the learning rate of the last step.
@@ -48,22 +41,21 @@ def implicit(
 
     Raises:
         ValueError: The inputs make no bi-level problem, the optimiser's stationary points are not those of the loss
-            with
-            an L2 penalty (anything but SGD and Adam), or the solver is unknown.
+            with an L2 penalty (anything but SGD and Adam), or the solver is unknown.
     """
-    check_inputs(state, hyper, inner_batches)
-    leaves = as_leaves(hyper)
-    built = build_optimizer(optimizer, leaves)
+    check_inputs(problem)
+    leaves = as_leaves(problem.hyper)
+    built = build_optimizer(problem.optimizer, leaves)
     if not isinstance(built, SGD | Adam) or isinstance(built, AdamW):
         raise ValueError(f"estimator 'implicit' supports SGD and Adam, not {type(built).__name__}")
     if solver not in ("neumann", "conjugate_gradient"):
         raise ValueError(f"unknown solver {solver!r}: neumann or conjugate_gradient")
-    end = rollout(inner_loss, state, hyper, inner_batches, optimizer)
-    value, cotangents = outer_cotangents(outer_loss, end, outer_batch)
+    end = rollout(problem)
+    value, cotangents = outer_cotangents(problem, end)
 
     with torch.enable_grad():
         point = as_leaves(evaluation_parameters(end))
-        loss, _ = inner_loss(point, end.buffers, leaves, inner_batches[-1])
+        loss, _ = problem.inner_loss(point, end.buffers, leaves, problem.inner_batches[-1])
         check_scalar("inner", loss)
         found = torch.autograd.grad(loss, list(point.values()), create_graph=True, allow_unused=True)
         check_twice_differentiable(found)
@@ -80,12 +72,14 @@ def implicit(
         return [product + damping * entry for product, entry in zip(products, vector, strict=True)]
 
     if solver == "neumann":
-        rate = float(setting_at(built.learning_rate, len(inner_batches) - 1)) if step_size is None else step_size
+        rate = (
+            float(setting_at(built.learning_rate, len(problem.inner_batches) - 1)) if step_size is None else step_size
+        )
         solution = sum_neumann(apply_hessian, start, terms, rate)
     else:
         solution = solve_conjugate_gradient(apply_hessian, start, terms).vector
     mixed = torch.autograd.grad(residual, list(leaves.values()), solution, allow_unused=True)
-    grads = {name: -product for name, product in zip(leaves, mixed, strict=True) if product is not None}
+    grads = {name: -product for name, product in drop_missing(leaves, mixed).items()}
     unused = find_unused([loss], {name: leaf for name, leaf in leaves.items() if name not in grads})
     return collect(value, grads, leaves, end, unused)
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_used
+from meta.problem import Hypergradient, Problem
 from meta.randomness import replaying
-from meta.rollout import differentiate
-from meta.tensors import add, global_norm
+from meta.rollout import differentiate, drop_missing
+from meta.tensors import State, Tensors, add, global_norm
 from meta.trajectory import Step
-from meta.types import Hypergradient, InnerLoss, State, Tensors
 
 
 def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -> Tensors:
@@ -20,16 +20,15 @@ def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -
         if setting.requires_grad:
             # Settings may share a graph, and one setting serves every step.
             found = torch.autograd.grad(setting, list(leaves.values()), cotangent, allow_unused=True, retain_graph=True)
-            named = zip(leaves, found, strict=True)
-            grads = add(grads, {name: gradient for name, gradient in named if gradient is not None})
+            grads = add(grads, drop_missing(leaves, found))
     return grads
 
 
-def find_fault(inner_loss: InnerLoss, hyper: Tensors, steps: Iterable[Step], end: State) -> str | None:
+def find_fault(problem: Problem, steps: Iterable[Step], end: State) -> str | None:
     """Name the first tensor of a trajectory that is not finite, or None if all are; takes the gradients again."""
     for step in steps:
         with replaying(step.generators):
-            gradients = differentiate(inner_loss, step.before, hyper, step.batch).parameters
+            gradients = differentiate(problem, step.before, step.batch).parameters
         for kind, tensors in (("parameter", step.before.parameters), ("gradient of", gradients)):
             for name, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
@@ -50,7 +49,6 @@ def collect(
     final_state: State,
     unused: Iterable[str],
     adjoint_norms: Tensor | None = None,
-    truncated_at: int | None = None,
 ) -> Hypergradient:
     """Put an estimator's result together; an outer parameter that was used but has no gradient gets zeros.
 
@@ -62,5 +60,4 @@ def collect(
         name: grads[name].detach() if name in grads else torch.zeros_like(tensor.detach())
         for name, tensor in hyper.items()
     }
-    norm = global_norm(found)
-    return Hypergradient(value.detach(), found, final_state.detach(), norm, adjoint_norms, truncated_at)
+    return Hypergradient(value.detach(), found, final_state.detach(), global_norm(found), adjoint_norms)

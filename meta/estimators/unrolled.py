@@ -1,22 +1,10 @@
 """The hypergradient by backpropagation through the whole rollout."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from meta.estimators.adjoint import adjoint
-from meta.optim import OptimizerOrRecipe
-from meta.types import Hypergradient, InnerLoss, OuterLoss, State, Tensors
+from meta.problem import Hypergradient, Problem
 
 
-def unrolled(
-    inner_loss: InnerLoss,
-    outer_loss: OuterLoss,
-    state: State,
-    hyper: Tensors,
-    inner_batches: Sequence[Any],
-    outer_batch: Any,
-    optimizer: OptimizerOrRecipe,
-) -> Hypergradient:
+def unrolled(problem: Problem) -> Hypergradient:
     """Differentiate the outer loss through every inner step with autograd.
 
     Exact, with buffers held constant (Maclaurin et al. 2015; Franceschi et al. 2017). Costs about three gradient
@@ -26,5 +14,4 @@ def unrolled(
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
     """
-    segment = max(1, len(inner_batches))
-    return adjoint(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer, chunk=segment)
+    return adjoint(problem, chunk=max(1, len(problem.inner_batches)))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from meta.optim.base import Schedule, Setting, UpdateAdjoint, is_active, pair_settings, setting_at
-from meta.types import State, Tensors
+from meta.tensors import State, Tensors
+
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,13 @@ class Adam:
 
     _decoupled = False
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
         learning_rate = setting_at(self.learning_rate, step)
-        new_parameters = dict(parameters)
-        slots = {slot: dict(optimizer_state.get(slot, {})) for slot in ("step", "exp_avg", "exp_avg_sq")}
+        new_parameters = dict(before.parameters)
+        slots = {slot: dict(before.optimizer.get(slot, {})) for slot in SLOTS}
         for name, gradient in gradients.items():
-            parameter = parameters[name]
+            parameter = before.parameters[name]
             moments = self._advance(parameter, gradient, {slot: slots[slot].get(name) for slot in slots})
             if self._decoupled and is_active(self.weight_decay):
                 parameter = parameter - learning_rate * self.weight_decay * parameter
@@ -47,7 +47,7 @@ class Adam:
             slots["step"][name] = moments.steps
             slots["exp_avg"][name] = moments.mean
             slots["exp_avg_sq"][name] = moments.square
-        return new_parameters, slots
+        return State(new_parameters, before.buffers, slots)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
@@ -61,7 +61,7 @@ class Adam:
 
         for name, gradient in gradients.items():
             parameter, to_parameter = before.parameters[name], to_parameters[name]
-            old = {slot: before.optimizer.get(slot, {}).get(name) for slot in ("step", "exp_avg", "exp_avg_sq")}
+            old = {slot: before.optimizer.get(slot, {}).get(name) for slot in SLOTS}
             moments = self._advance(parameter, gradient, old)
             to_direction = -learning_rate * to_parameter
             to_mean = to_direction / moments.correction1 / moments.denominator
@@ -88,12 +88,8 @@ class Adam:
                 to_rate.append(-(to_parameter * moved).sum())
 
         settings = [(learning_rate, to_rate), (self.weight_decay, to_decay)]
-        return UpdateAdjoint(
-            to_parameters,
-            to_gradients,
-            {"exp_avg": to_means, "exp_avg_sq": to_squares},
-            pair_settings(settings),
-        )
+        to_slots = {"exp_avg": to_means, "exp_avg_sq": to_squares}
+        return UpdateAdjoint(to_parameters, to_gradients, to_slots, pair_settings(settings))
 
     def reads_values(self, step: int) -> bool:
         """Always: the update is not linear in the gradient; see `Optimizer.reads_values`."""

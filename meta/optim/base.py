@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from meta.types import State, Tensors
+from meta.tensors import State, Tensors
 
 Setting = float | Tensor
 """A setting of an optimiser: a number, or a zero-dimensional tensor that an outer parameter may stand behind."""
@@ -35,20 +35,14 @@ class UpdateAdjoint(NamedTuple):
 class Optimizer(Protocol):
     """An inner optimiser as a pure function."""
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
-        """Take one step; write to none of the arguments.
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
+        """Take one step; write to none of the arguments, and leave the buffers as they are.
 
         Args:
-            parameters: The parameters, by name.
-            gradients: Their gradients. A parameter whose name is missing stays as it is, as `torch.optim` does where
-                `grad` is None.
-            optimizer_state: Slot name → parameter name → tensor; empty before the first step.
+            before: The state before the step.
+            gradients: Of the parameters. One whose name is missing stays as it is, as `torch.optim` does where `grad`
+                is None.
             step: The step within the rollout, for schedules.
-
-        Returns:
-            The new parameters and the new optimiser state.
         """
         ...
 

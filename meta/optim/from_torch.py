@@ -9,7 +9,7 @@ from meta.optim.adam import Adam, AdamW
 from meta.optim.base import Optimizer
 from meta.optim.sgd import SGD
 from meta.optim.wrappers import Grouped
-from meta.types import Tensors
+from meta.tensors import Tensors
 
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 

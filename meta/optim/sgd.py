@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from meta.optim.base import Schedule, Setting, UpdateAdjoint, is_active, pair_settings, setting_at
-from meta.types import State, Tensors
+from meta.tensors import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,18 @@ class SGD:
         if self.nesterov and (not is_active(self.momentum) or self.dampening != 0):
             raise ValueError("Nesterov momentum needs a momentum and no dampening")
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
         learning_rate = setting_at(self.learning_rate, step)
-        old_buffers = optimizer_state.get("momentum_buffer", {})
-        new_parameters, new_buffers = dict(parameters), dict(old_buffers)
+        old_buffers = before.optimizer.get("momentum_buffer", {})
+        new_parameters, new_buffers = dict(before.parameters), dict(old_buffers)
         for name, gradient in gradients.items():
-            direction, buffer = self._direction(parameters[name], gradient, old_buffers.get(name))
-            new_parameters[name] = parameters[name] - learning_rate * direction
+            direction, buffer = self._direction(before.parameters[name], gradient, old_buffers.get(name))
+            new_parameters[name] = before.parameters[name] - learning_rate * direction
             if buffer is not None:
                 new_buffers[name] = buffer
-        return new_parameters, {"momentum_buffer": new_buffers} if is_active(self.momentum) else {}
+        slots = {"momentum_buffer": new_buffers} if is_active(self.momentum) else {}
+        return State(new_parameters, before.buffers, slots)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
@@ -86,12 +85,8 @@ class SGD:
                 to_decay.append((to_decayed * parameter).sum())
 
         settings = [(learning_rate, to_rate), (self.momentum, to_momentum), (self.weight_decay, to_decay)]
-        return UpdateAdjoint(
-            to_parameters,
-            to_gradients,
-            {"momentum_buffer": to_buffers} if to_buffers else {},
-            pair_settings(settings),
-        )
+        to_slots = {"momentum_buffer": to_buffers} if to_buffers else {}
+        return UpdateAdjoint(to_parameters, to_gradients, to_slots, pair_settings(settings))
 
     def reads_values(self, step: int) -> bool:
         """Only to learn a setting: the update is linear; see `Optimizer.reads_values`."""

@@ -1,4 +1,4 @@
-"""Optimisers made of optimisers: parameter groups, gradient clipping, averaged iterates."""
+"""Optimisers made of optimisers: parameter groups, gradient clipping, averaged iterates, one of each step's own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meta.optim.base import Optimizer, UpdateAdjoint
-from meta.types import State, Tensors
+from meta.tensors import State, Tensors
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,15 @@ class Grouped:
 
     select: Callable[[str], Optimizer]
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
         new_parameters: Tensors = {}
         new_state: dict[str, Tensors] = {}
-        for optimizer, names in self._groups(parameters):
-            state = _subset(State(parameters, {}, optimizer_state), names)
-            updated, slots = optimizer.update(state.parameters, _pick(gradients, names), state.optimizer, step)
-            new_parameters |= updated
-            _merge(new_state, slots)
-        return {name: new_parameters[name] for name in parameters}, new_state
+        for optimizer, names in self._groups(before.parameters):
+            updated = optimizer.update(_subset(before, names), _pick(gradients, names), step)
+            new_parameters |= updated.parameters
+            _merge(new_state, updated.optimizer)
+        return State({name: new_parameters[name] for name in before.parameters}, before.buffers, new_state)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
@@ -70,13 +67,11 @@ class Clipped:
     optimizer: Optimizer
     max_norm: float
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
         factor, _ = self._factor(gradients)
         clipped = {name: factor * gradient for name, gradient in gradients.items()}
-        return self.optimizer.update(parameters, clipped, optimizer_state, step)
+        return self.optimizer.update(before, clipped, step)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
@@ -116,14 +111,14 @@ class Averaged:
     optimizer: Optimizer
     decay: float
 
-    def update(
-        self, parameters: Tensors, gradients: Tensors, optimizer_state: dict[str, Tensors], step: int
-    ) -> tuple[Tensors, dict[str, Tensors]]:
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
-        old = optimizer_state.get("average", parameters)
-        updated, slots = self.optimizer.update(parameters, gradients, optimizer_state, step)
-        average = {name: self.decay * old[name] + (1 - self.decay) * tensor for name, tensor in updated.items()}
-        return updated, {**slots, "average": average}
+        old = evaluation_parameters(before)
+        after = self.optimizer.update(before, gradients, step)
+        average = {
+            name: self.decay * old[name] + (1 - self.decay) * tensor for name, tensor in after.parameters.items()
+        }
+        return after._replace(optimizer={**after.optimizer, "average": average})
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
@@ -141,6 +136,32 @@ class Averaged:
     def reads_values(self, step: int) -> bool:
         """As the optimiser does: the average is linear; see `Optimizer.reads_values`."""
         return self.optimizer.reads_values(step)
+
+
+@dataclass(frozen=True)
+class PerStep:
+    """Another optimiser at every step.
+
+    Attributes:
+        choose: Step within the rollout → the optimiser that takes it, and which step it takes that for.
+    """
+
+    choose: Callable[[int], tuple[Optimizer, int]]
+
+    def update(self, before: State, gradients: Tensors, step: int) -> State:
+        """Take one step; see `Optimizer.update`."""
+        optimizer, number = self.choose(step)
+        return optimizer.update(before, gradients, number)
+
+    def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
+        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
+        optimizer, number = self.choose(step)
+        return optimizer.adjoint(before, gradients, number, cotangents)
+
+    def reads_values(self, step: int) -> bool:
+        """As the step's optimiser does; see `Optimizer.reads_values`."""
+        optimizer, number = self.choose(step)
+        return optimizer.reads_values(number)
 
 
 def evaluation_parameters(state: State) -> Tensors:

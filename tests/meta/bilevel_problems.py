@@ -1,27 +1,15 @@
 """Small bi-level problems in float64 that the tests share."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta import InnerLoss, OuterLoss, State, Tensors, call_module
+from meta import Problem, State, Tensors, call_module
 from meta.optim import SGD, OptimizerOrRecipe
 
 MOMENTUM_SGD = SGD(0.05, momentum=0.9, weight_decay=1e-3)
-
-
-class Problem(NamedTuple):
-    """The arguments of an estimator, in its order."""
-
-    inner_loss: InnerLoss
-    outer_loss: OuterLoss
-    state: State
-    hyper: Tensors
-    inner_batches: list[Any]
-    outer_batch: Any
-    optimizer: OptimizerOrRecipe
 
 
 def learned_loss_problem(

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from meta import Particles, State
+from meta import Particles, Problem, State
 from meta.estimators import adjoint, evolution
 from meta.optim import SGD
 
@@ -18,12 +20,12 @@ def outer_loss(parameters, buffers, batch):
 
 START = State({"x": torch.zeros(2, dtype=torch.float64)}, {}, {})
 HYPER = {"centre": torch.tensor([1.0, -1.0], dtype=torch.float64)}
-PROBLEM = (inner_loss, outer_loss, START, HYPER, [None] * STEPS, None, SGD(RATE))
+PROBLEM = Problem(inner_loss, outer_loss, START, HYPER, [None] * STEPS, None, SGD(RATE))
 
 
 def test_one_window_agrees_with_the_exact_hypergradient():
-    estimate = evolution(*PROBLEM, particles=Particles(pairs=800, spread=0.1))
-    exact = adjoint(*PROBLEM)
+    estimate = evolution(PROBLEM, particles=Particles(pairs=800, spread=0.1))
+    exact = adjoint(PROBLEM)
     torch.testing.assert_close(estimate.grads, exact.grads, rtol=0.2, atol=0.0)
     torch.testing.assert_close(estimate.outer_value, exact.outer_value)
     torch.testing.assert_close(estimate.final_state.parameters, exact.final_state.parameters)
@@ -31,8 +33,8 @@ def test_one_window_agrees_with_the_exact_hypergradient():
 
 def test_persistent_particles_reach_back_to_earlier_windows():
     particles = Particles(pairs=800, spread=0.1, seed=1)
-    first = evolution(*PROBLEM, particles=particles)
-    second = evolution(inner_loss, outer_loss, first.final_state, *PROBLEM[3:], particles=particles)
+    first = evolution(PROBLEM, particles=particles)
+    second = evolution(replace(PROBLEM, state=first.final_state), particles=particles)
     kept = 1 - RATE
     whole, window = 1 - kept ** (2 * STEPS), 1 - kept**STEPS
     for entry in second.grads["centre"].tolist():
@@ -44,7 +46,7 @@ def test_an_error_rate_can_be_the_outer_loss():
     def error_rate(parameters, buffers, batch):
         return (parameters["x"] < 0.27).double().mean()
 
-    estimate = evolution(inner_loss, error_rate, *PROBLEM[2:], particles=Particles(pairs=500, spread=0.3))
+    estimate = evolution(replace(PROBLEM, outer_loss=error_rate), particles=Particles(pairs=500, spread=0.3))
     assert estimate.grads["centre"][0] < -0.1
     assert estimate.grads["centre"][1].abs() < 0.05
 
@@ -53,11 +55,11 @@ def test_pairs_see_the_same_random_numbers():
     def noisy(parameters, buffers, hyper, batch):
         return inner_loss(parameters, buffers, hyper, batch)[0] + 10 * (torch.randn(2) * parameters["x"]).sum(), buffers
 
-    few = evolution(noisy, *PROBLEM[1:], particles=Particles(pairs=200, spread=0.1))
-    quiet = evolution(*PROBLEM, particles=Particles(pairs=200, spread=0.1))
+    few = evolution(replace(PROBLEM, inner_loss=noisy), particles=Particles(pairs=200, spread=0.1))
+    quiet = evolution(PROBLEM, particles=Particles(pairs=200, spread=0.1))
     torch.testing.assert_close(few.grads, quiet.grads)
 
 
 def test_a_vector_as_outer_loss_is_an_error():
     with pytest.raises(ValueError, match="must be a scalar"):
-        evolution(inner_loss, lambda parameters, buffers, batch: parameters["x"], *PROBLEM[2:])
+        evolution(replace(PROBLEM, outer_loss=lambda parameters, buffers, batch: parameters["x"]))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meta import State
+from meta import Problem, State
 from meta.estimators import implicit
 from meta.optim import SGD, Adam, AdamW
 
@@ -21,7 +21,8 @@ def outer_loss(parameters, buffers, batch):
 def solve(optimizer, **options):
     start = State({"x": torch.zeros(3, dtype=torch.float64)}, {}, {})
     hyper = {"centre": torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)}
-    return implicit(inner_loss, outer_loss, start, hyper, [None] * 400, None, optimizer, **options), hyper["centre"]
+    problem = Problem(inner_loss, outer_loss, start, hyper, [None] * 400, None, optimizer)
+    return implicit(problem, **options), hyper["centre"]
 
 
 @pytest.mark.parametrize("solver", [{"solver": "neumann", "terms": 400}, {"solver": "conjugate_gradient", "terms": 3}])

@@ -1,15 +1,16 @@
 """`first_order` works on any network; exact estimators work or say what is in the way."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import timm
 import torch
-from bilevel_problems import MOMENTUM_SGD, Problem, relative_distance
+from bilevel_problems import MOMENTUM_SGD, relative_distance
 from torch import nn
 from torch.nn import functional as F
 
-from meta import State, audit, call_module, verify
+from meta import Problem, State, audit, call_module, verify
 from meta.estimators import adjoint, first_order, higher, unrolled
 from meta.tensors import cosine_similarity
 
@@ -17,7 +18,7 @@ CLASSES = 3
 
 
 def network_problem(
-    net: nn.Module, size: int = 16, steps: int = 3, autocast: torch.dtype | None = None, dtype=torch.float64
+    net: nn.Module, size: int = 16, steps: int = 3, autocast=None, dtype=torch.float64, optimizer=MOMENTUM_SGD
 ) -> Problem:
     """A problem whose loss balances cross-entropy against agreement with a fixed target."""
     net = net.to(dtype)
@@ -42,7 +43,7 @@ def network_problem(
     state = State({name: p.detach() for name, p in net.named_parameters()}, dict(net.named_buffers()), {})
     hyper = {"weights": torch.zeros(4, dtype=dtype), "scale": torch.tensor(0.2, dtype=dtype)}
     batches = [draw_batch() for _ in range(steps)]
-    return Problem(inner_loss, outer_loss, state, hyper, batches, draw_batch(), MOMENTUM_SGD)
+    return Problem(inner_loss, outer_loss, state, hyper, batches, draw_batch(), optimizer)
 
 
 class Tied(nn.Module):
@@ -85,15 +86,15 @@ def build(case: str) -> nn.Module:
 @pytest.mark.parametrize("case", TWICE)
 def test_first_order_agrees_with_the_exact_walk(case):
     problem = network_problem(build(case), size=32 if case == "ConvNeXt" else 16)
-    result, exact = first_order(*problem, radius=1e-6, central=True), adjoint(*problem)
+    result, exact = first_order(problem, radius=1e-6, central=True), adjoint(problem)
     assert relative_distance(result.grads, exact.grads) < 1e-4
-    assert relative_distance(unrolled(*problem).grads, exact.grads) < 1e-8
+    assert relative_distance(unrolled(problem).grads, exact.grads) < 1e-8
 
 
 @pytest.mark.parametrize("case", ONCE)
 def test_first_order_needs_no_second_derivative(case):
     problem = network_problem(build(case), size=32 if case == "MobileNetV3" else 16, steps=2)
-    assert verify(partial(first_order, radius=1e-6, central=True), *problem, directions=2).relative_error < 1e-3
+    assert verify(partial(first_order, radius=1e-6, central=True), problem, directions=2).relative_error < 1e-3
 
 
 @pytest.mark.parametrize("case", ONCE)
@@ -102,24 +103,24 @@ def test_exact_estimators_say_which_operation_is_in_the_way(case, estimator):
     problem = network_problem(build(case), size=32 if case == "MobileNetV3" else 16)
     operation = "hardsigmoid_backward" if case == "MobileNetV3" else "scaled_dot_product"
     with pytest.raises(ValueError, match=f"cannot be differentiated twice.*{operation}.*first_order"):
-        estimator(*problem)
+        estimator(problem)
 
 
 def test_a_compiled_loss_is_differentiated_once():
     problem = network_problem(build("GroupNorm and SiLU"))
-    compiled = problem._replace(inner_loss=torch.compile(problem.inner_loss, backend="aot_eager"))
-    assert relative_distance(first_order(*compiled).grads, first_order(*problem).grads) < 1e-6
+    compiled = replace(problem, inner_loss=torch.compile(problem.inner_loss, backend="aot_eager"))
+    assert relative_distance(first_order(compiled).grads, first_order(problem).grads) < 1e-6
     with pytest.raises(ValueError, match="compiled loss: pass it uncompiled"):
-        adjoint(*compiled)
+        adjoint(compiled)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_and_float32_differences_keep_the_direction(precision):
     net = build("in-place ReLU")
-    exact = adjoint(*network_problem(net, dtype=torch.float32))
+    exact = adjoint(network_problem(net, dtype=torch.float32))
     problem = network_problem(net, dtype=torch.float32, autocast=precision)
     cosines = {
-        radius: cosine_similarity(first_order(*problem, radius=radius, central=True).grads, exact.grads)
+        radius: cosine_similarity(first_order(problem, radius=radius, central=True).grads, exact.grads)
         for radius in (1e-4, 0.03)
     }
     assert cosines[0.03] > 0.99
@@ -129,7 +130,7 @@ def test_half_precision_gradients_and_float32_differences_keep_the_direction(pre
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_the_audit_chooses_a_large_perturbation_for_half_precision(precision):
     problem = network_problem(build("in-place ReLU"), dtype=torch.float32, autocast=precision)
-    found = audit(*problem, radii=(1e-5, 1e-4, 0.03), central=True)
+    found = audit(problem, radii=(1e-5, 1e-4, 0.03), central=True)
     assert found.radius == 0.03
     assert found.cosine > 0.99
 
@@ -137,7 +138,7 @@ def test_the_audit_chooses_a_large_perturbation_for_half_precision(precision):
 def test_frozen_parameters_stay_out_of_the_state():
     problem = network_problem(build("GroupNorm and SiLU"))
     trained = {name: tensor for name, tensor in problem.state.parameters.items() if not name.startswith("0.")}
-    frozen = problem._replace(state=problem.state._replace(parameters=trained))
-    result = adjoint(*frozen)
+    frozen = replace(problem, state=problem.state._replace(parameters=trained))
+    result = adjoint(frozen)
     assert result.final_state.parameters.keys() == trained.keys()
-    assert verify(adjoint, *frozen).relative_error < 1e-5
+    assert verify(adjoint, frozen).relative_error < 1e-5

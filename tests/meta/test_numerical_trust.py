@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bilevel_problems import Problem
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from meta import ESTIMATORS, Particles, State, verify
-from meta.estimators import Estimator, evolution, first_order, implicit, last_step, truncated
+from meta import ESTIMATORS, Estimator, Particles, Problem, State, verify
+from meta.estimators import evolution, first_order, implicit, last_step, truncated
 from meta.optim import SGD, Adam
 
 
@@ -31,9 +30,9 @@ class Promise(NamedTuple):
     quadratic: bool = False
 
 
-def evolve_anew(*problem):
+def evolve_anew(problem):
     """Evolution with particles of its own: kept ones would remember another problem."""
-    return evolution(*problem, particles=Particles(pairs=300, spread=0.01))
+    return evolution(problem, particles=Particles(pairs=300, spread=0.01))
 
 
 PROMISES = {
@@ -94,7 +93,7 @@ def test_estimators_keep_their_promises_on_random_problems(name, data, seed, siz
     optimizer = "momentum" if promise.quadratic or name in ("higher", "evolution") else optimizer
     size = min(size, 2) if name == "evolution" else size  # its noise grows with the number of outer parameters
     problem = draw_problem(seed, size, steps, optimizer, promise.quadratic)
-    outcome = verify(promise.estimator, *problem, directions=3)
+    outcome = verify(promise.estimator, problem, directions=3)
     assert outcome.measured.abs().max() > 0
     assert outcome.relative_error < promise.error
 
@@ -103,7 +102,7 @@ def test_estimators_keep_their_promises_on_random_problems(name, data, seed, siz
 def test_estimators_give_the_same_bits_again(name: str) -> None:
     promise = PROMISES[name]
     first, second = (
-        ESTIMATORS[name](*draw_problem(3, 3, promise.steps[0], "momentum", promise.quadratic)) for _ in range(2)
+        ESTIMATORS[name](draw_problem(3, 3, promise.steps[0], "momentum", promise.quadratic)) for _ in range(2)
     )
     for key, gradient in first.grads.items():
         assert torch.equal(gradient, second.grads[key])

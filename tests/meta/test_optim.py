@@ -36,10 +36,10 @@ def draw_gradients(steps: int, dtype: torch.dtype = torch.float32) -> list[dict[
 
 
 def run_ours(optimizer, steps: int):
-    parameters, slots = draw_start(), {}
+    state = State(draw_start(), {}, {})
     for step, gradients in enumerate(draw_gradients(steps)):
-        parameters, slots = optimizer.update(parameters, gradients, slots, step)
-    return parameters, slots
+        state = optimizer.update(state, gradients, step)
+    return state.parameters, state.optimizer
 
 
 def run_torch(optimizer: torch.optim.Optimizer, parameters, steps: int, schedule=None, max_norm: float | None = None):
@@ -154,16 +154,15 @@ def check_adjoint(recipe, warm_steps: int):
     *earlier, gradients = draw_gradients(warm_steps + 1, torch.float64)
     for step, earlier_gradients in enumerate(earlier):
         with torch.no_grad():
-            parameters, slots = optimizer.update(before.parameters, earlier_gradients, before.optimizer, step)
-        before = State(parameters, {}, slots)
+            before = optimizer.update(before, earlier_gradients, step)
     before = before.detach()
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     inputs = flatten(before, gradients)
     for tensor in inputs.values():
         tensor.requires_grad_()
 
-    parameters, slots = optimizer.update(before.parameters, gradients, before.optimizer, warm_steps)
-    outputs = flatten(State(parameters, {}, slots), {})
+    after = optimizer.update(before, gradients, warm_steps)
+    outputs = flatten(after, {})
     cotangents = {key: torch.randn_like(tensor) for key, tensor in outputs.items()}
     scalar = sum((cotangents[key] * tensor).sum() for key, tensor in outputs.items())
     targets = [*inputs.values(), *hyper.values()]
@@ -172,7 +171,11 @@ def check_adjoint(recipe, warm_steps: int):
     cotangent_state = State(
         {name: value for (kind, name), value in cotangents.items() if kind == "parameter"},
         {},
-        {slot: {name: v for (kind, name), v in cotangents.items() if kind == slot} for slot in slots if slot != "step"},
+        {
+            slot: {name: v for (kind, name), v in cotangents.items() if kind == slot}
+            for slot in after.optimizer
+            if slot != "step"
+        },
     )
     with torch.no_grad():
         found = optimizer.adjoint(before.detach(), gradients, warm_steps, cotangent_state)
@@ -208,10 +211,10 @@ def test_adjoints_of_settings_equal_autograd(case, warm_steps):
 
 def test_adam_with_a_vanishing_gradient_has_a_finite_derivative():
     gradient = torch.zeros(3, requires_grad=True)
-    updated, _ = Adam(0.1).update({"a": torch.ones(3)}, {"a": gradient}, {}, 0)
-    (derivative,) = torch.autograd.grad(updated["a"].sum(), gradient)
+    before = cotangents = State({"a": torch.ones(3)}, {}, {})
+    updated = Adam(0.1).update(before, {"a": gradient}, 0)
+    (derivative,) = torch.autograd.grad(updated.parameters["a"].sum(), gradient)
     assert torch.isfinite(derivative).all()
-    before, cotangents = State({"a": torch.ones(3)}, {}, {}), State({"a": torch.ones(3)}, {}, {})
     by_hand = Adam(0.1).adjoint(before, {"a": torch.zeros(3)}, 0, cotangents).gradients["a"]
     torch.testing.assert_close(by_hand, derivative)
 
@@ -219,7 +222,7 @@ def test_adam_with_a_vanishing_gradient_has_a_finite_derivative():
 def test_update_writes_to_no_argument():
     parameters, gradients = {"a": torch.ones(3)}, {"a": torch.ones(3)}
     slots = {"momentum_buffer": {"a": torch.ones(3)}}
-    SGD(0.1, momentum=0.9, weight_decay=0.1).update(parameters, gradients, slots, 0)
+    SGD(0.1, momentum=0.9, weight_decay=0.1).update(State(parameters, {}, slots), gradients, 0)
     unchanged = (parameters["a"], gradients["a"], slots["momentum_buffer"]["a"])
     assert all(torch.equal(tensor, torch.ones(3)) for tensor in unchanged)
 

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from bilevel_problems import learned_loss_problem, relative_distance
 
-from meta import stack_batches, stack_students, unstack_state
+from meta import stack_students, unstack_state
 from meta.estimators import adjoint, first_order
 from meta.optim import SGD, AdamW
 
@@ -11,17 +13,16 @@ from meta.optim import SGD, AdamW
 def test_a_stack_gives_the_mean_hypergradient_and_every_students_state(optimizer, carry_momentum):
     alone = [learned_loss_problem(3, optimizer, carry_momentum, seed) for seed in (0, 1)]
     shared = alone[0]
-    alone = [shared, alone[1]._replace(inner_loss=shared.inner_loss, outer_loss=shared.outer_loss, hyper=shared.hyper)]
-    stacked = stack_students(shared.inner_loss, shared.outer_loss, [problem.state for problem in alone])
-    batches = [stack_batches(pair) for pair in zip(*(problem.inner_batches for problem in alone), strict=True)]
-    outer_batch = stack_batches([problem.outer_batch for problem in alone])
-    problem = (*stacked, shared.hyper, batches, outer_batch, optimizer)
+    alone = [
+        replace(each, inner_loss=shared.inner_loss, outer_loss=shared.outer_loss, hyper=shared.hyper) for each in alone
+    ]
+    problem = stack_students(alone)
 
-    singles = [adjoint(*one) for one in alone]
+    singles = [adjoint(one) for one in alone]
     mean = {name: (singles[0].grads[name] + singles[1].grads[name]) / 2 for name in shared.hyper}
-    result = adjoint(*problem)
+    result = adjoint(problem)
     assert relative_distance(result.grads, mean) < 1e-9
-    assert relative_distance(first_order(*problem, radius=1e-5, central=True).grads, mean) < 1e-4
+    assert relative_distance(first_order(problem, radius=1e-5, central=True).grads, mean) < 1e-4
     for single, state in zip(singles, unstack_state(result.final_state), strict=True):
         assert relative_distance(state.parameters, single.final_state.parameters) < 1e-9
         torch.testing.assert_close(state.buffers, single.final_state.buffers)
@@ -29,8 +30,8 @@ def test_a_stack_gives_the_mean_hypergradient_and_every_students_state(optimizer
 
 def test_students_of_different_kinds_do_not_stack():
     problem = learned_loss_problem()
-    other = problem.state._replace(optimizer={})
+    other = replace(problem, state=problem.state._replace(optimizer={}))
     with pytest.raises(ValueError, match="do not have the same names"):
-        stack_students(problem.inner_loss, problem.outer_loss, [problem.state, other])
+        stack_students([problem, other])
     with pytest.raises(ValueError, match="no students"):
-        stack_students(problem.inner_loss, problem.outer_loss, [])
+        stack_students([])

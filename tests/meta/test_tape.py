@@ -4,7 +4,7 @@ from bilevel_problems import relative_distance
 from torch import nn
 from torch.nn import functional as F
 
-from meta import State, Tape, call_module
+from meta import Problem, State, Tape, call_module
 from meta.estimators import first_order
 from meta.optim import SGD, AdamW, from_torch, read_slots
 
@@ -65,8 +65,8 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central,
     taped = tape.hypergradient(inner_loss, outer_loss, batches[4], **options)
 
     torch.set_rng_state(generators)
-    hyper = {"weights": weights}
-    expected = first_order(inner_loss, outer_loss, state, hyper, batches[1:4], batches[4], functional, **options)
+    problem = Problem(inner_loss, outer_loss, state, {"weights": weights}, batches[1:4], batches[4], functional)
+    expected = first_order(problem, **options)
     # A one-sided difference divides what the parameters are off by the radius.
     rounded = 1e-2 if central else 1e-1
     assert relative_distance(taped.grads, expected.grads) < (1e-8 if storage == "memory" else rounded)

@@ -1,19 +1,19 @@
 """Ways to store a trajectory: what they save and what they cost."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from bilevel_problems import MOMENTUM_SGD, Problem, learned_loss_problem
+from bilevel_problems import MOMENTUM_SGD, learned_loss_problem
 from test_estimators import OPTIMIZERS
 
-from meta import State
-from meta.estimators import adjoint, first_order, truncated
+from meta import Problem, State, Tensors
+from meta.estimators import adjoint, first_order
 from meta.optim import SGD, Adam
 from meta.rollout import record
 from meta.tensors import cosine_similarity
 from meta.trajectory import StoredSteps
-from meta.types import Tensors
 
 
 def to_float32(problem: Problem) -> Problem:
@@ -23,7 +23,8 @@ def to_float32(problem: Problem) -> Problem:
     state = problem.state
     slots = {slot: cast(tensors) for slot, tensors in state.optimizer.items()}
     batches = [(images.float(), targets) for images, targets in [*problem.inner_batches, problem.outer_batch]]
-    return problem._replace(
+    return replace(
+        problem,
         state=State(cast(state.parameters), cast(state.buffers), slots),
         hyper=cast(problem.hyper),
         inner_batches=batches[:-1],
@@ -32,8 +33,7 @@ def to_float32(problem: Problem) -> Problem:
 
 
 def record_problem(problem: Problem, storage="memory", back="difference"):
-    inner_loss, _, state, hyper, batches, _, optimizer = problem
-    return record(inner_loss, state, hyper, batches, optimizer, back, storage)
+    return record(problem, problem.optimizer, back, storage)
 
 
 def stored_bytes(trajectory) -> int:
@@ -48,16 +48,9 @@ def stored_bytes(trajectory) -> int:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_bfloat16_differences_keep_the_hypergradient(optimizer, estimator):
     problem = to_float32(learned_loss_problem(20, OPTIMIZERS[optimizer], carry_momentum=False))
-    plain, stored = estimator(*problem), estimator(*problem, storage="bfloat16")
+    plain, stored = estimator(problem), estimator(problem, storage="bfloat16")
     assert cosine_similarity(stored.grads, plain.grads) > 0.9999
     assert stored.outer_value == plain.outer_value
-
-
-@pytest.mark.parametrize("estimator", [first_order, adjoint])
-def test_pinned_memory_changes_nothing_on_the_cpu(estimator):
-    problem = learned_loss_problem(5)
-    plain, stored = estimator(*problem), truncated(*problem, steps=5, estimator=partial(estimator, storage="cpu"))
-    assert all(torch.equal(tensor, plain.grads[name]) for name, tensor in stored.grads.items())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_only_what_the_walk_back_reads_is_stored(optimizer, back, storage, bytes
     if isinstance(optimizer, Adam):
         moments = {slot: dict(problem.state.parameters) for slot in ("exp_avg", "exp_avg_sq")}
         steps = {name: torch.ones(()) for name in problem.state.parameters}
-        problem = problem._replace(state=problem.state._replace(optimizer={"step": steps, **moments}))
+        problem = replace(problem, state=problem.state._replace(optimizer={"step": steps, **moments}))
     parameters = sum(tensor.numel() for tensor in problem.state.parameters.values())
     counters = 4 * len(problem.state.parameters) if isinstance(optimizer, Adam) else 0
     assert stored_bytes(record_problem(problem, storage, back)) == 20 * (parameters * bytes_each + counters)
@@ -106,16 +99,15 @@ def test_errors_do_not_add_up():
         for name, tensor in exact.items():
             bound = 2**-8 * (tensor - earlier[name]).abs().max() + 200 * 2**-24 * tensor.abs().max()
             assert (read[name] - tensor).abs().max() <= bound
-    assert [step.index for step in stored.steps[:3]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("storage", ["memory", "bfloat16"])
 def test_a_fault_is_found_where_it_arose(storage):
     problem = learned_loss_problem(4, SGD(0.05), carry_momentum=False)
     problem.inner_batches[2] = (problem.inner_batches[2][0] * float("inf"), problem.inner_batches[2][1])
-    assert first_order(*problem, storage=storage).fault.startswith("inner step 2: gradient of")
+    assert first_order(problem, storage=storage).fault.startswith("inner step 2: gradient of")
 
 
 def test_an_unknown_storage_is_named():
-    with pytest.raises(ValueError, match="no storage 'disk'; there are memory, cpu, bfloat16"):
-        first_order(*learned_loss_problem(2, MOMENTUM_SGD), storage="disk")
+    with pytest.raises(ValueError, match="no storage 'disk'; there are memory, bfloat16"):
+        first_order(learned_loss_problem(2, MOMENTUM_SGD), storage="disk")
