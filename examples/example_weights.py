@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lkd.data import flip_labels, load_dataset, split_training_images
-from meta import State, Tensors, call_module, outer_step
+from meta import Problem, State, Tensors, call_module, outer_step
 from meta.estimators import first_order
 from meta.optim import SGD
 
@@ -81,7 +81,7 @@ def learn_weights(data: Data, outer_steps: int, seed: int) -> Tensor:
     outer_parameters = {"weight_logits": weight_logits}
     for _ in range(outer_steps):
         batches = [torch.randperm(len(data.labels))[:BATCH_SIZE] for _ in range(INNER_STEPS)]
-        found = first_order(inner_loss, outer_loss, state, outer_parameters, batches, None, OPTIMIZER)
+        found = first_order(Problem(inner_loss, outer_loss, state, outer_parameters, batches, None, OPTIMIZER))
         outer_step([found], outer_parameters, outer_optimizer)
         state = found.final_state
     return weight_logits.detach().sigmoid()

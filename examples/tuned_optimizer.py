@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lkd.data import ImageSet, load_dataset, split_training_images
-from meta import State, Tensors, call_module, outer_step, rollout
+from meta import Problem, State, Tensors, call_module, outer_step, rollout
 from meta.estimators import first_order
 from meta.optim import SGD
 
@@ -71,20 +71,18 @@ def run(
     }
     outer_optimizer = torch.optim.Adam(hyper.values(), lr=0.15)
 
+    def draw_problem() -> Problem:
+        batches = draw_batches(train, inner_steps)
+        return Problem(inner_loss, outer_loss, draw_state(), hyper, batches, outer_batch, make_optimizer)
+
     def validate(repeats: int = 5) -> float:
         torch.manual_seed(seed + 1)
-        losses = []
-        for _ in range(repeats):
-            batches = draw_batches(train, inner_steps)
-            end = rollout(inner_loss, draw_state(), hyper, batches, make_optimizer)
-            losses.append(outer_loss(end.parameters, end.buffers, outer_batch).item())
-        return sum(losses) / repeats
+        problems = [draw_problem() for _ in range(repeats)]
+        return sum(problem.evaluate(rollout(problem)).item() for problem in problems) / repeats
 
     before = validate()
     for _ in range(outer_steps):
-        batches = draw_batches(train, inner_steps)
-        found = first_order(inner_loss, outer_loss, draw_state(), hyper, batches, outer_batch, make_optimizer)
-        outer_step([found], hyper, outer_optimizer, clip_norm=1.0)
+        outer_step([first_order(draw_problem())], hyper, outer_optimizer, clip_norm=1.0)
     rate, decay = (hyper[name].detach().exp().item() for name in ("log_rate", "log_decay"))
     return Result(start, (rate, decay), before, validate())
 

@@ -41,8 +41,7 @@ from lkd.training.build import (
     prepare_loss,
 )
 from lkd.training.training import Training
-from meta import ESTIMATORS, State
-from meta.types import Tensors
+from meta import ESTIMATORS, Problem, State, Tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # GPUs by their datasheets.
@@ -435,7 +434,7 @@ def run_dry_rollout(
 
         inner_batches = list_inner_batches(batches, taught_by, 0.0, length, loss.teacher_stages)
         teacher_peak = counter.take_peak()
-        ESTIMATORS[estimator](
+        problem = Problem(
             partial(compute_inner_loss, network, loss),
             outer_loss,
             state,
@@ -444,5 +443,6 @@ def run_dry_rollout(
             outer_batch,
             build_inner_optimizer(train, train.learning_rate, settings.annealing, length),
         )
+        ESTIMATORS[estimator](problem)
         counter.lap("hypergradient")
     return counter.parts["hypergradient"], (teacher_peak, counter.take_peak())

@@ -14,6 +14,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
+import meta
 from lkd.config.training import InfluenceSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
@@ -218,7 +219,7 @@ def measure_through_training(problem: Problem, settings: InfluenceSettings, seed
         batches.append(problem.train.batch(order[place * size : (place + 1) * size], problem.device))
     weights = {"weight": torch.ones(len(problem.train), device=problem.device, requires_grad=True)}
     state = State(dict(problem.point), {}, {})
-    found = adjoint(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size))
+    found = adjoint(meta.Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
     return problem.train.index, len(problem.train) * found.grads["weight"].cpu()
 
 

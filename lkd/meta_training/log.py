@@ -24,8 +24,7 @@ from lkd.tracking.run import Run
 from lkd.training.build import Images, StudentBuilder
 from lkd.training.distill import start_training
 from lkd.training.training import DivergedError
-from meta import Audited, Estimator, OuterStep, call_module
-from meta.types import Tensors
+from meta import Audited, Estimator, OuterStep, Tensors, call_module
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What meta-training cost, in units of one student training.

@@ -34,10 +34,18 @@ from lkd.pool.pool import Pool
 from lkd.pool.sampling import build_age_weights, draw_position
 from lkd.training.build import Images, StudentBuilder
 from lkd.training.optimizer import restore_optimizer
-from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, outer_step
-from meta.estimators.base import Problem
+from meta import (
+    ESTIMATORS,
+    Audited,
+    Estimator,
+    Hypergradient,
+    OuterLoss,
+    OuterStep,
+    Problem,
+    Tensors,
+    outer_step,
+)
 from meta.optim import Averaged, Optimizer
-from meta.types import Tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The problems of an outer step: a student of the pool and its batches, from which an estimator differentiates.
@@ -96,7 +104,7 @@ class OuterProblems:
         stages = self.loss.teacher_stages
         inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
         optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
-        return (
+        return Problem(
             partial(compute_inner_loss, network, self.loss),
             self.outer_loss(network),
             state,
@@ -240,8 +248,8 @@ class OuterLoop:
     def differentiate_pool_student(self, number: int) -> Hypergradient:
         """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
         problem = self.build_problem(number)
-        hypergradient = self.estimator(*problem)
-        state, batch = problem[2], problem[4][0]
+        hypergradient = self.estimator(problem)
+        state, batch = problem.state, problem.inner_batches[0]
         network = self.students[self.problems.count_draws(self.step, number)[1]]
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, batch))
         return hypergradient

@@ -17,9 +17,8 @@ from lkd.losses.functions import calibrated_cross_entropy
 from lkd.models.teacher import TeacherFunction
 from lkd.training.build import build_batches
 from lkd.training.training import keep_stages
-from meta import call_module
+from meta import Tensors, call_module
 from meta.optim import SGD
-from meta.types import Tensors
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outer objectives: what a student's answers on a meta-validation batch are worth; the loss networks descend it. LKD

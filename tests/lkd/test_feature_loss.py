@@ -151,11 +151,11 @@ def test_hypergradients_through_features_are_right(kind: str) -> None:
     options = {"hidden": 4, "channels": 3, "grid": 2, "initial_weight": 3.0}
     loss = wander(build_learned_loss(kind, {"features": options}, stages, stages))
     problem = bilevel_problem(loss, Student(), steps=3)
-    for position, (inputs, teacher, target, progress) in enumerate(problem[4]):
+    for position, (inputs, teacher, target, progress) in enumerate(problem.inner_batches):
         answers = draw_outputs(stages, 7, 3, torch.float64)
-        problem[4][position] = (inputs, Outputs(teacher.logits, answers.features), target, progress)
-    assert verify(ESTIMATORS["adjoint"], *problem).relative_error < 1e-5
-    exact, tracked = (ESTIMATORS[name](*problem) for name in ("adjoint", "higher"))
+        problem.inner_batches[position] = (inputs, Outputs(teacher.logits, answers.features), target, progress)
+    assert verify(ESTIMATORS["adjoint"], problem).relative_error < 1e-5
+    exact, tracked = (ESTIMATORS[name](problem) for name in ("adjoint", "higher"))
     torch.testing.assert_close(tracked.grads, exact.grads, rtol=1e-6, atol=1e-10)
     assert all(grads.abs().max() > 0 for name, grads in exact.grads.items() if name != "parts.features.pairing.4.bias")
 

@@ -13,7 +13,7 @@ from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
 from lkd.training.build import prepare_images
-from meta import State, Tape
+from meta import Problem, State, Tape
 from meta.estimators import ESTIMATORS
 from meta.optim import SGD, read_slots
 from meta.tensors import cosine_similarity
@@ -58,7 +58,7 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
     schedule = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
     outer_loss = loop.problems.outer_loss(student)
-    exact = ESTIMATORS["adjoint"](inner_loss, outer_loss, before, hyper, batches, outer_batch, schedule)
+    exact = ESTIMATORS["adjoint"](Problem(inner_loss, outer_loss, before, hyper, batches, outer_batch, schedule))
     torch.testing.assert_close(taped.final_state.parameters, exact.final_state.parameters, rtol=1e-4, atol=1e-5)
     assert cosine_similarity(taped.grads, exact.grads) > 0.99
     assert (taped.norm / exact.norm).item() == pytest.approx(1, abs=0.1), "kinks of the ReLU are crossed by differences"

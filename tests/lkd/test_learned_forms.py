@@ -16,7 +16,7 @@ from lkd.losses.learned import FORMS, DecoupledLoss, GenericLoss, ResidualLoss, 
 from lkd.losses.learned.inputs import read_logits
 from lkd.losses.learned.loss import reference_logits
 from lkd.losses.learned.networks import Perceptron
-from meta import ESTIMATORS, State, call_module, verify
+from meta import ESTIMATORS, Problem, State, call_module, verify
 from meta.optim import SGD
 
 CONDITIONING = [["progress", "state"], ["progress"], ["state"], []]
@@ -231,7 +231,7 @@ def bilevel_problem(loss: LearnedLoss, student: nn.Module, steps: int = 4):
         inner.append((inputs, Outputs(3 * torch.randn(7, 3, dtype=torch.float64), {}), target, step / steps))
     state = State({name: p.detach() for name, p in student.named_parameters()}, {}, {})
     hyper = {name: parameter.detach() for name, parameter in loss.named_parameters()}
-    return inner_loss, outer_loss, state, hyper, inner, draw(), SGD(0.3, momentum=0.9)
+    return Problem(inner_loss, outer_loss, state, hyper, inner, draw(), SGD(0.3, momentum=0.9))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_hypergradients_of_every_form_are_right(form: str, options) -> None:
     """In float64 against central differences; and two estimators that share no code agree."""
     loss = wander(build_learned_loss("logits", {"form": form, "hidden": 4, **options}))
     problem = bilevel_problem(loss, Student())
-    assert verify(ESTIMATORS["adjoint"], *problem).relative_error < 1e-6
-    exact, tracked = (ESTIMATORS[name](*problem) for name in ("adjoint", "higher"))
+    assert verify(ESTIMATORS["adjoint"], problem).relative_error < 1e-6
+    exact, tracked = (ESTIMATORS[name](problem) for name in ("adjoint", "higher"))
     torch.testing.assert_close(tracked.grads, exact.grads, rtol=1e-7, atol=1e-11)
     assert exact.norm > 0
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from lkd.meta_training.rollouts import build_inner_optimizer
 from lkd.pool.pool import Pool, count_pool_trainings, open_pool
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
-from meta import ESTIMATORS, Hypergradient, rollout
+from meta import ESTIMATORS, Hypergradient, Problem, rollout
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 from tests.lkd.parts import list_students, prepare_teacher, start_training
 
@@ -59,7 +60,7 @@ def capture_problem(recipe: MetaTrainRecipe, pool_dir: Path, number: int = 0):
     )
     caught = []
 
-    def estimator(*problem) -> Hypergradient:
+    def estimator(problem: Problem) -> Hypergradient:
         caught.append(problem)
         raise Captured
 
@@ -75,44 +76,45 @@ def answer_zero(batch: Batch) -> Outputs:
 
 def test_the_outer_batch_is_of_meta_validation_or_of_the_rollout(pool_dir) -> None:
     images, _, problem = capture_problem(tiny_recipe(outer_batch_size=70), pool_dir)
-    assert len(problem[5].index) == 70
-    assert set(problem[5].index.tolist()) <= set(images.meta_validation.index.tolist())
+    assert len(problem.outer_batch.index) == 70
+    assert set(problem.outer_batch.index.tolist()) <= set(images.meta_validation.index.tolist())
     _, _, problem = capture_problem(tiny_recipe(batches="same", outer_batch_size=40), pool_dir)
-    inner = {int(i): image for batch, _, _ in problem[4] for i, image in zip(batch.index, batch.images, strict=True)}
+    batches, outer = [batch for batch, _, _ in problem.inner_batches], problem.outer_batch
+    inner = {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
     assert len(inner) == 60
-    assert len(set(problem[5].index.tolist())) == 40
-    assert all(torch.equal(inner[int(i)], image) for i, image in zip(problem[5].index, problem[5].images, strict=True))
+    assert len(set(outer.index.tolist())) == 40
+    assert all(torch.equal(inner[int(i)], image) for i, image in zip(outer.index, outer.images, strict=True))
     _, _, problem = capture_problem(tiny_recipe(batches="same", outer_batch_size=1000), pool_dir)
-    assert set(problem[5].index.tolist()) == set(inner)
+    assert set(problem.outer_batch.index.tolist()) == set(inner)
 
 
 def test_momentum_is_restored_or_not(pool_dir) -> None:
     latest = {"sampling": "latest"}
     _, _, problem = capture_problem(tiny_recipe(latest), pool_dir)
-    assert set(problem[2].optimizer["momentum_buffer"]) == set(problem[2].parameters)
+    assert set(problem.state.optimizer["momentum_buffer"]) == set(problem.state.parameters)
     _, _, problem = capture_problem(tiny_recipe(latest | {"restore_momentum": False}), pool_dir)
-    assert problem[2].optimizer == {}
+    assert problem.state.optimizer == {}
 
 
 def test_the_outer_loss_sees_averaged_iterates(pool_dir) -> None:
     """Against an average of the iterates of rollouts of one, two and three steps."""
     recipe = tiny_recipe({"sampling": "latest"}, average=0.8, annealing="constant")
     _, loop, problem = capture_problem(recipe, pool_dir)
-    inner_loss, outer_loss, state, hyper, batches, outer_batch, _ = problem
-    averaged = state.parameters
+    averaged = problem.state.parameters
     for steps in (1, 2, 3):
         plain = build_inner_optimizer(recipe.train, loop.pools[0].read(1, CPU).learning_rate, "constant", 3)
-        end = rollout(inner_loss, state, hyper, batches[:steps], plain)
+        end = rollout(replace(problem, inner_batches=problem.inner_batches[:steps], optimizer=plain))
         averaged = {name: 0.8 * tensor + 0.2 * end.parameters[name] for name, tensor in averaged.items()}
-    found = ESTIMATORS["first_order"](*problem)
-    assert found.outer_value.item() == pytest.approx(outer_loss(averaged, end.buffers, outer_batch).item(), rel=1e-5)
-    assert found.outer_value.item() != pytest.approx(outer_loss(end.parameters, end.buffers, outer_batch).item())
+    found = ESTIMATORS["first_order"](problem)
+    at_average = problem.evaluate(end._replace(parameters=averaged)).item()
+    assert found.outer_value.item() == pytest.approx(at_average, rel=1e-5)
+    assert found.outer_value.item() != pytest.approx(problem.evaluate(end).item())
 
 
 def test_rollouts_grow(pool_dir) -> None:
     recipe = tiny_recipe(outer_steps=5, initial_rollout_steps=2, rollout_steps=10)
     _, loop, problem = capture_problem(recipe, pool_dir)
-    assert len(problem[4]) == 2
+    assert len(problem.inner_batches) == 2
     lengths = []
     for loop.step in range(5):
         lengths.append(loop.rollout_length())

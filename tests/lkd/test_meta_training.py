@@ -14,7 +14,7 @@ from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
 from lkd.pool.pool import build_pool, open_pool
 from lkd.tracking.run import open_run
 from lkd.training.build import choose_student, prepare_images
-from meta import verify
+from meta import Problem, verify
 from meta.estimators import ESTIMATORS
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 from tests.lkd.parts import list_pool_parts, list_students, prepare_teacher
@@ -94,12 +94,12 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     hyper = {name: parameter.detach() for name, parameter in training.loss.named_parameters()}
     optimizer = build_inner_optimizer(recipe.train, 0.05, "cosine", 3)
     inner_loss = partial(compute_inner_loss, student, training.loss)
-    problem = (inner_loss, training.problems.outer_loss(student), state, hyper, inner, outer, optimizer)
-    results = {name: ESTIMATORS[name](*problem) for name in ("unrolled", "higher")}
+    problem = Problem(inner_loss, training.problems.outer_loss(student), state, hyper, inner, outer, optimizer)
+    results = {name: ESTIMATORS[name](problem) for name in ("unrolled", "higher")}
     for name, gradient in results["unrolled"].grads.items():
         torch.testing.assert_close(results["higher"].grads[name], gradient, rtol=1e-8, atol=1e-14)
     assert results["unrolled"].norm > 0
-    checked = verify(ESTIMATORS["unrolled"], *problem, step_size=1e-6)
+    checked = verify(ESTIMATORS["unrolled"], problem, step_size=1e-6)
     assert checked.relative_error < 1e-3
 
 

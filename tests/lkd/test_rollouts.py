@@ -1,6 +1,7 @@
 """A rollout is a stretch of an ordinary training."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from lkd.meta_training.rollouts import (
     anneal_rate,
     build_inner_optimizer,
     compute_inner_loss,
+    compute_outer_logits,
     draw_rollout_images,
     list_inner_batches,
 )
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
-from meta import State, rollout
+from meta import Problem, State, rollout
 from tests.lkd.parts import prepare_student
 
 CPU = torch.device("cpu")
@@ -64,13 +66,16 @@ def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
 
     batches = Batches(images, 20, seed=3)
     start = State(dict(student.named_parameters()), dict(student.named_buffers()), {}).detach()
-    end = rollout(
-        lambda *arguments: compute_inner_loss(student, loss, *arguments),
+    problem = Problem(
+        partial(compute_inner_loss, student, loss),
+        partial(compute_outer_logits, student),
         start,
         {},
         list_inner_batches(batches, teacher, 0.0, 5, ()),
+        None,
         build_inner_optimizer(train, train.learning_rate, "cosine", 5),
     )
+    end = rollout(problem)
     training = Training(student, loss, teacher, batches, train)
     for _ in range(5):
         training.run_step()

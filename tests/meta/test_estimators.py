@@ -196,7 +196,7 @@ def test_dropout_is_replayed(estimator):
         mask = torch.bernoulli(torch.full_like(hyper["weight"], 0.5))
         return loss + (mask * hyper["weight"]).sum() * parameters["0.weight"].square().sum(), buffers
 
-    assert verify(estimator, *replace(problem, inner_loss=noisy)).relative_error < 1e-4
+    assert verify(estimator, replace(problem, inner_loss=noisy)).relative_error < 1e-4
 
 
 @pytest.mark.parametrize("estimator", [partial(adjoint, chunk=1), first_order])

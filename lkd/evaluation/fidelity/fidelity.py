@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ from lkd.training.build import (
     prepare_teacher,
 )
 from lkd.training.optimizer import build_optimizer, build_scheduler
-from meta import rollout
+from meta import Problem, rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rollouts behind ranking fidelity: every loss from the same student with the same batches, scored.
@@ -171,15 +172,18 @@ def score_rollout(
     outer_batch: Batch,
 ) -> dict[str, float]:
     """Train as a rollout of meta-training does, and score what comes out by each objective; infinite if it diverged."""
-    end = rollout(
-        lambda *arguments: compute_inner_loss(student, loss, *arguments),
+    problem = Problem(
+        partial(compute_inner_loss, student, loss),
+        partial(compute_outer_logits, student),
         start.state,
         {},
         inner_batches,
+        outer_batch,
         build_inner_optimizer(recipe.train, start.learning_rate, draw.annealing, draw.steps),
     )
+    end = rollout(problem)
     with torch.no_grad():
-        logits = compute_outer_logits(student, end.parameters, end.buffers, outer_batch)
+        logits = problem.evaluate(end)
         values = {
             name: float(OBJECTIVES[name](logits, outer_batch.target))
             for name in (recipe.objectives or list(OBJECTIVES))
