@@ -13,10 +13,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hypergradient_problem import ENGINES, Problem, compile_problem
+from hypergradient_problem import ENGINES, Benchmark, compile_problem
 from hypergradient_report import write_picture, write_table
 from rows import matching, median, read_rows, write_row
 
@@ -64,12 +65,12 @@ def main() -> None:
 
 def measure_times(path: Path, depth: int, steps: int) -> None:
     """Time the engines in turn, after a round that is thrown away."""
-    problems = {engine: Problem(depth, steps) for engine in ENGINES}
+    benchmarks = {engine: Benchmark(depth, steps) for engine in ENGINES}
     for repeat in range(-1, REPEATS):
         if matching(path, depth=depth, steps=steps, repeat=max(repeat, 0), engine=list(ENGINES)[-1]):
             continue
-        for engine, problem in problems.items():
-            row = take_time(engine, problem)
+        for engine, benchmark in benchmarks.items():
+            row = take_time(engine, benchmark)
             if repeat >= 0:
                 write_row(path, TIME_COLUMNS, [engine, depth, steps, repeat, *row])
 
@@ -79,17 +80,17 @@ def measure_compiled(path: Path, compile_path: Path) -> None:
     depth, steps = 8, 20
     if matching(path, repeat=REPEATS - 1, engine="first_order"):
         return
-    compiled, plain = Problem(depth, steps), Problem(depth, steps)
+    compiled, plain = Benchmark(depth, steps), Benchmark(depth, steps)
     write_row(compile_path, ["depth", "seconds"], [depth, round(compile_problem(compiled), 1)])
     for repeat in range(REPEATS):
-        for engine, problem in (("higher", plain), ("first_order", compiled)):
-            write_row(path, TIME_COLUMNS, [engine, depth, steps, repeat, *take_time(engine, problem)])
+        for engine, benchmark in (("higher", plain), ("first_order", compiled)):
+            write_row(path, TIME_COLUMNS, [engine, depth, steps, repeat, *take_time(engine, benchmark)])
 
 
-def take_time(engine: str, problem: Problem) -> tuple[float, float]:
+def take_time(engine: str, benchmark: Benchmark) -> tuple[float, float]:
     """Return processor and wall seconds of one hypergradient."""
     cpu, wall = time.process_time(), time.perf_counter()
-    ENGINES[engine](problem)
+    ENGINES[engine](benchmark)
     return round(time.process_time() - cpu, 4), round(time.perf_counter() - wall, 4)
 
 
@@ -97,12 +98,12 @@ def profile_runs(path: Path) -> None:
     """Say where the time of `first_order` goes, eager and with the inner loss compiled: the ten largest shares."""
     if path.exists():
         return
-    problems = {"eager": Problem(8, 20), "compiled": Problem(8, 20)}
-    compile_problem(problems["compiled"])
-    for run, problem in problems.items():
-        first_order(*problem.arguments)
+    benchmarks = {"eager": Benchmark(8, 20), "compiled": Benchmark(8, 20)}
+    compile_problem(benchmarks["compiled"])
+    for run, benchmark in benchmarks.items():
+        first_order(benchmark.problem)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            first_order(*problem.arguments)
+            first_order(benchmark.problem)
         events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
         for event in events[:10]:
@@ -122,12 +123,13 @@ def measure_memory(path: Path) -> None:
 
 def measure_peak(engine: str, depth: int, steps: int) -> float:
     """Return the MiB by which an engine's peak exceeds what this process, with the problem built, holds when idle."""
-    warm = Problem(depth, 1)
-    warm.inner_batches = [(images[:2], labels[:2], teacher[:2]) for images, labels, teacher in warm.inner_batches]
+    warm = Benchmark(depth, 1)
+    small = [(images[:2], labels[:2], teacher[:2]) for images, labels, teacher in warm.problem.inner_batches]
+    warm.problem = replace(warm.problem, inner_batches=small)
     ENGINES["sgd"](warm)
-    problem = Problem(depth, steps)
+    benchmark = Benchmark(depth, steps)
     idle = read_status("VmRSS")
-    ENGINES[engine](problem)
+    ENGINES[engine](benchmark)
     return round((read_status("VmHWM") - idle) / 1024, 1)
 
 
@@ -143,17 +145,17 @@ def measure_accuracy(path: Path) -> None:
         for seed in range(seeds):
             if matching(path, distill=distill, steps=steps, seed=seed, engine="first_order"):
                 continue
-            exact = adjoint(*Problem(8, steps, seed, distill, torch.float64).arguments)
+            exact = adjoint(Benchmark(8, steps, seed, distill, torch.float64).problem)
             assert exact.adjoint_norms is not None
             growth = (exact.adjoint_norms.max() / exact.adjoint_norms[0]).item()
-            problem = Problem(8, steps, seed, distill)
+            benchmark = Benchmark(8, steps, seed, distill)
             estimates = {
-                "adjoint": adjoint(*problem.arguments).grads,
-                "central": first_order(*problem.arguments, central=True).grads,
-                "first_order": first_order(*problem.arguments).grads,
+                "adjoint": adjoint(benchmark.problem).grads,
+                "central": first_order(benchmark.problem, central=True).grads,
+                "first_order": first_order(benchmark.problem).grads,
             }
             if "betty" in ENGINES:
-                estimates["betty"] = ENGINES["betty"](problem)  # last: it moves the student
+                estimates["betty"] = ENGINES["betty"](benchmark)  # last: it moves the student
             for engine, grads in estimates.items():
                 cosine, ratio = cosine_similarity(grads, exact.grads), (global_norm(grads) / exact.norm).item()
                 figures = [round(cosine, 6), round(ratio, 4), round(growth, 2)]
@@ -196,7 +198,7 @@ def report(out: Path) -> None:
     figures["compile_seconds"] = median(out / "compile.csv", "seconds", depth=8)
     for steps in (5, 200):
         figures[f"peak_mib_resnet8_k{steps}"] = peak("first_order", steps)
-    stored = sum(tensor.nbytes for tensor in Problem(8, 1).arguments[2].parameters.values()) * 2 / 2**20
+    stored = sum(tensor.nbytes for tensor in Benchmark(8, 1).problem.state.parameters.values()) * 2 / 2**20
     figures["stored_mib_resnet8_k200_k5"] = stored * 195
     for steps in (5, 20):
         figures[f"cosine_resnet8_k{steps}"] = median(

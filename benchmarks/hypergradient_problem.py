@@ -1,16 +1,17 @@
 """The problem on which hypergradient engines are compared, and every engine's way to solve it."""
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from hypergradient_betty import run_betty
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta import State, Tensors, call_module
+from meta import Problem, State, Tensors, call_module
 from meta.estimators import adjoint, first_order, higher
 from meta.optim import SGD
 
@@ -51,15 +52,12 @@ def build_resnet(depth: int) -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
-class Problem:
+class Benchmark:
     """K inner steps on a loss network (20→32→1, on student and teacher logits), the outer loss cross-entropy.
 
     Attributes:
         net: The student.
-        hyper: The loss network's weights.
-        inner_batches: K batches of random images.
-        outer_batch: The outer loss's batch.
-        arguments: The arguments of an estimator.
+        problem: What an estimator is given: the loss network's weights as outer parameters, batches of random images.
     """
 
     def __init__(
@@ -78,15 +76,13 @@ class Problem:
             teacher = draw(32, CLASSES) + 3 * F.one_hot(labels, CLASSES)
             return draw(32, 3, 32, 32).to(dtype), labels, teacher.to(dtype)
 
-        hyper = {"hidden": draw(2 * CLASSES, 32) * 0.2, "bias": draw(32) * 0.1, "out": draw(32) * 0.3}
-        self.hyper = {name: tensor.to(dtype) for name, tensor in hyper.items()}
-        self.inner_batches = [draw_batch() for _ in range(steps)]
-        self.outer_batch = draw_batch()
+        weights = {"hidden": draw(2 * CLASSES, 32) * 0.2, "bias": draw(32) * 0.1, "out": draw(32) * 0.3}
+        hyper = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        batches = [draw_batch() for _ in range(steps)]
         parameters = {name: parameter.detach() for name, parameter in self.net.named_parameters()}
         state = State(parameters, dict(self.net.named_buffers()), {})
         sgd = SGD(LEARNING_RATE, momentum=MOMENTUM)
-        losses = (self.inner_loss, self.outer_loss)
-        self.arguments: tuple[Any, ...] = (*losses, state, self.hyper, self.inner_batches, self.outer_batch, sgd)
+        self.problem = Problem(self.inner_loss, self.outer_loss, state, hyper, batches, draw_batch(), sgd)
 
     def loss(self, logits: Tensor, hyper: Tensors, batch: Batch) -> Tensor:
         """Return the learned loss; with `distill` on top of knowledge distillation."""
@@ -109,49 +105,95 @@ class Problem:
         return F.cross_entropy(call_module(self.net, parameters, buffers, batch[0])[0], batch[1])
 
 
-def train_plainly(problem: Problem) -> None:
+def train_plainly(benchmark: Benchmark) -> None:
     """Take the K steps as anyone would, without a hypergradient: the floor."""
-    optimizer = torch.optim.SGD(problem.net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    for batch in problem.inner_batches:
+    optimizer = torch.optim.SGD(benchmark.net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    for batch in benchmark.problem.inner_batches:
         optimizer.zero_grad()
-        problem.loss(problem.net(batch[0]), problem.hyper, batch).backward()
+        benchmark.loss(benchmark.net(batch[0]), benchmark.problem.hyper, batch).backward()
         optimizer.step()
 
 
-def run_torchopt(problem: Problem) -> Tensors:
+def run_torchopt(benchmark: Benchmark) -> Tensors:
     """Differentiate through TorchOpt's MetaSGD."""
     import torchopt
 
-    net = problem.net
+    net, problem = benchmark.net, benchmark.problem
     hyper = {name: tensor.clone().requires_grad_() for name, tensor in problem.hyper.items()}
     optimizer = torchopt.MetaSGD(net, lr=LEARNING_RATE, momentum=MOMENTUM)
     before = torchopt.extract_state_dict(net, by="deepcopy")
     for batch in problem.inner_batches:
-        optimizer.step(problem.loss(net(batch[0]), hyper, batch))
+        optimizer.step(benchmark.loss(net(batch[0]), hyper, batch))
     outer = F.cross_entropy(net(problem.outer_batch[0]), problem.outer_batch[1])
     grads = torch.autograd.grad(outer, list(hyper.values()))
     torchopt.recover_state_dict(net, before)
     return dict(zip(hyper, grads, strict=True))
 
 
-def compile_problem(problem: Problem) -> float:
-    """Compile the problem's inner loss; return the seconds that the first hypergradient, which compiles, takes."""
-    inner_loss, *others = problem.arguments
-    problem.arguments = (torch.compile(inner_loss), *others)
+def run_betty(benchmark: Benchmark) -> dict[str, Tensor]:
+    """Take K inner steps and one outer step with betty's DARTS, which sees the last inner step only.
+
+    Returns:
+        The outer gradient that its optimiser is given.
+    """
+    from betty.configs import Config, EngineConfig
+    from betty.engine import Engine
+    from betty.problems import ImplicitProblem
+
+    logging.disable(logging.INFO)
+    found: dict[str, Tensor] = {}
+
+    class Student(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            return benchmark.loss(self.module(batch[0]), dict(self.outer.module.named_parameters()), batch)
+
+    class Outer(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self.student(batch[0]), batch[1])
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            found.update({name: tensor.grad for name, tensor in self.module.named_parameters()})
+
+    steps = len(benchmark.problem.inner_batches)
+    weights = nn.ParameterDict({name: tensor.clone() for name, tensor in benchmark.problem.hyper.items()})
+    outer = Outer(
+        name="outer",
+        config=Config(first_order=True),
+        module=weights,
+        optimizer=torch.optim.SGD(weights.parameters(), lr=0.0),
+        train_data_loader=[benchmark.problem.outer_batch],
+        device="cpu",
+    )
+    student = Student(
+        name="student",
+        config=Config(type="darts", unroll_steps=steps),
+        module=benchmark.net,
+        optimizer=torch.optim.SGD(benchmark.net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM),
+        train_data_loader=benchmark.problem.inner_batches,
+        device="cpu",
+    )
+    dependencies = {"u2l": {outer: [student]}, "l2u": {student: [outer]}}
+    Engine(config=EngineConfig(train_iters=steps), problems=[outer, student], dependencies=dependencies).run()
+    return found
+
+
+def compile_problem(benchmark: Benchmark) -> float:
+    """Compile the inner loss; return the seconds that the first hypergradient, which compiles, takes."""
+    benchmark.problem = replace(benchmark.problem, inner_loss=torch.compile(benchmark.problem.inner_loss))
     start = time.perf_counter()
-    first_order(*problem.arguments)
+    first_order(benchmark.problem)
     return time.perf_counter() - start
 
 
-ENGINES: dict[str, Callable[[Problem], Any]] = {
+ENGINES: dict[str, Callable[[Benchmark], Any]] = {
     "sgd": train_plainly,
-    "higher": lambda problem: higher(*problem.arguments),
+    "higher": lambda benchmark: higher(benchmark.problem),
     "torchopt": run_torchopt,
-    "adjoint": lambda problem: adjoint(*problem.arguments),
-    "central": lambda problem: first_order(*problem.arguments, central=True),
-    "central_bfloat16": lambda problem: first_order(*problem.arguments, central=True, storage="bfloat16"),
-    "first_order": lambda problem: first_order(*problem.arguments),
+    "adjoint": lambda benchmark: adjoint(benchmark.problem),
+    "central": lambda benchmark: first_order(benchmark.problem, central=True),
+    "central_bfloat16": lambda benchmark: first_order(benchmark.problem, central=True, storage="bfloat16"),
+    "first_order": lambda benchmark: first_order(benchmark.problem),
 }
 if find_spec("betty"):
-    ENGINES = {"betty": lambda problem: run_betty(problem, LEARNING_RATE, MOMENTUM), **ENGINES}
+    ENGINES = {"betty": run_betty, **ENGINES}
 """Every engine under its name, betty where it is installed; `sgd` computes no hypergradient."""
