@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "models": BELOW_MODELS,
     "losses": BELOW_MODELS,
     "balance": BELOW_WEIGHTS,
-    "influence": BELOW_WEIGHTS | {"meta"},
+    "influence": BELOW_WEIGHTS | {"config", "meta"},  # its settings are a part of recipes
     "training": BELOW_TRAINING,
     "pool": BELOW_POOL | {"meta"},
     "meta_training": BELOW_META_TRAINING,

@@ -154,6 +154,11 @@ class MetaSettings:
     checkpoint_every: PositiveInt = 10
     picture_every: NonNegativeInt = 10
 
+    @property
+    def alternation_start(self) -> int:
+        """The outer step from which on the loss alternates with the training of its online students."""
+        return {"before": self.outer_steps, "alternate": 0, "both": self.outer_steps // 2}[self.interleaving]
+
 
 @dataclass
 class MetaTrainRecipe(RunRecipe):

@@ -32,7 +32,6 @@ from lkd.evaluation.plan_steps import (
     run_dry_step,
 )
 from lkd.meta_training.checks import check_settings
-from lkd.meta_training.online_student import alternation_start
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
 from lkd.training.build import Images, prepare_images
 
@@ -284,7 +283,7 @@ def outer_seconds(rollouts: list[dict[str, Any]], settings: PlanRecipe) -> list[
 def count_trainings(recipe: MetaTrainRecipe, architectures: int) -> dict[str, float]:
     """Whole trainings that the pools, the looks at reuse and the loop's own students come to."""
     meta, pool = recipe.meta, recipe.pool
-    drawn = alternation_start(meta)
+    drawn = meta.alternation_start
     built = 0 if recipe.pool_dir or not drawn else 1
     built += max(drawn - 1, 0) // pool.refresh_every if pool.sampling == "live" else 0
     looks = 0

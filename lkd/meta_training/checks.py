@@ -5,7 +5,7 @@ import torch
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.core.distributed import share_out
 from lkd.core.errors import UserError, check_choice
-from lkd.meta_training.online_student import alternation_start, check_interleaving
+from lkd.meta_training.online_student import check_interleaving
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.pool.pool import Pool, list_snapshots
 from lkd.pool.sampling import build_age_weights, check_sampling, find_drawable_ages
@@ -48,7 +48,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
             f"meta.students_per_step: {settings.students_per_step} leaves out some of the {len(recipe.students)} "
             f"students that meta.interleaving {settings.interleaving} trains side by side; take at least as many"
         )
-    if not alternation_start(settings):
+    if not settings.alternation_start:
         if recipe.pool_dir:
             raise UserError(f"pool_dir: {recipe.pool_dir} is not used by meta.interleaving alternate; leave it out")
         if recipe.pool.sampling != "uniform":
@@ -90,7 +90,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
     batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))
     total_steps = recipe.train.epochs * batches.steps_per_epoch
     check_interleaving(settings, total_steps)
-    if not alternation_start(settings):
+    if not settings.alternation_start:
         return
     planned = torch.tensor(list_snapshots(recipe.pool, total_steps), dtype=torch.float64) / total_steps
     renewed = [planned] if not opened or recipe.pool.sampling == "live" else []

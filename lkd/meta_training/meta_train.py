@@ -30,7 +30,7 @@ from lkd.meta_training.log import (
     show_loss,
     summarize_cost,
 )
-from lkd.meta_training.online_student import alternation_start, assemble_loss
+from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.reuse import FIGURES, Reuse
 from lkd.models.files import save_network
@@ -81,7 +81,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, objects: Objects | None = None
     check_schedule(recipe, images, pools)
     opened = open_teacher(recipe.teacher, images.train, objects)
     loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
-    draws = bool(alternation_start(recipe.meta))
+    draws = bool(recipe.meta.alternation_start)
     losses = LossBuilder(recipe.pool.loss, opened, images)
     pool_losses = [losses.build(student, recipe.seed) for student in students] if draws else []
     for student in students:
@@ -100,7 +100,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, objects: Objects | None = None
     if not is_main():
         return path
     if loop.own:
-        save_own_student(students[0].architecture, loop, run)
+        save_online_student(students[0].architecture, loop, run)
     pool_trainings = count_pool_trainings(recipe, pools, loop.step)
     provenance = run.provenance() | {
         "split": images.fingerprint,
@@ -216,7 +216,7 @@ def check_identical(loop: OuterLoop) -> None:
         )
 
 
-def save_own_student(architecture: dict[str, Any], loop: OuterLoop, run: Run) -> None:
+def save_online_student(architecture: dict[str, Any], loop: OuterLoop, run: Run) -> None:
     """Save the first student that was trained while the loss was learned: what the dynamic strategy itself gives."""
     student, path = loop.own[0].training.student, run.path / "student.safetensors"
     figures = evaluate(student, loop.images.meta_validation, run.device)

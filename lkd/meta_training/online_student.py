@@ -26,7 +26,7 @@ Point = tuple[float, dict[str, Tensor]]
 """From which progress on which weights of the loss networks are in charge."""
 
 
-class OwnStudent:
+class OnlineStudent:
     """A student in training with the loss as it changes.
 
     Args:
@@ -76,15 +76,9 @@ def draw_seed(*words: int) -> int:
     return int(torch.randint(2**62, (), generator=seeded_generator(*words)))
 
 
-def alternation_start(settings: MetaSettings) -> int:
-    """The outer step from which on the loss alternates with the training of its own students."""
-    starts = {"before": settings.outer_steps, "alternate": 0, "both": settings.outer_steps // 2}
-    return starts[settings.interleaving]
-
-
 def window_end(settings: MetaSettings, outer_step: int, total_steps: int) -> int:
     """The step of the own students' training at which an outer step that alternates takes place."""
-    start = alternation_start(settings)
+    start = settings.alternation_start
     return total_steps * (outer_step + 1 - start) // (settings.outer_steps - start)
 
 
@@ -103,7 +97,7 @@ def check_interleaving(settings: MetaSettings, total_steps: int) -> None:
     kind = f"meta.interleaving {settings.interleaving}"
     if settings.interleaving == "both" and settings.outer_steps < 2:
         raise UserError(f"meta.outer_steps: {settings.outer_steps} cannot be halved; {kind} needs at least 2")
-    updates = settings.outer_steps - alternation_start(settings)
+    updates = settings.outer_steps - settings.alternation_start
     if settings.rollout_steps > total_steps // updates:
         raise UserError(
             f"meta.rollout_steps: {settings.rollout_steps} steps do not fit between two of the {updates} updates of a "

@@ -18,7 +18,7 @@ from lkd.losses.learned.loss import LearnedLoss
 from lkd.meta_training.checks import AUDITED
 from lkd.meta_training.guard import OuterGuard, check_points, check_rows
 from lkd.meta_training.log import measure_balance, read_clock
-from lkd.meta_training.online_student import OwnStudent, Point, alternation_start, copy_state, draw_seed, window_end
+from lkd.meta_training.online_student import OnlineStudent, Point, copy_state, draw_seed, window_end
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
     InnerBatch,
@@ -186,10 +186,10 @@ class OuterLoop:
         self.problems = OuterProblems(recipe, images, teacher, self.loss, self.students, device)
         self.guard = OuterGuard(self.settings.exploding_norm)
         self.numbers = share_out(self.settings.students_per_step, "meta.students_per_step")
-        self.own: dict[int, OwnStudent] = {}
+        self.own: dict[int, OnlineStudent] = {}
         if self.settings.interleaving != "before":
             self.own = {
-                n: OwnStudent(recipe, students[n % len(students)], images, teacher, self.loss, n, device)
+                n: OnlineStudent(recipe, students[n % len(students)], images, teacher, self.loss, n, device)
                 for n in self.numbers
             }
         self.step = 0
@@ -202,7 +202,7 @@ class OuterLoop:
     @property
     def alternates(self) -> bool:
         """Whether the next step alternates with the training of the loop's own students."""
-        return self.step >= alternation_start(self.settings)
+        return self.step >= self.settings.alternation_start
 
     @property
     def points(self) -> list[Point]:
@@ -218,7 +218,7 @@ class OuterLoop:
         self.balances.clear()
         if self.alternates:
             self.course = self.points
-        differentiate = self.differentiate_own_student if self.alternates else self.differentiate_pool_student
+        differentiate = self.differentiate_online_student if self.alternates else self.differentiate_pool_student
         hypergradients = []
         for number in range(self.settings.students_per_step):
             if number in self.numbers:
@@ -261,10 +261,10 @@ class OuterLoop:
     def rollout_length(self) -> int:
         """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""
         first, last = self.settings.initial_rollout_steps or self.settings.rollout_steps, self.settings.rollout_steps
-        grown = first + round((last - first) * self.step / max(alternation_start(self.settings) - 1, 1))
+        grown = first + round((last - first) * self.step / max(self.settings.alternation_start - 1, 1))
         return self.guard.shorten(grown)
 
-    def differentiate_own_student(self, number: int) -> Hypergradient:
+    def differentiate_online_student(self, number: int) -> Hypergradient:
         """Train a student of the loop's own up to the next update, and walk its last steps back."""
         own = self.own[number]
         training = own.training

@@ -21,7 +21,6 @@ from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
-from lkd.meta_training.online_student import alternation_start
 from lkd.models.build import GIVEN, build
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
@@ -390,7 +389,7 @@ def name_renewal(outer_step: int) -> str:
 
 def count_pool_trainings(recipe: MetaTrainRecipe, first_pools: list[Pool], outer_steps: int) -> float:
     """What the pools cost up to an outer step, renewals too, in units of one whole training."""
-    drawn_from = min(outer_steps, alternation_start(recipe.meta))
+    drawn_from = min(outer_steps, recipe.meta.alternation_start)
     renewals = max(drawn_from - 1, 0) // recipe.pool.refresh_every if recipe.pool.sampling == "live" else 0
     renewed = renewals * recipe.pool.students * recipe.pool.max_age * len(first_pools)
     return sum(pool.trainings for pool in first_pools) + renewed

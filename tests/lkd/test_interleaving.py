@@ -8,7 +8,7 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import LearnedLoss, LogitLoss, ReplayedLoss
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
-from lkd.meta_training.online_student import alternation_start, check_interleaving, window_end
+from lkd.meta_training.online_student import check_interleaving, window_end
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
@@ -33,9 +33,9 @@ def test_updates_are_spread_evenly_over_the_training() -> None:
     alternate = MetaSettings(interleaving="alternate", outer_steps=7)
     assert [window_end(alternate, step, 100) for step in range(7)] == [14, 28, 42, 57, 71, 85, 100]
     both = MetaSettings(interleaving="both", outer_steps=5)
-    assert alternation_start(both) == 2
+    assert both.alternation_start == 2
     assert [window_end(both, step, 10) for step in (2, 3, 4)] == [3, 6, 10]
-    assert alternation_start(MetaSettings(outer_steps=5)) == 5
+    assert MetaSettings(outer_steps=5).alternation_start == 5
 
 
 def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
