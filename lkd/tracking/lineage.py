@@ -58,21 +58,26 @@ def identify(kind: str, path: str | Path, name: str | None = None) -> Entry:
     return Entry(kind, name or found.name, hash_folder(found) if found.is_dir() else hash_file(found), found)
 
 
+def list_sources(recipe: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The files and folders that a recipe names: field → (kind, name)."""
+    sources, flat = {}, flatten(recipe)
+    for field, name in flat.items():
+        is_file = str(name).endswith(".safetensors") or is_remote(str(name))
+        kind = FIELDS.get(field.rpartition(".")[2], "loss" if is_file else None)
+        if isinstance(name, str) and kind and not (kind == "teacher" and flat.get("teacher.pretrained")):
+            sources[field] = (kind, name)
+    return sources
+
+
 def find_used(recipe: dict[str, Any]) -> list[Entry]:
     """The files and folders that a recipe names, each once; those that lie elsewhere are fetched."""
     found: dict[tuple[str, str], Entry] = {}
     teacher = recipe.get("teacher", {})
     if teacher.get("pretrained"):
         found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
-    for key, value in flatten(recipe).items():
-        kind = "loss" if str(value).endswith(".safetensors") or is_remote(str(value)) else None
-        kind = FIELDS.get(key.rpartition(".")[2], kind)
-        if not isinstance(value, str) or kind is None or (kind == "teacher" and teacher.get("pretrained")):
-            continue
-        if value == "embedded":
-            found[kind, value] = identify(kind, TEACHER, value)
-        else:
-            found[kind, value] = identify(kind, fetch(value), value) if is_remote(value) else identify(kind, value)
+    for kind, name in list_sources(recipe).values():
+        path = TEACHER if name == "embedded" else fetch(name) if is_remote(name) else name
+        found[kind, name] = identify(kind, path, None if path == name else name)
     return list(found.values())
 
 

@@ -232,13 +232,21 @@ def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def shorten_paths(tree: Any) -> Any:
-    """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made."""
+def shorten_paths(tree: Any, here: Path | None = None) -> Any:
+    """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made.
+
+    Args:
+        tree: Dicts and lists.
+        here: A folder; paths below it become relative to it.
+    """
     if isinstance(tree, dict):
-        return {key: shorten_paths(value) for key, value in tree.items()}
+        return {key: shorten_paths(value, here) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [shorten_paths(value) for value in tree]
-    return Path(tree).name if isinstance(tree, str) and tree.startswith("/") else tree
+        return [shorten_paths(value, here) for value in tree]
+    if not isinstance(tree, str) or not tree.startswith("/"):
+        return tree
+    path = Path(tree)
+    return str(path.relative_to(here)) if here and here in path.parents else path.name
 
 
 def choose_device(name: str) -> torch.device:

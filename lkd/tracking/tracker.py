@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,25 @@ class Record:
         self.file.close()
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The rows of a run's record as they were written; None for a line that is damaged, as by a crash."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = parse_json(line)
+            except ValueError:
+                row = None
+            yield row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read a run's record, a row a step: what was logged of it at several times is put together.
 
     A metric that was logged again, as after a resume, counts as it was last written.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue  # a line cut off by a crash
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.setdefault(row["step"], {}).update(row)
+    for row in filter(None, read_rows(path)):
+        rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 

@@ -16,8 +16,10 @@ from lkd.cli import main
 from lkd.config import CompareRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json
+from lkd.evaluation.report.charts import describe_curve
 from lkd.evaluation.report.page import build_page, command_line
 from lkd.evaluation.report.runs import Curve, name_apart, read_curves, read_runs, thin
+from lkd.tracking.tracker import read_log
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
@@ -54,7 +56,7 @@ class Page(HTMLParser):
         if tag == "script":
             self.scripts[-1] += data
         elif tag in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip()
         self.words += data
 
     def row(self, first: str) -> list[str]:
@@ -97,6 +99,11 @@ def build(*names: str | Path) -> Page:
     return Page(build_page(read_runs([str(name) for name in names])))
 
 
+def change_recipe(run: str, **changes) -> None:
+    config = read_json(Path(run, "config.json"))
+    write_json(Path(run, "config.json"), config | {"recipe": config["recipe"] | changes})
+
+
 def append_rows(run: Path, *rows: str) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.writelines(f"{row}\n" for row in rows)
@@ -113,44 +120,31 @@ def test_the_command_writes_one_file(copies: Path, capsys) -> None:
         assert not {"src", "href", "action"} & {key for key in attributes if not attributes[key].startswith("data:")}
 
 
-def test_curves_are_the_logs(runs: Path) -> None:
-    page = build(runs / "student", runs / "kd", runs / "learned")
+def test_the_page_says_what_the_runs_say(runs: Path) -> None:
+    """Curves are the logs; tables give last and best; settings that differ are marked; lineage leads to the loss."""
+    page = build(runs / "student", runs / "kd", runs / "learned", runs / "comparison")
     for name in ("student", "kd", "learned"):
-        logged: dict[str, dict[int, float]] = {}
-        for row in map(json.loads, (runs / name / "log.jsonl").read_text().splitlines()):
-            for metric, value in row.items():
-                logged.setdefault(metric, {})[row["step"]] = value
-        for metric in logged.keys() - {"step", "time"}:
+        rows = read_log(runs / name / "log.jsonl")
+        for metric in {key for row in rows for key in row} - {"step", "time"}:
+            logged = {row["step"]: row[metric] for row in rows if metric in row}
             series = page.series(metric)[name]
-            assert series["steps"] == sorted(logged[metric])
-            expected = [logged[metric][step] for step in series["steps"]]
-            assert series["values"] == pytest.approx(expected, rel=1e-5)
+            assert dict(zip(series["steps"], series["values"], strict=True)) == pytest.approx(logged, rel=1e-5)
     assert page.series("reuse/top1")["learned"]["steps"] == [0, 2, 3]
     assert page.series("outer/value")["learned"]["steps"] == [1, 2, 3], "a look logs at the outer step's own number"
     assert {section["axis"] for section in page.data["sections"]} == {"step", "outer step"}
 
-
-def test_tables_give_last_and_best(runs: Path) -> None:
-    page = build(runs / "kd", runs / "learned", runs / "comparison")
-    top1 = [
-        row["meta_validation/top1"]
-        for row in map(json.loads, (runs / "kd" / "log.jsonl").read_text().splitlines())
-        if "meta_validation/top1" in row
-    ]
+    top1 = page.series("meta_validation/top1")["kd"]["values"]
     row = page.row("kd")
     assert row[:4] == ["kd", "small_cnn", "kd temperature=2", f"{top1[-1]:.2f}"]
     assert row[4].startswith(f"{max(top1):.2f} (step ")
     assert row[-1] == "finished"
     assert "3 of 3" in page.row("learned")
     assert "6 students of 2 trainings" in page.words
-    cells = (runs / "comparison" / "table.txt").read_text()
     ce, kd = (next(row for row in page.rows if row[:2] == ["small_cnn", method]) for method in ("CE", "KD"))
     assert kd[4:6] == ["baseline", ""]
-    assert all(figure in cells for figure in ce[2:4])
+    assert all(figure in (runs / "comparison" / "table.txt").read_text() for figure in ce[2:6])
     assert sum(tag == "img" for tag, _ in page.elements) == 1
 
-
-def test_settings_that_differ_are_marked_and_equal_ones_left_out(runs: Path) -> None:
     page = build(runs / "student", runs / "kd")
     assert page.row("seed") == ["seed", "0", "3"]
     assert page.row("loss.name") == ["loss.name", "learned/loss.lkd.safetensors", "kd"]
@@ -160,14 +154,10 @@ def test_settings_that_differ_are_marked_and_equal_ones_left_out(runs: Path) -> 
     marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "differs"]
     assert len(marked) == 4, "two settings in the list of each run"
 
-
-def test_lineage_leads_back_to_the_loss(runs: Path) -> None:
     page = build(runs / "student", runs / "learned")
-    assert "learned/loss.lkd.safetensors" in page.words.replace("\\", "/")
-    assert "made by learned; learned loss" in page.words
-    alone = build(runs / "student")
-    assert "learned loss; " in alone.words
-    assert "made by" not in alone.words
+    assert "loss: learned/loss.lkd.safetensors made by learned; learned loss" in page.words
+    assert "learned loss; " in build(runs / "student").words
+    assert "made by" not in build(runs / "student").words
 
 
 def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:
@@ -175,42 +165,30 @@ def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:
         (run,) = read_runs([name])
         words = shlex.split(command_line(run))
         assert words[:2] == ["lkd", run.command]
-        assert read_json(copies / name / "config.json")["recipe"] == json.loads(
-            json.dumps(parse_recipe(run.command, words[2:]), default=vars)
-        )
+        assert run.recipe == json.loads(json.dumps(parse_recipe(run.command, words[2:]), default=vars))
     assert command_line(read_runs(["kd"])[0]).startswith("lkd distill --run_dir kd --seed 3 --data.train_size 200")
     odd = {"methods": {"it's": {"name": "kd", "grid": {"weight": [1e-05, 1.0]}}, "x": "a b"}, "baseline": "it's"}
-    config = read_json(copies / "comparison" / "config.json")
-    write_json(copies / "comparison" / "config.json", config | {"recipe": config["recipe"] | odd})
+    change_recipe("comparison", **odd)
     recipe = parse_recipe("compare", shlex.split(command_line(read_runs(["comparison"])[0]))[2:])
     assert isinstance(recipe, CompareRecipe)
     assert (recipe.methods, recipe.baseline) == (odd["methods"], "it's")
 
 
-def test_surfaces_are_the_losses(runs: Path) -> None:
-    page = build(runs / "student", runs / "learned", runs / "kd", runs / "comparison")
+def test_surfaces_are_the_losses_or_say_why_there_are_none(copies: Path) -> None:
+    page = build("student", "learned", "kd", "comparison")
     losses = {loss["name"]: loss for loss in page.data["losses"]}
     learned, kd, ce, default = (
         losses[name] for name in ("learned by learned", "kd temperature=2", "cross_entropy", "kd")
     )
     assert learned["runs"] == ["learned", "student"]
     assert set(learned["panels"]) == {"gradient at the target logit", "weight of the teacher, α", "temperature, τ"}
-    assert default["panels"]
     points = page.data["points"]
     (frame,) = ce["panels"]["gradient at the target logit"]  # p − 1, whatever the teacher says
     row = [0.01 + 0.98 * place / (points - 1) - 1 for place in range(points)]
     assert frame == pytest.approx(row * points, abs=1e-3)
     assert kd["panels"] != default["panels"]
-
-
-def test_losses_without_a_surface_say_why(copies: Path) -> None:
-    config = read_json(Path("kd/config.json"))
-    for loss, reason in (
-        ("dist", "compares the images"),
-        ("fitnet", "reads features"),
-        ("gone.safetensors", "no longer"),
-    ):
-        write_json(Path("kd/config.json"), config | {"recipe": config["recipe"] | {"loss": loss}})
+    for loss, reason in (("dist", "images of a batch"), ("fitnet", "features"), ("gone.safetensors", "no longer")):
+        change_recipe("kd", loss=loss)
         (record,) = build("kd").data["losses"]
         assert reason in record["note"]
         assert not record["panels"]
@@ -218,9 +196,7 @@ def test_losses_without_a_surface_say_why(copies: Path) -> None:
 
 def test_runs_over_different_data_are_apart(copies: Path) -> None:
     shutil.copytree("kd", "noisy")
-    config = read_json(Path("noisy/config.json"))
-    config["recipe"]["data"]["label_noise"] = 0.4
-    write_json(Path("noisy/config.json"), config)
+    change_recipe("noisy", data=read_json(Path("kd/config.json"))["recipe"]["data"] | {"label_noise": 0.4})
     page = build("kd", "noisy", "student")
     assert "These runs do not share their data." in page.words
     assert "40% of the training labels flipped" in page.words
@@ -230,7 +206,7 @@ def test_runs_over_different_data_are_apart(copies: Path) -> None:
     assert "do not share" not in build("kd", "student").words
 
 
-def test_damaged_unfinished_and_odd_logs_are_shown_with_what_there_is(copies: Path) -> None:
+def test_damaged_and_unfinished_runs_are_shown_with_what_there_is(copies: Path) -> None:
     top1 = '{"step": %s, "time": 1.0, "meta_validation/top1": %s, "note": "text", "flag": true}'
     append_rows(Path("kd"), top1 % (50, "NaN"), '{"step": 60, "meta_val', "3", "[]", '{"time": 3}', "\x00")
     append_rows(Path("kd"), top1 % (51, "Infinity"), top1 % (52, "-Infinity"), top1 % (53, 10**400), top1 % ("NaN", 1))
@@ -239,7 +215,10 @@ def test_damaged_unfinished_and_odd_logs_are_shown_with_what_there_is(copies: Pa
     Path("learned/log.jsonl").unlink()
     Path("learned/environment.json").write_text("{")
     Path("learned/loss.lkd.safetensors").write_bytes(b"cut off")
-    page = build("kd", "student", "learned")
+    for name in ("table.csv", "table.txt", "result.json", "log.jsonl"):
+        Path("comparison", name).unlink()
+    next(Path("comparison/cells").glob("report-CE*seed1*")).unlink()
+    page = build("kd", "student", "learned", "comparison")
     series = page.series("meta_validation/top1")["kd"]
     assert series["values"][-4:] == [None] * 4
     assert series["strange"] == 4
@@ -248,57 +227,49 @@ def test_damaged_unfinished_and_odd_logs_are_shown_with_what_there_is(copies: Pa
     assert "nothing logged" in page.row("student")[-1]
     assert "nothing logged" in page.row("learned")[-1]
     assert "damaged or not a safetensors file" in next(loss["note"] for loss in page.data["losses"] if loss["note"])
-
-
-def test_an_unfinished_comparison_shows_its_finished_trainings(copies: Path) -> None:
-    for name in ("table.csv", "table.txt", "result.json", "log.jsonl"):
-        Path("comparison", name).unlink()
-    next(Path("comparison/cells").glob("report-CE*seed1*")).unlink()
-    page = build("comparison")
     assert "Finished: 3 reported trainings, 0 for tuning." in page.words
     assert sum(row[:2] == ["small_cnn", "KD"] for row in page.rows) == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "runs: none given"),
-        (["nowhere"], "runs: nowhere is not a folder"),
-        (["empty"], "runs: empty is not a run directory: it has no config.json"),
-        (["kd", "kd/config.json"], "kd/config.json is not a folder"),
-        (["foreign"], "foreign/config.json is not one that an lkd command wrote"),
-        (["broken"], "broken/config.json: is not valid JSON"),
-        (["kd", "--out", "student.safetensors"], "out: student.safetensors does not end in .html"),
-        (["kd", "--out", "kd/log.jsonl/page.html"], "cannot be written"),
-    ],
-)
-def test_what_is_no_run_is_one_line_and_code_2(words, message: str, copies: Path, capsys) -> None:
+def test_what_is_no_run_is_one_line_and_code_2(copies: Path, capsys) -> None:
     for name, text in (("foreign", '{"model_type": "bert"}'), ("broken", "{")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
     Path("empty").mkdir()
-    assert main(["report", *words]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "\n" not in error
-    assert not Path("report.html").exists()
+    for words, named in (
+        ([], "runs: none"),
+        (["nowhere"], "runs: nowhere"),
+        (["empty"], "runs: empty"),
+        (["kd", "kd/config.json"], "runs: kd/config.json"),
+        (["foreign"], "runs: foreign/config.json"),
+        (["broken"], "broken/config.json: "),
+        (["kd", "--out", "student.safetensors"], "out: student.safetensors"),
+        (["kd", "--out", "kd/log.jsonl/page.html"], "kd/log.jsonl/page.html: "),
+    ):
+        assert main(["report", *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert named in error
+        assert "\n" not in error
+        assert not Path("report.html").exists()
 
 
 def plant(folder: Path) -> list[str]:
     """Runs whose name, wandb name, settings, method labels, notes and metrics hold scripts."""
     name = PLANTED[1].replace("/", "")
     shutil.copytree("kd", folder / name)
-    config = read_json(folder / name / "config.json")
-    config["recipe"]["wandb"]["name"], config["recipe"]["student"]["name"] = PLANTED[0], PLANTED[2]
-    config["recipe"]["loss"] = {"name": PLANTED[2], "x": PLANTED[1]}
-    config["recipe"]["data"]["name"], config["recipe"]["teacher"]["path"] = PLANTED[0], PLANTED[2] + ".safetensors"
-    write_json(folder / name / "config.json", config)
+    recipe = read_json(folder / name / "config.json")["recipe"]
+    change_recipe(
+        name,
+        wandb=recipe["wandb"] | {"name": PLANTED[0]},
+        student=recipe["student"] | {"name": PLANTED[2]},
+        loss={"name": PLANTED[2], "x": PLANTED[1]},
+        data=recipe["data"] | {"name": PLANTED[0]},
+        teacher=recipe["teacher"] | {"path": PLANTED[2] + ".safetensors"},
+    )
     write_json(folder / name / "environment.json", {"commit": PLANTED[0], "versions": {PLANTED[1]: PLANTED[2]}})
     metrics = {f"{text}/{text}": 1.0 for text in PLANTED} | {f"time_share/{PLANTED[1]}": 0.5}
     append_rows(folder / name, json.dumps({"step": 1, "time": 1.0, **metrics}))
-    config = read_json(Path("comparison/config.json"))
-    config["recipe"]["methods"] = {text: text for text in PLANTED}
-    write_json(Path("comparison/config.json"), config)
+    change_recipe("comparison", methods={text: text for text in PLANTED})
     table = Path("comparison/table.csv").read_text().replace("CE", PLANTED[0]).replace("KD", PLANTED[2])
     Path("comparison/table.csv").write_text(table)
     Path("comparison/table.txt").write_text(f"x\n\n{PLANTED[1]}\n")
@@ -317,43 +288,27 @@ def test_text_from_runs_stays_text(copies: Path) -> None:
     assert all(text in page.words for text in PLANTED), "shown, as text"
 
 
-def test_long_logs_are_thinned_to_their_shape(tmp_path: Path, copies: Path) -> None:
+def test_long_curves_are_thinned_to_their_shape() -> None:
     count, spike, dip = 100_000, 43_210, 77_777
     values = [math.sin(step / 9000) for step in range(count)]
     values[spike], values[dip], values[500] = 50.0, -50.0, math.nan
-    names = ["loss/3", "loss/4"]
-    append_rows(
-        Path("kd"), *(json.dumps({"step": s, "time": 1e9 + s, **dict.fromkeys(names, v)}) for s, v in enumerate(values))
-    )
-    text = build_page(read_runs(["kd"]))
-    assert len(text) < 5e6
-    series = Page(text).series("loss/3")["kd"]
-    assert len(series["steps"]) <= 1002
-    assert (series["total"], series["strange"]) == (count, 1)
-    assert dict(zip(series["steps"], series["values"], strict=True)).items() >= {
-        (spike, 50.0),
-        (dip, -50.0),
-        (500, None),
-    }
-    assert (series["steps"][0], series["steps"][-1]) == (0, count - 1)
-
-
-def test_thinning_keeps_short_curves_and_lone_points() -> None:
-    curve = Curve([1.0, 2.0, 3.0], [0.0] * 3, [5.0, math.nan, 4.0])
+    found = describe_curve(Curve(list(range(count)), [1e9 + step for step in range(count)], values), 1e9, 1000)
+    assert len(found["steps"]) <= 1002
+    assert (found["total"], found["strange"]) == (count, 1)
+    drawn = dict(zip(found["steps"], found["values"], strict=True))
+    assert drawn.items() >= {(spike, 50.0), (dip, -50.0), (500, None)}
+    assert (found["steps"][0], found["steps"][-1], found["seconds"][-1]) == (0, count - 1, count - 1)
+    curve = Curve([1, 2, 3], [0.0] * 3, [5.0, math.nan, 4.0])
     assert thin(curve, 3) is curve
-    assert thin(curve, 1).steps == [1.0, 2.0, 3.0]
-    nothing = Curve([float(step) for step in range(100)], [0.0] * 100, [math.nan] * 100)
-    assert len(thin(nothing, 9)) <= 5
+    assert thin(curve, 1).steps == [1, 2, 3]
+    assert len(thin(Curve(list(range(100)), [0.0] * 100, [math.nan] * 100), 9)) <= 5
 
 
-def test_a_repeated_step_counts_as_it_was_last_written(tmp_path: Path) -> None:
+def test_a_repeated_step_counts_as_it_was_last_written_and_names_tell_runs_apart(tmp_path: Path) -> None:
     rows = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "b": 7}, {"step": 1, "a": 3}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = read_curves(tmp_path / "log.jsonl").curves
     assert (curves["a"].steps, curves["a"].values, curves["b"].steps) == ([1, 2], [3, 2], [2])
-
-
-def test_names_tell_runs_apart() -> None:
     paths = [Path("/x/a/student"), Path("/x/b/student"), Path("/x/b/kd")]
     assert name_apart(paths) == ["a/student", "b/student", "kd"]
 

@@ -261,7 +261,7 @@ def format_options(method: dict[str, Any] | str) -> str:
     if isinstance(method, str):
         return method
     options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in options.items())])
+    return " ".join([str(method.get("name")), *(f"{key}={value}" for key, value in options.items())])
 
 
 def format_figure(figure: tuple[float, float], signed: bool = False) -> str:

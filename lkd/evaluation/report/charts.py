@@ -1,5 +1,6 @@
 """The curves and losses of runs as data for the page to draw."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -20,11 +21,10 @@ from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The curves of runs as data for the page's charts.
+# Curves.
 
 STEPPED = {"distill": "step", "teacher": "step", "pool": "step", "meta-train": "outer step"}  # command → its step
 FIRST = ("meta_validation", "reuse", "outer", "loss", "share", "training")  # groups, in this order
-SPEED, TRAINING = "throughput", "training"
 POINTS, LEAST, MOST = 100_000, 30, 1000  # of a page, and of one curve
 
 
@@ -46,55 +46,55 @@ def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -
     for number, group in enumerate(groups):
         for axis in dict.fromkeys(STEPPED.values()):
             runs = [run for run in group if STEPPED.get(run.command) == axis]
-            names = dict.fromkeys(name for run in runs for name in run.log.curves)
-            charts = [
-                {
-                    "group": group_of(name),
-                    "name": name,
-                    "series": [
-                        {"run": places[run.label], **describe_curve(run, run.log.curves[name], points)}
-                        for run in runs
-                        if name in run.log.curves
-                    ],
-                }
-                for name in sorted(names, key=rank)
-            ]
-            if charts:
-                sections.append({"data": number, "axis": axis, "charts": charts})
+            names = sorted(dict.fromkeys(name for run in runs for name in run.log.curves), key=rank)
+            series = {
+                name: [
+                    {"run": places[run.label], **describe_curve(run.log.curves[name], run.log.start, points)}
+                    for run in runs
+                    if name in run.log.curves
+                ]
+                for name in names
+            }
+            charts = [{"group": group_of(name), "name": name, "series": series[name]} for name in names]
+            sections += [{"data": number, "axis": axis, "charts": charts}] if charts else []
     return sections
 
 
 def group_of(name: str) -> str:
     """The group of charts that a metric belongs to: its prefix."""
     if name == "images_per_second" or name.startswith("time_share/"):
-        return SPEED
-    return name.partition("/")[0] if "/" in name else TRAINING
+        return "throughput"
+    return name.partition("/")[0] if "/" in name else "training"
 
 
 def rank(name: str) -> tuple[int, str]:
     """The known groups in their order, then the others, speed last; within a group as they were logged."""
     group = group_of(name)
-    return (FIRST.index(group) if group in FIRST else len(FIRST) + (group == SPEED), group)
+    return (FIRST.index(group) if group in FIRST else len(FIRST) + (group == "throughput"), group)
 
 
-def describe_curve(run: RunRecord, curve: Curve, points: int) -> dict[str, Any]:
+def describe_curve(curve: Curve, start: float, points: int) -> dict[str, Any]:
     """A curve, thinned, with six digits."""
-    start = run.log.times[0] if run.log.times else 0.0
     thinned = thin(curve, points)
     return {
-        "steps": [int(step) if step.is_integer() else step for step in thinned.steps],
+        "steps": thinned.steps,
         "seconds": [round(time - start, 1) if math.isfinite(time) else None for time in thinned.times],
-        "values": [float(f"{value:.6g}") if math.isfinite(value) else None for value in thinned.values],
+        "values": round_finite(thinned.values, 6),
         "total": len(curve),
-        "strange": sum(not math.isfinite(value) for value in curve.values),
+        "strange": len(curve) - len(curve.finite),
     }
 
 
+def round_finite(values: Sequence[float], digits: int) -> list[float | None]:
+    """Numbers to so many digits; None for what JSON has no word for."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# What the losses of runs do to a student, as numbers for the page to draw.
+# What the losses of runs do to a student.
 
 SURFACE_POINTS = 21
-COARSE = 5  # a grid whose points are among the POINTS
+STRIDE = 5  # of a coarser grid among these points
 PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REFERENCE = {"name": "kd", "weight": 0.5, "temperature": 4.0}
 BALANCE = ("weight of the teacher, α", "temperature, τ")
@@ -113,12 +113,12 @@ class LossRecord:
     """
 
     name: str
-    runs: list[str]
+    runs: list[str] = field(default_factory=list)
     panels: dict[str, list[list[float | None]]] = field(default_factory=dict)
     note: str | None = None
 
 
-def draw_losses(runs: Sequence[RunRecord]) -> list[LossRecord]:
+def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The losses that runs name or learned, each once, and a hand-made one to compare them with."""
     records: dict[str, LossRecord] = {}
     for run in sorted(runs, key=lambda run: run.command != "meta-train"):  # whose names say where a loss is from
@@ -130,7 +130,7 @@ def draw_losses(runs: Sequence[RunRecord]) -> list[LossRecord]:
                 records[key].runs.append(run.label)
     if any(len(record.panels) > 1 for record in records.values()) and identify(REFERENCE) not in records:
         records["reference"] = draw_loss(f"{describe_loss(REFERENCE)}, to compare", REFERENCE, Path.cwd())
-    return list(records.values())
+    return [dataclasses.asdict(record) for record in records.values()]
 
 
 def identify(specification: Any, folder: Path = Path()) -> str:
@@ -145,35 +145,33 @@ def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
     if run.command == "meta-train":
         path = run.path / RESULTS[run.command]
         return [(f"learned by {run.label}", str(path))] if path.is_file() else []
-    if run.command == "distill":
-        return [(describe_loss(run.recipe.get("loss")), run.recipe.get("loss"))]
-    methods = run.recipe.get("methods")
-    if run.command != "compare" or not isinstance(methods, dict):
-        return []
-    chosen = methods | read_dict(run.path / "picks.json")
-    tuned = [method for method in chosen.values() if not (isinstance(method, dict) and "grid" in method)]
-    return [(describe_loss(method), method) for method in tuned]
+    losses = [run.recipe.get("loss")] if run.command == "distill" else []
+    if run.command == "compare" and isinstance(run.recipe.get("methods"), dict):
+        chosen = run.recipe["methods"] | read_dict(run.path / "picks.json")
+        losses = [method for method in chosen.values() if not (isinstance(method, dict) and "grid" in method)]
+    return [(describe_loss(loss), loss) for loss in losses]
 
 
 def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
     """The surfaces of one loss, or why there are none."""
-    record = LossRecord(name, [])
+    record = LossRecord(name)
     try:
         loss = open_loss(specification, folder)
         frames = [gradient_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
-        coarse = gradient_surface(at(loss, 0.5), 0.5, points=COARSE)
+        coarse = gradient_surface(at(loss, 0.5), 0.5, points=1 + (SURFACE_POINTS - 1) // STRIDE)
     except UserError as error:
         record.note = str(error)
         return record
-    stride = (SURFACE_POINTS - 1) // (COARSE - 1)
-    if not torch.allclose(frames[2][::stride, ::stride], coarse, rtol=1e-2, atol=1e-5):
+    if not torch.allclose(frames[2][::STRIDE, ::STRIDE], coarse, rtol=1e-2, atol=1e-5):
         record.note = "compares the images of a batch with each other: no function of one image's confidence"
         return record
     record.panels["gradient at the target logit"] = to_frames(frames)
-    if has_balance(at(loss, 0.0)):
+    first = at(loss, 0.0)
+    if isinstance(first, LearnedLoss) and hasattr(dict(first.parts.items()).get("logits"), "weights_and_temperatures"):
         balances = [balance_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
-        for title, surfaces in zip(BALANCE, zip(*balances, strict=True), strict=True):
-            record.panels[title] = to_frames(surfaces)
+        record.panels |= {
+            title: to_frames(each) for title, each in zip(BALANCE, zip(*balances, strict=True), strict=True)
+        }
     return record
 
 
@@ -185,8 +183,8 @@ def open_loss(specification: Any, folder: Path) -> nn.Module:
     """
     if isinstance(specification, dict):
         specification = {key: value for key, value in specification.items() if key not in ("train", "balance")}
-    if isinstance(specification, dict) and specification.get("name") == INFLUENCE_WEIGHTED:
-        specification = specification.get("loss", "kd")
+        if specification.get("name") == INFLUENCE_WEIGHTED:
+            specification = specification.get("loss", "kd")
     name = str(specification.get("name") if isinstance(specification, dict) else specification)
     path = find_near(name, folder)
     if is_learned(name) or (path is not None and path.is_file()):
@@ -218,16 +216,7 @@ def at(loss: nn.Module, progress: float) -> Any:
     return loss.at(progress) if isinstance(loss, ReplayedLoss) else loss
 
 
-def has_balance(loss: Any) -> bool:
-    """Whether a loss is a learned one with a weight and a temperature of its own."""
-    part = loss.parts["logits"] if isinstance(loss, LearnedLoss) and "logits" in loss.parts else None
-    return hasattr(part, "weights_and_temperatures")
-
-
 def to_frames(surfaces: Sequence[Tensor]) -> list[list[float | None]]:
     """Surfaces as flat lists, row by row, with four digits; a single one if all are the same."""
-    frames = [
-        [float(f"{value:.4g}") if math.isfinite(value) else None for value in surface.flatten().tolist()]
-        for surface in surfaces
-    ]
+    frames = [round_finite(surface.flatten().tolist(), 4) for surface in surfaces]
     return frames[:1] if all(frame == frames[0] for frame in frames) else frames

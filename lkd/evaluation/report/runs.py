@@ -1,21 +1,38 @@
 """Run directories, as far as they can be read: logs, figures, settings, lineage."""
 
+import csv
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import mean, median_high
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lkd.config.parse import COMMANDS
 from lkd.core.errors import UserError
-from lkd.core.files import read_json
+from lkd.core.files import flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
+from lkd.evaluation.comparison.tables import format_figure, format_options
+from lkd.tracking.lineage import list_sources
+from lkd.tracking.run import shorten_paths
+from lkd.tracking.tracker import read_rows
+
+# Command → the file that it writes last.
+RESULTS = {
+    "distill": "student.safetensors",
+    "teacher": "teacher.safetensors",
+    "meta-train": "loss.lkd.safetensors",
+    "pool": "pool/index.json",
+}
+TRAINED = ("distill", "teacher")
+ABSENT = "—"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A run's log as curves, whatever state the file is in.
+# A run's log as curves.
 
 
 @dataclass
@@ -28,12 +45,21 @@ class Curve:
         values: As they were logged: they may be NaN or infinite.
     """
 
-    steps: list[float]
+    steps: list[int]
     times: list[float]
     values: list[float]
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def finite(self) -> list[int]:
+        """Where the curve is finite."""
+        return [place for place, value in enumerate(self.values) if math.isfinite(value)]
+
+    def select(self, places: Sequence[int]) -> "Curve":
+        """The curve at these places."""
+        return Curve(*([column[place] for place in places] for column in (self.steps, self.times, self.values)))
 
 
 @dataclass
@@ -43,61 +69,44 @@ class Log:
     Attributes:
         curves: Metric → curve, in the order of their first appearance.
         damaged: Lines that could not be read.
-        times: Of the first and the last line, in seconds since the epoch; None if no line has one.
+        seconds: From the first to the last line; None if no line has a time.
+        start: Time of the first line.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
     damaged: int = 0
-    times: tuple[float, float] | None = None
+    seconds: float | None = None
+    start: float = 0.0
 
 
 def read_curves(path: Path) -> Log:
-    """Read `log.jsonl`.
+    """Read `log.jsonl`; a file that is not there is an empty log.
 
     Lines of the same step add up; a metric that was logged again at a step, after a resume, counts as it was last
-    written. Damaged lines are counted and skipped; a file that is not there is an empty log.
+    written. Damaged lines are counted and skipped.
     """
-    points: dict[str, dict[float, tuple[float, float]]] = {}
+    points: dict[str, dict[int, tuple[float, float]]] = {}
     damaged, times = 0, []
-    try:
-        file = path.open(encoding="utf-8", errors="replace")
-    except OSError:
-        return Log()
-    with file:
-        for line in file:
-            row = parse_line(line)
-            if row is None:
-                damaged += 1
-                continue
-            step, time = row.pop("step"), row.pop("time", math.nan)
-            times += [time] if math.isfinite(time) else []
-            for name, value in row.items():
-                points.setdefault(name, {})[step] = (time, value)
+    for row in read_rows(path) if path.is_file() else ():
+        if row is None:
+            damaged += 1
+            continue
+        step, time = row.pop("step"), read_number(row.pop("time", None))
+        times += [time] if math.isfinite(time) else []
+        for name, value in row.items():
+            if type(value) in (int, float):
+                points.setdefault(name, {})[step] = (time, read_number(value))
     curves = {}
     for name, found in points.items():
         steps = sorted(found)
         curves[name] = Curve(steps, [found[step][0] for step in steps], [found[step][1] for step in steps])
-    return Log(curves, damaged, (min(times), max(times)) if times else None)
+    return Log(curves, damaged, max(times) - min(times), min(times)) if times else Log(curves, damaged)
 
 
-def parse_line(line: str) -> dict[str, float] | None:
-    """The numbers of one line by name, `step` among them; None if it is no row of a log."""
+def read_number(value: Any) -> float:
+    """A number as a float, infinite if it is too large for one; NaN for anything else."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict):
-        return None
-    numbers = {name: number for name, value in row.items() if (number := read_number(value)) is not None}
-    return numbers if math.isfinite(numbers.get("step", math.nan)) else None
-
-
-def read_number(value: Any) -> float | None:
-    """A number as a float, infinite if it is too large for one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
+        return float(value) if type(value) in (int, float) else math.nan
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 
@@ -117,22 +126,12 @@ def thin(curve: Curve, points: int) -> Curve:
         places = range(len(curve) * number // stretches, len(curve) * (number + 1) // stretches)
         finite = [place for place in places if math.isfinite(curve.values[place])]
         kept |= {extreme(finite, key=curve.values.__getitem__) for extreme in (min, max) if finite}
-        if len(finite) < len(places):
-            kept.add(next(place for place in places if not math.isfinite(curve.values[place])))
-    order = sorted(kept)
-    return Curve(*([column[place] for place in order] for column in (curve.steps, curve.times, curve.values)))
+        kept |= set([place for place in places if not math.isfinite(curve.values[place])][:1])
+    return curve.select(sorted(kept))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Run directories, as far as they can be read.
-
-# Command → the file that it writes last.
-RESULTS = {
-    "distill": "student.safetensors",
-    "teacher": "teacher.safetensors",
-    "meta-train": "loss.lkd.safetensors",
-    "pool": "pool/index.json",
-}
+# Run directories.
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,68 @@ class RunRecord:
     environment: dict[str, Any]
     log: Log
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe with dotted keys."""
+        return flatten(self.recipe)
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Package → version."""
+        return read_part(self.environment, "versions")
+
     @property
     def finished(self) -> bool:
         """Whether its result is there; a run that was cut off and one that still runs look alike."""
         if self.command != "pool":
             return (self.path / RESULTS.get(self.command, "result.json")).is_file()
-        wanted, index = self.recipe.get("pool"), read_dict(self.path / RESULTS["pool"])
-        trainings = {entry.get("training") for entry in read_rows(index.get("students"))}
-        return isinstance(wanted, dict) and len(trainings) >= wanted.get("students", 1)
+        index = read_dict(self.path / RESULTS["pool"])
+        trainings = {entry.get("training") for entry in list_dicts(index.get("students"))}
+        return len(trainings) >= self.settings.get("pool.students", math.inf)
+
+    @property
+    def state(self) -> str:
+        """Finished, or how far it has come; with what is wrong with its log."""
+        words = ["finished"] if self.finished else ["not finished: running or cut off"]
+        if not self.log.curves and self.command in (*TRAINED, "meta-train"):  # the others log at their end, if at all
+            words.append("nothing logged")
+        if self.log.damaged:
+            words.append(f"{self.log.damaged} damaged log line{'s' * (self.log.damaged > 1)} skipped")
+        return "; ".join(words)
+
+    @property
+    def duration(self) -> str:
+        """Time from the first to the last line of the log."""
+        if self.log.seconds is None:
+            return ABSENT
+        hours, minutes = divmod(round(self.log.seconds / 60), 60)
+        if self.log.seconds < 600:
+            return f"{self.log.seconds:.0f} s"
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+    @property
+    def network(self) -> str:
+        """The network, or the networks, of a run."""
+        several = [str(row.get("name")) for row in list_dicts(self.recipe.get("students"))]
+        return ", ".join(several) or str(self.settings.get("student.name") or self.settings.get("model.name") or ABSENT)
+
+    @property
+    def images_per_second(self) -> str:
+        """The median speed."""
+        curve = self.log.curves.get("images_per_second")
+        values = curve.select(curve.finite).values if curve else []
+        return f"{median_high(values):,.0f}" if values else ABSENT
+
+    @property
+    def time_shares(self) -> dict[str, float]:
+        """Part of the steps' time by part; the mean over epochs, or over what was logged before the first one ended."""
+        epochs = self.log.curves.get("meta_validation/top1")
+        shares = {}
+        for name, curve in self.log.curves.items():
+            if name.startswith("time_share/") and curve.finite:
+                ended = [place for place in curve.finite if epochs and curve.steps[place] in epochs.steps]
+                shares[name.removeprefix("time_share/")] = mean(curve.select(ended or curve.finite).values)
+        return shares
 
 
 def read_runs(names: Sequence[str]) -> list[RunRecord]:
@@ -174,7 +227,7 @@ def read_runs(names: Sequence[str]) -> list[RunRecord]:
     if not names:
         raise UserError("runs: none given; name run directories, as in: lkd report runs/student")
     configs: dict[Path, dict[str, Any]] = {}
-    for path in (Path(name) for name in names):
+    for path in map(Path, names):
         configs[path.resolve()] = read_config(path)
         if configs[path.resolve()]["command"] == "quickstart":
             inner = sorted(path.resolve().glob("*/meta-train/config.json"))
@@ -203,8 +256,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise UserError(f"runs: {path} is not a run directory: it has no config.json")
     config = read_json(path / "config.json")
-    fits = isinstance(config, dict) and config.get("command") in COMMANDS and isinstance(config.get("recipe"), dict)
-    if not fits:
+    if not (isinstance(config, dict) and config.get("command") in COMMANDS and isinstance(config.get("recipe"), dict)):
         raise UserError(f"runs: {path / 'config.json'} is not one that an lkd command wrote")
     return config
 
@@ -218,7 +270,15 @@ def read_dict(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_rows(content: Any) -> list[dict[str, Any]]:
+def read_part(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A dict inside dicts; empty if it is not there."""
+    part: Any = tree
+    for key in keys:
+        part = part.get(key) if isinstance(part, dict) else None
+    return part if isinstance(part, dict) else {}
+
+
+def list_dicts(content: Any) -> list[dict[str, Any]]:
     """The dicts of a list; empty if it is none."""
     return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
 
@@ -227,11 +287,9 @@ def name_apart(paths: Sequence[Path]) -> list[str]:
     """For each path the fewest of its last parts that no other path ends in."""
     names = []
     for path in paths:
-        for length in range(1, len(path.parts) + 1):
-            name = Path(*path.parts[-length:])
-            if sum(other.parts[-length:] == name.parts for other in paths) == 1:
-                break
-        names.append(str(name))
+        ends = [path.parts[-length:] for length in range(1, len(path.parts) + 1)]
+        alone = (end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
+        names.append(str(Path(*next(alone, path.parts))))
     return names
 
 
@@ -239,30 +297,19 @@ def name_apart(paths: Sequence[Path]) -> list[str]:
 # Settings as flat text: what differs between runs, and which of them share their data.
 
 BUNDLED = ("embedded", "fashion_mnist", "fashion_mnist_unseen", "fashion_mnist_rest", "cifar10", "cifar100")
-DATA = ("data.name", "data.train_size", "data.meta_validation_size", "data.split_seed", "data.label_noise")
+DATA = ("name", "train_size", "meta_validation_size", "split_seed", "label_noise", "root")
 PLACES = ("run_dir", "wandb.name", "resume")  # differ between any two runs, and decide nothing
-ABSENT = "—"
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys; other values, and empty dicts, stay as they are."""
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def simplify(value: Any) -> Any:
-    """A tree in which equal settings look alike: 4.0 is 4, and absolute paths are as `show_path` gives them."""
+    """A tree in which equal settings look alike: 4.0 is 4; paths tell nothing of this machine's folders."""
     if isinstance(value, dict):
         return {key: simplify(part) for key, part in value.items()}
     if isinstance(value, list):
         return [simplify(part) for part in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return int(value)
-    return show_path(value) if isinstance(value, str) else value
+    return shorten_paths(value, Path.cwd())
 
 
 def format_value(value: Any) -> str:
@@ -271,23 +318,15 @@ def format_value(value: Any) -> str:
     return simple if isinstance(simple, str) else json.dumps(simple, ensure_ascii=False)
 
 
-def show_path(text: str) -> str:
-    """A path below the working directory relative to it; of other absolute paths the last part.
-
-    A page that is passed on should not tell where it was made.
-    """
-    path = Path(text)
-    if not path.is_absolute():
-        return text
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else path.name
+def describe_loss(loss: Any) -> str:
+    """A loss in a few words: its name, or its file, and its options."""
+    return format_options(simplify(loss)) if isinstance(loss, str | dict) else ABSENT
 
 
 def list_settings(run: RunRecord) -> dict[str, str]:
     """All settings of a run, with commit and versions, as text; a loss that is given by name alone has no options."""
-    versions = run.environment.get("versions")
-    software = {"commit": run.environment.get("commit"), "versions": versions if isinstance(versions, dict) else {}}
-    flat = {"command": run.command} | flatten(run.recipe) | flatten(software)
+    software = {"commit": run.environment.get("commit"), "versions": run.versions}
+    flat = {"command": run.command} | run.settings | flatten(software)
     return {"loss.name" if key == "loss" else key: format_value(value) for key, value in flat.items()}
 
 
@@ -306,16 +345,17 @@ def find_differences(runs: Sequence[RunRecord]) -> tuple[list[list[str]], list[l
 
 def identify_data(run: RunRecord) -> dict[str, str]:
     """What must be equal for two runs' figures to be comparable: data set, split, label noise."""
-    settings = flatten(run.recipe)
-    keys = [*DATA, *(["data.root"] if settings.get("data.name") not in BUNDLED else [])]
-    return {key.removeprefix("data."): str(settings[key]) for key in keys if settings.get(key) is not None}
+    found = {key: run.settings.get(f"data.{key}") for key in DATA}
+    if found["name"] in BUNDLED:
+        del found["root"]
+    return {key: str(value) for key, value in found.items() if value is not None}
 
 
 def group_by_data(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Runs over the same data, in the order of their first."""
-    groups: dict[tuple[tuple[str, str], ...], list[RunRecord]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(tuple(identify_data(run).items()), []).append(run)
+        groups.setdefault(str(identify_data(run)), []).append(run)
     return list(groups.values())
 
 
@@ -324,32 +364,23 @@ def describe_data(run: RunRecord) -> str:
     data = identify_data(run)
     if "name" not in data:
         return "data of its own"
-    sizes = [
-        f"{'all' if data[key] == '0' else data[key]} {what} images"
-        for key, what in (("train_size", "training"), ("meta_validation_size", "meta-validation"))
-        if key in data
-    ]
-    noise = data.get("label_noise", "0")
-    noisy = [f"{float(noise):.0%} of the training labels flipped" if is_number(noise) and float(noise) else ""]
-    seed = [f"split seed {data['split_seed']}"] if "split_seed" in data else []
-    root = [f"from {show_path(data['root'])}"] if "root" in data else []
-    return ", ".join(part for part in [data["name"], *root, *sizes, *seed, *noisy] if part)
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    words = [data["name"]]
+    if "root" in data:
+        words.append(f"from {simplify(data['root'])}")
+    for key, what in (("train_size", "training"), ("meta_validation_size", "meta-validation")):
+        if key in data:
+            words.append(f"{'all' if data[key] == '0' else data[key]} {what} images")
+    if "split_seed" in data:
+        words.append(f"split seed {data['split_seed']}")
+    noise = run.settings.get("data.label_noise")
+    if isinstance(noise, int | float) and noise:
+        words.append(f"{noise:.0%} of the training labels flipped")
+    return ", ".join(words)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which files a run was made of, which runs made these, and so on.
 
-SOURCES = ("teacher.path", "teacher.cache", "pool_dir", "checkpoint")  # settings that name what a run is made of
-SUFFIXES = (".safetensors", ".pth")
 DEPTH = 5
 
 
@@ -360,49 +391,39 @@ class Ancestor:
     Attributes:
         role: The setting that names it.
         name: Its name there.
-        run: Label of the reported run that made it, if one did.
-        facts: What its header says.
+        facts: Which reported run made it, and what its header says.
         ancestors: What it was made of in turn.
     """
 
     role: str
     name: str
-    run: str | None = None
-    facts: list[str] = field(default_factory=list)
+    facts: str = ""
     ancestors: list["Ancestor"] = field(default_factory=list)
 
 
-def trace_run(run: RunRecord, runs: Sequence[RunRecord]) -> list[Ancestor]:
-    """What a run was made of."""
-    return trace_recipe(run.recipe, run.path, runs, DEPTH)
+def trace_recipe(recipe: dict[str, Any], folder: Path, runs: Sequence[RunRecord], depth: int = DEPTH) -> list[Ancestor]:
+    """What a recipe's settings name.
 
-
-def trace_recipe(recipe: Any, folder: Path, runs: Sequence[RunRecord], depth: int) -> list[Ancestor]:
-    """What a recipe's settings name; `folder` is where the run is, near which relative names are looked for."""
-    if not depth:
-        return []
-    sources = {
-        key: value
-        for key, value in flatten(recipe).items()
-        if isinstance(value, str) and value and (key in SOURCES or value.endswith(SUFFIXES))
-    }
-    return [trace_source(key, name, folder, runs, depth) for key, name in sources.items()]
-
-
-def trace_source(role: str, name: str, folder: Path, runs: Sequence[RunRecord], depth: int) -> Ancestor:
-    """One file or folder, with what its header, or the reported run that made it, tells."""
-    found = Ancestor(role, show_path(name))
-    path = find_near(name, folder)
-    if path is None:
-        return found
-    holders = [run for run in runs if path.is_relative_to(run.path) and run.path != folder]
-    made_by = max(holders, key=lambda run: len(run.path.parts), default=None)
-    header = read_header(path)
-    found.facts = describe_header(header)
-    recipe = read_part(read_part(header, "provenance"), "recipe")
-    if made_by is not None:
-        found.run, recipe = made_by.label, made_by.recipe
-    found.ancestors = trace_recipe(recipe, made_by.path if made_by else path.parent, runs, depth - 1)
+    Args:
+        recipe: The recipe.
+        folder: Where its run is, near which relative names are looked for.
+        runs: The reported runs.
+        depth: How many generations to go back.
+    """
+    found = []
+    for role, (_, name) in list_sources(recipe).items() if depth else ():
+        found.append(Ancestor(role, simplify(name)))
+        path = find_near(name, folder)
+        if path is None:
+            continue
+        header = read_header(path)
+        makers = [run for run in runs if path.is_relative_to(run.path) and run.path != folder]
+        made_by = max(makers, key=lambda run: len(run.path.parts), default=None)
+        found[-1].facts = "; ".join([*([f"made by {made_by.label}"] if made_by else []), *describe_header(header)])
+        if made_by:
+            found[-1].ancestors = trace_recipe(made_by.recipe, made_by.path, runs, depth - 1)
+        else:
+            found[-1].ancestors = trace_recipe(read_part(header, "provenance", "recipe"), path.parent, runs, depth - 1)
     return found
 
 
@@ -426,22 +447,16 @@ def read_header(path: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def read_part(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """A dict inside a dict; empty if it is not there."""
-    part = tree.get(key)
-    return part if isinstance(part, dict) else {}
-
-
 def describe_header(header: dict[str, Any]) -> list[str]:
     """A header in a few words: kind, network, what it reached, commit."""
-    provenance, architecture = read_part(header, "provenance"), read_part(header, "architecture")
-    last = read_part(read_part(provenance, "meta_validation"), "last").get("top1")
-    students = read_rows(header.get("students"))
-    reused = [row["top1"] for row in read_rows(provenance.get("reuse")) if isinstance(row.get("top1"), float)]
+    provenance = read_part(header, "provenance")
+    last = read_part(provenance, "meta_validation", "last").get("top1")
+    students = list_dicts(header.get("students"))
+    reused = [row["top1"] for row in list_dicts(provenance.get("reuse")) if isinstance(row.get("top1"), float)]
     commit = read_part(provenance, "environment").get("commit")
     facts = [
         header.get("kind"),
-        architecture.get("name"),
+        read_part(header, "architecture").get("name"),
         f"{len(students)} students" if students else None,
         f"{last:.2f} % on meta-validation" if isinstance(last, float) else None,
         f"{max(reused):.2f} % at best when reused" if reused else None,
@@ -451,13 +466,60 @@ def describe_header(header: dict[str, Any]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The figures of runs by their logs: what was reached, and where the time went.
+# What runs reached, by their logs and by the tables of comparisons.
 
-TRAINED = ("distill", "teacher")
-PARTS = "time_share/"
+Table = list[list[str]]
+COLUMNS = (
+    "student",
+    "method",
+    "last epoch %",
+    "best epoch %",
+    "difference of last",
+    "95 % interval",
+    "seeds",
+    "tuned over",
+)
 
 
-def tabulate_trainings(runs: Sequence[RunRecord]) -> list[list[str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if it is not there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
+def read_comparison(path: Path) -> tuple[Sequence[str], Table]:
+    """Header and rows of a comparison's `table.csv`, with the differences to its baseline."""
+    rows = []
+    for row in read_csv(path):
+        numbers = {key: float(text) if is_number(text) else math.nan for key, text in row.items()}
+        last, best, difference = ((numbers[key], numbers[f"{key}_se"]) for key in ("last", "best", "difference"))
+        low, high = numbers["interval_low"], numbers["interval_high"]
+        texts = [format_figure(last), format_figure(best), format_figure(difference, signed=True)]
+        texts.append("" if math.isnan(low) else f"[{low:+.2f}, {high:+.2f}]".replace("-", "−"))
+        if difference == (0, 0):  # to itself
+            texts[2:] = ["baseline", ""]
+        rows.append([row["student"], row["method"], *texts, row["seeds"], row["tuned_over"]])
+    return COLUMNS, rows
+
+
+def read_notes(path: Path) -> list[str]:
+    """What a comparison's `table.txt` says below its table."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [line.strip() for line in text.partition("\n\n")[2].splitlines() if line.strip()]
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def tabulate_trainings(runs: Sequence[RunRecord]) -> Table:
     """A header and a row for each student and teacher: meta-validation at the last and at the best epoch."""
     header = ["run", "network", "loss", "top-1 last %", "top-1 best %", "calibrated CE last", "best"]
     rows = []
@@ -466,117 +528,36 @@ def tabulate_trainings(runs: Sequence[RunRecord]) -> list[list[str]]:
         calibrated = run.log.curves.get("meta_validation/calibrated_cross_entropy")
         figures = [*last_and_best(top1, max, "{:.2f}"), *last_and_best(calibrated, min, "{:.4f}")]
         loss = describe_loss(run.recipe.get("loss")) if run.command == "distill" else "cross_entropy"
-        done = f"{len(top1) if top1 else 0} of {read_setting(run, 'train', 'epochs')}"
-        rows.append([run.label, describe_network(run), loss, *figures, done, format_duration(run), state_of(run)])
+        done = f"{len(top1) if top1 else 0} of {run.settings.get('train.epochs', ABSENT)}"
+        rows.append([run.label, run.network, loss, *figures, done, run.duration, run.state])
     return [[*header, "epochs", "time", "state"], *rows]
 
 
-def tabulate_learned(runs: Sequence[RunRecord]) -> list[list[str]]:
+def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
     """A header and a row for each meta-training: its loss when reused on fresh students, and how it changed."""
     header = ["run", "students", "reuse: calibrated CE first", "best", "last", "top-1 at best %", "outer value"]
     rows = []
     for run in runs:
-        curves = run.log.curves
-        reuse, top1 = curves.get("reuse/calibrated_cross_entropy"), curves.get("reuse/top1")
+        reuse, top1 = (run.log.curves.get(f"reuse/{name}") for name in ("calibrated_cross_entropy", "top1"))
         last, best = last_and_best(reuse, min, "{:.4f}")
-        at_best = ABSENT
-        if reuse and top1 and finite_places(reuse):
-            step = reuse.steps[min(finite_places(reuse), key=reuse.values.__getitem__)]
-            at_best = f"{top1.values[top1.steps.index(step)]:.2f}" if step in top1.steps else ABSENT
-        changes = [first_to_last(curves.get(name)) for name in ("outer/value", "loss/weight", "loss/temperature")]
-        steps = curves.get("outer/value")
-        done = f"{steps.steps[-1]:g} of {read_setting(run, 'meta', 'outer_steps')}" if steps else ABSENT
         first = f"{reuse.values[0]:.4f}" if reuse else ABSENT
-        figures = [first, best, last, at_best, *changes]
-        rows.append([run.label, describe_network(run), *figures, done, format_duration(run), state_of(run)])
+        at_best = ABSENT
+        if reuse and top1 and reuse.finite:
+            step = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
+            at_best = f"{top1.values[top1.steps.index(step)]:.2f}" if step in top1.steps else ABSENT
+        curves = [run.log.curves.get(name) for name in ("outer/value", "loss/weight", "loss/temperature")]
+        changes = [f"{curve.values[0]:.3g} → {curve.values[-1]:.3g}" if curve else ABSENT for curve in curves]
+        done = f"{curves[0].steps[-1]} of {run.settings.get('meta.outer_steps', ABSENT)}" if curves[0] else ABSENT
+        rows.append([run.label, run.network, first, best, last, at_best, *changes, done, run.duration, run.state])
     return [[*header, "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
-
-
-def read_setting(run: RunRecord, part: str, key: str) -> Any:
-    """A nested setting; `ABSENT` if the recipe has none."""
-    inner = run.recipe.get(part)
-    return inner.get(key, ABSENT) if isinstance(inner, dict) else ABSENT
-
-
-def finite_places(curve: Curve) -> list[int]:
-    """Where a curve is finite."""
-    return [place for place, value in enumerate(curve.values) if math.isfinite(value)]
 
 
 def last_and_best(curve: Curve | None, best: Callable[..., int], form: str) -> tuple[str, str]:
     """The last value of a curve, and the first of its best with its step; `ABSENT` where there is none."""
     if curve is None:
         return ABSENT, ABSENT
-    last, places = form.format(curve.values[-1]), finite_places(curve)
-    if not places:
+    last = form.format(curve.values[-1])
+    if not curve.finite:
         return last, ABSENT
-    place = best(places, key=curve.values.__getitem__)
-    return last, f"{form.format(curve.values[place])} (step {curve.steps[place]:g})"
-
-
-def first_to_last(curve: Curve | None) -> str:
-    """How a curve changed."""
-    return f"{curve.values[0]:.3g} → {curve.values[-1]:.3g}" if curve else ABSENT
-
-
-def describe_network(run: RunRecord) -> str:
-    """The network, or the networks, of a run."""
-    several = [row.get("name") for row in run.recipe.get("students") or [] if isinstance(row, dict)]
-    model = run.recipe.get("student") or run.recipe.get("model")
-    one = model.get("name") if isinstance(model, dict) else None
-    return ", ".join(map(str, several)) or str(one or ABSENT)
-
-
-def describe_loss(loss: Any) -> str:
-    """A loss in a few words: its name, or its file, and its options."""
-    if isinstance(loss, str):
-        return show_path(loss)
-    if not isinstance(loss, dict):
-        return ABSENT
-    options = [
-        f"{key}={describe_loss(value) if isinstance(value, dict) else format_value(value)}"
-        for key, value in loss.items()
-        if key != "name"
-    ]
-    return " ".join([show_path(str(loss.get("name", ABSENT))), *options])
-
-
-def state_of(run: RunRecord) -> str:
-    """Finished, or how far it has come; with what is wrong with its log."""
-    words = ["finished"] if run.finished else ["not finished: running or cut off"]
-    if not run.log.curves and run.command in (*TRAINED, "meta-train"):  # the others log at their end, if at all
-        words.append("nothing logged")
-    if run.log.damaged:
-        words.append(f"{run.log.damaged} damaged log line{'s' * (run.log.damaged > 1)} skipped")
-    return "; ".join(words)
-
-
-def format_duration(run: RunRecord) -> str:
-    """Time from the first to the last line of the log."""
-    if run.log.times is None:
-        return ABSENT
-    seconds = run.log.times[1] - run.log.times[0]
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{seconds:.0f} s" if seconds < 600 else f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def time_shares(run: RunRecord) -> dict[str, float]:
-    """Part of the steps' time by part; the mean over epochs, or over what was logged before the first one ended."""
-    epochs = run.log.curves.get("meta_validation/top1")
-    steps = set(epochs.steps) if epochs else set()
-    shares = {}
-    for name, curve in run.log.curves.items():
-        if not name.startswith(PARTS):
-            continue
-        pairs = [(step, value) for step, value in zip(curve.steps, curve.values, strict=True) if math.isfinite(value)]
-        chosen = [value for step, value in pairs if step in steps] or [value for _, value in pairs]
-        if chosen:
-            shares[name.removeprefix(PARTS)] = sum(chosen) / len(chosen)
-    return shares
-
-
-def images_per_second(run: RunRecord) -> str:
-    """The median speed."""
-    curve = run.log.curves.get("images_per_second")
-    values = sorted(curve.values[place] for place in finite_places(curve)) if curve else []
-    return f"{values[len(values) // 2]:,.0f}" if values else ABSENT
+    place = best(curve.finite, key=curve.values.__getitem__)
+    return last, f"{form.format(curve.values[place])} (step {curve.steps[place]})"
