@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import hashlib
-import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -152,7 +151,8 @@ def list_results(runs: Sequence[RunRecord], places: dict[str, int]) -> list[tupl
 
 def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
     """What a run left, by kind; all of it is empty for a run that only logs."""
-    figures, tables, text = {}, list_tables(run), run.path / "table.txt"
+    tables, text = list_tables(run), run.path / "table.txt"
+    figures: Any = {}
     if run.command not in (*TRAINED, "meta-train", "pool"):  # before there are figures, the last values of the log
         figures = read_dict(run.path / "result.json").get("figures")
         if not isinstance(figures, dict):
@@ -186,24 +186,23 @@ def list_tables(run: RunRecord) -> list[dict[str, Any]]:
     if run.command == "quickstart":
         found = sorted(run.path.glob("*/table.csv"))
         return [make_table(*read_comparison(path), title=path.parent.name) for path in found]
-    if run.command == "influence" and (rows := read_csv(run.path / "influence.csv")):
-        cells = [list(row.values()) for row in rows]
-        chosen = cells if len(cells) <= 2 * EXTREMES else [*cells[:EXTREMES], *cells[-EXTREMES:]]
-        return [make_table(list(rows[0]), chosen, above=f"Most helpful first, most harmful last, of {len(cells):,}.")]
+    if run.command == "influence" and (images := read_csv(run.path / "influence.csv")):
+        rows = [list(image.values()) for image in images]
+        chosen = rows if len(rows) <= 2 * EXTREMES else [*rows[:EXTREMES], *rows[-EXTREMES:]]
+        return [make_table(list(images[0]), chosen, above=f"Most helpful first, most harmful last, of {len(rows):,}.")]
     if run.command == "compare" and table.is_file():
         return [make_table(*read_comparison(table), notes=read_notes(run.path / "table.txt"))]
     if run.command == "compare":  # no means before all trainings are there
         cells = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
+        reported = [cell for cell in cells if cell.get("reported")]
         rows = [
             [
-                *(cell.get(key) for key in ("student", "method", "seed")),
-                read_top1(cell, "last"),
-                read_top1(cell, "best"),
+                *(str(cell.get(key)) for key in ("student", "method", "seed")),
+                *map(format_top1, (cell.get("last"), cell.get("best"))),
             ]
-            for cell in cells
-            if cell.get("reported")
+            for cell in reported
         ]
-        above = f"Finished: {len(rows)} reported trainings, {len(cells) - len(rows)} for tuning."
+        above = f"Finished: {len(reported)} reported trainings, {len(cells) - len(reported)} for tuning."
         return [make_table(["student", "method", "seed", "last epoch %", "best epoch %"], rows, above=above)]
     return []
 
@@ -215,10 +214,10 @@ def make_table(
     return {"header": header, "rows": rows, "title": title, "above": above, "notes": notes}
 
 
-def read_top1(cell: dict[str, Any], key: str) -> str:
-    """A test accuracy of a finished training."""
-    top1 = cell[key].get("top1") if isinstance(cell.get(key), dict) else math.nan
-    return f"{top1:.2f}" if isinstance(top1, float) and math.isfinite(top1) else ""
+def format_top1(figures: Any) -> str:
+    """The accuracy among a finished training's figures."""
+    top1 = figures.get("top1") if isinstance(figures, dict) else None
+    return f"{top1:.2f}" if isinstance(top1, float) else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,11 @@ class Curve:
 
     def select(self, places: Sequence[int]) -> "Curve":
         """The curve at these places."""
-        return Curve(*([column[place] for place in places] for column in (self.steps, self.times, self.values)))
+        return Curve(
+            [self.steps[place] for place in places],
+            [self.times[place] for place in places],
+            [self.values[place] for place in places],
+        )
 
 
 @dataclass
