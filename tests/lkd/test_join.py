@@ -18,6 +18,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import read_json
 from lkd.core.workers import assign_device, process_exists
 from lkd.tracking.run import open_run
+from tests.processes import Command
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -33,15 +34,8 @@ RECIPE = {
 }
 
 
-def start(*options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "lkd.cli", "compare", "recipe.yaml", "--run_dir", "shared", *options]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+def start(output: str, *options: str) -> Command:
+    return Command(["compare", "recipe.yaml", "--run_dir", "shared", *options], output)
 
 
 def trained(output: str) -> list[str]:
@@ -65,29 +59,21 @@ def stop_a_worker() -> int:
 
 def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    first = start()
+    first = start("first.txt")
     victim = stop_a_worker()
     assert main(["compare", "recipe.yaml", "--run_dir", "shared", "--resume", "auto"]) == 2
     assert "shared is in use by another process; to share its work use --join" in capsys.readouterr().err
-    second = start("--join")
-    assert second.stdout
-    output = ""
-    while "waiting for 1 trainings" not in output:
-        line = second.stdout.readline()
-        assert line, second.communicate()
-        output += line
+    second = start("second.txt", "--join")
+    second.wait_for(lambda: "waiting for 1 trainings" in second.text)
     os.kill(victim, signal.SIGKILL)
-    first_output, first_error = first.communicate(timeout=120)
-    assert first.returncode == 2
-    assert "a worker process was killed" in first_error
-    rest, error = second.communicate(timeout=240)
-    assert second.returncode == 0, error
-    output += rest
-    finished = trained(first_output) + trained(output)
+    assert first.wait() == 2
+    assert "a worker process was killed" in first.text
+    assert second.wait() == 0, second.text
+    finished = trained(first.text) + trained(second.text)
     cells = list(Path("shared/cells").iterdir())
     assert len(cells) == 2 + 2, cells
     assert len(finished) == len(set(finished)) == len(cells)
-    assert "last − KD" in output
+    assert "last − KD" in second.text
 
 
 def test_workers_go_with_a_killed_parent() -> None:

@@ -3,9 +3,6 @@
 import copy
 import csv
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import lkd
 from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
@@ -25,6 +21,7 @@ from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.learned import FORMS, FeatureLoss
 from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
+from tests.processes import Command
 
 STAGES = {"a": (4, 6, 6), "b": (6, 3, 3)}
 WITH_TEMPERATURE = ("kd", "dkd", "dist")
@@ -120,10 +117,9 @@ TINY += ["--train.epochs", "1", "--train.batch_size", "20"]
 
 
 def run_fresh(*words: str) -> None:
-    """Run a command in a Python of its own: nothing that another run left in memory can help it."""
-    root = str(Path(lkd.__file__).parents[1])
-    variables = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
-    subprocess.run([sys.executable, "-m", "lkd.cli", *words], check=True, env=variables, stdout=subprocess.DEVNULL)
+    """Run a command in a process of its own: nothing that another run left in memory can help it."""
+    command = Command([*words])
+    assert command.wait() == 0, command.text
 
 
 def test_the_same_seed_gives_the_same_bits_in_another_process() -> None:

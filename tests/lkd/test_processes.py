@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,34 +13,31 @@ from safetensors.torch import load_file
 
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe
+from lkd.core import distributed
 from lkd.core.distributed import read_job
 from lkd.core.errors import UserError
 from lkd.data import Batches
 from lkd.models.files import load_network
 from lkd.tracking.run import open_run
 from lkd.training.build import prepare_images
-from tests.processes import VIT
+from tests.processes import VIT, Command, start_job
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
 DISTILL = ["distill", *TINY, "--student", VIT, "--loss", "{name: kd, weight: 0.9}"]
 
 
-def torchrun(*words: str, processes: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [*command, "-m", "lkd.cli", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_two_processes_train_as_one_with_the_same_whole_batch() -> None:
-    job = torchrun(*DISTILL, "--train.epochs", "2", "--run_dir", "two")
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    assert output.count("two/student.safetensors") == 1, "the main process alone speaks"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lkd.cli"]
+    job = subprocess.run(
+        [*command, *DISTILL, "--train.epochs", "2", "--run_dir", "two"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("two/student.safetensors") == 1, "the main process alone speaks"
     assert main([*DISTILL, "--train.epochs", "2", "--run_dir", "one"]) == 0
     one, two = load_file("one/student.safetensors"), load_file("two/student.safetensors")
     assert one.keys() == two.keys()
@@ -54,39 +51,34 @@ def test_two_processes_train_as_one_with_the_same_whole_batch() -> None:
         assert two == pytest.approx(one, rel=1e-4), f"{name}, of 101 images by two processes"
 
 
-def test_a_stopped_job_goes_on_with_as_many_processes_or_one() -> None:
+def test_a_stopped_job_goes_on_with_as_many_processes_or_one(unused_tcp_port: int) -> None:
     words = [*DISTILL, "--train.epochs", "8"]
-    job = torchrun(*words, "--run_dir", "stopped")
-    while job.poll() is None and not Path("stopped/checkpoints").exists():
-        time.sleep(0.1)
-    assert job.poll() is None, job.communicate()[0]
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=120)
+    job = start_job([*words, "--run_dir", "stopped"], unused_tcp_port)
+    job[0].wait_for(lambda: Path("stopped/checkpoints").exists())
+    for process in job:
+        process.send_signal(signal.SIGTERM)
+    assert [process.wait() for process in job] == [128 + signal.SIGTERM] * 2, job[0].text
     assert not Path("stopped/student.safetensors").exists()
-    again = torchrun(*words, "--run_dir", "stopped", "--resume", "auto")
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
+    again = start_job([*words, "--run_dir", "stopped", "--resume", "auto"], unused_tcp_port)
+    assert [process.wait() for process in again] == [0, 0], again[0].text
     assert main([*words, "--run_dir", "one"]) == 0
     one, two = load_file("one/student.safetensors"), load_file("stopped/student.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+def meet_for_seconds_only() -> None:
+    distributed.MEETING = timedelta(seconds=3)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_the_others_never_meet_ends_with_one_line(rank: int, unused_tcp_port: int) -> None:
-    code = (
-        "import sys; from datetime import timedelta; from lkd import processes;"
-        "processes.MEETING = timedelta(seconds=3);"
-        f"from lkd.cli import main; sys.exit(main({DISTILL!r}))"
-    )
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_tcp_port)}
-    alone = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert alone.returncode == 2, alone.stderr
-    (line,) = (line for line in alone.stderr.splitlines() if line.startswith("lkd: error"))
+    alone = Command(DISTILL, environment=place, prepare=meet_for_seconds_only)
+    assert alone.wait(100) == 2, alone.text
+    (line,) = (line for line in alone.text.splitlines() if line.startswith("lkd: error"))
     assert f"torchrun: process {rank} has lost another process of the job, or not met it within 0.05 minutes" in line
-    assert "Traceback" not in alone.stderr
+    assert "Traceback" not in alone.text
 
 
 def test_a_job_that_does_not_say_where_it_meets_is_refused(monkeypatch, capsys) -> None:
