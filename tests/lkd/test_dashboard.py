@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import wandb
 
-from benchmarks.faults.wandb_server import StandIn
 from lkd.cli import main
 from lkd.evaluation.dashboard import COMPARISON, SECTIONS, Chart, Section, list_empty, read_names
 from lkd.tracking import read_log
+from tests.faults.wandb_server import StandIn
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
 
 pytest.importorskip("wandb_workspaces")

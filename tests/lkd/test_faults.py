@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +21,11 @@ from lkd.pool.pool import build_pool
 from lkd.tracking.run import Run, open_run
 from lkd.training.build import prepare_images
 from lkd.training.training import BrokenInputError, Training
+from tests.faults.run import play_faults
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
 from tests.lkd.parts import list_pool_parts, list_students, prepare_loss, prepare_student, prepare_teacher
+from tests.processes import FORK_SERVER
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SHORT = (
     "^distill (kill|terminate|disk|truncated|decoder|image damaged|read|not finite: batch|memory|W&B|process)"
@@ -36,9 +35,10 @@ SMALL = DataRecipe(train_size=100, meta_validation_size=60)
 
 
 def test_promises_are_kept_under_every_fault() -> None:
-    command = [sys.executable, "-m", "benchmarks.faults.run", str(Path("bench").absolute()), "--moments", "1"]
-    finished = subprocess.run([*command, "--only", SHORT], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    bench = FORK_SERVER.Process(target=play_faults, args=(Path("bench").absolute(), 1, SHORT))
+    bench.start()
+    bench.join()
+    assert bench.exitcode == 0
     rows = [json.loads(line) for line in Path("bench/rows.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert [row for row in rows if not row["kept"] or row["wrong"] or row["bitwise"] == 0] == []

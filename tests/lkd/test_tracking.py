@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.faults.wandb_server import StandIn
 from lkd.cli import main
 from lkd.config import WandbRecipe
 from lkd.core.files import read_json
@@ -22,6 +21,7 @@ from lkd.core.tensor_files import digest
 from lkd.tracking import Tracker, read_log
 from lkd.tracking import tracker as service
 from lkd.tracking.lineage import Entry, find_used, hash_file, hash_folder, record
+from tests.faults.wandb_server import StandIn
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import ENVIRONMENT, TINY
 

@@ -1,6 +1,6 @@
 """Does a long run need more and more? 10,000 outer steps and 200 epochs of distillation. Kept in docs/evidence/faults.
 
-python -m benchmarks.faults.long_run [RUN_DIR]
+python -m tests.faults.long_run [RUN_DIR]
 
 Samples resident memory, open files, disk and log of the running command once a second.
 """
@@ -13,10 +13,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.faults.commands import TEACHER
-from benchmarks.faults.processes import FORK, prepare, run
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
+from tests.faults.commands import TEACHER
+from tests.faults.processes import FORK, prepare, run
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
 TOY = ["--data.train_size", "40", "--data.meta_validation_size", "60", *TEACHER, "--student.name", "tiny_cnn"]
@@ -32,7 +32,7 @@ WARM_UP = 0.1  # of a run's samples; the rest must be flat
 COLUMNS = ("run", "second", "resident_mib", "open_files", "disk_kib", "log_kib", "log_rows")
 README = """# Long runs
 
-Made by `python -m benchmarks.faults.long_run`: `lkd meta-train` with 10,000 outer steps and `lkd distill` with 200
+Made by `python -m tests.faults.long_run`: `lkd meta-train` with 10,000 outer steps and `lkd distill` with 200
 epochs, at toy size; the running command is looked at once a second, here after the first tenth (`long_run.csv`).
 
 | run | seconds | resident memory, MiB | its growth | open files | most disk, KiB | log, KiB | rows of the log |
@@ -108,7 +108,7 @@ def report(samples: list[tuple[float | str, ...]]) -> None:
         key = name.replace("-", "_")
         figures |= {f"{key}_memory_growth": growth, f"{key}_open_files_growth": files[-1] - files[0]}
         figures |= {f"{key}_disk_kib": max(disk), f"{key}_log_rows": lines[-1]}
-    write_json(EVIDENCE / "long_run.json", evidence("python -m benchmarks.faults.long_run", environment(), figures))
+    write_json(EVIDENCE / "long_run.json", evidence("python -m tests.faults.long_run", environment(), figures))
     write_text(EVIDENCE / "long_run.md", README.format(rows="\n".join(rows)))
     print("\n".join(rows))
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.faults import broken_values, injections
-from benchmarks.faults.injections import Moment
-from benchmarks.faults.processes import Injection
+from tests.faults import broken_values, injections
+from tests.faults.injections import Moment
+from tests.faults.processes import Injection
 
 ALL = ("pool", "meta-train", "distill", "compare", "cache")
 TRAININGS = ("pool", "meta-train", "distill", "compare")

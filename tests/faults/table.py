@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.faults import FAULTS
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
+from tests.faults.faults import FAULTS
 
 FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
-COMMAND = "python -m benchmarks.faults.run"
+COMMAND = "python -m tests.faults.run"
 README = """# Faults
 
 Made by `{command}`: {runs} runs of `lkd pool`, `meta-train`, `distill`, `compare` and `cache`, each
@@ -47,7 +47,7 @@ What it does not show: GPUs; several hosts; power cuts other than as files that 
 process killed by the kernel while it writes a file's last block (files are renamed after fsync). Runs are forks of a
 process that has imported the package, and so are a comparison's workers. The two processes of a job are started without
 torchrun, which would end the other one at once, and wait half a minute for each other where five are usual. The full
-disk and memory are failing calls, put in by the files of `benchmarks/faults`, and W&B's server is a stand-in; kills,
+disk and memory are failing calls, put in by the files of `tests/faults`, and W&B's server is a stand-in; kills,
 dying workers, servers and processes, damaged and vanished files are real.
 
 [An inner learning rate 100 times too high](stress.md) and [long runs](long_run.md) are beside this.

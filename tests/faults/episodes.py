@@ -13,10 +13,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.commands import COMMANDS, FILE_COMMANDS, Command, read_results, write_images
-from benchmarks.faults.faults import FAULTS, Fault
-from benchmarks.faults.injections import Moment, count_steps, meet_soon
-from benchmarks.faults.processes import Injection, finish, list_workers, start, wait_for_group
+from tests.faults.commands import COMMANDS, FILE_COMMANDS, Command, read_results, write_images
+from tests.faults.faults import FAULTS, Fault
+from tests.faults.injections import Moment, count_steps, meet_soon
+from tests.faults.processes import Injection, finish, list_workers, start, wait_for_group
 
 BOUND = 60.0  # seconds within which a run must have ended after a fault from outside
 ATTEMPTS = 20  # moments that are tried until a fault comes before the run is through

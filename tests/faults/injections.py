@@ -23,9 +23,9 @@ import lkd.meta_training.outer_loop
 import lkd.meta_training.rollouts
 import lkd.tracking.tracker
 import lkd.training.training
-from benchmarks.faults.processes import FORK
-from benchmarks.faults.wandb_server import StandIn
 from lkd.data.image_files import FileSource
+from tests.faults.processes import FORK
+from tests.faults.wandb_server import StandIn
 
 
 @dataclass(frozen=True)

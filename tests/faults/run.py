@@ -1,6 +1,6 @@
 """What every fault does to every command. Kept in docs/evidence/faults.
 
-python -m benchmarks.faults.run [RUN_DIR] [--moments 20] [--only PATTERN] [--report]
+python -m tests.faults.run [RUN_DIR] [--moments 20] [--only PATTERN] [--report]
 
 Goes on with an interrupted bench in RUN_DIR; with --report it only writes what its rows so far say.
 """
@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.episodes import Bench
-from benchmarks.faults.faults import FAULTS
-from benchmarks.faults.processes import prepare
-from benchmarks.faults.table import write_report
+from tests.faults.episodes import Bench
+from tests.faults.faults import FAULTS
+from tests.faults.processes import prepare
+from tests.faults.table import write_report
 
 ROWS = "rows.jsonl"
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
@@ -28,11 +28,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="Only write the report of the rows that there are.")
     given = parser.parse_args()
     folder = given.run_dir.absolute()
-    if given.report:
-        rows = read_rows(folder / ROWS)
-    else:
-        prepare()
-        rows = run_all(folder, given.moments, given.only)
+    rows = read_rows(folder / ROWS) if given.report else play_faults(folder, given.moments, given.only)
     if not given.only:
         write_report(EVIDENCE, rows)
 
@@ -42,8 +38,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_all(folder: Path, moments: int, only: str = "") -> list[dict[str, Any]]:
-    """Play the episodes that have no row yet; all rows."""
+def play_faults(folder: Path, moments: int, only: str = "") -> list[dict[str, Any]]:
+    """Play the episodes that have no row yet, as forks of this process; all rows."""
+    prepare()
     bench, record = Bench(folder), folder / ROWS
     rows = read_rows(record)
     done = {(row["command"], row["fault"], row["number"]) for row in rows}

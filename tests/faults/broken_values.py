@@ -10,10 +10,10 @@ import torch
 import lkd.meta_training.outer_loop
 import lkd.meta_training.rollouts
 import lkd.training.training
-from benchmarks.faults.injections import Moment, add_byte, wrap
 from lkd.data import Batches
 from lkd.models.teacher import TabulatedTeacher, Teacher
 from lkd.models.teacher_cache import CachedTeacher
+from tests.faults.injections import Moment, add_byte, wrap
 
 
 def spoil(tensor: torch.Tensor, seed: int) -> torch.Tensor:
