@@ -20,7 +20,10 @@ def write_recipes(folder: Path) -> None:
     """A recipe with a base, and a module that must not be imported."""
     (folder / "evil_module.py").write_text(EVIL.format(path=str(folder / "EVIL")))
     sys.path.insert(0, str(folder))
-    (folder / "base.yaml").write_text("seed: 1\ndata:\n  name: embedded\n  train_size: 500\nrun_dir: runs/x\n")
+    (folder / "base.yaml").write_text(
+        "seed: 1\ndata:\n  name: embedded\n  train_size: 500\nrun_dir: runs/{pair}/x\npair: a-b\n"
+        "with:\n  recipe.yaml:\n    loss: {weight: 0.4}\n"
+    )
     (folder / "recipe.yaml").write_text(
         "base: base.yaml\ntrain:\n  epochs: 1\n  milestones: [1, 2]\n  learning_rate: 5e-2\n"
         "student:\n  name: resnet10t\n  options: {act_layer: relu}\nteacher:\n  path: embedded\n"
