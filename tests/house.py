@@ -1,8 +1,10 @@
 """The house as its imports draw it: which room may import which, and which arrow is wrong."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +107,35 @@ def find_circles() -> list[list[str]]:
         if module not in order:
             visit(module)
     return circles
+
+
+def list_files_of_a_step() -> list[str]:
+    """The files of `lkd` that a step of `lkd distill` enters, with KD on embedded images, once it has warmed up."""
+    import torch
+
+    from lkd.config import DistillRecipe
+    from lkd.training.build import build_parts, prepare_teacher
+    from lkd.training.distill import start_training
+
+    recipe, device = DistillRecipe(), torch.device("cpu")
+    parts = build_parts(recipe)
+    teacher = prepare_teacher(parts.teacher, parts.images, device, parts.loss.teacher_stages)
+    training = start_training(parts.student, parts.images, parts.loss, teacher, recipe.train, recipe.seed, device)
+    for _ in range(2):
+        training.run_step()
+    entered: set[str] = set()
+    package = str(ROOT / "lkd")
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            entered.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    sys.setprofile(note)
+    try:
+        training.run_step()
+    finally:
+        sys.setprofile(None)
+    return sorted(entered)
 
 
 if __name__ == "__main__":

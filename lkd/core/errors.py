@@ -2,12 +2,8 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes that a user can mend: one line, exit code 2, no traceback.
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BAD_PLACE = (  # a file's name, or where it lies: not what is in it
@@ -54,31 +50,22 @@ def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
         raise UserError(f"{kind}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Out of memory as one line that says what to lower.
-
-FOR_TRAININGS = "a smaller train.batch_size or more train.accumulation"
-FOR_ROLLOUTS = "a smaller meta.rollout_steps, meta.outer_batch_size or train.batch_size"
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names it
 
 
-@contextmanager
-def explain_exhaustion(place: str, less: str) -> Iterator[None]:
-    """Turn running out of memory within the block into a line for the user.
+def refuse_exhaustion(error: BaseException, place: str, less: str) -> None:
+    """Turn an error that says that memory ran out into a line for the user; do nothing for another one.
 
     Args:
+        error: The error.
         place: Where it happened, say `"step 12"`.
         less: What needs less.
 
     Raises:
         UserError: If a device or the host has no memory left.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        import torch  # here: `lkd --help` reads this file, and must not wait for it
+    import torch  # here: `lkd --help` reads this file, and must not wait for it
 
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
-            advice = f"go on with --resume auto where there is more, or anew with {less}"
-            raise UserError(f"{place}: out of memory; {advice}") from error
-        raise
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
+        advice = f"go on with --resume auto where there is more, or anew with {less}"
+        raise UserError(f"{place}: out of memory; {advice}") from error

@@ -130,8 +130,9 @@ class Batches:
             self.wait_seconds += seconds
             return self.mix(step, self.gather(epoch, pixels, slots))
         slots = self.slots_of(step)
-        chosen = self.images.images[self.order(epoch)[slots]]
-        pixels = AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots))
+        pixels = self.images.images[self.order(epoch)[slots]]
+        if self.augmentation != "none":
+            pixels = AUGMENTATIONS[self.augmentation](pixels, self.numbers_of(epoch, slots))
         return self.mix(step, self.gather(epoch, pixels, slots))
 
     def mix(self, step: int, batch: Batch) -> Batch:

@@ -42,7 +42,7 @@ from lkd.training.build import (
     prepare_images,
     prepare_loss,
 )
-from lkd.training.training import check_inputs, is_bfloat16
+from lkd.training.training import build_autocast, check_inputs
 
 
 def cache_answers(recipe: CacheRecipe) -> CacheFolder:
@@ -154,7 +154,7 @@ def ask_teacher(teacher: TeacherFunction, batches: OrderedBatches, recipe: Cache
     for batch in batches:
         if recipe.train.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16(recipe.train, device)):
+        with build_autocast(recipe.train, device)():
             outputs = teacher(batch)
         check_inputs("teacher.cache", batch, outputs)
         logits = outputs.logits

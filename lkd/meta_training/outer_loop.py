@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.core.distributed import count_processes, gather_objects, share_out
-from lkd.core.errors import FOR_ROLLOUTS, explain_exhaustion
+from lkd.core.errors import refuse_exhaustion
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
@@ -46,6 +46,8 @@ from meta import (
     outer_step,
 )
 from meta.optim import Averaged, Optimizer
+
+LESS_MEMORY = "a smaller meta.rollout_steps, meta.outer_batch_size or train.batch_size"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The problems of an outer step: a student of the pool and its batches, from which an estimator differentiates.
@@ -222,8 +224,11 @@ class OuterLoop:
         hypergradients = []
         for number in range(self.settings.students_per_step):
             if number in self.numbers:
-                with explain_exhaustion(f"outer step {self.step}", FOR_ROLLOUTS):
+                try:
                     hypergradients.append(differentiate(number))
+                except (MemoryError, RuntimeError) as error:
+                    refuse_exhaustion(error, f"outer step {self.step}", LESS_MEMORY)
+                    raise
             elif isinstance(self.estimator, Audited) and not self.alternates:
                 self.estimator.follow(partial(self.build_problem, number))
         parameters = dict(self.loss.named_parameters())
