@@ -1,20 +1,21 @@
 """`lkd.distill` and `lkd.meta_train`: the commands of the same name, for objects in the place of names and files."""
 
 import dataclasses
-import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lkd.config.parse import parse_recipe
+from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.training import DistillRecipe
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
 from lkd.core.tensor_files import digest, read_tensors
@@ -28,234 +29,16 @@ from lkd.models.build import GIVEN
 from lkd.models.files import KIND, VERSION, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
-from lkd.training.build import build_parts, copy_module
+from lkd.training.build import build_given, copy_module
 from lkd.training.distill import distill as distill_student
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From what a caller of `lkd.distill` or `lkd.meta_train` gives to a recipe.
-
 META_VALIDATION_SHARE = 10  # of given images one in so many is meta-validation, unless the caller says otherwise
-PARTS = ("wandb", "meta", "pool")  # a dict of their fields is given
 FILES = (".safetensors", ".pth", ".pt")
 HASH_LENGTH = 12
 
-Named = tuple[Any, Any]
-"""A part of a recipe, and the object that stands behind its name; None where the name is all."""
-
 Student = str | dict[str, Any] | nn.Module | Callable[[], nn.Module]
 Teacher = str | Path | dict[str, Any] | nn.Module
-
-
-def build_recipe(command: str, own: Sequence[str], fixed: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Parse arguments as the command line would.
-
-    Args:
-        command: The command.
-        own: Fields of its recipe that are options by their own name, besides those of every run.
-        fixed: Fields of its recipe that are arguments; of `wandb` a string is the mode.
-        options: By name: these, and the fields of the recipe's `train` and `data`.
-
-    Raises:
-        UserError: If an option is unknown or a value is of the wrong type.
-    """
-    places = {name: name for name in (*own, *(field.name for field in dataclasses.fields(RunRecipe)))}
-    for part, kind in (("data", DataRecipe), ("train", TrainRecipe)):
-        places |= {field.name: f"{part}.{field.name}" for field in dataclasses.fields(kind) if field.name != "name"}
-    for name in options:
-        check_choice("option", name, places)
-    values = fixed | {places[name]: value for name, value in options.items()}
-    if isinstance(values["wandb"], str):
-        values["wandb"] = {"mode": values["wandb"]}
-    for part in [name for name in values if name in PARTS and isinstance(values[name], dict)]:
-        values |= {f"{part}.{name}": value for name, value in values.pop(part).items()}
-    return parse_recipe(command, [f"--{name}={format_value(value)}" for name, value in values.items()])
-
-
-def format_value(value: Any) -> str:
-    """A value as the command line has it."""
-    return json.dumps(value) if value is None or isinstance(value, dict | list | tuple | bool) else str(value)
-
-
-def name_data(train_set: Any, meta_validation_set: Any, recipe: DataRecipe, options: dict[str, Any]) -> Named:
-    """The images' recipe; of those that are given, the images of both parts, the second None to split it off.
-
-    Args:
-        train_set: A data set's name, or what `read_images` takes, or an `ImageSet`.
-        meta_validation_set: The same; None to split it off.
-        recipe: How images are split and augmented.
-        options: Those that the caller gave, whose values are the recipe's.
-
-    Raises:
-        UserError: If the images are not good, or an option does not go with them.
-    """
-    if isinstance(train_set, str):
-        if meta_validation_set is not None:
-            raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
-        return dataclasses.replace(recipe, name=train_set), None
-    train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
-    unread = {"root", "image_size", "workers", "damaged_limit", "packed"} & set(options)
-    if unread:
-        raise UserError(f"{sorted(unread)[0]}: is of data sets by name; lkd.read_images has options for given images")
-    content = digest_images(train)
-    sizes = {
-        "train_size": options.get("train_size", 0),
-        "meta_validation_size": options.get("meta_validation_size", len(train) // META_VALIDATION_SHARE),
-    }
-    if meta_validation_set is not None:
-        if sizes.keys() & options.keys():
-            name = min(sizes.keys() & options.keys())
-            raise UserError(f"{name}: leave it out; with a meta_validation_set both sets are taken whole")
-        meta_validation_set = check_like(meta_validation_set, train)
-        content += digest_images(meta_validation_set)
-        sizes = {"train_size": len(train), "meta_validation_size": len(meta_validation_set)}
-    return dataclasses.replace(recipe, name=name_object("images", content), root=None, **sizes), (
-        train,
-        meta_validation_set,
-    )
-
-
-def check_like(meta_validation_set: Any, train: ImageSet) -> ImageSet:
-    """Images for meta-validation, numbered apart from the training images.
-
-    Raises:
-        UserError: If they are not good, or unlike the training images.
-    """
-    if not isinstance(meta_validation_set, ImageSet):
-        meta_validation_set = read_images(
-            meta_validation_set, num_classes=train.num_classes, mean=train.mean, std=train.std
-        )
-    for name in ("image_shape", "num_classes", "mean", "std"):
-        if getattr(meta_validation_set, name) != getattr(train, name):
-            found, wanted = getattr(meta_validation_set, name), getattr(train, name)
-            raise UserError(f"meta_validation_set: its {name} is {found}, that of the training images is {wanted}")
-    index = 1 + int(train.index.max()) + torch.arange(len(meta_validation_set))
-    return dataclasses.replace(meta_validation_set, index=index)
-
-
-def digest_images(images: ImageSet) -> str:
-    """A hash of all that trains: pixels (of files, their names), labels, normalisation."""
-    pixels: Any = images.images
-    if isinstance(pixels, ImageFiles):
-        pixels = [pixels.name(slot) for slot in range(len(images))]
-    return digest([pixels, images.labels, images.mean, images.std, images.num_classes])
-
-
-def name_student(student: Student) -> Named:
-    """The student's recipe; of one that is given, what makes it. Its name holds its shapes, not its weights.
-
-    Raises:
-        UserError: If it is something else, or builds no network, or one that cannot be copied or saved.
-    """
-    if isinstance(student, str):
-        return ModelRecipe(student), None
-    if isinstance(student, dict):
-        return read_part("student", ModelRecipe, student), None
-    if not callable(student):
-        raise UserError(
-            f"student: {student!r} is neither a name, a dict, a torch.nn.Module nor a function that builds one"
-        )
-    make = partial(copy_module, student, "student") if isinstance(student, nn.Module) else student
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = make()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
-    shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
-    content = digest([shapes, [type(module).__name__ for module in network.modules()]])
-    return ModelRecipe(name_object(type(network).__name__, content)), make
-
-
-def name_students(students: Student | Sequence[Student]) -> list[Named]:
-    """The students of a meta-training, one or several.
-
-    Raises:
-        UserError: If one is something else, or a network, not a function that builds it.
-    """
-    several: Any = students if isinstance(students, list | tuple) else [students]
-    for student in several:
-        if isinstance(student, nn.Module):
-            raise UserError(
-                f"students: a {type(student).__name__} has one set of weights, and every student of the pool starts "
-                "from its own: give a function that builds one (lambda: copy.deepcopy(network) to start all alike)"
-            )
-    if not several:
-        raise UserError("students: give at least one")
-    return [name_student(student) for student in several]
-
-
-def name_teacher(teacher: Teacher) -> Named:
-    """The teacher's recipe: a file, timm's of a name, or one that is given, and then a frozen copy of it.
-
-    Raises:
-        UserError: If it is something else.
-    """
-    if isinstance(teacher, nn.Module):
-        content = digest(list_tensors(teacher, "teacher"))
-        network = copy_module(teacher, "teacher").eval().requires_grad_(False)
-        return TeacherRecipe(path=name_object(type(teacher).__name__, content)), network
-    if isinstance(teacher, dict):
-        return read_part("teacher", TeacherRecipe, teacher), None
-    if not isinstance(teacher, str | Path):
-        raise UserError(f"teacher: {teacher!r} is neither a name, a file, a dict nor a torch.nn.Module")
-    name = str(teacher)
-    is_file = isinstance(teacher, Path) or name == "embedded" or name.endswith(FILES) or Path(name).is_file()
-    return TeacherRecipe(path=name) if is_file else TeacherRecipe(name=name, pretrained=True), None
-
-
-def name_loss(loss: Any) -> Named:
-    """The loss as a recipe has it; of one that is given, a module."""
-    if isinstance(loss, str | dict) or not (isinstance(loss, Path) or callable(loss)):
-        return loss, None
-    if isinstance(loss, Path):
-        return str(loss), None
-    content = list_tensors(loss, "loss") if isinstance(loss, nn.Module) else describe_function(loss)
-    return name_object(getattr(loss, "__name__", type(loss).__name__), digest(content)), loss
-
-
-def describe_function(function: Any) -> list[Any]:
-    """What a function does, as a tree to hash: its code, and the numbers and tensors that it refers to."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return [type(function).__qualname__]
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = [*code.co_consts, *(function.__defaults__ or ()), *cells]
-    plain = [
-        value if isinstance(value, int | float | str | Tensor | None) else type(value).__name__ for value in values
-    ]
-    return [code.co_code.hex(), list(code.co_names), plain]
-
-
-def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of a module.
-
-    Raises:
-        UserError: If that is not only tensors.
-    """
-    state = module.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
-    return dict(state)
-
-
-def name_object(what: str, content: str) -> str:
-    """What an object is called in a config; equal content, equal names."""
-    return f"{GIVEN}{what}@{content[:HASH_LENGTH]}"
-
-
-def read_part(role: str, part: type, fields: dict[str, Any]) -> Any:
-    """A part of a recipe, of its fields.
-
-    Raises:
-        UserError: If one is unknown.
-    """
-    for name in fields:
-        check_choice(role, name, [field.name for field in dataclasses.fields(part)])
-    return part(**fields)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What `lkd.distill` and `lkd.meta_train` give.
+Recipe = TypeVar("Recipe", bound=RunRecipe)
 
 
 @dataclass(frozen=True)
@@ -310,17 +93,12 @@ class MetaTrained:
         return self.path.parent
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# `lkd.distill` and `lkd.meta_train`: the commands of the same name, for objects in the place of names and files.
-# Options are parsed as the command line parses them, and the work is the commands': equal settings give equal bits.
-
-
 def distill(
     student: Student,
     teacher: Teacher,
     train_set: Any,
     *,
-    loss: str | Path | dict[str, Any] | nn.Module = "kd",
+    loss: str | Path | dict[str, Any] | Callable[..., Any] = "kd",
     meta_validation_set: Any = None,
     run_dir: str | Path = "runs/run",
     seed: int = 0,
@@ -342,8 +120,9 @@ def distill(
             too, and sees images as the student does.
         train_set: Tensors (images, labels) or a map-style dataset of (image, label): what `lkd.read_images` takes, and
             its result; or a data set's name ("embedded"; "image_folder" with the option `root`).
-        loss: The path of a learned loss, a loss's name, a dict {"name": ..., ...} (docs/losses.md), or a module
-            `loss(student, teacher, target, progress) -> {term: scalar}`, of which a copy is used.
+        loss: The path of a learned loss, a loss's name, a dict {"name": ..., ...} (docs/losses.md), or a module or
+            function `loss(student, teacher, target, progress) -> {term: scalar}`, or one scalar; `progress` may be left
+            out, and of a module a copy is used.
         meta_validation_set: What the student is scored on after every epoch, as `train_set`. By default a tenth of the
             given images is split off, by class and `split_seed`, or `meta_validation_size` of them.
         run_dir: Where config, log, checkpoints and the student's file go.
@@ -364,28 +143,24 @@ def distill(
         UserError: If an argument is not good, in one line.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
-    recipe = build_recipe("distill", ("balance", "labelled_size"), fixed, options)
-    recipe.student, make = name_student(student)
-    recipe.teacher, network = name_teacher(teacher)
-    recipe.loss, module = name_loss(loss)
-    recipe.data, images = name_data(train_set, meta_validation_set, recipe.data, options)
-    objects = {recipe.student.name: make, recipe.teacher.path: network, recipe.data.name: images}
-    objects |= {recipe.loss: module} if module else {}
+    run_options = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
+    recipe = read_options(DistillRecipe, ("balance", "labelled_size"), run_options, options)
+    given: dict[str, Any] = {}
+    recipe.student = name_student(student, given)
+    recipe.teacher = name_teacher(teacher, given)
+    recipe.loss = name_loss(loss, given)
+    recipe.data = name_images(train_set, meta_validation_set, recipe.data, options, given)
     with open_library_run(recipe, "distill", quiet) as run:
-        parts = build_parts(recipe, {name: given for name, given in objects.items() if given is not None})
-        path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size)
+        path = distill_student(build_given(recipe, given), recipe.train, recipe.seed, run, recipe.labelled_size)
         wait_for_all()
+        make = given.get(recipe.student.name)
+        trained = make() if make else load_network(path)[0]
         if make:
-            trained = make()
             trained.load_state_dict(read_tensors(path, KIND, VERSION)[0])
-            trained.eval()
-        else:
-            trained = load_network(path)[0]
         rows = [row for row in read_log(Path(recipe.run_dir) / "log.jsonl") if "meta_validation/top1" in row]
     prefix = "meta_validation/"
     history = [{key.removeprefix(prefix): row[key] for key in row if key == "step" or prefix in key} for row in rows]
-    return Distilled(trained.to(run.device), path, history)
+    return Distilled(trained.eval().to(run.device), path, history)
 
 
 def meta_train(
@@ -429,17 +204,25 @@ def meta_train(
         UserError: If an argument is not good, in one line.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    named = name_students(students)
-    models = [model for model, _ in named]
-    fixed = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
-    fixed |= {"meta": meta or {}, "pool": pool or {}}
-    recipe = build_recipe("meta-train", ("pool_dir",), fixed, options)
-    recipe.student, recipe.students = models[0], models if len(models) > 1 else []
-    recipe.teacher, network = name_teacher(teacher)
-    recipe.data, images = name_data(train_set, meta_validation_set, recipe.data, options)
-    objects = {model.name: make for model, make in named} | {recipe.teacher.path: network, recipe.data.name: images}
+    several: Any = students if isinstance(students, list | tuple) else [students]
+    for student in several:
+        if isinstance(student, nn.Module):
+            raise UserError(
+                f"students: a {type(student).__name__} has one set of weights, and every student of the pool starts "
+                "from its own: give a function that builds one (lambda: copy.deepcopy(network) to start all alike)"
+            )
+    if not several:
+        raise UserError("students: give at least one")
+    run_options = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
+    run_options |= {"meta": meta or {}, "pool": pool or {}}
+    recipe = read_options(MetaTrainRecipe, ("pool_dir",), run_options, options)
+    given: dict[str, Any] = {}
+    recipe.student, *others = (name_student(student, given) for student in several)
+    recipe.students = [recipe.student, *others] if others else []
+    recipe.teacher = name_teacher(teacher, given)
+    recipe.data = name_images(train_set, meta_validation_set, recipe.data, options, given)
     with open_library_run(recipe, "meta-train", quiet) as run:
-        path = learn_loss(recipe, run, {name: given for name, given in objects.items() if given is not None})
+        path = learn_loss(recipe, run, given)
         wait_for_all()
         return MetaTrained(load_loss(path).to(run.device), path, read_provenance(path)["curve"])
 
@@ -455,3 +238,185 @@ def open_library_run(recipe: RunRecipe, command: str, quiet: bool) -> Iterator[R
         raise UserError(f"lkd {command}: must be called from the main thread, which Ctrl-C and SIGTERM reach")
     with torch.random.fork_rng(range(torch.cuda.device_count())), open_run(recipe, command, quiet) as run:
         yield run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From what a caller gives to a recipe. An object stands in it by a name that holds a hash, so that the config says what
+# a run was made with, and a run is not gone on with with something else; `given` learns which object the name is for.
+
+
+def read_options(
+    kind: type[Recipe], own: Sequence[str], run_options: Mapping[str, Any], options: Mapping[str, Any]
+) -> Recipe:
+    """The recipe of a caller's options.
+
+    Args:
+        kind: The recipe.
+        own: Fields of it that are options by their own name, besides those of every run.
+        run_options: Fields of it that are arguments; of `wandb` a string is the mode.
+        options: By name: these, and the fields of the recipe's `train` and `data`.
+
+    Raises:
+        UserError: If an option is unknown, or a value is of the wrong type or outside of its range.
+    """
+    parts = {"data": DataRecipe, "train": TrainRecipe}
+    places = {
+        field.name: part for part, of in parts.items() for field in dataclasses.fields(of) if field.name != "name"
+    }
+    known = {*own, *(field.name for field in dataclasses.fields(RunRecipe))}
+    values = dict(run_options)
+    for name, value in options.items():
+        check_choice("option", name, known | places.keys())
+        (values if name in known else values.setdefault(places[name], {}))[name] = value
+    for name in ("run_dir", "device", "root", "packed"):
+        for part in (values, values.get("data", {})):
+            if isinstance(part.get(name), Path | torch.device):
+                part[name] = str(part[name])
+    if isinstance(values["wandb"], str):
+        values["wandb"] = {"mode": values["wandb"]}
+    return make_recipe(kind, values)
+
+
+def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
+    """The student's recipe; the name of one that is given holds its shapes, not its weights.
+
+    Raises:
+        UserError: If it is something else, or builds no network, or one that cannot be copied or saved.
+    """
+    if isinstance(student, str):
+        return ModelRecipe(student)
+    if isinstance(student, dict):
+        return make_recipe(ModelRecipe, student, "student")
+    if not callable(student):
+        raise UserError(
+            f"student: {student!r} is neither a name, a dict, a torch.nn.Module nor a function that builds one"
+        )
+    make = partial(copy_module, student, "student") if isinstance(student, nn.Module) else student
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = make()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
+    shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
+    content = [shapes, [type(module).__name__ for module in network.modules()]]
+    return ModelRecipe(name_object(type(network).__name__, content, make, given))
+
+
+def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
+    """The teacher's recipe: a file, timm's of a name, or one that is given, of which a frozen copy is used.
+
+    Raises:
+        UserError: If it is something else, or cannot be copied.
+    """
+    if isinstance(teacher, nn.Module):
+        frozen = copy_module(teacher, "teacher").eval().requires_grad_(False)
+        return TeacherRecipe(name_object(type(teacher).__name__, list_tensors(teacher, "teacher"), frozen, given))
+    if isinstance(teacher, dict):
+        return make_recipe(TeacherRecipe, teacher, "teacher")
+    if not isinstance(teacher, str | Path):
+        raise UserError(f"teacher: {teacher!r} is neither a name, a file, a dict nor a torch.nn.Module")
+    name = str(teacher)
+    is_file = isinstance(teacher, Path) or name == "embedded" or name.endswith(FILES) or Path(name).is_file()
+    return TeacherRecipe(path=name) if is_file else TeacherRecipe(name=name, pretrained=True)
+
+
+def name_loss(loss: Any, given: dict[str, Any]) -> Any:
+    """The loss as a recipe has it."""
+    if not callable(loss):
+        return str(loss) if isinstance(loss, Path) else loss
+    content = list_tensors(loss, "loss") if isinstance(loss, nn.Module) else describe_function(loss)
+    return name_object(getattr(loss, "__name__", type(loss).__name__), content, loss, given)
+
+
+def name_images(
+    train_set: Any,
+    meta_validation_set: Any,
+    recipe: DataRecipe,
+    options: Mapping[str, Any],
+    given: dict[str, Any],
+) -> DataRecipe:
+    """The images' recipe.
+
+    Args:
+        train_set: A data set's name, or what `read_images` takes, or an `ImageSet`.
+        meta_validation_set: The same; None to split it off.
+        recipe: How images are split and augmented.
+        options: Those that the caller gave, whose values are the recipe's.
+        given: Learns of images that are given.
+
+    Raises:
+        UserError: If the images are not good, or an option does not go with them.
+    """
+    if isinstance(train_set, str):
+        if meta_validation_set is not None:
+            raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
+        return dataclasses.replace(recipe, name=train_set)
+    train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
+    unread = {"root", "image_size", "workers", "damaged_limit", "packed"} & set(options)
+    if unread:
+        raise UserError(f"{min(unread)}: is of data sets by name; lkd.read_images has options for given images")
+    content = [describe_images(train)]
+    sizes = {"train_size": 0, "meta_validation_size": len(train) // META_VALIDATION_SHARE}
+    taken = {name: options[name] for name in sizes if name in options}
+    if meta_validation_set is not None:
+        if taken:
+            raise UserError(f"{min(taken)}: leave it out; with a meta_validation_set both sets are taken whole")
+        meta_validation_set = read_like(meta_validation_set, train)
+        content.append(describe_images(meta_validation_set))
+        sizes = {"train_size": len(train), "meta_validation_size": len(meta_validation_set)}
+    name = name_object("images", content, (train, meta_validation_set), given)
+    return dataclasses.replace(recipe, name=name, root=None, **sizes | taken)
+
+
+def read_like(source: Any, train: ImageSet) -> ImageSet:
+    """Images for meta-validation, numbered apart from the training images.
+
+    Raises:
+        UserError: If they are not good, or unlike the training images.
+    """
+    if not isinstance(source, ImageSet):
+        source = read_images(source, num_classes=train.num_classes, mean=train.mean, std=train.std)
+    for name in ("image_shape", "num_classes", "mean", "std"):
+        found, wanted = getattr(source, name), getattr(train, name)
+        if found != wanted:
+            raise UserError(f"meta_validation_set: its {name} is {found}, that of the training images is {wanted}")
+    return dataclasses.replace(source, index=1 + int(train.index.max()) + torch.arange(len(source)))
+
+
+def describe_images(images: ImageSet) -> list[Any]:
+    """All that trains: pixels (of files, their names), labels, normalisation."""
+    pixels: Any = images.images
+    if isinstance(pixels, ImageFiles):
+        pixels = [pixels.name(slot) for slot in range(len(images))]
+    return [pixels, images.labels, images.mean, images.std, images.num_classes]
+
+
+def describe_function(function: Any) -> list[Any]:
+    """What a function does: its code, and the numbers, words and tensors that it refers to."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return [type(function).__qualname__]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [*code.co_consts, *(function.__defaults__ or ()), *cells]
+    plain = [value if isinstance(value, int | float | str | Tensor) else type(value).__name__ for value in values]
+    return [code.co_code.hex(), list(code.co_names), plain]
+
+
+def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module.
+
+    Raises:
+        UserError: If that is not only tensors.
+    """
+    state = module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
+    return dict(state)
+
+
+def name_object(what: str, content: Any, value: Any, given: dict[str, Any]) -> str:
+    """What an object is called in a config: equal content, equal names."""
+    name = f"{GIVEN}{what}@{digest(content)[:HASH_LENGTH]}"
+    given[name] = value
+    return name

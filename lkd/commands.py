@@ -44,7 +44,7 @@ from lkd.pool.pool import build_pool
 from lkd.tracking.run import choose_device, open_run
 from lkd.training.build import (
     LossBuilder,
-    build_parts,
+    build,
     check_network,
     choose_student,
     introduce_network,
@@ -68,7 +68,7 @@ def teacher(recipe: TrainTeacherRecipe) -> None:
 def distill(recipe: DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
-        distill_student(build_parts(recipe), recipe.train, recipe.seed, run, recipe.labelled_size)
+        distill_student(build(recipe), recipe.train, recipe.seed, run, recipe.labelled_size)
 
 
 def influence(recipe: InfluenceRecipe) -> None:

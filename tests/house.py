@@ -114,11 +114,11 @@ def list_files_of_a_step() -> list[str]:
     import torch
 
     from lkd.config import DistillRecipe
-    from lkd.training.build import build_parts, prepare_teacher
+    from lkd.training.build import build, prepare_teacher
     from lkd.training.distill import start_training
 
     recipe, device = DistillRecipe(), torch.device("cpu")
-    parts = build_parts(recipe)
+    parts = build(recipe)
     teacher = prepare_teacher(parts.teacher, parts.images, device, parts.loss.teacher_stages)
     training = start_training(parts.student, parts.images, parts.loss, teacher, recipe.train, recipe.seed, device)
     for _ in range(2):

@@ -43,6 +43,7 @@ from lkd.pool.pool import (
 )
 from lkd.tracking.run import Run
 from lkd.training.build import (
+    NOTHING,
     LossBuilder,
     Objects,
     OpenedTeacher,
@@ -58,13 +59,13 @@ from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
 
 
-def meta_train(recipe: MetaTrainRecipe, run: Run, objects: Objects | None = None) -> Path:
+def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> Path:
     """Learn a loss and save it. Processes that have met share the work.
 
     Args:
         recipe: The recipe.
         run: The run.
-        objects: What a caller gives in the place of some of its names.
+        given: What a caller gives in the place of some of its names.
 
     Returns:
         The learned-loss file.
@@ -74,12 +75,12 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, objects: Objects | None = None
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     check_settings(recipe)
-    images = prepare_images(recipe.data, objects)
+    images = prepare_images(recipe.data, given)
     check_meta_validation(images)
-    students = [choose_student(m, images.train, objects) for m in recipe.students or [recipe.student]]
+    students = [choose_student(m, images.train, given) for m in recipe.students or [recipe.student]]
     pools = open_pools(students, Path(recipe.pool_dir), images) if recipe.pool_dir else []
     check_schedule(recipe, images, pools)
-    opened = open_teacher(recipe.teacher, images.train, objects)
+    opened = open_teacher(recipe.teacher, images.train, given)
     loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
     draws = bool(recipe.meta.alternation_start)
     losses = LossBuilder(recipe.pool.loss, opened, images)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +30,8 @@ from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.losses.stages import Stages
-from lkd.models.build import adapt_given, build, describe, find_stages, format_description
+from lkd.models.build import adapt_given, describe, find_stages, format_description
+from lkd.models.build import build as build_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
@@ -38,6 +40,7 @@ from lkd.training.evaluate import evaluate
 Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
 """What a caller gives in the place of names: by the name that stands for it in the recipe, which holds a hash of it."""
+NOTHING: Objects = MappingProxyType({})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images and batches.
@@ -55,13 +58,13 @@ class Images:
     settings: DataRecipe = dataclasses.field(default_factory=DataRecipe)
 
 
-def prepare_images(settings: DataRecipe, objects: Objects | None = None) -> Images:
+def prepare_images(settings: DataRecipe, given: Objects = NOTHING) -> Images:
     """Load, split, and flip labels of the training part if the settings say so.
 
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    train, meta_validation = (objects or {}).get(settings.name, (None, None))
+    train, meta_validation = given.get(settings.name, (None, None))
     if train is None:
         loading = LoadingOptions(
             settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
@@ -142,11 +145,11 @@ class StudentBuilder:
         """Shapes of its features, by a dry run, for which pretrained weights are not fetched."""
         make = self.make
         if self.architecture["pretrained"]:
-            make = partial(build, **self.architecture | {"pretrained": False})
+            make = partial(build_network, **self.architecture | {"pretrained": False})
         return find_stages(make(), image_shape)
 
 
-def choose_student(model: ModelRecipe, images: ImageSet, objects: Objects | None = None) -> StudentBuilder:
+def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHING) -> StudentBuilder:
     """What builds a student for these images: of a name, or copies of a caller's own.
 
     Raises:
@@ -159,9 +162,9 @@ def choose_student(model: ModelRecipe, images: ImageSet, objects: Objects | None
         "pretrained": model.pretrained,
         "options": model.options,
     }
-    make = (objects or {}).get(model.name)
+    make = given.get(model.name)
     if make is None:
-        return StudentBuilder(architecture, partial(build, **architecture))
+        return StudentBuilder(architecture, partial(build_network, **architecture))
     return StudentBuilder(architecture, lambda: adapt_given(make(), "student", images.num_classes, images.image_shape))
 
 
@@ -184,15 +187,14 @@ class OpenedTeacher:
         return find_stages(self.network, image_shape)
 
 
-def open_teacher(settings: TeacherRecipe, images: ImageSet, objects: Objects | None = None) -> OpenedTeacher:
+def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOTHING) -> OpenedTeacher:
     """Read the teacher's file, or take the network that was given, and check that it fits the images.
 
     Raises:
         UserError: If the file is not good, or the teacher does not fit the images.
     """
-    given = (objects or {}).get(settings.path)
-    if given is not None:
-        network = adapt_given(given, "teacher", images.num_classes, images.image_shape)
+    if settings.path in given:
+        network = adapt_given(given[settings.path], "teacher", images.num_classes, images.image_shape)
         architecture = {"name": settings.path, "num_classes": images.num_classes, "in_chans": images.image_shape[0]}
         return OpenedTeacher(network, architecture, settings)
     network, architecture = load_teacher(
@@ -458,19 +460,24 @@ class Parts:
     balance: Balancing | None
 
 
-def build_parts(recipe: DistillRecipe, objects: Objects | None = None) -> Parts:
-    """Build all that a recipe names.
+def build(recipe: DistillRecipe) -> Parts:
+    """Build all that a recipe names; see `build_given`."""
+    return build_given(recipe, NOTHING)
 
-    Args:
-        recipe: The recipe.
-        objects: What a caller gives in the place of some of its names.
+
+def build_given(recipe: DistillRecipe, given: Objects) -> Parts:
+    """Build all that a recipe names, with a caller's objects in the place of some names.
 
     Raises:
         UserError: If one of them is not good, or they do not fit.
     """
-    images = prepare_images(recipe.data, objects)
-    student = choose_student(recipe.student, images.train, objects)
-    teacher = open_teacher(recipe.teacher, images.train, objects)
-    given = objects.get(recipe.loss) if objects and isinstance(recipe.loss, str) else None
-    loss = prepare_loss(recipe.loss if given is None else given, student, teacher, images, recipe.seed)
+    images = prepare_images(recipe.data, given)
+    student = choose_student(recipe.student, images.train, given)
+    teacher = open_teacher(recipe.teacher, images.train, given)
+    loss = prepare_loss(find(recipe.loss, given), student, teacher, images, recipe.seed)
     return Parts(images, teacher, student, loss, build_balance(recipe.balance, loss))
+
+
+def find(name: Any, given: Objects) -> Any:
+    """The object that a name stands for, or else the name."""
+    return given.get(name, name) if isinstance(name, str) else name

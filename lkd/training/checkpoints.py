@@ -48,11 +48,7 @@ class Checkpoints:
             files[number].unlink()
 
     def load(self) -> Any:
-        """The newest checkpoint that is not damaged; None if there are none. All processes must ask.
-
-        Raises:
-            UserError: If all are damaged.
-        """
+        """What `read_newest` gives the main process. All processes must ask."""
         return share_from_main(self.read_newest() if is_main() else None)
 
     def read_newest(self) -> dict[str, Any] | None:
@@ -65,7 +61,10 @@ class Checkpoints:
         only_first = len(files) == 1 < self.kept  # later there are always two
         for step, path in reversed(files.items()):
             try:
-                return load_tree(path)
+                tree = load_checkpoint(path)
+                if isinstance(tree, dict):
+                    return tree
+                raise UserError(f"{path}: holds a {type(tree).__name__}, not what a training saves")
             except UserError as error:
                 instead = (
                     "it was the first: begun anew"
@@ -100,18 +99,6 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def load_tree(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `Checkpoints.save` wrote.
-
-    Raises:
-        UserError: If it is damaged, or holds something else than a dict.
-    """
-    tree = load_checkpoint(path)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not what a training saves")
-    return tree
-
-
 def run_steps(
     training: Training, end: int, stop: StopRequest, checkpoints: Checkpoints, watch: Watch | None = None, **beside: Any
 ) -> Iterator[dict[str, Tensor]]:
@@ -132,16 +119,13 @@ def run_steps(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     while training.step < end:
-        if must_stop(stop, training):
+        stopped = bool(stop)
+        if training.shared:  # the processes agree on it every so many steps
+            asks = training.step % STEPS_BETWEEN_QUESTIONS == 0
+            stopped = asks and any_process(stopped, training.batches.device)
+        if stopped:
             checkpoints.save_training(training, **beside)
             raise Interrupted(f"stopped at step {training.step} of {training.total_steps}")
         yield training.run_step(watch)
         if training.step % checkpoints.every == 0 and training.step < end:
             checkpoints.save_training(training, **beside)
-
-
-def must_stop(stop: StopRequest, training: Training) -> bool:
-    """Whether to stop; several processes that share a training agree on it every so many steps."""
-    if training.batches.part[1] == 1:
-        return bool(stop)
-    return training.step % STEPS_BETWEEN_QUESTIONS == 0 and any_process(bool(stop), training.batches.device)

@@ -1,12 +1,11 @@
 """Train a network to the end: checkpoints, log, meta-validation after every epoch."""
 
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lkd.balance.balancing import Balancing
@@ -38,92 +37,10 @@ from lkd.training.evaluate import evaluate
 from lkd.training.throughput import Throughput, format_throughput
 from lkd.training.training import Training
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a training's log says of one batch: who pulls at the student, and does it answer as its teacher does.
-
-SHARE = "share/"
-Seen = tuple[Batch, Outputs | None, float]  # batch, teacher's outputs, progress
-
-
-def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
-    """Figures of a batch that the student was just trained on, in its present state. Nothing of the training changes.
-
-    Args:
-        training: The training, after a step.
-        seen: What `Training.run_step` told its `watch` in this step.
-
-    Returns:
-        `gradient_norm`: of the step, over all parameters; `train/agreement`: percent of the images that student and
-        teacher give the same class; `share/TERM`: each term's share of the gradient at the student's outputs
-        (`gradient_shares`), weighed as the balance does. A loss that remembers images is not asked for shares: asking
-        would change its memory.
-    """
-    batch, teacher, progress = seen
-    gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
-    figures = {"gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
-    student = answer(training.student, batch.images)
-    if teacher is not None:
-        same = student.logits.argmax(1) == teacher.logits.argmax(1)
-        figures["train/agreement"] = 100 * same.float().mean().item()
-    if training.loss.needs_index:
-        return figures
-
-    def weighed(*arguments: Any) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = training.loss(*arguments)
-        return training.balance.scale(terms) if training.balance else terms
-
-    devices = [batch.images.device] if batch.images.is_cuda else []
-    with torch.random.fork_rng(devices):  # a loss may draw
-        shares = gradient_shares(weighed, student, teacher, batch.target, progress)
-    return figures | {SHARE + name: share for name, share in shares.items()}
-
-
-@torch.no_grad()
-def answer(student: nn.Module, images: Tensor) -> Outputs:
-    """The student's outputs in eval mode, in float32; its mode is restored."""
-    training = student.training
-    outputs: Outputs = student.eval()(images)
-    student.train(training)
-    return outputs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Semi-supervised distillation: the teacher's labels for the images whose own are not known. *Our reconstruction* of
-# KD-AIF's semi-supervised form; its objective is not public.
-
-
-def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:
-    """Keep the labels of some training images and give the others the class that the teacher finds most probable.
-
-    Args:
-        images: The images; which ones keep theirs is a function of the split's seed.
-        labelled_size: How many keep theirs, as balanced over the classes as the images are; 0 for all.
-        teacher: The teacher.
-        device: Where it runs.
-
-    Raises:
-        UserError: If there are not so many images.
-    """
-    train = images.train
-    if not 0 <= labelled_size <= len(train):
-        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
-    if not labelled_size:
-        return images
-    unlabelled = interleave_classes(train.labels, train.num_classes, images.settings.split_seed)[labelled_size:]
-    labels = train.labels.clone()
-    positions = {int(index): place for place, index in zip(unlabelled, train.index[unlabelled], strict=True)}
-    for batch in train.batches(unlabelled.split(500), device):
-        found = [int(positions[int(index)]) for index in batch.index]
-        labels[found] = teacher(batch).logits.argmax(1).cpu()
-    return replace(images, train=train.relabel(labels))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Train a network to the end: checkpoints, log, meta-validation after every epoch. A teacher is a student of cross-
-# entropy.
-
 FIRST_PAUSE = 1.0  # seconds between the first reports of how fast it goes
 REPORTS = 1000  # after so many they are logged half as often
+SHARE = "share/"
+Seen = tuple[Batch, Outputs | None, float]  # batch, teacher's outputs, progress
 
 
 def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size: int = 0) -> Path:
@@ -161,73 +78,6 @@ def train_teacher(student: StudentBuilder, images: Images, train: TrainRecipe, s
     return train_to_the_end(training, images, student, run, "teacher")
 
 
-def train_to_the_end(training: Training, images: Images, student: StudentBuilder, run: Run, role: str) -> Path:
-    """Train, evaluating after every epoch; resume from the run's checkpoint if there is one.
-
-    Raises:
-        Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
-    """
-    checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
-    history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
-    lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
-    shown = ""
-    seen: list[Seen] = []
-
-    def watch(batch: Seen) -> None:
-        if training.step + 1 == epoch_end and is_main():
-            seen[:] = [batch]
-
-    reports, pause = count(), FIRST_PAUSE
-
-    def report() -> None:
-        nonlocal pause
-        bar.update()
-        if lately.elapsed >= pause:
-            pause = FIRST_PAUSE * 2 ** (next(reports) // REPORTS)
-            figures = lately.read(training.step)
-            bar.set_postfix_str(format_throughput(figures) + shown)
-            if training.balance:
-                figures["balance"] = training.balance.weight
-            run.tracker.log(training.step, **figures)
-            lately.start(training.step)
-
-    bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
-    with deferred_interrupts() as stop, bar:
-        while training.step < training.total_steps:
-            for measured in (lately, epoch):
-                measured.start(training.step)
-            epoch_end = (
-                training.step - training.step % training.batches.steps_per_epoch + training.batches.steps_per_epoch
-            )
-            for terms in run_steps(training, epoch_end, stop, checkpoints, watch, history=history):  # noqa: B007
-                report()
-            speed = epoch.read(training.step)
-            looked = describe_batch(training, seen.pop()) if seen else {}
-            figures = evaluate(training.result, images.meta_validation, run.device, shared=True)
-            history.append({"step": training.step, **figures})
-            run.tracker.log(
-                training.step,
-                **{f"loss/{name}": float(value) for name, value in terms.items()},
-                **{f"meta_validation/{name}": value for name, value in figures.items()},
-                learning_rate=training.learning_rate,
-                **({"balance": training.balance.weight} if training.balance else {}),
-                **looked,
-                **speed,
-            )
-            shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
-            bar.set_postfix_str(format_throughput(speed) + shown)
-            checkpoints.save_training(training, history=history)
-    path = run.path / f"{role}.safetensors"
-    results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
-    if not is_main():
-        return path
-    provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
-    save_network(path, training.result, student.architecture, provenance)
-    run.tracker.keep(role, path, **results["last"])
-    run.say(f"{path}: {results['last']['top1']:.2f} % on meta-validation (best epoch {results['best']['top1']:.2f} %)")
-    return path
-
-
 def start_training(
     student: StudentBuilder,
     images: Images,
@@ -249,3 +99,132 @@ def start_training(
         torch.manual_seed(seeded_generator(seed, 10, part[0]).initial_seed())
     batches = build_batches(images.train, train, images.settings, seed, device, part)
     return Training(network, loss, teacher, batches, train, balance)
+
+
+def train_to_the_end(training: Training, images: Images, student: StudentBuilder, run: Run, role: str) -> Path:
+    """Train, evaluating after every epoch; resume from the run's checkpoint if there is one.
+
+    Raises:
+        Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+    checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
+    history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
+    steps = training.batches.steps_per_epoch
+    lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
+    reports, shown = 0, ""
+    seen: list[Seen] = []
+
+    def watch(batch: Seen) -> None:
+        if (training.step + 1) % steps == 0 and is_main():
+            seen[:] = [batch]
+
+    def weight() -> dict[str, float]:
+        return {"balance": training.balance.weight} if training.balance else {}
+
+    bar = tqdm(total=training.total_steps, initial=training.step, desc=role, unit="step", disable=run.hide_bars)
+    with deferred_interrupts() as stop, bar:
+        while training.step < training.total_steps:
+            for measured in (lately, epoch):
+                measured.start(training.step)
+            end = training.step - training.step % steps + steps
+            for terms in run_steps(training, end, stop, checkpoints, watch, history=history):  # noqa: B007
+                bar.update()
+                if lately.elapsed >= FIRST_PAUSE * 2 ** (max(reports - 1, 0) // REPORTS):
+                    reports += 1
+                    speed = lately.read(training.step)
+                    bar.set_postfix_str(format_throughput(speed) + shown)
+                    run.tracker.log(training.step, **speed, **weight())
+                    lately.start(training.step)
+            speed = epoch.read(training.step)
+            looked = describe_batch(training, seen.pop()) if seen else {}
+            figures = evaluate(training.result, images.meta_validation, run.device, shared=True)
+            history.append({"step": training.step, **figures})
+            run.tracker.log(
+                training.step,
+                **{f"loss/{name}": float(value) for name, value in terms.items()},
+                **{f"meta_validation/{name}": value for name, value in figures.items()},
+                learning_rate=training.learning_rate,
+                **weight(),
+                **looked,
+                **speed,
+            )
+            shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
+            bar.set_postfix_str(format_throughput(speed) + shown)
+            checkpoints.save_training(training, history=history)
+    path = run.path / f"{role}.safetensors"
+    results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
+    if is_main():
+        provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
+        save_network(path, training.result, student.architecture, provenance)
+        run.tracker.keep(role, path, **results["last"])
+        top1 = {name: row["top1"] for name, row in results.items()}
+        run.say(f"{path}: {top1['last']:.2f} % on meta-validation (best epoch {top1['best']:.2f} %)")
+    return path
+
+
+@torch.no_grad()
+def answer(student: torch.nn.Module, images: Tensor) -> Outputs:
+    """The student's outputs in eval mode, in float32; its mode is restored."""
+    training = student.training
+    outputs: Outputs = student.eval()(images)
+    student.train(training)
+    return outputs
+
+
+def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
+    """Who pulls at the student: figures of a batch that it was just trained on. Nothing of the training changes.
+
+    Args:
+        training: The training, after a step.
+        seen: What `Training.run_step` told its `watch` in this step.
+
+    Returns:
+        `gradient_norm`: of the step, over all parameters; `train/agreement`: percent of the images that student and
+        teacher give the same class; `share/TERM`: each term's share of the gradient at the student's outputs
+        (`gradient_shares`), weighed as the balance does. A loss that remembers images is not asked for shares: asking
+        would change its memory.
+    """
+    batch, teacher, progress = seen
+    gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
+    figures = {"gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
+    student = answer(training.student, batch.images)
+    if teacher is not None:
+        same = student.logits.argmax(1) == teacher.logits.argmax(1)
+        figures["train/agreement"] = 100 * same.float().mean().item()
+    if training.loss.needs_index:
+        return figures
+
+    def weighed(*arguments: Any) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = training.loss(*arguments)
+        return training.balance.scale(terms) if training.balance else terms
+
+    with torch.random.fork_rng([batch.images.device] if batch.images.is_cuda else []):  # a loss may draw
+        shares = gradient_shares(weighed, student, teacher, batch.target, progress)
+    return figures | {SHARE + name: share for name, share in shares.items()}
+
+
+def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:
+    """Semi-supervised: keep the labels of some training images, give the others the teacher's most probable class.
+
+    *Our reconstruction* of KD-AIF's semi-supervised form; its objective is not public.
+
+    Args:
+        images: The images; which ones keep theirs is a function of the split's seed.
+        labelled_size: How many keep theirs, as balanced over the classes as the images are; 0 for all.
+        teacher: The teacher.
+        device: Where it runs.
+
+    Raises:
+        UserError: If there are not so many images.
+    """
+    train = images.train
+    if labelled_size > len(train):
+        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
+    if not labelled_size:
+        return images
+    unlabelled = interleave_classes(train.labels, train.num_classes, images.settings.split_seed)[labelled_size:]
+    labels = train.labels.clone()
+    place_of = {int(index): place for place, index in zip(unlabelled.tolist(), train.index[unlabelled], strict=True)}
+    for batch in train.batches(unlabelled.split(500), device):
+        labels[[place_of[int(index)] for index in batch.index]] = teacher(batch).logits.argmax(1).cpu()
+    return replace(images, train=train.relabel(labels))

@@ -29,13 +29,10 @@ class StepClock:
 
     def start(self) -> None:
         """Begin a step: what was before it counts for no part."""
-        self._mark(None)
+        self.lap(None)
 
-    def lap(self, part: str) -> None:
+    def lap(self, part: str | None) -> None:
         """The time since the last mark was this part's."""
-        self._mark(part)
-
-    def _mark(self, part: str | None) -> None:
         if self.device.type != "cuda":
             now = time.perf_counter()
             if part:

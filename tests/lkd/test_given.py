@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import lkd
-from lkd.api import name_data
+from lkd.api import name_images
 from lkd.config import DataRecipe
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
@@ -112,13 +112,13 @@ def test_too_large_a_dataset_is_refused_before_it_is_read(monkeypatch: pytest.Mo
 
 def test_a_split_is_known_by_the_images_in_it() -> None:
     images, other = read_images(Pictures()), read_images(Pictures(target=lambda position: position % 2))
-    fields = {"train_size": 0, "meta_validation_size": 6}
-    named = [name_data(given, None, DataRecipe(), fields) for given in (images, images, other)]
-    first, same, another = (prepare_images(recipe, {recipe.name: given}) for recipe, given in named)
+    fields, given = {"train_size": 0, "meta_validation_size": 6}, {}
+    first, same, another = (
+        prepare_images(name_images(each, None, DataRecipe(), fields, given), given) for each in (images, images, other)
+    )
     assert first.name == same.name != another.name
     assert first.fingerprint == same.fingerprint != another.fingerprint
-    recipe, given = name_data(images, images, DataRecipe(), {})
-    apart = prepare_images(recipe, {recipe.name: given})
+    apart = prepare_images(name_images(images, images, DataRecipe(), {}, given), given)
     assert not set(apart.train.index.tolist()) & set(apart.meta_validation.index.tolist())
 
 
