@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, first_line
 
 try:
     from torch.distributed import set_timeout
@@ -49,46 +49,31 @@ def join_processes(device: torch.device) -> Iterator[None]:
     """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
 
     Raises:
-        UserError: If they do not meet, or another process was lost within the block.
+        UserError: If they do not meet in time, or another process was lost.
     """
     if read_job().size == 1 or dist.is_initialized():
         yield
         return
-    meet(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+    except (RuntimeError, ValueError) as error:  # the latter: torchrun's other variables are not there
+        raise UserError(
+            f"torchrun: process {read_job().rank} has lost another process of the job, or not met it within "
+            f"{MEETING.total_seconds() / 60:g} minutes ({first_line(error)[:200]}); start again, with --resume auto"
+        ) from error
+    set_timeout(TIMEOUT)
     try:
         yield
     except RuntimeError as error:
-        if is_lost(error):
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in LOST):
             raise UserError(
                 f"torchrun: process {own_rank()} has lost another process of the job; go on with --resume auto"
             ) from error
         raise
     finally:
         dist.destroy_process_group()
-
-
-def meet(device: torch.device) -> None:
-    """Wait for the other processes of the job.
-
-    Raises:
-        UserError: If they are not there in time, or one dies meanwhile.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
-    except (RuntimeError, ValueError) as error:  # the latter: torchrun's other variables are not there
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"torchrun: process {read_job().rank} has lost another process of the job, or not met it within "
-            f"{MEETING.total_seconds() / 60:g} minutes ({reason}); start again, with --resume auto"
-        ) from error
-    set_timeout(TIMEOUT)
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether an error is that of a process that waits for another one which is gone."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
 
 
 def place_of(device: torch.device) -> torch.device:

@@ -1,5 +1,6 @@
 """Files that are never half written: text and JSON."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lkd.core.errors import DamagedFileError, UserError, explain_failed_write
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that are never half written: text and JSON.
 
 MOST_JSON = 1 << 26  # bytes of a JSON file: what is made of it takes several times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
@@ -153,6 +151,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a JSON object: replace it")
     return content
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,11 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lkd.core.errors import DamagedFileError, UserError
+from lkd.core.errors import DamagedFileError, UserError, first_line
 from lkd.core.files import parse_json, read_json, refusing_malformed, replaced_atomically, write_json
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of tensors: safetensors with a JSON header of our own, and a hash of both.
 
 HEADER_KEY, DIGEST_KEY = "lkd", "content_hash"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
@@ -74,7 +71,7 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         header = parse_json(metadata.get(HEADER_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFileError(f"{path}: is damaged or not a safetensors file: {str(error).splitlines()[0]}") from error
+        raise DamagedFileError(f"{path}: is damaged or not a safetensors file: {first_line(error)}") from error
     written = header.pop(DIGEST_KEY, None) if isinstance(header, dict) else None
     if check and written is not None and written != hash_content(json.dumps(header), tensors):
         raise DamagedFileError(f"{path}: is damaged: its content is not what was written")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lkd.config.training import PullRecipe, PushRecipe
-from lkd.core.files import replaced_atomically, write_text
+from lkd.core.files import hash_file, replaced_atomically, write_text
 from lkd.core.tensor_files import read_tensors
 from lkd.losses.learned.file import KIND, VERSION, load_loss, read_provenance
-from lkd.tracking.lineage import hash_file
 from lkd.tracking.remote import HubReference, fetch, parse_reference, upload, upload_artifact
 
 # ----------------------------------------------------------------------------------------------------------------------

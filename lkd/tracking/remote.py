@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, first_line
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Names of files that lie elsewhere: `hf://owner/repository/file` and `wandb://entity/project/artifact:version`.
@@ -67,10 +67,7 @@ def fetch(name: str) -> Path:
         UserError: If the name has no known form, or the file cannot be had.
     """
     reference = parse_reference(name)
-    if isinstance(reference, HubReference):
-        return download(reference)
-
-    return download_artifact(reference, cache_folder())
+    return download(reference) if isinstance(reference, HubReference) else download_artifact(reference)
 
 
 def fetch_named(name: str) -> str:
@@ -80,11 +77,6 @@ def fetch_named(name: str) -> str:
         UserError: As `fetch`.
     """
     return str(fetch(name)) if is_remote(name) else name
-
-
-def cache_folder() -> Path:
-    """Where artifacts of W&B are kept: `$LKD_CACHE`, or `~/.cache/lkd`. The Hub's files lie in its own cache."""
-    return Path(os.environ.get("LKD_CACHE") or Path.home() / ".cache" / "lkd")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,33 +130,29 @@ def explained(reference: HubReference) -> Iterator[None]:
     """Turn the Hub's errors into one line each."""
     from huggingface_hub import errors
 
-    name = f"hf://{reference.repository}"
+    lines = {  # the first that fits
+        errors.GatedRepoError: "no such repository, or it is not yours to see; log in by `hf auth login`",
+        errors.RepositoryNotFoundError: "no such repository, or it is not yours to see; log in by `hf auth login`",
+        errors.RevisionNotFoundError: f"has no revision {reference.revision!r}",
+        errors.LocalEntryNotFoundError: "the Hub cannot be reached, and the file is not in its cache",
+        errors.EntryNotFoundError: f"has no file {reference.file!r}",
+        errors.LocalTokenNotFoundError: "nobody is logged in; run `hf auth login`",
+    }
     try:
         yield
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        raise UserError(f"{name}: no such repository, or it is not yours to see; log in by `hf auth login`") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name}: has no revision {reference.revision!r}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(f"{name}: the Hub cannot be reached, and the file is not in its cache") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{name}: has no file {reference.file!r}") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"{name}: nobody is logged in; run `hf auth login`") from error
-    except Exception as error:  # of the client's own network library, which is not the same in all versions
-        raise UserError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    except Exception as error:  # also of the client's own network library, which is not the same in all versions
+        line = next((line for kind, line in lines.items() if isinstance(error, kind)), first_line(error))
+        raise UserError(f"hf://{reference.repository}: {line}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files in artifacts of Weights & Biases.
 
 
-def download_artifact(reference: WandbReference, cache: Path) -> Path:
-    """Download the one safetensors file of an artifact.
+def download_artifact(reference: WandbReference) -> Path:
+    """Download the one safetensors file of an artifact; `latest` is asked for anew each time.
 
-    Args:
-        reference: The artifact.
-        cache: Folder that it is kept in, by its version: `latest` is asked for anew each time.
+    It is kept by its version in `$LKD_CACHE`, or `~/.cache/lkd`. The Hub's files lie in its own cache.
 
     Raises:
         UserError: If it is not there, holds no or several such files, or W&B does not answer.
@@ -173,6 +161,7 @@ def download_artifact(reference: WandbReference, cache: Path) -> Path:
 
     try:
         artifact = wandb.Api().artifact(reference.name)
+        cache = Path(os.environ.get("LKD_CACHE") or Path.home() / ".cache" / "lkd")
         folder = cache / "wandb" / reference.project / str(artifact.name).replace(":", "-")
         artifact.download(root=str(folder))
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -205,8 +194,3 @@ def upload_artifact(path: Path, reference: WandbReference, kind: str, metadata: 
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UserError(f"wandb://{reference.name}: cannot be pushed: {first_line(error)}; `wandb login`?") from error
     return f"wandb://{reference.project}/{logged.name}"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
