@@ -16,6 +16,7 @@ from typing import Any
 
 from lkd.core.errors import DamagedFileError, UserError, explain_failed_write
 
+PACKAGE = Path(__file__).parents[1]
 MOST_JSON = 1 << 26  # bytes of a JSON file: what is made of it takes several times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
@@ -178,9 +179,8 @@ PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetenso
 
 def environment() -> dict[str, Any]:
     """Versions, platform and the source's commit."""
-    here = Path(__file__).parent
     git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return {
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lkd.core.errors import UserError
-from lkd.core.files import flatten, refusing_malformed
+from lkd.core.files import PACKAGE, flatten, hash_file, refusing_malformed
 from lkd.core.tensor_files import read_result, write_result
-from lkd.data.embedded import TEACHER
 from lkd.tracking.remote import fetch, is_remote
 
 LINEAGE = "lineage.json"
+EMBEDDED_TEACHER = PACKAGE / "data" / "embedded" / "teacher.safetensors"
 FIELDS = {  # last part of a recipe's field that names a file → its kind
     "path": "teacher",
     "cache": "cache",
@@ -76,18 +76,9 @@ def find_used(recipe: dict[str, Any]) -> list[Entry]:
     if teacher.get("pretrained"):
         found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
     for kind, name in list_sources(recipe).values():
-        path = TEACHER if name == "embedded" else fetch(name) if is_remote(name) else name
+        path = EMBEDDED_TEACHER if name == "embedded" else fetch(name) if is_remote(name) else name
         found[kind, name] = identify(kind, path, None if path == name else name)
     return list(found.values())
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            whole.update(block)
-    return whole.hexdigest()
 
 
 def hash_folder(path: Path) -> str:

@@ -18,79 +18,14 @@ from lkd.core.errors import UserError
 from lkd.core.files import create_json, environment, flatten, read_json, read_mapping, write_json
 from lkd.tracking.tracker import Tracker
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The form of `result.json`, the figures that an evidence command leaves.
-
-
-def evidence(command: str, environment: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:
-    """What `result.json` holds.
-
-    Args:
-        command: The line that makes the evidence again.
-        environment: What `lkd.core.files.environment` saw: commit, versions, platform.
-        figures: Key → number.
-    """
-    return {
-        "command": command,
-        "commit": environment["commit"],
-        "versions": environment["versions"],
-        "machine": environment["platform"],
-        "figures": figures,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether a run may be gone on with: by the same command, with the same config but for what does not change results.
-
-MAY_DIFFER_ON_RESUME = (
-    *(
-        "run_dir",
-        "resume",
-        "threads",
-        "wandb",
-        "trackio",
-        "workers",
-        "device",
-        "join",
-        "data.root",
-        "data.workers",
-        "data.read_timeout",
-    ),
-    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
-)
-
-
-def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
-    """Check that a run directory that holds a run may be gone on with.
-
-    Raises:
-        UserError: If not.
-    """
-    saved = read_mapping(path / "config.json")
-    if resume == "never":
-        raise UserError(
-            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
-            "go on with it by --resume auto, or choose another --run_dir"
-        )
-    if saved.get("command") != config["command"]:
-        raise UserError(
-            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
-        )
-    before, now = flatten(saved.get("recipe")), flatten(config["recipe"])
-    for key in sorted(before.keys() | now.keys()):
-        if not {key, key.split(".")[0]} & set(MAY_DIFFER_ON_RESUME) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
-                "a resumed run keeps its config"
-            )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run directory: config, versions, log and results, one process at a time.
-
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
+MAY_DIFFER_ON_RESUME = {  # what does not change results
+    *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join"),
+    *("data.root", "data.workers", "data.read_timeout"),
+    *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +128,9 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
             write_json(path / "environment.json", environment())
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        handlers: list[logging.Handler] = [logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True)]
+        handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler()]
         with ExitStack() as opened:
-            for handler in handlers + ([] if quiet else [logging.StreamHandler()]):
+            for handler in (logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True), *handlers):
                 logging.getLogger("lkd").addHandler(handler)
                 opened.callback(handler.close)
                 opened.callback(logging.getLogger("lkd").removeHandler, handler)
@@ -207,6 +142,31 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
                 if new and not joined:
                     forget_unstarted(path)
                 raise
+
+
+def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
+    """Check that a run directory that holds a run may be gone on with.
+
+    Raises:
+        UserError: If not.
+    """
+    saved = read_mapping(path / "config.json")
+    if resume == "never":
+        raise UserError(
+            f"run_dir: {path} already holds a run of `lkd {saved.get('command')}`; "
+            "go on with it by --resume auto, or choose another --run_dir"
+        )
+    if saved.get("command") != config["command"]:
+        raise UserError(
+            f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
+        )
+    before, now = flatten(saved.get("recipe")), flatten(config["recipe"])
+    for key in sorted(before.keys() | now.keys()):
+        if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
+                "a resumed run keeps its config"
+            )
 
 
 def forget_unstarted(path: Path) -> None:
@@ -264,3 +224,20 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {name} was asked for, but torch sees no CUDA device; use --device cpu")
     return device
+
+
+def evidence(command: str, environment: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:
+    """What `result.json` holds.
+
+    Args:
+        command: The line that makes the evidence again.
+        environment: What `lkd.core.files.environment` saw: commit, versions, platform.
+        figures: Key → number.
+    """
+    return {
+        "command": command,
+        "commit": environment["commit"],
+        "versions": environment["versions"],
+        "machine": environment["platform"],
+        "figures": figures,
+    }

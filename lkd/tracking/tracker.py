@@ -10,33 +10,74 @@ from pathlib import Path
 from typing import Any
 
 from lkd.config.parts import RunRecipe, WandbRecipe
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, first_line
 from lkd.core.files import parse_json, write_text
 from lkd.tracking.lineage import Entry, find_used, identify, record
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The local record: one JSON line for every look at a run, readable while it is written.
-
 LOG = "log.jsonl"
+RUN_ID = "wandb_run_id"
+START_TIMEOUT = 90  # seconds
+FINISH_TIMEOUT = 300  # seconds; what a dead network left behind stays in the run directory, for `wandb sync`
+logger = logging.getLogger(__name__)
 
 
-class Record:
-    """Append-only `log.jsonl` in the run directory.
+class Tracker:
+    """A run's metrics, pictures and files.
+
+    Metrics go to `log.jsonl` and to the services, pictures to the services, and files used and made to `lineage.json`
+    and, as artifacts, to W&B. A service that fails after its start costs a warning.
 
     Args:
         path: The run directory.
+        recipe: Names the services; None for none.
+        config: The run's full config.
+
+    Raises:
+        UserError: If a service was asked for and cannot start.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recipe: RunRecipe | None, config: dict[str, Any]) -> None:
+        self.path = path
+        self.services: list[Service] = []
+        used = find_used(config.get("recipe", {}))
+        if recipe and recipe.wandb.mode != "disabled":
+            described = config | {"used": [entry.describe() for entry in used]}
+            self.services.append(start_wandb(recipe.wandb, path, described))
+        if recipe and recipe.trackio:
+            self.services.append(start_trackio(recipe.trackio, path, config))
         self.file = (path / LOG).open("a", buffering=1, encoding="utf-8")
+        for entry in used:
+            self.use(entry)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics at a step."""
+    def log(self, step: int, **metrics: float) -> None:
+        """Record metrics at a step."""
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        for service in self.services:
+            service.log(step, metrics)
+
+    def show(self, step: int, name: str, picture: Path) -> None:
+        """Record a picture at a step; its file stays where it is."""
+        for service in self.services:
+            service.log(step, {name: picture})
+
+    def use(self, entry: Entry) -> None:
+        """Record a file that the run reads."""
+        record(self.path, "used", entry)
+        for service in self.services:
+            service.use(entry)
+
+    def keep(self, kind: str, path: Path, **metadata: Any) -> None:
+        """Record a file or folder that the run made: of which kind, and facts about it."""
+        entry = identify(kind, path)
+        record(self.path, "made", entry)
+        for service in self.services:
+            service.keep(entry, metadata)
 
     def finish(self) -> None:
-        """Close the file."""
+        """Close all records."""
         self.file.close()
+        for service in self.services:
+            service.attempt(service.run.finish)  # what W&B has not uploaded in time stays on disk
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -61,15 +102,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run's metrics in a service with W&B's calls: W&B itself, or trackio's local dashboard.
-
-START_TIMEOUT = 90  # seconds
-FINISH_TIMEOUT = 300  # seconds; what a dead network left behind stays in the run directory, for `wandb sync`
-RUN_ID = "wandb_run_id"
-logger = logging.getLogger(__name__)
-
-
 class Service:
     """One run in a service. After the start nothing that fails there stops the run: it is warned of once and dropped.
 
@@ -91,23 +123,20 @@ class Service:
             call()
         except Exception as error:
             self.broken = True
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning("warning: %s failed and is left out from here on: %s; log.jsonl has all", self.name, first)
+            line = "warning: %s failed and is left out from here on: %s; log.jsonl has all"
+            logger.warning(line, self.name, first_line(error))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record metrics at a step."""
-        self.attempt(lambda: self.send(step, metrics))
+        """Record metrics, and pictures by their files, at a step."""
 
-    def show(self, step: int, name: str, path: Path) -> None:
-        """Record a picture at a step."""
-        self.attempt(lambda: self.send(step, {name: self.library.Image(str(path))}))
+        def send() -> None:
+            sent = {key: self.library.Image(str(m)) if isinstance(m, Path) else m for key, m in metrics.items()}
+            if self.name == "wandb":  # whose own counter refuses the steps that a resumed run repeats
+                self.run.log({"step": step, **sent})
+            else:
+                self.run.log(sent, step=step)
 
-    def send(self, step: int, metrics: dict[str, Any]) -> None:
-        """Send metrics; may fail."""
-        if self.name == "wandb":  # whose own counter refuses the steps that a resumed run repeats
-            self.run.log({"step": step, **metrics})
-        else:
-            self.run.log(metrics, step=step)
+        self.attempt(send)
 
     def use(self, entry: Entry) -> None:
         """Link a file that the run reads. Offline, W&B links nothing: the entry is in the run's config."""
@@ -131,10 +160,6 @@ class Service:
         else:
             artifact.add_file(str(entry.path))
         return artifact
-
-    def finish(self) -> None:
-        """End the run; what W&B has not uploaded in time stays on disk."""
-        self.attempt(self.run.finish)
 
 
 def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Service:
@@ -162,9 +187,8 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
         )
         run.define_metric("*", step_metric="step")
     except (wandb.errors.Error, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"wandb.mode: {recipe.mode} failed: {first}; run `wandb login`, or take --wandb.mode offline"
+            f"wandb.mode: {recipe.mode} failed: {first_line(error)}; run `wandb login`, or take --wandb.mode offline"
         ) from error
     return Service("wandb", wandb, run)
 
@@ -182,8 +206,8 @@ def start_trackio(project: str, path: Path, config: dict[str, Any]) -> Service:
     try:
         run = trackio.init(project=project, name=f"{path.name}-{read_run_id(path)}", config=config, resume="allow")
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"trackio: {project!r} cannot be opened: {first}; TRACKIO_DIR says where it is kept") from error
+        advice = "TRACKIO_DIR says where it is kept"
+        raise UserError(f"trackio: {project!r} cannot be opened: {first_line(error)}; {advice}") from error
     return Service("trackio", trackio, run)
 
 
@@ -197,66 +221,3 @@ def read_run_id(path: Path) -> str:
     if given or not file.exists():
         write_text(file, given or secrets.token_hex(4))
     return file.read_text().strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Everything that is recorded of a run: on disk always, and in the services that were asked for.
-
-
-class Tracker:
-    """A run's metrics, pictures and files.
-
-    Metrics go to `log.jsonl` and to the services, pictures to the services, and files used and made to `lineage.json`
-    and, as artifacts, to W&B. A service that fails after its start costs a warning.
-
-    Args:
-        path: The run directory.
-        recipe: Names the services; None for none.
-        config: The run's full config.
-
-    Raises:
-        UserError: If a service was asked for and cannot start.
-    """
-
-    def __init__(self, path: Path, recipe: RunRecipe | None, config: dict[str, Any]) -> None:
-        self.path = path
-        self.services: list[Service] = []
-        used = find_used(config.get("recipe", {}))
-        if recipe and recipe.wandb.mode != "disabled":
-            described = config | {"used": [entry.describe() for entry in used]}
-            self.services.append(start_wandb(recipe.wandb, path, described))
-        if recipe and recipe.trackio:
-            self.services.append(start_trackio(recipe.trackio, path, config))
-        self.record = Record(path)
-        for entry in used:
-            self.use(entry)
-
-    def log(self, step: int, **metrics: float) -> None:
-        """Record metrics at a step."""
-        self.record.log(step, metrics)
-        for service in self.services:
-            service.log(step, metrics)
-
-    def show(self, step: int, name: str, picture: Path) -> None:
-        """Record a picture at a step; its file stays where it is."""
-        for service in self.services:
-            service.show(step, name, picture)
-
-    def use(self, entry: Entry) -> None:
-        """Record a file that the run reads."""
-        record(self.path, "used", entry)
-        for service in self.services:
-            service.use(entry)
-
-    def keep(self, kind: str, path: Path, **metadata: Any) -> None:
-        """Record a file or folder that the run made: of which kind, and facts about it."""
-        entry = identify(kind, path)
-        record(self.path, "made", entry)
-        for service in self.services:
-            service.keep(entry, metadata)
-
-    def finish(self) -> None:
-        """Close all records."""
-        self.record.finish()
-        for service in self.services:
-            service.finish()

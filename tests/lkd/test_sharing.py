@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, constants
 import lkd
 from lkd.cli import main
 from lkd.core.errors import UserError
+from lkd.core.files import hash_file
 from lkd.export.share import write_card
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import save_loss
-from lkd.tracking.lineage import hash_file
 from lkd.tracking.remote import HubReference, WandbReference, parse_reference
 from tests.lkd.hub_server import StandIn
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe

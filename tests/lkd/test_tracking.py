@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from lkd.cli import main
 from lkd.config import WandbRecipe
-from lkd.core.files import read_json
+from lkd.core.files import hash_file, read_json
 from lkd.core.tensor_files import digest
 from lkd.tracking import Tracker, read_log
 from lkd.tracking import tracker as service
-from lkd.tracking.lineage import Entry, find_used, hash_file, hash_folder, record
+from lkd.tracking.lineage import Entry, find_used, hash_folder, record
 from tests.faults.wandb_server import StandIn
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import ENVIRONMENT, TINY
@@ -128,7 +128,7 @@ def test_a_service_that_fails_is_warned_of_once_and_left_out(tmp_path, caplog, m
 def test_a_picture_that_cannot_be_read_costs_no_more_than_a_warning(library: str, caplog) -> None:
     broken = service.Service(library, importlib.import_module(library), None)
     with caplog.at_level(logging.WARNING):
-        broken.show(3, "learned_loss", Path("vanished.png"))
+        broken.log(3, {"learned_loss": Path("vanished.png")})
     assert broken.broken
     assert f"warning: {library} failed and is left out from here on" in caplog.text
 
