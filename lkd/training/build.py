@@ -22,7 +22,7 @@ from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.readers import load_dataset
-from lkd.data.splits import Splits, flip_labels, split_training_images
+from lkd.data.splits import flip_labels, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
@@ -41,9 +41,6 @@ Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
 """What a caller gives in the place of names: by the name that stands for it in the recipe, which holds a hash of it."""
 NOTHING: Objects = MappingProxyType({})
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images and batches.
 
 
 @dataclass(frozen=True)
@@ -64,24 +61,22 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING) -> Images:
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    train, meta_validation = given.get(settings.name, (None, None))
-    if train is None:
+    whole, meta_validation = given.get(settings.name, (None, None))
+    if whole:
+        dataset = Dataset(settings.name, whole, whole.select(torch.arange(0)))
+    else:
         loading = LoadingOptions(
             settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
         )
         dataset = load_dataset(settings.name, settings.root, loading)
+    if meta_validation:
+        train, fingerprint = dataset.train, settings.name
     else:
-        dataset = Dataset(settings.name, train, train.select(torch.arange(0)))
-    if meta_validation is None:
         sizes = settings.train_size, settings.meta_validation_size, settings.split_seed
-        splits = split_training_images(dataset.train, *sizes)
-        if train is not None:
-            splits = splits._replace(fingerprint=f"{settings.name}/{splits.fingerprint}")
-    else:
-        splits = Splits(train, meta_validation, settings.name)
-    labels = flip_labels(splits.train.labels, settings.label_noise, dataset.train.num_classes, settings.split_seed)
-    train = splits.train.relabel(labels)
-    return Images(dataset.name, train, splits.meta_validation, dataset.test, splits.fingerprint, settings)
+        train, meta_validation, fingerprint = split_training_images(dataset.train, *sizes)
+        fingerprint = f"{settings.name}/{fingerprint}" if whole else fingerprint
+    labels = flip_labels(train.labels, settings.label_noise, train.num_classes, settings.split_seed)
+    return Images(dataset.name, train.relabel(labels), meta_validation, dataset.test, fingerprint, settings)
 
 
 def build_batches(
@@ -93,28 +88,10 @@ def build_batches(
     part: tuple[int, int] = (0, 1),
     steps: int | None = None,
 ) -> Batches:
-    """Training batches of these images, as the settings have it; see `Batches`.
+    """Training batches of these images, as the settings have it; see `Batches`."""
+    looks = data.augmentation_seeds, data.repeats, data.mixup, data.cutmix
+    return Batches(images, train.batch_size, seed, data.augmentation, device, part, *looks, steps)
 
-    Raises:
-        UserError: If the settings do not fit the images.
-    """
-    return Batches(
-        images,
-        train.batch_size,
-        seed,
-        data.augmentation,
-        device,
-        part,
-        data.augmentation_seeds,
-        data.repeats,
-        data.mixup,
-        data.cutmix,
-        steps,
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Students and teachers.
 
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
@@ -150,11 +127,7 @@ class StudentBuilder:
 
 
 def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHING) -> StudentBuilder:
-    """What builds a student for these images: of a name, or copies of a caller's own.
-
-    Raises:
-        UserError: When it is asked for one, if it cannot be built, or does not fit the images.
-    """
+    """What builds a student for these images: of a name, or copies of a caller's own."""
     architecture: dict[str, Any] = {
         "name": model.name,
         "num_classes": images.num_classes,
@@ -208,17 +181,7 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
 def ask_anew(
     teacher: OpenedTeacher, images: Images, device: torch.device, train: TrainRecipe | None = None
 ) -> TeacherFunction:
-    """The teacher, asked for every batch; as reliable as its settings say.
-
-    Args:
-        teacher: The teacher.
-        images: Their split's seed is that of random answers.
-        device: Where it runs.
-        train: Whether it is compiled, and its layout in memory.
-
-    Raises:
-        UserError: If the fraction of random answers is impossible.
-    """
+    """The teacher, asked for every batch; as reliable as its settings, and as fast as those of the training say."""
     fast = (train.compile, train.channels_last) if train else ()
     reliable, random = Teacher(teacher.network.to(device), *fast), teacher.settings.random_answers
     return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
@@ -231,11 +194,7 @@ def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:
 
 
 def choose_cached_seeds(data: DataRecipe) -> range:
-    """The augmentation seeds whose answers a cache holds.
-
-    Raises:
-        UserError: If they have no end, or images are mixed.
-    """
+    """The augmentation seeds whose answers a cache of these images holds; see `choose_seeds`."""
     return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix)
 
 
@@ -300,17 +259,9 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
 
 
 def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
-    """Say which network this is that will be trained.
-
-    Raises:
-        UserError: If it cannot be built.
-    """
+    """Say which network this is that will be trained."""
     network, pretrained = student.build(0, device), student.architecture["pretrained"]
     return format_description(role, describe(network, student.name, images.train.image_shape, pretrained))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses, fitted to the networks that they compare.
 
 
 Specification = dict[str, Any] | str | Callable[..., Any]
@@ -333,6 +284,7 @@ class LossBuilder:
     def __init__(self, specification: Specification, teacher: OpenedTeacher, images: Images) -> None:
         self.specification, self.teacher, self.images = specification, teacher, images
         self.file: LossFile | None = None
+        self.inner: LossBuilder | None = None
         if callable(specification):
             return
         options = dict(specification) if isinstance(specification, dict) else {"name": specification}
@@ -355,7 +307,7 @@ class LossBuilder:
         """
         if callable(self.specification):
             return wrap_loss(copy_module(self.specification, "loss"))
-        if hasattr(self, "inner"):
+        if self.inner:
             own = self.copy_teacher() if self.settings.teacher_rate else None
             inner = self.inner.build(student, seed)
             return InfluenceWeightedLoss(inner, self.images.meta_validation, self.settings, own)
@@ -368,11 +320,7 @@ class LossBuilder:
         return build_loss(self.specification, *stages)
 
     def copy_teacher(self) -> nn.Module:
-        """The network of a teacher that is trained along with the student.
-
-        Raises:
-            UserError: If the settings do not have a plain network.
-        """
+        """The network of a teacher that is trained along with the student, if it is a plain network."""
         if self.teacher.settings.cache or self.teacher.settings.random_answers:
             raise UserError(
                 "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache and random_answers"
@@ -399,17 +347,9 @@ def prepare_learned_loss(
     images: Images,
     seed: int,
 ) -> LearnedLoss:
-    """Build the loss networks that are to be learned.
+    """Build the loss networks of this kind that are to be learned; `seed` is that of their initial weights.
 
     Features of several architectures are read from whichever student the loss meets.
-
-    Args:
-        kind: logits, features or both.
-        options: Of the networks.
-        students: The architectures that the loss is learned with.
-        teacher: The teacher.
-        images: The images.
-        seed: Of their initial weights.
 
     Raises:
         UserError: If an option, or one of the networks, is not good.
@@ -435,10 +375,6 @@ def copy_module(module: Copied, role: str) -> Copied:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{role}: this {type(module).__name__} cannot be copied: {first_line(error)}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All parts of a distillation.
 
 
 @dataclass(frozen=True)
