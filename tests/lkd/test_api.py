@@ -2,25 +2,31 @@
 
 import copy
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 import lkd
 from lkd.cli import main
 from lkd.config import DataRecipe
+from lkd.core.files import read_json
 from lkd.losses import KDLoss
+from lkd.losses.learned.file import save_loss
 from lkd.models import build
 from lkd.models.files import load_network
 from lkd.models.teacher import load_teacher_network
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
 
 SIZES = {"train_size": 200, "meta_validation_size": 100}
-TINY = {"epochs": 2, "batch_size": 20, "quiet": True}
+TINY = {"epochs": 2, "batch_size": 50, "quiet": True}
 META = {"outer_steps": 2, "students_per_step": 1, "rollout_steps": 2, "rollout_epochs": 1, "outer_batch_size": 50}
 META |= {"reuse_every": 0, "checkpoint_every": 1}
 POOL = {"students": 1, "snapshots": 2}
@@ -65,7 +71,7 @@ def assert_same_bits(first, second) -> None:
 
 def test_objects_names_and_the_command_line_give_the_same_bits(images, teacher) -> None:
     words = [f"--{group}.{name}={SIZES[name]}" for group, name in (("data", n) for n in SIZES)]
-    assert main(["distill", "--run_dir", "cli", *words, "--train.epochs", "2", "--train.batch_size", "20"]) == 0
+    assert main(["distill", "--run_dir", "cli", *words, "--train.epochs", "2", "--train.batch_size", "50"]) == 0
     named = lkd.distill("small_cnn", "embedded", "embedded", run_dir="named", **SIZES, **TINY)
     torch.manual_seed(0)
     student = build_cnn()
@@ -122,7 +128,7 @@ def test_a_broken_off_run_of_objects_goes_on_to_the_same_bits(images, teacher, m
     data, options = (images.train.images, images.train.labels), {**TINY, "checkpoint_every": 3, "loss": KDLoss(0.7)}
     whole = lkd.distill(student, teacher, data, run_dir="whole", **options)
     with monkeypatch.context() as context:
-        interrupt_at(14, context)
+        interrupt_at(5, context)
         with pytest.raises(RuntimeError, match="power failure"):
             lkd.distill(student, teacher, data, run_dir="cut", **options)
     with pytest.raises(lkd.UserError, match="already holds a run"):
@@ -172,24 +178,60 @@ def test_students_of_several_kinds_learn_a_loss_that_trains_another(images, teac
     assert not torch.equal(by_file.student.classifier.weight, by_hand.student.classifier.weight)
 
 
+def test_a_function_is_a_loss_and_the_config_knows_which(images) -> None:
+    def soften(logits: Tensor) -> Tensor:
+        return (logits / 4).log_softmax(1)
+
+    def soft(student, teacher, target) -> Tensor:
+        return kl_div(soften(student.logits), soften(teacher.logits), log_target=True, reduction="batchmean")
+
+    arguments = ("tiny_cnn", "embedded", images.train)
+    lkd.distill(*arguments, loss=soft, run_dir="function", **TINY)
+    terms = lambda student, teacher, target, progress: {"soft": soft(student, teacher, target)}  # noqa: E731
+    lkd.distill(*arguments, loss=terms, run_dir="terms", **TINY)
+    assert_same_bits(Path("function/student.safetensors"), Path("terms/student.safetensors"))
+    assert read_json(Path("function/config.json"))["recipe"]["loss"].startswith("object/soft@")
+    other = lambda student, teacher, target, progress: {"hard": soft(student, teacher, target)}  # noqa: E731
+    with pytest.raises(lkd.UserError, match=r"loss: is .* a resumed run keeps its config"):
+        lkd.distill(*arguments, loss=other, run_dir="terms", resume="auto", **TINY)
+
+
+def test_teacher_and_loss_are_opened_once_a_run(monkeypatch) -> None:
+    save_loss("l.lkd.safetensors", build_loss_networks(tiny_recipe(kind="both")), {})
+    opened: Counter[str] = Counter()
+
+    def count(path, **options):
+        opened[Path(path).name] += 1
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("lkd.core.tensor_files.safe_open", count)
+    words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]
+    assert main(["distill", *words, "--loss", "l.lkd.safetensors", "--run_dir", "d"]) == 0
+    assert opened == {"teacher.safetensors": 1, "l.lkd.safetensors": 1}
+    opened.clear()
+    words += ["--pool.students", "2", "--pool.snapshots", "2", "--pool.loss", "l.lkd.safetensors"]
+    assert main(["pool", *words, "--run_dir", "p"]) == 0
+    assert opened == {"teacher.safetensors": 1, "l.lkd.safetensors": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"epoch": 3}, "option: unknown name 'epoch'; nearest: epochs"),
         ({"epochs": "three"}, "train.epochs"),
-        ({"root": "/data"}, "root: is of data sets by name"),
+        ({"learning_rate": -1.0}, "train.learning_rate"),
+        ({"root": "/data"}, "root: "),
         ({"train_size": 1000}, "data.train_size"),
-        ({"student": 3}, "student: 3 is neither a name"),
-        ({"student": nn.Flatten()}, "student: this Flatten has no parameters"),
-        ({"student": nn.Linear(3, 10)}, r"student: this Linear fails on images \[2, 1, 28, 28\]"),
-        ({"student": lambda: 3}, "student: the function given builds a int"),
-        ({"student": {"nam": "small_cnn"}}, "student: unknown name 'nam'; nearest: name"),
-        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(784, 9))}, r"teacher: .* answers 2 images with \[2, 9\]"),
-        ({"teacher": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
-        ({"teacher": "resnet34"}, "teacher.name: resnet34 has no tag"),
-        ({"train_set": "embeded"}, "data.name: unknown name 'embeded'; nearest: embedded"),
+        ({"student": 3}, "student: 3"),
+        ({"student": nn.Flatten()}, "student: this Flatten"),
+        ({"student": nn.Linear(3, 10)}, "student: this Linear fails"),
+        ({"student": lambda: 3}, "student: the function"),
+        ({"student": {"nam": "small_cnn"}}, "student.nam"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(784, 9))}, "teacher: "),
+        ({"teacher": "resnet34"}, "teacher.name"),
+        ({"train_set": "embeded"}, "data.name: .*nearest: embedded"),
         ({"train_set": torch.zeros(3)}, "read_images: "),
-        ({"student": Plain, "loss": "at"}, "the student gives no features; take a loss over logits"),
+        ({"student": Plain, "loss": "at"}, "the student gives no features"),
         ({"loss": "kdd"}, "loss: unknown name 'kdd'; nearest: kd"),
     ],
 )
