@@ -4,9 +4,9 @@ import importlib
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from lkd.tracking import tracker as service
 from lkd.tracking.lineage import Entry, find_used, hash_folder, record
 from tests.faults.wandb_server import StandIn
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
-from tests.lkd.test_cli import ENVIRONMENT, TINY
+from tests.lkd.test_cli import TINY
+from tests.processes import Command
 
 KEY = "a" * 40
 
@@ -67,32 +68,25 @@ def test_wandb_writes_into_the_run_directory_wherever_an_earlier_run_was_started
         assert list((folder / "r").glob("wandb/*run-*/*.wandb"))
 
 
-def start_lkd(words: list[str], **environment: str) -> "subprocess.Popen[str]":
-    """Start a command in a process of its own, which W&B lets have an environment of its own; it waits for seconds."""
-    code = (
-        "import sys; from lkd.tracking import service; service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 3;"
-        "from lkd.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    kept = {name: value for name, value in ENVIRONMENT.items() if name not in ("WANDB_API_KEY", "NETRC")}
-    settings = kept | {"HOME": str(Path.cwd()), "WANDB_SILENT": "true"} | environment
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings)
+def shorten_waits() -> None:
+    for name in ("WANDB_API_KEY", "NETRC"):
+        os.environ.pop(name, None)
+    os.environ |= {"HOME": os.getcwd(), "WANDB_SILENT": "true", **json.loads(os.environ.pop("ONLINE", "{}"))}
+    service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 3
 
 
 def test_a_network_that_dies_costs_no_more_than_a_warning() -> None:
     server, log = StandIn(), Path("online/log.jsonl")
     words = [*TINY, "--train.epochs", "6"]
-    online = ["distill", "--run_dir", "online", *words, "--wandb.mode", "online"]
-    process = start_lkd(online, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
-    alone = start_lkd(["distill", "--run_dir", "alone", *words])  # the same number of threads, and so the same bits
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.01)
+    online = {"ONLINE": json.dumps({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address})}
+    command = Command(
+        ["distill", "--run_dir", "online", *words, "--wandb.mode", "online"], environment=online, prepare=shorten_waits
+    )
+    command.wait_for(lambda: log.exists() and log.stat().st_size)
     server.die()
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    assert command.wait(120) == 0, command.text
     assert any(content.get("operationName") == "UpsertBucket" for _, content in server.requests)
-    output = alone.communicate(timeout=120)[0]
-    assert alone.returncode == 0, output
+    assert main(["distill", "--run_dir", "alone", *words]) == 0
     assert hash_tensors("online/student.safetensors") == hash_tensors("alone/student.safetensors")
     rows = [[row for row in read_log(Path(name, "log.jsonl")) if "loss/task" in row] for name in ("online", "alone")]
     assert [row["loss/task"] for row in rows[0]] == [row["loss/task"] for row in rows[1]]
@@ -134,13 +128,12 @@ def test_a_picture_that_cannot_be_read_costs_no_more_than_a_warning(library: str
 
 
 def test_wandb_asked_for_and_not_logged_in_is_a_line_and_no_run(unused_tcp_port: int) -> None:
-    words = ["distill", "--run_dir", "r", *TINY, "--wandb.mode", "online"]
-    process = start_lkd(words, WANDB_BASE_URL=f"http://127.0.0.1:{unused_tcp_port}")
-    error = process.communicate(timeout=120)[0].strip().splitlines()[-1]
-    assert process.returncode == 2, error
-    assert error.startswith("lkd: error: wandb.mode: online failed")
-    assert "--wandb.mode offline" in error
-    assert main(["distill", "--run_dir", "r", *TINY]) == 0  # the folder is still free
+    nobody = {"ONLINE": json.dumps({"WANDB_BASE_URL": f"http://127.0.0.1:{unused_tcp_port}"})}
+    words = ["distill", "--run_dir", "r", *TINY]
+    command = Command([*words, "--wandb.mode", "online"], environment=nobody, prepare=shorten_waits)
+    assert command.wait(120) == 2, command.text
+    assert command.text.strip().splitlines()[-1].startswith("lkd: error: wandb.mode: online failed")
+    assert main(words) == 0  # the folder is still free
 
 
 def test_trackio_is_told_the_same_metrics(monkeypatch) -> None:

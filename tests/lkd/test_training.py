@@ -51,13 +51,12 @@ def test_training_equals_a_plain_loop(images) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stop", [1, 6, 11])
-def test_a_resumed_training_is_the_same_to_the_bit(images, tmp_path, stop: int) -> None:
+def test_a_resumed_training_is_the_same_to_the_bit(images, tmp_path) -> None:
     whole, first, second = (start(images, KDLoss()) for _ in range(3))
     second.teacher = first.teacher = whole.teacher
     while whole.step < whole.total_steps:
         whole.run_step()
-    while first.step < stop:
+    while first.step < 8:
         first.run_step()
     save_checkpoint(tmp_path / "c", first.state_dict())
     second.load_state_dict(load_checkpoint(tmp_path / "c"))
@@ -93,29 +92,29 @@ def test_a_loss_that_is_not_finite_is_named(images) -> None:
         start(images, Broken()).run_step()
 
 
-def test_impossible_settings_are_refused(images) -> None:
-    with pytest.raises(UserError, match="train: Invalid learning rate: -1"):
-        start(images, learning_rate=-1.0)
-    with pytest.raises(UserError, match="train: Nesterov"):
-        start(images, momentum=0.0)
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"momentum": 0.0}, "train: Nesterov"),
+        ({"schedule": "cosin"}, "train.schedule"),
+        ({"accumulation": 3}, "train.accumulation"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(images, changes: dict, field: str) -> None:
+    with pytest.raises(UserError, match=field):
+        start(images, **changes)
 
 
-def test_an_unknown_schedule_is_refused(images) -> None:
-    with pytest.raises(UserError, match=r"train\.schedule: 'cosin'"):
-        start(images, schedule="cosin")
-
-
-@pytest.mark.parametrize("loss", ["kd", "fitnet"])
-def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(loss: str) -> None:
-    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100))
+def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32() -> None:
+    images = prepare_images(DataRecipe(train_size=200, meta_validation_size=100))
     recipe, taught = ModelRecipe("small_cnn"), TeacherRecipe()
     values = {}
     for precision in ("float32", "bfloat16", "auto"):
-        built = prepare_loss({"name": loss}, recipe, taught, images, 0)
+        built = prepare_loss("fitnet", recipe, taught, images, 0)
         teacher = prepare_teacher(taught, DataRecipe(), images, CPU, built.teacher_stages)
         train = TrainRecipe(epochs=1, batch_size=40, learning_rate=0.02, precision=precision)
         training = start_training(recipe, images.train, built, teacher, train, DataRecipe(), 0, CPU)
-        rows = [training.run_step() for _ in range(10)]
+        rows = [training.run_step() for _ in range(5)]
         assert all(term.dtype == torch.float32 for row in rows for term in row.values())
         assert all(p.dtype == torch.float32 for p in training.student.parameters())
         values[precision] = torch.tensor([float(sum(row.values())) for row in rows])
@@ -124,9 +123,8 @@ def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32(lo
     torch.testing.assert_close(values["bfloat16"], values["float32"], rtol=0.05, atol=0.0)
 
 
-def test_accumulated_parts_are_the_whole_batch() -> None:
+def test_accumulated_parts_are_the_whole_batch(images) -> None:
     """A network without BatchNorm, whose statistics would be those of a part; watched and reported once a step."""
-    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
     vit = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
     model, terms, students = ModelRecipe("vit_tiny_patch16_224", options=vit), [], []
     for accumulation in (1, 4):
@@ -139,8 +137,7 @@ def test_accumulated_parts_are_the_whole_batch() -> None:
         torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_the_average_is_that_of_the_weights_after_every_step(tmp_path) -> None:
-    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
+def test_the_average_is_that_of_the_weights_after_every_step(images, tmp_path) -> None:
     train = TrainRecipe(epochs=1, batch_size=40, ema_decay=0.7)
 
     def begin() -> Training:
@@ -163,16 +160,3 @@ def test_the_average_is_that_of_the_weights_after_every_step(tmp_path) -> None:
         resumed.run_step()
     for name, tensor in training.result.state_dict().items():
         assert torch.equal(resumed.result.state_dict()[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"accumulation": 3}, "train.accumulation: 3 does not divide the batch of one process, 40 images"),
-    ],
-)
-def test_impossible_parts_and_averages_are_refused(changes: dict, message: str) -> None:
-    images = prepare_images(DataRecipe(train_size=400, meta_validation_size=100)).train
-    train = TrainRecipe(epochs=1, batch_size=40, **changes)
-    with pytest.raises(UserError, match=message):
-        start_training(ModelRecipe(), images, CrossEntropyLoss(), None, train, DataRecipe(), 0, CPU)
