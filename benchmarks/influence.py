@@ -29,7 +29,7 @@ from lkd.core.files import environment, write_json, write_text
 from lkd.core.statistics import mean_and_error, rank
 from lkd.data import ImageSet, flip_labels, load_dataset
 from lkd.influence.influence import measure_influence
-from lkd.influence.solvers import Problem
+from lkd.influence.solvers import InfluenceProblem
 from lkd.influence.weighted_loss import InfluenceWeightedLoss, save_weights, weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.models.teacher import load_teacher
@@ -181,7 +181,7 @@ def measure_speed(network: nn.Module, images) -> list[float]:
     started = time.process_time()
     measure_influence(network, loss, None, everything, images.meta_validation, CPU, SETTINGS)
     seconds = time.process_time() - started
-    problem = Problem(network, loss, None, everything, images.meta_validation, CPU)
+    problem = InfluenceProblem(network, loss, None, everything, images.meta_validation, CPU)
     direction = problem.differentiate_validation()
     started = time.process_time()
     problem.project_gradients(direction)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lkd.config.training import InfluenceSettings
 from lkd.core.errors import UserError
 from lkd.data.images import ImageSet
-from lkd.influence.solvers import SOLVERS, Problem, measure_through_training, measure_with_ekfac
+from lkd.influence.solvers import SOLVERS, InfluenceProblem, measure_through_training, measure_with_ekfac
 from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 
@@ -58,7 +58,7 @@ def measure_influence(
 
     Args:
         network: Returns `Outputs`.
-        loss: What the examples teach; see `Problem`.
+        loss: What the examples teach; see `InfluenceProblem`.
         teacher: The teacher, where the loss needs one.
         train: The examples.
         meta_validation: The images whose cross-entropy is to fall; never test images.
@@ -72,7 +72,7 @@ def measure_influence(
     """
     modes = {module: module.training for module in network.modules()}
     try:
-        problem = Problem(
+        problem = InfluenceProblem(
             network.eval(),
             loss,
             teacher,

@@ -14,7 +14,6 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-import meta
 from lkd.config.training import InfluenceSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
@@ -23,7 +22,7 @@ from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import find_best_temperature, widen
 from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
-from meta import State, Tensors
+from meta import Problem, State, Tensors
 from meta.estimators import adjoint
 from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
 from meta.optim import SGD
@@ -32,7 +31,7 @@ from meta.optim import SGD
 # The functions of a network's parameters that influence is made of: gradients, curvature, and their products.
 
 
-class Problem:
+class InfluenceProblem:
     """A network in eval mode, its training loss, and the cross-entropy on meta-validation, at the network's weights.
 
     No per-example gradient is ever made. With z_i the logits of example i and g_i the gradient of its loss there,
@@ -185,7 +184,9 @@ class Problem:
 # Influence by the bi-level engine: example weights are outer parameters, and training steps are differentiated.
 
 
-def measure_through_training(problem: Problem, settings: InfluenceSettings, seed: int) -> tuple[Tensor, Tensor]:
+def measure_through_training(
+    problem: InfluenceProblem, settings: InfluenceSettings, seed: int
+) -> tuple[Tensor, Tensor]:
     """N · ∂(meta-validation loss)/∂w_i at w = 1, after `iterations` steps of SGD on weighted batches.
 
     At a stationary point, and with steps over all examples, this tends to I_i without damping as the steps increase;
@@ -219,7 +220,7 @@ def measure_through_training(problem: Problem, settings: InfluenceSettings, seed
         batches.append(problem.train.batch(order[place * size : (place + 1) * size], problem.device))
     weights = {"weight": torch.ones(len(problem.train), device=problem.device, requires_grad=True)}
     state = State(dict(problem.point), {}, {})
-    found = adjoint(meta.Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
+    found = adjoint(Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
     return problem.train.index, len(problem.train) * found.grads["weight"].cpu()
 
 
@@ -245,7 +246,7 @@ class Examples(Dataset[tuple[Tensor, ...]]):
         return list(zip(*self.images.batch(torch.tensor(positions), self.device), strict=True))
 
 
-def measure_with_ekfac(problem: Problem, settings: InfluenceSettings) -> tuple[Tensor, Tensor]:
+def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -> tuple[Tensor, Tensor]:
     """Influence over the weights of linear and convolutional layers, those of normalisation held fixed.
 
     The Fisher's labels are drawn from the network. kronfluence's own damping: a tenth of a layer's mean eigenvalue.
@@ -336,12 +337,12 @@ class Inverse(NamedTuple):
     residual: float = math.nan
 
 
-def skip_curvature(problem: Problem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
+def skip_curvature(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """The identity in the place of the inverse."""
     return Inverse(start, math.nan)
 
 
-def solve_dense(problem: Problem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
+def solve_dense(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """Invert the dense matrix, in float64."""
     if problem.size > DENSE_LIMIT:
         raise UserError(
@@ -364,7 +365,7 @@ def solve_dense(problem: Problem, start: Vector, settings: InfluenceSettings, se
     return Inverse(split_like(solution.to(start[0].dtype), start), damping, least)
 
 
-def solve_iteratively(problem: Problem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
+def solve_iteratively(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """Conjugate gradients; the damping is raised until no negative curvature is met."""
     batches = list(problem.load(problem.train, draw_examples(problem, settings, seed)))
     damping, least = settings.damping, math.inf
@@ -377,14 +378,14 @@ def solve_iteratively(problem: Problem, start: Vector, settings: InfluenceSettin
         damping = RAISE * max(damping, 1e-6)
 
 
-def sum_stochastically(problem: Problem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
+def sum_stochastically(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """LiSSA (Agarwal, Bullins, Hazan, 2017): a Neumann series, each term with the curvature of another batch."""
     batches = draw_batches(problem, settings, seed)
     product = damp(lambda vector: problem.multiply_mean(vector, [next(batches)], settings.curvature), settings.damping)
     return Inverse(sum_neumann(product, start, settings.iterations, settings.step_size), settings.damping)
 
 
-SOLVERS: dict[str, Callable[[Problem, Vector, InfluenceSettings, int], Inverse]] = {
+SOLVERS: dict[str, Callable[[InfluenceProblem, Vector, InfluenceSettings, int], Inverse]] = {
     "conjugate_gradient": solve_iteratively,
     "exact": solve_dense,
     "lissa": sum_stochastically,
@@ -397,13 +398,13 @@ def damp(product: Callable[[Vector], Vector], damping: float) -> Callable[[Vecto
     return lambda vector: [new + damping * old for new, old in zip(product(vector), vector, strict=True)]
 
 
-def draw_examples(problem: Problem, settings: InfluenceSettings, seed: int) -> Tensor:
+def draw_examples(problem: InfluenceProblem, settings: InfluenceSettings, seed: int) -> Tensor:
     """Positions of the training images that the curvature is taken over."""
     order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 11))
     return order[: settings.curvature_examples] if settings.curvature_examples else order
 
 
-def draw_batches(problem: Problem, settings: InfluenceSettings, seed: int) -> Iterator[Batch]:
+def draw_batches(problem: InfluenceProblem, settings: InfluenceSettings, seed: int) -> Iterator[Batch]:
     """Shuffled batches of the training images, without end."""
     for epoch in itertools.count():
         order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 12, epoch))
