@@ -17,11 +17,11 @@ from typing import Any
 import matplotlib
 import torch
 from commands import run_lkd
+from scipy.special import stdtrit
 
 from lkd.balance.balancing import build_balance, split_terms, take_gradient
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
-from lkd.core.statistics import t_quantile
 from lkd.evaluation.comparison.trials import balance_of, split_method
 from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_loss, prepare_teacher
 from lkd.training.distill import start_training
@@ -79,7 +79,7 @@ def main() -> int:
 
 def name_figures(figures: dict[str, float]) -> dict[str, float]:
     """The comparison's figures, and the standard errors of the differences from their 95 % intervals."""
-    quantile = t_quantile(0.95, int(figures["seeds"]) - 1)
+    quantile = stdtrit(int(figures["seeds"]) - 1, 0.975)  # of Student's t, 95 % two-sided
     errors = {
         f"{key.removesuffix('_high')}_se": round((high - figures[f"{key.removesuffix('_high')}_low"]) / 2 / quantile, 4)
         for key, high in figures.items()

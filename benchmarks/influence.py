@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rows import matching, median, read_rows, write_row
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -26,7 +27,7 @@ from lkd.config import (
     TrainRecipe,
 )
 from lkd.core.files import environment, write_json, write_text
-from lkd.core.statistics import mean_and_error, rank
+from lkd.core.statistics import mean_and_error
 from lkd.data import ImageSet, flip_labels, load_dataset
 from lkd.influence.influence import measure_influence
 from lkd.influence.solvers import InfluenceProblem
@@ -170,7 +171,7 @@ def rank_flipped(network, part, images, flipped: Tensor) -> list[float]:
 def area_under_curve(scores: Tensor, positive: Tensor) -> float:
     """Probability that a positive scores higher than a negative."""
     wanted = int(positive.sum())
-    ranks = rank(scores.double())[positive].sum()
+    ranks = rankdata(scores)[positive].sum()
     return float((ranks - wanted * (wanted + 1) / 2) / (wanted * (len(scores) - wanted)))
 
 
