@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lkd.config.meta_training import MetaSettings, PoolContents, PoolSettings
-from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.ranges import (
     AtLeast2,
     ClosedUnitInterval,
@@ -14,9 +14,6 @@ from lkd.config.ranges import (
     PositiveFraction,
     PositiveInt,
 )
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipes of a comparison and of ranking fidelity.
 
 
 @dataclass
@@ -75,17 +72,13 @@ def default_ranked_losses() -> dict[str, dict[str, Any] | str]:
 
 
 @dataclass
-class FidelityRecipe(RunRecipe):
+class FidelityRecipe(StudentRecipe):
     """Do short rollouts rank losses as full trainings do? Spearman's correlation for each kind of rollout (RUN_DIR).
 
     To be asked before any meta-training, which sees rollouts only. Writes a table, a picture, and fidelity.json with
     the recommended rollout length, annealing, objective, and weights for drawing ages from the pool.
 
     Args:
-        data: The images.
-        teacher: The teacher.
-        student: The network.
-        train: The full training, and that of which a rollout is a stretch.
         pool: The pool to build; it must hold the `ages`.
         pool_dir: A pool to use instead: the `pool` folder of an earlier run.
         losses: Label → loss to rank, at least 3. What a loss trains along with the student (adapters) has no age, so
@@ -104,10 +97,6 @@ class FidelityRecipe(RunRecipe):
     """
 
     run_dir: str = "runs/fidelity"
-    data: DataRecipe = field(default_factory=DataRecipe)
-    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
-    student: ModelRecipe = field(default_factory=ModelRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
     pool: PoolContents = field(default_factory=lambda: PoolContents(students=8, snapshots=9, max_age=0.8))
     pool_dir: str | None = None
     losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
@@ -120,10 +109,6 @@ class FidelityRecipe(RunRecipe):
     full_seeds: AtLeast2 = 4
     rollouts: AtLeast2 = 8
     workers: NonNegativeInt = 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of a dashboard.
 
 
 @dataclass
@@ -151,10 +136,6 @@ class DashboardRecipe:
     out: str = "runs/dashboard"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of looking at a loss.
-
-
 @dataclass
 class InspectRecipe:
     """Say what a loss does, without training anything (OUT/inspection.json, OUT/inspection.png).
@@ -177,23 +158,16 @@ class InspectRecipe:
     seed: int = 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of a plan.
-
-
 @dataclass
-class PlanRecipe(RunRecipe):
+class PlanRecipe(StudentRecipe):
     """Say what `lkd distill` or `lkd meta-train` will take, before it runs: work, memory, hours, data, teacher cache.
 
     Takes the recipe of either command; one with `meta` or `pool` in it is that of a meta-training. Nothing is trained
-    and no weights are read: the real steps run on tensors without contents.
+    and no weights are read: the real steps run on tensors without contents. Without `data.root`, image_folder is taken
+    for ImageNet-1k.
 
     Args:
-        data: The images. Without `root`, image_folder is taken for ImageNet-1k.
-        teacher: The teacher.
-        student: The network.
         students: Networks to learn a loss with instead of `student` (meta-training).
-        train: The training.
         loss: What distillation trains with; a learned-loss file that is not there yet is planned as the default one.
         balance: What weighs its terms (distillation); checked, its own backward passes are not counted.
         pool: The pool (meta-training).
@@ -209,11 +183,7 @@ class PlanRecipe(RunRecipe):
         out: Folder for plan.json and plan.txt; none are written without.
     """
 
-    data: DataRecipe = field(default_factory=DataRecipe)
-    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
-    student: ModelRecipe = field(default_factory=ModelRecipe)
     students: list[ModelRecipe] = field(default_factory=list)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
     pool: PoolSettings | None = None
@@ -227,10 +197,6 @@ class PlanRecipe(RunRecipe):
     augmentation_seeds: PositiveInt = 8
     top_k: PositiveInt = 20
     out: str | None = None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of the quickstart.
 
 
 @dataclass
@@ -247,10 +213,6 @@ class QuickstartRecipe(RunRecipe):
     short: bool = False
     workers: NonNegativeInt = 0
     seeds: PositiveInt = 3
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of a report.
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.parts import ModelRecipe, StudentRecipe
 from lkd.config.ranges import (
     ClosedUnitInterval,
     FractionBelowOne,
@@ -13,9 +13,6 @@ from lkd.config.ranges import (
     PositiveInt,
     ZeroOrAtLeast1,
 )
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pool of students, and how meta-training draws from it.
 
 
 @dataclass
@@ -60,26 +57,14 @@ class PoolSettings(PoolContents):
 
 
 @dataclass
-class PoolRecipe(RunRecipe):
+class PoolRecipe(StudentRecipe):
     """Train students and keep them at many ages (RUN_DIR/pool).
 
     Args:
-        data: The images.
-        teacher: The teacher.
-        student: The network.
-        train: The whole training, of which the pool keeps the part up to `pool.max_age`.
-        pool: Which ages are kept.
+        pool: Which ages are kept of the whole training, which is done up to `pool.max_age`.
     """
 
-    data: DataRecipe = field(default_factory=DataRecipe)
-    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
-    student: ModelRecipe = field(default_factory=ModelRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
     pool: PoolContents = field(default_factory=PoolContents)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of meta-training.
 
 
 @dataclass
@@ -161,27 +146,20 @@ class MetaSettings:
 
 
 @dataclass
-class MetaTrainRecipe(RunRecipe):
+class MetaTrainRecipe(StudentRecipe):
     """Learn a loss (RUN_DIR/loss.lkd.safetensors).
 
     A pool is built in the run directory first, unless `pool_dir` names one.
 
     Args:
-        data: The images.
-        teacher: The teacher.
-        student: The network.
-        students: Networks to learn with instead of `student`, in turn; each has a pool of its own.
-        train: The students' training: the loss is learned for it.
+        students: Networks to learn with instead of `student`, in turn; each has a pool of its own. The loss is learned
+            for their training.
         pool: The pool to build, and how students are drawn.
         pool_dir: A pool to use instead: the `pool` folder of an earlier run, with the same network or `students`.
         meta: The outer loop.
     """
 
-    data: DataRecipe = field(default_factory=DataRecipe)
-    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
-    student: ModelRecipe = field(default_factory=ModelRecipe)
     students: list[ModelRecipe] = field(default_factory=list)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
     pool: PoolSettings = field(default_factory=PoolSettings)
     pool_dir: str | None = None
     meta: MetaSettings = field(default_factory=MetaSettings)

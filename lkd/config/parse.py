@@ -13,61 +13,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 from jsonargparse import typing as ranged
 
-from lkd.config import (
-    CacheRecipe,
-    CompareRecipe,
-    DashboardRecipe,
-    DistillRecipe,
-    EvaluateRecipe,
-    ExportRecipe,
-    FidelityRecipe,
-    InfluenceRecipe,
-    InspectRecipe,
-    MetaTrainRecipe,
-    PackRecipe,
-    PlanRecipe,
-    PoolRecipe,
-    PullRecipe,
-    PushRecipe,
-    QuickstartRecipe,
-    ReportRecipe,
-    TrainTeacherRecipe,
-    VarianceRecipe,
-)
+from lkd.config import COMMANDS, POSITIONAL
 from lkd.core.errors import UserError
 from lkd.core.files import MALFORMED
 
-# Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
-COMMANDS: dict[str, tuple[type, str]] = {
-    "quickstart": (
-        QuickstartRecipe,
-        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
-    ),
-    "plan": (PlanRecipe, "what a recipe of distill or meta-train will take: hours, memory, data"),
-    "teacher": (TrainTeacherRecipe, "train a teacher"),
-    "pool": (PoolRecipe, "keep students at many ages, to start rollouts from"),
-    "fidelity": (FidelityRecipe, "do short rollouts rank losses as full trainings do? ask before meta-train"),
-    "meta-train": (MetaTrainRecipe, "learn a distillation loss and save it as one file"),
-    "inspect": (InspectRecipe, "what a learned or a hand-made loss does, without training: report and picture"),
-    "distill": (DistillRecipe, "train a student with a learned or a hand-made loss"),
-    "influence": (InfluenceRecipe, "which training images help a network, and which harm it"),
-    "evaluate": (EvaluateRecipe, "measure a teacher's or a student's file"),
-    "cache": (CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
-    "pack": (PackRecipe, "decode all images of a data set once, for faster loading"),
-    "variance": (VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
-    "export": (ExportRecipe, "write a student for timm, ONNX, torch.export; each file is read back"),
-    "push": (PushRecipe, "put a learned loss on the Hugging Face Hub or into W&B's artifacts"),
-    "pull": (PullRecipe, "fetch a learned loss from there"),
-    "compare": (CompareRecipe, "losses × students × paired seeds: a table, CSV and a picture"),
-    "report": (ReportRecipe, "one HTML page about runs: results, curves, learned losses, settings, lineage"),
-    "dashboard": (DashboardRecipe, "a W&B workspace for a project's runs, or a report of a comparison"),
-}
-
-# Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
-POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs"}
-
 Recipe = TypeVar("Recipe")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe files that build on others: `base: FILE` or `base: [FILE, ...]`, relative to the file that says it.
@@ -224,21 +174,19 @@ def takes_list(recipe: type, field: str) -> bool:
     return get_origin(get_type_hints(recipe)[field]) is list
 
 
-def name_leading(words: list[str], recipe: type, field: str | None) -> list[str]:
+def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
     """Put the option that they are for before the words that come before the options.
 
     Args:
         words: The command line after the command.
         recipe: The command's dataclass.
-        field: Its field that they are for; None for recipe files.
+        field: Its field that they are for.
 
     Raises:
         UserError: If the field takes one value and there are more.
     """
     leading = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(leading) :]
-    if field is None:
-        return [part for path in leading for part in ("--config", path)] + options
     if not leading:
         return options
     if takes_list(recipe, field):
@@ -248,17 +196,18 @@ def name_leading(words: list[str], recipe: type, field: str | None) -> list[str]
     return [f"--{field}", leading[0], *options]
 
 
-def split_config(words: list[str]) -> list[str]:
-    """Let `--config=FILE` be `--config FILE`."""
-    return [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-
-
-def put_contents(words: list[str]) -> list[str]:
-    """Put the contents of recipe files, with their bases, in the places of their names after `--config`."""
-    places = [place for place, before in enumerate(words[:-1], 1) if before == "--config"]
-    recipes = read_recipes([Path(words[place]) for place in places])
-    contents = {place: json.dumps(recipe, default=str) for place, recipe in zip(places, recipes, strict=True)}
-    return [contents.get(place, word) for place, word in enumerate(words)]
+def split_files(words: list[str]) -> tuple[list[Path], list[str]]:
+    """The recipe files among the words, which come before the options or after `--config`; and the options."""
+    leading = list(takewhile(lambda word: not word.startswith("-"), words))
+    paths, options = [Path(word) for word in leading], []
+    rest = iter(words[len(leading) :])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            paths.append(Path(value if equals else next(rest, "")))
+        else:
+            options.append(word)
+    return paths, options
 
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:
@@ -379,8 +328,9 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     parser = build_parser(
         recipe, prog=f"lkd {command}", usage=f"lkd {command} {usage(recipe, field)} [--key value ...]"
     )
-    words = split_config(name_leading(words, recipe, field))
-    expanded = complete_switches(put_contents(words), {f"--{key}" for key in known_keys(parser, bool)})
+    paths, options = split_files(fill_field(words, recipe, field) if field else words)
+    contents = [word for read in read_recipes(paths) for word in ("--config", json.dumps(read, default=str))]
+    expanded = contents + complete_switches(options, {f"--{key}" for key in known_keys(parser, bool)})
     try:
         return instantiate(recipe, parser, lambda: parser.parse_args(expanded))
     except SystemExit:

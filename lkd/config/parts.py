@@ -196,3 +196,20 @@ class RunRecipe:
     threads: NonNegativeInt = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)
     trackio: str | None = None
+
+
+@dataclass
+class StudentRecipe(RunRecipe):
+    """What every run has that trains students with a teacher.
+
+    Args:
+        data: The images.
+        teacher: The teacher.
+        student: The network.
+        train: The training.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)

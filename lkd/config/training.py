@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.ranges import (
     AtLeast4,
     AtLeast8,
@@ -13,9 +13,6 @@ from lkd.config.ranges import (
     PositiveInt,
     ZeroOrAtLeast8,
 )
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recipes of the commands that train or measure one network.
 
 
 @dataclass
@@ -35,24 +32,16 @@ class TrainTeacherRecipe(RunRecipe):
 
 
 @dataclass
-class DistillRecipe(RunRecipe):
+class DistillRecipe(StudentRecipe):
     """Train a student with any loss (RUN_DIR/student.safetensors).
 
     Args:
-        data: The images.
-        teacher: The teacher.
-        student: The network.
-        train: The training.
         loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
         balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
             docs/balance.md); without it the loss is the sum of its terms.
         labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
     """
 
-    data: DataRecipe = field(default_factory=DataRecipe)
-    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
-    student: ModelRecipe = field(default_factory=ModelRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
     labelled_size: NonNegativeInt = 0
@@ -114,10 +103,6 @@ class ExportRecipe:
     tolerance: NonNegativeFloat = 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of a teacher cache.
-
-
 @dataclass
 class CacheRecipe(DistillRecipe):
     """Keep a teacher's answers to N augmentations of every training image, for trainings with the same `teacher.cache`.
@@ -134,10 +119,6 @@ class CacheRecipe(DistillRecipe):
     shard_size: PositiveInt = 50_000
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipe of packed images.
-
-
 @dataclass
 class PackRecipe:
     """Decode all images once and keep them scaled down, for trainings with the same `data.packed`.
@@ -149,10 +130,6 @@ class PackRecipe:
 
     data: DataRecipe = field(default_factory=DataRecipe)
     shorter_side: AtLeast8 = 256
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recipes of influence: how it is measured, and how weights are made of it.
 
 
 @dataclass
@@ -239,10 +216,6 @@ class InfluenceRecipe(RunRecipe):
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
     shown: PositiveInt = 24
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recipes of sharing a learned loss.
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """Words that lead a command line: recipe files, or the values of one field."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lkd.cli import main, overview
 from lkd.config import DistillRecipe, TrainRecipe
-from lkd.config.parse import COMMANDS, POSITIONAL, make_recipe, name_leading, parse_recipe, usage
+from lkd.config.parse import COMMANDS, POSITIONAL, make_recipe, parse_recipe, split_files, usage
 from lkd.core.errors import UserError
 
 
@@ -58,10 +59,9 @@ def test_a_leading_word_is_a_single_value() -> None:
         parse_recipe("look", ["a", "b"])
 
 
-def test_recipe_files_stay_what_leads_the_other_commands() -> None:
-    assert name_leading(["a.yaml", "b.yaml", "--x", "1"], Single, None) == [
-        *("--config", "a.yaml", "--config", "b.yaml", "--x", "1")
-    ]
+def test_recipe_files_come_first_or_after_config() -> None:
+    files = [Path("a.yaml"), Path("b.yaml"), Path("c.yaml")]
+    assert split_files(["a.yaml", "--x", "1", "--config", "b.yaml", "--config=c.yaml"]) == (files, ["--x", "1"])
 
 
 def test_help_and_mistakes_speak_of_them(capsys) -> None:
