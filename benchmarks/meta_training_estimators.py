@@ -16,7 +16,7 @@ from lkd.config import CompareRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.statistics import mean_and_error
 from lkd.evaluation.comparison.tables import format_figure
-from lkd.evaluation.comparison.trials import Cell, run_cell
+from lkd.evaluation.comparison.trials import Trial, run_trial
 from lkd.losses.learned.file import SUFFIX, read_provenance
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import evidence, open_run
@@ -82,7 +82,7 @@ def learn_and_reuse(estimator: str, seed: int, folder: Path) -> dict[str, Any]:
     for fresh in FRESH_SEEDS:
         result = run_dir / f"reuse-seed{fresh}.json"
         if not result.exists():
-            run_cell(reuse, Cell("learned", str(path), ModelRecipe("small_cnn"), fresh, reported=False), result)
+            run_trial(reuse, Trial("learned", str(path), ModelRecipe("small_cnn"), fresh, reported=False), result)
         accuracies.append(read_json(result)["meta_validation"]["top1"])
     provenance = read_provenance(path)
     row = {

@@ -24,7 +24,7 @@ from lkd.config.training import (
 )
 from lkd.evaluation.comparison.compare import compare as compare_methods
 from lkd.evaluation.dashboard import make_dashboard
-from lkd.evaluation.fidelity.fidelity import measure_fidelity
+from lkd.evaluation.fidelity import measure_fidelity
 from lkd.evaluation.influence import measure_run
 from lkd.evaluation.inspection.inspect import inspect_recipe
 from lkd.evaluation.plan import format_plan

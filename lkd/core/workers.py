@@ -150,10 +150,15 @@ def preload_workers(module: str) -> None:
 
 
 @contextmanager
-def start_workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Start worker processes; 0 means one for every CPU core. Unfinished work is dropped on leaving by an exception."""
+def start_workers(count: int, device: Any = None) -> Iterator[ProcessPoolExecutor]:
+    """Start worker processes; unfinished work is dropped on leaving by an exception.
+
+    Args:
+        count: How many; 0 means one for every CPU core, or for every GPU.
+        device: Where they will work: `cuda` without a number for all GPUs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = count or cores
+    count = count or count_gpus(str(device)) or cores
     executor = ProcessPoolExecutor(
         count, CONTEXT, initializer=prepare_worker, initargs=(max(1, cores // count), CONTEXT.Value("i", 0))
     )
@@ -198,11 +203,16 @@ def assign_device(device: str, worker: int, gpus: int) -> str:
     return f"cuda:{worker % gpus}" if device == "cuda" and gpus else device
 
 
-def own_device(device: str) -> str:
-    """The device of this process."""
+def count_gpus(device: str) -> int:
+    """The GPUs that workers share on a device."""
     import torch
 
-    return assign_device(device, worker_number, torch.cuda.device_count() if device == "cuda" else 0)
+    return torch.cuda.device_count() if device == "cuda" else 0
+
+
+def own_device(device: str) -> str:
+    """The device of this process."""
+    return assign_device(device, worker_number, count_gpus(device))
 
 
 def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any], str | None], title: str) -> None:

@@ -15,7 +15,7 @@ from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison.compare import pick_options, plan_report, plan_tuning, submit, write_results
 from lkd.evaluation.comparison.tables import format_figure
-from lkd.evaluation.comparison.trials import Cell, cell_path
+from lkd.evaluation.comparison.trials import Trial, trial_path
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
@@ -129,19 +129,19 @@ def grid_accuracies(
     bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
     for setting, recipe in recipes.items():
         place = setting_folder(folder, setting)
-        for cell in plan_tuning(recipe):
-            options: Any = cell.loss
+        for trial in plan_tuning(recipe):
+            options: Any = trial.loss
             label = f"KD({options['weight']:g}, {options['temperature']:g})"
-            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, cell, place)
-        for cell in plan_report(recipe, picks[setting]):
-            if cell.method in bold and cell.student == SEEN and cell.seed == recipe.seed:
-                bold[cell.method][setting] = meta_validation_accuracy(recipe, cell, place)
+            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, trial, place)
+        for trial in plan_report(recipe, picks[setting]):
+            if trial.method in bold and trial.student == SEEN and trial.seed == recipe.seed:
+                bold[trial.method][setting] = meta_validation_accuracy(recipe, trial, place)
     return grid, bold
 
 
-def meta_validation_accuracy(recipe: CompareRecipe, cell: Cell, folder: Path) -> float:
-    """A finished cell's accuracy on meta-validation at the last step, %."""
-    return read_result(cell_path(recipe, cell, folder))["meta_validation"]["top1"]
+def meta_validation_accuracy(recipe: CompareRecipe, trial: Trial, folder: Path) -> float:
+    """A finished trial's accuracy on meta-validation at the last step, %."""
+    return read_result(trial_path(recipe, trial, folder))["meta_validation"]["top1"]
 
 
 def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -289,8 +289,8 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
             run.say(f"{setting}: KD's pick on meta-validation: {pick['KD']}")
         reported: dict[Future[Any], str] = {}
         for setting, compare in compare_recipes.items():
-            cells = plan_report(compare, picks[setting])
-            reported |= submit(compare, cells, setting_folder(run.path, setting), workers, device)
+            trials = plan_report(compare, picks[setting])
+            reported |= submit(compare, trials, setting_folder(run.path, setting), workers, device)
         finish_all(reported, lambda label, row: None, "train fresh students")
     phases["train_fresh_students"] = time.time() - started - phases["learn_and_tune"]
     tables = {
@@ -339,7 +339,7 @@ def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
 
 
 def describe_job(label: str, result: dict[str, Any]) -> str | None:
-    """One line about a learned loss; tuning cells are silent."""
+    """One line about a learned loss; tuning trials are silent."""
     if "path" not in result:
         return None
     curve = read_provenance(result["path"])["curve"]

@@ -12,7 +12,7 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, Tr
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.evaluation.comparison.compare import check_methods
-from lkd.evaluation.comparison.trials import Cell, balance_of, cell_path, expand_grid, split_method
+from lkd.evaluation.comparison.trials import Trial, balance_of, expand_grid, open_world, split_method, trial_path
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
@@ -167,7 +167,7 @@ def test_terms_are_split_by_name() -> None:
             split_terms(terms)
 
 
-def test_a_method_of_a_comparison_has_a_balance_of_its_own(images, tmp_path) -> None:
+def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
     method = {"name": "kd", "balance": "dynamic", "grid": {"balance.growth": [0.1, 1.0], "weight": [0.5]}}
     points = expand_grid(method)
     assert points[0] == {"name": "kd", "weight": 0.5, "balance": {"name": "dynamic", "growth": 0.1}}
@@ -177,11 +177,12 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(images, tmp_path) -> 
     learned = [
         {"name": str(tmp_path / "loss.lkd.safetensors"), "balance": {"name": "constant", "weight": w}} for w in (1, 2)
     ]
-    cells = [Cell("a", loss, ModelRecipe(), 0, True) for loss in (*points, *learned)]
-    assert len({cell_path(CompareRecipe(), cell, tmp_path) for cell in cells}) == 4
+    trials = [Trial("a", loss, ModelRecipe(), 0, True) for loss in (*points, *learned)]
+    assert len({trial_path(CompareRecipe(), trial, tmp_path) for trial in trials}) == 4
     wrong = {"name": "kd", "balance": {"name": "dynamic", "grwth": 1.0}}
+    recipe = CompareRecipe(methods={"A": wrong}, baseline="A")
     with pytest.raises(UserError, match=r"methods\.A: balance 'dynamic': .*'grwth'"):
-        check_methods(CompareRecipe(methods={"A": wrong}, baseline="A"), images)
+        check_methods(recipe, open_world(recipe))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,14 @@
-"""The comparison: its statistics, its tuning, and that finished cells are kept."""
+"""The comparison: options and their grids, the tuning budget, its statistics and tables, and that trials are kept."""
 
 import csv
-import math
-import statistics
+import io
+import re
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,167 +16,302 @@ import torch
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json, write_json
-from lkd.core.statistics import mean_and_error
 from lkd.evaluation.comparison.compare import check_methods, compare, pick_options, plan_report, plan_tuning
-from lkd.evaluation.comparison.tables import format_table, summarize, tabulate
-from lkd.evaluation.comparison.trials import Cell, cell_path, expand_grid, run_cell
+from lkd.evaluation.comparison.tables import (
+    find_published,
+    format_csv,
+    format_latex,
+    format_table,
+    list_lines,
+    list_rows,
+    plot_table,
+    read_published,
+    summarize,
+)
+from lkd.evaluation.comparison.trials import (
+    Cost,
+    Trial,
+    choose_points,
+    expand_grid,
+    open_world,
+    run_trial,
+    split_method,
+    trial_path,
+)
 from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses.build import LOSSES
 from lkd.losses.learned.file import save_loss
 from lkd.tracking.run import open_run
-from lkd.training.build import prepare_images
+
+GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
+TOPS = {"KD": [80.0, 82.0, 81.0], "A&B_100%": [81.0, 83.5, 81.5], "CE": [79.0, 80.0, 78.0]}
 
 
-def tiny_recipe() -> CompareRecipe:
-    return CompareRecipe(
-        run_dir="compare",
-        data=DataRecipe(train_size=200, meta_validation_size=100),
-        train=TrainRecipe(epochs=2, batch_size=50),
-        methods={
-            "CE": "cross_entropy",
-            "KD": {"name": "kd", "grid": {"weight": [0.0, 1.0], "temperature": [2.0]}},
-        },
-        seeds=2,
-        workers=1,
+@pytest.fixture
+def _one_process(monkeypatch) -> None:
+    """No worker processes: starting them takes longer than their work."""
+
+    @contextmanager
+    def start_thread(count: int, device: object):
+        with ThreadPoolExecutor(1) as executor:
+            yield executor
+
+    monkeypatch.setattr("lkd.evaluation.comparison.compare.start_workers", start_thread)
+
+
+def tiny_recipe(**changes) -> CompareRecipe:
+    methods = {"CE": "cross_entropy", "KD": {"name": "kd", "grid": {"weight": [0.0, 1.0], "temperature": [2.0]}}}
+    settings = {
+        "run_dir": "compare",
+        "data": DataRecipe(train_size=200, meta_validation_size=100),
+        "train": TrainRecipe(epochs=2, batch_size=50),
+        "methods": methods,
+        "seeds": 2,
+        "workers": 1,
+    }
+    return CompareRecipe(**(settings | changes))
+
+
+def tuned_recipe(budget: int = 0, seeds: int = 1, **methods) -> CompareRecipe:
+    return tiny_recipe(methods=methods, tuning_trainings=budget, tuning_seeds=seeds)
+
+
+def write_score(recipe: CompareRecipe, trial: Trial, folder: Path, top1: float) -> None:
+    figures = {"top1": top1, "calibrated_cross_entropy": 1.0}
+    write_json(trial_path(recipe, trial, folder), {"meta_validation": figures})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, grids, and the tuning budget.
+
+
+def test_a_grid_expands_to_all_its_points_and_may_hold_the_learning_rate() -> None:
+    method = {"name": "kd", "weight": 0.5, "grid": {"weight": [0.2, 1.0], "train.learning_rate": [0.03, 0.1]}}
+    points = expand_grid(method)
+    assert len(points) == 4
+    assert {"name": "kd", "weight": 1.0, "train": {"learning_rate": 0.03}} in points
+    assert expand_grid("kd") == ["kd"]
+    loss, train = split_method(points[0], TrainRecipe(epochs=3))
+    assert loss == {"name": "kd", "weight": 0.2}
+    assert (train.learning_rate, train.epochs) == (0.03, 3)
+
+
+@pytest.mark.parametrize("budget", [4, 12])
+def test_the_budget_is_the_same_for_all_and_spread_over_the_values(budget: int) -> None:
+    recipe = tuned_recipe(
+        budget,
+        KD={"name": "kd", "weight": 0.8, "temperature": 4.0, "grid": GRID},
+        CE={"name": "cross_entropy", "grid": {"train.learning_rate": [0.03, 0.1]}},
     )
+    points = choose_points(recipe, "KD")
+    assert len(points) == budget == len({str(point) for point in points})
+    assert {"name": "kd", "weight": 0.8, "temperature": 4.0} in points, "the method's own options are among them"
+    for option in GRID:
+        assert set(Counter(point[option] for point in points).values()) == {budget // 4}
+    assert points == choose_points(recipe, "KD")
+    assert len(choose_points(recipe, "CE")) == 2
+    recipe.seed = 1
+    assert points != choose_points(recipe, "KD")
 
 
-def test_mean_and_error_equal_the_standard_library() -> None:
-    values = [3.0, 4.5, 4.0, 7.0]
-    mean, error = mean_and_error(values)
-    assert mean == pytest.approx(statistics.mean(values))
-    assert error == pytest.approx(statistics.stdev(values) / 2)
-    assert math.isnan(mean_and_error([1.0])[1])
+def test_the_first_point_holds_the_recipes_learning_rate() -> None:
+    recipe = tuned_recipe(1, KD={"name": "kd", "grid": {"train.learning_rate": [0.03, 0.1], "weight": [0.2, 0.5]}})
+    recipe.train.learning_rate = 0.1
+    assert choose_points(recipe, "KD") == [{"name": "kd", "weight": 0.2, "train": {"learning_rate": 0.1}}]
+
+
+def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their_mean(tmp_path) -> None:
+    recipe = tuned_recipe(8, 2, KD={"name": "kd", "grid": GRID}, CE="cross_entropy")
+    trials = plan_tuning(recipe)
+    assert len(trials) == 8
+    assert {trial.seed for trial in trials} == {0, 1}
+    best, lucky = trials[1].loss, trials[2].loss
+    for trial in trials:
+        lucks = {0: 85.0, 1: 70.0}
+        top1 = 80.0 if trial.loss == best else lucks[trial.seed] if trial.loss == lucky else 60.0
+        write_score(recipe, trial, tmp_path, top1)
+    assert pick_options(recipe, tmp_path) == {"KD": best, "CE": "cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"methods": {"KD": {"name": "kd", "grid": {"wight": [0.1, 0.2]}}}}, r"methods\.KD: loss 'kd': .*wight"),
+        ({"methods": {"KD": {"name": "kd", "grid": {"weight": 0.5}}}}, r"methods\.KD\.grid\.weight: 0\.5"),
+        ({"methods": {"KD": {"name": "kd", "grid": {"weight": [0.5, 2.0]}}}}, r"methods\.KD: .*weight: 2\.0"),
+        ({"methods": {"KD": {"name": "kd", "grid": [0.5]}}}, r"methods\.KD\.grid: \[0\.5\]"),
+        ({"methods": {"KD": {"name": "kd", "grid": {"train.lr": [0.1]}}}}, r"methods\.KD\.grid\.train\.lr'; nearest"),
+        ({"methods": {"KD": {"name": "kd", "train": {"learning_rate": "1e-1"}}}}, r"train\.learning_rate: '1e-1'"),
+        ({"methods": {"KD": {"name": "kd", "grid": {"train.epochs": [1, 0]}}}}, r"methods\.KD\.grid\.train\.epochs: 0"),
+        ({"methods": {"KD": "missing.lkd.safetensors"}}, r"methods\.KD: missing\.lkd\.safetensors"),
+        ({"baseline": "DKD"}, "baseline: 'DKD' .* CE, KD"),
+        ({"students": []}, "students: none"),
+        ({"tuning_trainings": 1, "tuning_seeds": 2}, "tuning_trainings: 1 .* tuning_seeds, 2"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_training(changes: dict, named: str) -> None:
+    recipe = tiny_recipe(**changes)
+    with pytest.raises(UserError, match=named):
+        check_methods(recipe, open_world(recipe))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics and tables.
+
+
+def table(published: dict | None = None, seeds: int = 3) -> list[dict]:
+    rows = [
+        {
+            "student": student,
+            "method": method,
+            "loss": method,
+            "seed": seed,
+            "last": {"top1": top1},
+            "best": {"top1": top1 + 1},
+            "steps_per_second": 100.0 + seed,
+            "loss_parameters": 1234,
+            "peak_mib": None if method == "CE" else 10.0 + seed,
+        }
+        for student in ("s_1", "s_2")
+        for method, tops in TOPS.items()
+        for seed, top1 in enumerate(tops[:seeds])
+    ]
+    return [row | {"tuned_over": 8, "published": published} for row in summarize(rows, "KD")]
 
 
 def test_differences_are_paired_over_seeds() -> None:
-    rows = [
-        {
-            "student": "s",
-            "method": m,
-            "loss": m,
-            "seed": seed,
-            "seconds": 1.0,
-            "steps_per_second": 100.0,
-            "loss_parameters": 0,
-            "peak_mib": None,
-            "last": {"top1": top1},
-            "best": {"top1": top1 + 1},
-        }
-        for m, tops in {"KD": [80.0, 90.0], "learned": [81.0, 91.0]}.items()
-        for seed, top1 in enumerate(tops)
-    ]
-    kd, learned = summarize(rows, "KD")
-    assert kd["last"] == pytest.approx((85.0, 5.0))
-    assert learned["difference"] == pytest.approx((1.0, 0.0))
-    assert learned["best"][0] == pytest.approx(87.0)
-    table = format_table(tabulate([row | {"tuned_over": 0, "published": None} for row in (kd, learned)], "KD"))
-    assert "+1.00 ± 0.00" in table
-    assert "85.00 ± 5.00" in table
+    kd, row, _ = table()[:3]
+    half = 4.302653 * 0.288675  # t of two degrees of freedom × standard error of 1, 1.5, 0.5
+    assert row["difference"] == pytest.approx((1.0, 0.288675), abs=1e-5)
+    assert row["interval"] == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    assert (row["steps_per_second"], row["peak_mib"]) == (101.0, 11.0)
+    assert (kd["last"][0], kd["best"][0]) == (81.0, 82.0)
 
 
-def test_a_grid_expands_to_all_its_points() -> None:
-    grid = {"name": "kd", "grid": {"weight": [0.1, 0.9], "temperature": [1.0, 4.0, 8.0]}}
-    points = expand_grid(grid)
-    assert len(points) == 6
-    assert {"name": "kd", "weight": 0.9, "temperature": 8.0} in points
-    assert expand_grid("kd") == ["kd"]
+def test_the_table_is_text_latex_and_csv() -> None:
+    lines = list_lines(table(), "KD")
+    text = format_table(lines, ["100 % of it"])
+    assert text.splitlines()[2].startswith(
+        "s_1      A&B_100%  82.00 ± 0.76  83.00 ± 0.76  +1.00 ± 0.29  [−0.24, +2.24]  3"
+    )
+    assert text.endswith("\n\n100 % of it\n")
+    latex = format_latex(lines, ["100 % of it"])
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 1 + 6
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {10}
+    assert r"A\&B\_100\%" in latex
+    assert r"$\pm$" in latex
+    assert all(line.startswith("%") or not re.search(r"(?<!\\)[%#_]|[−±]", line) for line in latex.splitlines())
+    assert latex.count(r"\midrule") == 2, "one below the header, one between the students"
+    rows = list(csv.DictReader(io.StringIO(format_csv(list_rows(table(seeds=1))))))
+    assert float(rows[1]["last"]) == 81.0
+    assert rows[1]["interval_low"] == rows[2]["peak_mib"] == "", "nothing where nothing is known"
+    for seeds in (1, 3):
+        plot_table(table(seeds=seeds), "KD", Path("comparison.png"))
+        assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_pick_is_the_best_on_meta_validation(tmp_path) -> None:
+def test_published_numbers_stand_beside_ours_only_where_the_whole_protocol_is_theirs(tmp_path: Path) -> None:
+    assert "published %" not in list_lines(table(), "KD")[0]
+    header, *rows = list_lines(table({"accuracy": 73.33, "source": "a table"}), "KD")
+    assert (header[-1], {row[-1] for row in rows}) == ("published %", {"73.33"})
+    path = tmp_path / "published.csv"
+    path.write_text("data,teacher,student,epochs,loss,accuracy,source\ncifar100,wrn_40_2,wrn-16-2,240,kd,74.9,here\n")
+    protocol = ("cifar100", "wrn_40_2", "wrn_16_2", 240, "kd")
+    assert find_published(*protocol, path=path) == {"accuracy": 74.9, "source": "here"}
+    for place, other in enumerate(("cifar10", "wrn_16_2", "wrn_40_2", 13, "dkd")):
+        assert find_published(*protocol[:place], other, *protocol[place + 1 :], path=path) is None
+    known = read_published()
+    assert len({(row["teacher"], row["student"], row["loss"]) for row in known}) == len(known) > 20
+    for row in known:
+        assert row["loss"] in LOSSES
+        assert 60 < float(row["accuracy"]) < 80
+        assert ";" in row["source"], "two public sources"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trials: their place, their cost, their results.
+
+
+def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
     recipe = tiny_recipe()
-    for cell, top1 in zip(plan_tuning(recipe), (70.0, 80.0), strict=True):
-        figures = {"top1": top1, "calibrated_cross_entropy": 1.0}
-        write_json(cell_path(recipe, cell, tmp_path), {"meta_validation": figures})
-    assert pick_options(recipe, tmp_path) == {
-        "CE": "cross_entropy",
-        "KD": {"name": "kd", "weight": 1.0, "temperature": 2.0},
-    }
-
-
-def test_any_change_of_the_recipe_is_another_cell(tmp_path) -> None:
-    recipe, changed = tiny_recipe(), tiny_recipe()
-    cell = Cell("CE", "cross_entropy", ModelRecipe(), 0, reported=True)
-    path = cell_path(recipe, cell, tmp_path)
-    assert cell_path(changed, cell, tmp_path) == path
-    changed.data.label_noise = 0.1
-    assert cell_path(changed, cell, tmp_path) != path
-    moved = tiny_recipe()
-    moved.data.root = "/elsewhere"
-    assert cell_path(moved, cell, tmp_path) == path
+    trial = Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=True)
+    path = trial_path(recipe, trial, tmp_path)
+    moved, changed = tiny_recipe(), tiny_recipe()
+    moved.data.root, changed.data.label_noise = "/elsewhere", 0.1
+    assert trial_path(moved, trial, tmp_path) == path
+    assert trial_path(changed, trial, tmp_path) != path
+    assert trial_path(recipe, Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=False), tmp_path) != path
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(seed)
         save_loss(f"{name}.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
     learned = [
-        cell_path(recipe, Cell("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
+        trial_path(recipe, Trial("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
     ]
     assert learned[0] == learned[1] != learned[2], "a learned loss is its content, not its path"
-    tuned = Cell("CE", "cross_entropy", ModelRecipe(), 0, reported=False)
-    assert cell_path(recipe, tuned, tmp_path) != path
 
 
+def test_only_the_blocks_are_timed() -> None:
+    cost = Cost(torch.device("cpu"))
+    for _ in range(2):
+        time.sleep(0.2)
+        with cost.measured():
+            time.sleep(0.05)
+    assert 0.1 <= cost.seconds < 0.3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux only")
+def test_the_peak_is_that_of_the_blocks_whatever_came_before() -> None:
+    for earlier in (1, 400):
+        torch.ones(earlier * 2**18)  # MiB, freed at once
+        cost = Cost(torch.device("cpu"))
+        torch.ones(200 * 2**18)  # evaluation
+        with cost.measured():
+            torch.ones(64 * 2**18)
+        with cost.measured():
+            torch.ones(16 * 2**18)
+        assert cost.peak_mib == pytest.approx(64, abs=6)
+
+
+@pytest.mark.usefixtures("_one_process")
 def test_a_comparison_runs_once_and_reports_every_seed() -> None:
     recipe = tiny_recipe()
     with open_run(recipe, "compare", quiet=True) as run:
-        table = compare(recipe, run)
-    assert [row["method"] for row in table] == ["CE", "KD"]
+        found = compare(recipe, run)
+    assert [row["method"] for row in found] == ["CE", "KD"]
     rows = list(csv.DictReader((run.path / "cells.csv").open()))
     assert sorted((row["method"], row["seed"]) for row in rows) == [("CE", "0"), ("CE", "1"), ("KD", "0"), ("KD", "1")]
-    assert (run.path / "comparison.png").stat().st_size > 1000
-    for cell in plan_tuning(recipe):
-        assert "last" not in read_json(cell_path(recipe, cell, run.path)), "tuning must not read the test split"
-    picks = read_json(run.path / "picks.json")
-    assert len(plan_report(recipe, picks)) == 4
-    if picks["KD"]["weight"] == 0.0:  # KD without a teacher is cross-entropy: paired seeds give the same student
-        assert table[1]["difference"] == (0.0, 0.0)
+    for trial in plan_tuning(recipe):
+        assert "last" not in read_json(trial_path(recipe, trial, run.path)), "tuning must not read the test split"
+    assert len(plan_report(recipe, read_json(run.path / "picks.json"))) == 4
     before = {path: path.stat().st_mtime_ns for path in (run.path / "cells").iterdir()}
     recipe.resume = "auto"
     with open_run(recipe, "compare", quiet=True) as run:
-        again = compare(recipe, run)
-    assert again == table
+        assert compare(recipe, run) == found
     assert {path: path.stat().st_mtime_ns for path in (run.path / "cells").iterdir()} == before
 
 
-def test_mistakes_show_before_any_training() -> None:
-    recipe = tiny_recipe()
-    images = prepare_images(recipe.data)
-    recipe.methods["KD"]["grid"]["weight"] = [0.5, 2.0]
-    with pytest.raises(UserError, match=r"weight: 2\.0 is not in \[0, 1\]"):
-        check_methods(recipe, images)
-    recipe = tiny_recipe()
-    recipe.baseline = "DKD"
-    with pytest.raises(UserError, match="baseline: 'DKD' is not one of the methods CE, KD"):
-        check_methods(recipe, images)
-    recipe = tiny_recipe()
-    recipe.methods["learned"] = "missing.lkd.safetensors"
-    with pytest.raises(UserError, match=r"missing\.lkd\.safetensors: no such file"):
-        check_methods(recipe, images)
-
-
 def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
-    recipe = tiny_recipe()
     losses = ["cross_entropy", {"name": "kd", "weight": 0.0, "temperature": 2.0}]
-    cells = [Cell("x", loss, ModelRecipe(), 5, reported=True) for loss in losses]
-    first, second = (run_cell(recipe, cell, tmp_path / f"{n}.json") for n, cell in enumerate(cells))
+    trials = [Trial("x", loss, ModelRecipe(), 5, reported=True) for loss in losses]
+    first, second = (run_trial(tiny_recipe(), trial, tmp_path / f"{n}.json") for n, trial in enumerate(trials))
     assert first["last"] == second["last"]
     assert first["meta_validation"] == second["meta_validation"]
 
 
+@pytest.mark.usefixtures("_one_process")
 def test_a_training_that_diverges_is_a_result() -> None:
-    recipe = tiny_recipe()
-    recipe.seeds, recipe.students = 1, [ModelRecipe("small_cnn")]
-    recipe.methods = {
+    methods = {
         "CE": {"name": "cross_entropy", "grid": {"train.learning_rate": [1e30, 0.1]}},
         "wild": {"name": "cross_entropy", "train": {"learning_rate": 1e30}},
     }
-    recipe.baseline = "CE"
+    recipe = tiny_recipe(methods=methods, baseline="CE", seeds=1)
     with open_run(recipe, "compare", quiet=True) as run:
-        table = compare(recipe, run)
-        picks = read_json(run.path / "picks.json")
-        text, cells = ((run.path / name).read_text() for name in ("table.txt", "cells.csv"))
-    assert picks["CE"]["train"]["learning_rate"] == 0.1
-    assert table[0]["last"][0] != 10.0
-    assert table[1]["last"][0] == table[1]["best"][0] == 10.0
-    assert "Diverged, and counted as guessing: wild on small_cnn, seed 0." in text
-    diverged = [row["diverged_at"] for row in csv.DictReader(cells.splitlines())]
+        found = compare(recipe, run)
+    assert read_json(run.path / "picks.json")["CE"]["train"]["learning_rate"] == 0.1
+    assert found[0]["last"][0] != 10.0
+    assert found[1]["last"][0] == found[1]["best"][0] == 10.0
+    assert "Diverged, and counted as guessing: wild on small_cnn, seed 0." in (run.path / "table.txt").read_text()
+    diverged = [row["diverged_at"] for row in csv.DictReader((run.path / "cells.csv").open())]
     assert diverged[0] == ""
     assert 0 < int(diverged[1]) < 8

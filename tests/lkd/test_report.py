@@ -77,7 +77,7 @@ def runs(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(
-            "lkd.evaluation.comparison.compare.start_workers", lambda count: ThreadPoolExecutor(1)
+            "lkd.evaluation.comparison.compare.start_workers", lambda count, device: ThreadPoolExecutor(1)
         )  # a process starts slowly
         run_recipe(tiny_recipe(run_dir="learned", reuse_every=2))
         loss = ["--loss", "learned/loss.lkd.safetensors"]

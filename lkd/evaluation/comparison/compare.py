@@ -21,49 +21,42 @@ from lkd.evaluation.comparison.tables import (
     format_latex,
     format_options,
     format_table,
-    list_cells,
+    list_lines,
     list_rows,
+    list_trials,
     plot_table,
     summarize,
-    tabulate,
 )
 from lkd.evaluation.comparison.trials import (
-    Cell,
     Method,
     Row,
+    Trial,
+    World,
     balance_of,
-    cell_path,
     check_tuning,
     choose_points,
     expand_grid,
-    run_cell,
+    open_world,
     run_leased,
+    run_trial,
     split_method,
+    trial_path,
 )
 from lkd.losses.build import LOSSES
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import Run, evidence
-from lkd.training.build import (
-    Images,
-    LossBuilder,
-    OpenedTeacher,
-    choose_student,
-    introduce_network,
-    introduce_teacher,
-    open_teacher,
-    prepare_images,
-)
+from lkd.training.build import LossBuilder, choose_student, introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which trainings a comparison consists of, and which options tuning picks.
+# Which trials a comparison consists of, and which options tuning picks.
 
 
-def plan_tuning(recipe: CompareRecipe) -> list[Cell]:
-    """The trainings that tuning needs: the points of every grid, with the first seeds and the first student."""
+def plan_tuning(recipe: CompareRecipe) -> list[Trial]:
+    """The trials that tuning needs: the points of every grid, with the first seeds and the first student."""
     points = {label: choose_points(recipe, label) for label in recipe.methods}
     return [
-        Cell(label, options, recipe.students[0], recipe.seed + offset, reported=False)
+        Trial(label, options, recipe.students[0], recipe.seed + offset, reported=False)
         for offset in range(recipe.tuning_seeds)
         for label in recipe.methods
         for options in points[label]
@@ -76,13 +69,13 @@ def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, Method]:
 
     By accuracy; calibrated cross-entropy breaks ties.
     """
-    cells = plan_tuning(recipe)
+    trials = plan_tuning(recipe)
     picks: dict[str, Method] = {}
     for label in recipe.methods:
         ranked = []
         for options in choose_points(recipe, label):
-            mine = [cell for cell in cells if cell.method == label and cell.loss == options]
-            rows = [read_result(cell_path(recipe, cell, folder))["meta_validation"] for cell in mine]
+            mine = [trial for trial in trials if trial.method == label and trial.loss == options]
+            rows = [read_result(trial_path(recipe, trial, folder))["meta_validation"] for trial in mine]
             ranked.append(
                 (-sum(row["top1"] for row in rows), sum(row["calibrated_cross_entropy"] for row in rows), options)
             )
@@ -91,10 +84,10 @@ def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, Method]:
     return picks
 
 
-def plan_report(recipe: CompareRecipe, picks: dict[str, Method]) -> list[Cell]:
-    """The trainings behind the table."""
+def plan_report(recipe: CompareRecipe, picks: dict[str, Method]) -> list[Trial]:
+    """The trials behind the table."""
     return [
-        Cell(label, options, student, recipe.seed + offset, reported=True)
+        Trial(label, options, student, recipe.seed + offset, reported=True)
         for offset in range(recipe.seeds)
         for student in recipe.students
         for label, options in picks.items()
@@ -106,18 +99,18 @@ def plan_report(recipe: CompareRecipe, picks: dict[str, Method]) -> list[Cell]:
 
 
 def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path) -> list[Row]:
-    """Write `table.txt`, `table.csv`, `table.tex`, `cells.csv` and `comparison.png` from the finished cells."""
-    rows = [read_result(cell_path(recipe, cell, folder)) for cell in plan_report(recipe, picks)]
-    tuned = [cell.method for cell in plan_tuning(recipe)]
+    """Write `table.txt`, `table.csv`, `table.tex`, `cells.csv` and `comparison.png` from the finished trials."""
+    rows = [read_result(trial_path(recipe, trial, folder)) for trial in plan_report(recipe, picks)]
+    tuned = [trial.method for trial in plan_tuning(recipe)]
     table = [
         row | {"tuned_over": tuned.count(row["method"]), "published": published_beside(recipe, row)}
         for row in summarize(rows, recipe.baseline)
     ]
-    lines, notes = tabulate(table, recipe.baseline), write_notes(recipe, picks, table) + note_diverged(rows)
+    lines, notes = list_lines(table, recipe.baseline), write_notes(recipe, picks, table, rows)
     write_text(folder / "table.txt", format_table(lines, notes))
     write_text(folder / "table.csv", format_csv(list_rows(table)))
     write_text(folder / "table.tex", format_latex(lines, notes))
-    write_text(folder / "cells.csv", format_csv(list_cells(rows)))
+    write_text(folder / "cells.csv", format_csv(list_trials(rows)))
     plot_table(table, recipe.baseline, folder / "comparison.png")
     return table
 
@@ -132,7 +125,7 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     return find_published(recipe.data.name, teacher, row["student"], epochs, loss)
 
 
-def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row]) -> list[str]:
+def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row], rows: list[Row]) -> list[str]:
     """What a reader of the table must know."""
     notes = [
         f"Test accuracy, mean ± standard error over {recipe.seeds} paired seeds; 95 % interval of the paired "
@@ -152,14 +145,9 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
             notes.append(f"Less than the budget, because there is no more to choose from: {', '.join(short)}.")
         notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
     sources = {row["published"]["source"]: None for row in table if row["published"]}
-    return [*notes, *(f"Published, students trained on all training images: {source}" for source in sources)]
-
-
-def note_diverged(rows: list[Row]) -> list[str]:
-    """Say which seeds diverged."""
-    diverged = [row for row in rows if "diverged_at" in row]
-    cells = ", ".join(f"{row['method']} on {row['student']}, seed {row['seed']}" for row in diverged)
-    return [f"Diverged, and counted as guessing: {cells}."] if diverged else []
+    notes += [f"Published, students trained on all training images: {source}" for source in sources]
+    diverged = [f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row]
+    return [*notes, *([f"Diverged, and counted as guessing: {', '.join(diverged)}."] if diverged else [])]
 
 
 def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
@@ -181,26 +169,24 @@ def figure_key(label: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Losses × students × paired seeds, each cell a training of its own; finished cells are kept and never run again.
+# The comparison itself.
 
 
 def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
-    """Tune, train every cell, and write tables, picture, `picks.json` and `result.json`.
+    """Tune, run every trial, and write tables, picture, `picks.json` and `result.json`.
 
     Returns:
         The table's rows.
     """
-    images = prepare_images(recipe.data)
-    teacher = open_teacher(recipe.teacher, images.train)
-    check_methods(recipe, images, teacher)
-    students = [choose_student(student, images.train) for student in recipe.students]
-    run.say(*(introduce_network("student", student, images, run.device) for student in students))
-    run.say(introduce_teacher(teacher, images, run.device))
-    on_gpus = run.device.type == "cuda" and run.device.index is None
-    with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
-        finish_cells(recipe, plan_tuning(recipe), run, workers, "tune")
+    world = open_world(recipe)
+    check_methods(recipe, world)
+    students = [choose_student(student, world.images.train) for student in recipe.students]
+    run.say(*(introduce_network("student", student, world.images, run.device) for student in students))
+    run.say(introduce_teacher(world.teacher, world.images, run.device))
+    with start_workers(recipe.workers, run.device) as workers:
+        finish_trials(recipe, plan_tuning(recipe), run, workers, "tune")
         picks = pick_options(recipe, run.path)
-        finish_cells(recipe, plan_report(recipe, picks), run, workers, "train")
+        finish_trials(recipe, plan_report(recipe, picks), run, workers, "train")
     table = write_results(recipe, picks, run.path)
     figures = figures_of(table, recipe.baseline)
     environment = run.provenance()["environment"]
@@ -210,7 +196,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe, images: Images, teacher: OpenedTeacher) -> None:
+def check_methods(recipe: CompareRecipe, world: World) -> None:
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
 
     Raises:
@@ -226,9 +212,9 @@ def check_methods(recipe: CompareRecipe, images: Images, teacher: OpenedTeacher)
         for point in expand_grid(method):
             loss, train = split_method(point, recipe.train)
             try:
-                losses = LossBuilder(loss, teacher, images)
+                losses = LossBuilder(loss, world.teacher, world.images)
                 for student in recipe.students:
-                    built = losses.build(choose_student(student, images.train), recipe.seed)
+                    built = losses.build(choose_student(student, world.images.train), recipe.seed)
                 build_balance(balance_of(point), built)
                 build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
             except UserError as error:
@@ -236,23 +222,27 @@ def check_methods(recipe: CompareRecipe, images: Images, teacher: OpenedTeacher)
 
 
 def submit(
-    recipe: CompareRecipe, cells: list[Cell], folder: Path, workers: ProcessPoolExecutor, device: str
+    recipe: CompareRecipe, trials: list[Trial], folder: Path, workers: ProcessPoolExecutor, device: str
 ) -> "dict[Future[Any], str]":
-    """Give the cells that have no result yet to the workers."""
-    jobs = [(cell, cell_path(recipe, cell, folder)) for cell in cells]
+    """Give the trials that have no result yet to the workers."""
+    jobs = [(trial, trial_path(recipe, trial, folder)) for trial in trials]
     return {
-        workers.submit(run_cell, recipe, cell, path, device): cell.method for cell, path in jobs if not path.exists()
+        workers.submit(run_trial, recipe, trial, path, device): trial.method
+        for trial, path in jobs
+        if not path.exists()
     }
 
 
-def finish_cells(recipe: CompareRecipe, cells: list[Cell], run: Run, workers: ProcessPoolExecutor, title: str) -> None:
-    """Train the cells that have no result yet, and wait for those that others who share the run train.
+def finish_trials(
+    recipe: CompareRecipe, trials: list[Trial], run: Run, workers: ProcessPoolExecutor, title: str
+) -> None:
+    """Run the trials that have no result yet, and wait for those that others who share the run are at.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM.
         UserError: If a training fails.
     """
-    paths = {cell_path(recipe, cell, run.path): cell for cell in cells}
+    paths = {trial_path(recipe, trial, run.path): trial for trial in trials}
     drop_damaged(paths, run.say)
     watch = LeaseWatch()
     told = False
@@ -264,21 +254,19 @@ def finish_cells(recipe: CompareRecipe, cells: list[Cell], run: Run, workers: Pr
         }
         if jobs:
             finish_all(jobs, describe_row, title)
-            told = False
         else:
             if not told:
                 run.say(f"waiting for {len(missing)} trainings that other processes are at")
-            told = True
             time.sleep(1)
+        told = not jobs
 
 
 def describe_row(label: str, row: Row | None) -> str | None:
-    """One line about a finished cell."""
+    """One line about a finished trial."""
     if row is None:
         return None
-    figure = row["last"]["top1"] if row["reported"] else row["meta_validation"]["top1"]
-    split = "test" if row["reported"] else "meta-validation"
-    cell = f"{label}, {row['student']}, seed {row['seed']}, {format_options(row['loss'])}"
+    split, figures = ("test", row["last"]) if row["reported"] else ("meta-validation", row["meta_validation"])
+    trial = f"{label}, {row['student']}, seed {row['seed']}, {format_options(row['loss'])}"
     if "diverged_at" in row:
-        return f"  {cell}: diverged at step {row['diverged_at']} ({row['seconds']:.0f} s)"
-    return f"  {cell}: {figure:.2f} % on {split} ({row['seconds']:.0f} s)"
+        return f"  {trial}: diverged at step {row['diverged_at']} ({row['seconds']:.0f} s)"
+    return f"  {trial}: {figures['top1']:.2f} % on {split} ({row['seconds']:.0f} s)"

@@ -13,10 +13,13 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from tabulate import SEPARATING_LINE, tabulate
 
 from lkd.core.files import replaced_atomically
 from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.tracking.run import shorten_paths
+
+Row = dict[str, Any]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture of a comparison.
@@ -24,7 +27,7 @@ from lkd.tracking.run import shorten_paths
 matplotlib.use("Agg")
 
 
-def plot_table(table: list[dict[str, Any]], baseline: str, path: Path) -> None:
+def plot_table(table: list[Row], baseline: str, path: Path) -> None:
     """Draw, for each student, test accuracy and the paired difference to the baseline, one line for each method.
 
     Args:
@@ -32,16 +35,9 @@ def plot_table(table: list[dict[str, Any]], baseline: str, path: Path) -> None:
         baseline: Label of the method that differences are taken to.
         path: The picture, PNG.
     """
-    students = list(dict.fromkeys(row["student"] for row in table))
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    figure, axes = plt.subplots(
-        len(students),
-        2,
-        figsize=(9, (1.1 + 0.32 * len(methods)) * len(students)),
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    students, methods = (list(dict.fromkeys(row[key] for row in table)) for key in ("student", "method"))
+    size = 9, (1.1 + 0.32 * len(methods)) * len(students)
+    figure, axes = plt.subplots(len(students), 2, figsize=size, sharey="row", squeeze=False, layout="constrained")
     for (left, right), student in zip(axes, students, strict=True):
         rows = [row for row in table if row["student"] == student]
         draw_accuracies(left, rows, baseline)
@@ -62,7 +58,7 @@ def plot_table(table: list[dict[str, Any]], baseline: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_accuracies(axis: Axes, rows: list[dict[str, Any]], baseline: str) -> None:
+def draw_accuracies(axis: Axes, rows: list[Row], baseline: str) -> None:
     """Points with standard errors; a line through the baseline's."""
     for position, row in enumerate(rows):
         mean, error = row["last"]
@@ -72,7 +68,7 @@ def draw_accuracies(axis: Axes, rows: list[dict[str, Any]], baseline: str) -> No
             axis.axvline(mean, color="0.6", lw=0.8, ls=":")
 
 
-def draw_differences(axis: Axes, rows: list[dict[str, Any]], methods: list[str], baseline: str) -> None:
+def draw_differences(axis: Axes, rows: list[Row], methods: list[str], baseline: str) -> None:
     """Every seed's difference as a dot, and the interval of the mean; coloured where it leaves out zero."""
     axis.axvline(0, color="0.6", lw=0.8, ls=":")
     axis.annotate(
@@ -91,14 +87,12 @@ def draw_differences(axis: Axes, rows: list[dict[str, Any]], methods: list[str],
 # ----------------------------------------------------------------------------------------------------------------------
 # The table of a comparison: its rows, and the same table as text, CSV and LaTeX.
 
-Row = dict[str, Any]
-
 
 def summarize(rows: list[Row], baseline: str) -> list[Row]:
     """Average over seeds.
 
     Args:
-        rows: Results of reported cells.
+        rows: Results of reported trials.
         baseline: The method that differences are taken to, seed by seed.
 
     Returns:
@@ -114,28 +108,28 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
     for (student, method), seeds in groups.items():
         base = groups[student, baseline]
         differences = [row["last"]["top1"] - base[seed]["last"]["top1"] for seed, row in seeds.items()]
-        cells = list(seeds.values())
-        peaks = [row["peak_mib"] for row in cells if row["peak_mib"] is not None]
+        trials = list(seeds.values())
+        peaks = [row["peak_mib"] for row in trials if row["peak_mib"] is not None]
         table.append(
             {
                 "student": student,
                 "method": method,
-                "loss": cells[0]["loss"],
+                "loss": trials[0]["loss"],
                 "seeds": len(seeds),
-                "last": mean_and_error([row["last"]["top1"] for row in cells]),
-                "best": mean_and_error([row["best"]["top1"] for row in cells]),
+                "last": mean_and_error([row["last"]["top1"] for row in trials]),
+                "best": mean_and_error([row["best"]["top1"] for row in trials]),
                 "difference": (0.0, 0.0) if method == baseline else mean_and_error(differences),
                 "interval": confidence_interval(differences),
                 "differences": differences,
-                "steps_per_second": statistics.median(row["steps_per_second"] for row in cells),
-                "loss_parameters": cells[0]["loss_parameters"],
+                "steps_per_second": statistics.median(row["steps_per_second"] for row in trials),
+                "loss_parameters": trials[0]["loss_parameters"],
                 "peak_mib": statistics.median(peaks) if peaks else None,
             }
         )
     return table
 
 
-def tabulate(table: list[Row], baseline: str) -> list[list[str]]:
+def list_lines(table: list[Row], baseline: str) -> list[list[str]]:
     """The header and the rows as words; the column of published numbers only where there is one."""
     header = [
         *("student", "method", "last epoch %", "best epoch %", f"last − {baseline}", "95 % interval", "seeds"),
@@ -166,39 +160,21 @@ def tabulate(table: list[Row], baseline: str) -> list[list[str]]:
 
 def format_table(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
     """A table for the terminal, with notes below."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
+    text = tabulate(lines, tablefmt="plain", disable_numparse=True)
+    return "\n".join([*(line.rstrip() for line in text.splitlines()), *([""] if notes else []), *notes]) + "\n"
 
 
 def format_latex(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
-    r"""A LaTeX `tabular` (needs `\usepackage{booktabs}`), with the notes as comments."""
-    header, *body = ([escape_latex(cell) for cell in line] for line in lines)
-    rows = [" & ".join(line) + r" \\" for line in body]
-    for position in range(len(body) - 1, 0, -1):
-        if body[position][0] != body[position - 1][0]:
-            rows.insert(position, r"\midrule")
-    return "\n".join(
-        [
-            *(f"% {note}" for note in notes),
-            r"\begin{tabular}{ll" + "r" * (len(header) - 2) + "}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it."""
-    signs = {character: f"\\{character}" for character in "&%$#_{}"}
-    signs |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    signs |= {"−": "$-$", "±": r"$\pm$", "[": "{[}", "]": "{]}", "<": "$<$", ">": "$>$"}
-    return "".join(signs.get(character, character) for character in text)
+    r"""A LaTeX `tabular` (needs `\usepackage{booktabs}`), with the notes as comments and a rule between the groups."""
+    header, *body = lines
+    rows: list[Any] = []
+    for before, line in zip([None, *body], body, strict=False):
+        rows += [line] if before is None or before[0] == line[0] else [SEPARATING_LINE, line]
+    alignment = ["left", "left", *["right"] * (len(header) - 2)]
+    text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True, colalign=alignment)
+    for sign, command in (("−", "$-$"), ("±", r"$\pm$"), ("[", "{[}"), ("]", "{]}")):  # `[` after `\\` is an option
+        text = text.replace(sign, command)
+    return "\n".join([*(f"% {note}" for note in notes), text, ""])
 
 
 def format_csv(lines: Sequence[Sequence[object]]) -> str:
@@ -226,33 +202,25 @@ def list_rows(table: list[Row]) -> list[list[object]]:
     return [header, *([None if value != value else value for value in row] for row in rows)]
 
 
-def list_cells(rows: list[Row]) -> list[list[object]]:
+def list_trials(rows: list[Row]) -> list[list[object]]:
     """Every seed's figures, under a header."""
     header: list[object] = [
         *("method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step"),
         *("diverged_at", "seconds", "steps_per_second", "loss_parameters", "peak_mib"),
     ]
-    return [
-        header,
-        *(
+    lines = [header]
+    for row in rows:
+        loss = shorten_paths(row["loss"])
+        lines.append(
             [
-                row["method"],
-                row["student"],
-                row["seed"],
-                json.dumps(shorten_paths(row["loss"])) if isinstance(row["loss"], dict) else shorten_paths(row["loss"]),
-                f"{row['last']['top1']:.4f}",
-                f"{row['best']['top1']:.4f}",
-                f"{row['meta_validation']['top1']:.4f}",
-                row["best_step"],
-                row.get("diverged_at", ""),
-                f"{row['seconds']:.1f}",
-                f"{row['steps_per_second']:.2f}",
-                row["loss_parameters"],
+                *(row["method"], row["student"], row["seed"], json.dumps(loss) if isinstance(loss, dict) else loss),
+                *(f"{row[name]['top1']:.4f}" for name in ("last", "best", "meta_validation")),
+                *(row["best_step"], row.get("diverged_at", ""), f"{row['seconds']:.1f}"),
+                *(f"{row['steps_per_second']:.2f}", row["loss_parameters"]),
                 "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
             ]
-            for row in rows
-        ),
-    ]
+        )
+    return lines
 
 
 def format_options(method: dict[str, Any] | str) -> str:

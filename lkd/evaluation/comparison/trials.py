@@ -1,4 +1,4 @@
-"""The trainings of a comparison: their options, their place, their cost and their result."""
+"""The trials of a comparison: their options, their place, their cost and their result."""
 
 import ctypes
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lkd.balance.balancing import build_balance
-from lkd.config.evaluation import CompareRecipe
+from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
@@ -127,11 +127,8 @@ def expand_grid(method: Method) -> list[Method]:
     """Every point of a method's grid; the method itself if it has none."""
     if isinstance(method, str) or "grid" not in method:
         return [method]
-    names = list(method["grid"])
-    return [
-        place_point(method, dict(zip(names, point, strict=True)))
-        for point in itertools.product(*method["grid"].values())
-    ]
+    points = itertools.product(*method["grid"].values())
+    return [place_point(method, dict(zip(method["grid"], point, strict=True))) for point in points]
 
 
 def place_point(method: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
@@ -171,9 +168,9 @@ def choose_points(recipe: CompareRecipe, label: str) -> list[Method]:
         points.remove(point)
         used.update(enumerate(point))
         chosen.append(point)
-    names = list(options)
     return [
-        place_point(method, {name: options[name][i] for name, i in zip(names, p, strict=True)}) for p in sorted(chosen)
+        place_point(method, {name: values[place] for (name, values), place in zip(options.items(), p, strict=True)})
+        for p in sorted(chosen)
     ]
 
 
@@ -204,15 +201,15 @@ def check_tuning(recipe: CompareRecipe) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One cell of a comparison: a training, its place, and its result.
+# One trial: a training, its place, and its result.
 
 Row = dict[str, Any]
-ROW_FORMAT = 2  # of a cell's result; results of another format are not read
+ROW_FORMAT = 2  # of a trial's result; results of another format are not read
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """One training.
+class Trial:
+    """One training of a comparison.
 
     Attributes:
         method: The method's label.
@@ -229,83 +226,104 @@ class Cell:
     reported: bool
 
 
-def run_leased(recipe: CompareRecipe, cell: Cell, path: Path, lease: Path, device: str) -> Row | None:
-    """Train one cell if nobody else does; None if someone does, or did."""
-    with hold_lease(path, lease) as ours:
-        return run_cell(recipe, cell, path, device) if ours else None
-
-
-def cell_path(recipe: CompareRecipe, cell: Cell, folder: Path) -> Path:
-    """Where a cell's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
-    train = dataclasses.asdict(split_method(cell.loss, recipe.train)[1])
-    learned = digest_of(cell.loss["name"] if isinstance(cell.loss, dict) else cell.loss)
-    weights = digest_of(str(cell.loss.get("weights"))) if isinstance(cell.loss, dict) else None
+def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
+    """Where a trial's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    train = dataclasses.asdict(split_method(trial.loss, recipe.train)[1])
+    learned = hash_content(trial.loss["name"] if isinstance(trial.loss, dict) else trial.loss)
+    weights = hash_content(str(trial.loss.get("weights"))) if isinstance(trial.loss, dict) else None
     identity = {
         "format": ROW_FORMAT,
-        "cell": dataclasses.asdict(cell) | ({"loss": learned} if learned else {}),
-        "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
+        "cell": dataclasses.asdict(trial) | ({"loss": learned} if learned else {}),
+        **identify_world(recipe),
         "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
         **({"weights": weights} if weights else {}),
         **({"labelled": recipe.labelled_size} if recipe.labelled_size else {}),
     }
-    if learned and balance_of(cell.loss):
-        identity["balance"] = balance_of(cell.loss)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    kind = "report" if cell.reported else "tune"
-    label = "".join(letter if letter.isalnum() else "-" for letter in cell.method)
-    return folder / "cells" / f"{kind}-{label}-{cell.student.name}-seed{cell.seed}-{digest}.json"
+    if learned and balance_of(trial.loss):
+        identity["balance"] = balance_of(trial.loss)
+    kind = "report" if trial.reported else "tune"
+    label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
+    return folder / "cells" / f"{kind}-{label}-{trial.student.name}-seed{trial.seed}-{hash_identity(identity)}.json"
 
 
-def digest_of(path: str) -> str | None:
+def identify_world(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
+    """Images and teacher as they decide a result: not where the images lie, and a teacher by its file's content."""
+    teacher = {"path": hash_content(recipe.teacher.path) or recipe.teacher.path}
+    return {
+        "data": dataclasses.asdict(recipe.data) | {"root": None},
+        "teacher": dataclasses.asdict(recipe.teacher) | teacher,
+    }
+
+
+def hash_identity(identity: dict[str, Any]) -> str:
+    """Twelve hex digits of what decides a result."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hash_content(path: str) -> str | None:
     """The hash of a file, None where there is none of that name."""
     file = Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-@lru_cache(maxsize=8)
-def prepare_images_for_cells(data: str) -> Images:
-    """Images, once a process; the argument is the recipe's JSON."""
-    return prepare_images(DataRecipe(**json.loads(data)))
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Images and teacher, opened once a process for all its trials."""
+
+    images: Images
+    teacher: OpenedTeacher
+    prepared: dict[tuple[str, tuple[str, ...]], TeacherFunction] = dataclasses.field(default_factory=dict)
+
+    def answers(self, device: str, stages: tuple[str, ...]) -> TeacherFunction:
+        """What answers the losses that read these stages."""
+        key = device, stages
+        if key not in self.prepared:
+            self.prepared[key] = prepare_teacher(self.teacher, self.images, torch.device(device), stages)
+        return self.prepared[key]
+
+
+def open_world(recipe: CompareRecipe | FidelityRecipe) -> World:
+    """The images and the teacher of a recipe."""
+    return open_once(*(json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher)))
 
 
 @lru_cache(maxsize=8)
-def open_teacher_for_cells(data: str, teacher: str) -> OpenedTeacher:
-    """A teacher, read once a process; the recipes are JSON."""
-    return open_teacher(TeacherRecipe(**json.loads(teacher)), prepare_images_for_cells(data).train)
+def open_once(data: str, teacher: str) -> World:
+    """The world of two recipes, given as JSON."""
+    images = prepare_images(DataRecipe(**json.loads(data)))
+    return World(images, open_teacher(TeacherRecipe(**json.loads(teacher)), images.train))
 
 
-@lru_cache(maxsize=8)
-def prepare_teacher_for_cells(data: str, teacher: str, device: str, stages: tuple[str, ...]) -> TeacherFunction:
-    """What answers the losses that read these stages, once a process; the recipes are JSON."""
-    opened = open_teacher_for_cells(data, teacher)
-    return prepare_teacher(opened, prepare_images_for_cells(data), torch.device(device), stages)
+def run_leased(recipe: CompareRecipe, trial: Trial, path: Path, lease: Path, device: str) -> Row | None:
+    """Run one trial if nobody else does; None if someone does, or did."""
+    with hold_lease(path, lease) as ours:
+        return run_trial(recipe, trial, path, device) if ours else None
 
 
-def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu") -> Row:
-    """Train one cell and write its result.
+def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cpu") -> Row:
+    """Run one trial and write its result.
 
-    The test split is read only if the cell is reported: at the last and the best epoch. A training that diverges is a
+    The test split is read only if the trial is reported: at the last and the best epoch. A training that diverges is a
     result too: that of guessing.
     """
     device = own_device(device)
-    data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
-    images = prepare_images_for_cells(data)
-    specification, train = split_method(cell.loss, recipe.train)
-    student = choose_student(cell.student, images.train)
-    loss = prepare_loss(specification, student, open_teacher_for_cells(data, taught), images, cell.seed)
-    teacher = prepare_teacher_for_cells(data, taught, device, loss.teacher_stages)
     place = torch.device(device)
+    world = open_world(recipe)
+    images = world.images
+    specification, train = split_method(trial.loss, recipe.train)
+    student = choose_student(trial.student, images.train)
+    loss = prepare_loss(specification, student, world.teacher, images, trial.seed)
+    teacher = world.answers(device, loss.teacher_stages)
     started = time.perf_counter()
     cost = Cost(place)
-    balance = build_balance(balance_of(cell.loss), loss)
+    balance = build_balance(balance_of(trial.loss), loss)
     labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
-    training = start_training(student, labelled, loss, teacher, train, cell.seed, place, balance=balance)
+    training = start_training(student, labelled, loss, teacher, train, trial.seed, place, balance=balance)
     weights: list[float] = []
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
-    every = recipe.evaluate_every * training.batches.steps_per_epoch if cell.reported else training.total_steps
+    every = recipe.evaluate_every * training.batches.steps_per_epoch if trial.reported else training.total_steps
     diverged_at = None
     while training.step < training.total_steps:
         left = training.total_steps - training.step
@@ -324,8 +342,8 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
             best = figures
             best_weights = {name: tensor.clone() for name, tensor in training.result.state_dict().items()}
     row: Row = {
-        **dataclasses.asdict(cell),
-        "student": cell.student.name,
+        **dataclasses.asdict(trial),
+        "student": trial.student.name,
         "meta_validation": figures,
         "best_step": best.get("step", 0),
         "seconds": time.perf_counter() - started,
@@ -337,7 +355,7 @@ def run_cell(recipe: CompareRecipe, cell: Cell, path: Path, device: str = "cpu")
         row["balance_weights"] = weights
     if diverged_at is not None:
         row["diverged_at"] = diverged_at
-    if cell.reported:
+    if trial.reported:
         row["last"] = row["best"] = guess(images.test)
         if diverged_at is None:
             row["last"] = evaluate(training.result, images.test, place)

@@ -1,8 +1,6 @@
 """Ranking fidelity: do short rollouts rank losses as full trainings do?"""
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from functools import partial
@@ -19,16 +17,17 @@ from lkd.core.random import draw_positions, seeded_generator
 from lkd.core.tensor_files import drop_damaged, read_result, write_result
 from lkd.core.workers import finish_all, own_device, start_workers
 from lkd.data.images import Batch
-from lkd.evaluation.comparison.compare import finish_cells
+from lkd.evaluation.comparison.compare import finish_trials
 from lkd.evaluation.comparison.trials import (
-    Cell,
-    cell_path,
-    digest_of,
-    open_teacher_for_cells,
-    prepare_images_for_cells,
-    prepare_teacher_for_cells,
+    Trial,
+    World,
+    hash_content,
+    hash_identity,
+    identify_world,
+    open_world,
+    trial_path,
 )
-from lkd.evaluation.fidelity.results import write_results
+from lkd.evaluation.fidelity_results import write_results
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
     InnerBatch,
@@ -41,17 +40,12 @@ from lkd.meta_training.rollouts import (
 from lkd.pool.pool import INDEX, Pool, PoolStudent, build_pool, open_pool
 from lkd.tracking.run import Run
 from lkd.training.build import (
-    Images,
     LossBuilder,
-    OpenedTeacher,
     StudentBuilder,
     choose_student,
     introduce_network,
     introduce_teacher,
-    open_teacher,
-    prepare_images,
     prepare_loss,
-    prepare_teacher,
 )
 from lkd.training.optimizer import build_optimizer, build_scheduler
 from meta import Problem, rollout
@@ -107,41 +101,37 @@ def find_students(pool: list[dict[str, Any]], age: float, total_steps: int) -> l
 
 def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> Path:
     """Where a draw's result lies: named by all that decides it."""
-    names = {
-        label: loss["name"] if isinstance(loss, dict) and "name" in loss else str(loss)
-        for label, loss in recipe.losses.items()
-    }
+    names = {label: loss.get("name") if isinstance(loss, dict) else loss for label, loss in recipe.losses.items()}
     identity = {
         "format": ROW_FORMAT,
         "draw": draw,
-        "losses": {label: digest_of(names[label]) or loss for label, loss in recipe.losses.items()},
+        "losses": {label: hash_content(str(names[label])) or loss for label, loss in recipe.losses.items()},
         "objectives": recipe.objectives or list(OBJECTIVES),
         "outer_batch_size": recipe.outer_batch_size,
         "rollout_epochs": recipe.rollout_epochs,
-        "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": dataclasses.asdict(recipe.teacher) | {"path": digest_of(recipe.teacher.path) or recipe.teacher.path},
+        **identify_world(recipe),
         "student": dataclasses.asdict(recipe.student),
         "train": dataclasses.asdict(recipe.train),
-        "pool": digest_of(str(pool / INDEX)),
+        "pool": hash_content(str(pool / INDEX)),
         "seed": recipe.seed,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return folder / "rollouts" / f"{draw.annealing}-K{draw.steps}-age{draw.age:g}-draw{draw.number}-{digest}.json"
+    name = f"{draw.annealing}-K{draw.steps}-age{draw.age:g}-draw{draw.number}-{hash_identity(identity)}.json"
+    return folder / "rollouts" / name
 
 
 def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, device: str = "cpu") -> dict[str, Any]:
     """Roll out every loss of one draw and write the outer values: `values[objective][loss label]`."""
     device = own_device(device)
     place = torch.device(device)
-    data, taught = (json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher))
-    images = prepare_images_for_cells(data)
-    builder, opened = choose_student(recipe.student, images.train), open_teacher_for_cells(data, taught)
+    world = open_world(recipe)
+    images = world.images
+    builder = choose_student(recipe.student, images.train)
     losses = {
-        label: prepare_loss(loss, builder, opened, images, recipe.seed).to(place)
+        label: prepare_loss(loss, builder, world.teacher, images, recipe.seed).to(place)
         for label, loss in recipe.losses.items()
     }
     stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
-    teacher = prepare_teacher_for_cells(data, taught, device, tuple(stages))
+    teacher = world.answers(device, tuple(stages))
     pool = open_pool(pool_folder, images, builder.architecture)
     start = pool.read(draw.student, place)
     generator = seeded_generator(recipe.seed, 6, draw.number)
@@ -208,21 +198,21 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         UserError: If the recipe, the data, the teacher or the pool is not good.
         Interrupted: On Ctrl-C or SIGTERM; finished trainings and rollouts stay.
     """
-    images = prepare_images(recipe.data)
+    world = open_world(recipe)
+    images = world.images
     total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
-    student, teacher = choose_student(recipe.student, images.train), open_teacher(recipe.teacher, images.train)
-    check_recipe(recipe, images, student, teacher, total_steps)
+    student = choose_student(recipe.student, images.train)
+    check_recipe(recipe, world, student, total_steps)
     pool = open_pool(Path(recipe.pool_dir), images, student.architecture) if recipe.pool_dir else None
     check_ages(recipe, pool, total_steps)
     run.say(introduce_network("student", student, images, run.device))
-    run.say(introduce_teacher(teacher, images, run.device))
-    pool = pool or make_pool(recipe, images, student, teacher, run)
+    run.say(introduce_teacher(world.teacher, images, run.device))
+    pool = pool or make_pool(recipe, world, student, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
-    on_gpus = run.device.type == "cuda" and run.device.index is None
-    with start_workers(recipe.workers or (torch.cuda.device_count() if on_gpus else 0)) as workers:
+    with start_workers(recipe.workers, run.device) as workers:
         trainings = plan_trainings(recipe)
-        finish_cells(as_comparison(recipe), trainings, run, workers, "full trainings")
+        finish_trials(as_comparison(recipe), trainings, run, workers, "full trainings")
         draws = {
             draw_path(recipe, draw, pool.folder, run.path): draw
             for draw in plan_draws(recipe, pool.index["students"], total_steps)
@@ -235,7 +225,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         }
         finish_all(jobs, lambda *_: None, "rollouts")
     run.say(f"trainings and rollouts: {time.perf_counter() - started:.0f} s")
-    full = [read_result(cell_path(as_comparison(recipe), cell, run.path)) for cell in trainings]
+    full = [read_result(trial_path(as_comparison(recipe), trial, run.path)) for trial in trainings]
     return write_results(recipe, full, [read_result(path) for path in draws], run)
 
 
@@ -246,26 +236,24 @@ def as_comparison(recipe: FidelityRecipe) -> CompareRecipe:
     )
 
 
-def plan_trainings(recipe: FidelityRecipe) -> list[Cell]:
+def plan_trainings(recipe: FidelityRecipe) -> list[Trial]:
     """The full trainings: each loss with every seed. They are not reported: no one reads the test split."""
     return [
-        Cell(label, loss, recipe.student, recipe.seed + offset, reported=False)
+        Trial(label, loss, recipe.student, recipe.seed + offset, reported=False)
         for offset in range(recipe.full_seeds)
         for label, loss in recipe.losses.items()
     ]
 
 
-def make_pool(recipe: FidelityRecipe, images: Images, student: StudentBuilder, opened: OpenedTeacher, run: Run) -> Pool:
+def make_pool(recipe: FidelityRecipe, world: World, student: StudentBuilder, run: Run) -> Pool:
     """Build the pool in the run directory."""
-    losses = LossBuilder(recipe.pool.loss, opened, images)
-    teacher = prepare_teacher(opened, images, run.device, losses.build(student, recipe.seed).teacher_stages)
+    losses = LossBuilder(recipe.pool.loss, world.teacher, world.images)
+    teacher = world.answers(str(run.device), losses.build(student, recipe.seed).teacher_stages)
     settings = PoolRecipe(seed=recipe.seed, train=recipe.train, pool=recipe.pool)
-    return build_pool(settings, run.path / "pool", images, student, teacher, losses, run)
+    return build_pool(settings, run.path / "pool", world.images, student, teacher, losses, run)
 
 
-def check_recipe(
-    recipe: FidelityRecipe, images: Images, student: StudentBuilder, teacher: OpenedTeacher, total_steps: int
-) -> None:
+def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, total_steps: int) -> None:
     """Check everything but the ages, before any training.
 
     Raises:
@@ -278,7 +266,7 @@ def check_recipe(
     for objective in recipe.objectives or list(OBJECTIVES):
         check_choice("objectives", objective, OBJECTIVES)
     build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
-    check_losses(recipe, images, student, teacher)
+    check_losses(recipe, world, student)
     for steps in recipe.rollout_lengths:
         longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)
         if "constant" in recipe.annealing and steps > longest:
@@ -289,7 +277,7 @@ def check_recipe(
             )
 
 
-def check_losses(recipe: FidelityRecipe, images: Images, student: StudentBuilder, teacher: OpenedTeacher) -> None:
+def check_losses(recipe: FidelityRecipe, world: World, student: StudentBuilder) -> None:
     """Check the losses to rank.
 
     Raises:
@@ -303,7 +291,7 @@ def check_losses(recipe: FidelityRecipe, images: Images, student: StudentBuilder
             for key in ("grid", "train"):
                 if isinstance(specification, dict) and key in specification:
                     raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
-            loss = prepare_loss(specification, student, teacher, images, recipe.seed)
+            loss = prepare_loss(specification, student, world.teacher, world.images, recipe.seed)
             if loss.needs_index or any(p.requires_grad for p in loss.parameters()):
                 raise UserError(
                     "has parts that are trained along with the student, which a student of the pool has not; "

@@ -1,1 +1,0 @@
-"""Do short rollouts rank losses as full trainings do?"""

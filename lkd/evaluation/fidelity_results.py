@@ -1,0 +1,401 @@
+"""From full trainings and rollouts to correlations, a recommendation, a table and a picture."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from lkd.config.evaluation import FidelityRecipe
+from lkd.core.files import write_json, write_text
+from lkd.core.statistics import (
+    REPLICATES,
+    Values,
+    bootstrap_correlation,
+    correlate,
+    mean_and_error,
+    noise_ceiling,
+    percentile_interval,
+)
+from lkd.evaluation.comparison.tables import format_csv, format_figure, format_table
+from lkd.meta_training.log import save_figure
+from lkd.meta_training.rollouts import OBJECTIVES
+from lkd.tracking.run import Run, evidence
+
+matplotlib.use("Agg")
+
+Row = dict[str, Any]
+CRITERIA = {"accuracy": ("top1", 1), "calibrated_cross_entropy": ("calibrated_cross_entropy", -1)}
+"""What full trainings are scored by: name → meta-validation figure, and the sign that makes more of it better."""
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How well each kind of rollout ranks the losses, and which to meta-train with.
+
+
+class Setting(NamedTuple):
+    """A kind of rollout."""
+
+    annealing: str
+    objective: str
+    rollout_steps: int
+
+
+class SettingFidelity(NamedTuple):
+    """How well the rollouts of one setting rank losses, over the ages as they would be drawn.
+
+    Attributes:
+        ages: The ages.
+        weights: With which each age would be drawn, in proportion to max(0, ρ)²; they sum to 1, or are all 0 if no age
+            ranks at all.
+        mean: The plain mean of ρ over the ages.
+        rho: The weighted mean of ρ over the ages.
+        low: Lower end of its interval.
+        high: Upper end.
+    """
+
+    ages: list[float]
+    weights: list[float]
+    mean: float
+    rho: float
+    low: float
+    high: float
+
+
+def average_ages(ages: list[float], rhos: list[float], draws: list[Values]) -> SettingFidelity:
+    """The fidelity of a setting, ages drawn by their own weights.
+
+    Args:
+        ages: The ages.
+        rhos: ρ of each age.
+        draws: Bootstrap draws of each age's ρ, [replicates] each, made with the same resampled trainings. The weights
+            are not drawn anew.
+    """
+    squares = [max(0.0, rho) ** 2 for rho in rhos]
+    weights = [square / sum(squares) if sum(squares) else 0.0 for square in squares]
+    weighted = sum(weight * rho for weight, rho in zip(weights, rhos, strict=True))
+    return SettingFidelity(ages, weights, sum(rhos) / len(rhos), weighted, *percentile_interval(np.dot(weights, draws)))
+
+
+def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> Setting | None:
+    """Choose annealing, objective and K.
+
+    The annealing and the objective: those with the highest ρ in the plain mean over ages and K (a mean weighted by ρ
+    itself would favour noise). Then K: the smallest whose weighted ρ has a lower end of its interval that is at most
+    `tolerance` under the best K's.
+
+    Args:
+        settings: The fidelity of each setting.
+        tolerance: Differences in ρ that mean nothing.
+
+    Returns:
+        None if these do not rank the losses as full trainings do at all (no ρ is positive, at any age and K).
+    """
+    means: dict[tuple[str, str], list[float]] = {}
+    for setting, found in settings.items():
+        means.setdefault(setting[:2], []).append(found.mean)
+    best = max(means, key=lambda pair: sum(means[pair]) / len(means[pair]))
+    lows = {setting: found.low for setting, found in settings.items() if setting[:2] == best and found.rho > 0}
+    near = [setting for setting, low in lows.items() if low >= max(lows.values()) - tolerance]
+    return min(near, key=lambda setting: setting.rollout_steps) if near else None
+
+
+@dataclass
+class Fidelity:
+    """What was found.
+
+    Attributes:
+        rows: ρ and its interval for every setting, age and criterion.
+        settings: The fidelity of every setting, by accuracy.
+        ceilings: Criterion → `rho`, `low`, `high` of the noise ceiling: how well full trainings rank as they themselves
+            do.
+    """
+
+    rows: list[Row]
+    settings: dict[Setting, SettingFidelity]
+    ceilings: dict[str, dict[str, float]]
+
+    @property
+    def tolerance(self) -> float:
+        """How far full trainings fall short of their own ranking by chance: the ceiling above its lower end."""
+        ceiling = self.ceilings["accuracy"]
+        return max(0.0, ceiling["rho"] - ceiling["low"])
+
+    @cached_property
+    def recommended(self) -> Setting | None:
+        """The setting to meta-train with, if any."""
+        return recommend(self.settings, self.tolerance)
+
+    @property
+    def age_weights(self) -> list[list[float]]:
+        """[age, weight] pairs of the recommended setting; none where nothing is recommended."""
+        if self.recommended is None:
+            return []
+        found = self.settings[self.recommended]
+        return [[age, round(weight, 4)] for age, weight in zip(found.ages, found.weights, strict=True)]
+
+    def rows_by(self, criterion: str) -> list[Row]:
+        """The rows of one criterion."""
+        return [row for row in self.rows if row["criterion"] == criterion]
+
+
+def correlate_all(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row]) -> Fidelity:
+    """Correlate the rollouts of every setting and age with the full trainings.
+
+    Args:
+        recipe: The recipe.
+        full: Results of the full trainings.
+        rollouts: Results of the draws.
+    """
+
+    def generator() -> np.random.Generator:  # the same for every row: rows are of the same resampled trainings
+        return np.random.default_rng([recipe.seed, 7])
+
+    scores = {criterion: tabulate_trainings(recipe, full, criterion) for criterion in CRITERIA}
+    values = tabulate_rollouts(recipe, rollouts)
+    ceilings = {
+        criterion: dict(zip(("rho", "low", "high"), noise_ceiling(score, generator()), strict=True))
+        for criterion, score in scores.items()
+    }
+    found = Fidelity([], {}, ceilings)
+    for setting in list_settings(recipe):
+        for criterion, score in scores.items():
+            rhos, draws = [], []
+            for age in recipe.ages:
+                rhos.append(correlate(values[setting, age], score))
+                draws.append(bootstrap_correlation(score, values[setting, age], generator()))
+                low, high = percentile_interval(draws[-1])
+                row = {"age": age, "criterion": criterion, "rho": rhos[-1], "low": low, "high": high}
+                found.rows.append(setting._asdict() | row)
+            if criterion == "accuracy":
+                found.settings[setting] = average_ages(recipe.ages, rhos, draws)
+    return found
+
+
+def list_settings(recipe: FidelityRecipe) -> Iterator[Setting]:
+    """Every kind of rollout of a recipe."""
+    for annealing in recipe.annealing:
+        for objective in recipe.objectives or list(OBJECTIVES):
+            for steps in recipe.rollout_lengths:
+                yield Setting(annealing, objective, steps)
+
+
+def tabulate_trainings(recipe: FidelityRecipe, full: list[Row], criterion: str) -> Values:
+    """Scores of the full trainings, more is better, [seeds, losses]."""
+    key, sign = CRITERIA[criterion]
+    found = {(row["seed"], row["method"]): sign * row["meta_validation"][key] for row in full}
+    seeds = sorted({row["seed"] for row in full})
+    return np.array([[found[seed, label] for label in recipe.losses] for seed in seeds])
+
+
+def tabulate_rollouts(recipe: FidelityRecipe, rollouts: list[Row]) -> dict[tuple[Setting, float], Values]:
+    """Outer values of each setting and age, negated so that more is better, [draws, losses]."""
+    groups: dict[tuple[Setting, float], list[list[float]]] = {}
+    for row in sorted(rollouts, key=lambda row: row["number"]):
+        for objective in recipe.objectives or list(OBJECTIVES):
+            key = Setting(row["annealing"], objective, row["steps"]), row["age"]
+            groups.setdefault(key, []).append([-row["values"][objective][label] for label in recipe.losses])
+    return {key: np.array(values) for key, values in groups.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files: fidelity.json, result.json, table.txt, CSV, and the picture.
+
+
+def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], run: Run) -> Row:
+    """Correlate, recommend, and write fidelity.json, result.json, table.txt, the CSV files and fidelity.png.
+
+    Returns:
+        What `fidelity.json` holds.
+    """
+    found = correlate_all(recipe, full, rollouts)
+    provenance = run.provenance()
+    result = {
+        "recommended": found.recommended and found.recommended._asdict(),
+        "age_weights": found.age_weights,
+        "rows": found.rows,
+        "ceilings": found.ceilings,
+        "commit": provenance["environment"]["commit"],
+        "versions": provenance["environment"]["versions"],
+        "recipe": provenance["recipe"],
+    }
+    write_json(run.path / "fidelity.json", result)
+    write_json(run.path / "result.json", evidence("lkd fidelity", provenance["environment"], list_figures(found)))
+    write_text(run.path / "table.txt", write_table(recipe, full, found))
+    rows = [list(found.rows[0]), *(list(row.values()) for row in found.rows)]
+    for name, lines in (("rows", rows), ("trainings", list_trainings(full)), ("rollouts", list_rollouts(rollouts))):
+        write_text(run.path / f"{name}.csv", format_csv(lines))
+    plot_fidelity(found, run.path / "fidelity.png")
+    return result
+
+
+def list_figures(found: Fidelity) -> dict[str, float]:
+    """The figures of `result.json`."""
+    ceiling = found.ceilings["accuracy"]
+    figures = {"ceiling": ceiling["rho"], "ceiling_low": ceiling["low"], "ceiling_high": ceiling["high"]}
+    if found.recommended:
+        best = found.settings[found.recommended]
+        figures |= {"recommended_rollout_steps": found.recommended.rollout_steps}
+        figures |= {"recommended_rho": best.rho, "recommended_rho_low": best.low, "recommended_rho_high": best.high}
+    for row in found.rows_by("accuracy"):
+        figures[f"rho_{row['annealing']}_{row['objective']}_k{row['rollout_steps']}_age{row['age']:g}"] = row["rho"]
+    return {key: round(value, 4) for key, value in figures.items()}
+
+
+def list_trainings(full: list[Row]) -> list[list[Any]]:
+    """Every full training, under a header."""
+    keys = ("top1", "cross_entropy", "calibrated_cross_entropy", "temperature")
+    rows = [
+        [row["method"], row["seed"], *(row["meta_validation"][key] for key in keys), row["seconds"]] for row in full
+    ]
+    return [["loss", "seed", *keys, "seconds"], *rows]
+
+
+def list_rollouts(rollouts: list[Row]) -> list[list[Any]]:
+    """Every rollout's outer values, under a header."""
+    keys = ("annealing", "steps", "age", "number", "student", "progress")
+    rows = [
+        [*(row[key] for key in keys), objective, label, value]
+        for row in rollouts
+        for objective, values in row["values"].items()
+        for label, value in values.items()
+    ]
+    return [[*keys, "objective", "loss", "value"], *rows]
+
+
+def write_table(recipe: FidelityRecipe, full: list[Row], found: Fidelity) -> str:
+    """Everything as text."""
+    parts = [
+        f"Full trainings on meta-validation, mean ± standard error over {recipe.full_seeds} seeds",
+        format_table(tabulate_losses(recipe, full)),
+    ]
+    for criterion, ceiling in found.ceilings.items():
+        name = criterion.replace("_", " ")
+        parts += [
+            f"Spearman's ρ of rollouts with the {name} of full trainings, 95 % interval",
+            format_table(tabulate_rows(recipe, found, criterion)),
+            f"Noise ceiling (two halves of the full trainings, by {name}): {format_rho(ceiling)}\n",
+        ]
+    return "\n".join([*parts, *write_recommendation(recipe, found), *write_notes(found), ""])
+
+
+def tabulate_losses(recipe: FidelityRecipe, full: list[Row]) -> list[list[str]]:
+    """The losses, the best on top."""
+    lines = []
+    for label in recipe.losses:
+        mine = [row["meta_validation"] for row in full if row["method"] == label]
+        accuracy = mean_and_error([row["top1"] for row in mine])
+        mean, error = mean_and_error([row["calibrated_cross_entropy"] for row in mine])
+        lines.append((accuracy[0], [label, format_figure(accuracy), f"{mean:.4f} ± {error:.4f}"]))
+    ranked = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]
+    return [["loss", "accuracy %", "calibrated cross-entropy"], *ranked]
+
+
+def tabulate_rows(recipe: FidelityRecipe, found: Fidelity, criterion: str) -> list[list[str]]:
+    """One line a setting, one column an age, and the mean over ages drawn by their weights where it is known."""
+    weighted = criterion == "accuracy"
+    header = ["annealing", "objective", "K", *(f"age {age:g}" for age in recipe.ages)]
+    lines = {setting: [*map(str, setting)] for setting in found.settings}
+    for row in found.rows_by(criterion):
+        lines[Setting(*(row[key] for key in Setting._fields))].append(format_rho(row))
+    for setting, line in lines.items() if weighted else ():
+        line.append(format_rho(found.settings[setting]._asdict()))
+    return [[*header, "ages by weight"] if weighted else header, *lines.values()]
+
+
+def format_rho(row: Row) -> str:
+    """ρ and its interval."""
+    return f"{row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("-", "−")
+
+
+def write_recommendation(recipe: FidelityRecipe, found: Fidelity) -> list[str]:
+    """The recommendation as options, or that there is none."""
+    if found.recommended is None:
+        return [
+            "Recommended: nothing. No rollout ranks these losses as full trainings do: try longer rollouts, younger "
+            "students, or losses further apart."
+        ]
+    best, (annealing, objective, steps) = found.settings[found.recommended], found.recommended
+    weights = ", ".join(f"{age:g}: {weight:.2f}" for age, weight in found.age_weights)
+    lines = [
+        f"Recommended: --meta.rollout_steps {steps} --meta.annealing {annealing} --meta.objective {objective} "
+        f"--meta.rollout_epochs {recipe.rollout_epochs}",
+        f"Weights for drawing ages (age: weight): {weights}; expected ρ {format_rho(best._asdict())}",
+    ]
+    if best.low <= 0:
+        lines.append(
+            "Doubtful: the interval of this ρ reaches 0, so that these rollouts may not rank losses at all; take more "
+            "rollouts and full_seeds, or longer rollouts."
+        )
+    return lines
+
+
+def write_notes(found: Fidelity) -> list[str]:
+    """What a reader of the table must know."""
+    return [
+        f"Intervals: percentile bootstrap over rollout draws and seeds ({REPLICATES} replicates): what other draws and "
+        "seeds would change, not what other losses would. Resampling adds noise, so an interval may lie low.",
+        "Ages by weight: mean over ages with weights proportional to max(0, ρ)².",
+        "Rule: the annealing and objective with the highest ρ (plain mean over ages and K); of these the smallest K "
+        "whose ρ (ages by weight) has a lower end that is at most the ceiling's distance to its own lower end "
+        f"({found.tolerance:.2f}) under the best K's.",
+    ]
+
+
+def plot_fidelity(found: Fidelity, path: Path) -> None:
+    """Draw ρ against age, one colour a rollout length, one panel for each annealing and objective.
+
+    The recommended setting's panel is marked, and says how often each age would be drawn.
+    """
+    rows = found.rows_by("accuracy")
+    annealings, objectives, ages, lengths = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("annealing", "objective", "age", "rollout_steps")
+    )
+    size = 1.2 + 3.9 * len(objectives), 0.9 + 2.7 * len(annealings)
+    shape = len(annealings), len(objectives)
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for line, annealing in zip(axes, annealings, strict=True):
+        for axis, objective in zip(line, objectives, strict=True):
+            mine = [row for row in rows if (row["annealing"], row["objective"]) == (annealing, objective)]
+            rate = "annealed (cosine)" if annealing == "cosine" else "constant"
+            title = f"{rate} rate, {objective.replace('_', ' ')}"
+            chosen = found.recommended is not None and found.recommended[:2] == (annealing, objective)
+            if found.recommended and chosen:
+                title += f"\nrecommended: K = {found.recommended.rollout_steps}"
+            axis.set_title(title, fontsize=9.5, fontweight="bold" if chosen else "normal")
+            draw_panel(axis, mine, ages, lengths, found.ceilings["accuracy"])
+            for age, weight in found.age_weights if chosen else []:
+                place = ages.index(age), -1.2
+                axis.annotate(f"drawn: {100 * weight:.0f} %", place, ha="center", fontsize=8, color="0.3")
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(ages)), [f"{age:g}" for age in ages])
+        axis.set_xlabel("age of the student that the rollout starts from")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Spearman's ρ")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    title = "How alike do short rollouts and full trainings rank the losses? 1: equally, 0: not at all"
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_panel(axis: Axes, rows: list[Row], ages: list[float], lengths: list[int], ceiling: dict[str, float]) -> None:
+    """One panel: the ceiling as a band, and each rollout length's ρ with its interval beside the others'."""
+    axis.axhspan(ceiling["low"], ceiling["high"], color="0.92", lw=0)
+    axis.axhline(ceiling["rho"], color="0.55", lw=1, ls="--", label="full trainings among themselves (band: 95 %)")
+    axis.axhline(0, color="0.3", lw=0.8)
+    colors = plt.get_cmap("viridis")
+    for number, steps in enumerate(lengths):
+        mine = [row for row in rows if row["rollout_steps"] == steps]
+        shift = 0.16 * (number - (len(lengths) - 1) / 2)
+        places = [ages.index(row["age"]) + shift for row in mine]
+        color = colors(0.15 + 0.65 * number / max(1, len(lengths) - 1))
+        axis.vlines(places, [row["low"] for row in mine], [row["high"] for row in mine], color=color, lw=1.6)
+        axis.plot(places, [row["rho"] for row in mine], "o", color=color, ms=5.5, label=f"K = {steps}")
+    axis.set_ylim(-1.25, 1.08)
+    axis.set_xlim(-0.5, len(ages) - 0.5)
+    axis.spines[["top", "right"]].set_visible(False)
