@@ -202,12 +202,12 @@ def test_a_saturated_network_is_found() -> None:
 
 
 def test_shares_of_a_constant_are_zero_and_not_a_number_is_saturated() -> None:
-    class Constant(torch.nn.Module):
-        def forward(self, student, teacher, target, progress=None):
-            return {"a/constant": torch.zeros(()), "b/term": student.logits.sum() * 0 + student.logits.square().sum()}
+    def constant(student, teacher, target, progress=None):
+        own = torch.ones((), requires_grad=True)  # as of an autoencoder of the teacher's features
+        return {"a/constant": torch.zeros(()), "a/own": own * 2, "b/term": student.logits.square().sum()}
 
-    shares = gradient_shares(Constant(), draw_outputs(), draw_outputs(), torch.randint(10, (8,)))
-    assert shares == {"a/constant": 0.0, "b/term": 1.0}
+    shares = gradient_shares(constant, draw_outputs(), draw_outputs(), torch.randint(10, (8,)))
+    assert shares == {"a/constant": 0.0, "a/own": 0.0, "b/term": 1.0}
     assert find_saturated({**shares, "c/term": float("nan")}) == ["a", "c"]
 
 

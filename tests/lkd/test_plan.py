@@ -121,11 +121,9 @@ def test_long_rollouts_lie_on_the_line_of_short_ones(estimator: str) -> None:
         assert found.growth == pytest.approx(batch + stored, rel=0.15), "a batch, the weights, their gradients"
 
 
-COMMITTED = ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/lkd"]
-COMMITTED += ["resnet34-resnet18/meta-train"] if os.environ.get("LKD_TEST_ALL_RECIPES") else []  # half a minute
-
-
-@pytest.mark.parametrize("recipe", COMMITTED)
+@pytest.mark.parametrize(
+    "recipe", ["resnet50-mobilenetv1/lkd", "resnet34-resnet18/lkd", "resnet34-resnet18/meta-train"]
+)
 def test_the_committed_plans_are_what_the_command_says(recipe: str) -> None:
     pair, method = recipe.split("/")
     files = [str(ROOT / "configs/imagenet" / name) for name in (f"{pair}.yaml", f"methods/{method}.yaml")]

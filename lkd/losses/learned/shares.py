@@ -111,7 +111,8 @@ def measure_norm(term: torch.Tensor, variables: list[torch.Tensor]) -> float:
     if not term.requires_grad:
         return 0.0
     gradients = torch.autograd.grad(term, variables, retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt())
+    squares = [g.float().square().sum() for g in gradients if g is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0  # a term may depend on the loss's own alone
 
 
 def find_saturated(shares: dict[str, float], threshold: float = SATURATED) -> list[str]:
