@@ -3,10 +3,11 @@
 import io
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,25 +17,30 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lkd.core.errors import UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images that cannot be decoded: skipped, counted, named; too many of them end the run.
-
 LEAST_SEEN = 10_000  # a fraction of fewer images means little
+MOST_PIXELS = 1 << 26  # of an image, 200 MB decoded: a file of a few bytes can claim thousands of millions
+MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is scaled up, and the longer one with it
+OF_TORCHVISION = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
 
 
+class DamagedImageError(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+@dataclass
 class Damage:
     """Counts the images that were asked for and those that could not be decoded.
 
-    Args:
+    Attributes:
         limit: Fraction of damaged images above which the run stops; of at least `LEAST_SEEN` images.
     """
 
-    def __init__(self, limit: float = 0.001) -> None:
-        self.limit = limit
-        self.seen = 0
-        self.damaged = 0
-        self.named: set[str] = set()
-        self.lock = Lock()
+    limit: float = 0.001
+    seen: int = 0
+    damaged: int = 0
+    named: set[str] = field(default_factory=set)
+    lock: Lock = field(default_factory=Lock)
 
     def record(self, seen: int, failures: list[tuple[str, str]]) -> None:
         """Count images, and log each damaged one the first time.
@@ -52,9 +58,8 @@ class Damage:
             for name, reason in failures:
                 if name not in self.named:
                     self.named.add(name)
-                    logging.getLogger("lkd").warning(
-                        "%s; skipped (%d damaged of %d images seen)", reason, self.damaged, self.seen
-                    )
+                    counts = f"{self.damaged} damaged of {self.seen} images seen"
+                    logging.getLogger("lkd").warning("%s; skipped (%s)", reason, counts)
             if self.damaged > self.limit * max(self.seen, LEAST_SEEN):
                 named = ", ".join(sorted(self.named)[:3]) + (", ..." if len(self.named) > 3 else "")
                 raise UserError(
@@ -65,15 +70,6 @@ class Damage:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a file's bytes to pixels.
-
-MOST_PIXELS = 1 << 26  # of an image, 200 MB decoded: a file of a few bytes can claim thousands of millions
-MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is scaled up, and the longer one with it
-OF_TORCHVISION = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
-
-
-class DamagedImageError(Exception):
-    """An image that cannot be decoded; the message names it and says why."""
 
 
 def decode(content: Tensor, name: str) -> Tensor:
@@ -130,13 +126,21 @@ def as_bytes(content: bytes) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where the images of a large data set are, one by one.
+# Where images are.
 
 
-class ImageSource(Protocol):
-    """Images by their position; any thread may ask."""
+class ImageSource:
+    """Images by their position; any thread may ask.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        names: What each is called in messages and fingerprints.
+    """
+
+    names: Sequence[str]
+
+    def read(self, position: int) -> Tensor:
+        """The bytes of an image as they are kept, uint8, [N]."""
+        raise NotImplementedError
 
     def load(self, position: int) -> Tensor:
         """Decode an image: uint8, [3, H, W].
@@ -144,15 +148,15 @@ class ImageSource(Protocol):
         Raises:
             DamagedImageError: If it cannot be read or decoded.
         """
+        name = self.names[position]
+        try:
+            content = self.read(position)
+        except OSError as error:
+            raise DamagedImageError(f"{name}: cannot be read ({error.strerror})") from error
+        return decode(content, name)
 
-    def name(self, position: int) -> str:
-        """What an image is called in messages and fingerprints."""
 
-    def size(self, position: int) -> int:
-        """Bytes that are read to load an image."""
-
-
-class FileSource:
+class FileSource(ImageSource):
     """Images in files of their own.
 
     Args:
@@ -164,29 +168,9 @@ class FileSource:
         self.root = str(root)
         self.names = names
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, position: int) -> Tensor:
-        """Decode a file; see `ImageSource`."""
-        name = self.name(position)
-        try:
-            content = np.fromfile(f"{self.root}/{name}", np.uint8)
-        except OSError as error:
-            raise DamagedImageError(f"{name}: cannot be read ({error.strerror})") from error
-        return decode(torch.from_numpy(content), name)
-
-    def name(self, position: int) -> str:
-        """The path in the root."""
-        return self.names[position]
-
-    def size(self, position: int) -> int:
-        """Bytes of the file."""
-        return os.stat(f"{self.root}/{self.name(position)}").st_size
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images that stay where they are until a batch needs them.
+    def read(self, position: int) -> Tensor:
+        """The bytes of a file."""
+        return torch.from_numpy(np.fromfile(f"{self.root}/{self.names[position]}", np.uint8))
 
 
 class LoadingOptions(NamedTuple):
@@ -238,7 +222,7 @@ class ImageFiles:
 
     def name(self, slot: int) -> str:
         """What the image in this place is called."""
-        return self.source.name(int(self.positions[slot]))
+        return self.source.names[int(self.positions[slot])]
 
     def load(self, slot: int) -> Tensor:
         """Decode the image in this place: uint8, [3, H, W].
@@ -250,14 +234,8 @@ class ImageFiles:
 
 
 def open_source(source: ImageSource, loading: LoadingOptions) -> ImageFiles:
-    """All images of a source, in its order.
-
-    Raises:
-        UserError: If a setting is impossible.
-    """
-    if loading.read_timeout < 0:
-        raise UserError(f"data.read_timeout: {loading.read_timeout:g} is negative; 0 waits for ever")
-    positions, workers = torch.arange(len(source)), loading.workers or count_own_cores()
+    """All images of a source, in its order."""
+    positions, workers = torch.arange(len(source.names)), loading.workers or count_own_cores()
     damage = Damage(loading.damaged_limit)
     return ImageFiles(source, positions, loading.image_size, workers, damage, loading.read_timeout or None)
 

@@ -1,7 +1,7 @@
 """Image sets, and the batches drawn from them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 from lkd.data.augment import cut_center
 from lkd.data.image_files import ImageFiles
 from lkd.data.loader import Loading, Prefetcher
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Image sets, and the batches drawn from them.
 
 
 class Batch(NamedTuple):
@@ -70,18 +67,11 @@ class ImageSet:
 
     def select(self, positions: Tensor) -> "ImageSet":
         """The images at these positions, in this order."""
-        return ImageSet(
-            self.images[positions],
-            self.labels[positions],
-            self.index[positions],
-            self.class_names,
-            self.mean,
-            self.std,
-        )
+        return replace(self, images=self.images[positions], labels=self.labels[positions], index=self.index[positions])
 
     def relabel(self, labels: Tensor) -> "ImageSet":
         """The same images with other labels, [N]."""
-        return ImageSet(self.images, labels, self.index, self.class_names, self.mean, self.std)
+        return replace(self, labels=labels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 images [B, C, H, W] into float32 of zero mean and unit variance per channel."""
@@ -101,12 +91,7 @@ class ImageSet:
 
     def batches(self, parts: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
         """The batches at these positions, one after another, without augmentation; damaged images are left out."""
-        files = self.images
-        if isinstance(files, ImageFiles):
-            loaded = self.load(files, parts, device)
-        else:
-            loaded = ((files[positions], positions) for positions in parts)
-        for pixels, positions in loaded:
+        for pixels, positions in self.load(parts, device):
             yield Batch(
                 self.normalize(pixels.to(device, non_blocking=True)),
                 self.labels[positions].to(device),
@@ -114,8 +99,12 @@ class ImageSet:
                 torch.zeros_like(positions, device=device),
             )
 
-    def load(self, files: ImageFiles, parts: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and positions of the images at these positions that can be decoded, their centres cut out."""
+    def load(self, parts: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and positions of the images at these positions; of files the centres of those that can be decoded."""
+        files = self.images
+        if not isinstance(files, ImageFiles):
+            yield from ((files[positions], positions) for positions in parts)
+            return
 
         def start(number: int) -> Loading:
             cut = lambda image, slot: cut_center(image, files.size)  # noqa: E731
@@ -123,10 +112,6 @@ class ImageSet:
 
         for loading in Prefetcher(start, len(parts)):
             yield loading.wait()[:2]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What every data set is.
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ SAMPLE = 64  # images from which the size of all is estimated
 AT_ONCE = 256  # images in memory while they are packed
 
 
-class PackedSource:
+class PackedSource(ImageSource):
     """The images of a source, scaled down.
 
     Args:
@@ -30,31 +30,22 @@ class PackedSource:
     """
 
     def __init__(self, source: ImageSource, path: Path, shapes: Tensor) -> None:
-        self.source = source
+        self.names = source.names
         self.shapes = shapes
-        sizes = 3 * shapes.prod(1)
-        self.starts = sizes.cumsum(0) - sizes
-        self.pixels = np.memmap(path, np.uint8, "c", shape=int(sizes.sum()))  # torch warns of "r"
+        self.ends = (3 * shapes.prod(1)).cumsum(0)
+        self.pixels = np.memmap(path, np.uint8, "c", shape=int(self.ends[-1]))  # torch warns of "r"
 
-    def __len__(self) -> int:
-        return len(self.shapes)
+    def read(self, position: int) -> Tensor:
+        """The pixels of an image, one after another."""
+        end = int(self.ends[position])
+        return torch.from_numpy(self.pixels[end - 3 * int(self.shapes[position].prod()) : end])
 
     def load(self, position: int) -> Tensor:
         """Look an image up; see `ImageSource`."""
         height, width = self.shapes[position].tolist()
         if not height:
-            raise DamagedImageError(f"{self.name(position)}: could not be decoded when it was packed")
-        start = int(self.starts[position])
-        pixels = torch.from_numpy(self.pixels[start : start + 3 * height * width])
-        return pixels.view(height, width, 3).permute(2, 0, 1)
-
-    def name(self, position: int) -> str:
-        """The source's name of it."""
-        return self.source.name(position)
-
-    def size(self, position: int) -> int:
-        """Bytes of its pixels."""
-        return 3 * int(self.shapes[position].prod())
+            raise DamagedImageError(f"{self.names[position]}: could not be decoded when it was packed")
+        return self.read(position).view(height, width, 3).permute(2, 0, 1)
 
 
 def pack(
@@ -92,40 +83,31 @@ def pack(
         small = resize_shorter_side(image, shorter_side) if min(image.shape[1:]) > shorter_side else image
         return small.permute(1, 2, 0).contiguous()
 
-    threads = start_threads(workers)
-    sample = torch.linspace(0, len(source) - 1, SAMPLE).long().unique().tolist()
-    check_space(folder, list(threads.map(scale, sample)), len(source))
-    shapes = torch.zeros(len(source), 2, dtype=torch.int64)
+    threads, count = start_threads(workers), len(source.names)
+    sample = torch.linspace(0, count - 1, SAMPLE).long().unique().tolist()
+    sizes = [image.numel() for image in threads.map(scale, sample) if not isinstance(image, str)]
+    needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))
+    advice = "take another disk, or a smaller shorter_side"
+    check_free_space("data.packed", folder, needed, f"{count:,} images", advice)
+    shapes = torch.zeros(count, 2, dtype=torch.int64)
     index = folder / f"{part}.index.safetensors"
     with replaced_atomically(folder / f"{part}.pixels") as temporary:
         with temporary.open("wb") as file:
-            for first in range(0, len(source), AT_ONCE):
-                positions = range(first, min(first + AT_ONCE, len(source)))
+            for first in range(0, count, AT_ONCE):
+                positions = range(first, min(first + AT_ONCE, count))
                 failures = []
                 for position, image in zip(positions, threads.map(scale, positions), strict=True):
                     if isinstance(image, str):
-                        failures.append((source.name(position), image))
+                        failures.append((source.names[position], image))
                     else:
                         shapes[position] = torch.tensor(image.shape[:2])
                         file.write(image.numpy().tobytes())
                 damage.record(len(positions), failures)
                 watch(len(positions))
         index.unlink(missing_ok=True)  # of pixels that are replaced now
-    header = {"shorter_side": shorter_side, "images": len(source), "names": hash_names(source)}
+    header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source)}
     write_tensors(index, {"shapes": shapes}, KIND, VERSION, header)
     return index
-
-
-def check_space(folder: Path, sample: list[Tensor | str], count: int) -> None:
-    """Check that the disk has space for the images.
-
-    Raises:
-        UserError: If it has not.
-    """
-    sizes = [image.numel() for image in sample if not isinstance(image, str)]
-    needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))
-    advice = "take another disk, or a smaller shorter_side"
-    check_free_space("data.packed", folder, needed, f"{count:,} images", advice)
 
 
 def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -> PackedSource:
@@ -139,27 +121,20 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
         raise UserError(f"data.packed: {folder} holds no packed {part} images; write them with lkd pack")
     tensors, header = read_tensors(index, KIND, VERSION)
     with refusing_malformed(index, "index of packed images"):
-        shapes = tensors["shapes"]
-        if not all(type(header[key]) is int for key in ("images", "shorter_side")):
-            raise ValueError(f"images {header['images']!r}, shorter_side {header['shorter_side']!r}")
-        if shapes.dtype != torch.int64 or tuple(shapes.shape) != (header["images"], 2) or not header["images"]:
-            raise ValueError(f"shapes are {shapes.dtype} {tuple(shapes.shape)}, of {header['images']} images")
-        if not bool(((shapes >= 0) & (shapes <= MOST_PIXELS)).all() and (shapes.prod(1) <= MOST_PIXELS).all()):
-            raise ValueError(
-                f"shapes go from {shapes.min()} to {shapes.max()}, at most {MOST_PIXELS:,} pixels an image"
-            )
-        if bool(((shapes == 0).sum(1) == 1).any()):
-            raise ValueError("an image has one side of 0")
-        header["names"]
-    if (header["images"], header["names"]) != (len(source), hash_names(source)):
+        shapes, names = tensors["shapes"], header["names"]
+        count, shorter_side = header["images"], header["shorter_side"]
+        if not type(count) is type(shorter_side) is int or count < 1 or not are_shapes(shapes, count):
+            raise ValueError(f"{count!r} images of shorter side {shorter_side!r} and their shapes do not go together")
+    needed = round(image_size * SHORTER_SIDE)
+    if (count, names) != (len(source.names), hash_names(source)):
         raise UserError(
-            f"data.packed: {folder} holds {header['images']:,} {part} images that are not the {len(source):,} of "
-            "data.root (or not by the same names): pack them anew"
+            f"data.packed: {folder} holds {count:,} {part} images that are not the {len(source.names):,} of data.root "
+            "(or not by the same names): pack them anew"
         )
-    if header["shorter_side"] < round(image_size * SHORTER_SIDE):
+    if shorter_side < needed:
         raise UserError(
-            f"data.packed: {folder} holds images of shorter side {header['shorter_side']}, data.image_size "
-            f"{image_size} needs {round(image_size * SHORTER_SIDE)}: pack them anew with that shorter_side"
+            f"data.packed: {folder} holds images of shorter side {shorter_side}, data.image_size {image_size} needs "
+            f"{needed}: pack them anew with that shorter_side"
         )
     size = 3 * int(shapes.prod(1).sum())
     if not path.is_file() or path.stat().st_size != size:
@@ -167,9 +142,18 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
     return PackedSource(source, path, shapes)
 
 
+def are_shapes(shapes: Tensor, count: int) -> bool:
+    """Whether these are heights and widths of images that can be there; both are 0 of one that is not."""
+    if shapes.dtype != torch.int64 or shapes.shape != (count, 2):
+        return False
+    bounded = (shapes >= 0) & (shapes <= MOST_PIXELS)
+    whole = (shapes.prod(1) <= MOST_PIXELS) & ((shapes == 0).sum(1) != 1)
+    return bool(bounded.all() and whole.all())
+
+
 def hash_names(source: ImageSource) -> str:
     """A hash of the images' names, in order."""
     digest = hashlib.sha256()
-    for position in range(len(source)):
-        digest.update(source.name(position).encode() + b"\n")
+    for name in source.names:
+        digest.update(name.encode() + b"\n")
     return digest.hexdigest()

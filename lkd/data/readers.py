@@ -1,21 +1,21 @@
-"""Data sets by name, and the readers of those that are arrays, folders or torchvision's."""
+"""Data sets by name, and the readers of those that torchvision knows or the package carries."""
 
 import hashlib
-import math
-import zipfile
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import MALFORMED
-from lkd.data.embedded import ARCHIVE
+from lkd.data.embedded import ARCHIVE, ARCHIVE_HASH
 from lkd.data.image_files import FileSource, ImageSource, LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.sources import (
@@ -29,157 +29,109 @@ from lkd.data.sources import (
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
-# CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), through torchvision, which checks their md5.
+# In memory: CIFAR (Krizhevsky, 2009), Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017) and the part of it that is embedded.
 
-# Mean and standard deviation: for CIFAR-100 those of RepDistiller, for CIFAR-10 those of its training images.
-STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+FASHION_SIZES = (60_000, 10_000)
+
+
+class InMemory(NamedTuple):
+    """A data set that torchvision reads into memory.
+
+    Attributes:
+        read: torchvision's class.
+        folder: Its folder in the root.
+        source: Where it is to be had; None if torchvision downloads it.
+        mean: Of each channel, of the training images (for CIFAR-100 as RepDistiller rounds it).
+        std: Standard deviation of each channel.
+    """
+
+    read: Callable[..., Any]
+    folder: str
+    source: str | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-{}-python.tar.gz"
+IN_MEMORY = {
+    "cifar10": InMemory(
+        CIFAR10, "cifar-10-batches-py", CIFAR.format(10), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": InMemory(
+        CIFAR100, "cifar-100-python", CIFAR.format(100), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    ),
+    "fashion_mnist": InMemory(FashionMNIST, "FashionMNIST/raw", None, (0.2860,), (0.3530,)),
 }
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
-def load_cifar(name: str, root: str | None) -> Dataset:
-    """Load `cifar10` or `cifar100`.
-
-    Args:
-        name: Which.
-        root: The folder that holds torchvision's folder of it.
+def load_in_memory(name: str, root: str | None) -> Dataset:
+    """Load `cifar10`, `cifar100` or `fashion_mnist`.
 
     Raises:
         UserError: If it is not there or damaged.
     """
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    source = f"https://www.cs.toronto.edu/~kriz/{name.replace('cifar', 'cifar-')}-python.tar.gz"
+    known = IN_MEMORY[name]
+    how = f"unpacked from {known.source}" if known.source else "or where to download it"
     if root is None:
-        raise UserError(f"data.root: missing; give the folder that holds {FOLDERS[name]}/ (unpacked from {source})")
-    if not (Path(root) / FOLDERS[name]).is_dir():
-        raise UserError(f"data.root: {root!r} holds no {FOLDERS[name]}/; unpack {source} there")
-    read = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+        raise UserError(f"data.root: missing; give the folder that holds {known.folder}/ ({how})")
+    is_there = (Path(root) / known.folder).is_dir()
+    if known.source and not is_there:
+        raise UserError(f"data.root: {root!r} holds no {known.folder}/; unpack {known.source} there")
     try:
-        parts = [read(root, train=train) for train in (True, False)]
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.root: {FOLDERS[name]}/ in {root!r} is damaged ({reason}): unpack {source} anew"
-        ) from error
-    return Dataset(name, *(wrap(part.data, part.targets, tuple(part.classes), *STATISTICS[name]) for part in parts))
+        parts = [known.read(root, train=train, download=not is_there) for train in (True, False)]
+    except (*MALFORMED, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = f"unpack {known.source} anew" if known.source else "remove it, and it is downloaded anew"
+        raise UserError(f"data.root: {known.folder}/ in {root!r} cannot be read ({reason}): {again}") from error
+    if name == "fashion_mnist":
+        for part, count in zip(parts, FASHION_SIZES, strict=True):
+            if part.data.shape != (count, 28, 28) or len(part.targets) != count:
+                raise UserError(
+                    f"data.root: {root!r} holds images of shape {tuple(part.data.shape)} with {len(part.targets)} "
+                    f"labels, not ({count}, 28, 28)"
+                )
+    return Dataset(name, *(wrap_pixels(part.data, part.targets, part.classes, known) for part in parts))
 
 
-def wrap(
-    pixels: np.ndarray, targets: list[int], classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+def wrap_pixels(
+    pixels: Any, labels: Any, classes: Sequence[str], known: InMemory, index: np.ndarray | None = None
 ) -> ImageSet:
-    """Wrap what torchvision read ([N, 32, 32, 3], [N])."""
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(targets), torch.arange(len(targets)), classes, mean, std)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017): whole, and the part of it that the package carries.
-
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-MOST_BYTES = 1 << 26  # that an archive may unpack to
-FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)  # of the 60,000 training images
+    """Wrap images [N, H, W] or [N, H, W, C] in memory, labels [N] and, if it is not 0, 1, ..., their index [N]."""
+    images, targets = torch.as_tensor(pixels), torch.as_tensor(labels).long()
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    positions = torch.arange(len(targets)) if index is None else torch.from_numpy(index).long()
+    return ImageSet(images, targets, positions, tuple(classes), known.mean, known.std)
 
 
 def load_embedded(root: str | None = None) -> Dataset:
-    """Load the embedded data set, checking it against its sha256."""
-    arrays = read_embedded_archive(ARCHIVE)
-    return Dataset(
-        "embedded", *(fashion_images(*(arrays[f"{split}_{part}"] for part in PARTS)) for split in ("train", "test"))
-    )
-
-
-PARTS = ("images", "labels", "index")
+    """Load the embedded part of Fashion-MNIST, checked against its hash."""
+    arrays, known = read_embedded_archive(ARCHIVE), IN_MEMORY["fashion_mnist"]
+    parts = ([arrays[f"{part}_{kind}"] for kind in ("images", "labels", "index")] for part in ("train", "test"))
+    return Dataset("embedded", *(wrap_pixels(p, t, FashionMNIST.classes, known, index) for p, t, index in parts))
 
 
 def read_embedded_archive(path: Path) -> dict[str, np.ndarray]:
     """Read the embedded archive.
 
     Raises:
-        UserError: If it is missing, or its bytes are not those whose checksum lies beside it.
+        UserError: If it is missing, or its bytes are not those that the package was made with.
     """
     try:
-        expected = path.with_suffix(".npz.sha256").read_text().split()[0]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, IndexError) as error:
-        raise UserError(f"embedded data: cannot read {path} or its .sha256 ({error}): reinstall the package") from error
-    if digest != expected:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"embedded data: cannot read {path} ({error.strerror}): reinstall the package") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != ARCHIVE_HASH:
         raise UserError(
-            f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {expected[:12]}…): reinstall"
+            f"embedded data: {path} is damaged (sha256 {digest[:12]}…, expected {ARCHIVE_HASH[:12]}…): reinstall"
         )
-    try:
-        check_archive_size(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
-            wrong = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    except Exception as error:  # of zip, zlib, NumPy and its parser of headers
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"embedded data: {path} cannot be read ({type(error).__name__}: {reason})") from error
-    if wrong:
-        raise UserError(f"embedded data: {path}: {wrong[0]!r} is not an array")
-    return arrays
-
-
-def check_archive_size(path: Path) -> None:
-    """Check what an archive unpacks to, before it is.
-
-    Raises:
-        ValueError: If it is over `MOST_BYTES`, or an array claims more than its member holds.
-    """
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-        if size > MOST_BYTES:
-            raise ValueError(f"it would unpack to {size:,} bytes, at most {MOST_BYTES:,} are read")
-        for member in archive.infolist():
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, kind = read(file)
-            if math.prod(shape) * kind.itemsize > member.file_size:
-                raise ValueError(
-                    f"{member.filename} claims the shape {shape}, which its {member.file_size:,} bytes lack"
-                )
-
-
-def load_fashion_mnist(root: str | None) -> Dataset:
-    """Load the full Fashion-MNIST through torchvision."""
-    from torchvision.datasets import FashionMNIST
-
-    if root is None:
-        raise UserError("data.root: missing; give the folder that holds FashionMNIST/raw/, or where to download it")
-    parts = []
-    for train in (True, False):
-        try:
-            full = FashionMNIST(root, train=train, download=not (Path(root) / "FashionMNIST" / "raw").is_dir())
-        except (*MALFORMED, OSError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data.root: Fashion-MNIST cannot be read from {root!r}: {reason}") from error
-        images, count = full.data.numpy(), 60_000 if train else 10_000
-        if images.shape != (count, 28, 28) or len(full.targets) != count:
-            raise UserError(
-                f"data.root: {root!r} holds images of shape {images.shape} with {len(full.targets)} labels, "
-                f"not ({count}, 28, 28)"
-            )
-        parts.append(fashion_images(images, full.targets.numpy(), np.arange(count)))
-    return Dataset("fashion_mnist", *parts)
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        return dict(archive)
 
 
 def load_fashion_mnist_rest(root: str | None) -> Dataset:
     """Load the full training set without the embedded images; the test part is the embedded one."""
-    full, embedded = load_fashion_mnist(root).train, load_embedded()
+    full, embedded = load_in_memory("fashion_mnist", root).train, load_embedded()
     kept = torch.ones(len(full), dtype=torch.bool)
     kept[embedded.train.index] = False
     return Dataset("fashion_mnist_rest", full.select(kept.nonzero().flatten()), embedded.test)
@@ -187,26 +139,14 @@ def load_fashion_mnist_rest(root: str | None) -> Dataset:
 
 def load_fashion_mnist_unseen(root: str | None) -> Dataset:
     """Load the embedded training images, which the embedded teacher never saw, with the full test part."""
-    return Dataset("fashion_mnist_unseen", load_embedded().train, load_fashion_mnist(root).test)
-
-
-def fashion_images(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> ImageSet:
-    """Wrap arrays of Fashion-MNIST ([N, 28, 28], [N], [N])."""
-    return ImageSet(
-        torch.from_numpy(images).unsqueeze(1),
-        torch.from_numpy(labels).long(),
-        torch.from_numpy(index).long(),
-        FASHION_CLASSES,
-        FASHION_MEAN,
-        FASHION_STD,
-    )
+    return Dataset("fashion_mnist_unseen", load_embedded().train, load_in_memory("fashion_mnist", root).test)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # torchvision's data sets, by timm's names (`torch/imagenet`, `torch/places365`, ...).
 
 
-class TorchvisionSource:
+class TorchvisionSource(ImageSource):
     """Images that a torchvision data set holds in memory.
 
     Args:
@@ -216,22 +156,15 @@ class TorchvisionSource:
 
     def __init__(self, images: Any, title: str) -> None:
         self.images = images
-        self.title = title
+        self.names = [f"{title}, image {position}" for position in range(len(images))]
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def read(self, position: int) -> Tensor:
+        """The pixels of an image."""
+        return self.load(position).flatten()
 
     def load(self, position: int) -> Tensor:
         """Take an image; see `ImageSource`."""
         return pil_to_tensor(self.images[position][0].convert("RGB"))
-
-    def name(self, position: int) -> str:
-        """The split and the position."""
-        return f"{self.title}, image {position}"
-
-    def size(self, position: int) -> int:
-        """Bytes of its pixels."""
-        return self.load(position).numel()
 
 
 def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
@@ -247,31 +180,29 @@ def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Da
     """
     from timm.data import create_dataset
 
-    root = check_root(root, f"torchvision's {name}")
+    folder = str(check_root(root, f"torchvision's {name}"))
     title = f"torch/{name}"
     parts = []
     for split in ("train", "validation"):
         try:
-            images = create_dataset(title, root, split)
+            images = create_dataset(title, folder, split)
         except (AssertionError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"data.root: {title} cannot be read from {root!r} ({reason})") from error
+            raise UserError(f"data.root: {title} cannot be read from {folder!r} ({reason})") from error
         labels = getattr(images, "targets", None)
         if labels is None:
             raise UserError(f"data.name: {title} does not say its labels beforehand; take another form of it")
         parts.append(LabelledSource(wrap_images(images, f"{title}/{split}"), [int(label) for label in labels]))
     classes = tuple(str(entry) for entry in getattr(images, "classes", range(1 + max(parts[0].labels))))
-    return build_dataset(title, parts, classes, loading, root)
+    return build_dataset(title, parts, classes, loading, folder)
 
 
 def wrap_images(images: Any, title: str) -> ImageSource:
     """The images' files, if the data set is a list of files; else the data set."""
     files = getattr(images, "imgs", None)
-    return (
-        FileSource(Path("/"), [str(Path(path).absolute())[1:] for path, _ in files])
-        if files
-        else TorchvisionSource(images, title)
-    )
+    if not files:
+        return TorchvisionSource(images, title)
+    return FileSource(Path("/"), [str(Path(path).absolute())[1:] for path, _ in files])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,11 +210,9 @@ def wrap_images(images: Any, title: str) -> ImageSource:
 
 DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "embedded": load_embedded,
-    "fashion_mnist": load_fashion_mnist,
     "fashion_mnist_rest": load_fashion_mnist_rest,
     "fashion_mnist_unseen": load_fashion_mnist_unseen,
-    "cifar10": partial(load_cifar, "cifar10"),
-    "cifar100": partial(load_cifar, "cifar100"),
+    **{name: partial(load_in_memory, name) for name in IN_MEMORY},
 }
 """In memory, by name; from a root."""
 
@@ -319,11 +248,11 @@ def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | N
         UserError: If the name is unknown, or the files are missing, damaged or of another shape.
     """
     reader, _, rest = name.partition("/")
-    if name not in (*DATASETS, *FILE_READERS) and not (rest and reader in NAMED_READERS):
-        check_choice("data.name", name, [*DATASETS, *FILE_READERS, *(f"{known}/NAME" for known in NAMED_READERS)])
     loading = loading or LoadingOptions()
     if name in DATASETS:
         return DATASETS[name](root)
     if name in FILE_READERS:
         return FILE_READERS[name](root, loading)
+    if not (rest and reader in NAMED_READERS):
+        check_choice("data.name", name, [*DATASETS, *FILE_READERS, *(f"{known}/NAME" for known in NAMED_READERS)])
     return NAMED_READERS[reader](rest, root, loading)

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from lkd.core.errors import UserError
 from lkd.core.files import MALFORMED, parse_json, read_mapping, refusing_malformed
-from lkd.data.image_files import (
-    DamagedImageError,
-    FileSource,
-    ImageSource,
-    LoadingOptions,
-    as_bytes,
-    decode,
-    open_source,
-)
+from lkd.data.image_files import FileSource, ImageSource, LoadingOptions, as_bytes, open_source
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.packed import open_packed
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg"
+TARS = "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar"
+SHARDS = "*train*.tar and *val*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
+SHARD_SPLITS = {"train": ("train",), "val": ("validation", "val")}
+TEST_SPLITS = ("validation", "val", "test")  # of Hugging Face's; the first that there is
+MOST_NESTED = 3  # tars in tars
+SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
+MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
+
 # ----------------------------------------------------------------------------------------------------------------------
 # From two sources with labels to a data set, checked.
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
 
 
 class LabelledSource(NamedTuple):
@@ -38,11 +39,7 @@ class LabelledSource(NamedTuple):
 
 
 def build_dataset(
-    name: str,
-    parts: Sequence[LabelledSource],
-    classes: tuple[str, ...],
-    loading: LoadingOptions,
-    place: str,
+    name: str, parts: Sequence[LabelledSource], classes: tuple[str, ...], loading: LoadingOptions, place: str
 ) -> Dataset:
     """Build a data set.
 
@@ -82,7 +79,7 @@ def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], l
     return ImageSet(open_source(source, loading), labels, torch.arange(len(labels)), classes, MEAN, STD)
 
 
-def number_classes(names: list[str], classes: tuple[str, ...], place: str) -> list[int]:
+def number_classes(names: Iterable[str], classes: tuple[str, ...], place: str) -> list[int]:
     """The label of each class name.
 
     Raises:
@@ -95,7 +92,7 @@ def number_classes(names: list[str], classes: tuple[str, ...], place: str) -> li
     return [labels[name] for name in names]
 
 
-def check_root(root: str | None, layout: str) -> str:
+def check_root(root: str | None, layout: str) -> Path:
     """The folder of a data set.
 
     Raises:
@@ -108,34 +105,27 @@ def check_root(root: str | None, layout: str) -> str:
             f"data.root: {root} is a stream, in which a training cannot be resumed to the bit; copy it to a disk, or "
             "mount it, and give the folder"
         )
-    return root
+    return Path(root)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Image folders of ImageNet's layout: `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`.
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FOLDER_LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg"
+# Image folders of ImageNet's layout. Not by timm's reader, whose order of classes and files is another (10 after 9).
 
 
 def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
-    """Find the images; they are decoded only when a batch needs them.
-
-    Args:
-        root: The folder. The classes are the folders in `root/train`, in alphabetical order.
-        loading: How images are loaded.
+    """Find the images of `root/train/CLASS/` and `root/val/CLASS/`; the classes are those of `train`, sorted.
 
     Raises:
         UserError: If the folder is missing or laid out otherwise, or a class has no training images.
     """
-    root = check_root(root, FOLDER_LAYOUT)
-    classes = class_folders(Path(root), "train")
-    number_classes(list(class_folders(Path(root), "val")), classes, f"{root}/val")
-    parts = [find_images(Path(root) / part, classes) for part in ("train", "val")]
-    return build_dataset("image_folder", parts, classes, loading, f"{root} ({', '.join(SUFFIXES)})")
+    folder = check_root(root, FOLDERS)
+    classes, tested = (list_class_folders(folder, part) for part in ("train", "val"))
+    number_classes(tested, classes, f"{folder}/val")
+    parts = [find_images(folder / part, classes) for part in ("train", "val")]
+    return build_dataset("image_folder", parts, classes, loading, f"{folder} ({', '.join(SUFFIXES)})")
 
 
-def class_folders(root: Path, part: str) -> tuple[str, ...]:
+def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
     """Names of the folders in `root/part`, sorted.
 
     Raises:
@@ -144,27 +134,24 @@ def class_folders(root: Path, part: str) -> tuple[str, ...]:
     folder = root / part
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()
     if not names:
-        raise UserError(f"data.root: {str(root)!r} holds no {part}/CLASS/ folders; expected {FOLDER_LAYOUT}")
+        raise UserError(f"data.root: {str(root)!r} holds no {part}/CLASS/ folders; expected {FOLDERS}")
     return names
 
 
 def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
     """List the images of one part, class by class."""
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        entries = os.scandir(folder / name) if (folder / name).is_dir() else ()
-        found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
-        names += [f"{name}/{file}" for file in found]
-        labels += [label] * len(found)
-    return LabelledSource(FileSource(folder, names), labels)
+    found = [
+        (f"{name}/{file}", label)
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for file in sorted(os.listdir(folder / name))
+        if file.lower().endswith(SUFFIXES)
+    ]
+    return LabelledSource(FileSource(folder, [name for name, _ in found]), [label for _, label in found])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images in tar files, found by their offsets: any of them can be read at any time, as from files of their own.
-
-MOST_NESTED = 3  # tars in tars
-SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
 
 
 class Member(NamedTuple):
@@ -181,7 +168,7 @@ class Member(NamedTuple):
     size: int
 
 
-class TarSource:
+class TarSource(ImageSource):
     """Images in tar files.
 
     Args:
@@ -191,28 +178,13 @@ class TarSource:
 
     def __init__(self, paths: list[Path], members: list[tuple[int, Member]]) -> None:
         self.paths = [str(path) for path in paths]
-        self.names = [member.name for _, member in members]
+        self.names = [f"{paths[tar].name}/{member.name}" for tar, member in members]
         self.places = torch.tensor([(tar, member.start, member.size) for tar, member in members]).view(-1, 3)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, position: int) -> Tensor:
-        """Decode a member; see `ImageSource`."""
+    def read(self, position: int) -> Tensor:
+        """The bytes of a member."""
         tar, start, size = self.places[position].tolist()
-        try:
-            content = np.fromfile(self.paths[tar], np.uint8, size, offset=start)
-        except OSError as error:
-            raise DamagedImageError(f"{self.name(position)}: cannot be read ({error.strerror})") from error
-        return decode(torch.from_numpy(content), self.name(position))
-
-    def name(self, position: int) -> str:
-        """The tar file's name and the member's."""
-        return f"{Path(self.paths[self.places[position, 0]]).name}/{self.names[position]}"
-
-    def size(self, position: int) -> int:
-        """Bytes of the member."""
-        return int(self.places[position, 2])
+        return torch.from_numpy(np.fromfile(self.paths[tar], np.uint8, size, offset=start))
 
 
 def index_tar(path: Path) -> Iterator[Member]:
@@ -259,38 +231,21 @@ def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int
                 yield Member(prefix + member.name, start + member.offset_data, member.size)
 
 
-def read_member(path: Path, member: Member) -> bytes:
-    """The bytes of a small member."""
-    return np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images in tar files by class: a tar for each class, a tar of class folders, or a tar of tars.
-
-CLASS_TAR_LAYOUT = (
-    "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar"
-)
-
-
 def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
-    """Find the images; an image's class is the folder or the tar that it lies in.
-
-    Args:
-        root: The folder that holds `LAYOUT`.
-        loading: How images are loaded.
+    """Find the images of a tar for each class, a tar of class folders, or a tar of tars.
 
     Raises:
         UserError: If the folder is missing or laid out otherwise, an image lies in no class, or a class has no training
             images.
     """
-    root = check_root(root, CLASS_TAR_LAYOUT)
-    (train, train_names), (val, val_names) = (find_class_images(Path(root), part) for part in ("train", "val"))
+    folder = check_root(root, TARS)
+    (train, train_names), (val, val_names) = (find_class_images(folder, part) for part in ("train", "val"))
     classes = tuple(sorted(set(train_names)))
     parts = [
-        LabelledSource(source, number_classes(names, classes, f"{root}: {part}"))
+        LabelledSource(source, number_classes(names, classes, f"{folder}: {part}"))
         for part, source, names in (("train", train, train_names), ("val", val, val_names))
     ]
-    return build_dataset("tar", parts, classes, loading, root)
+    return build_dataset("tar", parts, classes, loading, str(folder))
 
 
 def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
@@ -302,18 +257,14 @@ def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
     whole = root / f"{part}.tar"
     paths = [whole] if whole.is_file() else sorted((root / part).glob("*.tar"))
     if not paths:
-        raise UserError(
-            f"data.root: {str(root)!r} holds neither {part}.tar nor {part}/CLASS.tar; expected {CLASS_TAR_LAYOUT}"
-        )
+        raise UserError(f"data.root: {str(root)!r} holds neither {part}.tar nor {part}/CLASS.tar; expected {TARS}")
     found: list[tuple[str, int, Member]] = []
     for number, path in enumerate(paths):
         for member in index_tar(path):
             if member.name.lower().endswith(SUFFIXES):
                 name = Path(member.name).parent.name or ("" if path == whole else path.stem)
                 if not name:
-                    raise UserError(
-                        f"data.root: {path}: {member.name} lies in no class folder; expected {CLASS_TAR_LAYOUT}"
-                    )
+                    raise UserError(f"data.root: {path}: {member.name} lies in no class folder; expected {TARS}")
                 found.append((name, number, member))
     found.sort(key=lambda entry: (entry[0], entry[2].name))
     return TarSource(paths, [(number, member) for _, number, member in found]), [name for name, _, _ in found]
@@ -322,36 +273,26 @@ def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
 # ----------------------------------------------------------------------------------------------------------------------
 # WebDataset shards on a disk: tar files with `KEY.jpg` and its label, `KEY.cls` or `KEY.json`, side by side.
 
-SHARD_LAYOUT = "*train*.tar and *val*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
-MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
-PARTS = {"train": ("train",), "val": ("validation", "val")}
-
 
 def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
     """Find the images; shards are indexed, not streamed, so that any image can be read at any time.
-
-    Args:
-        name: What the data set is called.
-        root: The folder that holds `LAYOUT`.
-        loading: How images are loaded.
 
     Raises:
         UserError: If the folder is missing or a stream, shards are missing or damaged, a sample has no label, or a
             class has no training images.
     """
-    root = check_root(root, SHARD_LAYOUT)
-    train, val = (read_shards(find_shards(Path(root), part)) for part in PARTS)
+    folder = check_root(root, SHARDS)
+    train, val = (read_shards(find_shards(folder, part)) for part in SHARD_SPLITS)
     largest = max(train.labels, default=0)
     if largest >= max(len(train.labels), MOST_NAMED):
         raise UserError(
-            f"data.root: {root}: label {largest:,} of a training image, but there are {len(train.labels):,} training "
+            f"data.root: {folder}: label {largest:,} of a training image, but there are {len(train.labels):,} training "
             "images: not every class from 0 on has one"
         )
-    classes = tuple(map(str, range(1 + largest)))
-    unknown = [label for label in val.labels if label >= len(classes)]
-    if unknown:
-        raise UserError(f"data.root: {root}: label {unknown[0]} of a validation image is none of the training images'")
-    return build_dataset(f"wds/{name}", (train, val), classes, loading, root)
+    beyond = [label for label in val.labels if label > largest]
+    if beyond:
+        raise UserError(f"data.root: {folder}: label {beyond[0]} of a validation image is none of the training images'")
+    return build_dataset(f"wds/{name}", (train, val), tuple(map(str, range(1 + largest))), loading, str(folder))
 
 
 def find_shards(root: Path, part: str) -> list[Path]:
@@ -364,7 +305,9 @@ def find_shards(root: Path, part: str) -> list[Path]:
         if info.is_file():
             with refusing_malformed(info, "list of shards"):
                 splits = read_mapping(info).get("splits", {})
-                named: list[str] = next((splits[name]["filenames"] for name in PARTS[part] if name in splits), [])
+                named: list[str] = next(
+                    (splits[name]["filenames"] for name in SHARD_SPLITS[part] if name in splits), []
+                )
                 outside = [name for name in named if not is_within(name)]
             if outside:
                 raise UserError(f"data.root: {info}: {outside[0]!r} is not a file in that folder: remove it")
@@ -375,7 +318,7 @@ def find_shards(root: Path, part: str) -> list[Path]:
                 return [root / name for name in named]
     paths = sorted(root.glob(f"*{part}*.tar")) or sorted(root.glob(f"{part}*/*.tar"))
     if not paths:
-        raise UserError(f"data.root: {str(root)!r} holds no {part} shards; expected {SHARD_LAYOUT}")
+        raise UserError(f"data.root: {str(root)!r} holds no {part} shards; expected {SHARDS}")
     return paths
 
 
@@ -422,7 +365,7 @@ def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
     Raises:
         UserError: If it is not a class index.
     """
-    content = read_member(path, member)
+    content = np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
     try:
         value = parse_json(content)
         if isinstance(value, dict):
@@ -439,10 +382,8 @@ def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets of the Hugging Face hub, or in its formats on a disk, through the package `datasets`.
 
-TEST_SPLITS = ("validation", "val", "test")  # the first that there is
 
-
-class HuggingFaceSource:
+class HuggingFaceSource(ImageSource):
     """Images in a column of an Arrow table.
 
     Args:
@@ -454,25 +395,11 @@ class HuggingFaceSource:
     def __init__(self, table: Any, column: str, title: str) -> None:
         self.table = table.select_columns([column])
         self.column = column
-        self.title = title
+        self.names = [f"{title}, row {position}" for position in range(len(table))]
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def load(self, position: int) -> Tensor:
-        """Decode a row's image; see `ImageSource`."""
-        entry = self.table[position][self.column]
-        if not entry["bytes"]:
-            raise DamagedImageError(f"{self.name(position)}: has no bytes in the table")
-        return decode(as_bytes(entry["bytes"]), self.name(position))
-
-    def name(self, position: int) -> str:
-        """The table and the row."""
-        return f"{self.title}, row {position}"
-
-    def size(self, position: int) -> int:
-        """Bytes of the row's image."""
-        return len(self.table[position][self.column]["bytes"] or b"")
+    def read(self, position: int) -> Tensor:
+        """The bytes of a row's image; none if the table lacks them."""
+        return as_bytes(self.table[position][self.column]["bytes"] or b"")
 
 
 def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
@@ -491,16 +418,16 @@ def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> D
         import datasets
     except ImportError as error:
         raise UserError('data.name: hfds needs the package `datasets`; pip install "lkd[huggingface]"') from error
+    title = f"data.name: hfds/{name}"
     try:
         tables = datasets.load_dataset(name, cache_dir=root)
     except Exception as error:  # of any of the package's readers
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"data.name: hfds/{name} cannot be loaded ({reason})") from error
+        raise UserError(f"{title} cannot be loaded ({reason})") from error
     test = next((split for split in TEST_SPLITS if split in tables), None)
     if "train" not in tables or test is None:
         raise UserError(
-            f"data.name: hfds/{name} has the splits {', '.join(tables)}; needed are train and one of "
-            f"{', '.join(TEST_SPLITS)}"
+            f"{title} has the splits {', '.join(tables)}; needed are train and one of {', '.join(TEST_SPLITS)}"
         )
     features = tables["train"].features
     images, labels = (
@@ -508,12 +435,12 @@ def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> D
         for wanted in (datasets.Image, datasets.ClassLabel)
     )
     if not images or not labels:
-        raise UserError(f"data.name: hfds/{name} has no column of {'class labels' if images else 'images'}: {features}")
+        raise UserError(f"{title} has no column of {'class labels' if images else 'images'}: {features}")
     parts = []
     for split in ("train", test):
         table = tables[split].cast_column(images[0], datasets.Image(decode=False))
         source = HuggingFaceSource(table, images[0], f"{name}/{split}")
         parts.append(LabelledSource(source, [int(label) for label in table[labels[0]]]))
         if min(parts[-1].labels, default=0) < 0:
-            raise UserError(f"data.name: hfds/{name}: images of {split} have no label (-1)")
+            raise UserError(f"{title}: images of {split} have no label (-1)")
     return build_dataset(f"hfds/{name}", parts, tuple(features[labels[0]].names), loading, f"hfds/{name}")

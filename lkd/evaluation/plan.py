@@ -95,7 +95,7 @@ def plan_images(recipe: DataRecipe) -> PlannedImages:
 def measure_files(files: ImageFiles, sample: int = 1000) -> float:
     """Mean size of the files, by a sample of them, bytes."""
     chosen = files.positions[:: max(1, len(files.positions) // sample)].tolist()
-    sizes = [files.source.size(position) for position in chosen]
+    sizes = [len(files.source.read(position)) for position in chosen]
     return sum(sizes) / len(sizes)
 
 

@@ -1,19 +1,20 @@
 """Make the embedded data set from the full Fashion-MNIST.
 
-    python -m lkd.data.embedded.make --root DIR
+    python benchmarks/embedded_images.py --root DIR
 
 `DIR/FashionMNIST/raw/` holds the four original IDX files (torchvision's layout). Draws 1,200 training and 400 test
-images of each class with the seed below, in random order, and writes `fashion_mnist.npz` and its sha256 beside this
-file. `train_index` and `test_index` are positions in the full set, so that a teacher can be trained on exactly the
-images that are *not* here.
+images of each class with the seed below, in random order, writes `lkd/data/embedded/fashion_mnist.npz` and prints its
+sha256, which is `ARCHIVE_HASH` beside it. `train_index` and `test_index` are positions in the full set, so that a
+teacher can be trained on exactly the images that are *not* here.
 """
 
 import argparse
 import hashlib
-from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import FashionMNIST
+
+from lkd.data.embedded import ARCHIVE
 
 SEED = 20250611
 TRAIN_PER_CLASS = 1_200
@@ -27,7 +28,7 @@ def draw_class_balanced(labels: np.ndarray, per_class: int, generator: np.random
 
 
 def main() -> None:
-    """Write the archive and its checksum."""
+    """Write the archive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder that holds FashionMNIST/raw/")
     root = parser.parse_args().root
@@ -40,11 +41,10 @@ def main() -> None:
         arrays[f"{split}_images"] = full.data.numpy()[index]
         arrays[f"{split}_labels"] = labels[index].astype(np.uint8)
         arrays[f"{split}_index"] = index.astype(np.int32)
-    path = Path(__file__).with_name("fashion_mnist.npz")
-    np.savez_compressed(path, allow_pickle=False, **arrays)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".npz.sha256").write_text(f"{digest}  {path.name}\n")
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, sha256 {digest}")
+    np.savez_compressed(ARCHIVE, allow_pickle=False, **arrays)
+    print(
+        f"{ARCHIVE}: {ARCHIVE.stat().st_size / 1e6:.2f} MB, sha256 {hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()}"
+    )
 
 
 if __name__ == "__main__":
