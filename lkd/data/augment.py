@@ -12,9 +12,6 @@ from torchvision.transforms.v2 import functional
 
 from lkd.data.image_files import ImageFiles
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Crops of one image, uint8, the random ones a function of the numbers they are given.
-
 ATTEMPTS = 10  # of a random crop to fit, as in torchvision
 CROP_NUMBERS = 4 * ATTEMPTS + 1
 SHORTER_SIDE = 256 / 224  # of an image whose centre is cut out, over the crop's size: the literature's
@@ -145,9 +142,6 @@ def augment_randomly(image: Tensor, numbers: Tensor) -> Tensor:
         image = change(image, 1.0 if sign < 0.5 else -1.0)
     return image
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Augmentation of uint8 images, each a function of its pixels and its own random numbers.
 
 NUMBERS = CROP_NUMBERS + AUGMENT_NUMBERS
 """Random numbers that an image gets."""

@@ -1,6 +1,7 @@
 """Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,38 +16,10 @@ from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.data.loader import Loading, Prefetcher
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019) of whole batches, by timm, from a seed of their own.
+CPU = torch.device("cpu")
 
 
-def mix_batch(batch: Batch, num_classes: int, mixup: float, cutmix: float, seed: int) -> Batch:
-    """Mix each image with its mirror in the batch: the first with the last, and so on.
-
-    Args:
-        batch: An even number of images, with class indices.
-        num_classes: Number of classes.
-        mixup: α of mixup's Beta(α, α); 0 for none.
-        cutmix: α of CutMix's; 0 for none. If neither is 0 each batch has one of them, with probability 1/2.
-        seed: What is mixed how is a function of it.
-
-    Returns:
-        The batch with mixed images and the target as distributions [B, C]; `index` and `augmentation` are those of each
-        image before it was mixed.
-    """
-    state = np.random.get_state()  # noqa: NPY002 - timm draws from numpy's global generator
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-    try:
-        mixer = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes)
-        images, target = mixer(batch.images, batch.target)
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
-    return batch._replace(images=images, target=target)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit.
-
-
+@dataclass(eq=False)
 class Batches:
     """Shuffled epochs over an image set; the last, incomplete batch of an epoch is dropped.
 
@@ -66,8 +39,8 @@ class Batches:
             1 to N, which are the same for every `seed`.
         repeats: How often an image is in a batch, each time augmented otherwise (repeated augmentation; Hoffer et al.,
             2020). An epoch has as many steps as ever, and so as many fewer images.
-        mixup: α of mixup; 0 for none. With mixup or CutMix targets are distributions, [B, C].
-        cutmix: α of CutMix; 0 for none.
+        mixup: α of mixup's Beta(α, α); 0 for none. With mixup or CutMix targets are distributions, [B, C].
+        cutmix: α of CutMix's; 0 for none. If neither is 0 each batch has one of them, with probability 1/2.
         steps: Steps that will be asked for; none is loaded ahead of its use beyond them. None if they have no end.
 
     Attributes:
@@ -77,46 +50,37 @@ class Batches:
         UserError: If the batch is larger than the set or does not divide, or the augmentation is unknown.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        seed: int,
-        augmentation: str = "none",
-        device: str | torch.device = "cpu",
-        part: tuple[int, int] = (0, 1),
-        augmentation_seeds: int = 0,
-        repeats: int = 1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        steps: int | None = None,
-    ) -> None:
-        check_choice("data.augmentation", augmentation, augmentations_of(images.images))
-        if not 1 <= batch_size <= len(images):
-            raise UserError(f"train.batch_size: {batch_size} is not between 1 and the {len(images)} training images")
-        if batch_size % part[1]:
+    images: ImageSet
+    batch_size: int
+    seed: int
+    augmentation: str = "none"
+    device: torch.device = CPU
+    part: tuple[int, int] = (0, 1)
+    augmentation_seeds: int = 0
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        size, count, parts = self.batch_size, len(self.images), self.part[1]
+        check_choice("data.augmentation", self.augmentation, augmentations_of(self.images.images))
+        if not 1 <= size <= count:
+            raise UserError(f"train.batch_size: {size} is not between 1 and the {count} training images")
+        if size % parts:
             raise UserError(
-                f"train.batch_size: {batch_size} is the batch of all {part[1]} processes together and does not divide "
-                f"among them; take a multiple of {part[1]}"
+                f"train.batch_size: {size} is the batch of all {parts} processes together and does not divide among "
+                f"them; take a multiple of {parts}"
             )
-        if repeats > 1 and augmentation == "none":
-            raise UserError(f"data.repeats: {repeats} would repeat images without augmentation; take 1")
-        if (mixup or cutmix) and batch_size // part[1] % 2:
-            raise UserError(f"train.batch_size: mixup and CutMix need an even batch in every process, not {batch_size}")
-        self.images = images
-        self.batch_size = batch_size
-        self.part = part
-        self.seed = seed
-        self.augmentation = augmentation
-        self.augmentation_seeds = augmentation_seeds
-        self.repeats = repeats
-        self.mixup, self.cutmix = mixup, cutmix
-        self.device = torch.device(device)
-        self.steps_per_epoch = len(images) // batch_size
+        if self.repeats > 1 and self.augmentation == "none":
+            raise UserError(f"data.repeats: {self.repeats} would repeat images without augmentation; take 1")
+        if (self.mixup or self.cutmix) and size // parts % 2:
+            raise UserError(f"train.batch_size: mixup and CutMix need an even batch in every process, not {size}")
+        self.steps_per_epoch = count // size
         self.wait_seconds = 0.0
         self.order = lru_cache(maxsize=2)(self.draw_order)  # the next epoch is loaded ahead
         self.files = lru_cache(maxsize=2)(self.order_files)
-        self.prefetcher = Prefetcher(self.start, steps)
+        self.prefetcher = Prefetcher(self.start, self.steps)
 
     def at(self, step: int) -> Batch:
         """The batch of this step, counted from 0 over all epochs.
@@ -128,29 +92,33 @@ class Batches:
         if isinstance(self.images.images, ImageFiles):
             pixels, slots, seconds = self.prefetcher.take(step).wait()
             self.wait_seconds += seconds
-            return self.mix(step, self.gather(epoch, pixels, slots))
-        slots = self.slots_of(step)
-        pixels = self.images.images[self.order(epoch)[slots]]
-        if self.augmentation != "none":
-            pixels = AUGMENTATIONS[self.augmentation](pixels, self.numbers_of(epoch, slots))
-        return self.mix(step, self.gather(epoch, pixels, slots))
-
-    def mix(self, step: int, batch: Batch) -> Batch:
-        """Mix a batch's images and targets, if mixup or CutMix are asked for."""
-        if not (self.mixup or self.cutmix):
-            return batch
-        seed = mix_words(self.seed, 10, step)
-        return mix_batch(batch, self.images.num_classes, self.mixup, self.cutmix, seed)
-
-    def gather(self, epoch: int, pixels: Tensor, slots: Tensor) -> Batch:
-        """Put the batch of these places in the epoch's order together, on its device."""
+        else:
+            slots = self.slots_of(step)
+            chosen = self.images.images[self.order(epoch)[slots]]
+            pixels = AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots))
         positions = self.order(epoch)[slots]
-        return Batch(
+        batch = Batch(
             self.images.normalize(pixels.to(self.device, non_blocking=True)),
             self.images.labels[positions].to(self.device),
             self.images.index[positions].to(self.device),
             self.augmentation_of(epoch, slots).to(self.device),
         )
+        return self.mix(step, batch) if self.mixup or self.cutmix else batch
+
+    def mix(self, step: int, batch: Batch) -> Batch:
+        """Mix each image with its mirror in the batch: the first with the last, and so on.
+
+        By timm's mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); what is mixed how is a function of seed and
+        step. Targets become distributions [B, C]; `index` and `augmentation` stay those of each image before.
+        """
+        state = np.random.get_state()  # noqa: NPY002 - timm draws from numpy's global generator
+        np.random.seed(mix_words(self.seed, 10, step) & 0xFFFFFFFF)  # noqa: NPY002
+        try:
+            mixer = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.images.num_classes)
+            images, target = mixer(batch.images, batch.target)
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+        return batch._replace(images=images, target=target)
 
     def start(self, step: int) -> Loading:
         """Start to decode the batch of this step."""
@@ -194,10 +162,6 @@ class Batches:
         cycle = self.augmentation_seeds
         seeds = [1 + number % cycle if cycle else mix_words(self.seed, 1, number) >> 1 for number in numbers]
         return torch.tensor(seeds)[slots % self.repeats]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Every image once, in order, as one augmentation seed shows it.
 
 
 class OrderedBatches(Batches):

@@ -1,4 +1,7 @@
-"""Batches that threads decode ahead of their use."""
+"""Batches that threads decode ahead of their use.
+
+Threads, not processes: decoding and scaling leave Python alone, and nothing has to be copied between processes.
+"""
 
 import atexit
 import os
@@ -17,12 +20,14 @@ from torch import Tensor
 from lkd.core.errors import UserError
 from lkd.data.image_files import DamagedImageError, ImageFiles
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Threads that decode images, and do not keep the process from ending when one of them hangs.
-
 AT_EXIT = 2.0  # seconds that threads have to finish what they are at when the process ends
+CHUNK = 8  # images that a thread takes at a time
+AHEAD = 2  # batches that are decoded before they are asked for
+GO_ON = "go on with --resume auto"
 
 T = TypeVar("T")
+Cut = Callable[[Tensor, int], Tensor]
+"""From an image [3, H, W] and its place in the epoch's order to a crop [3, size, size]."""
 Task = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
 
@@ -30,16 +35,11 @@ class Decoders:
     """Daemon threads that take tasks in order.
 
     `ThreadPoolExecutor` waits for its threads when the process ends; a read that never returns would keep it for ever.
-
-    Args:
-        count: Threads.
     """
 
     def __init__(self, count: int) -> None:
         self.tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self.threads = [
-            threading.Thread(target=self.work, name=f"lkd-decoder_{number}", daemon=True) for number in range(count)
-        ]
+        self.threads = [threading.Thread(target=self.work, name=f"lkd-decoder_{n}", daemon=True) for n in range(count)]
         for thread in self.threads:
             thread.start()
         atexit.register(self.stop)
@@ -87,18 +87,6 @@ def start_threads_of(process: int, count: int) -> Decoders:
     """The threads of a process: those of its parent are none of a fork's."""
     torch.get_num_threads()  # else this thread would take over the decoders' number
     return Decoders(count)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches that threads decode ahead of their use. Threads, not processes: decoding and scaling leave Python alone, and
-# nothing has to be copied between processes.
-
-CHUNK = 8  # images that a thread takes at a time
-GO_ON = "go on with --resume auto"
-AHEAD = 2  # batches that are decoded before they are asked for
-
-Cut = Callable[[Tensor, int], Tensor]
-"""From an image [3, H, W] and its place in the epoch's order to a crop [3, size, size]."""
 
 
 class Loading:
