@@ -1,6 +1,7 @@
 """A caller's own images as an image set."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,13 @@ def read_images(
     if (mean is None) != (std is None):
         raise UserError("read_images: mean and std go together: give both, or neither")
     if image_size is not None:
-        labels = torch.tensor(check_openable(source))
+        labels = torch.tensor(read_labels(source))
         part = LabelledSource(wrap_images(source, type(source).__name__), labels.tolist())
         classes = name_classes(source, labels, num_classes)
         opened = wrap_source("train", part, classes, LoadingOptions(image_size, workers))
-        return ImageSet(opened.images, labels, opened.index, classes, tuple(mean or MEAN), tuple(std or STD))
-    images, labels = check_tensors(*(source if is_pair(source) else read_dataset(source)))
+        return replace(opened, mean=tuple(mean or MEAN), std=tuple(std or STD))
+    is_pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source)
+    images, labels = check_tensors(*(source if is_pair else read_dataset(source)))
     if mean is None or std is None:
         mean, std = measure(images)
     for name, values in (("mean", mean), ("std", std)):
@@ -65,17 +67,8 @@ def read_images(
     return ImageSet(images, labels, torch.arange(len(labels)), classes, tuple(mean), tuple(std))
 
 
-def is_pair(source: Any) -> bool:
-    """Whether these are images and labels as tensors."""
-    return isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source)
-
-
 def check_tensors(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Check images and labels: uint8 or float32, and int64, on the CPU.
-
-    Raises:
-        UserError: If their shapes, types or values are not those of labelled images.
-    """
+    """Check images and labels: uint8 or float32, and int64, on the CPU."""
     if images.ndim != 4 or not len(images) or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise UserError(
             f"read_images: images are {images.dtype}, {list(images.shape)}; give uint8 or float32, [N, C, H, W]"
@@ -91,34 +84,29 @@ def check_tensors(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_dataset(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Read a dataset's images and labels into memory.
-
-    Raises:
-        UserError: If it is no map-style dataset of images of one shape, is too large, or its transform is random.
-    """
+    """Read a dataset's images and labels into memory."""
     kind = type(dataset).__name__
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
         raise UserError(
             f"read_images: a {kind} is neither (images, labels) nor a map-style dataset with a length and items"
         )
-    first, _ = read_item(dataset, 0)
-    size = len(dataset) * first.numel() * first.element_size()
+    count, (first, _) = len(dataset), read_item(dataset, 0)
+    size = count * first.numel() * first.element_size()
     if size > MEMORY_LIMIT:
         raise UserError(
-            f"read_images: the {len(dataset):,} images of this {kind} take {size / 2**30:.1f} GiB of memory, more "
-            f"than {MEMORY_LIMIT / 2**30:.0f}: give image_size, or name a data set and its root (docs/data.md)"
+            f"read_images: the {count:,} images of this {kind} take {size / 2**30:.1f} GiB of memory, more than "
+            f"{MEMORY_LIMIT / 2**30:.0f}: give image_size, or name a data set and its root (docs/data.md)"
         )
-    images = first.new_empty(len(dataset), *first.shape)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    for position in range(len(dataset)):
-        image, label = read_item(dataset, position)
+    images, labels = first.new_empty(count, *first.shape), torch.empty(count, dtype=torch.int64)
+    for position in range(count):
+        image, labels[position] = read_item(dataset, position)
         if image.shape != first.shape or image.dtype != first.dtype:
             raise UserError(
                 f"read_images: image {position} of this {kind} is {image.dtype}, {list(image.shape)}, the first one "
                 f"{first.dtype}, {list(first.shape)}: make them alike in its transform, or give image_size"
             )
-        images[position], labels[position] = image, label
-    for position in range(min(READ_TWICE, len(dataset))):
+        images[position] = image
+    for position in range(min(READ_TWICE, count)):
         if not torch.equal(read_item(dataset, position)[0], images[position]):
             raise UserError(
                 f"read_images: image {position} of this {kind} is another at a second reading: its transform is "
@@ -128,34 +116,23 @@ def read_dataset(dataset: Any) -> tuple[Tensor, Tensor]:
 
 
 def read_item(dataset: Any, position: int) -> tuple[Tensor, int]:
-    """An image, [C, H, W], and its label.
-
-    Raises:
-        UserError: If the item is something else.
-    """
+    """An image, [C, H, W], and its label."""
     item = dataset[position]
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise UserError(
-            f"read_images: item {position} of this {type(dataset).__name__} is a {type(item).__name__}, "
-            "not (image, label)"
-        )
+        kinds = type(dataset).__name__, type(item).__name__
+        raise UserError(f"read_images: item {position} of this {kinds[0]} is a {kinds[1]}, not (image, label)")
     image, label = item
     if not isinstance(image, Tensor):
-        pixels = np.asarray(image)
-        image = torch.from_numpy(pixels.copy())
-        image = image.unsqueeze(0) if image.ndim == 2 else image.movedim(-1, 0)
+        pixels = torch.from_numpy(np.array(image))
+        image = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
     try:
         return image, int(label)
     except (TypeError, ValueError) as error:
         raise UserError(f"read_images: label {position} is {label!r}, not a class index") from error
 
 
-def check_openable(dataset: Any) -> list[int]:
-    """The labels of a dataset whose images can be decoded when they are needed.
-
-    Raises:
-        UserError: If it says no labels beforehand, or has a transform, which would not be used.
-    """
+def read_labels(dataset: Any) -> list[int]:
+    """The labels of a dataset whose images can be decoded when they are needed."""
     kind = type(dataset).__name__
     labels = getattr(dataset, "targets", None)
     if labels is None:
@@ -169,11 +146,7 @@ def check_openable(dataset: Any) -> list[int]:
 
 
 def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[str, ...]:
-    """The classes' names: the dataset's own, or else numbers.
-
-    Raises:
-        UserError: If a label is beyond them.
-    """
+    """The classes' names: the dataset's own, or else numbers."""
     largest = int(labels.max())
     names = tuple(str(name) for name in getattr(source, "classes", ()))
     count = num_classes or max(len(names), largest + 1)

@@ -175,9 +175,6 @@ class OrderedBatches(Batches):
         augmentation: A name in `augmentations_of` these images.
         augmentation_seed: The seed; 0 where nothing is augmented.
         device: Where batches go.
-
-    Raises:
-        UserError: If the augmentation is unknown.
     """
 
     def __init__(

@@ -100,11 +100,7 @@ def decode(content: Tensor, name: str) -> Tensor:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check an image's size before any memory is taken for it.
-
-    Raises:
-        ValueError: If it is out of bounds.
-    """
+    """Check an image's size before any memory is taken for it."""
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
         raise ValueError(f"{width} × {height} pixels, at most {MOST_PIXELS:,} are decoded")
     if max(width, height) > MOST_ELONGATED * min(width, height):

@@ -133,12 +133,7 @@ class Loading:
         self.files.damage.record(seen, failures)
 
     def read(self, slot: int) -> Tensor:
-        """Decode an image; while it is read it is in `reading`.
-
-        Raises:
-            DamagedImageError: If it cannot be decoded.
-            UserError: If there is no memory left for it.
-        """
+        """Decode an image; while it is read it is in `reading`."""
         self.reading.add(slot)
         try:
             return self.files.load(slot)

@@ -111,11 +111,7 @@ def load_embedded(root: str | None = None) -> Dataset:
 
 
 def read_embedded_archive(path: Path) -> dict[str, np.ndarray]:
-    """Read the embedded archive.
-
-    Raises:
-        UserError: If it is missing, or its bytes are not those that the package was made with.
-    """
+    """Read the embedded archive."""
     try:
         content = path.read_bytes()
     except OSError as error:

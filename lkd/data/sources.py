@@ -68,11 +68,7 @@ def build_dataset(
 
 
 def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], loading: LoadingOptions) -> ImageSet:
-    """All images of a source as an image set.
-
-    Raises:
-        UserError: If they are to be packed ones, and these are not there or of other images.
-    """
+    """All images of a source as an image set."""
     source, labels = labelled.source, torch.tensor(labelled.labels)
     if loading.packed:
         source = open_packed(source, Path(loading.packed), part, loading.image_size)
@@ -80,11 +76,7 @@ def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], l
 
 
 def number_classes(names: Iterable[str], classes: tuple[str, ...], place: str) -> list[int]:
-    """The label of each class name.
-
-    Raises:
-        UserError: If a name is none of the classes.
-    """
+    """The label of each class name."""
     labels = {name: label for label, name in enumerate(classes)}
     for name in names:
         if name not in labels:
@@ -93,11 +85,7 @@ def number_classes(names: Iterable[str], classes: tuple[str, ...], place: str) -
 
 
 def check_root(root: str | None, layout: str) -> Path:
-    """The folder of a data set.
-
-    Raises:
-        UserError: If it is missing, or not on a file system.
-    """
+    """The folder of a data set."""
     if root is None:
         raise UserError(f"data.root: missing; give the folder that holds {layout}")
     if "://" in root or root.startswith("pipe:"):
@@ -126,11 +114,7 @@ def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
 
 
 def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
-    """Names of the folders in `root/part`, sorted.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Names of the folders in `root/part`, sorted."""
     folder = root / part
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()
     if not names:
@@ -204,11 +188,7 @@ def index_tar(path: Path) -> Iterator[Member]:
 
 
 def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int = 0) -> Iterator[Member]:
-    """List the files in an open tar that begins at `start` of the outer one and has `size` bytes.
-
-    Raises:
-        tarfile.ReadError: If a member is not within the tar, or tars lie in each other more than `MOST_NESTED` deep.
-    """
+    """List the files in an open tar that begins at `start` of the outer one and has `size` bytes."""
     if depth > MOST_NESTED:
         raise tarfile.ReadError(f"{prefix} tars lie in each other, more than {MOST_NESTED} deep")
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -249,11 +229,7 @@ def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
 
 
 def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
-    """The images of one part and their classes' names, sorted by class and name.
-
-    Raises:
-        UserError: If there are no tars, or an image lies in no class.
-    """
+    """The images of one part and their classes' names, sorted by class and name."""
     whole = root / f"{part}.tar"
     paths = [whole] if whole.is_file() else sorted((root / part).glob("*.tar"))
     if not paths:
@@ -296,11 +272,7 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
 
 
 def find_shards(root: Path, part: str) -> list[Path]:
-    """The tar files of `train` or `val`.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """The tar files of `train` or `val`."""
     for info in (root / "_info.json", root / "info.json"):
         if info.is_file():
             with refusing_malformed(info, "list of shards"):
@@ -328,11 +300,7 @@ def is_within(name: str) -> bool:
 
 
 def read_shards(paths: list[Path]) -> LabelledSource:
-    """Index shards: where each image is, and its label.
-
-    Raises:
-        UserError: If a shard is damaged or a sample has no label.
-    """
+    """Index shards: where each image is, and its label."""
     members: list[tuple[int, Member]] = []
     labels: list[int] = []
     for number, path in enumerate(paths):
@@ -360,11 +328,7 @@ def read_shards(paths: list[Path]) -> LabelledSource:
 
 
 def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
-    """The label in a `.cls` or `.json` member, by the sample's key; nothing if a `.json` has none.
-
-    Raises:
-        UserError: If it is not a class index.
-    """
+    """The label in a `.cls` or `.json` member, by the sample's key; nothing if a `.json` has none."""
     content = np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
     try:
         value = parse_json(content)

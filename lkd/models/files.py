@@ -56,11 +56,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def check_size(path: Path, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Check that a network is of the shapes of the weights, before it is made: a header can name one of any size.
-
-    Raises:
-        UserError: If it is not.
-    """
+    """Check that a network is of the shapes of the weights, before it is made: a header can name one of any size."""
     check_options(architecture.get("options"))
     with torch.device("meta"), parameters_limited(4 * len(tensors) + 100):
         expected = plain_state_dict(build(**architecture))
@@ -73,11 +69,7 @@ def check_size(path: Path, architecture: dict[str, Any], tensors: dict[str, Tens
 
 
 def check_options(options: Any) -> None:
-    """Check that no option is a number that a network would count to, or a list that it would walk, for ever.
-
-    Raises:
-        ValueError: If one is.
-    """
+    """Check that no option is a number that a network would count to, or a list that it would walk, for ever."""
     if isinstance(options, dict | list):
         if len(options) > MOST_ENTRIES:
             raise ValueError(f"options has {len(options):,} entries, at most {MOST_ENTRIES:,} are taken")

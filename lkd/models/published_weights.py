@@ -46,11 +46,7 @@ def load_crd_checkpoint(path: Path, name: str) -> tuple[nn.Module, int]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint, on the CPU.
-
-    Raises:
-        UserError: If the file is missing or holds none.
-    """
+    """Read the state dict of a checkpoint, on the CPU."""
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a checkpoint of RepDistiller or mdistiller)")
     try:
@@ -79,11 +75,7 @@ def rename(state: dict[str, T]) -> dict[str, T]:
 
 
 def check_not_compressed(path: Path) -> None:
-    """Check that a file is not far larger in memory than on the disk; torch.save never compresses.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Check that a file is not far larger in memory than on the disk; torch.save never compresses."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
