@@ -15,6 +15,7 @@ from lkd.models.build import build
 from lkd.models.cifar import CIFAR_NETWORKS
 
 T = TypeVar("T")
+NO_WIDTH = 7919  # a number of classes that is no layer's number of channels
 EFFICIENTNET_LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
 
 
@@ -91,15 +92,16 @@ def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def expected_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     """What the weights of a CIFAR network look like, for any number of classes."""
-    ten, eleven = list_shapes(name, 10), list_shapes(name, 11)
-    return {key: shape if shape == eleven[key] else (num_classes, *shape[1:]) for key, shape in ten.items()}
+    return {
+        key: (num_classes, *shape[1:]) if shape[0] == NO_WIDTH else shape for key, shape in list_shapes(name).items()
+    }
 
 
 @functools.cache
-def list_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """What the weights of a CIFAR network look like; each is laid out once, which takes a while."""
+def list_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """What the weights of a CIFAR network of `NO_WIDTH` classes look like; each is laid out once, which takes a while."""
     with torch.device("meta"):
-        return shapes_of(CIFAR_NETWORKS[name](num_classes, 3).state_dict())
+        return shapes_of(CIFAR_NETWORKS[name](NO_WIDTH, 3).state_dict())
 
 
 def explain_mismatch(state: dict[str, Tensor], name: str, num_classes: int) -> str:
