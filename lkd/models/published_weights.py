@@ -99,7 +99,7 @@ def expected_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def list_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """What the weights of a CIFAR network of `NO_WIDTH` classes look like; each is laid out once, which takes a while."""
+    """What the weights look like with `NO_WIDTH` classes; each network is laid out once, which takes a while."""
     with torch.device("meta"):
         return shapes_of(CIFAR_NETWORKS[name](NO_WIDTH, 3).state_dict())
 
