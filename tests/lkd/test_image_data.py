@@ -1,5 +1,6 @@
-"""CIFAR and image folders: read, split, augmented; and what is said when they are not there."""
+"""Images in folders: read, split, cropped, damaged; and what is said when they are not there."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,36 +19,11 @@ from lkd.data import Batches, ImageSet, LoadingOptions, load_dataset
 from lkd.data.augment import choose_crop, cut_center, cut_random
 from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, open_source
 from lkd.training.build import prepare_images
-from tests.lkd.tiny_images import write_cifar, write_image_folder
-
-
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_cifar_is_read_and_split(name: str, classes: int, tmp_path, monkeypatch) -> None:
-    root = write_cifar(tmp_path, name, monkeypatch)
-    recipe = DataRecipe(name, root, 0, 100, augmentation="flip_and_crop_4")
-    images = prepare_images(recipe)
-    assert (len(images.train), len(images.meta_validation), len(images.test)) == (300, 100, 100)
-    assert images.train.num_classes == classes
-    assert images.train.image_shape == (3, 32, 32)
-    assert torch.bincount(images.meta_validation.labels, minlength=classes).tolist() == [100 // classes] * classes
-    assert Batches(images.train, 8, 0, "flip_and_crop_4").at(0).images.shape == (8, 3, 32, 32)
-
-
-def test_missing_and_damaged_cifar_is_one_line(tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"data\.root: missing; give the folder that holds cifar-100-python/"):
-        load_dataset("cifar100")
-    with pytest.raises(UserError, match="holds no cifar-100-python/; unpack https://"):
-        load_dataset("cifar100", str(tmp_path))
-    root = write_cifar(tmp_path, "cifar100", monkeypatch)
-    with (tmp_path / "cifar-100-python" / "train").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(UserError, match="is damaged") as caught:
-        load_dataset("cifar100", root)
-    assert "\n" not in str(caught.value)
+from tests.lkd.tiny_images import write_image_folder
 
 
 def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path) -> None:
-    recipe = DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24)
+    recipe = DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24, workers=3)
     images = prepare_images(recipe)
     assert (len(images.train), len(images.meta_validation), len(images.test)) == (24, 8, 8)
     assert images.train.image_shape == (3, 24, 24)
@@ -62,6 +38,12 @@ def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path
         assert torch.equal(second.at(step).images, in_order[step].images)
         assert torch.equal(second.at(step).target, in_order[step].target)
     assert not torch.equal(first.at(0).images, Batches(images.train, 5, 4, "random_resized_crop").at(0).images)
+    alone = dataclasses.replace(images.train, images=dataclasses.replace(images.train.images, workers=1))
+    assert torch.equal(Batches(alone, 5, 3, "random_resized_crop").at(4).images, in_order[4].images)
+    assert first.wait_seconds > 0
+    plain, changed = (Batches(images.train, 24, 0, name).at(0) for name in ("random_resized_crop", "rand_augment"))
+    same = [torch.equal(a, b) for a, b in zip(plain.images, changed.images, strict=True)]
+    assert sum(same) < 8, "two operations that change nothing are rare"
     with pytest.raises(UserError, match=r"data\.augmentation: unknown name 'flip_and_crop'"):
         Batches(images.train, 5, 0, "flip_and_crop")
 
@@ -93,11 +75,9 @@ def test_random_crops_cover_what_the_literature_says() -> None:
     assert area.max() > 0.9
     assert 0.74 < ratio.min() < 0.77
     assert 1.3 < ratio.max() < 1.35
+    draw = transforms.RandomResizedCrop.get_params
     theirs = torch.tensor(
-        [
-            transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (0.08, 1), (3 / 4, 4 / 3))
-            for _ in range(2000)
-        ]
+        [draw(torch.empty(3, height, width), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(2000)]
     ).double()
     assert abs(area.mean() - (theirs[:, 2] * theirs[:, 3]).mean() / (width * height)) < 0.03
     assert abs(left.mean() - theirs[:, 1].mean()) < 10
@@ -131,17 +111,6 @@ def test_every_format_is_decoded_as_pillow_does(tmp_path) -> None:
         FileSource(tmp_path, ["half.jpg"]).load(0)
 
 
-def test_uniform_numbers_are_uniform_and_share_nothing() -> None:
-    index = torch.arange(500)
-    rows = torch.cat([draw_uniform(torch.full_like(index, seed), index, 20) for seed in (0, 1, 2**62)])
-    assert rows.min() >= 0
-    assert rows.max() < 1
-    counts = torch.histc(rows.float(), 20, 0, 1)
-    assert (counts - 1500).abs().max() < 5 * 1500**0.5
-    assert rows.flatten().unique().numel() == rows.numel()
-    assert (torch.corrcoef(rows.T) - torch.eye(20)).abs().max() < 0.12
-
-
 def test_an_image_looks_as_its_index_and_augmentation_seed_say(tmp_path) -> None:
     images = prepare_images(DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24)).train
     batches = Batches(images, 8, 0, "random_resized_crop", augmentation_seeds=2)
@@ -166,18 +135,6 @@ def test_an_image_looks_as_its_index_and_augmentation_seed_say(tmp_path) -> None
     whole = endless.at(1)
     for number, half in enumerate(halves):
         assert torch.equal(half.images, whole.images[number::2]), "processes see what one process would"
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_threads_changes_nothing(workers: int, tmp_path) -> None:
-    root = write_image_folder(tmp_path)
-    one, other = (
-        prepare_images(DataRecipe("image_folder", root, 0, 8, image_size=24, workers=count)).train
-        for count in (2, workers)
-    )
-    first, second = (Batches(images, 5, 3, "random_resized_crop") for images in (one, other))
-    assert all(torch.equal(first.at(step).images, second.at(step).images) for step in range(6))
-    assert first.wait_seconds > 0
 
 
 def damage(images: ImageSet, slots: list[int]) -> list[str]:
@@ -219,30 +176,28 @@ def test_too_many_damaged_images_end_the_run(tmp_path, capsys) -> None:
     words += ["small_cnn", "--teacher.path", "random", "--teacher.name", "small_cnn", "--train.batch_size", "8"]
     words += ["--data.name", "image_folder", "--data.image_size", "24", "--train.epochs", "1"]
     assert main(["distill", *words, "--run_dir", str(tmp_path / "stopped"), "--data.damaged_limit", "0"]) == 2
-    assert "1 of" in capsys.readouterr().err
-    assert main(["distill", *words, "--run_dir", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "output.txt").read_text().count(f"{name}: cannot be decoded") == 1
+    assert f"({name})" in capsys.readouterr().err
 
 
 def test_folders_of_another_layout_are_one_line(tmp_path) -> None:
     def refuse(message: str, root: str | None = str(tmp_path)) -> None:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"data\.root: .*{message}"):
             load_dataset("image_folder", root, LoadingOptions(24))
 
-    refuse(r"data\.root: missing; give the folder that holds train/CLASS", None)
-    refuse("holds no train/CLASS/ folders; expected train/CLASS")
+    refuse("missing", None)
+    refuse("train/CLASS/")
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    refuse("holds no val/CLASS/ folders")
+    refuse("val/CLASS/")
     (tmp_path / "val" / "dog").mkdir(parents=True)
-    refuse("val: 'dog' is none of the 1 classes that are trained on")
+    refuse("val: 'dog' is none of the 1 classes")
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cat")
-    refuse("holds no training images")
+    refuse("no training images")
     (tmp_path / "train" / "cat" / "a.jpg").write_bytes(b"no picture")
     (tmp_path / "train" / "empty").mkdir()
-    refuse(r"holds no validation images")
+    refuse("no validation images")
     (tmp_path / "val" / "cat" / "a.jpg").write_bytes(b"no picture")
-    refuse(r"1 of the 2 classes have no training images in .* \(empty\): add some, or remove the classes")
+    refuse(r"1 of the 2 classes have no training images in .* \(empty\)")
     (tmp_path / "train" / "empty").rmdir()
     broken = load_dataset("image_folder", str(tmp_path), LoadingOptions(24)).train
-    with pytest.raises(UserError, match=r"no image can be decoded \(cat/a\.jpg: cannot be decoded"):
+    with pytest.raises(UserError, match=r"no image can be decoded \(cat/a\.jpg"):
         Batches(broken, 1, 0).at(0)

@@ -44,18 +44,18 @@ def test_centres_are_those_of_the_files_and_crops_nearly(folders) -> None:
 
 def test_what_does_not_belong_to_the_images_is_refused(folders, tmp_path, monkeypatch) -> None:
     def refuse(message: str, root: Path = folders[0], packed: Path = folders[1], size: int = SIZE) -> None:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"data\.packed: .*{message}"):
             read(root, packed, size)
 
-    refuse(r"data\.packed: .* holds no packed train images; write them with lkd pack", packed=tmp_path)
-    refuse("of shorter side 32, data.image_size 32 needs 37: pack them anew", size=32)
+    refuse("lkd pack", packed=tmp_path)
+    refuse("shorter side 32, data.image_size 32 needs 37", size=32)
     more = shutil.copytree(folders[0], tmp_path / "more")
     (more / "train" / "n00000000" / "0.JPEG").rename(more / "train" / "n00000000" / "00.JPEG")
-    refuse(r"holds 32 train images that are not the 32 of data\.root", root=more)
+    refuse(r"32 train images that are not the 32 of data\.root", root=more)
     cut = shutil.copytree(folders[1], tmp_path / "cut")
     with (cut / "train.pixels").open("r+b") as file:
         file.truncate(1000)
-    refuse(r"train\.pixels is missing or not of [\d,]+ bytes", packed=cut)
+    refuse(r"train\.pixels", packed=cut)
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     words = ["--data.name", "image_folder", "--data.root", str(folders[0]), "--data.packed", str(tmp_path / "new")]

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from benchmarks.photographs import add_member, write_web_shards
-from lkd.cli import main
-from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.data import Batches, Dataset, LoadingOptions, load_dataset
-from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")
@@ -51,7 +48,12 @@ def write_tar(path: Path, folder: Path, prefix: str = "") -> Path:
 
 def test_shards_hold_what_the_folder_holds(folder, tmp_path) -> None:
     shards = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
-    assert contents(load("wds/tiny", shards)) == contents(load("image_folder", folder))
+    dataset = load("wds/tiny", shards)
+    assert contents(dataset) == contents(load("image_folder", folder))
+    first, second = (Batches(dataset.train, 5, 3, "random_resized_crop") for _ in range(2))
+    in_order = [first.at(step) for step in range(6)]
+    for step in (5, 1):
+        assert torch.equal(second.at(step).images, in_order[step].images), "any image is read at any time"
     info = {"splits": {"train": {"filenames": sorted(path.name for path in shards.glob("train*"))}}}
     info["splits"]["validation"] = {"filenames": ["val-0000.tar"]}
     (shards / "_info.json").write_text(json.dumps(info))
@@ -106,26 +108,9 @@ def test_hugging_face_tables_hold_what_the_folder_holds(folder, tmp_path) -> Non
 def test_torchvisions_data_sets(folder, tmp_path) -> None:
     shutil.copytree(folder, tmp_path / "images")
     assert contents(load("torch/image_folder", tmp_path / "images")) == contents(load("image_folder", folder))
-    with pytest.raises(UserError, match=r"data\.root: torch/imagenett cannot be read"):
-        load("torch/imagenett", tmp_path)
-    with pytest.raises(UserError, match=r"data\.root: torch/places365 cannot be read"):
-        load("torch/places365", tmp_path)
-
-
-def test_shards_are_split_and_batched_by_sample(folder, tmp_path) -> None:
-    root = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
-    recipe = DataRecipe("wds/tiny", str(root), 0, 8, image_size=24, augmentation="random_resized_crop")
-    images = prepare_images(recipe)
-    assert torch.bincount(images.meta_validation.labels).tolist() == [2] * 4
-    assert not set(images.train.index.tolist()) & set(images.meta_validation.index.tolist())
-    first, second = (Batches(images.train, 5, 3, "random_resized_crop") for _ in range(2))
-    in_order = [first.at(step) for step in range(6)]
-    for step in (5, 1, 3):
-        assert torch.equal(second.at(step).images, in_order[step].images)
-    words = ["distill", "--data.name", "wds/tiny", "--data.root", str(root), "--data.image_size", "24"]
-    words += ["--data.train_size", "24", "--data.meta_validation_size", "8", "--train.batch_size", "8"]
-    words += ["--student.name", "small_cnn", "--teacher.path", "random", "--teacher.name", "small_cnn"]
-    assert main([*words, "--train.epochs", "1", "--run_dir", str(tmp_path / "run")]) == 0
+    for name in ("imagenett", "places365"):
+        with pytest.raises(UserError, match=rf"data\.root: torch/{name}"):
+            load(f"torch/{name}", tmp_path)
 
 
 def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
@@ -134,10 +119,10 @@ def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
             load_dataset(name, root, SIZE)
         assert "\n" not in str(caught.value)
 
-    refuse(r"unknown name 'wds'; nearest: wds/NAME", name="wds")
-    refuse(r"data\.root: missing; give the folder that holds \*train\*\.tar", None)
-    refuse(r"data\.root: s3://bucket/shards is a stream, .* copy it to a disk", "s3://bucket/shards")
-    refuse("holds no train shards; expected")
+    refuse(r"data\.name: .*nearest: wds/NAME", name="wds")
+    refuse(r"data\.root: missing", None)
+    refuse(r"data\.root: s3://bucket/shards is a stream", "s3://bucket/shards")
+    refuse(r"data\.root: .*no train shards")
     picture = next(folder.rglob("*.JPEG")).read_bytes()
 
     def write(*labels: bytes | None, part: str = "train") -> None:
@@ -148,36 +133,19 @@ def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
                     add_member(tar, f"{number}.cls", label)
 
     write(b"0", None, None)
-    refuse(r"train-0\.tar: 1\.jpg has no label, neither .* \(2 of its 3 images\): write the shards with labels")
+    refuse(r"train-0\.tar: 1\.jpg has no label.* \(2 of its 3 images\)")
     write(b"0", b"dog")
-    refuse(r"train-0\.tar: 1\.cls holds b'dog', not a class index")
+    refuse(r"train-0\.tar: 1\.cls holds b'dog'")
     write(b"0", b"3")
     write(b"0", part="val")
-    refuse(r"2 of the 4 classes have no training images in .* \(1, 2\): add some, or remove the classes")
+    refuse(r"2 of the 4 classes have no training images in .* \(1, 2\)")
     write(b"0", b"1")
     write(b"2", part="val")
-    refuse("label 2 of a validation image is none of the training images'")
+    refuse("label 2 of a validation image")
     whole = (tmp_path / "train-0.tar").read_bytes()
     (tmp_path / "train-0.tar").write_bytes(whole[: len(whole) // 2])
     refuse(r"train-0\.tar: cannot be read as an uncompressed tar \(")
     (tmp_path / "train.tar").write_bytes(whole)
     refuse(r"train\.tar: 0\.jpg lies in no class folder", name="tar")
     (tmp_path / "train.tar").unlink()
-    refuse(r"holds neither train\.tar nor train/CLASS\.tar", name="tar")
-
-
-def test_a_teacher_of_other_classes_is_refused(folder, tmp_path, capsys) -> None:
-    words = ["distill", "--data.name", "image_folder", "--data.root", str(folder), "--data.image_size", "24"]
-    words += ["--data.train_size", "24", "--data.meta_validation_size", "8", "--train.batch_size", "8"]
-    assert main(["teacher", *words[1:], "--model.name", "small_cnn", "--train.epochs", "1", "--run_dir", "t"]) == 0
-    fewer = tmp_path / "fewer"
-    shutil.copytree(folder, fewer)
-    for part in ("train", "val"):
-        shutil.rmtree(fewer / part / "n00000003")
-    words[words.index(str(folder))] = str(fewer)
-    words[words.index("--data.train_size") + 1] = "16"
-    capsys.readouterr()
-    assert main([*words, "--teacher.path", "t/teacher.safetensors", "--run_dir", "s"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.endswith("has 4 classes, the data set and its students have 3")
-    assert "\n" not in error
+    refuse(r"neither train\.tar nor train/CLASS\.tar", name="tar")
