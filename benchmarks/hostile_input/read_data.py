@@ -1,6 +1,5 @@
 """Valid data sets, small, and their readers."""
 
-import hashlib
 import io
 import json
 import struct
@@ -17,7 +16,6 @@ from lkd.data import Batch, LoadingOptions, load_dataset
 from lkd.data.augment import CROP_NUMBERS, cut_center, cut_random
 from lkd.data.image_files import Damage, DamagedImageError, FileSource, as_bytes, decode
 from lkd.data.packed import open_packed, pack
-from lkd.data.readers import read_embedded_archive
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, KIND, VERSION, CachedTeacher, compress_logits
 from lkd.models.teacher_cache import read_cache as read_cache_folder
 
@@ -170,19 +168,3 @@ def write_idx(folder: Path) -> None:
 def read_idx(path: Path) -> None:
     """Load Fashion-MNIST."""
     load_dataset("fashion_mnist", str(path.parents[2]))
-
-
-def write_npz(folder: Path) -> None:
-    """An archive of the embedded data set's form."""
-    parts = {"images": np.zeros((5, 28, 28), np.uint8), "labels": np.arange(5, dtype=np.uint8)}
-    parts["index"] = np.arange(5, dtype=np.int32)
-    arrays = {f"{split}_{part}": array for split in ("train", "test") for part, array in parts.items()}
-    np.savez_compressed(folder / "data.npz", allow_pickle=False, **arrays)
-
-
-def read_npz(path: Path) -> None:
-    """Read the archive; its checksum is made to fit."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".npz.sha256").write_text(f"{digest}  {path.name}\n")
-    for array in read_embedded_archive(path).values():
-        assert array.dtype != object

@@ -66,7 +66,6 @@ READERS = {
         read_data.read_shards,
     ),
     "IDX": Reader(read_data.write_idx, ("FashionMNIST/raw/*",), {"": mutate_idx}, read_data.read_idx),
-    "npz": Reader(read_data.write_npz, ("*.npz",), {".npz": mutate_zip}, read_data.read_npz),
     "recipe": Reader(read_text.write_recipes, ("*.yaml",), {".yaml": mutate_yaml}, read_text.read_recipe_file),
     "fidelity.json": Reader(read_text.write_fidelity, ("*.json",), JSON, read_text.read_fidelity_file),
     "run directory": Reader(read_text.write_run, ("config.json", "log.jsonl"), JSON, read_text.read_run),

@@ -1,7 +1,6 @@
 """Files from strangers: refused in one line, whatever is in them; nothing in them is run, fetched or written to."""
 
 import contextlib
-import hashlib
 import io
 import json
 import pickle
@@ -35,7 +34,6 @@ from lkd.core.files import MOST_JSON, read_json, write_json
 from lkd.core.tensor_files import MOST_HEADER, encode, load_checkpoint, save_checkpoint, write_tensors
 from lkd.data import load_dataset
 from lkd.data.image_files import MOST_PIXELS, DamagedImageError, as_bytes, decode
-from lkd.data.readers import read_embedded_archive
 from lkd.data.sources import index_tar
 from lkd.influence.weighted_loss import load_weights
 from lkd.losses.learned import FORMS
@@ -104,37 +102,6 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path) -> N
         archive.writestr("archive/data/1", bytes(10**7))
     with pytest.raises(UserError, match=r"in memory, but torch\.save compresses nothing"):
         load_crd_checkpoint(path, "resnet8")
-
-
-def write_archive(path: Path, **arrays) -> Path:
-    """An npz with the checksum that belongs to it."""
-    np.savez_compressed(path, **arrays)
-    path.with_suffix(".npz.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  x\n")
-    return path
-
-
-def test_objects_in_an_archive_are_refused_not_unpickled(tmp_path, no_evil) -> None:
-    path = write_archive(tmp_path / "a.npz", x=np.array([Payload()], dtype=object))
-    with pytest.raises(UserError, match="Object arrays cannot be loaded"):
-        read_embedded_archive(path)
-
-
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path) -> None:
-    path = write_archive(tmp_path / "a.npz", x=np.zeros(1 << 27, np.uint8))
-    assert path.stat().st_size < 1 << 20
-    with pytest.raises(UserError, match=r"would unpack to 134,217,\d+ bytes, at most 67,108,864 are read"):
-        read_embedded_archive(path)
-
-
-def test_an_array_that_claims_more_than_there_is_is_refused_before_it_is_made(tmp_path) -> None:
-    path = write_archive(tmp_path / "a.npz", x=np.zeros(5, np.uint8))
-    body = io.BytesIO()
-    np.lib.format.write_array_header_1_0(body, {"descr": "|u1", "fortran_order": False, "shape": (10**11,)})
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x.npy", body.getvalue() + bytes(5))
-    path.with_suffix(".npz.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  x\n")
-    with pytest.raises(UserError, match=r"claims the shape \(100000000000,\)"):
-        read_embedded_archive(path)
 
 
 @pytest.mark.parametrize(
