@@ -94,8 +94,9 @@ class Batches:
             self.wait_seconds += seconds
         else:
             slots = self.slots_of(step)
-            chosen = self.images.images[self.order(epoch)[slots]]
-            pixels = AUGMENTATIONS[self.augmentation](chosen, self.numbers_of(epoch, slots))
+            pixels = self.images.images[self.order(epoch)[slots]]
+            if self.augmentation != "none":
+                pixels = AUGMENTATIONS[self.augmentation](pixels, self.numbers_of(epoch, slots))
         positions = self.order(epoch)[slots]
         batch = Batch(
             self.images.normalize(pixels.to(self.device, non_blocking=True)),
