@@ -1,19 +1,19 @@
-"""From a recipe's `loss` to a module."""
+"""From a loss's name and options to a module."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lkd.core.errors import UserError, check_choice
 from lkd.losses.dkd import DKDLoss
-from lkd.losses.features import AttentionTransferLoss, FitNetLoss, RKDLoss, SimilarityPreservingLoss
+from lkd.losses.features import AttentionTransferLoss, FitNetLoss, PairedLoss, RKDLoss, SimilarityPreservingLoss
+from lkd.losses.functions import Stages
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.file import SUFFIX, load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from lkd.losses.loss import DistillationLoss
-from lkd.losses.stages import Stages
 
 TEACHER_LOGIT_LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KDLoss,
@@ -21,7 +21,7 @@ TEACHER_LOGIT_LOSSES: dict[str, type[DistillationLoss]] = {
     "dkd": DKDLoss,
     "dist": DISTLoss,
 }
-FEATURE_LOSSES: dict[str, type[DistillationLoss]] = {
+FEATURE_LOSSES: dict[str, type[PairedLoss]] = {
     "fitnet": FitNetLoss,
     "at": AttentionTransferLoss,
     "sp": SimilarityPreservingLoss,
@@ -65,11 +65,8 @@ def build_loss(
             return standardize_inner(options)
         if not reads_features(name):
             return LOSSES[name](**options)
-        if student_stages is None or teacher_stages is None:
-            raise UserError(f"loss {name!r} reads features: give build_loss the student's and the teacher's stages")
-        if name in FEATURE_LOSSES:
-            return FEATURE_LOSSES[name](student_stages, teacher_stages, **options)
-        return build_torchdistill(name, student_stages, teacher_stages, options)
+        network = FEATURE_LOSSES.get(name) or import_torchdistill(name)
+        return network(*check_stages(name, student_stages, teacher_stages), **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss {name!r}: {error}") from error
 
@@ -87,9 +84,16 @@ def is_learned(name: str) -> bool:
     return name.endswith(".safetensors") or Path(name).is_file()
 
 
-def find_feature_parts(loss: nn.Module) -> list[FeatureLoss]:
+def find_feature_parts(loss: DistillationLoss) -> list[FeatureLoss]:
     """The parts of a learned loss that read features: none, one, or one for each loss that is replayed."""
     return [part for part in loss.modules() if isinstance(part, FeatureLoss)]
+
+
+def check_stages(name: str, student: Stages | None, teacher: Stages | None) -> tuple[Stages, Stages]:
+    """The stages that a loss over features needs."""
+    if student is None or teacher is None:
+        raise UserError(f"loss {name!r} reads features: give build_loss the student's and the teacher's stages")
+    return student, teacher
 
 
 def attach_features(
@@ -118,14 +122,13 @@ def attach_features(
         raise UserError(f"loss: {path} is a learned loss and takes no {', '.join(unknown)}")
     if not parts:
         return loss
-    if student_stages is None or teacher_stages is None:
-        raise UserError(f"loss {str(path)!r} reads features: give build_loss the student's and the teacher's stages")
+    stages = check_stages(str(path), student_stages, teacher_stages)
     adapters = options.get("adapters", False)
     if not isinstance(adapters, bool):
         raise UserError(f"loss {str(path)!r}: adapters: {adapters!r} is neither true nor false")
     try:
         for part in parts:
-            part.attach(student_stages, teacher_stages, adapters)
+            part.attach(*stages, adapters)
             part.adapters = parts[0].adapters  # a student has one set, whichever loss is in charge
     except ValueError as error:
         raise UserError(f"loss {str(path)!r}: {error}") from error
@@ -133,11 +136,7 @@ def attach_features(
 
 
 def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:
-    """Build logit standardisation around the loss that `options` names.
-
-    Raises:
-        UserError: If that is not one of the losses over a teacher's logits.
-    """
+    """Build logit standardisation around the loss over a teacher's logits that `options` names."""
     inner = options.pop("loss", {"name": "kd", "weight": 0.9, "temperature": 2.0})
     name = inner.get("name") if isinstance(inner, dict) else inner
     if name not in TEACHER_LOGIT_LOSSES:
@@ -147,16 +146,12 @@ def standardize_inner(options: dict[str, Any]) -> LogitStandardizationLoss:
     return LogitStandardizationLoss(build_loss(inner), **options)
 
 
-def build_torchdistill(name: str, student: Stages, teacher: Stages, options: dict[str, Any]) -> DistillationLoss:
-    """Build one of torchdistill's losses.
-
-    Raises:
-        UserError: If torchdistill is not installed.
-    """
+def import_torchdistill(name: str) -> Callable[..., DistillationLoss]:
+    """What builds this one of torchdistill's losses, if torchdistill is installed."""
     try:
         from lkd.losses.torchdistill import TorchdistillLoss
     except ModuleNotFoundError as error:
         raise UserError(
             f'loss: {name} needs a package that is not installed ({error.name}); pip install "lkd[torchdistill]"'
         ) from error
-    return TorchdistillLoss(name.removeprefix(TORCHDISTILL), student, teacher, **options)
+    return partial(TorchdistillLoss, name.removeprefix(TORCHDISTILL))

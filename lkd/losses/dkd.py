@@ -6,7 +6,7 @@ from torch.nn.functional import log_softmax
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, label_of, widen
-from lkd.losses.loss import DistillationLoss, Progress
+from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 
 class DKDLoss(DistillationLoss):
@@ -37,23 +37,10 @@ class DKDLoss(DistillationLoss):
     ) -> None:
         super().__init__()
         check_options(temperature, task=task, alpha=alpha, beta=beta, warmup=warmup)
-        self.task = task
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
-        self.warmup = warmup
+        self.task, self.alpha, self.beta, self.temperature, self.warmup = task, alpha, beta, temperature, warmup
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD).
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C], of which the most probable class is TCKD's target.
-            progress: How far the training is, in [0, 1].
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         label = label_of(target)
         (binary_s, other_s), (binary_t, other_t) = (
             decouple(widen(outputs.logits) / self.temperature, label) for outputs in (student, teacher)

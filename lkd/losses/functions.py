@@ -1,73 +1,24 @@
-"""What the losses here are made of: float32, log space, one value a sample; and calibration."""
+"""What the losses here are made of: over logits, in float32 and log space; over features, pairs of stages; calibration.
+
+A stage is named as `Outputs.features` names it (for timm's models, as their `feature_info` does). Shapes come from a
+dry run, never from the user.
+"""
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, normalize
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, log_softmax, normalize
 
 from lkd.core.errors import UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Temperature scaling and calibration (Guo et al., 2017).
-
-GOLDEN = (5**0.5 - 1) / 2
-
-
-@torch.no_grad()
-def find_best_temperature(logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0) -> float:
-    """The temperature at which cross-entropy is least.
-
-    By golden-section search over log τ, where the function has one minimum.
-
-    Args:
-        logits: [B, C].
-        target: Class indices [B].
-        lowest: Lower bound.
-        highest: Upper bound.
-    """
-
-    def value(log_temperature: float) -> float:
-        return float(cross_entropy(logits / torch.tensor(log_temperature).exp(), target))
-
-    left, right = float(torch.tensor(lowest).log()), float(torch.tensor(highest).log())
-    a, b = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
-    value_a, value_b = value(a), value(b)
-    for _ in range(30):
-        if value_a < value_b:
-            right, b, value_b = b, a, value_a
-            a = right - GOLDEN * (right - left)
-            value_a = value(a)
-        else:
-            left, a, value_a = a, b, value_b
-            b = left + GOLDEN * (right - left)
-            value_b = value(b)
-    return float(torch.tensor((left + right) / 2).exp())
-
-
-def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy at its best temperature: what a student knows, whatever its confidence.
-
-    The temperature is a minimiser, so its own derivative is zero there and the gradient is exact (envelope theorem).
-    """
-    return cross_entropy(logits / find_best_temperature(logits.detach(), target), target)
-
-
-def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al., 2017), in [0, 1].
-
-    Args:
-        probabilities: [N, C].
-        target: Class indices [N].
-        bins: Number of bins.
-    """
-    confidence, predicted = probabilities.max(1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, bin_of.cpu(), (confidence.double() - (predicted == target).double()).cpu())
-    return float(gaps.abs().sum() / len(target))
-
+Stages = dict[str, tuple[int, ...]]  # stage name → shape of its feature for one image: (c, h, w), or tokens (n, c)
+Pairs = list[tuple[str, str]]  # of a student's stage and a teacher's
+Chosen = list[list[str]] | None  # [[student stage, teacher stage], ...], or the loss's own choice
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the losses here are made of: float32, log space, one value a sample.
+# Over logits: float32, log space, one value a sample.
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -136,3 +87,148 @@ def check_options(temperature: float | None = None, **weights: float) -> None:
     for name, weight in weights.items():
         if not weight >= 0:
             raise ValueError(f"{name}: {weight} is negative")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Over features: which stage learns from which, and how two are made comparable.
+
+
+def choose_pairs(chosen: Chosen, student: Stages, teacher: Stages, default: Callable[[Stages, Stages], Pairs]) -> Pairs:
+    """The pairs that the user chose, else the default ones.
+
+    Args:
+        chosen: [[student stage, teacher stage], ...] or None.
+        student: The student's stages.
+        teacher: The teacher's stages.
+        default: How a loss pairs stages if it is not told.
+
+    Raises:
+        ValueError: If a stage does not exist, a network has no features at all, or tokens do not form a square.
+    """
+    for role, stages in (("student", student), ("teacher", teacher)):
+        if not stages:
+            raise ValueError(f"the {role} gives no features; take a loss over logits, or another {role}")
+    pairs = default(student, teacher) if chosen is None else []
+    for pair in [] if chosen is None else chosen:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise ValueError(f"stages: {pair!r} is not a pair [student stage, teacher stage]")
+        for role, name, stages in (("student", pair[0], student), ("teacher", pair[1], teacher)):
+            if name not in stages:
+                known = ", ".join(f"{stage} {list(shape)}" for stage, shape in stages.items())
+                raise ValueError(f"stages: the {role} has no stage {name!r}; it has {known}")
+        pairs.append((pair[0], pair[1]))
+    if not pairs:
+        raise ValueError("stages: [] pairs nothing; leave it out, or give [[student stage, teacher stage], ...]")
+    for ours, theirs in pairs:
+        map_shape(student[ours]), map_shape(teacher[theirs])
+    return pairs
+
+
+def pair_last(student: Stages, teacher: Stages) -> Pairs:
+    """The last stage with the last."""
+    return [(list(student)[-1], list(teacher)[-1])]
+
+
+def pair_middle(student: Stages, teacher: Stages) -> Pairs:
+    """The middle stage with the middle one."""
+    return [(list(student)[len(student) // 2], list(teacher)[len(teacher) // 2])]
+
+
+def pair_equal_sizes(student: Stages, teacher: Stages) -> Pairs:
+    """The deepest stages of each spatial size that both networks have, in order of depth; else the last stages."""
+    sizes = [{map_shape(shape)[1:]: name for name, shape in stages.items()} for stages in (student, teacher)]
+    equal = [(name, sizes[1][size]) for size, name in sizes[0].items() if size in sizes[1]]
+    return equal or pair_last(student, teacher)
+
+
+def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(c, h, w) of a stage's feature for one image; n tokens count as a square grid.
+
+    Raises:
+        ValueError: If the tokens do not form a square, or the feature is neither map nor tokens.
+    """
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    if len(shape) == 2 and math.isqrt(shape[0]) ** 2 == shape[0]:
+        return shape[1], math.isqrt(shape[0]), math.isqrt(shape[0])
+    raise ValueError(f"stages: a feature of shape {list(shape)} is neither a map [c, h, w] nor a square grid of tokens")
+
+
+def as_map(feature: Tensor) -> Tensor:
+    """A feature map [B, c, h, w] from itself or from tokens [B, n, c], at least float32."""
+    feature = widen(feature)
+    if feature.ndim == 4:
+        return feature
+    side = math.isqrt(feature.shape[1])
+    return feature.transpose(1, 2).unflatten(2, (side, side))
+
+
+def shrink_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Average both maps [B, c, h, w] adaptively down to the smaller of their heights and widths."""
+    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    return adaptive_avg_pool2d(a, size), adaptive_avg_pool2d(b, size)
+
+
+def pool(feature: Tensor) -> Tensor:
+    """Global average, [B, c, h, w] or [B, n, c] → [B, c]."""
+    return as_map(feature).mean((2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Temperature scaling and calibration (Guo et al., 2017).
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+@torch.no_grad()
+def find_best_temperature(logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0) -> float:
+    """The temperature at which cross-entropy is least.
+
+    By golden-section search over log τ, where the function has one minimum.
+
+    Args:
+        logits: [B, C].
+        target: Class indices [B].
+        lowest: Lower bound.
+        highest: Upper bound.
+    """
+
+    def value(log_temperature: float) -> float:
+        return float(cross_entropy(logits / torch.tensor(log_temperature).exp(), target))
+
+    left, right = float(torch.tensor(lowest).log()), float(torch.tensor(highest).log())
+    a, b = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
+    value_a, value_b = value(a), value(b)
+    for _ in range(30):
+        if value_a < value_b:
+            right, b, value_b = b, a, value_a
+            a = right - GOLDEN * (right - left)
+            value_a = value(a)
+        else:
+            left, a, value_a = a, b, value_b
+            b = left + GOLDEN * (right - left)
+            value_b = value(b)
+    return float(torch.tensor((left + right) / 2).exp())
+
+
+def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy at its best temperature: what a student knows, whatever its confidence.
+
+    The temperature is a minimiser, so its own derivative is zero there and the gradient is exact (envelope theorem).
+    """
+    return cross_entropy(logits / find_best_temperature(logits.detach(), target), target)
+
+
+def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al., 2017), in [0, 1].
+
+    Args:
+        probabilities: [N, C].
+        target: Class indices [N].
+        bins: Number of bins.
+    """
+    confidence, predicted = probabilities.max(1)
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, bin_of.cpu(), (confidence.double() - (predicted == target).double()).cpu())
+    return float(gaps.abs().sum() / len(target))

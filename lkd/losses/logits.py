@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, kl_divergences, pearson_correlations, widen
-from lkd.losses.loss import DistillationLoss, Progress
+from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-entropy with the target: the student without a teacher.
@@ -13,17 +13,8 @@ from lkd.losses.loss import DistillationLoss, Progress
 class CrossEntropyLoss(DistillationLoss):
     """Mean cross-entropy; the teacher is ignored."""
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the term `task`.
-
-        Args:
-            student: The student's outputs.
-            teacher: Ignored.
-            target: Class indices [B] or distributions [B, C].
-            progress: Ignored.
-        """
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the term `task`."""
         return {"task": cross_entropies(student.logits, target).mean()}
 
 
@@ -51,22 +42,10 @@ class DISTLoss(DistillationLoss):
     def __init__(self, task: float = 1.0, beta: float = 2.0, gamma: float = 2.0, temperature: float = 1.0) -> None:
         super().__init__()
         check_options(temperature, task=task, beta=beta, gamma=gamma)
-        self.task = task
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
+        self.task, self.beta, self.gamma, self.temperature = task, beta, gamma, temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task`, `inter_class` and `intra_class`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: Ignored.
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms `task`, `inter_class` and `intra_class`."""
         p, q = ((widen(logits) / self.temperature).softmax(1) for logits in (student.logits, teacher.logits))
         scale = self.temperature**2
         return {
@@ -97,20 +76,10 @@ class KDLoss(DistillationLoss):
             raise ValueError(f"weight: {weight} is not in [0, 1]")
         if not temperature > 0:
             raise ValueError(f"temperature: {temperature} is not positive")
-        self.weight = weight
-        self.temperature = temperature
+        self.weight, self.temperature = weight, temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task` and `distillation`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: Ignored.
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms `task` and `distillation`."""
         divergence = kl_divergences(student.logits, teacher.logits, self.temperature).mean()
         return {
             "task": (1 - self.weight) * cross_entropies(student.logits, target).mean(),
@@ -139,20 +108,10 @@ class LogitMSELoss(DistillationLoss):
     def __init__(self, task: float = 1.0, distillation: float = 1.0) -> None:
         super().__init__()
         check_options(task=task, distillation=distillation)
-        self.task = task
-        self.distillation = distillation
+        self.task, self.distillation = task, distillation
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task` and `distillation`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: Ignored.
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms `task` and `distillation`."""
         error = (widen(student.logits) - widen(teacher.logits)).square().mean()
         return {
             "task": self.task * cross_entropies(student.logits, target).mean(),
@@ -183,20 +142,10 @@ class LogitStandardizationLoss(DistillationLoss):
     def __init__(self, loss: DistillationLoss, distillation: float = 10.0) -> None:
         super().__init__()
         check_options(distillation=distillation)
-        self.loss = loss
-        self.distillation = distillation
+        self.loss, self.distillation = loss, distillation
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms of the loss.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms of the loss."""
         standard = (Outputs(standardize(outputs.logits), {}) for outputs in (student, teacher))
         terms = self.loss(*standard, target, progress)
         task = self.loss(student, teacher, target, progress)["task"]

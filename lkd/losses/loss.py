@@ -11,6 +11,8 @@ from lkd.core.outputs import Outputs
 from lkd.data.images import ImageSet
 
 Progress = float | Tensor | None
+Terms = dict[str, Tensor]
+"""Name → scalar; their sum is the loss."""
 
 
 class DistillationLoss(nn.Module):
@@ -30,9 +32,7 @@ class DistillationLoss(nn.Module):
         """From a batch to the outputs of a teacher that is asked in the place of the training's, if there is one."""
         return None
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms, in float32 or wider whatever the autocast state, in log space.
 
         Args:
@@ -90,7 +90,7 @@ class WrappedLoss(DistillationLoss):
 
     def forward(
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, **identity: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> Terms:
         """Compute the terms; one tensor is the term `loss`."""
         given = (student, teacher, target, progress) if self.reads_progress else (student, teacher, target)
         terms = self.function(*given, **identity)

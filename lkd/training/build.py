@@ -26,10 +26,10 @@ from lkd.data.splits import flip_labels, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
+from lkd.losses.functions import Stages
 from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.loss import DistillationLoss, wrap_loss
-from lkd.losses.stages import Stages
 from lkd.models.build import adapt_given, describe, find_stages, format_description
 from lkd.models.build import build as build_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher

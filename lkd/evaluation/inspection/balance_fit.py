@@ -12,7 +12,7 @@ from lkd.core.outputs import Outputs
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.loss import DistillationLoss, Progress
-from lkd.losses.stages import Stages
+from lkd.losses.functions import Stages
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Made-up answers of a student and a teacher, at which a loss is looked at: no image, no network.

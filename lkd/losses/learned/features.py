@@ -1,7 +1,7 @@
 """The learned loss over features (our reconstruction)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,25 +11,21 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses.learned.inputs import (
+from lkd.losses.functions import Stages, as_map, map_shape, pool
+from lkd.losses.learned.networks import (
     CONDITIONING,
+    EntryNetwork,
+    Perceptron,
     as_progress,
     check_conditioning,
-    name_sample_inputs,
-    read_logits,
-    sample_inputs,
-)
-from lkd.losses.learned.networks import (
-    EntryNetwork,
-    PairingNetwork,
-    Perceptron,
     check_network_options,
     log_of_factor,
-    name_needs,
-    relative_depths,
+    name_sample_inputs,
+    read_logits,
+    record_arguments,
+    sample_inputs,
 )
-from lkd.losses.loss import DistillationLoss, Progress
-from lkd.losses.stages import Stages, as_map, map_shape, pool
+from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How the features of two networks are made comparable, without parameters and whatever their shapes. Each comparison
@@ -105,10 +101,8 @@ def draw_projection(channels: int, size: int, role: str) -> Tensor:
     return torch.from_numpy(orthonormal.T if size < channels else orthonormal).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The learned loss over features (our reconstruction).
-
 COMPARISONS = ("places", "images", "channels")
+WIDTH = 0.2  # of the Gaussian that the pairing starts at, in relative depth
 
 
 class FeatureLoss(DistillationLoss):
@@ -126,7 +120,7 @@ class FeatureLoss(DistillationLoss):
     channels, sizes, or the number of stages. So a loss learned at 28×28 runs at 224×224 and between other networks.
     To this end nothing with channels is learned: the channel comparison projects both to `channels` dimensions by fixed
     random orthogonal matrices. `attach` can put 1×1 adapters in place of the student's, to be trained along with the
-    student; they are never saved with the loss. The paper's feature network is not public; this form is ours.
+    student; they are never saved with the loss. We could not read the paper's feature network; this form is ours.
 
     Args:
         hidden: Width of the hidden layers of all networks.
@@ -155,35 +149,23 @@ class FeatureLoss(DistillationLoss):
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
     ) -> None:
+        options = record_arguments(locals())
         super().__init__()
         if not 0 < initial_weight < maximal_weight:
             raise ValueError(f"initial_weight: {initial_weight} is not between 0 and maximal_weight {maximal_weight}")
         for name, value in (("deepest", deepest), ("grid", grid), ("channels", channels)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not at least 1")
-        self.conditioning = check_conditioning(conditioning)
+        self.conditioning = options["conditioning"] = check_conditioning(conditioning)
+        self.architecture = options
         self.log_factor = log_of_factor(maximal_factor)
-        self.maximal_weight = maximal_weight
-        self.deepest = deepest
-        self.grid = grid
-        self.channels = channels
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "maximal_weight": maximal_weight,
-            "maximal_factor": maximal_factor,
-            "deepest": deepest,
-            "grid": grid,
-            "channels": channels,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
+        self.maximal_weight, self.deepest, self.grid, self.channels = maximal_weight, deepest, grid, channels
         kinds = len(COMPARISONS)
         check_network_options(hidden, lipschitz)
         self.entries = EntryNetwork(2 + kinds, len(name_sample_inputs(self.conditioning)), hidden, lipschitz)
         self.weights = Perceptron(1 + ("progress" in self.conditioning), hidden, kinds, lipschitz)
         nn.init.constant_(self.weights.head.bias, math.log(initial_weight / (maximal_weight - initial_weight)))
-        self.pairing = PairingNetwork(hidden, lipschitz)
+        self.pairing = Perceptron(3, hidden, 1, lipschitz)
         self.stages: tuple[list[str], list[str]] | None = None
         self.adapters = nn.ParameterList()
 
@@ -201,10 +183,9 @@ class FeatureLoss(DistillationLoss):
         """
         for role, stages in (("student", student_stages), ("teacher", teacher_stages)):
             if not stages:
+                needs = self.name_needs(student_stages, teacher_stages)
                 raise ValueError(
-                    f"it reads features, but the {role} gives none; it needs "
-                    f"{name_needs(self.deepest, student_stages, teacher_stages)}: take another {role}, or a loss over "
-                    "logits"
+                    f"it reads features, but the {role} gives none; {needs}: take another {role}, or a loss over logits"
                 )
             for name in list(stages)[-self.deepest :]:
                 map_shape(stages[name])
@@ -237,13 +218,18 @@ class FeatureLoss(DistillationLoss):
             if not last or missing:
                 what = f"lacks {', '.join(missing)}" if missing else "is empty"
                 raise UserError(
-                    f"the learned loss reads features, but {role}.features {what}; it needs "
-                    f"{name_needs(self.deepest, student.features, teacher.features)}: take a network that gives them, "
-                    "or a loss over logits"
+                    f"the learned loss reads features, but {role}.features {what}; "
+                    f"{self.name_needs(student.features, teacher.features)}: take a network that gives them, or a loss "
+                    "over logits"
                 )
             chosen.append(last)
             depths.append(torch.tensor(relative_depths(names, last), device=outputs.logits.device))
         return chosen[0], chosen[1], depths[0], depths[1]
+
+    def name_needs(self, student: Iterable[str], teacher: Iterable[str]) -> str:
+        """The stages that the loss needs, and which of them two networks have, in words."""
+        student, teacher = (", ".join(list(names)[-self.deepest :]) or "none" for names in (student, teacher))
+        return f"it needs the last {self.deepest} stages of both networks (student: {student}; teacher: {teacher})"
 
     def compare(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The student's and the teacher's entries of every comparison, [S, B, E] and [T, B, E]."""
@@ -264,16 +250,15 @@ class FeatureLoss(DistillationLoss):
         columns = [depths, progress.expand(len(depths))] if "progress" in self.conditioning else [depths]
         return self.maximal_weight * self.weights(2 * torch.stack(columns, 1) - 1).sigmoid()
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute a term for every comparison: `places`, `images` and `channels`.
+    def assign_stages(self, student_depths: Tensor, teacher_depths: Tensor) -> Tensor:
+        """The pairing A, [S, T], each row of which sums to 1; it starts at a Gaussian of the depths' difference."""
+        student, teacher = torch.broadcast_tensors(student_depths.unsqueeze(1), teacher_depths.unsqueeze(0))
+        apart = student - teacher
+        scores = self.pairing(torch.stack([student, teacher, apart], 2)).squeeze(2)
+        return (scores - (apart / WIDTH).square() / 2).softmax(1)
 
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute a term for every comparison: `places`, `images` and `channels`.
 
         Raises:
             UserError: If a network gives no features, or not those that the loss was attached to.
@@ -283,7 +268,7 @@ class FeatureLoss(DistillationLoss):
             logs = read_logits(student.logits, teacher.logits, target)
             samples = sample_inputs(logs, progress, self.conditioning)
             weights = self.weigh_stages(student_depths, as_progress(progress, logs.student))
-            pairing = self.pairing.assign(student_depths, teacher_depths)
+            pairing = self.assign_stages(student_depths, teacher_depths)
             compared = self.compare(
                 [student.features[name] for name in student_names],
                 [teacher.features[name].detach() for name in teacher_names],
@@ -313,3 +298,8 @@ class FeatureLoss(DistillationLoss):
         places = torch.stack([2 * student - 1, 2 * teacher - 1, *chosen], 2)
         factor = (self.log_factor * self.entries(difference, theirs, places, samples)).exp()
         return (factor * difference.square()).mean((2, 3))
+
+
+def relative_depths(names: list[str], chosen: list[str]) -> list[float]:
+    """Depth in (0, 1] of the chosen stages: 1 is a network's last."""
+    return [(names.index(name) + 1) / len(names) for name in chosen]

@@ -9,18 +9,16 @@ from torch import Tensor
 from lkd.core.errors import UserError
 from lkd.core.files import MALFORMED
 from lkd.core.tensor_files import read_tensors, write_tensors
-from lkd.losses.learned import LogitLoss
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.loss import FORMS, LearnedLoss, ReplayedLoss
+from lkd.losses.learned.forms import FORMS
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
-PARTS: dict[str, type[DistillationLoss]] = {
-    "LogitLoss": LogitLoss,  # the balance form's name in format version 1
-    **{network.__name__: network for network in (*FORMS.values(), FeatureLoss, CrossEntropyLoss)},
-}
+NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
+PARTS = {network.__name__: network for network in NETWORKS}
 
 
 def save_loss(path: str | Path, loss: LearnedLoss | ReplayedLoss, provenance: dict[str, Any]) -> None:
@@ -69,6 +67,8 @@ class LossFile(NamedTuple):
             check_architecture(self.header["architecture"], self.tensors)
             loss = build_loss_from(self.header["architecture"])
             loss.load_state_dict(self.tensors)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}: learn it again") from error
         except MALFORMED as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}: its weights and its architecture do not fit: {reason}") from error
@@ -110,16 +110,21 @@ def check_architecture(architecture: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
-    """Build a loss, or the course of one, untrained, from what the file says of it."""
+    """Build a loss, or the course of one, untrained, from what the file says of it.
+
+    Raises:
+        UserError: If one of its networks is unknown.
+    """
     starts = architecture.get("starts")
-    losses = [build_loss_networks(architecture) for _ in starts or [0]]
+    losses = []
+    for _ in starts or [0]:
+        parts = {}
+        for name, part in architecture["parts"].items():
+            if part["class"] not in PARTS:
+                raise UserError(f"loss network {part['class']!r} is unknown; this package has {', '.join(PARTS)}")
+            parts[name] = PARTS[part["class"]](**part["arguments"])
+        losses.append(LearnedLoss(parts, architecture.get("normalize_gradient", False)))
     return ReplayedLoss(losses, starts) if starts else losses[0]
-
-
-def build_loss_networks(architecture: dict[str, Any]) -> LearnedLoss:
-    """Build a loss, untrained, from what the file says of it."""
-    parts = {name: PARTS[part["class"]](**part["arguments"]) for name, part in architecture["parts"].items()}
-    return LearnedLoss(parts, architecture.get("normalize_gradient", False))
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:

@@ -1,87 +1,78 @@
 """The forms of a learned loss over logits (our reconstruction)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch import Tensor
 
 from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
-from lkd.losses.functions import cross_entropies, kl_divergences, label_of
-from lkd.losses.learned.inputs import (
+from lkd.losses.functions import cross_entropies, label_of
+from lkd.losses.learned.networks import (
+    CLASS_INPUTS,
     CONDITIONING,
     LogProbabilities,
+    Perceptron,
     as_progress,
     check_conditioning,
+    class_inputs,
+    log_of_factor,
     name_sample_inputs,
     read_logits,
+    record_arguments,
     sample_inputs,
 )
-from lkd.losses.learned.networks import (
-    BalanceNetwork,
-    ClassNetwork,
-    Perceptron,
-    bound_balance,
-    class_divergences,
-    log_of_factor,
-    mix_target,
-    negative_entropies,
-    unbound_balance,
-)
-from lkd.losses.loss import DistillationLoss, Progress
+from lkd.losses.loss import DistillationLoss, Progress, Terms
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The balance form of a learned loss over logits: α and τ of each sample (our reconstruction).
+FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
-class BalanceLoss(DistillationLoss):
-    """Distillation over logits whose balance and temperature a small network sets for each sample.
-
-    For sample i, a network sees up to six numbers and sets α and τ; the loss is the mean of
-    (1 − αᵢ) · CE(student, target) + αᵢ · τᵢ² · KL(teacher_τ ‖ student_τ).
-    The six numbers are the student's and the teacher's probability of the target, both entropies over log C, the
-    squashed KL divergence at τ = 1, and the training's progress. None depends on the order or the number of the
-    classes. α and τ move with the student's logits, and the gradient says so: the loss is a function, its Hessian is
-    symmetric, and every hypergradient estimator is exact on it or as near as it states.
-
-    The paper learns "generic loss networks for logits" with the balancing weight folded in; this form of it is ours.
-    α in (0, 1) and a bounded τ keep its value between those of cross-entropy and of KD. By itself nothing normalises
-    its gradient (see `LearnedLoss`), so compare losses at learning rates of their own.
+class LogitForm(DistillationLoss):
+    """What the forms share: a network that sees each sample and sets its α, the teacher's weight, and τ.
 
     Args:
-        hidden: Width of the two hidden layers.
-        initial_weight: α before any meta-training, in (0, 1).
-        initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
-        maximal_temperature: Upper bound of τ.
-        conditioning: What the network sees besides the teacher: some of progress, state.
-        lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
+        scope: The `locals()` of the form's constructor.
+        outputs: How many numbers the network gives for each sample; the first two are for α and τ.
+
+    Attributes:
+        architecture: The form's options, as its file keeps them.
 
     Raises:
         ValueError: If an option is out of range.
     """
 
-    def __init__(
-        self,
-        hidden: int = 16,
-        initial_weight: float = 0.5,
-        initial_temperature: float = 4.0,
-        maximal_temperature: float = 10.0,
-        conditioning: Sequence[str] = CONDITIONING,
-        lipschitz: float = 0.0,
-    ) -> None:
+    def __init__(self, scope: dict[str, Any]) -> None:
         super().__init__()
-        self.conditioning = check_conditioning(conditioning)
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "initial_temperature": initial_temperature,
-            "maximal_temperature": maximal_temperature,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
+        options = record_arguments(scope)
+        self.conditioning = options["conditioning"] = check_conditioning(options["conditioning"])
+        self.log_factor = log_of_factor(options["maximal_factor"])
+        self.maximal_temperature: float = options["maximal_temperature"]
+        self.architecture = options
+
+    def build_sample_network(self, outputs: int) -> Perceptron:
+        """A network over what is seen of a sample whose first two outputs start at the initial α and τ."""
+        options = self.architecture
+        weight, temperature, highest = (
+            options[name] for name in ("initial_weight", "initial_temperature", "maximal_temperature")
+        )
+        if not 0 < weight < 1:
+            raise ValueError(f"initial_weight: {weight} is not in (0, 1)")
+        if not 1 < temperature < highest:
+            raise ValueError(f"initial_temperature: {temperature} is not between 1 and maximal_temperature {highest}")
         inputs = len(name_sample_inputs(self.conditioning))
-        self.body = BalanceNetwork(inputs, hidden, initial_weight, initial_temperature, maximal_temperature, lipschitz)
+        network = Perceptron(inputs, options["hidden"], outputs, options["lipschitz"])
+        network.head.bias.data[:2] = torch.logit(torch.tensor([weight, (temperature - 1) / (highest - 1)]))
+        return network
+
+    def bound_balance(self, free: Tensor) -> tuple[Tensor, Tensor]:
+        """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, [B], from free numbers, [B, 2]."""
+        weight, share = free.sigmoid().unbind(-1)
+        return weight, 1 + share * (self.maximal_temperature - 1)
+
+    def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
+        """The α and τ of each sample, and what else the form sets, all [B]."""
+        raise NotImplementedError
 
     def weights_and_temperatures(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
@@ -94,47 +85,28 @@ class BalanceLoss(DistillationLoss):
             target: Class indices [B] or distributions [B, C].
             progress: How far the training is, in [0, 1]; none is taken as 0.
         """
-        logs = read_logits(student_logits, teacher_logits, target)
-        return self.body.balance(sample_inputs(logs, progress, self.conditioning))
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task` and `distillation`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
-        with torch.autocast(student.logits.device.type, enabled=False):
-            weight, temperature = self.weights_and_temperatures(student.logits, teacher.logits, target, progress)
-            divergence = kl_divergences(student.logits, teacher.logits, temperature.unsqueeze(1))
-            return {
-                "task": ((1 - weight) * cross_entropies(student.logits, target)).mean(),
-                "distillation": (weight * temperature.square() * divergence).mean(),
-            }
+        weight, temperature, *_ = self.set_balance(read_logits(student_logits, teacher_logits, target), progress)
+        return weight, temperature
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The decoupled form of a learned loss over logits: α, τ and β of each sample (our reconstruction).
-
-
-class DecoupledLoss(DistillationLoss):
+class DecoupledLoss(LogitForm):
     """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
 
-    For sample i, a network sees what `BalanceLoss` does and sets α, τ and β; the loss is the mean of
+    For sample i, a network sees up to six numbers and sets α, τ and β; the loss is the mean of
     2 (1 − αᵢ) · CE(student, target) + 2 αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the
-    target class against the rest, and among the other classes. With α = 1/2 it is DKD as its authors weigh it, at home
-    at DKD's learning rates. With β = 1 − the teacher's probability of the target at τ it is twice `BalanceLoss`; with
-    β = 1 or more, what the teacher knows of the other classes counts on samples that it is sure of too. Of dense
-    targets the most probable class is the target class.
+    target class against the rest, and among the other classes. The six numbers are the student's and the teacher's
+    probability of the target, both entropies over log C, the squashed KL divergence at τ = 1, and the training's
+    progress. With α = 1/2 it is DKD as its authors weigh it, at home at DKD's learning rates. With β = 1 − the
+    teacher's probability of the target at τ it is twice (1 − α) · CE + α · KD; with β = 1 or more, what the teacher
+    knows of the other classes counts on samples that it is sure of too. Of dense targets the most probable class is the
+    target class.
 
     As DKD's, the teacher's terms are ramped up linearly from 0 at the start of training, here over most of it: fresh
     students trained on clean labels are better for it, and rollouts, which are shorter than trainings, do not find it.
 
-    α, τ and β move with the student's logits, and the gradient says so.
+    α, τ and β move with the student's logits, and the gradient says so: the loss is a function, its Hessian is
+    symmetric, and every hypergradient estimator is exact on it or as near as it states. By itself nothing normalises
+    its gradient (see `LearnedLoss`), so compare losses at learning rates of their own.
 
     Args:
         hidden: Width of the two hidden layers.
@@ -162,32 +134,16 @@ class DecoupledLoss(DistillationLoss):
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.conditioning = check_conditioning(conditioning)
+        super().__init__(locals())
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
-        self.maximal_temperature = maximal_temperature
         self.warmup = warmup
-        self.log_factor = log_of_factor(maximal_factor)
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "initial_temperature": initial_temperature,
-            "maximal_temperature": maximal_temperature,
-            "maximal_factor": maximal_factor,
-            "warmup": warmup,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
-        bias = unbound_balance(initial_weight, initial_temperature, maximal_temperature)
-        self.body = Perceptron(len(name_sample_inputs(self.conditioning)), hidden, 3, lipschitz)
-        self.body.head.bias.data[:2] = bias
+        self.body = self.build_sample_network(3)
 
-    def set_weights(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
-        """The α in (0, 1), τ in (1, `maximal_temperature`) and β of each sample, all [B]."""
+    def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
+        """The α, τ and β of each sample, all [B]."""
         free = self.body(sample_inputs(logs, progress, self.conditioning))
-        weight, temperature = bound_balance(free[:, :2], self.maximal_temperature)
-        return weight, temperature, (self.log_factor * free[:, 2].tanh()).exp()
+        return *self.bound_balance(free[:, :2]), (self.log_factor * free[:, 2].tanh()).exp()
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
@@ -195,33 +151,11 @@ class DecoupledLoss(DistillationLoss):
             return torch.ones_like(like[0])
         return as_progress(progress, like).div(self.warmup).clamp(max=1)
 
-    def weights_and_temperatures(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
-    ) -> tuple[Tensor, Tensor]:
-        """The α and τ of each sample, both [B].
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C].
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1]; none is taken as 0.
-        """
-        return self.set_weights(read_logits(student_logits, teacher_logits, target), progress)[:2]
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD).
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         with torch.autocast(student.logits.device.type, enabled=False):
             logs = read_logits(student.logits, teacher.logits, target)
-            weight, temperature, factor = self.set_weights(logs, progress)
+            weight, temperature, factor = self.set_balance(logs, progress)
             label = label_of(target)
             (binary_s, other_s), (binary_t, other_t) = (
                 decouple(logits / temperature.unsqueeze(1), label) for logits in (logs.student, logs.teacher)
@@ -234,11 +168,7 @@ class DecoupledLoss(DistillationLoss):
             }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The generic form of a learned loss over logits (our reconstruction).
-
-
-class GenericLoss(DistillationLoss):
+class GenericLoss(LogitForm):
     """A free loss over logits: one network, shared by all classes, weighs how far each class is from its target.
 
     The loss is the mean over samples of Σ_c g(x_c) · [q_c log(q_c / p_c) − q_c + p_c], with p the student's
@@ -251,7 +181,7 @@ class GenericLoss(DistillationLoss):
     this kind that is separable over classes is such a product, up to the bound on g. The minimum is at q; elsewhere
     the loss need not be convex, and g can make other points stationary. It starts as KL(q ‖ p).
 
-    The paper learns "generic loss networks for logits"; their inputs and layers are not public, this form is ours.
+    The paper learns "generic loss networks for logits"; we could not read their inputs and layers, this form is ours.
 
     Args:
         hidden: Width of the hidden layers of both networks.
@@ -277,260 +207,35 @@ class GenericLoss(DistillationLoss):
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.conditioning = check_conditioning(conditioning)
-        self.log_factor = log_of_factor(maximal_factor)
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "initial_temperature": initial_temperature,
-            "maximal_temperature": maximal_temperature,
-            "maximal_factor": maximal_factor,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
-        inputs = len(name_sample_inputs(self.conditioning))
-        self.balance = BalanceNetwork(
-            inputs, hidden, initial_weight, initial_temperature, maximal_temperature, lipschitz
-        )
-        self.classes = ClassNetwork(hidden, 1, self.conditioning, lipschitz)
+        super().__init__(locals())
+        self.balance = self.build_sample_network(2)
+        inputs = len(CLASS_INPUTS) + len(name_sample_inputs(self.conditioning))
+        self.classes = Perceptron(inputs, hidden, 1, lipschitz)
 
-    def weights_and_temperatures(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
-    ) -> tuple[Tensor, Tensor]:
-        """The α and τ of each sample's target, both [B].
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C].
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1]; none is taken as 0.
-        """
-        logs = read_logits(student_logits, teacher_logits, target)
-        return self.balance.balance(sample_inputs(logs, progress, self.conditioning))
+    def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
+        """The α and τ of each sample's target, both [B]."""
+        return self.bound_balance(self.balance(sample_inputs(logs, progress, self.conditioning)))
 
     def mix_target(self, logs: LogProbabilities, progress: Progress = None) -> Tensor:
         """The target q, [B, C]."""
-        return mix_target(logs, *self.balance.balance(sample_inputs(logs, progress, self.conditioning)))
+        weight, temperature = (x.unsqueeze(-1) for x in self.set_balance(logs, progress))
+        return (1 - weight) * logs.target + weight * (logs.teacher / temperature).softmax(1)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the term `divergence`.
+    def weigh_classes(self, logs: LogProbabilities, progress: Progress) -> Tensor:
+        """The g of every class, [B, C]."""
+        classes = class_inputs(logs)
+        samples = sample_inputs(logs, progress, self.conditioning).unsqueeze(1).expand(-1, classes.shape[1], -1)
+        return (self.log_factor * self.classes(torch.cat([classes, samples], 2)).tanh().squeeze(2)).exp()
 
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute the term `divergence`."""
         with torch.autocast(student.logits.device.type, enabled=False):
             logs = read_logits(student.logits, teacher.logits, target)
-            factor = (self.log_factor * self.classes.values(logs, progress).squeeze(2)).exp()
-            divergence = class_divergences(self.mix_target(logs, progress), logs.student)
+            factor = self.weigh_classes(logs, progress)
+            mixed = self.mix_target(logs, progress)
+            entropy = torch.special.entr(mixed.clamp_min(FLOOR))  # derivatives are finite in float32, at q = 0 too
+            divergence = -entropy - mixed * logs.student - mixed + logs.student.exp()
             return {"divergence": (factor * divergence).sum(1).mean()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The residual form of a learned loss over logits: KD and a bounded residual (our reconstruction).
-
-
-class ResidualLoss(DistillationLoss):
-    """Classic KD plus a residual that is never larger than a fraction of it, class by class.
-
-    KD is (1 − α) · KL(label ‖ student) + α · τ² · KL(teacher_τ ‖ student_τ), both divergences sums over classes of
-    q log(q / p) − q + p ≥ 0, with one learned α and one learned τ. A network over the class and its sample gives ρ of
-    each divergence in (−`bound`, `bound`), and each class's divergence counts 1 + ρ times. So the loss lies between
-    1 − bound and 1 + bound times KD's, is never negative, and starts as KD (less the entropy of a dense target).
-
-    Args:
-        hidden: Width of the network's hidden layers.
-        initial_weight: α before any meta-training, in (0, 1).
-        initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
-        maximal_temperature: Upper bound of τ.
-        bound: Of the residual, relative to KD, in (0, 1).
-        conditioning: What is seen of a sample besides the teacher: some of progress, state. The class's own student
-            logit is always seen.
-        lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
-
-    def __init__(
-        self,
-        hidden: int = 16,
-        initial_weight: float = 0.5,
-        initial_temperature: float = 4.0,
-        maximal_temperature: float = 10.0,
-        bound: float = 0.5,
-        conditioning: Sequence[str] = CONDITIONING,
-        lipschitz: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if not 0 < bound < 1:
-            raise ValueError(f"bound: {bound} is not in (0, 1)")
-        self.conditioning = check_conditioning(conditioning)
-        self.maximal_temperature = maximal_temperature
-        self.bound = bound
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "initial_temperature": initial_temperature,
-            "maximal_temperature": maximal_temperature,
-            "bound": bound,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
-        self.base = nn.Parameter(unbound_balance(initial_weight, initial_temperature, maximal_temperature))
-        self.classes = ClassNetwork(hidden, 2, self.conditioning, lipschitz)
-
-    def weights_and_temperatures(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
-    ) -> tuple[Tensor, Tensor]:
-        """KD's α and τ, the same for each sample, both [B]; the residual is not in them.
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: Not read.
-            target: Not read.
-            progress: Not read.
-        """
-        weight, temperature = bound_balance(self.base, self.maximal_temperature)
-        return weight.expand(student_logits.shape[0]), temperature.expand(student_logits.shape[0])
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms `task` and `distillation`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
-        with torch.autocast(student.logits.device.type, enabled=False):
-            logs = read_logits(student.logits, teacher.logits, target)
-            weight, temperature = bound_balance(self.base, self.maximal_temperature)
-            task, distillation = (1 + self.bound * self.classes.values(logs, progress)).unbind(2)
-            task = task * class_divergences(logs.target, logs.student)
-            distillation = distillation * class_divergences(
-                (logs.teacher / temperature).softmax(1), log_softmax(logs.student / temperature, 1)
-            )
-            return {
-                "task": (1 - weight) * task.sum(1).mean(),
-                "distillation": weight * temperature.square() * distillation.sum(1).mean(),
-            }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The target form of a learned loss over logits: cross-entropy to a learned target (our reconstruction).
-
-
-class TargetLoss(DistillationLoss):
-    """Cross-entropy to a learned mixture of label and tempered teacher, convex in the student's logits.
-
-    The target is q = (1 − α) · label + α · softmax(teacher / τ), with α and τ set by a network that sees the teacher
-    and the progress, and the loss is KL(q ‖ student): cross-entropy less the entropy of q, which the student cannot
-    change. With a target that followed the student it would not be convex. The state comes in so: the network gives
-    `targets` mixtures q_k and their shares π_k, and the loss is their soft maximum
-    T · log Σ_k π_k exp(KL(q_k ‖ student) / T), with T learned. A soft maximum of convex functions is convex; its
-    gradient is p − Σ_k w_k q_k, with the more weight w_k on a target the farther the student still is from it. Without
-    `state` there is one target.
-
-    The gradient at the logits is a difference of two distributions, as cross-entropy's is: this form cannot act as a
-    learning rate in disguise, whatever its weights. The loss is never negative.
-
-    Args:
-        hidden: Width of the network's hidden layers.
-        initial_weight: α before any meta-training, in (0, 1); several targets start around it.
-        initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
-        maximal_temperature: Upper bound of τ.
-        targets: Number of targets if conditioned on the state, at least 2.
-        conditioning: Some of progress, state.
-        lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
-
-    def __init__(
-        self,
-        hidden: int = 16,
-        initial_weight: float = 0.5,
-        initial_temperature: float = 2.0,
-        maximal_temperature: float = 10.0,
-        targets: int = 2,
-        conditioning: Sequence[str] = CONDITIONING,
-        lipschitz: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if targets < 2:
-            raise ValueError(f"targets: {targets} is not at least 2; leave state out of conditioning for one target")
-        self.conditioning = check_conditioning(conditioning)
-        self.maximal_temperature = maximal_temperature
-        self.architecture = {
-            "hidden": hidden,
-            "initial_weight": initial_weight,
-            "initial_temperature": initial_temperature,
-            "maximal_temperature": maximal_temperature,
-            "targets": targets,
-            "conditioning": self.conditioning,
-            "lipschitz": lipschitz,
-        }
-        self.seen = [kind for kind in self.conditioning if kind != "state"]
-        self.targets = targets if "state" in self.conditioning else 1
-        free = unbound_balance(initial_weight, initial_temperature, maximal_temperature).repeat(self.targets, 1)
-        free[:, 0] += torch.linspace(-0.5, 0.5, self.targets) if self.targets > 1 else 0
-        self.body = Perceptron(len(name_sample_inputs(self.seen)), hidden, 3 * self.targets, lipschitz)
-        self.body.head.bias.data.view(self.targets, 3)[:, :2] = free
-        if self.targets > 1:
-            self.sharpness = nn.Parameter(torch.zeros(()))
-
-    def compare_targets(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
-        """The α and τ of every target, and log π_k + KL(q_k ‖ student) / T; all [targets, B]."""
-        free = self.body(sample_inputs(logs, progress, self.seen)).view(-1, self.targets, 3).transpose(0, 1)
-        weight, temperature = bound_balance(free[..., :2], self.maximal_temperature)
-        divergences = []
-        for each_weight, each_temperature in zip(weight, temperature, strict=True):
-            target = mix_target(logs, each_weight, each_temperature)
-            divergences.append((negative_entropies(target) - target * logs.student).sum(1))
-        return weight, temperature, log_softmax(free[..., 2], 0) + torch.stack(divergences) / self.hardness()
-
-    def hardness(self) -> Tensor | float:
-        """T of the soft maximum, between e⁻² and e²; 1 where there is one target."""
-        return (2 * self.sharpness.tanh()).exp() if self.targets > 1 else 1.0
-
-    def weights_and_temperatures(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
-    ) -> tuple[Tensor, Tensor]:
-        """α and τ of each sample, averaged over its targets as the gradient weighs them, both [B].
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C].
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1]; none is taken as 0.
-        """
-        weight, temperature, scores = self.compare_targets(
-            read_logits(student_logits, teacher_logits, target), progress
-        )
-        share = scores.softmax(0)
-        return (share * weight).sum(0), (share * temperature).sum(0)
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute the term `divergence`.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
-        """
-        with torch.autocast(student.logits.device.type, enabled=False):
-            logs = read_logits(student.logits, teacher.logits, target)
-            scores = self.compare_targets(logs, progress)[2]
-            return {"divergence": (self.hardness() * scores.logsumexp(0)).mean()}
+FORMS: dict[str, type[LogitForm]] = {"decoupled": DecoupledLoss, "generic": GenericLoss}

@@ -12,11 +12,11 @@ from torch.nn.functional import one_hot, softmax
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
+from lkd.losses.functions import Stages
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.forms import BalanceLoss, DecoupledLoss, GenericLoss, ResidualLoss, TargetLoss
+from lkd.losses.learned.forms import FORMS
 from lkd.losses.logits import CrossEntropyLoss
-from lkd.losses.loss import DistillationLoss, Progress
-from lkd.losses.stages import Stages
+from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A scale for a loss over logits that its own weights cannot change.
@@ -74,7 +74,7 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The sum of loss networks that is saved, loaded and trained with.
+# The sum of loss networks that is saved, loaded and trained with; and its course over a training.
 
 
 class LearnedLoss(DistillationLoss):
@@ -97,35 +97,32 @@ class LearnedLoss(DistillationLoss):
         parts: Any = self.parts.values()
         return tuple(dict.fromkeys(stage for part in parts for stage in part.teacher_stages))
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
-        """Compute every part's terms.
+    def at(self, progress: Progress) -> "LearnedLoss":
+        """The loss in charge at this progress: itself."""
+        return self
 
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
+    def leave_out_features(self) -> "LearnedLoss":
+        """The sum of the parts that read no features."""
+        parts: Any = self.parts.items()
+        kept = {name: part for name, part in parts if not isinstance(part, FeatureLoss)}
+        return LearnedLoss(kept, self.normalize_gradient)
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """Compute every part's terms.
 
         Raises:
             UserError: If a part reads features and a network gives none.
         """
         terms = {}
         for name, part in self.parts.items():
-            scale = gradient_scale(part, progress) if self.normalize_gradient and has_own_scale(part) else 1.0
+            # A part without weights, such as cross-entropy, has no scale of its own.
+            scaled = (
+                self.normalize_gradient and not isinstance(part, FeatureLoss) and any(True for _ in part.parameters())
+            )
+            scale = gradient_scale(part, progress) if scaled else 1.0
             for term, value in part(student, teacher, target, progress).items():
                 terms[f"{name}/{term}"] = scale * value
         return terms
-
-
-def has_own_scale(part: nn.Module) -> bool:
-    """Whether a part is over logits and its weights could change the size of its gradient."""
-    return not isinstance(part, FeatureLoss) and any(True for _ in part.parameters())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A learned loss that changed while a student was trained with it, replayed by progress.
 
 
 class ReplayedLoss(DistillationLoss):
@@ -147,17 +144,16 @@ class ReplayedLoss(DistillationLoss):
         increasing = all(a < b for a, b in itertools.pairwise(starts))
         if len(losses) != len(starts) or not starts or starts[0] != 0 or not increasing:
             raise ValueError(f"starts: {list(starts)} do not increase from 0, one for each of {len(losses)} losses")
-        self.losses = nn.ModuleList(losses)
+        self.losses: Any = nn.ModuleList(losses)
         self.starts = [float(start) for start in starts]
 
     @property
     def teacher_stages(self) -> tuple[str, ...]:  # type: ignore[override]
         """The teacher's stages whose features the losses read."""
-        first: Any = self.losses[0]
-        stages: tuple[str, ...] = first.teacher_stages
+        stages: tuple[str, ...] = self.losses[0].teacher_stages
         return stages
 
-    def at(self, progress: Progress) -> nn.Module:
+    def at(self, progress: Progress) -> LearnedLoss:
         """The loss in charge at this progress.
 
         Raises:
@@ -165,35 +161,26 @@ class ReplayedLoss(DistillationLoss):
         """
         if progress is None:
             raise ValueError("progress: None; a replayed loss must be told how far the training is, in [0, 1]")
-        return self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
+        loss: LearnedLoss = self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
+        return loss
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None
-    ) -> dict[str, Tensor]:
+    def leave_out_features(self) -> "ReplayedLoss":
+        """The course of the parts that read no features."""
+        return ReplayedLoss([loss.leave_out_features() for loss in self.losses], self.starts)
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms of the loss in charge.
-
-        Args:
-            student: The student's outputs.
-            teacher: The teacher's outputs for the same images.
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1].
 
         Raises:
             ValueError: If progress is None.
         """
-        return self.at(progress)(student, teacher, target, progress)
+        terms: Terms = self.at(progress)(student, teacher, target, progress)
+        return terms
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a recipe's `meta.kind` and `meta.loss` to a learned loss.
 
-FORMS: dict[str, type[DistillationLoss]] = {
-    "balance": BalanceLoss,
-    "decoupled": DecoupledLoss,
-    "generic": GenericLoss,
-    "residual": ResidualLoss,
-    "target": TargetLoss,
-}
 KINDS = ("logits", "features", "both")
 
 
@@ -227,24 +214,22 @@ def build_learned_loss(
     if kind == "features" and set(options) - {"features"}:
         unread = ", ".join(name for name in options if name != "features")
         raise UserError(f"meta.loss: kind features has no network over logits, which {unread} could be for")
+    if kind == "logits" and feature_options:
+        raise UserError("meta.loss.features: kind logits has no network over features; set meta.kind to both")
     parts: dict[str, DistillationLoss] = {}
     if kind == "features":
         parts["task"] = CrossEntropyLoss()
     else:
         check_choice("meta.loss.form", form, FORMS)
         parts["logits"] = build_part(FORMS[form], remaining, "meta.loss", f"form {form}")
-    if kind == "logits":
-        if feature_options:
-            raise UserError("meta.loss.features: kind logits has no network over features; set meta.kind to both")
-        return LearnedLoss(parts, normalize_gradient)
-    part = build_part(FeatureLoss, feature_options, "meta.loss.features", "the network over features")
-    parts["features"] = part
-    if student_stages is None or teacher_stages is None:
-        raise UserError(f"meta.kind {kind}: give build_learned_loss the student's and the teacher's stages")
-    try:
-        part.attach(student_stages, teacher_stages)
-    except ValueError as error:
-        raise UserError(f"meta.kind {kind}: {error}") from error
+    if kind != "logits":
+        if student_stages is None or teacher_stages is None:
+            raise UserError(f"meta.kind {kind}: give build_learned_loss the student's and the teacher's stages")
+        part = build_part(FeatureLoss, feature_options, "meta.loss.features", "the network over features")
+        try:
+            parts["features"] = part.attach(student_stages, teacher_stages)
+        except ValueError as error:
+            raise UserError(f"meta.kind {kind}: {error}") from error
     return LearnedLoss(parts, normalize_gradient)
 
 
@@ -254,7 +239,7 @@ def build_part(network: type[DistillationLoss], options: dict[str, Any], field: 
     Raises:
         UserError: If it takes no such option, or not that value.
     """
-    known = list(inspect.signature(network.__init__).parameters)[1:]
+    known = list(inspect.signature(network).parameters)
     for name in options:
         if name not in known:
             raise UserError(f"{field}: unknown option {name!r}; {described} takes {', '.join(known)}")

@@ -1,24 +1,144 @@
-"""The small networks that learned losses are made of."""
+"""The small networks that learned losses are made of, and what they see of each sample and of each class of it.
+
+Nothing seen depends on the order or the number of the classes, nor on a constant added to all logits.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, log_softmax, one_hot
 
-from lkd.losses.learned.inputs import (
-    CLASS_INPUTS,
-    LogProbabilities,
-    class_inputs,
-    name_sample_inputs,
-    sample_inputs,
-    squash,
-)
+from lkd.losses.functions import widen
 from lkd.losses.loss import Progress
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The small network inside every learned loss.
+# What the networks see.
+
+CONDITIONING = ("progress", "state")
+# Input → the kind of conditioning that it belongs to; the teacher's are always seen.
+SAMPLE_INPUTS: dict[str, str | None] = {
+    "student target probability": "state",
+    "teacher target probability": None,
+    "student entropy": "state",
+    "teacher entropy": None,
+    "KL": "state",
+    "progress": "progress",
+}
+CLASS_INPUTS = (
+    "student standardised logit",
+    "teacher standardised logit",
+    "student log-probability",
+    "teacher log-probability",
+    "student probability",
+    "teacher probability",
+    "label",
+)
+
+
+class LogProbabilities(NamedTuple):
+    """Logits in log space, and the target as a distribution; all [B, C], at least float32."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+
+
+def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
+    """Bring logits and target to one form.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C]; no gradient reaches them.
+        target: Class indices [B] or distributions [B, C].
+    """
+    student = log_softmax(widen(student_logits), 1)
+    dense = target if target.is_floating_point() else one_hot(target, student.shape[1])
+    return LogProbabilities(student, log_softmax(widen(teacher_logits.detach()), 1), dense.to(student.dtype))
+
+
+def check_conditioning(conditioning: Sequence[str]) -> list[str]:
+    """The kinds of conditioning, in the order of `CONDITIONING`.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    unknown = [kind for kind in conditioning if kind not in CONDITIONING]
+    if isinstance(conditioning, str) or unknown:
+        raise ValueError(f"conditioning: {conditioning!r} is not a list of some of {', '.join(CONDITIONING)}")
+    return [kind for kind in CONDITIONING if kind in conditioning]
+
+
+def name_sample_inputs(conditioning: Sequence[str]) -> list[str]:
+    """Names of the columns of `sample_inputs`."""
+    return [name for name, kind in SAMPLE_INPUTS.items() if kind is None or kind in conditioning]
+
+
+def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequence[str]) -> Tensor:
+    """What is seen of each sample, in [−1, 1], [B, inputs].
+
+    The teacher's probability of the target and its entropy over log C; with `state` also the student's, and the
+    squashed KL divergence between the two; with `progress` how far the training is.
+
+    Args:
+        logs: The batch.
+        progress: In [0, 1]; none is taken as 0.
+        conditioning: Some of `CONDITIONING`.
+    """
+    student, teacher, target = logs
+    columns = [
+        (target * student.exp()).sum(1),
+        (target * teacher.exp()).sum(1),
+        -(student.exp() * student).sum(1) / math.log(student.shape[1]),
+        -(teacher.exp() * teacher).sum(1) / math.log(student.shape[1]),
+        squashed_divergence(student, teacher),
+        as_progress(progress, student).expand(student.shape[0]),
+    ]
+    chosen = name_sample_inputs(conditioning)
+    return 2 * torch.stack([c for name, c in zip(SAMPLE_INPUTS, columns, strict=True) if name in chosen], 1) - 1
+
+
+def class_inputs(logs: LogProbabilities) -> Tensor:
+    """What is seen of each class of each sample, in [−1, 1], [B, C, len(CLASS_INPUTS)]."""
+    student, teacher, target = logs
+    columns = [
+        squash(standardize(student)),
+        squash(standardize(teacher)),
+        squash(student / 4),
+        squash(teacher / 4),
+        2 * student.exp() - 1,
+        2 * teacher.exp() - 1,
+        2 * target - 1,
+    ]
+    return torch.stack(columns, 2)
+
+
+def as_progress(progress: Progress, like: Tensor) -> Tensor:
+    """Progress as a scalar tensor."""
+    return torch.as_tensor(0.0 if progress is None else progress, dtype=like.dtype, device=like.device)
+
+
+def squashed_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL / (1 + KL) between teacher and student, from log-probabilities [B, C], [B]."""
+    divergence = (teacher.exp() * (teacher - student)).sum(1)
+    return divergence / (1 + divergence)
+
+
+def squash(x: Tensor) -> Tensor:
+    """Map x to x / √(1 + x²): smooth, in (−1, 1), and so flat far out that x times its slope vanishes there."""
+    return x * (1 + x.square()).rsqrt()
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """Logits of mean 0 over the classes, over √(1 + their variance), [B, C]."""
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred * (1 + centred.square().mean(1, keepdim=True)).rsqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The networks.
 
 
 class BoundedLinear(nn.Linear):
@@ -40,6 +160,11 @@ class BoundedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the bounded map."""
         return linear(x, effective_weight(self), self.bias)
+
+
+def record_arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor, from its `locals()`: what a file says of a network."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 def check_network_options(hidden: int, lipschitz: float) -> None:
@@ -100,109 +225,6 @@ class Perceptron(nn.Sequential):
         return super().forward(x.to(self.head.weight.dtype))
 
 
-class BalanceNetwork(Perceptron):
-    """From what is seen of a sample to a weight of the teacher and a temperature.
-
-    Args:
-        inputs: Number of inputs.
-        hidden: Width of the hidden layers.
-        initial_weight: α before any meta-training, in (0, 1).
-        initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
-        maximal_temperature: Upper bound of τ.
-        lipschitz: As in `Perceptron`.
-
-    Raises:
-        ValueError: If an initial value is out of range.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        hidden: int,
-        initial_weight: float,
-        initial_temperature: float,
-        maximal_temperature: float,
-        lipschitz: float = 0.0,
-    ) -> None:
-        bias = unbound_balance(initial_weight, initial_temperature, maximal_temperature)
-        super().__init__(inputs, hidden, 2, lipschitz)
-        self.maximal_temperature = maximal_temperature
-        self.head.bias.data.copy_(bias)
-
-    def balance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """α in (0, 1) and τ in (1, `maximal_temperature`), of the shape of `x` without its last dimension."""
-        return bound_balance(self(x), self.maximal_temperature)
-
-
-def bound_balance(free: Tensor, maximal_temperature: float) -> tuple[Tensor, Tensor]:
-    """α in (0, 1) and τ in (1, `maximal_temperature`) from two free numbers in the last dimension."""
-    weight, share = free.sigmoid().unbind(-1)
-    return weight, 1 + share * (maximal_temperature - 1)
-
-
-def unbound_balance(weight: float, temperature: float, maximal_temperature: float) -> Tensor:
-    """The inverse of `bound_balance`, [2].
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-    if not 0 < weight < 1:
-        raise ValueError(f"initial_weight: {weight} is not in (0, 1)")
-    if not 1 < temperature < maximal_temperature:
-        raise ValueError(
-            f"initial_temperature: {temperature} is not between 1 and maximal_temperature {maximal_temperature}"
-        )
-    return torch.logit(torch.tensor([weight, (temperature - 1) / (maximal_temperature - 1)]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A factor for every class of every sample, from one network shared by all classes; and what it multiplies.
-
-FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
-
-
-class ClassNetwork(Perceptron):
-    """From what is seen of a class and of its sample to bounded numbers; 0 before any meta-training.
-
-    Args:
-        hidden: Width of the hidden layers.
-        outputs: Numbers for each class.
-        conditioning: What is seen of the sample besides the teacher.
-        lipschitz: As in `Perceptron`.
-    """
-
-    def __init__(self, hidden: int, outputs: int, conditioning: Sequence[str], lipschitz: float) -> None:
-        super().__init__(len(CLASS_INPUTS) + len(name_sample_inputs(conditioning)), hidden, outputs, lipschitz)
-        self.conditioning = conditioning
-
-    def values(self, logs: LogProbabilities, progress: Progress) -> Tensor:
-        """In (−1, 1), [B, C, outputs]."""
-        classes = class_inputs(logs)
-        samples = sample_inputs(logs, progress, self.conditioning).unsqueeze(1).expand(-1, classes.shape[1], -1)
-        return self(torch.cat([classes, samples], 2)).tanh()
-
-
-def class_divergences(target: Tensor, student: Tensor) -> Tensor:
-    """The part of each class in KL(q ‖ p): q log(q / p) − q + p, not negative, 0 with zero gradient at p = q.
-
-    Args:
-        target: q, [B, C]; may hold zeros.
-        student: log p, [B, C].
-    """
-    return negative_entropies(target) - target * student - target + student.exp()
-
-
-def negative_entropies(target: Tensor) -> Tensor:
-    """The q log q of every class, 0 at q = 0; its first and second derivatives are finite in float32."""
-    return -torch.special.entr(target.clamp_min(FLOOR))
-
-
-def mix_target(logs: LogProbabilities, weight: Tensor, temperature: Tensor) -> Tensor:
-    """(1 − α) · label + α · softmax(teacher / τ), [B, C]; α and τ are [B] or scalars."""
-    weight, temperature = (x.unsqueeze(-1) for x in (weight, temperature))
-    return (1 - weight) * logs.target + weight * (logs.teacher / temperature).softmax(1)
-
-
 def log_of_factor(factor: float) -> float:
     """Its logarithm.
 
@@ -212,10 +234,6 @@ def log_of_factor(factor: float) -> float:
     if not factor > 1:
         raise ValueError(f"maximal_factor: {factor} is not greater than 1")
     return math.log(factor)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The network that weighs single differences between two networks' features.
 
 
 class EntryNetwork(nn.Module):
@@ -258,50 +276,3 @@ class EntryNetwork(nn.Module):
         base = shared[:, :, :, None] + own
         seen = torch.addcmul(base, squash(difference.to(weight)).unsqueeze(4), differences[:, 0])
         return self.head(seen.tanh()).squeeze(4).tanh()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A learned soft assignment of student stages to teacher stages, by relative depth.
-
-WIDTH = 0.2  # of the prior, in relative depth
-
-
-class PairingNetwork(Perceptron):
-    """From the relative depths of two stages to how much the student's learns from the teacher's.
-
-    Starts at a Gaussian of the depths' difference. Depths, not names or numbers of stages, so that it holds for other
-    networks.
-
-    Args:
-        hidden: Width of the hidden layers.
-        lipschitz: As in `Perceptron`.
-    """
-
-    def __init__(self, hidden: int, lipschitz: float) -> None:
-        super().__init__(3, hidden, 1, lipschitz)
-
-    def assign(self, student_depths: Tensor, teacher_depths: Tensor) -> Tensor:
-        """Shares, [S, T], each row of which sums to 1.
-
-        Args:
-            student_depths: In (0, 1], [S].
-            teacher_depths: In (0, 1], [T].
-        """
-        student, teacher = torch.broadcast_tensors(student_depths.unsqueeze(1), teacher_depths.unsqueeze(0))
-        apart = student - teacher
-        scores = self(torch.stack([student, teacher, apart], 2)).squeeze(2)
-        return (scores - (apart / WIDTH).square() / 2).softmax(1)
-
-
-def relative_depths(names: list[str], chosen: list[str]) -> list[float]:
-    """Depth in (0, 1] of the chosen stages: 1 is a network's last."""
-    return [(names.index(name) + 1) / len(names) for name in chosen]
-
-
-def name_needs(deepest: int, student: Iterable[str], teacher: Iterable[str]) -> str:
-    """The stages that a loss over the `deepest` last ones needs, and which of them two networks have, in words."""
-    last = [
-        f"{role}: {', '.join(list(names)[-deepest:]) or 'none'}"
-        for role, names in (("student", student), ("teacher", teacher))
-    ]
-    return f"the last {deepest} stages of both networks ({'; '.join(last)})"

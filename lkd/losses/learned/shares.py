@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import widen
 from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.loss import DistillationLoss, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a loss does to a student: its gradient over the confidence of student and teacher.
@@ -26,7 +27,15 @@ def confidence_grid(points: int) -> Tensor:
     return torch.linspace(0.01, 0.99, points)
 
 
-def gradient_surface(loss: nn.Module, progress: float, num_classes: int = 10, points: int = 41) -> Tensor:
+def draw_grid(num_classes: int, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of student and teacher at every pair of confidences, [points², C], and the label, class 0."""
+    grid = confidence_grid(points)
+    teacher, student = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
+    logits = [confident_logits(confidence, num_classes) for confidence in (student, teacher)]
+    return *logits, torch.zeros(len(student), dtype=torch.int64)
+
+
+def gradient_surface(loss: DistillationLoss, progress: float, num_classes: int = 10, points: int = 41) -> Tensor:
     """The loss's gradient with respect to the student's logit of the target.
 
     Args:
@@ -38,12 +47,9 @@ def gradient_surface(loss: nn.Module, progress: float, num_classes: int = 10, po
     Returns:
         [points, points]; rows are the teacher's probability of the target, columns the student's.
     """
-    grid = confidence_grid(points)
-    teacher, student = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
-    logits = confident_logits(student, num_classes).requires_grad_()
-    target = torch.zeros(len(logits), dtype=torch.int64)
-    outputs = Outputs(confident_logits(teacher, num_classes), {})
-    terms = loss(Outputs(logits, {}), outputs, target, progress)
+    student, teacher, target = draw_grid(num_classes, points)
+    logits = student.requires_grad_()
+    terms = loss(Outputs(logits, {}), Outputs(teacher, {}), target, progress)
     (gradient,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), logits)
     return (gradient[:, 0] * len(logits)).view(points, points)  # the loss is a mean over samples
 
@@ -52,16 +58,10 @@ def balance_surface(
     loss: LearnedLoss, progress: float, num_classes: int = 10, points: int = 41
 ) -> tuple[Tensor, Tensor]:
     """The learned weight and temperature on the same grid, both [points, points]."""
-    grid = confidence_grid(points)
-    teacher, student = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
+    student, teacher, target = draw_grid(num_classes, points)
     part: Any = loss.parts["logits"]
     with torch.no_grad():
-        weight, temperature = part.weights_and_temperatures(
-            confident_logits(student, num_classes),
-            confident_logits(teacher, num_classes),
-            torch.zeros(len(student), dtype=torch.int64),
-            progress,
-        )
+        weight, temperature = part.weights_and_temperatures(student, teacher, target, progress)
     return weight.view(points, points), temperature.view(points, points)
 
 
@@ -72,10 +72,10 @@ SATURATED = 1e-4
 
 
 def gradient_shares(
-    loss: Callable[..., dict[str, torch.Tensor]],
+    loss: Callable[..., Terms],
     student: Outputs,
     teacher: Outputs | None,
-    target: torch.Tensor,
+    target: Tensor,
     progress: float | None = None,
 ) -> dict[str, float]:
     """Share of each term in the gradient at the student's outputs.
@@ -106,7 +106,7 @@ def gradient_shares(
     return {name: norm / whole for name, norm in norms.items()}
 
 
-def measure_norm(term: torch.Tensor, variables: list[torch.Tensor]) -> float:
+def measure_norm(term: Tensor, variables: list[Tensor]) -> float:
     """Norm of a term's gradient with respect to all variables together; 0 if it depends on none."""
     if not term.requires_grad:
         return 0.0
