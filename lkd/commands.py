@@ -26,7 +26,7 @@ from lkd.evaluation.comparison.compare import compare as compare_methods
 from lkd.evaluation.dashboard import make_dashboard
 from lkd.evaluation.fidelity import measure_fidelity
 from lkd.evaluation.influence import measure_run
-from lkd.evaluation.inspection.inspect import inspect_recipe
+from lkd.evaluation.inspection_report import inspect_recipe
 from lkd.evaluation.plan import format_plan
 from lkd.evaluation.plan import plan as plan_run
 from lkd.evaluation.quickstart import SETTINGS, loss_path

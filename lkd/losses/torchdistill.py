@@ -129,10 +129,8 @@ def tap_both(
     adapt: Callable[[int], list[nn.Module]] = lambda channels: [],
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """The student's and the teacher's stage, each through an adapter of its channels."""
-    ours, theirs = (
-        Tap(path, read(stage), *adapt(channels)) for stage, channels in zip(pair, pair.channels, strict=False)
-    )
-    return [ours], [theirs]
+    ours, theirs = pair.channels
+    return [Tap(path, read(pair.student), *adapt(ours))], [Tap(path, read(pair.teacher), *adapt(theirs))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

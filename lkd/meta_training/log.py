@@ -249,7 +249,7 @@ def plot_meta_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> N
     save_figure(figure, path)
 
 
-def plot_learned_loss(loss: LearnedLoss, kd: nn.Module, kd_label: str, path: Path, progress: float = 0.5) -> None:
+def plot_learned_loss(loss: LearnedLoss, kd: KDLoss, kd_label: str, path: Path, progress: float = 0.5) -> None:
     """Draw the learned loss's gradient at the student's target logit beside KD's, and its weight and temperature."""
     weight, temperature = balance_surface(loss, progress)
     learned, hand_made = gradient_surface(loss, progress), gradient_surface(kd, progress)

@@ -31,8 +31,8 @@ def draw_grid(num_classes: int, points: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of student and teacher at every pair of confidences, [points², C], and the label, class 0."""
     grid = confidence_grid(points)
     teacher, student = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
-    logits = [confident_logits(confidence, num_classes) for confidence in (student, teacher)]
-    return *logits, torch.zeros(len(student), dtype=torch.int64)
+    ours, theirs = (confident_logits(confidence, num_classes) for confidence in (student, teacher))
+    return ours, theirs, torch.zeros(len(student), dtype=torch.int64)
 
 
 def gradient_surface(loss: DistillationLoss, progress: float, num_classes: int = 10, points: int = 41) -> Tensor:

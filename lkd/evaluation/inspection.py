@@ -1,0 +1,384 @@
+"""What a loss does, found out without a training."""
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lkd.core.outputs import Outputs
+from lkd.losses.functions import Stages
+from lkd.losses.learned.features import COMPARISONS, FeatureLoss, relative_depths
+from lkd.losses.learned.forms import DecoupledLoss
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.learned.networks import read_logits
+from lkd.losses.learned.shares import confidence_grid, gradient_shares, gradient_surface
+from lkd.losses.logits import CrossEntropyLoss, KDLoss
+from lkd.losses.loss import DistillationLoss, Progress, Terms
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Made-up answers of a student and a teacher, at which a loss is looked at: no image, no network.
+
+CONFIDENCES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+REPEATS = 6
+FEW = 33  # samples that losses over features are asked about at once
+SPARSE = 5  # every so many states: features of all of them take long; no divisor of the number of confidences
+STAGES: Stages = {"stage1": (8, 16, 16), "stage2": (16, 8, 8), "stage3": (24, 4, 4), "stage4": (32, 2, 2)}
+SPREAD = 1.5  # standard deviation of the logits of the classes other than the label
+
+
+class States(NamedTuple):
+    """Students and teachers of every pair of confidences: log-probabilities [N, C], labels, and probability of them."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+    student_confidence: Tensor
+    teacher_confidence: Tensor
+
+
+def draw_states(num_classes: int, seed: int) -> States:
+    """Draw states in float64: the label at random, the rest of the probability spread at random over the others."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.tensor(CONFIDENCES, dtype=torch.float64)
+    student, teacher = (axis.flatten().repeat(REPEATS) for axis in torch.meshgrid(levels, levels, indexing="ij"))
+    target = torch.randint(num_classes, (len(student),), generator=generator)
+
+    def spread(confidence: Tensor) -> Tensor:
+        others = SPREAD * torch.randn(len(target), num_classes, dtype=torch.float64, generator=generator)
+        label = target.unsqueeze(1)
+        others = others.scatter(1, label, float("-inf")).log_softmax(1) + torch.log1p(-confidence).unsqueeze(1)
+        return others.scatter(1, label, confidence.log().unsqueeze(1))
+
+    return States(spread(student), spread(teacher), target, student, teacher)
+
+
+def draw_features(batch: int, like: Tensor, seed: int) -> dict[str, Tensor]:
+    """Non-negative features of `STAGES` for a batch, as those after a ReLU, of the type of `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(batch, *shape, generator=generator).relu().to(like) for name, shape in STAGES.items()}
+
+
+def add_features(student: Tensor, teacher: Tensor, seed: int) -> tuple[Outputs, Outputs]:
+    """Outputs with these logits and made-up features."""
+    ours, theirs = draw_features(len(student), student, seed), draw_features(len(teacher), teacher, seed + 1)
+    return Outputs(student, ours), Outputs(teacher, theirs)
+
+
+class LogitView(DistillationLoss):
+    """A loss as a function of logits alone: networks over features are left out, else features are made up and fixed.
+
+    Args:
+        loss: The loss.
+        seed: Of the features.
+    """
+
+    def __init__(self, loss: DistillationLoss, seed: int) -> None:
+        super().__init__()
+        self.loss = loss.leave_out_features() if isinstance(loss, LearnedLoss | ReplayedLoss) else loss
+        self.seed = seed
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
+        """The loss's terms; over features, of a few samples at a time: comparisons of images take much memory."""
+        if not self.loss.teacher_stages:
+            return self.loss(student, teacher, target, progress)
+        terms: Terms = {}
+        for ours, theirs, labels in zip(*(x.split(FEW) for x in (student.logits, teacher.logits, target)), strict=True):
+            few = self.loss(*add_features(ours, theirs, self.seed), labels, progress)
+            terms |= {name: terms.get(name, 0.0) + term * len(ours) / len(target) for name, term in few.items()}
+        return terms
+
+
+def logit_gradient(loss: DistillationLoss, states: States, progress: float) -> Tensor:
+    """Gradient of each sample's loss with respect to its student's logits, [N, C]; the loss is a mean over samples."""
+    logits = states.student.detach().requires_grad_()
+    terms = loss(Outputs(logits, {}), Outputs(states.teacher, {}), states.target, progress)
+    (gradient,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), logits)
+    return gradient * len(logits)
+
+
+def parts_at(loss: DistillationLoss, progress: float) -> dict[str, Any]:
+    """The networks of a learned loss that are in charge at this progress, by name; none of a hand-made loss."""
+    return dict(loss.at(progress).parts.items()) if isinstance(loss, LearnedLoss | ReplayedLoss) else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradient field over the confidence of teacher and student, beside those of KD and cross-entropy.
+
+FIELD_PROGRESS = (0.0, 0.5, 1.0)
+FIELD_POINTS = 33
+DIGITS = 5  # after the point
+
+
+def describe_field(loss: DistillationLoss, kd: KDLoss, num_classes: int) -> dict[str, Any]:
+    """The gradient at the student's logit of the label; what is left of each probability is shared evenly.
+
+    Args:
+        loss: A loss over logits.
+        kd: KD to compare with.
+        num_classes: Number of classes.
+
+    Returns:
+        `confidence`: the grid. `loss`, at three progresses, `kd` and `cross_entropy`: each with its `gradient` (rows
+        are the teacher's confidence, columns the student's) and its `rest`: for each of the teacher's confidences the
+        student's probability at which the gradient is zero, where the loss would leave it.
+    """
+
+    def describe(each: DistillationLoss, progress: float) -> dict[str, Any]:
+        surface = gradient_surface(each, progress, num_classes, FIELD_POINTS)
+        rounded = [[round(x, DIGITS) for x in row] for row in surface.tolist()]
+        return {"gradient": rounded, "rest": [find_rest(row) for row in surface]}
+
+    return {
+        "confidence": confidence_grid(FIELD_POINTS).tolist(),
+        "loss": [{"progress": progress, **describe(loss, progress)} for progress in FIELD_PROGRESS],
+        "kd": describe(kd, 0.0),
+        "cross_entropy": describe(CrossEntropyLoss(), 0.0),
+    }
+
+
+def find_rest(row: Tensor) -> float:
+    """The student's probability at which the gradient changes from negative to positive; the last, if there are many.
+
+    0 where it is positive throughout, 1 where it is negative throughout.
+    """
+    grid = confidence_grid(len(row)).tolist()
+    rising = ((row[:-1] < 0) & (row[1:] >= 0)).nonzero().flatten().tolist()
+    if not rising:
+        return 1.0 if float(row[-1]) < 0 else 0.0
+    low, high = row[rising[-1]].item(), row[rising[-1] + 1].item()
+    start, end = grid[rising[-1]], grid[rising[-1] + 1]
+    return start + (end - start) * -low / (high - low)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which cross-entropy and which KD a gradient is most like: the balance that a loss implies.
+
+FIT_PROGRESS = tuple(step / 10 for step in range(11))
+TEMPERATURES = (0.5, 20.0)  # the effective temperature is sought between them
+POINTS, ROUNDS = 21, 3  # of the search; each round looks between the neighbours of the best so far
+NEGLIGIBLE = 0.1  # a teacher with less of the gradient's norm has no temperature
+AS_GOOD = 0.01  # temperatures that explain at most this much less are as good
+
+
+@dataclass(frozen=True)
+class BalanceFit:
+    """Least squares of a gradient on w_ce · CE's + w_kd · KD's at τ, the latter with its factor τ²; neither negative.
+
+    Attributes:
+        task: w_ce.
+        distillation: w_kd.
+        share: w_kd / (w_ce + w_kd); None where the gradient has nothing of either.
+        temperature: τ, the effective temperature; None where the teacher has no part in the gradient.
+        temperatures_as_good: Least and greatest temperature that explain almost as much, each with its best weights.
+        shares_as_good: Least and greatest share of these.
+        explained: R²: the part of the gradient's squared norm that is explained, in [0, 1].
+    """
+
+    task: float
+    distillation: float
+    share: float | None
+    temperature: float | None
+    temperatures_as_good: tuple[float, float] | None
+    shares_as_good: tuple[float, float] | None
+    explained: float
+
+
+def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tensor) -> BalanceFit:
+    """Fit a gradient at the student's logits; for each temperature in closed form.
+
+    Args:
+        gradient: Of each sample's loss, [N, C].
+        student: Logits, [N, C].
+        teacher: Logits, [N, C].
+        target: Class indices, [N].
+    """
+    gradient, student, teacher = (x.double() for x in (gradient, student, teacher))
+    task = student.softmax(1) - one_hot(target, student.shape[1])
+    whole = float(gradient.square().sum())
+    if whole == 0:
+        return BalanceFit(0.0, 0.0, None, None, None, None, 0.0)
+    grid = space(*TEMPERATURES)
+    weights, residuals = solve(gradient, task, student, teacher, grid)
+    good = residuals <= residuals.min() + AS_GOOD * whole
+    good_temperatures = grid[good].tolist()
+    good_shares = (weights[good, 1] / weights[good].sum(1)).tolist()
+    for _ in range(ROUNDS):
+        best = int(residuals.argmin())
+        grid = space(float(grid[max(best - 1, 0)]), float(grid[min(best + 1, POINTS - 1)]))
+        weights, residuals = solve(gradient, task, student, teacher, grid)
+    best = int(residuals.argmin())
+    (w_task, w_teacher), temperature = weights[best].tolist(), float(grid[best])
+    taught = w_teacher * distillation_gradients(student, teacher, grid[best : best + 1])[0]
+    negligible = float(taught.square().sum()) < NEGLIGIBLE**2 * whole
+    share = w_teacher / (w_task + w_teacher) if w_task + w_teacher > 0 else None
+    temperatures, shares = [temperature, *good_temperatures], [share or 0.0, *good_shares]
+    return BalanceFit(
+        task=w_task,
+        distillation=w_teacher,
+        share=share,
+        temperature=None if negligible else temperature,
+        temperatures_as_good=None if negligible else (min(temperatures), max(temperatures)),
+        shares_as_good=None if share is None else (min(shares), max(shares)),
+        explained=min(1.0, max(0.0, 1 - float(residuals[best]) / whole)),
+    )
+
+
+def space(low: float, high: float) -> Tensor:
+    """`POINTS` temperatures, each the same factor above the one before."""
+    return torch.linspace(math.log(low), math.log(high), POINTS, dtype=torch.float64).exp()
+
+
+def distillation_gradients(student: Tensor, teacher: Tensor, temperatures: Tensor) -> Tensor:
+    """Gradient of τ² · KL(teacher_τ ‖ student_τ) at the student's logits, [T, N, C]."""
+    scale = temperatures[:, None, None]
+    return scale * ((student / scale).softmax(2) - (teacher / scale).softmax(2))
+
+
+def solve(
+    gradient: Tensor, task: Tensor, student: Tensor, teacher: Tensor, temperatures: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both weights, neither negative, [T, 2], and the squared norm of what is left, [T], at each temperature."""
+    taught = distillation_gradients(student, teacher, temperatures)
+    task_task, task_taught = task.square().sum(), (task * taught).sum((1, 2))
+    taught_taught = taught.square().sum((1, 2))
+    gram = torch.stack([task_task.expand_as(task_taught), task_taught, task_taught, taught_taught], 1).view(-1, 2, 2)
+    projections = torch.stack([(task * gradient).sum().expand_as(task_taught), (taught * gradient).sum((1, 2))], 1)
+    both = (torch.linalg.pinv(gram, hermitian=True) @ projections.unsqueeze(2)).squeeze(2)
+    alone = projections.clamp_min(0) / gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny)
+    candidates = torch.stack([torch.zeros_like(both), *torch.diag_embed(alone).unbind(1), both])
+    squares = (candidates.unsqueeze(2) @ gram @ candidates.unsqueeze(3))[..., 0, 0]
+    saved = 2 * (candidates * projections).sum(2) - squares
+    allowed = (candidates >= 0).all(2)
+    best = saved.where(allowed, -torch.inf).argmax(0)
+    rows = torch.arange(len(best))
+    return candidates[best, rows], gradient.square().sum() - saved[best, rows]
+
+
+def imply_balance(loss: DistillationLoss, states: States) -> dict[str, Any]:
+    """The implied balance over the training's progress and over what student and teacher think of the label.
+
+    Returns:
+        `over_progress`: at each progress, all states together, and `students`: those of each student's confidence;
+        `over_student` and `over_teacher`: of each confidence, in the middle of training.
+    """
+
+    def fit(gradient: Tensor, chosen: Tensor | slice = slice(None)) -> dict[str, Any]:
+        return asdict(fit_balance(*(x[chosen] for x in (gradient, states.student, states.teacher, states.target))))
+
+    def fit_each(gradient: Tensor, confidence: Tensor) -> list[dict[str, Any]]:
+        return [{"confidence": level, **fit(gradient, confidence == level)} for level in CONFIDENCES]
+
+    rows = []
+    for progress in FIT_PROGRESS:
+        gradient = logit_gradient(loss, states, progress)
+        rows.append({"progress": progress, **fit(gradient), "students": fit_each(gradient, states.student_confidence)})
+    middle = logit_gradient(loss, states, 0.5)
+    return {
+        "over_progress": rows,
+        "over_student": fit_each(middle, states.student_confidence),
+        "over_teacher": fit_each(middle, states.teacher_confidence),
+    }
+
+
+@torch.no_grad()
+def read_own_balance(loss: DistillationLoss, states: States, progress: float) -> dict[str, float]:
+    """What a form sets itself, means over the states: `weight` α and `temperature` τ; empty where it has none.
+
+    Of the decoupled form also `factor`, β of the other classes, and `ramp`, the part of the teacher's terms that counts
+    at this progress.
+    """
+    part = parts_at(loss, progress).get("logits")
+    if part is None:
+        return {}
+    logs = read_logits(states.student, states.teacher, states.target)
+    own = dict(zip(("weight", "temperature", "factor"), part.set_balance(logs, progress), strict=False))
+    ramp = {"ramp": float(part.ramp(progress, own["weight"]))} if isinstance(part, DecoupledLoss) else {}
+    return {name: float(values.mean()) for name, values in own.items()} | ramp
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which stages of a student learn from which of a teacher.
+
+
+def describe_pairing(loss: DistillationLoss) -> dict[str, Any] | None:
+    """How a loss pairs stages; None if it reads no features.
+
+    Returns:
+        Of a learned loss, at three progresses: `student` and `teacher`, the stages' names and relative depths;
+        `assignment`, [student stage, teacher stage], rows of sum 1; `weights`, each comparison's weight at each of the
+        student's stages. They are those of networks of as many stages as `STAGES`. Of a hand-made loss: `pairs` of
+        stages, each of the same weight, where it pairs any, and the teacher's stages that it reads.
+    """
+    if any(isinstance(part, FeatureLoss) for part in parts_at(loss, 0.0).values()):
+        return {"learned": [describe_learned(loss, progress) for progress in FIELD_PROGRESS]}
+    stages = loss.teacher_stages
+    return {"pairs": getattr(loss, "pairs", None), "teacher_stages": list(stages)} if stages else None
+
+
+@torch.no_grad()
+def describe_learned(loss: DistillationLoss, progress: float) -> dict[str, Any]:
+    """The pairing of the network over features that is in charge at this progress."""
+    (part,) = (part for part in parts_at(loss, progress).values() if isinstance(part, FeatureLoss))
+    chosen = list(STAGES)[-part.deepest :]
+    depths = torch.tensor(relative_depths(list(STAGES), chosen))
+    weights = part.weigh_stages(depths, torch.tensor(progress))
+    named = dict(zip(chosen, depths.tolist(), strict=True))
+    return {
+        "progress": progress,
+        "student": named,
+        "teacher": named,
+        "assignment": part.assign_stages(depths, depths).tolist(),
+        "weights": {name: weights[:, kind].tolist() for kind, name in enumerate(COMPARISONS)},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All that is found out about a loss.
+
+
+def inspect_loss(
+    loss: DistillationLoss, kd: KDLoss | None = None, num_classes: int = 10, seed: int = 0
+) -> dict[str, Any]:
+    """Find out what a loss does, without training anything.
+
+    The loss is asked about made-up logits (of students and teachers of every confidence) and, if it reads features,
+    made-up features of four stages; nothing is read, written or changed.
+
+    Args:
+        loss: A learned loss or any other. One that reads features must take those of `STAGES`; a learned loss does.
+        kd: KD to compare with; by default of weight 0.5 and temperature 4.
+        num_classes: Number of classes, at least 2.
+        seed: Of what is made up.
+
+    Returns:
+        A tree that JSON can hold: `parts`, `parameters`, `kd` and `num_classes`; `field` (see `describe_field`) and
+        `balance` (`imply_balance`), each None for a loss that only reads features; `own_balance` (`read_own_balance`);
+        `shares`, each term's of the gradient (`gradient_shares`), and `pairing` of features (`describe_pairing`).
+    """
+    kd = kd or KDLoss()
+    loss = copy.deepcopy(loss).eval().requires_grad_(False)
+    precise = copy.deepcopy(loss).double()
+    states = draw_states(num_classes, seed)
+    view = LogitView(loss, seed)
+    over_logits = bool(parts_at(view.loss, 0.0)) or not parts_at(loss, 0.0)
+    own = [{"progress": p, **read_own_balance(precise, states, p)} for p in FIT_PROGRESS] if over_logits else []
+    student, teacher, target = (x[::SPARSE] for x in states[:3])
+    outputs = add_features(student, teacher, seed)
+    return {
+        "parts": {
+            name: {"form": type(part).__name__, "options": getattr(part, "architecture", {})}
+            for name, part in (parts_at(loss, 0.0) or {"loss": loss}).items()
+        },
+        "parameters": sum(parameter.numel() for parameter in loss.parameters()),
+        "num_classes": num_classes,
+        "kd": {"weight": kd.weight, "temperature": kd.temperature},
+        "field": describe_field(view, kd, num_classes) if over_logits else None,
+        "balance": imply_balance(LogitView(precise, seed), states) if over_logits else None,
+        "own_balance": [row for row in own if len(row) > 1],
+        "shares": [{"progress": p, "shares": gradient_shares(precise, *outputs, target, p)} for p in FIELD_PROGRESS],
+        "pairing": describe_pairing(loss),
+    }

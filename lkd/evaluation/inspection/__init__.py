@@ -1,1 +1,0 @@
-"""What a loss does, found out without a training."""

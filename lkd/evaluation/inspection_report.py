@@ -1,0 +1,380 @@
+"""`lkd inspect`: from a loss to a report for the terminal, a JSON file and a picture."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from tabulate import tabulate
+
+from lkd.config.evaluation import InspectRecipe
+from lkd.core.errors import UserError
+from lkd.core.files import write_json
+from lkd.core.tensor_files import read_tensors
+from lkd.evaluation.inspection import STAGES, TEMPERATURES, inspect_loss
+from lkd.losses.build import build_loss, is_learned
+from lkd.losses.learned.file import KIND, SUFFIX, VERSION
+from lkd.losses.logits import KDLoss
+from lkd.meta_training.log import EXTENT, plt, save_figure
+
+
+def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
+    """Inspect a recipe's loss; write inspection.json and inspection.png.
+
+    Returns:
+        The report for the terminal, and the folder.
+
+    Raises:
+        UserError: If the loss, or a setting, is not good.
+    """
+    kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
+    loss = build_loss(recipe.loss, STAGES, STAGES)  # losses over features are built for made-up stages
+    options = {"name": recipe.loss} if isinstance(recipe.loss, str) else dict(recipe.loss)
+    name = options.pop("name")
+    if loss.needs_index:
+        raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")
+    file = describe_file(Path(name)) if is_learned(name) else None
+    described = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
+    title = Path(name).name if file else name + described
+    plain = Path(name).name.removesuffix(SUFFIX)
+    folder = Path(recipe.out) if recipe.out else (Path(name).parent if file else Path()) / f"{plain}-inspection"
+    report = inspect_loss(loss, kd, recipe.num_classes, recipe.seed)
+    write_json(folder / "inspection.json", {"loss": recipe.loss, "file": file, **report})
+    draw_inspection(report, title, folder / "inspection.png")
+    return format_inspection(report, file, title), folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a learned-loss file comes from: the file itself, and what it says it was trained with.
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size, hash, format and provenance of a learned-loss file.
+
+    Raises:
+        UserError: As `load_loss`.
+    """
+    header = read_tensors(path, KIND, VERSION)[1]
+    content = path.read_bytes()
+    return {
+        "path": str(path),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "format_version": header["format_version"],
+        "trained_with": summarize_provenance(header.get("provenance") or {}),
+    }
+
+
+def summarize_provenance(provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """What was learned from what, with which versions, to which figures; None if the file does not say."""
+    if "recipe" not in provenance:
+        return None
+    recipe, reuse, curve = provenance["recipe"], provenance.get("reuse") or [], provenance.get("curve") or []
+    data, meta, environment = recipe["data"], recipe["meta"], provenance.get("environment", {})
+    last = curve[-1] if curve else {}
+    return {
+        "students": [model["name"] for model in recipe["students"] or [recipe["student"]]],
+        "teacher": recipe["teacher"].get("name") or recipe["teacher"]["path"],
+        "random_answers": recipe["teacher"].get("random_answers", 0.0),
+        "data": data["name"],
+        **{key: data[key] for key in ("train_size", "meta_validation_size", "label_noise")},
+        "split": provenance.get("split"),
+        "split_seed": data["split_seed"],
+        "seed": recipe["seed"],
+        **{key: meta[key] for key in ("outer_steps", "rollout_steps", "estimator", "objective")},
+        "meta_validation": min(reuse, key=lambda row: row["calibrated_cross_entropy"], default=None),
+        "outer_value": [curve[0]["outer/value"], last["outer/value"]] if curve else None,
+        "gradient_shares": {k.removeprefix("share/"): v for k, v in last.items() if k.startswith("share/")} or None,
+        "cost_in_trainings": provenance.get("cost_in_trainings"),
+        "versions": environment.get("versions"),
+        "commit": environment.get("commit"),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture: the gradient field, the balance that is implied, and how stages are paired.
+
+COLORS = plt.get_cmap("viridis")
+
+
+def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
+    """Draw what `inspect_loss` found of the loss of this name."""
+    learned = (report["pairing"] or {}).get("learned")
+    rows = 2 * (report["field"] is not None) + (learned is not None)
+    figure = plt.figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
+    figure.suptitle(f"What {name} does to a student, found out without a training", fontsize=13)
+    bands: Any = list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
+    if report["field"] is not None:
+        draw_field(bands.pop(0), report)
+        draw_balance(bands.pop(0), report)
+    if learned is not None:
+        draw_pairing(bands.pop(0), learned)
+    save_figure(figure, path)
+
+
+def name_fields(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The gradient fields by what they are of: the loss at three progresses, KD, cross-entropy."""
+    field, kd = report["field"], report["kd"]
+    named = {f"this loss, {describe_progress(row['progress'])}": row for row in field["loss"]}
+    named[f"KD, weight {kd['weight']:g}, τ {kd['temperature']:g}"] = field["kd"]
+    return named | {"cross-entropy": field["cross_entropy"]}
+
+
+def draw_field(band: Any, report: dict[str, Any]) -> None:
+    """Five maps of one scale."""
+    panels = name_fields(report)
+    surfaces = [torch.tensor(row["gradient"]) for row in panels.values()]
+    bound = max(float(surface.abs().max()) for surface in surfaces)
+    band.suptitle(
+        "Gradient at the student's logit of the label. Blue: the label's probability is pushed up, red: down; "
+        "black line: where the student is left alone",
+        fontsize=10.5,
+    )
+    axes = band.subplots(1, len(panels), sharey=True)
+    style: dict[str, Any] = {"origin": "lower", "extent": EXTENT, "aspect": "auto", "cmap": "RdBu_r"}
+    for axis, (title, row), surface in zip(axes, panels.items(), surfaces, strict=True):
+        picture = axis.imshow(surface.numpy(), vmin=-bound, vmax=bound, **style)
+        axis.plot(row["rest"], report["field"]["confidence"], color="black", lw=1.8)
+        axis.set(xlabel="student's probability of the label", xlim=(0, 1), ylim=(0, 1))
+        axis.set_title(title, fontsize=10)
+    axes[0].set_ylabel("teacher's probability of the label")
+    band.colorbar(picture, ax=axes, pad=0.01)
+
+
+def draw_balance(band: Any, report: dict[str, Any]) -> None:
+    """Share of the teacher and effective temperature over progress, and over confidence."""
+    rows, own = report["balance"]["over_progress"], report["own_balance"]
+    band.suptitle(
+        "Implied balance: the w_ce · cross-entropy + w_kd · KD(τ) that this loss is most like (least squares), "
+        "and how much of its gradient that explains",
+        fontsize=10.5,
+    )
+    share, temperature, explained, confidence = axes = band.subplots(1, 4)
+    draw_over_progress(share, rows, "share", "teacher's share, w_kd / (w_ce + w_kd)")
+    draw_over_progress(temperature, rows, "temperature", "effective temperature, τ")
+    draw_over_progress(explained, rows, "explained", "explained part of the gradient, R²")
+    if own:
+        dashed = {"color": "tab:red", "ls": "--", "label": "its own α, with its ramp, and τ; means"}
+        progress = [row["progress"] for row in own]
+        taught = [row["weight"] * row.get("ramp", 1.0) for row in own]
+        share.plot(progress, [w / (1 - row["weight"] + w) for w, row in zip(taught, own, strict=True)], **dashed)
+        temperature.plot(progress, [row["temperature"] for row in own], **dashed)
+    share.set_ylim(-0.03, 1.03)
+    explained.set_ylim(min(0.5, *explained.get_ylim()), 1.03)
+    temperature.set_ylim(0, max(5.0, temperature.get_ylim()[1]))
+    handles, labels = share.get_legend_handles_labels()
+    band.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9)
+    for who, color in (("student", "tab:blue"), ("teacher", "tab:orange")):
+        row = [fit for fit in report["balance"][f"over_{who}"] if fit["share"] is not None]
+        places = [fit["confidence"] for fit in row]
+        confidence.plot(places, [fit["share"] for fit in row], marker="o", ms=4, color=color, label=f"the {who}'s")
+        bounds = list(zip(*(fit["shares_as_good"] for fit in row), strict=True))
+        confidence.fill_between(places, *bounds, color=color, alpha=0.15, lw=0)
+    confidence.set(xlabel="probability of the label", xlim=(0, 1), ylim=(-0.03, 1.03))
+    confidence.set_title("teacher's share halfway (band: explains 1 % less)", fontsize=10)
+    confidence.legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_over_progress(axis: Axes, rows: list[dict[str, Any]], key: str, title: str) -> None:
+    """A figure of the fit over progress: of all states, with what is as good, and of students of some confidences."""
+    progress, students = [row["progress"] for row in rows], rows[0]["students"]
+    for place in (0, len(students) // 2, len(students) - 1):
+        level, values = students[place]["confidence"], [number(row["students"][place][key]) for row in rows]
+        axis.plot(
+            progress, values, color=COLORS(0.1 + 0.8 * level), lw=1.2, label=f"students who give the label {level:g}"
+        )
+    spans = [row.get(f"{key}s_as_good") or (None, None) for row in rows]
+    low, high = ([number(bound) for bound in bounds] for bounds in zip(*spans, strict=True))
+    axis.fill_between(progress, low, high, color="0.5", alpha=0.2, lw=0, label="explains at most 1 % less")
+    axis.plot(progress, [number(row[key]) for row in rows], color="black", lw=2.4, label="all students together")
+    axis.set(xlabel="progress of the training", xlim=(0, 1))
+    axis.set_title(title, fontsize=10)
+
+
+def number(value: float | None) -> float:
+    """A gap in the curve where there is none."""
+    return float("nan") if value is None else value
+
+
+def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
+    """Which stages are matched, and each comparison's weight."""
+    names = [f"{stage}\ndepth {depth:.2f}" for stage, depth in learned[0]["student"].items()]
+    band.suptitle(
+        "Features: whom each of the student's stages learns from (rows sum to 1), and how much each comparison counts "
+        "there; shown for two networks of four stages",
+        fontsize=10.5,
+    )
+    pairing, *weights = band.subplots(1, 1 + len(learned))
+    ticks, table = range(len(names)), learned[len(learned) // 2]["assignment"]
+    pairing.imshow(table, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for row in ticks:
+        for column, share in enumerate(table[row]):
+            pairing.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "k")
+    pairing.set_yticks(ticks, names, fontsize=8)
+    pairing.set(xlabel="teacher's stage", ylabel="student's stage")
+    pairing.set_title("pairing", fontsize=10)
+    top = max(max(values) for row in learned for values in row["weights"].values())
+    for axis, at in zip(weights, learned, strict=True):
+        for offset, (comparison, heights) in enumerate(at["weights"].items()):
+            axis.bar([x + 0.27 * (offset - 1) for x in ticks], heights, 0.25, label=comparison)
+        axis.set(xlabel="student's stage", ylim=(0, 1.2 * top))
+        axis.set_title(f"weights, {describe_progress(at['progress'])}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in (pairing, *weights):
+        axis.set_xticks(ticks, names, fontsize=8)
+    weights[0].legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+
+
+def describe_progress(progress: float) -> str:
+    """Where in the training that is."""
+    return {0.0: "at the start", 0.5: "halfway", 1.0: "at the end"}.get(progress, f"at progress {progress:g}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report for the terminal.
+
+SHOWN = (0.1, 0.5, 0.9)
+OWN = {"weight": "own α", "ramp": "ramp", "temperature": "own τ", "factor": "own β"}
+
+
+def format_inspection(report: dict[str, Any], file: dict[str, Any] | None, name: str) -> str:
+    """All of it.
+
+    Args:
+        report: What `inspect_loss` found.
+        file: What `describe_file` found; None for a loss that has none.
+        name: The loss's.
+    """
+    sections = [
+        format_identity(report, file, name),
+        *([format_field(report), format_balance(report)] if report["field"] else []),
+        format_shares(report, file),
+        *([format_pairing(report["pairing"])] if report["pairing"] else []),
+    ]
+    return "\n\n".join(sections)
+
+
+def format_table(title: str, rows: list[list[Any]], headers: list[str], decimals: str | tuple[str, ...]) -> str:
+    """A title and a table whose first column are names."""
+    table = tabulate(rows, ["", *headers], "plain", floatfmt=decimals, missingval="-", numalign="decimal")
+    return "\n  ".join([title, *table.splitlines()])
+
+
+def format_identity(report: dict[str, Any], file: dict[str, Any] | None, name: str) -> str:
+    """What it is and where it comes from."""
+    parts = ", ".join(f"{part}: {found['form']}" for part, found in report["parts"].items())
+    head = f"{name}: {parts}; {report['parameters']:,} parameters"
+    if file is None:
+        return f"{head}\n  a hand-made loss: nothing was learned"
+    rows = {
+        "file": f"{file['bytes'] / 1e3:.1f} kB, format version {file['format_version']}, sha256 {file['sha256'][:12]}"
+    }
+    origin = file["trained_with"]
+    if origin is None:
+        rows["origin"] = "the file does not say what it was trained with"
+    else:
+        flipped = f", {origin['label_noise']:.0%} of the labels flipped" if origin["label_noise"] else ""
+        random = f", random answers on {origin['random_answers']:.0%}" if origin["random_answers"] else ""
+        rows["students"] = f"{', '.join(origin['students'])}; teacher {origin['teacher']}{random}"
+        rows["data"] = (
+            f"{origin['data']}: {origin['train_size']:,} training and {origin['meta_validation_size']:,} "
+            f"meta-validation images{flipped}; split {origin['split']} (seed {origin['split_seed']})"
+        )
+        rows["learning"] = (
+            f"{origin['outer_steps']} outer steps of {origin['rollout_steps']}-step rollouts, estimator "
+            f"{origin['estimator']}, outer loss {origin['objective']}, seed {origin['seed']}"
+        )
+        if best := origin["meta_validation"]:
+            rows["reached"] = (
+                f"{best['top1']:.2f} % top-1 and {best['calibrated_cross_entropy']:.4f} calibrated cross-entropy on "
+                f"meta-validation, by fresh students, after outer step {best['step']}"
+            )
+        if origin["cost_in_trainings"] is not None:
+            rows["cost"] = f"{origin['cost_in_trainings']:.1f} trainings of a student"
+        versions = origin["versions"] or {}
+        made = [f"{package} {versions[package]}" for package in ("lkd", "torch", "python") if package in versions]
+        rows["made with"] = f"{', '.join(made)}; commit {origin['commit'] or 'unknown'}"
+    return "\n".join([head, *(f"  {key:10} {value}" for key, value in rows.items())])
+
+
+def format_field(report: dict[str, Any]) -> str:
+    """Where it leaves the student alone."""
+    confidence = report["field"]["confidence"]
+    places = [min(range(len(confidence)), key=lambda i: abs(confidence[i] - shown)) for shown in SHOWN]
+    rows = [[label, *(row["rest"][place] for place in places)] for label, row in name_fields(report).items()]
+    title = "Where it leaves the student alone: the label's probability to which it pulls, by the teacher's"
+    return format_table(title, rows, [f"teacher {shown:g}" for shown in SHOWN], ".2f")
+
+
+def format_balance(report: dict[str, Any]) -> str:
+    """The balance that it implies."""
+    balance = report["balance"]
+    own = {row["progress"]: row for row in report["own_balance"]}
+    extra = [key for key in OWN if own and key in own[0.0]]
+    rows = [
+        [f"progress {row['progress']:g}", *format_fit(row), *(own[row["progress"]][key] for key in extra)]
+        for row in balance["over_progress"][::2]
+    ]
+    for who in ("student", "teacher"):
+        fits = balance[f"over_{who}"][::3]
+        rows += [[f"{who} at {fit['confidence']:g}, halfway", *format_fit(fit)] for fit in fits]
+    headers = ["w_ce", "w_kd", "share", "as good", "τ", "as good", "R²", *(OWN[key] for key in extra)]
+    title = "Implied balance: its gradient at the logits as w_ce · cross-entropy + w_kd · KD(τ)"
+    return format_table(title, rows, headers, ("", *[".2f"] * 4, ".1f", "", ".3f", *[".2f"] * len(extra)))
+
+
+def format_fit(fit: dict[str, Any]) -> list[Any]:
+    """One fit's columns."""
+
+    def show(temperature: float) -> str:
+        low, high = TEMPERATURES  # of the search, which may have run into a bound
+        if temperature > 0.99 * high:
+            return f"≥{high:g}"
+        return f"≤{low:g}" if temperature < 1.01 * low else f"{temperature:.1f}"
+
+    shares, temperature = fit["shares_as_good"], fit["temperature"]
+    return [
+        fit["task"],
+        fit["distillation"],
+        fit["share"],
+        shares and "–".join(f"{share:.2f}" for share in shares),
+        temperature and show(temperature),
+        temperature and "–".join(show(each) for each in fit["temperatures_as_good"]),
+        fit["explained"],
+    ]
+
+
+def format_shares(report: dict[str, Any], file: dict[str, Any] | None) -> str:
+    """How much each term pulls."""
+    columns = {describe_progress(row["progress"]): row["shares"] for row in report["shares"]}
+    if logged := ((file or {}).get("trained_with") or {}).get("gradient_shares"):
+        columns["last logged*"] = logged
+    rows = [[term, *(shares.get(term, 0.0) for shares in columns.values())] for term in report["shares"][0]["shares"]]
+    title = "Share of each term in the gradient at the student's outputs (made-up ones)"
+    note = "\n  * of real students, at the last outer step of meta-training" if logged else ""
+    return format_table(title, rows, list(columns), ".3f") + note
+
+
+def format_pairing(pairing: dict[str, Any]) -> str:
+    """Which stages are matched."""
+    if "learned" not in pairing:
+        pairs = [f"  {s} ← {t}" for s, t in pairing["pairs"] or []]
+        title = "Features: pairs of stages, all of the same weight"
+        return (
+            "\n".join([title, *pairs])
+            if pairs
+            else f"Features: reads the teacher's {', '.join(pairing['teacher_stages'])}"
+        )
+    rows = []
+    for at in pairing["learned"]:
+        for number, (stage, depth) in enumerate(at["student"].items()):
+            weights = [values[number] for values in at["weights"].values()]
+            rows.append([f"{describe_progress(at['progress'])}, {stage}", depth, *at["assignment"][number], *weights])
+    title = (
+        "Features: whom each stage of the student learns from, and each comparison's weight there (it knows stages by "
+        "their depth in the network, 1 the last; shown: two networks of four stages)"
+    )
+    return format_table(title, rows, ["depth", *(f"← {stage}" for stage in at["teacher"]), *at["weights"]], ".2f")
