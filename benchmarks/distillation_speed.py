@@ -31,7 +31,7 @@ from lkd.core.outputs import Outputs
 from lkd.data import Batches, ImageSet
 from lkd.evaluation.comparison.trials import Cost
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.losses.learned import build_learned_loss
+from lkd.losses.learned.loss import build_learned_loss
 from lkd.models import build
 from lkd.models.teacher import Teacher, TeacherFunction
 from lkd.tracking.run import evidence

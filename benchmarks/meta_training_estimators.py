@@ -30,14 +30,13 @@ MEASURED: dict[str, Any] = {
     "rollout_steps": 50,
     "rollout_epochs": 1,
     "learning_rate": 0.02,
-    "loss": {"form": "balance"},
     "reuse_every": 0,
 }
 """What is measured: the recipe that was the default at the time."""
 README = """# The estimator behind a learned loss
 
-Made by `python benchmarks/meta_training_estimators.py`: the quickstart's loss (clean labels, small_cnn, form
-balance, K = 50) learned with each estimator, then reused on {fresh} fresh students. Accuracy on meta-validation,
+Made by `python benchmarks/meta_training_estimators.py`: the quickstart's loss (clean labels, small_cnn,
+K = 50) learned with each estimator, then reused on {fresh} fresh students. Accuracy on meta-validation,
 percent, mean over them; nothing here looks at the test split.
 
 {table}

@@ -12,7 +12,8 @@ from typing import Any
 
 from lkd.balance.balancing import BALANCES
 from lkd.losses.build import FEATURE_LOSSES, LOSSES, build_loss
-from lkd.losses.learned import FORMS, FeatureLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.forms import FORMS
 from lkd.losses.torchdistill import RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -66,7 +67,7 @@ def list_losses() -> Rows:
     found = {}
     for name, loss in LOSSES.items():
         own = inspect.signature(loss.__init__).parameters if "__init__" in vars(loss) else {}
-        options = {n: p.default for n, p in own.items() if n != "self" and not n.endswith("_stages")}
+        options = {n: p.default for n, p in own.items() if n not in ("self", "student", "teacher")}
         pairs = build_loss(name, NETWORK, NETWORK).pairs if name in FEATURE_LOSSES else []
         assert all(student == teacher for student, teacher in pairs)
         stages = PAIRS[tuple(student for student, _ in pairs)] if pairs else "no"

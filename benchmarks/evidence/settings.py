@@ -95,8 +95,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "latest": ({}, {"sampling": "latest"}),
         "live": ({}, {"sampling": "live"}),
     },
-    "form": {"decoupled (default)": ({}, {})}
-    | {form: ({"loss": {"form": form}}, {}) for form in ("balance", "generic", "target")},
+    "form": {"decoupled (default)": ({}, {}), "generic": ({"loss": {"form": "generic"}}, {})},
     "batches": {"different (default)": ({}, {}), "same": ({"batches": "same"}, {})},
     "interleaving": {
         "before (default)": ({}, {}),

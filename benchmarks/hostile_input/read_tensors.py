@@ -14,7 +14,8 @@ from lkd.core.outputs import Outputs
 from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses import LearnedLoss, ReplayedLoss
 from lkd.losses.build import build_loss
-from lkd.losses.learned import FORMS, FeatureLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.file import read_provenance, save_loss
 from lkd.models import build
 from lkd.models.files import load_network, save_network
@@ -36,7 +37,7 @@ def write_losses(folder: Path) -> None:
         save_loss(folder / f"{name}.lkd.safetensors", LearnedLoss({"logits": form(hidden=3)}), {"seed": 1})
     both = LearnedLoss({"logits": FORMS["decoupled"](hidden=3), "features": FeatureLoss(hidden=2)}, True)
     save_loss(folder / "both.lkd.safetensors", both, {"recipe": {"meta": {"kind": "both"}}, "curve": [{"step": 1}]})
-    replayed = ReplayedLoss([LearnedLoss({"logits": FORMS["target"](hidden=2)}) for _ in range(3)], [0.0, 0.3, 0.6])
+    replayed = ReplayedLoss([LearnedLoss({"logits": FORMS["generic"](hidden=2)}) for _ in range(3)], [0.0, 0.3, 0.6])
     save_loss(folder / "replayed.lkd.safetensors", replayed, {})
 
 

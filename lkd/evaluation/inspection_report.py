@@ -17,6 +17,7 @@ from lkd.losses.build import build_loss, is_learned
 from lkd.losses.learned.file import KIND, SUFFIX, VERSION
 from lkd.losses.logits import KDLoss
 from lkd.meta_training.log import EXTENT, plt, save_figure
+from lkd.tracking.remote import fetch_named
 
 
 def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
@@ -29,8 +30,10 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
         UserError: If the loss, or a setting, is not good.
     """
     kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
-    loss = build_loss(recipe.loss, STAGES, STAGES)  # losses over features are built for made-up stages
     options = {"name": recipe.loss} if isinstance(recipe.loss, str) else dict(recipe.loss)
+    if isinstance(options.get("name"), str):
+        options["name"] = fetch_named(options["name"])
+    loss = build_loss(options, STAGES, STAGES)  # losses over features are built for made-up stages
     name = options.pop("name")
     if loss.needs_index:
         raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")

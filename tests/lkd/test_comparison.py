@@ -38,7 +38,7 @@ from lkd.evaluation.comparison.trials import (
     split_method,
     trial_path,
 )
-from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.build import LOSSES
 from lkd.losses.learned.file import save_loss
 from lkd.tracking.run import open_run
@@ -244,7 +244,7 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
     assert trial_path(recipe, Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=False), tmp_path) != path
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(seed)
-        save_loss(f"{name}.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
+        save_loss(f"{name}.lkd.safetensors", LearnedLoss({"logits": DecoupledLoss()}), {})
     learned = [
         trial_path(recipe, Trial("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
     ]

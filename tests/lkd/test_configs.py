@@ -12,7 +12,7 @@ import pytest
 
 from lkd.cli import main
 from lkd.config.parse import parse_recipe
-from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.learned.file import save_loss
 from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.tiny_images import write_cifar, write_image_folder
@@ -151,7 +151,7 @@ def test_recipes_of_the_literature_run(data: str, pair: str, method: str, litera
     words += ["--data.root", literature_roots[data], "--data.image_size", "32", *SMALL_STEP]
     words += ["--teacher.path", "random", "--teacher.pretrained", "false"]
     if method == "lkd":
-        save_loss(tmp_path / "l.lkd.safetensors", LearnedLoss({"logits": LogitLoss()}), {})
+        save_loss(tmp_path / "l.lkd.safetensors", LearnedLoss({"logits": DecoupledLoss()}), {})
         words += ["--loss", str(tmp_path / "l.lkd.safetensors")]
     if method == "meta-train":
         words += [*SMALL["meta-train"][len(SMALL_TRAINING) :]]

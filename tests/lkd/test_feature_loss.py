@@ -12,13 +12,14 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import FeatureLoss, LearnedLoss
 from lkd.losses.build import build_loss
-from lkd.losses.learned import build_learned_loss
 from lkd.losses.learned.features import draw_projection
 from lkd.losses.learned.file import save_loss
+from lkd.losses.learned.loss import build_learned_loss
 from lkd.training.build import prepare_images
 from meta import ESTIMATORS, verify
 from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
-from tests.lkd.test_learned_forms import bilevel_problem, wander
+from tests.lkd.test_invariances import wander
+from tests.lkd.test_learned_forms import bilevel_problem
 
 SMALL = {"stage1": (8, 14, 14), "stage2": (16, 7, 7), "stage3": (32, 4, 4)}
 LARGE = {"stem": (64, 56, 56), "a": (64, 56, 56), "b": (96, 28, 28), "c": (40, 14, 14), "d": (24, 7, 7)}
@@ -36,9 +37,11 @@ def total(loss: nn.Module, student: Outputs, teacher: Outputs, progress: float =
     return torch.stack(list(loss(student, teacher, target, progress).values())).sum()
 
 
-@pytest.mark.parametrize("student", [SMALL, LARGE, TOKENS], ids=["small", "large", "tokens"])
-@pytest.mark.parametrize("teacher", [SMALL, LARGE, TOKENS], ids=["small", "large", "tokens"])
-@pytest.mark.parametrize("classes", [2, 1000])
+@pytest.mark.parametrize(
+    ("student", "teacher", "classes"),
+    [(SMALL, LARGE, 2), (LARGE, SMALL, 1000), (TOKENS, SMALL, 10), (LARGE, TOKENS, 10)],
+    ids=["small from large", "large from small", "tokens from small", "large from tokens"],
+)
 def test_one_file_compares_networks_of_any_shape(tmp_path, student, teacher, classes: int) -> None:
     path = tmp_path / "f.lkd.safetensors"
     learned = LearnedLoss({"features": wander(FeatureLoss()).float()})
@@ -109,7 +112,7 @@ def test_projections_keep_lengths_and_do_not_depend_on_any_seed() -> None:
 def test_pairing_and_weights_are_learned_by_relative_depth() -> None:
     loss = FeatureLoss()
     depths = torch.tensor([1 / 3, 2 / 3, 1.0])
-    pairing = loss.pairing.assign(depths, torch.tensor([0.25, 0.5, 0.75, 1.0]))
+    pairing = loss.assign_stages(depths, torch.tensor([0.25, 0.5, 0.75, 1.0]))
     torch.testing.assert_close(pairing.sum(1), torch.ones(3))
     assert pairing.argmax(1).tolist() in ([0, 2, 3], [1, 2, 3])
     torch.testing.assert_close(loss.weigh_stages(depths, torch.tensor(0.5)), torch.full((3, 3), 0.3))
@@ -172,18 +175,6 @@ def test_gradients_stay_finite_for_features_of_any_scale(scale: float) -> None:
     assert all(torch.isfinite(slope).all() for slope in again)
 
 
-def test_half_precision_features_are_compared_in_float32() -> None:
-    loss = wander(FeatureLoss()).float()
-    student, teacher = (
-        Outputs(o.logits.bfloat16(), {n: f.bfloat16() for n, f in o.features.items()})
-        for o in (draw_outputs(SMALL), draw_outputs(LARGE))
-    )
-    exact = [Outputs(o.logits.float(), {n: f.float() for n, f in o.features.items()}) for o in (student, teacher)]
-    with torch.autocast("cpu", torch.bfloat16):
-        value = total(loss, student, teacher)
-    torch.testing.assert_close(value, total(loss, *exact))
-
-
 @pytest.fixture
 def path(tmp_path) -> str:
     loss = build_learned_loss("both", {}, SMALL, LARGE)
@@ -222,11 +213,7 @@ def test_a_saved_loss_trains_a_student_with_its_features(path: str, adapters: bo
     training = start_training(student, images.train, loss, teacher, recipe, DataRecipe(), 3, CPU)
     before = {name: parameter.detach().clone() for name, parameter in training.loss.named_parameters()}
     terms = [training.run_step() for _ in range(3)][-1]
-    assert {name for name in terms if name.startswith("features/")} == {
-        "features/places",
-        "features/images",
-        "features/channels",
-    }
+    assert {"features/places", "features/images", "features/channels"} < set(terms)
     moved = [name for name, parameter in training.loss.named_parameters() if not torch.equal(parameter, before[name])]
     assert moved == ([f"parts.features.adapters.{number}" for number in range(3)] if adapters else [])
     save_loss(tmp_path / "again.lkd.safetensors", loss, {})

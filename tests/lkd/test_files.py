@@ -11,7 +11,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import replaced_atomically
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint, write_tensors
-from lkd.losses import LearnedLoss, LogitLoss
+from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import VERSION, read_provenance, save_loss
 from lkd.models import build
@@ -20,7 +20,7 @@ from lkd.training.checkpoints import Checkpoints
 
 
 def make_loss() -> LearnedLoss:
-    loss = LearnedLoss({"logits": LogitLoss(hidden=8, initial_weight=0.3)})
+    loss = LearnedLoss({"logits": DecoupledLoss(hidden=8, initial_weight=0.3)})
     for parameter in loss.parameters():
         torch.nn.init.normal_(parameter)
     return loss
@@ -82,14 +82,14 @@ def test_a_newer_format_is_refused(tmp_path) -> None:
 
 def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
     path = tmp_path / "a.lkd.safetensors"
-    parts = {"logits": {"class": "LogitLoss", "arguments": {"hidden": 4}}}
+    parts = {"logits": {"class": "DecoupledLoss", "arguments": {"hidden": 4}}}
     header = {"architecture": {"parts": parts}, "provenance": {}}
     write_tensors(path, make_loss().state_dict(), "learned loss", VERSION, header)
     with pytest.raises(UserError, match="do not fit"):
         lkd.load_loss(path)
-    parts["logits"]["class"] = "os.system"
+    parts["logits"]["class"] = "TargetLoss"  # of an older version
     write_tensors(path, make_loss().state_dict(), "learned loss", VERSION, header)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="'TargetLoss' is unknown; this package has DecoupledLoss, GenericLoss"):
         lkd.load_loss(path)
 
 

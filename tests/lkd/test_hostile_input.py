@@ -36,8 +36,8 @@ from lkd.data import load_dataset
 from lkd.data.image_files import MOST_PIXELS, DamagedImageError, as_bytes, decode
 from lkd.data.sources import index_tar
 from lkd.influence.weighted_loss import load_weights
-from lkd.losses.learned import FORMS
 from lkd.losses.learned.file import KIND, VERSION
+from lkd.losses.learned.forms import FORMS
 from lkd.models import build
 from lkd.models.files import load_network, save_network
 from lkd.models.published_weights import load_crd_checkpoint
@@ -175,8 +175,8 @@ def test_a_header_that_is_too_long_is_refused_before_it_is_read(tmp_path) -> Non
     ],
 )
 def test_a_loss_of_any_size_is_refused_before_it_is_made(arguments, message, tmp_path) -> None:
-    parts = {"logits": {"class": "LogitLoss", "arguments": arguments}}
-    weights = lkd.losses.LearnedLoss({"logits": FORMS["balance"](hidden=3)}).state_dict()
+    parts = {"logits": {"class": "DecoupledLoss", "arguments": arguments}}
+    weights = lkd.losses.LearnedLoss({"logits": FORMS["decoupled"](hidden=3)}).state_dict()
     write_tensors(tmp_path / "l", weights, KIND, VERSION, {"architecture": {"parts": parts}, "provenance": {}})
     with pytest.raises(UserError, match=message):
         lkd.load_loss(tmp_path / "l")

@@ -6,7 +6,7 @@ import torch
 from lkd.config import MetaSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses import LearnedLoss, LogitLoss, ReplayedLoss
+from lkd.losses import DecoupledLoss, LearnedLoss, ReplayedLoss
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.online_student import check_interleaving, window_end
 from lkd.meta_training.outer_loop import OuterLoop
@@ -98,7 +98,7 @@ def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, star
 
 
 def test_a_replayed_loss_is_in_steps_and_survives_its_file(tmp_path) -> None:
-    losses = [LearnedLoss({"logits": LogitLoss(initial_weight=weight)}) for weight in (0.2, 0.5, 0.8)]
+    losses = [LearnedLoss({"logits": DecoupledLoss(initial_weight=weight)}) for weight in (0.2, 0.5, 0.8)]
     loss = ReplayedLoss(losses, [0, 0.25, 0.5])
     save_loss(tmp_path / "a.lkd.safetensors", loss, {})
     loaded = load_loss(tmp_path / "a.lkd.safetensors")

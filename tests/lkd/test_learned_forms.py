@@ -1,4 +1,4 @@
-"""The five forms of a learned loss over logits: invariants, bounds, and that the bi-level engine is right on them."""
+"""The forms of a learned loss over logits: invariants, bounds, and that the bi-level engine is right on them."""
 
 import math
 
@@ -10,25 +10,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkd.core.outputs import Outputs
-from lkd.losses import KDLoss, LearnedLoss
+from lkd.losses import DecoupledLoss, GenericLoss, KDLoss, LearnedLoss
 from lkd.losses.dkd import DKDLoss
-from lkd.losses.learned import FORMS, DecoupledLoss, GenericLoss, ResidualLoss, TargetLoss, build_learned_loss
-from lkd.losses.learned.inputs import read_logits
-from lkd.losses.learned.loss import reference_logits
-from lkd.losses.learned.networks import Perceptron
+from lkd.losses.learned.forms import FORMS
+from lkd.losses.learned.loss import build_learned_loss, reference_logits
+from lkd.losses.learned.networks import Perceptron, read_logits
 from meta import ESTIMATORS, Problem, State, call_module, verify
 from meta.optim import SGD
+from tests.lkd.test_invariances import wander
 
 CONDITIONING = [["progress", "state"], ["progress"], ["state"], []]
-
-
-def wander(loss: nn.Module, size: float = 0.5, seed: int = 0) -> nn.Module:
-    """A float64 loss network with weights away from its initial ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in loss.double().parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return loss
 
 
 def total(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float | None = 0.3) -> Tensor:
@@ -51,11 +42,7 @@ def batches(draw):
     return student, teacher, torch.randn(size, classes, generator=generator, dtype=torch.float64).softmax(1)
 
 
-def permute(target: Tensor, order: Tensor) -> Tensor:
-    return target[:, order] if target.is_floating_point() else order.argsort()[target]
-
-
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     batch=batches(),
     form=st.sampled_from(sorted(FORMS)),
@@ -72,9 +59,9 @@ def test_every_form_keeps_its_invariants(batch, form, conditioning, normalize, l
     assert torch.isfinite(slope).all()
     assert value > -1e-12
     torch.testing.assert_close(slope.sum(1), torch.zeros(len(student), dtype=torch.float64), rtol=0, atol=1e-8)
-    torch.testing.assert_close(total(loss, student + 7.5, teacher - 3.25, target), value)
     order = torch.randperm(student.shape[1], generator=torch.Generator().manual_seed(seed))
-    permuted = student[:, order], teacher[:, order], permute(target, order)
+    relabelled = target[:, order] if target.is_floating_point() else order.argsort()[target]
+    permuted = student[:, order] + 7.5, teacher[:, order] - 3.25, relabelled
     torch.testing.assert_close(total(loss, *permuted), value)
     torch.testing.assert_close(gradient(loss, *permuted), slope[:, order], rtol=1e-6, atol=1e-10)
 
@@ -88,10 +75,10 @@ def test_conditioning_says_what_is_seen(form: str, conditioning: list[str]) -> N
     target = torch.randint(10, (20,))
     same = torch.equal(total(part, student, teacher, target, 0.0), total(part, student, teacher, target, 1.0))
     assert same == ("progress" not in conditioning)
-    weight, _ = part.weights_and_temperatures(student, teacher, target, 0.5)
+    weight, temperature = part.weights_and_temperatures(student, teacher, target, 0.5)
+    assert ((weight > 0) & (weight < 1) & (temperature > 1) & (temperature < part.maximal_temperature)).all()
     moved, _ = part.weights_and_temperatures(other, teacher, target, 0.5)
-    if form != "residual":
-        assert torch.equal(weight, moved) == ("state" not in conditioning)
+    assert torch.equal(weight, moved) == ("state" not in conditioning)
     assert part.architecture["conditioning"] == conditioning
     with pytest.raises(ValueError, match=r"conditioning: .*weather.* is not a list of some of progress, state"):
         FORMS[form](conditioning=["weather"])
@@ -113,45 +100,9 @@ def test_the_generic_form_is_at_rest_where_the_student_equals_its_target(conditi
     assert gradient(loss, other, teacher, target).abs().max() > 1e-4
 
 
-@settings(max_examples=30, deadline=None)
-@given(batch=batches(), conditioning=st.sampled_from(CONDITIONING), seed=st.integers(0, 1000))
-def test_the_target_form_is_convex_and_its_gradient_a_difference_of_distributions(batch, conditioning, seed) -> None:
-    loss = wander(TargetLoss(conditioning=conditioning, targets=3), size=1.0, seed=seed)
-    student, teacher, target = batch
-    hessian = torch.autograd.functional.hessian(lambda s: total(loss, s, teacher, target), student)
-    assert torch.linalg.eigvalsh(hessian.reshape(student.numel(), -1)).min() > -1e-10
-    implied = student.softmax(1) - len(student) * gradient(loss, student, teacher, target)
-    assert implied.min() > -1e-9
-    torch.testing.assert_close(implied.sum(1), torch.ones(len(student), dtype=torch.float64))
-
-
-def test_the_target_form_with_one_target_is_at_rest_there() -> None:
-    loss = wander(TargetLoss(conditioning=["progress"]))
-    teacher, target = torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,))
-    student = torch.zeros(5, 4, dtype=torch.float64)
-    optimum = (student.softmax(1) - 5 * gradient(loss, student, teacher, target)).log()
-    assert total(loss, optimum, teacher, target).abs() < 1e-12
-    assert gradient(loss, optimum, teacher, target).abs().max() < 1e-12
-
-
-@settings(max_examples=30, deadline=None)
-@given(batch=batches(), bound=st.sampled_from([0.1, 0.5, 0.9]), seed=st.integers(0, 1000))
-def test_the_residual_is_never_larger_than_its_share_of_kd(batch, bound: float, seed: int) -> None:
-    loss = wander(ResidualLoss(bound=bound), size=2.0, seed=seed)
-    weight, temperature = (x[0].item() for x in loss.weights_and_temperatures(*batch))
-    kd = KDLoss(weight, temperature)(Outputs(batch[0], {}), Outputs(batch[1], {}), batch[2])
-    if batch[2].is_floating_point():
-        kd["task"] = kd["task"] - (1 - weight) * torch.special.entr(batch[2]).sum(1).mean()
-    plain, learned = sum(kd.values()).item(), total(loss, *batch).item()
-    assert (1 - bound) * plain - 1e-9 <= learned <= (1 + bound) * plain + 1e-9
-
-
 def test_every_form_starts_where_it_says() -> None:
     student, teacher, target = 3 * torch.randn(9, 5), 3 * torch.randn(9, 5), torch.randint(5, (9,))
-    kd = sum(KDLoss(0.3, 2.5)(Outputs(student, {}), Outputs(teacher, {}), target).values())
     start = {"initial_weight": 0.3, "initial_temperature": 2.5}
-    for form in ("balance", "residual"):
-        torch.testing.assert_close(total(FORMS[form](**start), student, teacher, target), kd)
     for warmup, progress in ((0.6, 0.0), (0.6, 0.3), (0.6, 0.9), (0.0, 0.0), (0.6, None)):
         dkd = DKDLoss(task=1.4, alpha=0.6, beta=0.6, temperature=2.5, warmup=warmup)
         expected = sum(dkd(Outputs(student, {}), Outputs(teacher, {}), target, progress).values())
@@ -159,8 +110,7 @@ def test_every_form_starts_where_it_says() -> None:
         torch.testing.assert_close(found, expected)
     mixture = 0.3 * (teacher / 2.5).softmax(1) + 0.7 * nn.functional.one_hot(target, 5)
     divergence = nn.functional.kl_div(student.log_softmax(1), mixture, reduction="batchmean")
-    for loss in (GenericLoss(**start), TargetLoss(**start, conditioning=["progress"])):
-        torch.testing.assert_close(total(loss, student, teacher, target), divergence)
+    torch.testing.assert_close(total(GenericLoss(**start), student, teacher, target), divergence)
 
 
 def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
@@ -251,11 +201,10 @@ def test_hypergradients_of_every_form_are_right(form: str, options) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_gradient_is_that_of_a_function(form: str, normalize: bool) -> None:
-    """Nothing is detached: the gradient equals central differences and its Jacobian is symmetric."""
+    """Nothing is detached: its Jacobian is symmetric."""
     loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": normalize}))
     student, teacher = (2 * torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
     target = torch.randint(4, (3,))
-    assert torch.autograd.gradcheck(lambda s: total(loss, s, teacher, target), student.clone().requires_grad_())
     jacobian = torch.autograd.functional.hessian(lambda s: total(loss, s, teacher, target), student).view(12, 12)
     torch.testing.assert_close(jacobian, jacobian.T)
 
@@ -283,13 +232,12 @@ def test_gradients_and_their_derivatives_stay_finite_at_extreme_gaps(form: str, 
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
-        ("generic", {"maximal_factor": 1.0}, "maximal_factor: 1.0 is not greater than 1"),
-        ("generic", {"initial_weight": 0.0}, "initial_weight: 0.0 is not in"),
-        ("residual", {"bound": 1.0}, "bound: 1.0 is not in"),
-        ("target", {"targets": 1}, "targets: 1 is not at least 2"),
-        ("target", {"initial_temperature": 1.0}, "initial_temperature: 1.0 is not between 1 and"),
-        ("balance", {"hidden": 0}, "hidden: 0 is not at least 1"),
-        ("balance", {"lipschitz": -1.0}, "lipschitz: -1.0 is negative"),
+        ("generic", {"maximal_factor": 1.0}, "maximal_factor: 1.0"),
+        ("generic", {"initial_weight": 0.0}, "initial_weight: 0.0"),
+        ("decoupled", {"initial_temperature": 1.0}, "initial_temperature: 1.0"),
+        ("decoupled", {"warmup": 1.5}, "warmup: 1.5"),
+        ("decoupled", {"hidden": 0}, "hidden: 0"),
+        ("decoupled", {"lipschitz": -1.0}, "lipschitz: -1.0"),
     ],
 )
 def test_impossible_options_are_refused(form: str, options, message: str) -> None:

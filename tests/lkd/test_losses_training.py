@@ -8,7 +8,7 @@ from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.core.tensor_files import load_checkpoint, save_checkpoint
+from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
 from lkd.data import Batches
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
@@ -53,6 +53,11 @@ def test_every_loss_trains_every_student(images, tmp_path, name: str, student: M
         return
     training = start(images, name, student)
     save_checkpoint(tmp_path / "checkpoint", training.state_dict())
+    batch = training.batches.at(0)
+    outputs = training.student(batch.images), training.teacher(batch)
+    identity = {"index": batch.index} if training.loss.needs_index else {}
+    dense = training.loss(*outputs, one_hot(batch.target, 10).float(), 0.5, **identity)
+    assert all(torch.isfinite(value) for value in dense.values())
     before = [p.detach().clone() for p in [*training.student.parameters(), *training.loss.parameters()]]
     terms = [training.run_step() for _ in range(2)]
     assert all(torch.isfinite(value) for step in terms for value in step.values())
@@ -64,24 +69,21 @@ def test_every_loss_trains_every_student(images, tmp_path, name: str, student: M
     assert any(moved[: len(list(training.student.parameters()))])
 
 
-@pytest.mark.parametrize("name", ["torchdistill/CRDLoss", "torchdistill/HierarchicalContextLoss", "fitnet"])
-def test_what_a_loss_holds_resumes_to_the_bit(images, tmp_path, name: str) -> None:
-    whole = start(images, name)
+def test_what_a_loss_holds_resumes_to_the_bit(images, tmp_path) -> None:
+    whole = start(images, "torchdistill/CRDLoss")  # each seeds its own adapters and draws
     for _ in range(4):
         whole.run_step()
-    first = start(images, name)
+    first = start(images, "torchdistill/CRDLoss")
     for _ in range(2):
         first.run_step()
     save_checkpoint(tmp_path / "c", first.state_dict())
-    second = start(images, name)
+    second = start(images, "torchdistill/CRDLoss")
     second.load_state_dict(load_checkpoint(tmp_path / "c"))
     for _ in range(2):
         second.run_step()
     for module in ("student", "loss"):
-        expected, resumed = (getattr(training, module).state_dict() for training in (whole, second))
-        assert expected.keys() == resumed.keys()
-        assert all(torch.equal(tensor, resumed[key]) for key, tensor in expected.items())
-    assert not any("regressor" in key or "memory" in key for key in second.student.state_dict())
+        assert digest(getattr(whole, module).state_dict()) == digest(getattr(second, module).state_dict())
+    assert not any("embedding" in key or "memory" in key for key in second.student.state_dict())
 
 
 def test_crd_remembers_the_batch_and_contrasts_with_other_classes(images) -> None:
@@ -136,16 +138,6 @@ def test_the_adapter_adds_nothing_to_the_loss(name: str) -> None:
     torch.testing.assert_close(terms, {"distillation": 2 * by_hand(*taps)})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("torchdistill")])
-def test_adapted_losses_take_dense_targets(images, name: str) -> None:
-    training = start(images, name)
-    batch = training.batches.at(0)
-    outputs = training.student(batch.images), training.teacher(batch)
-    identity = {"index": batch.index} if training.loss.needs_index else {}
-    terms = training.loss(*outputs, one_hot(batch.target, 10).float(), 0.5, **identity)
-    assert all(torch.isfinite(value) for value in terms.values())
-
-
 def test_a_table_keeps_the_features_that_the_loss_reads(images, monkeypatch: pytest.MonkeyPatch) -> None:
     training = start(images, "at")
     table = training.teacher
@@ -168,17 +160,14 @@ def test_adapters_are_a_function_of_the_seed(images) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("name", sorted(name for name, recipe in RECIPES.items() if recipe.several_images))
-def test_a_batch_of_one_is_refused(images, name: str) -> None:
-    with pytest.raises(UserError, match=f"torchdistill/{name}' needs at least 2 images a batch"):
-        start(images, f"torchdistill/{name}", batch_size=1).run_step()
-
-
-@pytest.mark.parametrize("name", sorted(name for name, recipe in RECIPES.items() if not recipe.several_images))
-def test_a_batch_of_one_is_taken_elsewhere(images, name: str) -> None:
-    assert all(
-        torch.isfinite(value) for value in start(images, f"torchdistill/{name}", batch_size=1).run_step().values()
-    )
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_batch_of_one_is_refused_by_the_losses_that_compare_images(images, name: str) -> None:
+    training = start(images, f"torchdistill/{name}", batch_size=1)
+    if RECIPES[name].several_images:
+        with pytest.raises(UserError, match=f"torchdistill/{name}' needs at least 2 images a batch"):
+            training.run_step()
+    else:
+        assert all(torch.isfinite(value) for value in training.run_step().values())
 
 
 def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
@@ -191,16 +180,9 @@ def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
 @pytest.mark.parametrize(
     ("specification", "message"),
     [
-        (
-            {"name": "torchdistill/DISTPlusLoss"},
-            r"torchdistill/DISTPlusLoss cannot be run here: its channel term .* ATLoss",
-        ),
-        ({"name": "torchdistill/SSKDLoss"}, "cannot be run here: it needs four rotations"),
+        ({"name": "torchdistill/DISTPlusLoss"}, r"DISTPlusLoss cannot be run here: its channel term .* ATLoss"),
         ({"name": "torchdistill/CRD"}, "unknown name 'torchdistill/CRD'; nearest: torchdistill/CRDLoss"),
-        (
-            {"name": "torchdistill/PKTLoss", "temperature": 2},
-            "unknown option temperature; it takes task, distill.*, stages",
-        ),
+        ({"name": "torchdistill/PKTLoss", "temperature": 2}, "option temperature; it takes task, distill.*, stages"),
         ({"name": "torchdistill/VIDLoss", "stages": [["a", "c"]]}, "teacher has no stage 'c'; it has a"),
         ({"name": "torchdistill/PKTLoss", "stages": [["a", "a"], ["b", "b"]]}, "takes one pair .* not 2"),
         ({"name": "torchdistill/ATLoss", "mode": "neither"}, "mode `neither`"),
@@ -229,25 +211,14 @@ def test_crd_must_be_told_the_images() -> None:
 
 
 TINY = [
-    "--data.train_size",
-    "120",
-    "--data.meta_validation_size",
-    "50",
-    "--train.epochs",
-    "1",
-    "--train.batch_size",
-    "20",
+    *("--data.train_size", "60", "--data.meta_validation_size", "40", "--train.epochs", "1"),
+    *("--train.batch_size", "20"),
 ]
 
 
 def test_commands_run_losses_over_features() -> None:
     assert main(["distill", *TINY, "--train.learning_rate", "0.01", "--loss", "torchdistill/CRDLoss"]) == 0
     assert main(["pool", *TINY, "--pool.loss", "fitnet", "--pool.students", "1", "--run_dir", "pool"]) == 0
-    methods = (
-        "{CE: cross_entropy, AT: at, VID: torchdistill/VIDLoss, SP: {name: sp, grid: {distillation: [1.0, 10.0]}}}"
-    )
-    command = ["compare", *TINY, "--methods", methods, "--baseline", "CE", "--seeds", "1", "--workers", "1"]
-    assert main([*command, "--run_dir", "comparison"]) == 0
 
 
 @pytest.mark.parametrize("command", ["distill", "compare"])

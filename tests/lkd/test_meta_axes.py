@@ -16,7 +16,7 @@ from lkd.core.files import read_json
 from lkd.core.interrupt import Interrupted
 from lkd.core.outputs import Outputs
 from lkd.data import Batch
-from lkd.losses import DistillationLoss, LearnedLoss, LogitLoss
+from lkd.losses import DecoupledLoss, DistillationLoss, LearnedLoss
 from lkd.losses.learned.file import read_provenance
 from lkd.meta_training.checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_training.log import summarize_cost
@@ -343,7 +343,7 @@ class FeaturePart(DistillationLoss):
 @pytest.mark.parametrize("interleaving", ["before", "alternate"])
 def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(interleaving: str, monkeypatch) -> None:
     def build(*_) -> LearnedLoss:
-        return LearnedLoss({"logits": LogitLoss(), "features": FeaturePart()})
+        return LearnedLoss({"logits": DecoupledLoss(), "features": FeaturePart()})
 
     monkeypatch.setattr("lkd.meta_training.meta_train.prepare_learned_loss", build)
     path = run_recipe(tiny_recipe(SMALL, interleaving=interleaving, reuse_every=3, reuse_epochs=1))

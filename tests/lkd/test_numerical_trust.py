@@ -18,7 +18,8 @@ from lkd.core.outputs import Outputs
 from lkd.data import Batches
 from lkd.losses import LearnedLoss
 from lkd.losses.build import LOSSES, build_loss
-from lkd.losses.learned import FORMS, FeatureLoss
+from lkd.losses.learned.features import FeatureLoss
+from lkd.losses.learned.forms import FORMS
 from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 from tests.processes import Command
