@@ -14,7 +14,7 @@ GOALS: dict[str, tuple[str, float, bool]] = {
 }
 """Figure → in words, the goal, and whether the figure is to be at least (or at most) that."""
 
-NO_AXES = """The other axes (`--axes`) were measured with the first recipe: [first round](../learned_loss_first_round).
+NO_AXES = """The other axes (`--axes`) were measured with the first recipe: [axes](axes.md).
 """
 
 README = """# Do learned losses pay?
