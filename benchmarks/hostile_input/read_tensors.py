@@ -15,8 +15,8 @@ from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses import LearnedLoss, ReplayedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.file import read_provenance, save_loss
+from lkd.losses.learned.forms import FORMS
 from lkd.models import build
 from lkd.models.files import load_network, save_network
 from lkd.models.published_weights import load_crd_checkpoint
