@@ -23,25 +23,18 @@ LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says
 
 
 class Job(NamedTuple):
-    """What torchrun says of this process.
+    """What torchrun says of this process."""
 
-    Attributes:
-        rank: Its number over all hosts; 0 is the main process, which alone writes.
-        size: Processes in all.
-        local_rank: Its number on this host: the GPU that it takes.
-    """
-
-    rank: int
+    rank: int  # over all hosts; 0 is the main process, which alone writes
     size: int
-    local_rank: int
+    local_rank: int  # on this host: the GPU that it takes
 
 
 def read_job() -> Job:
     """Read the environment that torchrun sets; without it this process is alone."""
-    rank, size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    return Job(
+        *(int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     )
-    return Job(rank, size, local_rank)
 
 
 @contextmanager
@@ -126,12 +119,8 @@ def wait_for_all() -> None:
 def share_out(count: int, name: str) -> range:
     """This process's share of so many numbered things: as many as every other process has.
 
-    Args:
-        count: How many there are.
-        name: The setting that says so.
-
     Raises:
-        UserError: If they do not divide.
+        UserError: If they do not divide; names the setting that says how many there are.
     """
     processes = count_processes()
     if count % processes:

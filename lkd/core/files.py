@@ -49,17 +49,10 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_free_space(setting: str, folder: Path, needed: int, what: str, advice: str) -> None:
-    """Check that a folder, which is made if it is not there, has space.
-
-    Args:
-        setting: The field that names it.
-        folder: The folder.
-        needed: Bytes that will be written.
-        what: What they hold.
-        advice: What to do if it has too little.
+    """Check that the folder that a setting names, which is made if it is not there, has space for so many bytes.
 
     Raises:
-        UserError: If it has too little, or cannot be made.
+        UserError: If it has too little, or cannot be made; says what needs it and what to do.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +91,7 @@ def create_json(path: Path, content: Any) -> bool:
 
 @contextmanager
 def refusing_malformed(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever goes wrong while the content of a file is taken apart into one line.
-
-    Args:
-        path: The file.
-        kind: What it should be.
+    """Turn whatever goes wrong while a file of this kind is taken apart into one line.
 
     Raises:
         UserError: If anything does.
@@ -170,9 +159,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for key, value in flatten(child, f"{prefix}.{name}".lstrip(".")).items()
     }
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a result was made with: versions, platform, commit.
 
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 
