@@ -1,27 +1,6 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
-from lkd.config.evaluation import (
-    CompareRecipe,
-    DashboardRecipe,
-    FidelityRecipe,
-    InspectRecipe,
-    PlanRecipe,
-    QuickstartRecipe,
-    ReportRecipe,
-)
-from lkd.config.meta_training import MetaTrainRecipe, PoolRecipe
-from lkd.config.training import (
-    CacheRecipe,
-    DistillRecipe,
-    EvaluateRecipe,
-    ExportRecipe,
-    InfluenceRecipe,
-    PackRecipe,
-    PullRecipe,
-    PushRecipe,
-    TrainTeacherRecipe,
-    VarianceRecipe,
-)
+from lkd import config
 from lkd.evaluation.comparison.compare import compare as compare_methods
 from lkd.evaluation.dashboard import make_dashboard
 from lkd.evaluation.fidelity import measure_fidelity
@@ -58,27 +37,27 @@ from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
 
 
-def teacher(recipe: TrainTeacherRecipe) -> None:
+def teacher(recipe: config.TrainTeacherRecipe) -> None:
     """`lkd teacher`."""
     with open_run(recipe, "teacher") as run:
         images = prepare_images(recipe.data)
         train_teacher(choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run)
 
 
-def distill(recipe: DistillRecipe) -> None:
+def distill(recipe: config.DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
         distill_student(build(recipe), recipe.train, recipe.seed, run, recipe.labelled_size)
 
 
-def influence(recipe: InfluenceRecipe) -> None:
+def influence(recipe: config.InfluenceRecipe) -> None:
     """`lkd influence`."""
     with open_run(recipe, "influence") as run:
         path = measure_run(recipe, run)
         run.say(f"{path}; beside it weights.safetensors, influence.png, result.json")
 
 
-def evaluate(recipe: EvaluateRecipe) -> None:
+def evaluate(recipe: config.EvaluateRecipe) -> None:
     """`lkd evaluate`."""
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint)
@@ -92,48 +71,48 @@ def evaluate(recipe: EvaluateRecipe) -> None:
         print(f"  {name:24} {value:.4f}")
 
 
-def export(recipe: ExportRecipe) -> None:
+def export(recipe: config.ExportRecipe) -> None:
     """`lkd export`."""
     for name, (path, difference) in export_network(recipe).items():
         print(f"{path}: {name}; largest difference of a logit {difference:.1g} of the largest")
 
 
-def variance(recipe: VarianceRecipe) -> None:
+def variance(recipe: config.VarianceRecipe) -> None:
     """`lkd variance`."""
     result = measure_variance(recipe)
     print(f"λ* = {result['optimal_share']:.3f}: {result['predicted_ratio']:.1%} of the noise without a teacher is left")
     print(f"{recipe.run_dir}/variance: variance.json, variance.png")
 
 
-def push(recipe: PushRecipe) -> None:
+def push(recipe: config.PushRecipe) -> None:
     """`lkd push`."""
     print(push_loss(recipe))
 
 
-def pull(recipe: PullRecipe) -> None:
+def pull(recipe: config.PullRecipe) -> None:
     """`lkd pull`."""
     path = pull_loss(recipe)
     print(f"{path}: use it with lkd distill --loss {path}")
 
 
-def pack(recipe: PackRecipe) -> None:
+def pack(recipe: config.PackRecipe) -> None:
     """`lkd pack`."""
     for path in pack_dataset(recipe):
         print(f"{path}: use it with --data.packed {path.parent}")
 
 
-def cache(recipe: CacheRecipe) -> None:
+def cache(recipe: config.CacheRecipe) -> None:
     """`lkd cache`."""
     made = cache_answers(recipe)
     print(f"{made.folder}: {made.header['teacher']}; use it with --teacher.cache {made.folder}")
 
 
-def plan(recipe: PlanRecipe) -> None:
+def plan(recipe: config.PlanRecipe) -> None:
     """`lkd plan`."""
     print(format_plan(plan_run(recipe)))
 
 
-def pool(recipe: PoolRecipe) -> None:
+def pool(recipe: config.PoolRecipe) -> None:
     """`lkd pool`."""
     with open_run(recipe, "pool") as run:
         images = prepare_images(recipe.data)
@@ -149,7 +128,7 @@ def pool(recipe: PoolRecipe) -> None:
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 
 
-def fidelity(recipe: FidelityRecipe) -> None:
+def fidelity(recipe: config.FidelityRecipe) -> None:
     """`lkd fidelity`."""
     with open_run(recipe, "fidelity") as run:
         measure_fidelity(recipe, run)
@@ -157,13 +136,13 @@ def fidelity(recipe: FidelityRecipe) -> None:
         print(f"{run.path}: fidelity.json, fidelity.png, table.txt, rows.csv, trainings.csv, rollouts.csv, result.json")
 
 
-def meta_train(recipe: MetaTrainRecipe) -> None:
+def meta_train(recipe: config.MetaTrainRecipe) -> None:
     """`lkd meta-train`."""
     with open_run(recipe, "meta-train") as run:
         learn_loss(recipe, run)
 
 
-def compare(recipe: CompareRecipe) -> None:
+def compare(recipe: config.CompareRecipe) -> None:
     """`lkd compare`."""
     with open_run(recipe, "compare") as run:
         compare_methods(recipe, run)
@@ -171,12 +150,12 @@ def compare(recipe: CompareRecipe) -> None:
         print(f"{run.path}: table.txt, table.csv, table.tex, cells.csv, comparison.png, picks.json, result.json")
 
 
-def dashboard(recipe: DashboardRecipe) -> None:
+def dashboard(recipe: config.DashboardRecipe) -> None:
     """`lkd dashboard`."""
     print(make_dashboard(recipe))
 
 
-def quickstart(recipe: QuickstartRecipe) -> None:
+def quickstart(recipe: config.QuickstartRecipe) -> None:
     """`lkd quickstart`."""
     with open_run(recipe, "quickstart") as run:
         page = run_quickstart(recipe, run)
@@ -186,13 +165,13 @@ def quickstart(recipe: QuickstartRecipe) -> None:
         print(f"\npage: {page}\nlearned loss: {path}\nreuse it: loss = lkd.load_loss({str(path)!r})")
 
 
-def inspect(recipe: InspectRecipe) -> None:
+def inspect(recipe: config.InspectRecipe) -> None:
     """`lkd inspect`."""
     report, folder = inspect_recipe(recipe)
     print(f"{report}\n\n{folder}: inspection.json, inspection.png")
 
 
-def report(recipe: ReportRecipe) -> None:
+def report(recipe: config.ReportRecipe) -> None:
     """`lkd report`."""
     page, count = write_report(recipe)
     print(f"{page}: {count} run{'s' * (count > 1)}, {page.stat().st_size / 1e6:.1f} MB; open it in a browser")
