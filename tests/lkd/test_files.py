@@ -26,7 +26,7 @@ def make_loss() -> LearnedLoss:
     return loss
 
 
-@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("classes", [2, 1000])
 def test_a_learned_loss_survives_its_file_for_any_number_of_classes(tmp_path, classes: int) -> None:
     loss, path = make_loss(), tmp_path / "a.lkd.safetensors"
     save_loss(path, loss, {"seed": 3})
@@ -46,7 +46,7 @@ def test_build_loss_takes_a_path(tmp_path) -> None:
         build_loss({"name": str(tmp_path / "a.lkd.safetensors"), "temperature": 2})
 
 
-@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+@pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_truncated_file_is_refused(tmp_path, kept: int) -> None:
     path = tmp_path / "a.lkd.safetensors"
     save_loss(path, make_loss(), {})
