@@ -15,8 +15,8 @@ from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.reuse import Reuse
 from lkd.pool.pool import build_pools
-from lkd.tracking import Tracker
 from lkd.tracking.run import Run
+from lkd.tracking.tracker import Tracker
 from lkd.training.build import (
     LossBuilder,
     choose_student,

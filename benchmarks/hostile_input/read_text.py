@@ -10,8 +10,8 @@ from lkd.config import PoolSettings
 from lkd.config.parse import parse_recipe
 from lkd.core.files import write_json
 from lkd.pool.sampling import check_sampling
-from lkd.tracking import read_log
 from lkd.tracking.run import check_resumable
+from lkd.tracking.tracker import read_log
 
 EVIL = "import pathlib\npathlib.Path({path!r}).touch()\n\n\nclass Evil:\n    pass\n"
 

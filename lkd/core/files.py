@@ -160,6 +160,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def find_differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys in which two trees differ, with both values."""
+    first, second = flatten(before), flatten(now)
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            yield key, first.get(key), second.get(key)
+
+
 PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
 
 

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lkd.core.errors import UserError
-from lkd.core.files import flatten, refusing_malformed
+from lkd.core.files import find_differences, refusing_malformed
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.data.packed import PackedSource, hash_names
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A teacher's logits in few bytes: all of them in float16, or the largest ones and what remains.
+KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
+INDEX = "index.safetensors"
+MOST_IMAGES, MOST_CLASSES = 1 << 32, 1 << 24  # what an index may name: tables of that size are made
+# Fields that change neither what the teacher is nor how an image of some index and augmentation seed looks.
+OF_NO_EFFECT = {
+    *("path", "name", "pretrained", "cache"),
+    *("root", "train_size", "meta_validation_size", "split_seed", "label_noise", "augmentation_seeds"),
+    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "read_timeout", "packed"),
+}
 
 
 def check_top_k(top_k: int, num_classes: int) -> None:
@@ -87,14 +94,6 @@ def restore_logits(kept: dict[str, Tensor], num_classes: int) -> Tensor:
     return even.unsqueeze(1).repeat(1, num_classes).scatter_(1, kept["classes"].long(), logits)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A teacher's answers on disk, by image and augmentation seed; read in place of asking the teacher.
-
-KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
-INDEX = "index.safetensors"
-MOST_IMAGES, MOST_CLASSES = 1 << 32, 1 << 24  # what an index may name: tables of that size are made
-
-
 @dataclass(frozen=True)
 class CacheFolder:
     """A cache, finished or not: an index, and for every augmentation seed files of `shard_size` images each.
@@ -122,11 +121,7 @@ class CacheFolder:
         return -(-len(self.index) // self.header["shard_size"])
 
     def check(self, tensors: dict[str, Tensor], shard: int) -> None:
-        """Check that a file's tensors are what one of its number holds.
-
-        Raises:
-            ValueError: If not.
-        """
+        """Raise ValueError unless a file's tensors are what one of its number holds."""
         count, top_k, classes = self.header["shard_size"], self.header["top_k"], self.header["num_classes"]
         rows = min(count, len(self.index) - shard * count)
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"logits": ((rows, top_k or classes), torch.float16)}
@@ -200,12 +195,7 @@ class CachedTeacher:
 
 
 def open_part(cache: CacheFolder, path: Path, check: bool = True) -> dict[str, Tensor]:
-    """Map a file of a cache.
-
-    Args:
-        cache: The cache.
-        path: The file.
-        check: Whether to read all of it, and compare its content with its hash.
+    """Map a file of a cache; `check` reads all of it, and compares its content with its hash.
 
     Raises:
         UserError: If it is damaged, or belongs to another cache.
@@ -244,17 +234,6 @@ def read_cache(folder: Path) -> CacheFolder:
     return CacheFolder(folder, index, header)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which trainings a teacher cache is for: the same teacher, the same look of the same images, a loss over logits.
-
-# Fields that change neither what the teacher is nor how an image of some index and augmentation seed looks.
-OF_NO_EFFECT = {
-    *("path", "name", "pretrained", "cache"),
-    *("root", "train_size", "meta_validation_size", "split_seed", "label_noise", "augmentation_seeds"),
-    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "read_timeout", "packed"),
-}
-
-
 def identify(
     network: nn.Module, name: str, teacher: dict[str, Any], data: dict[str, Any], images: ImageSet
 ) -> dict[str, Any]:
@@ -285,13 +264,11 @@ def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
     Raises:
         UserError: If it was made with something else; names it.
     """
-    before, now = flatten(cache.header["made_with"]), flatten(made_with)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"teacher.cache: {cache.folder} was made with {key} {before.get(key)!r}, not with {now.get(key)!r}: "
-                "take the same, or make another cache in another folder"
-            )
+    for key, before, now in find_differences(cache.header["made_with"], made_with):
+        raise UserError(
+            f"teacher.cache: {cache.folder} was made with {key} {before!r}, not with {now!r}: take the same, or make "
+            "another cache in another folder"
+        )
 
 
 def choose_seeds(augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float) -> range:

@@ -15,7 +15,7 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.config.parts import RunRecipe
 from lkd.core.distributed import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.core.errors import UserError
-from lkd.core.files import create_json, environment, flatten, read_json, read_mapping, write_json
+from lkd.core.files import create_json, environment, find_differences, read_json, read_mapping, write_json
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
@@ -160,13 +160,9 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         raise UserError(
             f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
         )
-    before, now = flatten(saved.get("recipe")), flatten(config["recipe"])
-    for key in sorted(before.keys() | now.keys()):
-        if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}: is {now.get(key)!r}, but the run in {path} has {before.get(key)!r}; "
-                "a resumed run keeps its config"
-            )
+    for key, before, now in find_differences(saved.get("recipe"), config["recipe"]):
+        if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME:
+            raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")
 
 
 def forget_unstarted(path: Path) -> None:

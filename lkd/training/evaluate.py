@@ -15,19 +15,13 @@ from lkd.losses.functions import expected_calibration_error, find_best_temperatu
 def evaluate(
     network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500, shared: bool = False
 ) -> dict[str, float]:
-    """Evaluate a network, in eval mode; its mode is restored.
+    """Evaluate a network that returns `Outputs`, in eval mode; its mode is restored. Every image counts once.
 
-    Args:
-        network: Returns `Outputs`.
-        images: The images; every one counts once.
-        device: Where the network is.
-        batch_size: Images at a time.
-        shared: Whether the processes that have met share the images; all must ask then.
+    `shared`: whether the processes that have met share the images; all must ask then.
 
     Returns:
         `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature),
-        `temperature` (that one), and
-        `calibration_error` in percent; the same in all processes that share the images.
+        `temperature` (that one), and `calibration_error` in percent; the same in all processes that share the images.
     """
     training = network.training
     network.eval()

@@ -1,22 +1,16 @@
 """SGD and the learning-rate schedule of a training."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 
 from lkd.config.parts import TrainRecipe
 from lkd.core.errors import UserError
 
 FUSED_DEVICES = ("cpu", "cuda")
-
-
-class Scheduler(Protocol):
-    """A timm scheduler: its learning rate is a function of the update count alone."""
-
-    def step_update(self, num_updates: int) -> None:
-        """Set the optimiser's learning rate for this update."""
 
 
 def build_optimizer(parameters: list[Tensor], recipe: TrainRecipe) -> torch.optim.Optimizer:

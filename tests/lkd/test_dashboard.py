@@ -14,7 +14,7 @@ import wandb
 
 from lkd.cli import main
 from lkd.evaluation.dashboard import COMPARISON, SECTIONS, Chart, Section, list_empty, read_names
-from lkd.tracking import read_log
+from lkd.tracking.tracker import read_log
 from tests.faults.wandb_server import StandIn
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
 

@@ -9,8 +9,8 @@ import pytest
 from lkd.cli import main
 from lkd.config import DistillRecipe
 from lkd.core.errors import UserError
-from lkd.tracking import read_log
 from lkd.tracking.run import open_run
+from lkd.tracking.tracker import read_log
 from lkd.training.training import Training
 from tests.lkd.test_cli import TINY
 

@@ -14,8 +14,8 @@ from wandb.wandb_agent import Agent
 
 from lkd.cli import main
 from lkd.config.parse import parse_recipe
-from lkd.tracking import read_log
-from lkd.tracking.run import flatten
+from lkd.core.files import flatten
+from lkd.tracking.tracker import read_log
 from tests.lkd.test_tracking import read_wandb
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from lkd.cli import main
 from lkd.config import WandbRecipe
 from lkd.core.files import hash_file, read_json
 from lkd.core.tensor_files import digest
-from lkd.tracking import Tracker, read_log
 from lkd.tracking import tracker as service
 from lkd.tracking.lineage import Entry, find_used, hash_folder, record
+from lkd.tracking.tracker import Tracker, read_log
 from tests.faults.wandb_server import StandIn
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import TINY
