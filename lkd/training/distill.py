@@ -20,6 +20,7 @@ from lkd.data.splits import interleave_classes
 from lkd.losses.learned.shares import gradient_shares
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss
+from lkd.models.build import running_dry
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
@@ -162,15 +163,6 @@ def train_to_the_end(training: Training, images: Images, student: StudentBuilder
     return path
 
 
-@torch.no_grad()
-def answer(student: torch.nn.Module, images: Tensor) -> Outputs:
-    """The student's outputs in eval mode, in float32; its mode is restored."""
-    training = student.training
-    outputs: Outputs = student.eval()(images)
-    student.train(training)
-    return outputs
-
-
 def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     """Who pulls at the student: figures of a batch that it was just trained on. Nothing of the training changes.
 
@@ -187,7 +179,8 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     batch, teacher, progress = seen
     gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
     figures = {"gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
-    student = answer(training.student, batch.images)
+    with running_dry(training.student):
+        student: Outputs = training.student(batch.images)
     if teacher is not None:
         same = student.logits.argmax(1) == teacher.logits.argmax(1)
         figures["train/agreement"] = 100 * same.float().mean().item()

@@ -13,12 +13,6 @@ class StepClock:
 
     On a GPU the marks are events in its stream, read when it has passed them, so that no step waits for the clock; the
     time of `data` is then what the GPU waits for a batch.
-
-    Args:
-        device: Where the training runs.
-
-    Attributes:
-        seconds: Of each part, all steps together.
     """
 
     def __init__(self, device: torch.device) -> None:
