@@ -2,13 +2,15 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.data.images import ImageSet
+
+if TYPE_CHECKING:  # a loss in a loop of its own must not wait for the readers of images
+    from lkd.data.images import ImageSet
 
 Progress = float | Tensor | None
 Terms = dict[str, Tensor]
@@ -55,7 +57,7 @@ class DistillationLoss(nn.Module):
         self,
         epoch: int,
         student: nn.Module,
-        images: ImageSet,
+        images: "ImageSet",
         teacher: Callable[[Any], Outputs] | None,
         progress: float,
     ) -> None:
