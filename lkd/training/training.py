@@ -134,10 +134,15 @@ class Training:
         parts = self.recipe.accumulation
         size = len(batch.target) // parts
         rows = []
-        for number in range(parts):
-            part = slice(number * size, (number + 1) * size)
-            with self.computation.no_sync() if self.shared and number < parts - 1 else nullcontext():
-                rows.append(self.compute_gradients(Batch(*(c[part] for c in batch)), cut(teacher, part), not number))
+        try:
+            for number in range(parts):
+                part = slice(number * size, (number + 1) * size)
+                own, answers = Batch(*(column[part] for column in batch)), cut(teacher, part)
+                with self.computation.no_sync() if self.shared and number < parts - 1 else nullcontext():
+                    rows.append(self.compute_gradients(own, answers, first=number == 0))
+        except (MemoryError, RuntimeError) as error:
+            refuse_exhaustion(error, f"step {self.step}", LESS_MEMORY)
+            raise
         self.optimizer.step()
         self.step += 1
         self.scheduler.step_update(self.step)
@@ -156,29 +161,25 @@ class Training:
 
         Raises:
             DivergedError: If a term is not finite.
-            UserError: If what the student is given is not finite, or there is no memory left.
+            BrokenInputError: If what the student is given is not finite.
         """
         identity = {"index": batch.index} if self.loss.needs_index else {}
-        try:
-            terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
-            if self.balance is None:
-                total = torch.stack(list(terms.values())).sum()
-            else:
-                if first:
-                    self.balance.set_weight(terms, self.student.parameters(), self.step, self.progress)
-                total = self.balance.weigh(terms)
-            broken = not torch.isfinite(total + sum_inputs(batch, teacher))
-            if any_process(broken, self.batches.device) if self.shared else broken:  # all, else the others hang
-                check_inputs(f"step {self.step}", batch, teacher, self.shared)
-                values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
-                raise DivergedError(
-                    f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
-                    "lower train.learning_rate"
-                )
-            (total / self.recipe.accumulation).backward()
-        except (MemoryError, RuntimeError) as error:
-            refuse_exhaustion(error, f"step {self.step}", LESS_MEMORY)
-            raise
+        terms = self.computation(batch.images, teacher, batch.target, self.progress, identity)
+        if self.balance is None:
+            total = torch.stack(list(terms.values())).sum()
+        else:
+            if first:
+                self.balance.set_weight(terms, self.student.parameters(), self.step, self.progress)
+            total = self.balance.weigh(terms)
+        broken = not torch.isfinite(total + sum_inputs(batch, teacher))
+        if any_process(broken, self.batches.device) if self.shared else broken:  # all, else the others hang
+            check_inputs(f"step {self.step}", batch, teacher, self.shared)
+            values = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
+            raise DivergedError(
+                f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
+                "lower train.learning_rate"
+            )
+        (total / self.recipe.accumulation).backward()
         self.clock.lap("student")
         return {name: value.detach() for name, value in terms.items()}
 
