@@ -1,152 +1,118 @@
 """Weights & Biases as code: a workspace for every project, a report of a comparison."""
 
-import csv
 import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tabulate import tabulate
 
 from lkd.config.evaluation import DashboardRecipe
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, first_line
 from lkd.core.files import read_json, write_json
+from lkd.evaluation.report.runs import read_comparison, read_notes
 from lkd.tracking.run import shorten_paths
 from lkd.tracking.tracker import read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the workspace shows, as data: sections of panels, each of metrics that runs log (docs/tracking.md).
+# What the workspace shows: sections of panels, each of metrics that runs log (docs/tracking.md).
 
 STEP = "step"  # what every metric is drawn over; W&B's own count of log calls means nothing
+Sections = dict[str, list[Any]]
 
 
-@dataclass(frozen=True)
-class Chart:
+def chart(title: str, *metrics: str, smoothing: float = 0.0, log_y: bool = False, **options: Any) -> Any:
     """Lines over a run's steps.
 
-    Attributes:
+    Args:
         title: Shown above.
-        metrics: Names of what is drawn.
-        pattern: Regular expression (RE2, of the whole name) of what is drawn instead, where names are open-ended.
-        unit: Label of the y axis.
+        *metrics: Names of what is drawn.
         smoothing: Of an exponential moving average, in [0, 1); the original stays visible.
         log_y: Logarithmic y axis.
-        bounds: Of the y axis; None leaves it free.
-        stacked: Areas on top of each other.
+        **options: Others of wandb-workspaces' `LinePlot`: `metric_regex`, a regular expression (RE2, of the whole name)
+            of what is drawn instead, where names are open-ended; `title_y`, `range_y`, `plot_type`.
     """
+    import wandb_workspaces.reports.v2 as reports
 
-    title: str
-    metrics: tuple[str, ...] = ()
-    pattern: str | None = None
-    unit: str | None = None
-    smoothing: float = 0.0
-    log_y: bool = False
-    bounds: tuple[float | None, float | None] = (None, None)
-    stacked: bool = False
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures that a run has logged.
-
-    Attributes:
-        title: Shown above.
-        metrics: Names that they were logged under.
-    """
-
-    title: str
-    metrics: tuple[str, ...]
+    return reports.LinePlot(
+        title=title,
+        x=STEP,
+        title_x=STEP,
+        y=list(metrics),
+        log_y=log_y or None,
+        smoothing_type="exponential" if smoothing else "none",
+        smoothing_factor=smoothing or None,
+        smoothing_show_original=True if smoothing else None,
+        **{"plot_type": "line", **options},
+    )
 
 
-@dataclass(frozen=True)
-class Differences:
-    """A table of the runs' configs and figures, only what differs."""
+def pictures(title: str, *metrics: str) -> Any:
+    """Pictures that a run has logged under these names."""
+    import wandb_workspaces.reports.v2 as reports
 
-    title: str = "What differs between the runs"
-    metrics: tuple[str, ...] = ()
-
-
-Panel = Chart | Pictures | Differences
+    return reports.MediaBrowser(title=title, media_keys=list(metrics), num_columns=1, gallery_axis="step")
 
 
-@dataclass(frozen=True)
-class Section:
-    """Panels under a heading."""
-
-    title: str
-    panels: tuple[Panel, ...]
+def show_comparison() -> list[Any]:
+    """The panels of a comparison."""
+    accuracy = chart("Accuracy on the test split, last epoch", metric_regex=r"^.+/test_last$", title_y="%")
+    return [accuracy, pictures("Comparison", "comparison")]
 
 
-COMPARISON: tuple[Panel, ...] = (
-    Chart("Accuracy on the test split, last epoch", pattern=r"^.+/test_last$", unit="%"),
-    Pictures("Comparison", ("comparison",)),
-)
-SECTIONS = (
-    Section(
-        "Meta-training",
-        (
-            Chart("Outer loss after the rollout", ("outer/value",), unit="nats", smoothing=0.8),
-            Chart("Reuse: cross-entropy at the best temperature", ("reuse/calibrated_cross_entropy",), unit="nats"),
-            Chart("Reuse: accuracy on meta-validation", ("reuse/top1",), unit="%"),
-            Chart("Hypergradient norm, before clipping", ("outer/hypergradient_norm",), smoothing=0.6, log_y=True),
-            Chart("Signal to noise of the hypergradient", ("outer/signal_to_noise",), smoothing=0.8),
-            Chart("Updates clipped, students left out", ("outer/clipped", "outer/left_out"), smoothing=0.9),
-            Chart("Audit of first_order: cosine", ("outer/audit_cosine",), bounds=(-1, 1)),
-            Chart(
-                "Ages of the students", ("outer/progress_least", "outer/progress", "outer/progress_most"), bounds=(0, 1)
-            ),
-        ),
-    ),
-    Section(
-        "Learned loss",
-        (
-            Chart("Mean weight of the teacher", ("loss/weight",), smoothing=0.8, bounds=(0, None)),
-            Chart("Mean temperature", ("loss/temperature",), smoothing=0.8),
-            Chart("Share of each term in the student's gradient", pattern=r"^share/.+$", smoothing=0.6, bounds=(0, 1)),
-            Chart("Norm of each part's weights", pattern=r"^weights/.+$"),
-            Pictures("What the loss does to a student", ("learned_loss",)),
-        ),
-    ),
-    Section(
-        "Distillation",
-        (
-            Chart("Accuracy on meta-validation", ("meta_validation/top1",), unit="%"),
-            Chart(
+def list_sections() -> Sections:
+    """Heading → panels."""
+    import wandb_workspaces.reports.v2 as reports
+
+    nats: dict[str, Any] = {"title_y": "nats"}
+    percent: dict[str, Any] = {"title_y": "%"}
+    positive, part = (0, None), (0, 1)
+    ages = ("outer/progress_least", "outer/progress", "outer/progress_most")
+    shares = {"metric_regex": r"^share/.+$", "smoothing": 0.6, "range_y": part}
+    times = (f"time_share/{name}" for name in ("data", "teacher", "student", "loss"))
+    return {
+        "Meta-training": [
+            chart("Outer loss after the rollout", "outer/value", smoothing=0.8, **nats),
+            chart("Reuse: cross-entropy at the best temperature", "reuse/calibrated_cross_entropy", **nats),
+            chart("Reuse: accuracy on meta-validation", "reuse/top1", **percent),
+            chart("Hypergradient norm, before clipping", "outer/hypergradient_norm", smoothing=0.6, log_y=True),
+            chart("Signal to noise of the hypergradient", "outer/signal_to_noise", smoothing=0.8),
+            chart("Updates clipped, students left out", "outer/clipped", "outer/left_out", smoothing=0.9),
+            chart("Audit of first_order: cosine", "outer/audit_cosine", range_y=(-1, 1)),
+            chart("Ages of the students", *ages, range_y=part),
+        ],
+        "Learned loss": [
+            chart("Mean weight of the teacher", "loss/weight", smoothing=0.8, range_y=positive),
+            chart("Mean temperature", "loss/temperature", smoothing=0.8),
+            chart("Share of each term in the student's gradient", **shares),
+            chart("Norm of each part's weights", metric_regex=r"^weights/.+$"),
+            pictures("What the loss does to a student", "learned_loss"),
+        ],
+        "Distillation": [
+            chart("Accuracy on meta-validation", "meta_validation/top1", **percent),
+            chart(
                 "Cross-entropy on meta-validation, at the best temperature",
-                ("meta_validation/calibrated_cross_entropy",),
-                unit="nats",
+                "meta_validation/calibrated_cross_entropy",
+                **nats,
             ),
             # Of `loss/TERM` all but a meta-training's `loss/weight` and `loss/temperature`: RE2 cannot look ahead.
-            Chart("Terms of the loss", pattern=r"^loss/([^wt].*|t[^e].*)$", smoothing=0.3),
-            Chart("Agreement with the teacher on a training batch", ("train/agreement",), unit="%", smoothing=0.6),
-            Chart("Balance λ", ("balance",), bounds=(0, None)),
-            Chart("Share of each term in the gradient", pattern=r"^share/.+$", smoothing=0.6, bounds=(0, 1)),
-            Chart("Gradient norm", ("gradient_norm",), smoothing=0.6, log_y=True),
-            Chart("Learning rate", ("learning_rate",)),
-        ),
-    ),
-    Section("Comparison", (*COMPARISON, Differences())),
-    Section(
-        "System",
-        (
-            Chart("Images a second", ("images_per_second",), smoothing=0.6, bounds=(0, None)),
-            Chart(
-                "Where the time of a step goes",
-                ("time_share/data", "time_share/teacher", "time_share/student", "time_share/loss"),
-                bounds=(0, 1),
-                stacked=True,
-            ),
-        ),
-    ),
-)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Do panels name what runs log?
+            chart("Terms of the loss", metric_regex=r"^loss/([^wt].*|t[^e].*)$", smoothing=0.3),
+            chart("Agreement with the teacher on a training batch", "train/agreement", smoothing=0.6, **percent),
+            chart("Balance λ", "balance", range_y=positive),
+            chart("Share of each term in the gradient", **shares),
+            chart("Gradient norm", "gradient_norm", smoothing=0.6, log_y=True),
+            chart("Learning rate", "learning_rate"),
+        ],
+        "Comparison": [*show_comparison(), reports.RunComparer(diff_only="split")],
+        "System": [
+            chart("Images a second", "images_per_second", smoothing=0.6, range_y=positive),
+            chart("Where the time of a step goes", *times, range_y=part, plot_type="stacked-area"),
+        ],
+    }
 
 
 def read_names(run: Path) -> set[str]:
@@ -161,70 +127,31 @@ def read_names(run: Path) -> set[str]:
     log = run / "log.jsonl"
     if not log.exists():
         raise UserError(f"runs: {run} holds no log.jsonl; give run directories, such as runs/student")
-    pictures = run.glob("wandb/*run-*/files/media/images/*_*_*.*")  # NAME_STEP_HASH.png
+    images = run.glob("wandb/*run-*/files/media/images/*_*_*.*")  # NAME_STEP_HASH.png
     logged = {name for row in read_log(log) for name in row}
-    return (logged - {"step", "time"}) | {path.name.rsplit("_", 2)[0] for path in pictures}
+    return (logged - {"step", "time"}) | {path.name.rsplit("_", 2)[0] for path in images}
 
 
-def find_empty(panel: Panel, names: Iterable[str]) -> list[str]:
-    """Which of a panel's metrics, or its pattern, are none of these names."""
-    known = set(names)
-    missing = [metric for metric in panel.metrics if metric not in known]
-    if isinstance(panel, Chart) and panel.pattern and not any(re.fullmatch(panel.pattern, name) for name in known):
-        missing.append(panel.pattern)
-    return missing
-
-
-def list_empty(sections: Iterable[Section], names: Iterable[str]) -> list[str]:
-    """A line for every panel that would lack something: section, title, what it lacks."""
-    known = set(names)
-    return [
-        f"{section.title}: {panel.title}: {', '.join(missing)}"
-        for section in sections
-        for panel in section.panels
-        if (missing := find_empty(panel, known))
-    ]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Panels, as wandb-workspaces has them.
-
-WIDTH, HEIGHT = 8, 6  # of a report's 24 columns
-
-
-def build_panel(panel: Panel, place: int = 0) -> Any:
-    """Build a panel; `place` is its number in a report, which has three in a row."""
-    import wandb_workspaces.reports.v2 as reports
-
-    layout = reports.Layout(x=place % 3 * WIDTH, y=place // 3 * HEIGHT, w=WIDTH, h=HEIGHT)
-    if isinstance(panel, Pictures):
-        return reports.MediaBrowser(
-            title=panel.title, media_keys=list(panel.metrics), num_columns=1, gallery_axis="step", layout=layout
-        )
-    if not isinstance(panel, Chart):
-        return reports.RunComparer(diff_only="split", layout=layout)
-    return reports.LinePlot(
-        title=panel.title,
-        x=STEP,
-        y=list(panel.metrics),
-        metric_regex=panel.pattern,
-        title_x=STEP,
-        title_y=panel.unit,
-        range_y=panel.bounds,
-        log_y=panel.log_y or None,
-        smoothing_type="exponential" if panel.smoothing else "none",
-        smoothing_factor=panel.smoothing or None,
-        smoothing_show_original=True if panel.smoothing else None,
-        plot_type="stacked-area" if panel.stacked else "line",
-        layout=layout,
-    )
+def list_empty(sections: Sections, names: Iterable[str]) -> list[str]:
+    """A line for every panel that would lack something if these names were logged: section, title, what it lacks."""
+    known, lines = set(names), []
+    for section, panels in sections.items():
+        for panel in panels:
+            wanted = getattr(panel, "y", None) or getattr(panel, "media_keys", None) or []
+            missing = [metric for metric in wanted if metric not in known]
+            pattern = getattr(panel, "metric_regex", None)
+            if pattern and not any(re.fullmatch(pattern, name) for name in known):
+                missing.append(pattern)
+            if missing:
+                lines.append(f"{section}: {panel.title}: {', '.join(missing)}")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report of a finished `lkd compare`: its table, its notes, its recipe, and what W&B has of its run.
 
 NEEDED = ("config.json", "table.csv", "table.txt", "result.json")
-COLUMNS = ("student", "method", "last epoch %", "best epoch %", "difference", "95 % interval", "seeds", "tuned over")
+WIDTH, HEIGHT = 8, 6  # of a panel; a report has 24 columns
 
 
 def check_comparison(folder: Path) -> None:
@@ -253,25 +180,24 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
 
     Returns:
         wandb-workspaces' `Report`. It has panels only where the comparison was logged to W&B.
-
-    Raises:
-        UserError: If the folder holds no finished comparison.
     """
     import wandb_workspaces.reports.v2 as reports
 
-    check_comparison(folder)
     recipe = shorten_paths(read_json(folder / "config.json")["recipe"])
-    made = read_json(folder / "result.json")
+    header, rows = read_comparison(folder / "table.csv")
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     blocks = [
-        reports.P(describe_comparison(recipe, made)),
+        reports.P(describe_comparison(recipe, read_json(folder / "result.json"))),
         reports.H2("Accuracy on the test split"),
-        reports.MarkdownBlock(format_markdown(folder / "table.csv", recipe["baseline"])),
+        reports.MarkdownBlock(tabulate(cells, header, tablefmt="github", disable_numparse=True)),
         reports.UnorderedList(read_notes(folder / "table.txt")),
     ]
-    if run := find_run(folder):
-        project_of_runs = {"entity": entity, "project": project} if known else {}
-        runs = reports.Runset(name=folder.name, filters=f"ID = '{run}'", **project_of_runs)
-        panels = [build_panel(panel, place) for place, panel in enumerate(COMPARISON)]
+    if any(folder.glob("wandb/*run-*")):  # it was logged there
+        run, place = (folder / "wandb_run_id").read_text().strip(), {"entity": entity, "project": project}
+        runs = reports.Runset(name=folder.name, filters=f"ID = '{run}'", **place if known else {})
+        panels = show_comparison()
+        for number, panel in enumerate(panels):
+            panel.layout = reports.Layout(x=number * WIDTH, y=0, w=WIDTH, h=HEIGHT)
         blocks += [reports.H2("As logged"), reports.PanelGrid(runsets=[runs], panels=panels)]
     blocks += [reports.H2("The recipe"), reports.CodeBlock(yaml.safe_dump(recipe, sort_keys=False), language="yaml")]
     return reports.Report(
@@ -282,12 +208,6 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
         blocks=blocks,
         width="fluid",
     )
-
-
-def find_run(folder: Path) -> str | None:
-    """The id of the comparison's W&B run; None if it was not logged there."""
-    logged = any(folder.glob("wandb/*run-*"))
-    return (folder / "wandb_run_id").read_text().strip() if logged else None
 
 
 def describe_comparison(recipe: dict[str, Any], made: dict[str, Any]) -> str:
@@ -301,71 +221,8 @@ def describe_comparison(recipe: dict[str, Any], made: dict[str, Any]) -> str:
     )
 
 
-def format_markdown(path: Path, baseline: str) -> str:
-    """The comparison's `table.csv` as a Markdown table."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            compared = row["method"] != baseline
-            lines.append(
-                (
-                    *(row["student"], row["method"], show(row, "{:.2f}", "last"), show(row, "{:.2f}", "best")),
-                    show(row, "{:+.2f}", "difference") if compared else "",
-                    show(row, "{:+.2f} to {:+.2f}", "interval_low", "interval_high") if compared else "",
-                    *(row["seeds"], row["tuned_over"]),
-                )
-            )
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def show(row: dict[str, str], form: str, *keys: str) -> str:
-    """Numbers of a row, with the standard error where there is one; nothing where a number is missing."""
-    if not all(row[key] for key in keys):
-        return ""
-    error = row.get(f"{keys[0]}_se")
-    return form.format(*(float(row[key]) for key in keys)) + (f" ± {float(error):.2f}" if error else "")
-
-
-def read_notes(path: Path) -> list[str]:
-    """What `table.txt` says below its table."""
-    _, _, notes = path.read_text(encoding="utf-8").partition("\n\n")
-    return [line.strip() for line in notes.splitlines() if line.strip()]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The workspace: a saved view of a project's runs.
-
-
-def build_workspace(entity: str, project: str, name: str, sections: Iterable[Section] = SECTIONS) -> Any:
-    """Build the view; nothing is sent.
-
-    Args:
-        entity: User or team.
-        project: Project name.
-        name: The view's name.
-        sections: What it shows.
-
-    Returns:
-        wandb-workspaces' `Workspace`.
-    """
-    import wandb_workspaces.workspaces as workspaces
-
-    return workspaces.Workspace(
-        entity=entity,
-        project=project,
-        name=name,
-        sections=[
-            workspaces.Section(
-                name=section.title, panels=[build_panel(panel) for panel in section.panels], is_open=True
-            )
-            for section in sections
-        ],
-        settings=workspaces.WorkspaceSettings(x_axis=STEP),
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Make a workspace or a report: send it to W&B, or write what would be sent.
+# Make a workspace, a saved view of a project's runs, or a report: send it to W&B, or write what would be sent.
 
 
 def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) -> str:
@@ -384,10 +241,16 @@ def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) 
     if recipe.report:
         check_comparison(Path(recipe.report))
     if names:
-        empty = list_empty(SECTIONS, set().union(*names))
+        empty = list_empty(list_sections(), set().union(*names))
         say("\n  ".join([f"{len(empty)} panels lack something of these runs" + ":" * bool(empty), *empty]))
     if recipe.dry_run:
-        return write_spec(recipe, say)
+        path = Path(recipe.out) / ("report.json" if recipe.report else "workspace.json")
+        made = build(recipe, recipe.entity or "", known=False)
+        # What `save` sends of it: wandb-workspaces has no public name for that.
+        write_json(path, json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+        if recipe.report:
+            say("the run's project is looked up when the report is sent; here its panels are of the report's own")
+        return str(path)
     with explained_failures():
         made = build(recipe, recipe.entity or find_entity(), known=True)
         made.save()
@@ -402,24 +265,18 @@ def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
     """
     if recipe.report:
         return build_report(Path(recipe.report), entity, recipe.project, known)
+    import wandb_workspaces.workspaces as workspaces
+
+    sections = [
+        workspaces.Section(name=title, panels=panels, is_open=True) for title, panels in list_sections().items()
+    ]
+    settings = workspaces.WorkspaceSettings(x_axis=STEP)
     try:
-        return build_workspace(entity, recipe.project, recipe.name)
+        return workspaces.Workspace(
+            entity=entity, project=recipe.project, name=recipe.name, sections=sections, settings=settings
+        )
     except ValueError as error:
         raise UserError(f"name: {recipe.name!r}: W&B takes no emoji and no symbols such as + = < $") from error
-
-
-def write_spec(recipe: DashboardRecipe, say: Callable[[str], None]) -> str:
-    """Write what would be sent; the file."""
-    path = Path(recipe.out) / ("report.json" if recipe.report else "workspace.json")
-    write_json(path, read_spec(build(recipe, recipe.entity or "", known=False)))
-    if recipe.report:
-        say("the run's project is looked up when the report is sent: its panels here are of the report's own project")
-    return str(path)
-
-
-def read_spec(made: Any) -> Any:
-    """What `save` sends of a workspace or report: wandb-workspaces has no public name for it."""
-    return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
 def find_entity() -> str:
@@ -444,7 +301,7 @@ def explained_failures() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"dashboard: nothing was sent: {first}; run `wandb login`, or write what would be sent with --dry_run"
+            f"dashboard: nothing was sent: {first_line(error)}; run `wandb login`, or write what would be sent with "
+            "--dry_run"
         ) from error
