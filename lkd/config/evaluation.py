@@ -8,7 +8,6 @@ from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, 
 from lkd.config.ranges import (
     AtLeast2,
     ClosedUnitInterval,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveFraction,
@@ -177,7 +176,7 @@ class PlanRecipe(StudentRecipe):
         gpus: How many, for distillation; meta-training runs on one.
         efficiency: Part of the datasheet's rates that the steps reach, in (0, 1].
         cores: CPU cores of the machine that decode images.
-        decode_rate: Images that one core decodes and crops a second; 0 measures it on images of data.root.
+        decode_rate: Images that one core decodes and crops a second.
         augmentation_seeds: Augmentations of each image whose teacher's answers a cache holds.
         top_k: Classes of each answer that a small cache holds.
         out: Folder for plan.json and plan.txt; none are written without.
@@ -189,11 +188,11 @@ class PlanRecipe(StudentRecipe):
     pool: PoolSettings | None = None
     pool_dir: str | None = None
     meta: MetaSettings | None = None
-    gpu: Literal["h100_sxm", "a100_sxm_80gb", "l40s", "rtx_4090"] = "h100_sxm"
+    gpu: Literal["h200_sxm", "h100_sxm", "a100_sxm_80gb", "l40s", "rtx_4090"] = "h100_sxm"
     gpus: PositiveInt = 1
     efficiency: PositiveFraction = 0.5
     cores: PositiveInt = 16
-    decode_rate: NonNegativeFloat = 500.0
+    decode_rate: PositiveFloat = 500.0
     augmentation_seeds: PositiveInt = 8
     top_k: PositiveInt = 20
     out: str | None = None

@@ -1,370 +1,295 @@
-"""What a run will take, before it runs: hours, memory and data."""
+"""What a run will take, before it runs: its steps are counted on tensors that have shapes and no contents."""
 
 import dataclasses
-import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import PlanRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
-from lkd.config.parts import DataRecipe
-from lkd.config.training import DistillRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import write_json, write_text
-from lkd.core.random import seeded_generator
-from lkd.data.augment import CROP_NUMBERS, cut_random
+from lkd.core.files import flatten, write_json, write_text
+from lkd.core.outputs import Outputs
 from lkd.data.image_files import ImageFiles
-from lkd.data.images import ImageSet
-from lkd.data.loader import Loading
-from lkd.evaluation.plan_steps import (
-    GPUS,
-    DryStep,
-    Gpu,
-    build_untrained_loss,
-    name_untrained,
-    plan_loss,
-    plan_rollout,
-    precision_of,
-    run_dry_step,
-)
-from lkd.meta_training.checks import check_settings
+from lkd.data.images import Batch, ImageSet
+from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.loss import DistillationLoss
+from lkd.meta_training.checks import AUDITED, check_settings
+from lkd.meta_training.rollouts import OBJECTIVES, build_inner_optimizer, compute_inner_loss, compute_outer_logits
+from lkd.models.build import OWN_NETWORKS
+from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
-from lkd.training.build import Images, prepare_images
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_learned_loss, prepare_loss
+from lkd.training.optimizer import build_optimizer
+from lkd.training.training import keep_stages, widen_outputs
+from meta import ESTIMATORS, Problem, State, Tensors
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which images a plan is for: those of the recipe if they are there, else what is known of the data set.
-
-IMAGENET_FILE_BYTES = 147_897_477_120 / 1_281_167  # ILSVRC2012_img_train.tar over its images
+aten = torch.ops.aten
+HOUR = 3600.0
+LAUNCH_SECONDS = 5e-6  # that an operation takes at least
+LENGTHS = (2, 3)  # inner steps that are run; longer rollouts lie on the line through both
+# Training images, classes, channels, pixels of what is planned without its files; 0: as many as the recipe says.
 KNOWN = {"image_folder": (1_281_167, 1000, 3, 0), "cifar10": (50_000, 10, 3, 32), "cifar100": (50_000, 100, 3, 32)}
-KNOWN |= dict.fromkeys(("fashion_mnist", "fashion_mnist_unseen", "fashion_mnist_rest"), (60000, 10, 1, 28))
+KNOWN |= dict.fromkeys(("fashion_mnist", "fashion_mnist_unseen", "fashion_mnist_rest"), (60_000, 10, 1, 28))
 
 
-class PlannedImages(NamedTuple):
-    """Images without pixels.
+class Gpu(NamedTuple):
+    """What the vendor states. Rates of matrix units are dense: half of what is advertised with sparsity.
 
     Attributes:
-        stand_in: What networks and losses are built for: shapes and classes, no images.
-        train_size: Training images.
-        source: Where the counts come from.
-        files: The training images' files, if they are decoded and there.
+        name: As the vendor calls it.
+        bfloat16: TFLOP/s of matrix units in bfloat16.
+        tensorfloat32: The same in TensorFloat-32, which convolutions of float32 tensors use by default.
+        bandwidth: Of its memory, GB/s.
+        memory: GB.
+    """
+
+    name: str
+    bfloat16: float
+    tensorfloat32: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "h200_sxm": Gpu("H200 SXM 141 GB", 989.4, 494.7, 4800, 141),
+    "h100_sxm": Gpu("H100 SXM 80 GB", 989.4, 494.7, 3350, 80),
+    "a100_sxm_80gb": Gpu("A100 SXM 80 GB", 312, 156, 2039, 80),
+    "l40s": Gpu("L40S", 362, 183, 864, 48),
+    "rtx_4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 1008, 24),
+}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations, and the bytes of the tensors that are alive at once.
+
+    Numbers that the code asks of tensors without contents are 1, so that checks for finite values pass.
+
+    Args:
+        gpu: At whose rates an operation takes the longest of computing, moving and launching.
+        precision: Of the tensors.
+
+    Attributes:
+        part: Whose operations they are from here on.
+        flops: Part → FLOPs of convolutions and matrix products, a multiply-add counted as two.
+        seconds: Part → seconds.
+        peak: The most bytes that were alive at once.
+    """
+
+    def __init__(self, gpu: Gpu, precision: str) -> None:
+        super().__init__()
+        self.flop_rate = 1e12 * (gpu.bfloat16 if precision == "bfloat16" else gpu.tensorfloat32)
+        self.bandwidth = 1e9 * gpu.bandwidth
+        self.alive, self.bytes = WeakIdKeyDictionary(), 0
+        self.start("")
+
+    def start(self, part: str) -> None:
+        """Count anew from here; what is alive stays."""
+        self.part, self.peak = part, self.bytes
+        self.flops: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return args[0].dtype.is_floating_point or args[0].dtype is torch.bool or 1
+        out = func(*args, **kwargs)
+        if func is aten.empty_like.default and kwargs.get("device") == torch.device("meta"):
+            return out  # of a trajectory that is stored without its values
+        inputs, outputs = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        if func.namespace == "aten":
+            flops, moved = count_flops(func, args, kwargs, out), count_bytes(func, inputs, outputs)
+            if flops or moved:
+                self.flops[self.part] += flops
+                self.seconds[self.part] += max(flops / self.flop_rate, moved / self.bandwidth, LAUNCH_SECONDS)
+        for storage in (tensor.untyped_storage() for tensor in outputs):
+            if storage not in self.alive:
+                self.alive[storage] = True
+                self.bytes += storage.nbytes()
+                finalize(storage, self.release, storage.nbytes())
+                self.peak = max(self.peak, self.bytes)
+        return out
+
+    def release(self, size: int) -> None:
+        """A tensor's memory is free."""
+        self.bytes -= size
+
+
+def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """FLOPs of a convolution or matrix product; torch's own count but for the gradients of grouped convolutions."""
+    if func is aten.convolution_backward.default:
+        gradient, images, weight, transposed, mask = args[0], args[1], args[2], args[7], args[10]
+        once = conv_flop_count(images.shape, weight.shape, gradient.shape, transposed)
+        return once * (bool(mask[0]) + bool(mask[1]))
+    packet = func.overloadpacket
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def count_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Bytes that an operation reads and writes; views and empty tensors move nothing."""
+    if func.is_view or "empty" in func.name() or not (outputs or func._schema.is_mutable):
+        return 0
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    if not func._schema.is_mutable and any(tensor.untyped_storage()._cdata in storages for tensor in outputs):
+        return 0
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in [*inputs, *outputs])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step of a training, and a hypergradient.
+
+
+class World(NamedTuple):
+    """What the steps of a recipe meet.
+
+    Attributes:
+        recipe: The recipe; its networks without their weights.
+        meta: Its outer loop, if it has one.
+        pool: Its pool, if it has one.
+        images: Shapes and classes, no images.
+        count: Training images.
         decoded: Whether each image is decoded when a batch needs it.
-        file_bytes: Mean size of a file, or of an image in memory.
     """
 
-    stand_in: Images
-    train_size: int
-    source: str
-    files: ImageFiles | None
+    recipe: PlanRecipe
+    meta: MetaSettings
+    pool: PoolSettings
+    images: Images
+    count: int
     decoded: bool
-    file_bytes: float
+
+    def make_batch(self, size: int) -> Batch:
+        """A batch of zeros."""
+        labels = torch.zeros(size, dtype=torch.int64)
+        return Batch(torch.zeros(size, *self.images.train.image_shape), labels, labels, labels)
+
+    def ask_teacher(self, teacher: Any, images: Tensor, stages: tuple[str, ...]) -> Outputs:
+        """The teacher's outputs; those of a cache cost nothing."""
+        if self.recipe.teacher.cache:
+            return Outputs(torch.empty(len(images), self.images.train.num_classes), {})
+        with torch.no_grad():
+            return keep_stages(teacher.network(images), stages)
 
 
-def plan_images(recipe: DataRecipe) -> PlannedImages:
-    """Count the images of a recipe.
+class Counted(NamedTuple):
+    """Work of a step: FLOPs and seconds by part, most bytes that are alive at once, parameters by network."""
 
-    Raises:
-        UserError: If the data set is named with a root and is not good, or is neither there nor known.
-    """
-    if recipe.root is None and recipe.name != "embedded":
-        if recipe.name not in KNOWN:
-            raise UserError(f"data.root: missing; without it only {', '.join(KNOWN)} can be planned, not {recipe.name}")
-        count, classes, channels, pixels = KNOWN[recipe.name]
-        pixels = pixels or recipe.image_size
-        train_size = recipe.train_size or count - recipe.meta_validation_size
-        decoded = recipe.name == "image_folder"
-        source = "ImageNet-1k's" if decoded else f"{recipe.name}'s"
-        size = IMAGENET_FILE_BYTES if decoded else channels * pixels**2
-        return PlannedImages(
-            stand_in(recipe.name, classes, (channels, pixels, pixels)), train_size, source, None, decoded, size
-        )
-    images = prepare_images(recipe)
-    train = images.train
-    files = train.images if isinstance(train.images, ImageFiles) else None
-    shape = train.image_shape
-    size = measure_files(files) if files else float(torch.tensor(shape).prod())
-    source = f"of {recipe.root or 'the package'}"
-    return PlannedImages(
-        stand_in(images.name, train.num_classes, shape), len(train), source, files, files is not None, size
-    )
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    peak: float
+    parameters: dict[str, int]
 
 
-def measure_files(files: ImageFiles, sample: int = 1000) -> float:
-    """Mean size of the files, by a sample of them, bytes."""
-    chosen = files.positions[:: max(1, len(files.positions) // sample)].tolist()
-    sizes = [len(files.source.read(position)) for position in chosen]
-    return sum(sizes) / len(sizes)
+def count_step(world: World, model: ModelRecipe, loss: dict[str, Any] | str, size: int) -> Counted:
+    """Take two steps of a training with batches of this size; the second one, with momentum there, is counted."""
+    train, shapes, precision = world.recipe.train, world.images.train, choose_precision(world.recipe)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    counter = OperationCounter(GPUS[world.recipe.gpu], precision)
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+        builder, teacher = choose_student(model, shapes), open_teacher(world.recipe.teacher, shapes)
+        student = builder.make().train()
+        if is_missing(loss):  # yet to be learned: the default form
+            fitted: DistillationLoss = build_learned_loss("logits", {}).requires_grad_(False)
+        else:
+            fitted = prepare_loss(loss, builder, teacher, world.images, 0)
+        optimizer = build_optimizer([p for m in (student, fitted) for p in m.parameters() if p.requires_grad], train)
+        for _ in range(2):
+            optimizer.zero_grad()
+            columns = [column.split(size // train.accumulation) for column in world.make_batch(size)]
+            counter.start("teacher")
+            for batch in map(Batch._make, zip(*columns, strict=True)):
+                counter.part = "teacher"
+                with autocast():
+                    answers = world.ask_teacher(teacher, batch.images, fitted.teacher_stages)
+                    counter.part = "student"
+                    outputs = student(batch.images)
+                counter.part = "loss"  # until, backward, the gradient of the logits is there
+                outputs.logits.register_hook(lambda _: setattr(counter, "part", "student"))
+                outputs = widen_outputs(outputs if fitted.teacher_stages else keep_stages(outputs, ()))
+                identity = {"index": batch.index} if fitted.needs_index else {}
+                terms = fitted(outputs, widen_outputs(answers), batch.target, 0.5, **identity)
+                torch.stack(list(terms.values())).sum().backward()
+            optimizer.step()
+    networks = {"student": student, "teacher": teacher.network, "loss": fitted}
+    parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in networks.items()}
+    average = 4 * parameters["student"] if train.ema_decay else 0
+    return Counted(counter.flops, counter.seconds, counter.peak + average, parameters)
 
 
-def measure_decoding(files: ImageFiles, sample: int = 64) -> float:
-    """Images that one core decodes and crops a second, by a sample of them."""
-    slots = torch.arange(0, len(files.positions), max(1, len(files.positions) // sample))
-    numbers = torch.rand(len(files.positions), CROP_NUMBERS, generator=seeded_generator(0), dtype=torch.float64)
-    started = time.process_time()
-    cut = lambda image, slot: cut_random(image, files.size, numbers[slot])  # noqa: E731
-    Loading(files, slots, cut, replace=True, pin=False).wait()
-    return len(slots) / (time.process_time() - started)
+def count_hypergradient(world: World, model: ModelRecipe, estimator: str) -> Counted:
+    """Count short rollouts, and follow the line through them to the recipe's length."""
+    length = world.meta.rollout_steps
+    short, long = (min(length, each) for each in LENGTHS)
+    first, second = (count_rollout(world, model, estimator, each) for each in (short, long))
+    slope = (length - long) / max(long - short, 1)
+    flops, seconds, *peaks = (b + (b - a) * slope for a, b in zip(first, second, strict=True))
+    return Counted({estimator: flops}, {estimator: seconds}, max(peaks), {})
 
 
-def stand_in(name: str, classes: int, shape: tuple[int, int, int]) -> Images:
-    """A data set of no images."""
-    names = tuple(str(number) for number in range(classes))
-    nothing = torch.zeros(0, dtype=torch.int64)
-    mean = (0.5,) * shape[0]
-    part = ImageSet(torch.zeros(0, *shape, dtype=torch.uint8), nothing, nothing, names, mean, mean)
-    return Images(name, part, part, part, "")
+def count_rollout(world: World, model: ModelRecipe, estimator: str, length: int) -> tuple[float, float, int, int]:
+    """FLOPs and seconds of one hypergradient in float32; peaks of the teacher's answers and of the estimator, bytes."""
+    meta, train, shapes = world.meta, world.recipe.train, world.images.train
+    counter = OperationCounter(GPUS[world.recipe.gpu], "float32")
+    with torch.device("meta"), counter:
+        student, teacher = choose_student(model, shapes).make().train(), open_teacher(world.recipe.teacher, shapes)
+        loss = build_loss_networks(world)
+        parameters = {name: p.detach() for name, p in student.named_parameters()}
+        momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        state = State(parameters, dict(student.named_buffers()), {"momentum_buffer": momentum})
+        hyper = {name: p.detach() for name, p in loss.named_parameters()}
+        outer_batch = world.make_batch(meta.outer_batch_size)
+
+        def outer_loss(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+            logits = compute_outer_logits(student, parameters, buffers, batch)
+            return OBJECTIVES[meta.objective](logits, batch.target)
+
+        counter.start(estimator)
+        batches = [world.make_batch(train.batch_size) for _ in range(length)]
+        answers = [world.ask_teacher(teacher, batch.images, loss.teacher_stages) for batch in batches]
+        inner_batches = [(batch, answer, 0.5) for batch, answer in zip(batches, answers, strict=True)]
+        teacher_peak, counter.peak = counter.peak, counter.bytes
+        optimizer = build_inner_optimizer(train, train.learning_rate, meta.annealing, length)
+        inner_loss = partial(compute_inner_loss, student, loss)
+        ESTIMATORS[estimator](Problem(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer))
+    return counter.flops[estimator], counter.seconds[estimator], teacher_peak, counter.peak
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The plan of a distillation.
-
-HOUR = 3600.0
-
-
-def plan_distillation(recipe: DistillRecipe, settings: PlanRecipe, images: PlannedImages, gpu: Gpu) -> dict[str, Any]:
-    """Plan a distillation.
-
-    Raises:
-        UserError: If the loss, a network or the batch is not good.
-    """
-    train, teacher = recipe.train, name_untrained(recipe.teacher)
-    steps = count_steps(train.epochs, images.train_size, train.batch_size)
-    loss, described = plan_loss(recipe.loss, recipe.student, teacher, images.stand_in)
-    build_balance(recipe.balance, loss())
-    share = replace(train, batch_size=train.batch_size // settings.gpus)
-    step = run_dry_step(recipe.student, teacher, loss, share, images.stand_in, gpu)
-    seconds = sum(work.seconds for work in step.parts.values()) / settings.efficiency
-    hours = steps * seconds / HOUR
-    return {
-        "command": "distill",
-        "teacher": teacher.name,
-        "student": recipe.student.name,
-        "loss": described,
-        "precision": precision_of(train),
-        "epochs": train.epochs,
-        "batch_size": train.batch_size,
-        "steps": steps,
-        "parameters": step.parameters,
-        "step": describe_step(step, share.batch_size),
-        "memory_gigabytes": {"a step of training": step.peak / 1e9},
-        "weights_gigabytes": step.weights / 1e9,
-        "hours": {"training": hours},
-        "gpu_hours": hours * settings.gpus,
-        "images_per_second": train.batch_size / seconds,
-        "cache": plan_cache(settings, images, step, hours),
-    }
+def build_loss_networks(world: World) -> DistillationLoss:
+    """The loss networks that a meta-training learns."""
+    recipe, shapes = world.recipe, world.images.train
+    students = [choose_student(model, shapes) for model in recipe.students or [recipe.student]]
+    teacher = open_teacher(recipe.teacher, shapes)
+    return prepare_learned_loss(world.meta.kind, world.meta.loss, students, teacher, world.images, 0)
 
 
-def count_steps(epochs: int, images: int, batch_size: int) -> int:
-    """Steps of a training; an epoch's incomplete batch is dropped.
-
-    Raises:
-        UserError: If there is no whole batch.
-    """
-    if not 1 <= batch_size <= images:
-        raise UserError(f"train.batch_size: {batch_size} is not between 1 and the {images} training images")
-    return epochs * (images // batch_size)
+def is_missing(loss: dict[str, Any] | str) -> bool:
+    """Whether a loss is a file that is yet to be learned."""
+    return isinstance(loss, str) and loss.endswith(".safetensors") and not Path(loss).exists()
 
 
-def describe_step(step: DryStep, batch_size: int) -> dict[str, Any]:
-    """Each part's work for an image, and its share of the time."""
-    total = sum(work.seconds for work in step.parts.values())
-    return {
-        part: {
-            "gflops_an_image": work.flops / batch_size / 1e9,
-            "megabytes_an_image": work.bytes / batch_size / 1e6,
-            "operations": work.operations,
-            "share": work.seconds / total,
-        }
-        for part, work in step.parts.items()
-    }
-
-
-def plan_cache(settings: PlanRecipe, images: PlannedImages, step: DryStep, hours: float) -> dict[str, Any]:
-    """Size of a cache of the teacher's answers (`lkd cache`), and when it pays.
-
-    A cache holds the answers to N augmentations of every image. Filling it takes N epochs of the teacher, as a training
-    of N epochs would: from the epoch after on it saves the teacher's work.
-    """
-    classes, seeds = images.stand_in.train.num_classes, settings.augmentation_seeds
-    answers = images.train_size * seeds
-    total = sum(work.seconds for work in step.parts.values())
-    share = step.parts["teacher"].seconds / total if "teacher" in step.parts else 0.0
-    saved = share * hours * max(0.0, 1 - seeds / settings.train.epochs)
-    kept = min(settings.top_k, largest_top_k(classes))
-    return {
-        "augmentation_seeds": seeds,
-        "gigabytes": answers * bytes_of_answer(classes, 0) / 1e9,
-        "top_k": kept,
-        "top_k_gigabytes": answers * bytes_of_answer(classes, kept) / 1e9,
-        "break_even_epochs": seeds,
-        "saved_hours": saved,
-        "saved_hours_of_another_training": share * hours,
-    }
+def choose_precision(recipe: PlanRecipe) -> str:
+    """What a training computes in on a GPU."""
+    return "float32" if recipe.train.precision == "float32" else "bfloat16"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The plan of a meta-training.
-
-
-def plan_meta_training(
-    recipe: MetaTrainRecipe, settings: PlanRecipe, images: PlannedImages, gpu: Gpu
-) -> dict[str, Any]:
-    """Plan a meta-training: its pools, its outer steps, its looks at reuse.
-
-    Raises:
-        UserError: If a loss, a network or the batch is not good.
-    """
-    train, meta, teacher = recipe.train, recipe.meta, name_untrained(recipe.teacher)
-    models = recipe.students or [recipe.student]
-    steps = count_steps(train.epochs, images.train_size, train.batch_size)
-    losses = [plan_loss(recipe.pool.loss, model, teacher, images.stand_in)[0] for model in models]
-    dry = [
-        run_dry_step(model, teacher, loss, train, images.stand_in, gpu)
-        for model, loss in zip(models, losses, strict=True)
-    ]
-    rollouts = [plan_rollout(recipe, model, teacher, images.stand_in, gpu) for model in models]
-    training = steps * mean([sum(w.seconds for w in step.parts.values()) for step in dry]) / settings.efficiency / HOUR
-    names = list(rollouts[0])
-    outer = {
-        name: meta.outer_steps
-        * meta.students_per_step
-        * mean([r[name].work.seconds for r in rollouts])
-        / settings.efficiency
-        / HOUR
-        for name in names
-    }
-    loss_parameters = count_loss_parameters(replace(recipe, teacher=teacher), images.stand_in)
-    trainings = count_trainings(recipe, len(models))
-    hours = {"outer steps": outer[names[0]]} | {name: count * training for name, count in trainings.items()}
-    largest = {name: max(r[name].peak for r in rollouts) / 1e9 for name in names}
-    length = meta.rollout_steps * train.batch_size
-    return {
-        "command": "meta-train",
-        "teacher": teacher.name,
-        "student": ", ".join(model.name for model in models),
-        "loss": f"learned: {meta.kind}, {meta.loss.get('form', 'decoupled')}",
-        "precision": f"{precision_of(train)}; rollouts float32",
-        "epochs": train.epochs,
-        "batch_size": train.batch_size,
-        "steps": steps,
-        "parameters": dry[0].parameters | {"loss": loss_parameters},
-        "step": describe_step(dry[0], train.batch_size),
-        "rollout": {
-            name: {
-                "steps": meta.rollout_steps,
-                "gflops": mean([r[name].work.flops for r in rollouts]) / 1e9,
-                "seconds": mean([r[name].work.seconds for r in rollouts]) / settings.efficiency,
-                "megabytes_a_step": mean([r[name].growth for r in rollouts]) / 1e6,
-            }
-            for name in names
-        },
-        "memory_gigabytes": {"a step of the pool's training": max(step.peak for step in dry) / 1e9}
-        | {f"a hypergradient by {name}": size for name, size in largest.items()},
-        "weights_gigabytes": max(step.weights for step in dry) / 1e9,
-        "hours": hours,
-        "hours_of_outer_steps_at_most": max(outer.values()),
-        "hours_of_one_training": training,
-        "gpu_hours": sum(hours.values()),
-        "images_per_second": max(
-            train.batch_size * steps / (training * HOUR), length / min(outer_seconds(rollouts, settings))
-        ),
-    }
-
-
-def outer_seconds(rollouts: list[dict[str, Any]], settings: PlanRecipe) -> list[float]:
-    """Seconds of one hypergradient, by estimator and network."""
-    return [each.work.seconds / settings.efficiency for by_name in rollouts for each in by_name.values()]
-
-
-def count_trainings(recipe: MetaTrainRecipe, architectures: int) -> dict[str, float]:
-    """Whole trainings that the pools, the looks at reuse and the loop's own students come to."""
-    meta, pool = recipe.meta, recipe.pool
-    drawn = meta.alternation_start
-    built = 0 if recipe.pool_dir or not drawn else 1
-    built += max(drawn - 1, 0) // pool.refresh_every if pool.sampling == "live" else 0
-    looks = 0
-    if meta.reuse_every:
-        looks = 1 + -(-meta.outer_steps // meta.reuse_every)
-    part = (meta.reuse_epochs or recipe.train.epochs) / recipe.train.epochs
-    return {
-        "pool": built * pool.students * pool.max_age * architectures,
-        "reuse": looks * part * architectures,
-        "own students": float(meta.students_per_step) if meta.interleaving != "before" else 0.0,
-    }
-
-
-def count_loss_parameters(recipe: MetaTrainRecipe, images: Images) -> int:
-    """Parameters of the loss networks."""
-    with torch.device("meta"):
-        loss = build_untrained_loss(recipe, images)
-    return sum(parameter.numel() for parameter in loss.parameters())
-
-
-def mean(values: list[float]) -> float:
-    """The mean."""
-    return sum(values) / len(values)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A plan as text.
-
-
-def format_plan(plan: dict[str, Any]) -> str:
-    """One line for each thing that a plan says."""
-    gpu, loading = plan["gpu"], plan["loading"]
-    total = sum(plan["hours"].values())
-    parameters = ", ".join(f"{name} {count:,}" for name, count in plan["parameters"].items())
-    rows = [
-        ("command", f"lkd {plan['command']}: {plan['teacher']} → {plan['student']}, loss: {plan['loss']}"),
-        ("parameters", parameters),
-        ("images", f"{loading['images']:,} ({loading['source']}), {loading['gigabytes']:,.1f} GB"),
-        ("training", f"{plan['epochs']} epochs of batch {plan['batch_size']}: {plan['steps']:,} steps"),
-        ("precision", plan["precision"]),
-        *(format_part(name, part) for name, part in plan["step"].items()),
-        *(format_rollout(name, rollout) for name, rollout in plan.get("rollout", {}).items()),
-        *(("memory", f"{name}: {size:.1f} GB of {gpu['memory']:g}") for name, size in plan["memory_gigabytes"].items()),
-        ("GPU", f"{gpu['count']} × {gpu['name']} at {plan['efficiency']:.0%} of its datasheet"),
-        *((f"  {name}", f"{hours:,.2f} hours") for name, hours in plan["hours"].items() if hours),
-        ("in all", f"{total:,.2f} hours, {plan['gpu_hours']:,.2f} GPU-hours"),
-        ("needs", f"{loading['needed_images_per_second']:,.0f} images/s"),
-    ]
-    if "decoded_images_per_second" in loading:
-        rate = f"{loading['images_per_core']:,.0f} images/s on each of {loading['cores']} cores"
-        rows.append(("decoding", f"{loading['decoded_images_per_second']:,.0f} images/s: {rate}"))
-    if "cache" in plan:
-        rows += format_cache(plan["cache"])
-    rows += [("WARNING", warning) for warning in plan["warnings"]]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
-
-
-def format_part(name: str, part: dict[str, float]) -> tuple[str, str]:
-    """A part of a step."""
-    work = f"{part['gflops_an_image']:.3f} GFLOPs and {part['megabytes_an_image']:.1f} MB an image"
-    return f"  {name}", f"{work}, {part['operations']:.0f} operations, {part['share']:.1%} of a step"
-
-
-def format_rollout(name: str, rollout: dict[str, float]) -> tuple[str, str]:
-    """A hypergradient."""
-    work = f"{rollout['gflops'] / 1000:,.1f} TFLOPs, {rollout['seconds']:,.2f} s"
-    return f"  {name}", f"{rollout['steps']:.0f} steps: {work}; each step adds {rollout['megabytes_a_step']:,.0f} MB"
-
-
-def format_cache(cache: dict[str, float]) -> list[tuple[str, str]]:
-    """A teacher cache."""
-    small = f"{cache['top_k_gigabytes']:,.1f} GB of the best {cache['top_k']:.0f} classes"
-    size = f"{cache['augmentation_seeds']:.0f} augmentations of each image: {cache['gigabytes']:,.1f} GB, or {small}"
-    again = f"{cache['saved_hours_of_another_training']:,.2f} of another training"
-    saved = f"pays after {cache['break_even_epochs']:.0f} epochs; saves {cache['saved_hours']:,.2f} hours here, {again}"
-    return [("teacher cache", size), ("", saved)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Put a plan together: what the steps take, how many there are, and what that is in hours, memory and data.
+# What the steps take, how many there are, and what that is in hours, memory and data.
 
 
 def plan(recipe: PlanRecipe) -> dict[str, Any]:
@@ -373,71 +298,192 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
     Raises:
         UserError: If the recipe is not good.
     """
-    check_plan(recipe)
-    images, gpu = plan_images(recipe.data), GPUS[recipe.gpu]
-    if recipe.meta is None and recipe.pool is None:
-        result = plan_distillation(select(recipe, DistillRecipe), recipe, images, gpu)
-    else:
-        learning = select(recipe, MetaTrainRecipe)
-        learning.meta, learning.pool = recipe.meta or MetaSettings(), recipe.pool or PoolSettings()
-        check_settings(learning)
-        result = plan_meta_training(learning, recipe, images, gpu)
-    result |= {"gpu": {"count": recipe.gpus, **gpu._asdict()}, "efficiency": recipe.efficiency}
-    result["loading"] = plan_loading(recipe, images, result["images_per_second"])
-    result["warnings"] = find_warnings(result, gpu)
+    is_learned = recipe.meta is not None or recipe.pool is not None
+    world = open_world(recipe, is_learned)
+    recipe, train = world.recipe, recipe.train
+    if not 1 <= train.batch_size <= world.count:
+        raise UserError(f"train.batch_size: {train.batch_size} is not between 1 and the {world.count} training images")
+    steps = train.epochs * (world.count // train.batch_size)
+    models = (recipe.students or [recipe.student]) if is_learned else [recipe.student]
+    loss = world.pool.loss if is_learned else recipe.loss
+    size = train.batch_size // recipe.gpus
+    counted = [count_step(world, model, loss, size) for model in models]
+    totals = [sum(step.seconds.values()) for step in counted]
+    training = steps * mean(totals) / recipe.efficiency / HOUR
+    named = loss if isinstance(loss, str) else str(loss.get("name"))
+    result: dict[str, Any] = {
+        "command": "meta-train" if is_learned else "distill",
+        "teacher": recipe.teacher.name,
+        "student": ", ".join(model.name for model in models),
+        "loss": "the default learned loss, not there yet" if is_missing(loss) else named,
+        "precision": choose_precision(recipe),
+        "epochs": train.epochs,
+        "batch_size": train.batch_size,
+        "steps": steps,
+        "parameters": counted[0].parameters,
+        "step": {
+            part: {"gflops_an_image": counted[0].flops[part] / size / 1e9, "share": seconds / totals[0]}
+            for part, seconds in counted[0].seconds.items()
+        },
+        "memory_gigabytes": {"a step of training": max(step.peak for step in counted) / 1e9},
+        "hours": {"training": training},
+        "gpu": {"count": recipe.gpus, **GPUS[recipe.gpu]._asdict()},
+        "efficiency": recipe.efficiency,
+        "images": world.count,
+        "images_per_second": steps * train.batch_size / (training * HOUR),
+    }
+    if world.decoded:
+        result["decoded_images_per_second"] = recipe.cores * recipe.decode_rate
+    if is_learned:
+        add_outer_loop(result, world, models, training)
+    elif not recipe.teacher.cache:
+        result["cache"] = plan_cache(world, counted[0].seconds["teacher"] / totals[0] * training)
+    result["gpu_hours"] = sum(result["hours"].values()) * recipe.gpus
+    result["warnings"] = find_warnings(result)
     if recipe.out:
         write_json(Path(recipe.out) / "plan.json", result)
         write_text(Path(recipe.out) / "plan.txt", format_plan(result) + "\n")
     return result
 
 
-def check_plan(recipe: PlanRecipe) -> None:
-    """Check what a plan adds to the recipe.
+def open_world(recipe: PlanRecipe, is_learned: bool) -> World:
+    """Check a recipe, count its images, and name the networks whose weights a plan does not read.
 
     Raises:
-        UserError: If a number is impossible.
+        UserError: If a setting is impossible, or the images or the teacher's network are not known.
     """
-    if recipe.decode_rate == 0 and recipe.data.root is None:
-        raise UserError(f"decode_rate: {recipe.decode_rate:g} cannot be measured without data.root; give images/s")
-    if recipe.train.batch_size % recipe.gpus:
-        raise UserError(f"train.batch_size: {recipe.train.batch_size} does not divide among {recipe.gpus} gpus")
-
-
-def select(recipe: PlanRecipe, kind: type) -> Any:
-    """The fields of a plan's recipe that are those of another command."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in vars(recipe).items() if name in names})
-
-
-def plan_loading(recipe: PlanRecipe, images: PlannedImages, needed: float) -> dict[str, Any]:
-    """The images, their volume, and whether they come as fast as they are needed."""
-    figures: dict[str, Any] = {
-        "images": images.train_size,
-        "source": images.source,
-        "gigabytes": images.train_size * images.file_bytes / 1e9,
-        "needed_images_per_second": needed,
-    }
-    if images.decoded:
-        rate = recipe.decode_rate or (measure_decoding(images.files) if images.files else 0.0)
-        figures |= {"decoded_images_per_second": rate * recipe.cores, "images_per_core": rate, "cores": recipe.cores}
-    return figures
-
-
-def find_warnings(result: dict[str, Any], gpu: Gpu) -> list[str]:
-    """What will go wrong."""
-    warnings, loading = [], result["loading"]
-    decoded, needed = loading.get("decoded_images_per_second"), loading["needed_images_per_second"]
-    if decoded is not None and decoded < needed:
-        cores = -(-needed // loading["images_per_core"])
-        warnings.append(
-            f"loading is the bottleneck: {loading['cores']} cores decode {decoded:,.0f} images/s, the GPUs take "
-            f"{needed:,.0f}: the run takes {needed / decoded:.1f} times as long; {cores:.0f} cores, or packed images, "
-            "would keep up"
+    train, teacher, meta, pool = (
+        recipe.train,
+        recipe.teacher,
+        recipe.meta or MetaSettings(),
+        recipe.pool or PoolSettings(),
+    )
+    gpus = 1 if is_learned else recipe.gpus
+    if train.batch_size % (gpus * train.accumulation):
+        raise UserError(
+            f"train.batch_size: {train.batch_size} does not divide among {gpus} gpus × train.accumulation "
+            f"{train.accumulation}"
         )
-    for name, size in result["memory_gigabytes"].items():
-        if size > gpu.memory:
-            warnings.append(
-                f"memory: {name} needs {size:.1f} GB, {gpu.name} has {gpu.memory:g}; lower train.batch_size, or raise "
-                "train.accumulation (distillation)"
-            )
+    if is_learned:
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(MetaTrainRecipe)}
+        check_settings(MetaTrainRecipe(**fields | {"meta": meta, "pool": pool}))
+    else:
+        build_balance(recipe.balance, DistillationLoss())
+    name, options = teacher.name, teacher.options
+    if not name:
+        architecture = load_teacher_network(teacher.path)[1]["architecture"]
+        name, options = architecture["name"], architecture.get("options") or {}
+    options = {} if name in OWN_NETWORKS else options
+    untrained = replace(
+        recipe,
+        gpus=gpus,
+        teacher=TeacherRecipe(path="random", name=name, options=options, cache=teacher.cache),
+        student=replace(recipe.student, pretrained=False),
+        students=[replace(model, pretrained=False) for model in recipe.students],
+    )
+    return World(untrained, meta, pool, *count_images(recipe.data))
+
+
+def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
+    """Images without contents; how many there are to train on, if need be as is known; whether they are decoded.
+
+    Raises:
+        UserError: If the data set is named with a root and is not good, or is neither there nor known.
+    """
+    if data.root is not None or data.name == "embedded":
+        train = prepare_images(data).train
+        count, classes, shape = len(train), train.num_classes, train.image_shape
+        decoded = isinstance(train.images, ImageFiles)
+    elif data.name in KNOWN:
+        count, classes, channels, pixels = KNOWN[data.name]
+        count, decoded = data.train_size or count - data.meta_validation_size, not pixels
+        shape = channels, pixels or data.image_size, pixels or data.image_size
+    else:
+        raise UserError(f"data.root: missing; without it only {', '.join(KNOWN)} can be planned, not {data.name}")
+    empty, half = torch.zeros(0, dtype=torch.int64), (0.5,) * shape[0]
+    names = tuple(map(str, range(classes)))
+    part = ImageSet(torch.zeros(0, *shape, dtype=torch.uint8), empty, empty, names, half, half)
+    return Images(data.name, part, part, part, "", data), count, decoded
+
+
+def add_outer_loop(plan: dict[str, Any], world: World, models: Sequence[ModelRecipe], training: float) -> None:
+    """Add what a meta-training does besides trainings of so many hours: hypergradients, pools, looks at reuse.
+
+    An audited estimator is first_order as long as that is right, and else adjoint: both are counted.
+    """
+    meta, pool, train = world.meta, world.pool, world.recipe.train
+    plan["rollout"] = {}
+    for name in ("first_order", "adjoint") if meta.estimator == AUDITED else (meta.estimator,):
+        counted = [count_hypergradient(world, model, name) for model in models]
+        plan["rollout"][name] = {
+            "gflops": mean(each.flops[name] for each in counted) / 1e9,
+            "seconds": mean(each.seconds[name] for each in counted) / world.recipe.efficiency,
+        }
+        plan["memory_gigabytes"][f"a hypergradient by {name}"] = max(each.peak for each in counted) / 1e9
+    with torch.device("meta"):
+        plan["parameters"]["loss"] = sum(parameter.numel() for parameter in build_loss_networks(world).parameters())
+    drawn = meta.alternation_start  # outer steps that draw from a pool
+    built = 0 if world.recipe.pool_dir or not drawn else 1
+    built += max(drawn - 1, 0) // pool.refresh_every if pool.sampling == "live" else 0
+    looks = 1 + -(-meta.outer_steps // meta.reuse_every) if meta.reuse_every else 0
+    reused = (meta.reuse_epochs or train.epochs) / train.epochs
+    seconds = [rollout["seconds"] for rollout in plan["rollout"].values()]
+    plan["loss"] = f"learned: {meta.kind}, {meta.loss.get('form', 'decoupled')}"
+    plan["precision"] += "; rollouts float32"
+    plan["hours_of_one_training"] = training
+    plan["hours"] = {
+        "outer steps": meta.outer_steps * meta.students_per_step * seconds[0] / HOUR,
+        "pool": built * pool.students * pool.max_age * len(models) * training,
+        "reuse": looks * reused * len(models) * training,
+        "own students": meta.students_per_step * training if meta.interleaving != "before" else 0.0,
+    }
+    rate = meta.rollout_steps * train.batch_size / min(seconds)
+    plan["images_per_second"] = max(plan["images_per_second"], rate)
+
+
+def plan_cache(world: World, hours: float) -> dict[str, Any]:
+    """Size of a cache of the teacher's answers (`lkd cache`) to N augmentations of every image, and what it saves.
+
+    Filling it takes N epochs of the teacher, as a training of N epochs would: from the epoch after on it saves the
+    teacher's work, of which this training has so many hours.
+    """
+    classes, seeds = world.images.train.num_classes, world.recipe.augmentation_seeds
+    kept = min(world.recipe.top_k, largest_top_k(classes))
+    return {
+        "augmentation_seeds": seeds,
+        "gigabytes": world.count * seeds * bytes_of_answer(classes, 0) / 1e9,
+        "top_k": kept,
+        "top_k_gigabytes": world.count * seeds * bytes_of_answer(classes, kept) / 1e9,
+        "pays_after_epochs": seeds,
+        "saved_hours": hours * max(0.0, 1 - seeds / world.recipe.train.epochs),
+        "saved_hours_of_another_training": hours,
+    }
+
+
+def find_warnings(plan: dict[str, Any]) -> list[str]:
+    """What will go wrong."""
+    needed, gpu = plan["images_per_second"], plan["gpu"]
+    decoded = plan.get("decoded_images_per_second", needed)
+    warnings = [
+        f"memory: {name} needs {size:.1f} GB, {gpu['name']} has {gpu['memory']:g}; lower train.batch_size, or raise "
+        "train.accumulation (distillation)"
+        for name, size in plan["memory_gigabytes"].items()
+        if size > gpu["memory"]
+    ]
+    if decoded < needed:
+        warnings.append(
+            f"loading is the bottleneck: the cores decode {decoded:,.0f} images/s, the GPUs take {needed:,.0f}: the "
+            f"run takes {needed / decoded:.1f} times as long; more cores, or packed images, would keep up"
+        )
     return warnings
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """One line for each thing that a plan says."""
+    rows = []
+    for name, value in flatten(plan | {"warnings": None}).items():
+        if value is not None:
+            text = value if isinstance(value, str) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+            rows.append((name.replace(".", " ").replace("_", " "), text))
+    rows += [("WARNING", warning) for warning in plan["warnings"]]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)

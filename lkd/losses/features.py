@@ -16,6 +16,7 @@ from lkd.losses.functions import (
     check_options,
     choose_pairs,
     cross_entropies,
+    full_precision,
     map_shape,
     pair_equal_sizes,
     pair_last,
@@ -60,7 +61,7 @@ class PairedLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `task` and one for each weight."""
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with full_precision(student.logits):
             maps = [(as_map(student.features[s]), as_map(teacher.features[t])) for s, t in self.pairs]
             distances = self.measure(maps)
         terms = {"task": self.task * cross_entropies(student.logits, target).mean()}

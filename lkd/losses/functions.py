@@ -6,6 +6,8 @@ dry run, never from the user.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,16 @@ Chosen = list[list[str]] | None  # [[student stage, teacher stage], ...], or the
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Over logits: float32, log space, one value a sample.
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Within, nothing is cast to less than float32; devices without autocast, as meta, cast nothing anyway.
+
+    Args:
+        like: On the device that computes.
+    """
+    casts = torch.amp.is_autocast_available(like.device.type)
+    return torch.autocast(like.device.type, enabled=False) if casts else nullcontext()
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from lkd.losses.functions import (
     check_options,
     choose_pairs,
     cross_entropies,
+    full_precision,
     label_of,
     map_shape,
     pair_equal_sizes,
@@ -445,7 +446,7 @@ class TorchdistillLoss(DistillationLoss):
         """
         if self.recipe.several_images and len(student.logits) < 2:
             raise UserError(f"loss 'torchdistill/{self.name}' needs at least 2 images a batch; raise train.batch_size")
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with full_precision(student.logits):
             read: list[dict[str, dict[str, Any]]] = [
                 {path: {"output": value} for tap in taps for path, value in tap(outputs).items()}
                 for taps, outputs in ((self.student_taps, student), (self.teacher_taps, teacher))

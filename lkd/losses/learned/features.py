@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import Stages, as_map, map_shape, pool
+from lkd.losses.functions import Stages, as_map, full_precision, map_shape, pool
 from lkd.losses.learned.networks import (
     CONDITIONING,
     EntryNetwork,
@@ -264,7 +264,7 @@ class FeatureLoss(DistillationLoss):
             UserError: If a network gives no features, or not those that the loss was attached to.
         """
         student_names, teacher_names, student_depths, teacher_depths = self.pair_stages(student, teacher)
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with full_precision(student.logits):
             logs = read_logits(student.logits, teacher.logits, target)
             samples = sample_inputs(logs, progress, self.conditioning)
             weights = self.weigh_stages(student_depths, as_progress(progress, logs.student))

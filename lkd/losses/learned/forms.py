@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
-from lkd.losses.functions import cross_entropies, label_of
+from lkd.losses.functions import cross_entropies, full_precision, label_of
 from lkd.losses.learned.networks import (
     CLASS_INPUTS,
     CONDITIONING,
@@ -153,7 +153,7 @@ class DecoupledLoss(LogitForm):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with full_precision(student.logits):
             logs = read_logits(student.logits, teacher.logits, target)
             weight, temperature, factor = self.set_balance(logs, progress)
             label = label_of(target)
@@ -229,7 +229,7 @@ class GenericLoss(LogitForm):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `divergence`."""
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with full_precision(student.logits):
             logs = read_logits(student.logits, teacher.logits, target)
             factor = self.weigh_classes(logs, progress)
             mixed = self.mix_target(logs, progress)

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot, softmax
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import Stages
+from lkd.losses.functions import Stages, full_precision
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.logits import CrossEntropyLoss
@@ -67,7 +67,7 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
         terms = loss(Outputs(logits, {}), Outputs(teacher, {}), target, progress)
         return torch.stack(list(terms.values())).sum()
 
-    with torch.autocast(like.device.type, enabled=False):
+    with full_precision(like):
         gradient = torch.func.grad(total)(student)
     plain = (softmax(student, 1) - one_hot(target, NUM_CLASSES)) / len(target)
     return plain.norm() * (gradient.square().sum() + 1e-12).rsqrt()
