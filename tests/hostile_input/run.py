@@ -1,9 +1,9 @@
 """Damaged and hostile files for every reader, by the thousands. Kept in docs/evidence/hostile_input.
 
-python -m benchmarks.hostile_input.run [OUT] [--files N]
+python -m tests.hostile_input.run [OUT] [--files N]
 
 Reads N files a reader (10,000), two readers at a time, and writes OUT/result.json, files.csv, README.md and what was
-found (findings.jsonl). Files are a function of reader and number alone: `python -m benchmarks.hostile_input.worker
+found (findings.jsonl). Files are a function of reader and number alone: `python -m tests.hostile_input.worker
 READER NUMBER NUMBER+1 FOLDER` reads one again.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,18 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hostile_input.readers import READERS
+from tabulate import tabulate
+
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
+from tests.hostile_input.readers import READERS
+from tests.hostile_input.worker import SECONDS
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence" / "hostile_input"
 FILES = 10_000
-STUCK = 60  # seconds of its own time that a worker may take for one file: a hang that no signal reaches
 OUTCOMES = ("read", "refused", "traceback", "out of memory", "code was run", "hang", "crash")
 README = """# Hostile input
 
-Made by `python -m benchmarks.hostile_input.run --files {files}`. Each reader of files that may come from strangers
+Made by `python -m tests.hostile_input.run --files {files}`. Each reader of files that may come from strangers
 read {files:,} damaged files (byte flips, cuts, splices; and lies in each format's own terms: header lengths, offsets,
 shapes, dtypes, JSON of other types and depths, YAML tags, aliases and class paths, tar names and sizes, zip bombs,
 pickles that run a command, images that claim to be huge). Where files carry a hash of their content, nine in ten lies
@@ -77,58 +80,31 @@ def fuzz_reader(name: str, files: int) -> dict[str, Any]:
     peak, first, started = 0, 0, time.time()  # after the last file `first` is past `files`
     while first < files:
         with tempfile.TemporaryDirectory() as folder:
-            code = run_worker(name, first, files, Path(folder))
-            progress = json.loads((Path(folder) / "progress.json").read_text())
-            findings += [json.loads(line) for line in (Path(folder) / "said.jsonl").read_text().splitlines()]
+            progress = {"number": first, "counts": {}, "peak_kib": 0}  # the worker's own is newer
+            words = [sys.executable, "-m", "tests.hostile_input.worker", name, str(first), str(files), folder]
+            variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables, check=False)
+            if (newest := Path(folder) / "progress.json").exists():
+                progress = json.loads(newest.read_text())
+            findings += [json.loads(line) for line in done.stdout.splitlines()]
         peak, first = max(peak, progress["peak_kib"]), progress["number"] + 1
         for outcome, count in progress["counts"].items():
             counts[outcome] += count
-        if code == 1:
+        if done.returncode == 1:
             raise RuntimeError(f"the worker of {name!r} failed at file {progress['number']}")
-        if code:
-            outcome = "hang" if code == "stuck" else "crash"
+        if done.returncode:
+            outcome = "hang" if done.returncode == -signal.SIGXCPU else "crash"
             counts[outcome] += 1
-            findings.append({"number": progress["number"], "outcome": outcome, "why": f"exit code {code}"})
+            findings.append({"number": progress["number"], "outcome": outcome, "why": f"exit code {done.returncode}"})
     print(f"{name}: {counts}, {peak >> 10} MiB, {time.time() - started:.0f} s", flush=True)
     return {"reader": name, "files": sum(counts.values()), **counts, "peak_mib": peak / 1024, "findings": findings}
 
 
-def run_worker(name: str, first: int, last: int, folder: Path) -> int | str:
-    """Have a worker read the files of these numbers; its exit code, or `stuck`."""
-    words = [sys.executable, "-m", "benchmarks.hostile_input.worker", name, str(first), str(last), str(folder)]
-    progress = folder / "progress.json"
-    progress.write_text(json.dumps({"number": first, "counts": {}, "peak_kib": 0}))
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / "said.jsonl").open("w") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=subprocess.DEVNULL, env=variables)
-        seen, since = 0.0, 0.0
-        while True:
-            try:
-                return process.wait(5)
-            except subprocess.TimeoutExpired:
-                changed, spent = progress.stat().st_mtime, read_own_time(process.pid)
-                if changed != seen:
-                    seen, since = changed, spent
-                elif spent - since > STUCK:
-                    process.kill()
-                    process.wait()
-                    return "stuck"
-
-
-def read_own_time(process: int) -> float:
-    """Seconds of processor time that a process has had: on a busy machine far fewer than the wall's."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def report(rows: list[dict[str, Any]], out: Path, files: int) -> None:
     """Write the evidence."""
-    from benchmarks.hostile_input.worker import SECONDS
-
     columns = ["reader", "files", *OUTCOMES, "peak_mib"]
+    total = {key: sum(row[key] for row in rows) for key in columns[1:-1]}
+    total |= {"reader": "all", "peak_mib": max(row["peak_mib"] for row in rows)}
     out.mkdir(parents=True, exist_ok=True)
     with (out / "files.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -136,24 +112,22 @@ def report(rows: list[dict[str, Any]], out: Path, files: int) -> None:
         writer.writerows(row | {"peak_mib": round(row["peak_mib"], 1)} for row in rows)
     found = [json.dumps({"reader": row["reader"], **finding}) for row in rows for finding in row["findings"]]
     write_text(out / "findings.jsonl", "".join(f"{line}\n" for line in found))
-    total = {key: sum(row[key] for row in rows) for key in ("files", *OUTCOMES)}
     figures = {
         "files_tried": total["files"],
         "crashes": total["crash"],
         "tracebacks": total["traceback"] + total["out of memory"] + total["code was run"],
         "hangs": total["hang"],
-        "peak_memory_mib": round(max(row["peak_mib"] for row in rows), 1),
+        "peak_memory_mib": round(total["peak_mib"], 1),
         "readers": len(rows),
         "files_read": total["read"],
         "files_refused": total["refused"],
     }
-    command = f"python -m benchmarks.hostile_input.run --files {files}"
+    command = f"python -m tests.hostile_input.run --files {files}"
     write_json(out / "result.json", evidence(command, environment(), figures))
-    lines = ["| " + " | ".join(columns[:-1]) + " | peak, MiB |", "|---" * len(columns) + "|"]
-    for row in [*rows, {"reader": "all", **total, "peak_mib": figures["peak_memory_mib"]}]:
-        cells = [row["reader"], *(f"{row[key]:,}" for key in columns[1:-1]), f"{row['peak_mib']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join(lines)
+    cells = [
+        [row["reader"], *(f"{row[key]:,}" for key in columns[1:-1]), f"{row['peak_mib']:.0f}"] for row in (*rows, total)
+    ]
+    table = tabulate(cells, [*columns[:-1], "peak, MiB"], "github", disable_numparse=True)
     print(table)
     write_text(out / "README.md", README.format(files=files, table=table, seconds=SECONDS))
 
