@@ -25,7 +25,7 @@ KIND, VERSION = "set of example weights", 1
 def weigh_examples(influence: Tensor, settings: InfluenceSettings) -> Tensor:
     """Weights of mean 1, so that they are no learning rate in disguise; all 1 where no example stands out.
 
-    `sigmoid` is *our reconstruction* of the paper's "sigmoid-based mechanism", whose formula is not public:
+    `sigmoid` is *our reconstruction* of the paper's "sigmoid-based mechanism", whose formula we could not read:
     sigmoid(−sharpness · (I − mean) / standard deviation). `exponential` is the official code's e^m with m the influence
     scaled to [−1, 1] by its minimum and maximum. That code gives *more* weight to positive influence, the harmful
     examples (`favour: harmful`), and outliers fix the scale, so that nearly all weights are alike.

@@ -199,7 +199,7 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
 def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:
     """Semi-supervised: keep the labels of some training images, give the others the teacher's most probable class.
 
-    *Our reconstruction* of KD-AIF's semi-supervised form; its objective is not public.
+    *Our reconstruction* of KD-AIF's semi-supervised form; its objective we could not read.
 
     Args:
         images: The images; which ones keep theirs is a function of the split's seed.
