@@ -10,7 +10,6 @@ from lkd.balance.balancing import BALANCES, Balancing, build_balance, split_term
 from lkd.balance.rules import DTOKDBalance, DynamicBalance, Moment
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
-from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.evaluation.comparison.compare import check_methods
 from lkd.evaluation.comparison.trials import Trial, balance_of, expand_grid, open_world, split_method, trial_path
 from lkd.losses import CrossEntropyLoss, KDLoss
@@ -37,15 +36,6 @@ def start(images, teacher, balance, weight: float = 0.5, **changes) -> Training:
     recipe = TrainRecipe(**{"epochs": 2, "batch_size": 30, **changes})
     loss = KDLoss(weight)
     return start_training(ModelRecipe(), images.train, loss, teacher, recipe, DATA, 3, CPU, balance=balance)
-
-
-def flatten(state) -> Tensor:
-    """Every number in a balance's state, in order."""
-    if isinstance(state, dict):
-        state = list(state.values())
-    if isinstance(state, list):
-        return torch.cat([flatten(value) for value in state] or [torch.zeros(0)])
-    return torch.as_tensor(-1.0 if state is None else state, dtype=torch.float64).flatten()
 
 
 def descend(growth: float, direction: int = 1) -> tuple[list[float], list[float]]:
@@ -92,24 +82,12 @@ def test_dto_kd_is_equally_aligned_with_both_logarithms() -> None:
 
 
 @pytest.mark.parametrize("name", BALANCES)
-def test_a_weighed_training_resumes_to_the_bit(images, teacher, tmp_path, name: str) -> None:
-    balance = {"name": name, **OPTIONS.get(name, {})}
-    whole, first, second = (start(images, teacher, balance) for _ in range(3))
-    weights = []
-    while whole.step < whole.total_steps:
-        whole.run_step()
-        weights.append(whole.balance.weight)
-    while first.step < 6:  # within a window of variance_optimal
-        first.run_step()
-    save_checkpoint(tmp_path / "c", first.state_dict())
-    second.load_state_dict(load_checkpoint(tmp_path / "c"))
-    while second.step < second.total_steps:
-        second.run_step()
-        assert second.balance.weight == weights[second.step - 1]
-    assert (len(set(weights)) > 1) == (name not in ("constant", "dto_kd")), "dto_kd stays at its bound here"
-    assert torch.equal(flatten(second.balance.state_dict()), flatten(whole.balance.state_dict()))
-    for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+def test_the_weight_moves_during_a_training(images, teacher, name: str) -> None:
+    training, weights = start(images, teacher, {"name": name, **OPTIONS.get(name, {})}), set()
+    while training.step < 10:
+        training.run_step()
+        weights.add(training.balance.weight)
+    assert (len(weights) > 1) == (name not in ("constant", "dto_kd")), "dto_kd stays at its bound here"
 
 
 def test_a_constant_weight_is_that_of_the_loss_itself(images, teacher) -> None:

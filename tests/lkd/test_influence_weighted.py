@@ -12,7 +12,7 @@ from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
+from lkd.core.tensor_files import digest
 from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses.build import build_loss
 from lkd.models import build
@@ -62,23 +62,15 @@ def start(images):
     return start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
 
 
-def test_weights_come_when_they_are_due_and_a_resumed_training_is_the_same_to_the_bit(images, tmp_path) -> None:
-    whole, first, second = (start(images) for _ in range(3))
-    for step in range(12):
-        whole.run_step()
-        assert bool((whole.loss.weight == 1).all()) == (step < 4)
-    assert float(whole.loss.weight.mean()) == pytest.approx(1, rel=1e-5)
-    while first.step < 6:
-        first.run_step()
-    save_checkpoint(tmp_path / "c", first.state_dict())
-    second.load_state_dict(load_checkpoint(tmp_path / "c"))
-    while second.step < 12:
-        second.run_step()
-    for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+def test_weights_come_when_they_are_due(images) -> None:
+    training = start(images)
+    for step in range(6):
+        training.run_step()
+        assert bool((training.loss.weight == 1).all()) == (step < 4)
+    assert float(training.loss.weight.mean()) == pytest.approx(1, rel=1e-5)
 
 
-def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images, tmp_path) -> None:
+def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images) -> None:
     def start_together(rate: float):
         loss = prepare_loss({**WEIGHTED, "teacher_rate": rate}, ModelRecipe(), TEACHER, images, 0)
         train = TrainRecipe(epochs=2, batch_size=50, learning_rate=0.1, weight_decay=0.0, momentum=0.0)
@@ -100,13 +92,6 @@ def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if
     torch.testing.assert_close(terms["teacher/task"], losses.mean().detach())
     alone.run_step()
     assert digest(together.student.state_dict()) == digest(alone.student.state_dict())
-    save_checkpoint(tmp_path / "c", together.state_dict())
-    resumed = start_together(0.1)
-    resumed.loss.begin_epoch = lambda *_: None
-    resumed.load_state_dict(load_checkpoint(tmp_path / "c"))
-    for training in (together, resumed):
-        training.run_step()
-    assert digest(together.loss.state_dict()) == digest(resumed.loss.state_dict())
 
 
 def test_only_the_labels_that_are_known_are_kept(images) -> None:

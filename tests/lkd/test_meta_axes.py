@@ -1,7 +1,5 @@
 """The options of meta-training, each against what it says; runs that are killed and gone on with."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +11,6 @@ from safetensors.torch import load_file
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
-from lkd.core.interrupt import Interrupted
 from lkd.core.outputs import Outputs
 from lkd.data import Batch
 from lkd.losses import DecoupledLoss, DistillationLoss, LearnedLoss
@@ -24,7 +21,6 @@ from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer
 from lkd.pool.pool import Pool, count_pool_trainings, open_pool
 from lkd.training.build import prepare_images
-from lkd.training.training import Training
 from meta import ESTIMATORS, Hypergradient, Problem, rollout
 from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
 from tests.lkd.parts import list_students, prepare_teacher, start_training
@@ -191,61 +187,6 @@ def retrain(recipe: MetaTrainRecipe, pool: Pool, loss: LearnedLoss) -> bool:
         training.run_step()
     expected = pool.read(1, CPU).state.parameters
     return all(torch.equal(parameter, expected[name]) for name, parameter in training.student.named_parameters())
-
-
-RESUMED = {
-    "live": (SMALL | {"sampling": "live", "refresh_every": 2}, {"outer_steps": 5, "reuse_every": 2, "reuse_epochs": 1}),
-    "alternate": ({}, {"outer_steps": 4, "interleaving": "alternate", "reuse_every": 2, "reuse_epochs": 1}),
-    "both": (SMALL | {"sampling": "live", "refresh_every": 1}, {"outer_steps": 4, "interleaving": "both"}),
-    "growing, averaged": (SMALL | {"sampling": "fixed_step"}, {"initial_rollout_steps": 1, "average": 0.5}),
-}
-
-
-class Killed(BaseException):
-    """Like SIGKILL: nobody catches it, nothing is saved."""
-
-
-@pytest.mark.parametrize("how", ["SIGTERM", "killed"])
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_that_is_stopped_goes_on_to_the_same_bits(name: str, how: str, monkeypatch) -> None:
-    """Stopped at several places: while pools are built, losses tried, students trained, rollouts taken."""
-    pool, meta = RESUMED[name]
-    whole = run_recipe(tiny_recipe(pool, run_dir="whole", checkpoint_every=2, **meta))
-    calls, stops = 0, [5, 24, 33, 60, 95, 150] if how == "SIGTERM" else [8, 35, 60, 110]
-
-    def interrupt(function):
-        def interrupted(*arguments):
-            nonlocal calls
-            calls += 1
-            if calls in stops:
-                if how == "killed":
-                    raise Killed
-                os.kill(os.getpid(), signal.SIGTERM)
-            return function(*arguments)
-
-        return interrupted
-
-    monkeypatch.setattr(Training, "run_step", interrupt(Training.run_step))
-    monkeypatch.setattr(OuterLoop, "differentiate_pool_student", interrupt(OuterLoop.differentiate_pool_student))
-    recipe = tiny_recipe(pool, run_dir="stopped", checkpoint_every=2, **meta)
-    recipe.resume = "auto"
-    stopped = 0
-    while True:
-        try:
-            resumed = run_recipe(recipe)
-            break
-        except (Interrupted, Killed):
-            stopped += 1
-    assert stopped >= 2
-    expected, found = load_file(whole), load_file(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    if pool.get("sampling") == "live":
-        assert len(list((resumed.parent / "live").iterdir())) <= 1, "those that are drawn from no more are gone"
-    expected, found = read_provenance(whole), read_provenance(resumed)
-    assert expected["reuse"] == found["reuse"]
-    for a, b in zip(expected["curve"], found["curve"], strict=True):
-        assert all(b[key] == value for key, value in a.items() if "audit" not in key)
 
 
 def test_costs_are_in_student_trainings() -> None:

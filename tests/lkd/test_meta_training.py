@@ -103,21 +103,6 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     assert checked.relative_error < 1e-3
 
 
-@pytest.mark.parametrize("estimator", ["unrolled", "audited"])
-def test_meta_training_resumes_to_the_bit(built, estimator: str) -> None:
-    recipe, images, teacher, pool, _ = built
-    recipe.meta.estimator = estimator
-    whole, first, second = (make_loop(recipe, images, teacher, pool) for _ in range(3))
-    for _ in range(3):
-        whole.run_step()
-    first.run_step()
-    second.load_state_dict(first.state_dict())
-    for _ in range(2):
-        second.run_step()
-    for a, b in zip(whole.loss.parameters(), second.loss.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_meta_training_leaves_a_bad_balance() -> None:
     """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
     recipe = tiny_recipe(outer_steps=12, rollout_steps=15, learning_rate=0.1, outer_batch_size=100)

@@ -1,13 +1,26 @@
-"""Killed by SIGKILL at random moments and gone on with: the same bits as a run that nobody disturbed."""
+"""Stopped or killed and gone on with: the same bits as a run that nobody disturbed, for everything that has a state."""
 
+import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lkd.balance.balancing import BALANCES
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.interrupt import Interrupted
+from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
+from lkd.losses.learned.file import read_provenance
+from lkd.meta_training.outer_loop import OuterLoop
+from lkd.training.build import prepare_images
+from lkd.training.training import Training
+from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 from tests.processes import RUNS, Command, read_results
 
 MOMENTS = {  # what has to be there before a run is killed, for each time that it is
@@ -43,3 +56,103 @@ def test_a_killed_run_goes_on_to_the_same_bits(command: str) -> None:
     whole, killed = read_results(Path("whole")), read_results(Path("killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+WEIGHTED = {"name": "influence_weighted", "loss": "kd", "first_epoch": 1}
+WEIGHTED |= {"influence": {"iterations": 2, "curvature_examples": 50}}
+OPTIONS = {"dto_kd": {"every": 3}, "variance_optimal": {"every": 5, "samples": 3}}
+STATES: dict[str, dict[str, Any]] = {  # what a training of 10 steps in 2 epochs holds besides its student and momentum
+    "moving average": {"ema_decay": 0.7},
+    "memory bank": {"loss": {"name": "torchdistill/CRDLoss", "num_negative_samples": 64}},
+    "adapters": {"loss": "torchdistill/HierarchicalContextLoss"},
+    "example weights": {"loss": WEIGHTED},
+    "teacher in training": {"loss": WEIGHTED | {"teacher_rate": 0.1}},
+    **{name: {"balance": {"name": name, **OPTIONS.get(name, {})}} for name in BALANCES},
+}
+
+
+def start(loss: Any = "kd", balance: Any = None, **changes: Any) -> Training:
+    teacher, data = TeacherRecipe("random", "small_cnn"), DataRecipe(100, 60, augmentation="flip_and_crop")
+    images = prepare_images(data)
+    built = prepare_loss(loss, ModelRecipe(), teacher, images, 3)
+    answers = prepare_teacher(teacher, data, images, torch.device("cpu"), built.teacher_stages)
+    recipe = TrainRecipe(epochs=2, batch_size=20, **changes)
+    return start_training(
+        ModelRecipe(), images.train, built, answers, recipe, data, 3, torch.device("cpu"), balance=balance
+    )
+
+
+def take_steps(training: Training, last: int) -> None:
+    while training.step < last:
+        training.run_step()
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_training_goes_on_from_its_checkpoint_to_the_same_bits(name: str, tmp_path) -> None:
+    whole, first, second = (start(**STATES[name]) for _ in range(3))
+    take_steps(whole, 10)
+    take_steps(first, 6)  # within the second epoch, and within a window of variance_optimal
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    take_steps(second, 10)
+    assert digest(whole.state_dict()) == digest(second.state_dict())
+    assert digest(whole.result.state_dict()) == digest(second.result.state_dict())
+    assert second.student.state_dict().keys() == start().student.state_dict().keys(), "the loss's state is its own"
+
+
+SMALL = {"max_age": 0.5, "snapshots": 2, "students": 1}
+REUSED = {"reuse_every": 2, "reuse_epochs": 1}
+META_STATES = {  # how it is stopped, the pool, the meta-training
+    "live": ("killed", SMALL | {"sampling": "live", "refresh_every": 2}, {"outer_steps": 5} | REUSED),
+    "alternate": ("SIGTERM", {}, {"outer_steps": 4, "interleaving": "alternate"} | REUSED),
+    "both": ("killed", SMALL | {"sampling": "live", "refresh_every": 1}, {"outer_steps": 4, "interleaving": "both"}),
+    "growing, averaged, audited": (
+        "SIGTERM",
+        SMALL | {"sampling": "fixed_step"},
+        {"outer_steps": 4, "initial_rollout_steps": 1, "average": 0.5, "estimator": "audited"},
+    ),
+}
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nobody catches it, nothing is saved."""
+
+
+@pytest.mark.parametrize("name", META_STATES)
+def test_a_meta_training_that_is_stopped_goes_on_to_the_same_bits(name: str, monkeypatch) -> None:
+    """Stopped at several places: while pools are built, losses tried, students trained, rollouts taken."""
+    how, pool, meta = META_STATES[name]
+    whole = run_recipe(tiny_recipe(pool, run_dir="whole", checkpoint_every=2, **meta))
+    calls, stops = 0, [5, 24, 33, 60, 95, 150] if how == "SIGTERM" else [8, 35, 60, 110]
+
+    def interrupt(function):
+        def interrupted(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls in stops:
+                if how == "killed":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+
+        return interrupted
+
+    monkeypatch.setattr(Training, "run_step", interrupt(Training.run_step))
+    monkeypatch.setattr(OuterLoop, "differentiate_pool_student", interrupt(OuterLoop.differentiate_pool_student))
+    recipe = tiny_recipe(pool, run_dir="stopped", checkpoint_every=2, **meta)
+    recipe.resume = "auto"
+    stopped = 0
+    while True:
+        try:
+            resumed = run_recipe(recipe)
+            break
+        except (Interrupted, Killed):
+            stopped += 1
+    assert stopped >= 2
+    assert digest(load_file(whole)) == digest(load_file(resumed))
+    if pool.get("sampling") == "live":
+        assert len(list((resumed.parent / "live").iterdir())) <= 1, "those that are drawn from no more are gone"
+    expected, found = read_provenance(whole), read_provenance(resumed)
+    assert expected["reuse"] == found["reuse"]
+    for a, b in zip(expected["curve"], found["curve"], strict=True):
+        assert all(b[key] == value for key, value in a.items() if "audit" not in key)

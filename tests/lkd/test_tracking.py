@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from wandb.util import get_core_path
 
 from lkd.cli import main
 from lkd.config import WandbRecipe
@@ -32,7 +33,7 @@ KEY = "a" * 40
 def read_wandb(folder: Path) -> list[dict[str, Any]]:
     """The records of an offline run, by wandb's own reader."""
     (file,) = folder.glob("wandb/*run-*/*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    command = [get_core_path(), "leet", "inspect", "--json", str(file)]  # what `wandb leet` starts
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in printed.splitlines()]
 
