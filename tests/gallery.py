@@ -1,14 +1,16 @@
-"""Small runs that many tests look at, made once a session: report, dashboard, inspection, sharing, variance."""
+"""Small runs that many tests look at, made once a session."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from lkd.cli import main
 
-TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2", "--threads", "1"]
+TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
 META = ["--meta.outer_steps", "3", "--meta.students_per_step", "2", "--meta.rollout_steps", "3"]
 META += ["--meta.rollout_epochs", "1", "--meta.outer_batch_size", "50", "--meta.picture_every", "2"]
 META += ["--meta.reuse_every", "2", "--meta.reuse_students", "1", "--meta.reuse_epochs", "1"]
@@ -20,7 +22,6 @@ RUNS = {  # folder → the command that leaves it
     "student": ["distill", *TINY, "--loss", LOSS],
     "kd": ["distill", *TINY, "--loss", "{name: kd, temperature: 2}", "--seed", "3"],
     "comparison": ["compare", *TINY, *COMPARED],
-    "influence": ["influence", *TINY[:4], "--checkpoint", "kd/student.safetensors", "--threads", "1"],
 }
 
 
@@ -34,6 +35,8 @@ def make_gallery(folder: Path) -> Path:
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             patch.chdir(folder)
+            patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+            torch.set_num_threads(1)
             # A process starts slowly.
             patch.setattr("lkd.evaluation.comparison.compare.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
             for name, words in RUNS.items():

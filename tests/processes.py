@@ -5,11 +5,13 @@ They start at once, where a fresh interpreter imports for six seconds.
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +30,7 @@ RUNS = {  # command, and its options
 # LayerNorm, no BatchNorm: its statistics would be those of half a batch.
 VIT = "{name: vit_tiny_patch16_224, options: {img_size: 28, patch_size: 7, embed_dim: 16, depth: 2, num_heads: 2}}"
 
+FORK = multiprocessing.get_context("fork")
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["lkd.commands"])
 
@@ -41,6 +44,7 @@ class Command:
         environment: Variables to set.
         prepare: Called in the process before the command: a function at the top of a module.
         group: Whether it leads a process group of its own.
+        context: Whether it is a fork of the server or of this process.
     """
 
     def __init__(
@@ -50,11 +54,13 @@ class Command:
         environment: dict[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
         group: bool = False,
+        context: Any = FORK_SERVER,
     ) -> None:
+        self.group = group
         self.output = Path(output).absolute()
         self.printed_before = self.output.stat().st_size if self.output.exists() else 0
         place = (os.getcwd(), str(self.output), environment or {}, prepare, group)
-        self.process = FORK_SERVER.Process(target=run_command, args=(words, *place))
+        self.process = context.Process(target=run_command, args=(words, *place))
         self.process.start()
         assert self.process.pid
         self.pid = self.process.pid
@@ -76,7 +82,8 @@ class Command:
         """Wait until it ends, and give its exit code."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            self.process.kill()
+            os.killpg(self.pid, signal.SIGKILL) if self.group else self.process.kill()
+            self.process.join()
             raise subprocess.TimeoutExpired("lkd", timeout, self.text)
         return self.process.exitcode
 

@@ -1,6 +1,6 @@
 """Tables of the documentation whose names, options and defaults are the code's: `python -m tests.tables` writes them.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Some columns are written; the other cells are
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Some columns are written; the other cells are
 prose, kept as they are. A new row has `?` there, which the test of the documentation finds.
 """
 
@@ -39,7 +39,7 @@ def write_table(page: str, table: str) -> str:
 def replace_between(page: str, mark: str, replace: Callable[[str], str]) -> str:
     """A page with another text between a mark and the next mark of an end."""
     before, start, rest = page.partition(f"<!-- {mark} -->\n\n")
-    old, end, after = rest.partition("\n\n<!-- end of table -->")
+    old, end, after = rest.partition("\n\n<!-- end -->")
     assert start, f"the mark {mark!r} is missing"
     assert end, f"the end after {mark!r} is missing"
     return before + start + replace(old) + end + after

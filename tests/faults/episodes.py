@@ -6,18 +6,19 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.faults.commands import COMMANDS, FILE_COMMANDS, Command, read_results, write_images
 from tests.faults.faults import FAULTS, Fault
-from tests.faults.injections import Moment, count_steps, meet_soon
-from tests.faults.processes import Injection, finish, list_workers, start, wait_for_group
+from tests.faults.injections import Injection, Moment, count_steps, meet_soon
+from tests.faults.subjects import COMMANDS, FILE_COMMANDS, Subject, read_results, write_images
+from tests.processes import FORK, Command
 
+LONGEST = 900.0  # seconds after which a run is taken to hang
 BOUND = 60.0  # seconds within which a run must have ended after a fault from outside
 ATTEMPTS = 20  # moments that are tried until a fault comes before the run is through
 Row = dict[str, Any]
@@ -157,7 +158,7 @@ class Bench:
         return self.references[key]
 
 
-def pick(name: str, fault: Fault) -> Command:
+def pick(name: str, fault: Fault) -> Subject:
     """The command, on the images that the fault needs."""
     command = (FILE_COMMANDS if fault.files else COMMANDS)[name]
     return replace(command, words=(*command.words, *fault.words))
@@ -177,19 +178,54 @@ def restore_images() -> None:
     shutil.copytree("intact", "images")
 
 
-def start_job(command: Command, place: Path, size: int, *injections: Injection) -> list[BaseProcess]:
-    """Start a run, or a job of two processes, whose steps are counted."""
-    words, output = command.line(place / "run"), place / "output"
+def start_job(command: Subject, place: Path, size: int, *injections: Injection) -> list[Command]:
+    """Start a run, or a job of two processes, whose steps are counted; forks of this process, which start at once."""
     counting = partial(count_steps, place / "student", place / "outer")
-    if size == 1:
-        return [start(words, output, *injections, counting)]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    return [start(words, output, meet_soon, *[counting][rank:], rank=rank, port=port) for rank in range(size)]
+    job = {}
+    if size > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+        injections = (*injections, meet_soon)
+    return [
+        Command(
+            command.line(place / "run"),
+            place / "output",
+            job and job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            partial(call_all, [*injections, *[counting][rank:]]),
+            group=True,
+            context=FORK,
+        )
+        for rank in range(size)
+    ]
 
 
-def finish_run(command: Command, folder: str, size: int, *injections: Injection) -> Path:
+def call_all(injections: list[Injection]) -> None:
+    for inject in injections:
+        inject()
+
+
+def finish(command: Command) -> int | None:
+    """Wait for a run's end; its exit code, None if it hangs."""
+    try:
+        return command.wait(LONGEST)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def wait_for_group(command: Command, seconds: float = 20.0) -> bool:
+    """Wait until nothing of a run is left; whether that came about."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(command.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def finish_run(command: Subject, folder: str, size: int, *injections: Injection) -> Path:
     """Run a command to its end in an empty folder; the folder."""
     place = clear(folder)
     codes = [finish(process) for process in start_job(command, place, size, *injections)]
@@ -208,25 +244,24 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def disturb_from_outside(
-    label: str, processes: list[BaseProcess], place: Path, step: float, chance: random.Random
-) -> None:
+def disturb_from_outside(label: str, processes: list[Command], place: Path, step: float, chance: random.Random) -> None:
     """Wait until a run has begun so many steps and is in the middle of the next, and bring a fault about."""
     victim = processes[chance.randrange(len(processes))]
-    while victim.exitcode is None and sum(steps(place).values()) < int(step):
-        victim.join(0.001)
-    victim.join(chance.random() * (0.5 if step < 1 else 0.03))  # it takes so long to start; a step and its checkpoint
-    if victim.exitcode is not None:
+    while victim.poll() is None and sum(steps(place).values()) < int(step):
+        time.sleep(0.001)
+    victim.process.join(
+        chance.random() * (0.5 if step < 1 else 0.03)
+    )  # it takes so long to start; a step and its checkpoint
+    if victim.poll() is not None:
         return
-    pid = int(victim.pid or 0)
     if label in ("kill", "process dies"):
-        os.kill(pid, signal.SIGKILL)
+        victim.send_signal(signal.SIGKILL)
     elif label == "terminate":
-        os.kill(pid, signal.SIGTERM)
+        victim.send_signal(signal.SIGTERM)
     elif label == "worker killed":
-        workers = list_workers(victim)
+        workers = Path(f"/proc/{victim.pid}/task/{victim.pid}/children").read_text().split()
         if workers:
-            os.kill(chance.choice(workers), signal.SIGKILL)
+            os.kill(int(chance.choice(workers)), signal.SIGKILL)
     else:
         for file in chance.sample(sorted(Path("images/train").rglob("*.png")), 3):
             if label == "image gone":

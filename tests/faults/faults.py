@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from tests.faults import broken_values, injections
-from tests.faults.injections import Moment
-from tests.faults.processes import Injection
+from tests.faults import injections
+from tests.faults.injections import Injection, Moment
 
 ALL = ("pool", "meta-train", "distill", "compare", "cache")
 TRAININGS = ("pool", "meta-train", "distill", "compare")
@@ -120,7 +119,7 @@ FAULTS = {
     "not finite: batch": Fault(
         "one pixel of a batch is NaN or infinite",
         f"exit 2 with one line that names the step and the images{SAME}",
-        inject=lambda moment: partial(broken_values.spoil_batch, moment, in_rollouts=False),
+        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=False),
         says="^lkd: error: .*not finite",
         commands=("pool", "distill", "compare", "cache"),
         elsewhere="pool and looks are trained as in `pool`; rollouts: below",
@@ -128,7 +127,7 @@ FAULTS = {
     "not finite: teacher": Fault(
         IN_TEACHER,
         f"exit 2 with one line that names the step and the teacher{SAME}",
-        inject=lambda moment: partial(broken_values.spoil_teacher, moment, in_rollouts=False),
+        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=False),
         says="^lkd: error: .*not finite",
         commands=("pool", "distill", "compare", "cache"),
         elsewhere="pool and looks are trained as in `pool`; rollouts: below",
@@ -136,7 +135,7 @@ FAULTS = {
     "not finite: hypergradient": Fault(
         "a hypergradient is NaN",
         "it is left out and counted; loss and outer optimiser are as if that student had not been drawn",
-        inject=lambda moment: partial(broken_values.spoil_hypergradient, moment, factor=float("nan")),
+        inject=lambda moment: partial(injections.spoil_hypergradient, moment),
         commands=("meta-train",),
         elsewhere="they have no hypergradient",
         codes=(0,),
@@ -147,7 +146,7 @@ FAULTS = {
     "not finite: rollout's batch": Fault(
         "one pixel of a batch of a rollout is NaN or infinite",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
-        inject=lambda moment: partial(broken_values.spoil_batch, moment, in_rollouts=True),
+        inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         codes=(0,),
@@ -158,7 +157,7 @@ FAULTS = {
     "not finite: rollout's teacher": Fault(
         f"{IN_TEACHER} in a rollout",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
-        inject=lambda moment: partial(broken_values.spoil_teacher, moment, in_rollouts=True),
+        inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         codes=(0,),
@@ -169,7 +168,7 @@ FAULTS = {
     "memory: rollout": Fault(
         "a rollout finds no memory left",
         f"exit 2 with one line that says what to lower{SAME}",
-        inject=lambda moment: partial(broken_values.exhaust_memory, moment, in_rollouts=True),
+        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=True),
         commands=("meta-train",),
         elsewhere="they have no rollouts",
         says="^lkd: error: .*out of memory.*meta.rollout_steps",
@@ -177,7 +176,7 @@ FAULTS = {
     "memory: training": Fault(
         "a training's step finds no memory left",
         f"exit 2 with one line that says what to lower{SAME}",
-        inject=lambda moment: partial(broken_values.exhaust_memory, moment, in_rollouts=False),
+        inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=False),
         commands=TRAININGS,
         elsewhere="it trains nothing",
         says="^lkd: error: .*out of memory.*train.batch_size",

@@ -5,6 +5,7 @@ A fault that has a moment comes at the n-th call of some function, counted in on
 
 import errno
 import functools
+import math
 import multiprocessing
 import os
 import random
@@ -17,15 +18,23 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lkd.core.distributed
 import lkd.export.cache
 import lkd.meta_training.outer_loop
 import lkd.meta_training.rollouts
 import lkd.tracking.tracker
 import lkd.training.training
+from lkd.data import Batches
 from lkd.data.image_files import FileSource
-from tests.faults.processes import FORK
+from lkd.models.teacher import TabulatedTeacher, Teacher
+from lkd.models.teacher_cache import CachedTeacher
 from tests.faults.wandb_server import StandIn
+from tests.processes import FORK
+
+Injection = Callable[[], None]
+"""What is done to a process before it runs the command."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +82,23 @@ def claim(path: Path) -> bool:
     return True
 
 
-def wrap(owner: Any, name: str, build: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a function in another's place."""
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have a function go through another, which gets it and its arguments."""
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(build(original)))
+
+    @functools.wraps(original)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        return around(original, *arguments, **options)
+
+    setattr(owner, name, wrapped)
 
 
 def count_steps(student: Path, outer: Path) -> None:
     """Have every step of a training add a byte to one file, every outer step one to another, as they begin."""
 
-    def counting(path: Path, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            add_byte(path)
-            return original(*arguments, **options)
-
-        return call
+    def counting(path: Path, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        add_byte(path)
+        return original(*arguments, **options)
 
     wrap(lkd.training.training.Training, "run_step", functools.partial(counting, student))
     wrap(lkd.meta_training.outer_loop.OuterLoop, "run_step", functools.partial(counting, outer))
@@ -104,38 +115,32 @@ def fill_disk(moment: Moment) -> None:
     """From the moment on no write of `lkd.core.files` succeeds: half of the content arrives, then the disk is full."""
     count, full = moment.counter(), threading.Event()
 
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def write(path: Path, content: Any, **options: Any) -> Any:
-            if count():
-                full.set()
-            if full.is_set():
-                original(path, content[: len(content) // 2], **options)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return original(path, content, **options)
+    def write(original: Callable[..., Any], path: Path, content: Any, **options: Any) -> Any:
+        if count():
+            full.set()
+        if full.is_set():
+            original(path, content[: len(content) // 2], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, content, **options)
 
-        return write
-
-    wrap(Path, "write_bytes", build)
-    wrap(Path, "write_text", build)
+    wrap(Path, "write_bytes", write)
+    wrap(Path, "write_text", write)
 
 
 def damage_file(moment: Moment, flip: bool) -> None:
     """A file of tensors or a result arrives truncated, or with flipped bits, and the machine dies."""
     count = moment.counter()
 
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replace(path: Path, target: Path) -> Any:
-            checked = str(target).endswith((".safetensors", ".json")) and "config" not in str(target)
-            if not (checked and count()):
-                return original(path, target)
-            damage(path, flip, random.Random(moment.seed))
-            original(path, target)
-            moment.record.with_name("damaged").write_text(str(target))
-            return os.kill(os.getpid(), signal.SIGKILL)
+    def replace(original: Callable[..., Any], path: Path, target: Path) -> Any:
+        checked = str(target).endswith((".safetensors", ".json")) and "config" not in str(target)
+        if not (checked and count()):
+            return original(path, target)
+        damage(path, flip, random.Random(moment.seed))
+        original(path, target)
+        moment.record.with_name("damaged").write_text(str(target))
+        return os.kill(os.getpid(), signal.SIGKILL)
 
-        return replace
-
-    wrap(Path, "replace", build)
+    wrap(Path, "replace", replace)
 
 
 def damage(path: Path, flip: bool, chance: random.Random) -> None:
@@ -151,30 +156,27 @@ def damage(path: Path, flip: bool, chance: random.Random) -> None:
 
 def fail_decoder(moment: Moment) -> None:
     """A thread that decodes images runs out of memory."""
-    fail_read(moment, lambda: fail(MemoryError()))
+
+    def fail() -> None:
+        raise MemoryError
+
+    fail_read(moment, fail)
 
 
 def hang_decoder(moment: Moment) -> None:
     """A read never returns, as on a network file system that is gone."""
-    fail_read(moment, lambda: threading.Event().wait())
-
-
-def fail(error: BaseException) -> None:
-    raise error
+    fail_read(moment, threading.Event().wait)
 
 
 def fail_read(moment: Moment, act: Callable[[], Any]) -> None:
     count = moment.counter()
 
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(source: FileSource, position: int) -> Any:
-            if count():
-                act()
-            return original(source, position)
+    def load(original: Callable[..., Any], source: FileSource, position: int) -> Any:
+        if count():
+            act()
+        return original(source, position)
 
-        return load
-
-    wrap(FileSource, "load", build)
+    wrap(FileSource, "load", load)
 
 
 def lose_wandb(moment: Moment) -> None:
@@ -186,19 +188,101 @@ def lose_wandb(moment: Moment) -> None:
     lkd.tracking.tracker.FINISH_TIMEOUT = 3
     count = moment.counter()
 
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def attempt(*arguments: Any) -> None:
-            if count():
-                server.kill()
-                server.join()
-            original(*arguments)
+    def attempt(original: Callable[..., Any], *arguments: Any) -> None:
+        if count():
+            server.kill()
+            server.join()
+        original(*arguments)
 
-        return attempt
-
-    wrap(lkd.tracking.tracker.Service, "attempt", build)
+    wrap(lkd.tracking.tracker.Service, "attempt", attempt)
 
 
 def serve(sending: Connection) -> None:
     """Be W&B's server, and say where."""
     sending.send(StandIn().address)
     threading.Event().wait()
+
+
+# Values that are not finite, and memory that is short.
+
+
+def spoil(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """A tensor with one entry that is not a number, or infinite."""
+    spoiled = tensor.clone()
+    chance = random.Random(seed)
+    spoiled.view(-1)[chance.randrange(spoiled.numel())] = chance.choice([float("nan"), float("inf"), -float("inf")])
+    return spoiled
+
+
+def spoil_batch(moment: Moment, in_rollouts: bool) -> None:
+    """One pixel of a batch is not finite."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def at(original: Callable[..., Any], batches: Batches, step: int) -> Any:
+        batch = original(batches, step)
+        return batch._replace(images=spoil(batch.images, moment.seed)) if active() and count() else batch
+
+    wrap(Batches, "at", at)
+
+
+def spoil_teacher(moment: Moment, in_rollouts: bool) -> None:
+    """One of the teacher's logits is not finite."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def answer(original: Callable[..., Any], teacher: Any, batch: Any) -> Any:
+        outputs = original(teacher, batch)
+        return outputs._replace(logits=spoil(outputs.logits, moment.seed)) if active() and count() else outputs
+
+    for kind in (Teacher, TabulatedTeacher, CachedTeacher):
+        wrap(kind, "__call__", answer)
+
+
+def spoil_hypergradient(moment: Moment) -> None:
+    """A hypergradient is NaN."""
+    count = moment.counter()
+
+    def differentiate(original: Callable[..., Any], *arguments: Any) -> Any:
+        found = original(*arguments)
+        if not count():
+            return found
+        grads = {name: math.nan * gradient for name, gradient in found.grads.items()}
+        return found._replace(grads=grads, norm=math.nan)
+
+    wrap(lkd.meta_training.outer_loop.OuterLoop, "differentiate_pool_student", differentiate)
+
+
+def exhaust_memory(moment: Moment, in_rollouts: bool) -> None:
+    """A step of a student finds no memory left."""
+    count, active = moment.counter(), watch_rollouts(moment, in_rollouts)
+
+    def call(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if active() and count():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(*arguments, **options)
+
+    if in_rollouts:
+        wrap(lkd.meta_training.rollouts, "call_module", call)
+    else:
+        wrap(lkd.training.training.Training, "compute_gradients", call)
+
+
+def watch_rollouts(moment: Moment, wanted: bool) -> Callable[[], bool]:
+    """A function that says whether a rollout is under way; always yes if that is not wanted.
+
+    The file `hypergradients` beside the record gets a byte for every rollout up to that of the fault.
+    """
+    if not wanted:
+        return lambda: True
+    inside = threading.Event()
+
+    def differentiate(original: Callable[..., Any], *arguments: Any) -> Any:
+        inside.set()
+        if not moment.fired.exists():
+            add_byte(moment.record.with_name("hypergradients"))
+        try:
+            return original(*arguments)
+        finally:
+            inside.clear()
+
+    wrap(lkd.meta_training.outer_loop.OuterLoop, "differentiate_pool_student", differentiate)
+    return inside.is_set

@@ -6,18 +6,40 @@ Goes on with an interrupted bench in RUN_DIR; with --report it only writes what 
 """
 
 import argparse
+import csv
 import json
 import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
+import lkd.core.workers
+import lkd.data.readers
+import lkd.evaluation.comparison.compare
+from lkd.config.parse import parse_recipe
+from lkd.core.files import environment, write_json, write_text
+from lkd.tracking.run import evidence
 from tests.faults.episodes import Bench
-from tests.faults.faults import FAULTS
-from tests.faults.processes import prepare
-from tests.faults.table import write_report
+from tests.faults.faults import ALL, FAULTS
+from tests.processes import FORK
 
 ROWS = "rows.jsonl"
+COMMAND = "python -m tests.faults.run"
+LEGEND = "A cell: runs that kept the promise / runs, most steps done again; — where the fault does not apply:"
+COUNTS = """\
+* promises kept in **{kept} of {runs}** runs; wrong results (a run that ended well with other bits than promised):
+  **{wrong_results}**
+* final bits those of the undisturbed run: **{equal} of {exact}** runs, all in which that is promised (CPU, one thread)
+* most steps done again: {max_steps_lost} (a comparison's trainings of 20 steps have no checkpoints of their own; its
+  two workers may lose one each); most over the command's checkpoint interval: {max_intervals_lost:.2f}
+
+"""
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
+FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
 
 
 def main() -> None:
@@ -56,6 +78,66 @@ def play_faults(folder: Path, moments: int, only: str = "") -> list[dict[str, An
                 mark = "" if row["kept"] else "   PROMISE BROKEN" + "   WRONG RESULT" * row["wrong"]
                 print(f"{number:2} {name}, {label}: exit {row['exit']}, {row['steps_lost']} lost{mark}", flush=True)
     return rows
+
+
+def prepare() -> None:
+    """What every run would otherwise do anew."""
+    torch.set_num_threads(1)
+    for command in ALL:
+        parse_recipe(command, [])
+    lkd.core.workers.CONTEXT = FORK  # forks need not import everything anew
+    lkd.data.readers.read_embedded_archive = cache(lkd.data.readers.read_embedded_archive)
+    lkd.evaluation.comparison.compare.plot_table = draw_nothing
+
+
+def draw_nothing(_: object, baseline: str, path: Path) -> None:
+    """A comparison's plot would take a second, and is no part of what faults may harm."""
+    Image.new("RGB", (1, 1)).save(path)
+
+
+def write_report(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows, figures and table."""
+    from tests.tables import replace_between
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows({key: FOLDER.sub("", str(value)) for key, value in row.items()} for row in rows)
+    exact = [row["bitwise"] for row in rows if row["bitwise"] != ""]
+    figures = {
+        "runs": len(rows),
+        "wrong_results": sum(row["wrong"] for row in rows),
+        "bitwise_fraction": sum(exact) / len(exact),
+        "max_steps_lost": max(row["steps_lost"] for row in rows),
+        "max_intervals_lost": max(row.get("intervals_lost", 0) for row in rows),
+        "promises_kept_fraction": sum(row["kept"] for row in rows) / len(rows),
+    }
+    write_json(folder / "result.json", evidence(COMMAND, environment(), figures))
+    lines = [f"| fault | {' | '.join(ALL)} | longest, s |", f"|---|{'---|' * len(ALL)}---|"]
+    lines += [format_fault(label, rows) for label in FAULTS]
+    lines += [
+        "",
+        "A cell: runs that kept the promise / runs, most steps done again; — where the fault does not apply:",
+        "",
+    ]
+    lines += [f"* {label}: {fault.elsewhere}" for label, fault in FAULTS.items() if fault.elsewhere]
+    kept = sum(row["kept"] for row in rows)
+    counts = COUNTS.format(kept=kept, equal=sum(exact), exact=len(exact), **figures)
+    text = (folder / "README.md").read_text()
+    write_text(folder / "README.md", replace_between(text, "figures", lambda _: counts + "\n".join(lines)))
+
+
+def format_fault(label: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A line of the table."""
+    cells = [f"{label}: {FAULTS[label].what}"]
+    for name in ALL:
+        own = [row for row in rows if (row["command"], row["fault"]) == (name, label)]
+        lost = max((row["steps_lost"] for row in own), default=0)
+        cells.append(f"{sum(row['kept'] for row in own)}/{len(own)}, {lost}" if own else "—")
+    cells.append(f"{max((row['seconds'] for row in rows if row['fault'] == label), default=0):.1f}")
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def runs(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("WANDB_SILENT", "true")
+        patch.setattr("lkd.evaluation.comparison.compare.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # which trackio reads when it is imported
         for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
             patch.delitem(sys.modules, name)

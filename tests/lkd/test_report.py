@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from lkd.evaluation.report.charts import describe_curve
 from lkd.evaluation.report.page import build_page, command_line
 from lkd.evaluation.report.runs import Curve, name_apart, read_curves, read_runs, thin
 from lkd.tracking.tracker import read_log
-from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 
-TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "2"]
 PLANTED = [
     "<script>document.documentElement.dataset.planted = 1</script>",
     '"><img src=x onerror="document.documentElement.dataset.planted = 1">',
@@ -70,28 +67,10 @@ class Page(HTMLParser):
         return {labels[one["run"]]: one for chart in charts for one in chart["series"]}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """A learned loss, a student of it, a student of KD, a pool and a comparison."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(
-            "lkd.evaluation.comparison.compare.start_workers", lambda count, device: ThreadPoolExecutor(1)
-        )  # a process starts slowly
-        run_recipe(tiny_recipe(run_dir="learned", reuse_every=2))
-        loss = ["--loss", "learned/loss.lkd.safetensors"]
-        assert main(["distill", "--run_dir", "student", *TINY, *loss]) == 0
-        assert main(["distill", "--run_dir", "kd", *TINY, "--loss", "{name: kd, temperature: 2}", "--seed", "3"]) == 0
-        compared = ["--seeds", "2", "--workers", "1", "--train.epochs", "1", "--methods", "{KD: kd, CE: cross_entropy}"]
-        assert main(["compare", "--run_dir", "comparison", *TINY, *compared]) == 0
-    return folder
-
-
 @pytest.fixture
-def copies(runs: Path, tmp_path: Path) -> Path:
+def copies(gallery: Path, tmp_path: Path) -> Path:
     """Runs that a test may damage."""
-    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(gallery, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -120,11 +99,11 @@ def test_the_command_writes_one_file(copies: Path, capsys) -> None:
         assert not {"src", "href", "action"} & {key for key in attributes if not attributes[key].startswith("data:")}
 
 
-def test_the_page_says_what_the_runs_say(runs: Path) -> None:
+def test_the_page_says_what_the_runs_say(gallery: Path) -> None:
     """Curves are the logs; tables give last and best; settings that differ are marked; lineage leads to the loss."""
-    page = build(runs / "student", runs / "kd", runs / "learned", runs / "comparison")
+    page = build(gallery / "student", gallery / "kd", gallery / "learned", gallery / "comparison")
     for name in ("student", "kd", "learned"):
-        rows = read_log(runs / name / "log.jsonl")
+        rows = read_log(gallery / name / "log.jsonl")
         for metric in {key for row in rows for key in row} - {"step", "time"}:
             logged = {row["step"]: row[metric] for row in rows if metric in row}
             series = page.series(metric)[name]
@@ -142,10 +121,10 @@ def test_the_page_says_what_the_runs_say(runs: Path) -> None:
     assert "6 students of 2 trainings" in page.words
     ce, kd = (next(row for row in page.rows if row[:2] == ["small_cnn", method]) for method in ("CE", "KD"))
     assert kd[4:6] == ["baseline", ""]
-    assert all(figure in (runs / "comparison" / "table.txt").read_text() for figure in ce[2:6])
+    assert all(figure in (gallery / "comparison" / "table.txt").read_text() for figure in ce[2:6])
     assert sum(tag == "img" for tag, _ in page.elements) == 1
 
-    page = build(runs / "student", runs / "kd")
+    page = build(gallery / "student", gallery / "kd")
     assert page.row("seed") == ["seed", "0", "3"]
     assert page.row("loss.name") == ["loss.name", "learned/loss.lkd.safetensors", "kd"]
     titles = [place for place, row in enumerate(page.rows) if row[0] == "setting"]
@@ -154,10 +133,10 @@ def test_the_page_says_what_the_runs_say(runs: Path) -> None:
     marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "differs"]
     assert len(marked) == 4, "two settings in the list of each run"
 
-    page = build(runs / "student", runs / "learned")
+    page = build(gallery / "student", gallery / "learned")
     assert "loss: learned/loss.lkd.safetensors made by learned; learned loss" in page.words
-    assert "learned loss; " in build(runs / "student").words
-    assert "made by" not in build(runs / "student").words
+    assert "learned loss; " in build(gallery / "student").words
+    assert "made by" not in build(gallery / "student").words
 
 
 def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:

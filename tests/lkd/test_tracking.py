@@ -33,8 +33,8 @@ KEY = "a" * 40
 def read_wandb(folder: Path) -> list[dict[str, Any]]:
     """The records of an offline run, by wandb's own reader."""
     (file,) = folder.glob("wandb/*run-*/*.wandb")
-    command = [get_core_path(), "leet", "inspect", "--json", str(file)]  # what `wandb leet` starts
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file]  # `wandb leet`
+    printed = subprocess.run([*command, folder / "wandb"], capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in printed.splitlines()]
 
 
@@ -167,15 +167,13 @@ def test_a_flipped_bit_in_the_lineage_costs_a_warning(place: str, bit: int, tmp_
     assert (tmp_path / "lineage.json").read_bytes() == whole
 
 
-def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher() -> None:
-    run_recipe(tiny_recipe(run_dir="m"))
-    assert main(["distill", "--run_dir", "s", *TINY, "--loss", "m/loss.lkd.safetensors"]) == 0
-    learned, student = (read_json(Path(name, "lineage.json")) for name in ("m", "s"))
+def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher(gallery: Path) -> None:
+    learned, student = (read_json(gallery / name / "lineage.json") for name in ("learned", "student"))
     made = {entry["kind"]: entry for entry in learned["made"]}
     used = {entry["kind"]: entry for entry in student["used"]}
     assert made["loss"] == used["loss"]
-    assert made["loss"]["sha256"] == hash_file(Path("m/loss.lkd.safetensors"))
-    assert made["pool"]["sha256"] == hash_folder(Path("m/pool"))
+    assert made["loss"]["sha256"] == hash_file(gallery / "learned/loss.lkd.safetensors")
+    assert made["pool"]["sha256"] == hash_folder(gallery / "learned/pool")
     assert {entry["kind"] for entry in learned["used"]} == {"teacher"}
     assert [entry["name"] for entry in student["made"]] == ["student.safetensors"]
 

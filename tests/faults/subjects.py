@@ -32,7 +32,7 @@ TIMINGS = ("seconds", "steps_per_second", "peak_mib", DIGEST_KEY)  # of a cell: 
 
 
 @dataclass(frozen=True)
-class Command:
+class Subject:
     """A command under test.
 
     Attributes:
@@ -53,15 +53,15 @@ class Command:
         return [*self.words, "--run_dir", str(folder), "--resume", "auto"]
 
 
-def list_commands(data: list[str], crops: list[str]) -> dict[str, Command]:
+def list_commands(data: list[str], crops: list[str]) -> dict[str, Subject]:
     """The five commands on some images."""
     own = [*data, *TEACHER, *STUDENT]
     return {
-        "pool": Command(("pool", *own, *POOL), ("pool/student-*",)),
-        "meta-train": Command(("meta-train", *own, *POOL, *META), ("pool/student-*", "*.safetensors")),
-        "distill": Command(("distill", *own, *crops), ("*.safetensors",)),
-        "compare": Command(("compare", *data, *TEACHER, *COMPARE), ("cells/*.json",), interval=2 * 20),
-        "cache": Command(("cache", *own, *crops, *CACHE), ("*.safetensors",), interval=2),
+        "pool": Subject(("pool", *own, *POOL), ("pool/student-*",)),
+        "meta-train": Subject(("meta-train", *own, *POOL, *META), ("pool/student-*", "*.safetensors")),
+        "distill": Subject(("distill", *own, *crops), ("*.safetensors",)),
+        "compare": Subject(("compare", *data, *TEACHER, *COMPARE), ("cells/*.json",), interval=2 * 20),
+        "cache": Subject(("cache", *own, *crops, *CACHE), ("*.safetensors",), interval=2),
     }
 
 
@@ -83,7 +83,7 @@ def write_images(root: Path, classes: int = 5, train: int = 32, validation: int 
             Image.fromarray(pixels.reshape(28, 28)).convert("RGB").resize((36, 40)).save(folder / f"{number:02d}.png")
 
 
-def read_results(command: Command, folder: Path) -> dict[str, str]:
+def read_results(command: Subject, folder: Path) -> dict[str, str]:
     """What a run left: a hash of every tensor, and of every cell of a comparison without its timings."""
     found: dict[str, str] = {}
     for file in sorted(path for pattern in command.results for path in folder.glob(pattern)):

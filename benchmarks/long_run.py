@@ -1,6 +1,6 @@
 """Does a long run need more and more? 10,000 outer steps and 200 epochs of distillation. Kept in docs/evidence/faults.
 
-python -m tests.faults.long_run [RUN_DIR]
+python -m benchmarks.long_run [RUN_DIR]
 
 Samples resident memory, open files, disk and log of the running command once a second.
 """
@@ -10,15 +10,14 @@ import shutil
 import statistics
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
-from tests.faults.commands import TEACHER
-from tests.faults.processes import FORK, prepare, run
+from tests.faults.subjects import TEACHER
+from tests.processes import Command
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "faults"
 TOY = ["--data.train_size", "40", "--data.meta_validation_size", "60", *TEACHER, "--student.name", "tiny_cnn"]
 TOY += ["--train.batch_size", "10", "--device", "cpu", "--threads", "1"]
 META = ["--train.epochs", "5", "--pool.students", "1", "--meta.students_per_step", "1", "--meta.outer_steps", "10000"]
@@ -32,7 +31,7 @@ WARM_UP = 0.1  # of a run's samples; the rest must be flat
 COLUMNS = ("run", "second", "resident_mib", "open_files", "disk_kib", "log_kib", "log_rows")
 README = """# Long runs
 
-Made by `python -m tests.faults.long_run`: `lkd meta-train` with 10,000 outer steps and `lkd distill` with 200
+Made by `python -m benchmarks.long_run`: `lkd meta-train` with 10,000 outer steps and `lkd distill` with 200
 epochs, at toy size; the running command is looked at once a second, here after the first tenth (`long_run.csv`).
 
 | run | seconds | resident memory, MiB | its growth | open files | most disk, KiB | log, KiB | rows of the log |
@@ -49,7 +48,6 @@ by 2.59 %, and to 97 MiB of disk, and led to that bound.
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/long").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    prepare()
     samples = [sample for name in RUNS for sample in watch(name, folder)]
     report(samples)
 
@@ -59,23 +57,22 @@ def watch(name: str, folder: Path) -> list[tuple[float | str, ...]]:
     place = folder / name
     shutil.rmtree(place, ignore_errors=True)
     words = [*RUNS[name], "--run_dir", str(place)]
-    process = FORK.Process(target=run, args=(words, folder / f"{name}.txt", (), 0, 0))
-    process.start()
+    command = Command(words, folder / f"{name}.txt")
     started, samples = time.monotonic(), []
-    while process.exitcode is None:
-        process.join(1.0)
-        if process.exitcode is None and (place / "log.jsonl").exists():
-            measured = sample(process, place)
+    while command.poll() is None:
+        time.sleep(1.0)
+        if command.poll() is None and (place / "log.jsonl").exists():
+            measured = sample(command, place)
             if measured[0]:  # else it is just ending
                 samples.append((name, round(time.monotonic() - started), *measured))
-    if process.exitcode:
-        raise RuntimeError(f"lkd {name}: exit {process.exitcode}; see {folder / name}.txt")
+    if command.poll():
+        raise RuntimeError(f"lkd {name}: exit {command.poll()}; see {folder / name}.txt")
     return samples
 
 
-def sample(process: BaseProcess, place: Path) -> tuple[float, ...]:
+def sample(command: Command, place: Path) -> tuple[float, ...]:
     """Resident memory, open files, disk, and size and rows of the log."""
-    proc = Path(f"/proc/{process.pid}")
+    proc = Path(f"/proc/{command.pid}")
     pages = int((proc / "statm").read_text().split()[1])
     disk = 0
     for path in place.rglob("*"):
@@ -108,7 +105,7 @@ def report(samples: list[tuple[float | str, ...]]) -> None:
         key = name.replace("-", "_")
         figures |= {f"{key}_memory_growth": growth, f"{key}_open_files_growth": files[-1] - files[0]}
         figures |= {f"{key}_disk_kib": max(disk), f"{key}_log_rows": lines[-1]}
-    write_json(EVIDENCE / "long_run.json", evidence("python -m tests.faults.long_run", environment(), figures))
+    write_json(EVIDENCE / "long_run.json", evidence("python -m benchmarks.long_run", environment(), figures))
     write_text(EVIDENCE / "long_run.md", README.format(rows="\n".join(rows)))
     print("\n".join(rows))
 

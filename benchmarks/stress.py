@@ -1,6 +1,6 @@
 """Meta-training with an inner learning rate 100 times too high. Kept in docs/evidence/faults.
 
-python -m tests.faults.stress [RUN_DIR] [--steps 30]
+python -m benchmarks.stress [RUN_DIR] [--steps 30]
 
 The quickstart's recipe, but for `train.learning_rate` 10 (for 0.1) and rollouts of 100 steps. It must end with a loss
 that can be used, no worse on meta-validation than the one it started from, and say what happened. That loss then trains
@@ -20,12 +20,12 @@ from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.models.files import load_network
 from lkd.tracking.run import evidence
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
-RECIPE = Path(__file__).parents[2] / "configs" / "embedded" / "meta-train.yaml"
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "faults"
+RECIPE = Path(__file__).parents[1] / "configs" / "embedded" / "meta-train.yaml"
 SMALL = ["--data.train_size", "1000", "--data.meta_validation_size", "1000", "--device", "cpu", "--threads", "1"]
 README = """# Stress: an inner learning rate 100 times too high
 
-Made by `python -m tests.faults.stress`: `lkd meta-train` of the embedded recipe with 1,000 images,
+Made by `python -m benchmarks.stress`: `lkd meta-train` of the embedded recipe with 1,000 images,
 `train.learning_rate` 10 and rollouts of 100 steps, {steps} outer steps.
 
 | | |
@@ -63,7 +63,7 @@ def main() -> None:
     said = (given.run_dir / "learned" / "output.txt").read_text().splitlines()
     first = next(number for number, line in enumerate(said) if line.startswith("teacher:")) + 1
     figures = {f"stress_{key}": float(value) for key, value in outcome.items()}
-    write_json(EVIDENCE / "stress.json", evidence("python -m tests.faults.stress", environment(), figures))
+    write_json(EVIDENCE / "stress.json", evidence("python -m benchmarks.stress", environment(), figures))
     lines = "\n".join(Path(line).name if line.startswith("/") else line for line in said[first:])
     write_text(EVIDENCE / "stress.md", README.format(steps=given.steps, code=code, said=lines, **outcome))
 
