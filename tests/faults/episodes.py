@@ -249,9 +249,8 @@ def disturb_from_outside(label: str, processes: list[Command], place: Path, step
     victim = processes[chance.randrange(len(processes))]
     while victim.poll() is None and sum(steps(place).values()) < int(step):
         time.sleep(0.001)
-    victim.process.join(
-        chance.random() * (0.5 if step < 1 else 0.03)
-    )  # it takes so long to start; a step and its checkpoint
+    longest = 0.5 if step < 1 else 0.03  # it takes so long to start; a step and its checkpoint
+    victim.process.join(chance.random() * longest)
     if victim.poll() is not None:
         return
     if label in ("kill", "process dies"):

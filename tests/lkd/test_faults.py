@@ -29,7 +29,7 @@ from tests.processes import FORK_SERVER
 CPU = torch.device("cpu")
 SHORT = (
     "^distill (kill|terminate|disk|truncated|decoder|image damaged|read|not finite: batch|memory|W&B|process)"
-    "|^meta-train (not finite: hypergradient|memory: rollout)|^cache flipped|^compare (worker|truncated)"
+    "|^meta-train (not finite: hypergradient|memory: rollout)|^cache flipped|^compare worker|^pool truncated"
 )
 SMALL = DataRecipe(train_size=100, meta_validation_size=60)
 
