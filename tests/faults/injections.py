@@ -22,6 +22,7 @@ import torch
 
 import lkd.core.distributed
 import lkd.export.cache
+import lkd.meta_training.meta_train
 import lkd.meta_training.outer_loop
 import lkd.meta_training.rollouts
 import lkd.tracking.tracker
