@@ -3,16 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lkd.config import ranges
 from lkd.config.meta_training import MetaSettings, PoolContents, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
-from lkd.config.ranges import (
-    AtLeast2,
-    ClosedUnitInterval,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveFraction,
-    PositiveInt,
-)
 
 
 @dataclass
@@ -53,13 +46,13 @@ class CompareRecipe(RunRecipe):
         }
     )
     students: list[ModelRecipe] = field(default_factory=lambda: [ModelRecipe()])
-    seeds: PositiveInt = 3
+    seeds: ranges.PositiveInt = 3
     baseline: str = "KD"
-    tuning_trainings: NonNegativeInt = 0
-    tuning_seeds: PositiveInt = 1
-    labelled_size: NonNegativeInt = 0
-    evaluate_every: PositiveInt = 1
-    workers: NonNegativeInt = 0
+    tuning_trainings: ranges.NonNegativeInt = 0
+    tuning_seeds: ranges.PositiveInt = 1
+    labelled_size: ranges.NonNegativeInt = 0
+    evaluate_every: ranges.PositiveInt = 1
+    workers: ranges.NonNegativeInt = 0
     join: bool = False
 
 
@@ -99,15 +92,15 @@ class FidelityRecipe(StudentRecipe):
     pool: PoolContents = field(default_factory=lambda: PoolContents(students=8, snapshots=9, max_age=0.8))
     pool_dir: str | None = None
     losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
-    ages: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
-    rollout_lengths: list[PositiveInt] = field(default_factory=lambda: [20, 60])
-    rollout_epochs: PositiveInt = 13
+    ages: list[ranges.ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
+    rollout_lengths: list[ranges.PositiveInt] = field(default_factory=lambda: [20, 60])
+    rollout_epochs: ranges.PositiveInt = 13
     annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
     objectives: list[str] = field(default_factory=list)
-    outer_batch_size: PositiveInt = 1000
-    full_seeds: AtLeast2 = 4
-    rollouts: AtLeast2 = 8
-    workers: NonNegativeInt = 0
+    outer_batch_size: ranges.PositiveInt = 1000
+    full_seeds: ranges.AtLeast2 = 4
+    rollouts: ranges.AtLeast2 = 8
+    workers: ranges.NonNegativeInt = 0
 
 
 @dataclass
@@ -151,9 +144,9 @@ class InspectRecipe:
 
     loss: dict[str, Any] | str
     out: str | None = None
-    kd_weight: ClosedUnitInterval = 0.5
-    kd_temperature: PositiveFloat = 4.0
-    num_classes: AtLeast2 = 10
+    kd_weight: ranges.ClosedUnitInterval = 0.5
+    kd_temperature: ranges.PositiveFloat = 4.0
+    num_classes: ranges.AtLeast2 = 10
     seed: int = 0
 
 
@@ -189,12 +182,12 @@ class PlanRecipe(StudentRecipe):
     pool_dir: str | None = None
     meta: MetaSettings | None = None
     gpu: Literal["h200_sxm", "h100_sxm", "a100_sxm_80gb", "l40s", "rtx_4090"] = "h100_sxm"
-    gpus: PositiveInt = 1
-    efficiency: PositiveFraction = 0.5
-    cores: PositiveInt = 16
-    decode_rate: PositiveFloat = 500.0
-    augmentation_seeds: PositiveInt = 8
-    top_k: PositiveInt = 20
+    gpus: ranges.PositiveInt = 1
+    efficiency: ranges.PositiveFraction = 0.5
+    cores: ranges.PositiveInt = 16
+    decode_rate: ranges.PositiveFloat = 500.0
+    augmentation_seeds: ranges.PositiveInt = 8
+    top_k: ranges.PositiveInt = 20
     out: str | None = None
 
 
@@ -210,8 +203,8 @@ class QuickstartRecipe(RunRecipe):
 
     run_dir: str = "runs/quickstart"
     short: bool = False
-    workers: NonNegativeInt = 0
-    seeds: PositiveInt = 3
+    workers: ranges.NonNegativeInt = 0
+    seeds: ranges.PositiveInt = 3
 
 
 @dataclass

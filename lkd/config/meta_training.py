@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lkd.config import ranges
 from lkd.config.parts import ModelRecipe, StudentRecipe
-from lkd.config.ranges import (
-    ClosedUnitInterval,
-    FractionBelowOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ZeroOrAtLeast1,
-)
 
 
 @dataclass
@@ -26,9 +18,9 @@ class PoolContents:
         loss: What they are trained with: a loss name, or {name: ..., ...}.
     """
 
-    students: PositiveInt = 4
-    snapshots: PositiveInt = 9
-    max_age: ClosedUnitInterval = 0.8
+    students: ranges.PositiveInt = 4
+    snapshots: ranges.PositiveInt = 9
+    max_age: ranges.ClosedUnitInterval = 0.8
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
 
 
@@ -50,8 +42,8 @@ class PoolSettings(PoolContents):
 
     sampling: Literal["uniform", "gaussian", "fixed_step", "latest", "live", "fidelity"] = "uniform"
     gaussian_age: float = 0.0
-    gaussian_spread: PositiveFloat = 0.1
-    refresh_every: PositiveInt = 10
+    gaussian_spread: ranges.PositiveFloat = 0.1
+    refresh_every: ranges.PositiveInt = 10
     fidelity_file: str | None = None
     restore_momentum: bool = True
 
@@ -115,29 +107,29 @@ class MetaSettings:
             run of over 100 times as many steps a multiple: there are 100 pictures at most.
     """
 
-    outer_steps: PositiveInt = 30
+    outer_steps: ranges.PositiveInt = 30
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
-    students_per_step: PositiveInt = 2
-    rollout_steps: PositiveInt = 100
-    initial_rollout_steps: NonNegativeInt = 0
-    rollout_epochs: PositiveInt = 13
+    students_per_step: ranges.PositiveInt = 2
+    rollout_steps: ranges.PositiveInt = 100
+    initial_rollout_steps: ranges.NonNegativeInt = 0
+    rollout_epochs: ranges.PositiveInt = 13
     annealing: Literal["cosine", "constant"] = "cosine"
-    average: FractionBelowOne = 0.0
+    average: ranges.FractionBelowOne = 0.0
     estimator: str = "audited"
     objective: str = "calibrated_cross_entropy"
-    outer_batch_size: PositiveInt = 1000
-    learning_rate: NonNegativeFloat = 0.05
-    clip_norm: NonNegativeFloat = 1.0
-    exploding_norm: ZeroOrAtLeast1 = 100.0
+    outer_batch_size: ranges.PositiveInt = 1000
+    learning_rate: ranges.NonNegativeFloat = 0.05
+    clip_norm: ranges.NonNegativeFloat = 1.0
+    exploding_norm: ranges.ZeroOrAtLeast1 = 100.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
-    reuse_every: NonNegativeInt = 10
-    reuse_students: PositiveInt = 3
-    reuse_epochs: NonNegativeInt = 0
-    reuse_patience: NonNegativeInt = 0
-    checkpoint_every: PositiveInt = 10
-    picture_every: NonNegativeInt = 10
+    reuse_every: ranges.NonNegativeInt = 10
+    reuse_students: ranges.PositiveInt = 3
+    reuse_epochs: ranges.NonNegativeInt = 0
+    reuse_patience: ranges.NonNegativeInt = 0
+    checkpoint_every: ranges.PositiveInt = 10
+    picture_every: ranges.NonNegativeInt = 10
 
     @property
     def alternation_start(self) -> int:

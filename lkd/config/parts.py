@@ -3,15 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lkd.config.ranges import (
-    AtLeast8,
-    ClosedUnitInterval,
-    FractionBelowOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ZeroOrAtLeast8,
-)
+from lkd.config import ranges
 
 
 @dataclass
@@ -45,19 +37,19 @@ class DataRecipe:
 
     name: str = "embedded"
     root: str | None = None
-    train_size: NonNegativeInt = 4000
-    meta_validation_size: PositiveInt = 4000
+    train_size: ranges.NonNegativeInt = 4000
+    meta_validation_size: ranges.PositiveInt = 4000
     split_seed: int = 0
-    label_noise: ClosedUnitInterval = 0.0
+    label_noise: ranges.ClosedUnitInterval = 0.0
     augmentation: str = "none"
-    augmentation_seeds: NonNegativeInt = 0
-    repeats: PositiveInt = 1
-    mixup: NonNegativeFloat = 0.0
-    cutmix: NonNegativeFloat = 0.0
-    image_size: AtLeast8 = 224
-    workers: NonNegativeInt = 0
-    damaged_limit: ClosedUnitInterval = 0.001
-    read_timeout: NonNegativeFloat = 600.0
+    augmentation_seeds: ranges.NonNegativeInt = 0
+    repeats: ranges.PositiveInt = 1
+    mixup: ranges.NonNegativeFloat = 0.0
+    cutmix: ranges.NonNegativeFloat = 0.0
+    image_size: ranges.AtLeast8 = 224
+    workers: ranges.NonNegativeInt = 0
+    damaged_limit: ranges.ClosedUnitInterval = 0.001
+    read_timeout: ranges.NonNegativeFloat = 600.0
     packed: str | None = None
 
 
@@ -99,8 +91,8 @@ class TeacherRecipe:
     name: str | None = None
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    image_size: ZeroOrAtLeast8 = 0
-    random_answers: ClosedUnitInterval = 0.0
+    image_size: ranges.ZeroOrAtLeast8 = 0
+    random_answers: ranges.ClosedUnitInterval = 0.0
     cache: str | None = None
 
 
@@ -134,24 +126,24 @@ class TrainRecipe:
         checkpoints_kept: How many are kept. Where the newest is damaged, a resumed run goes on from the one before.
     """
 
-    epochs: PositiveInt = 13
-    batch_size: PositiveInt = 64
-    learning_rate: NonNegativeFloat = 0.1
-    momentum: FractionBelowOne = 0.9
+    epochs: ranges.PositiveInt = 13
+    batch_size: ranges.PositiveInt = 64
+    learning_rate: ranges.NonNegativeFloat = 0.1
+    momentum: ranges.FractionBelowOne = 0.9
     nesterov: bool = False
-    weight_decay: NonNegativeFloat = 5e-4
+    weight_decay: ranges.NonNegativeFloat = 5e-4
     schedule: str = "cosine"
-    milestones: list[PositiveInt] = field(default_factory=list)
-    decay_rate: NonNegativeFloat = 0.1
-    warmup_epochs: NonNegativeInt = 0
+    milestones: list[ranges.PositiveInt] = field(default_factory=list)
+    decay_rate: ranges.NonNegativeFloat = 0.1
+    warmup_epochs: ranges.NonNegativeInt = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    accumulation: PositiveInt = 1
-    ema_decay: FractionBelowOne = 0.0
+    accumulation: ranges.PositiveInt = 1
+    ema_decay: ranges.FractionBelowOne = 0.0
     sync_batchnorm: bool = False
     compile: bool = False
     channels_last: bool = False
-    checkpoint_every: PositiveInt = 1000
-    checkpoints_kept: PositiveInt = 2
+    checkpoint_every: ranges.PositiveInt = 1000
+    checkpoints_kept: ranges.PositiveInt = 2
 
 
 @dataclass
@@ -193,7 +185,7 @@ class RunRecipe:
     resume: Literal["never", "auto"] = "never"
     seed: int = 0
     device: str = "auto"
-    threads: NonNegativeInt = 0
+    threads: ranges.NonNegativeInt = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)
     trackio: str | None = None
 

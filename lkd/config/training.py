@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lkd.config import ranges
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
-from lkd.config.ranges import (
-    AtLeast4,
-    AtLeast8,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ZeroOrAtLeast8,
-)
 
 
 @dataclass
@@ -44,7 +36,7 @@ class DistillRecipe(StudentRecipe):
 
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
-    labelled_size: NonNegativeInt = 0
+    labelled_size: ranges.NonNegativeInt = 0
 
 
 @dataclass
@@ -77,9 +69,9 @@ class VarianceRecipe:
     """
 
     run_dir: str = "runs/student"
-    samples: AtLeast4 = 100
-    batch_size: PositiveInt = 10
-    horizon: NonNegativeFloat = 0.0
+    samples: ranges.AtLeast4 = 100
+    batch_size: ranges.PositiveInt = 10
+    horizon: ranges.NonNegativeFloat = 0.0
     device: str = "auto"
 
 
@@ -99,8 +91,8 @@ class ExportRecipe:
     checkpoint: str = "runs/student/student.safetensors"
     out_dir: str = "runs/export"
     formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
-    image_size: ZeroOrAtLeast8 = 0
-    tolerance: NonNegativeFloat = 1e-4
+    image_size: ranges.ZeroOrAtLeast8 = 0
+    tolerance: ranges.NonNegativeFloat = 1e-4
 
 
 @dataclass
@@ -115,8 +107,8 @@ class CacheRecipe(DistillRecipe):
         shard_size: Images a file; a killed command loses at most one file's answers.
     """
 
-    top_k: NonNegativeInt = 0
-    shard_size: PositiveInt = 50_000
+    top_k: ranges.NonNegativeInt = 0
+    shard_size: ranges.PositiveInt = 50_000
 
 
 @dataclass
@@ -129,7 +121,7 @@ class PackRecipe:
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
-    shorter_side: AtLeast8 = 256
+    shorter_side: ranges.AtLeast8 = 256
 
 
 @dataclass
@@ -160,14 +152,14 @@ class InfluenceSettings:
     )
     objective: Literal["calibrated_cross_entropy", "cross_entropy"] = "calibrated_cross_entropy"
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    damping: NonNegativeFloat = 0.01
-    iterations: PositiveInt = 30
-    step_size: PositiveFloat = 0.05
-    curvature_examples: NonNegativeInt = 2000
-    batch_size: PositiveInt = 500
+    damping: ranges.NonNegativeFloat = 0.01
+    iterations: ranges.PositiveInt = 30
+    step_size: ranges.PositiveFloat = 0.05
+    curvature_examples: ranges.NonNegativeInt = 2000
+    batch_size: ranges.PositiveInt = 500
     parameters: str = ""
     weights: Literal["sigmoid", "exponential"] = "sigmoid"
-    sharpness: PositiveFloat = 1.0
+    sharpness: ranges.PositiveFloat = 1.0
     favour: Literal["helpful", "harmful"] = "helpful"
 
 
@@ -187,9 +179,9 @@ class InfluenceWeightedLossSettings:
 
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     weights: str | None = None
-    first_epoch: NonNegativeInt = 3
-    refresh_epochs: NonNegativeInt = 0
-    teacher_rate: NonNegativeFloat = 0.0
+    first_epoch: ranges.NonNegativeInt = 3
+    refresh_epochs: ranges.NonNegativeInt = 0
+    teacher_rate: ranges.NonNegativeFloat = 0.0
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
 
 
@@ -215,7 +207,7 @@ class InfluenceRecipe(RunRecipe):
     loss: dict[str, Any] | str = "cross_entropy"
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
-    shown: PositiveInt = 24
+    shown: ranges.PositiveInt = 24
 
 
 @dataclass

@@ -41,13 +41,9 @@ REPLICATES = 2000  # of a bootstrap
 
 
 def spearman(a: Values, b: Values) -> Values:
-    """Spearman's ρ along the last dimension: Pearson's correlation of the ranks, [...].
+    """Spearman's ρ along the last dimension, [..., N] to [...]: Pearson's correlation of the ranks.
 
     A constant ranks nothing, so its ρ is 0 (scipy's own has NaN there, and takes one pair at a time).
-
-    Args:
-        a: [..., N].
-        b: [..., N].
     """
     from scipy.stats import rankdata
 
@@ -57,12 +53,7 @@ def spearman(a: Values, b: Values) -> Values:
 
 
 def correlate(a: Values, b: Values) -> float:
-    """ρ of the means of two sets of repeated measurements.
-
-    Args:
-        a: [repetitions, N].
-        b: [repetitions, N], not necessarily as many.
-    """
+    """ρ of the means of two sets of repeated measurements, [repetitions, N], not necessarily as many."""
     return float(spearman(a.mean(0), b.mean(0)))
 
 
@@ -71,12 +62,6 @@ def bootstrap_correlation(a: Values, b: Values, generator: Generator, replicates
 
     A repetition is drawn with all its N columns, so that what they share (a seed, a batch) stays shared. Resampling
     adds the measurements' noise a second time, so that these ρ lie lower than `correlate`'s on the whole.
-
-    Args:
-        a: [repetitions, N].
-        b: [repetitions, N].
-        generator: Of the draws.
-        replicates: How often.
     """
     from scipy.stats import bootstrap
 
@@ -107,12 +92,7 @@ def split_halves(count: int) -> list[tuple[list[int], list[int]]]:
 
 
 def noise_ceiling(values: Values, generator: Generator, replicates: int = REPLICATES) -> tuple[float, float, float]:
-    """How well repeated measurements rank as they themselves do: ρ of the means of two halves of the repetitions.
-
-    Args:
-        values: [repetitions, N], at least 2 repetitions.
-        generator: Of the draws.
-        replicates: Draws of the bootstrap.
+    """How well repeated measurements, [repetitions, N], rank as they themselves do: ρ of the means of two halves.
 
     Returns:
         The mean over the ways to split, and its 95 % percentile interval. A bootstrap draw takes a split at random and

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.meta_training import PoolRecipe
@@ -16,7 +15,6 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.core.tensor_files import drop_damaged, read_result, write_result
 from lkd.core.workers import finish_all, own_device, start_workers
-from lkd.data.images import Batch
 from lkd.evaluation.comparison.compare import finish_trials
 from lkd.evaluation.comparison.trials import (
     Trial,
@@ -27,17 +25,16 @@ from lkd.evaluation.comparison.trials import (
     open_world,
     trial_path,
 )
-from lkd.evaluation.fidelity_results import write_results
+from lkd.evaluation.fidelity_results import list_objectives, write_results
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
-    InnerBatch,
     build_inner_optimizer,
     build_rollout_batches,
     compute_inner_loss,
     compute_outer_logits,
     list_inner_batches,
 )
-from lkd.pool.pool import INDEX, Pool, PoolStudent, build_pool, open_pool
+from lkd.pool.pool import INDEX, Pool, build_pool, open_pool
 from lkd.tracking.run import Run
 from lkd.training.build import (
     LossBuilder,
@@ -75,13 +72,7 @@ class Draw(NamedTuple):
 
 
 def plan_draws(recipe: FidelityRecipe, pool: list[dict[str, Any]], total_steps: int) -> list[Draw]:
-    """All draws.
-
-    Args:
-        recipe: The recipe.
-        pool: The pool's `students`, as its index lists them.
-        total_steps: Of one full training.
-    """
+    """All draws, of the students that the pool's index lists."""
     draws = []
     for age in recipe.ages:
         positions = find_students(pool, age, total_steps)
@@ -106,7 +97,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
         "format": ROW_FORMAT,
         "draw": draw,
         "losses": {label: hash_content(str(names[label])) or loss for label, loss in recipe.losses.items()},
-        "objectives": recipe.objectives or list(OBJECTIVES),
+        "objectives": list_objectives(recipe),
         "outer_batch_size": recipe.outer_batch_size,
         "rollout_epochs": recipe.rollout_epochs,
         **identify_world(recipe),
@@ -120,7 +111,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
 
 
 def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, device: str = "cpu") -> dict[str, Any]:
-    """Roll out every loss of one draw and write the outer values: `values[objective][loss label]`."""
+    """Roll out every loss of one draw, as meta-training does, and write `values[objective][loss label]`."""
     device = own_device(device)
     place = torch.device(device)
     world = open_world(recipe)
@@ -143,42 +134,26 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     size = min(recipe.outer_batch_size, len(images.meta_validation))
     outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)
     student = builder.build(recipe.seed, place).train()
-    values: dict[str, dict[str, float]] = {objective: {} for objective in (recipe.objectives or list(OBJECTIVES))}
+    values: dict[str, dict[str, float]] = {objective: {} for objective in list_objectives(recipe)}
     for label, loss in losses.items():
-        for objective, value in score_rollout(recipe, draw, student, start, loss, inner_batches, outer_batch).items():
-            values[objective][label] = value
+        problem = Problem(
+            partial(compute_inner_loss, student, loss),
+            partial(compute_outer_logits, student),
+            start.state,
+            {},
+            inner_batches,
+            outer_batch,
+            build_inner_optimizer(recipe.train, start.learning_rate, draw.annealing, draw.steps),
+        )
+        end = rollout(problem)
+        with torch.no_grad():
+            logits = problem.evaluate(end)
+            for objective, scores in values.items():
+                value = float(OBJECTIVES[objective](logits, outer_batch.target))
+                scores[label] = value if math.isfinite(value) else math.inf  # it diverged
     row = {**draw._asdict(), "progress": start.progress, "values": values}
     write_result(path, row)
     return row
-
-
-def score_rollout(
-    recipe: FidelityRecipe,
-    draw: Draw,
-    student: nn.Module,
-    start: PoolStudent,
-    loss: nn.Module,
-    inner_batches: list[InnerBatch],
-    outer_batch: Batch,
-) -> dict[str, float]:
-    """Train as a rollout of meta-training does, and score what comes out by each objective; infinite if it diverged."""
-    problem = Problem(
-        partial(compute_inner_loss, student, loss),
-        partial(compute_outer_logits, student),
-        start.state,
-        {},
-        inner_batches,
-        outer_batch,
-        build_inner_optimizer(recipe.train, start.learning_rate, draw.annealing, draw.steps),
-    )
-    end = rollout(problem)
-    with torch.no_grad():
-        logits = problem.evaluate(end)
-        values = {
-            name: float(OBJECTIVES[name](logits, outer_batch.target))
-            for name in (recipe.objectives or list(OBJECTIVES))
-        }
-    return {name: value if math.isfinite(value) else math.inf for name, value in values.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +238,7 @@ def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, 
         values = getattr(recipe, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}: {values} must hold at least one value, and each once")
-    for objective in recipe.objectives or list(OBJECTIVES):
+    for objective in list_objectives(recipe):
         check_choice("objectives", objective, OBJECTIVES)
     build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
     check_losses(recipe, world, student)

@@ -1,6 +1,6 @@
 """From full trainings and rollouts to correlations, a recommendation, a table and a picture."""
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,11 +69,7 @@ class SettingFidelity(NamedTuple):
 def average_ages(ages: list[float], rhos: list[float], draws: list[Values]) -> SettingFidelity:
     """The fidelity of a setting, ages drawn by their own weights.
 
-    Args:
-        ages: The ages.
-        rhos: ρ of each age.
-        draws: Bootstrap draws of each age's ρ, [replicates] each, made with the same resampled trainings. The weights
-            are not drawn anew.
+    `draws` are each age's bootstrapped ρ, made with the same resampled trainings; the weights are not drawn anew.
     """
     squares = [max(0.0, rho) ** 2 for rho in rhos]
     weights = [square / sum(squares) if sum(squares) else 0.0 for square in squares]
@@ -86,14 +82,8 @@ def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> Set
 
     The annealing and the objective: those with the highest ρ in the plain mean over ages and K (a mean weighted by ρ
     itself would favour noise). Then K: the smallest whose weighted ρ has a lower end of its interval that is at most
-    `tolerance` under the best K's.
-
-    Args:
-        settings: The fidelity of each setting.
-        tolerance: Differences in ρ that mean nothing.
-
-    Returns:
-        None if these do not rank the losses as full trainings do at all (no ρ is positive, at any age and K).
+    `tolerance` under the best K's; none if these do not rank the losses as full trainings do at all (no ρ is positive,
+    at any age and K).
     """
     means: dict[tuple[str, str], list[float]] = {}
     for setting, found in settings.items():
@@ -144,13 +134,7 @@ class Fidelity:
 
 
 def correlate_all(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row]) -> Fidelity:
-    """Correlate the rollouts of every setting and age with the full trainings.
-
-    Args:
-        recipe: The recipe.
-        full: Results of the full trainings.
-        rollouts: Results of the draws.
-    """
+    """Correlate the rollouts of every setting and age with the full trainings."""
 
     def generator() -> np.random.Generator:  # the same for every row: rows are of the same resampled trainings
         return np.random.default_rng([recipe.seed, 7])
@@ -162,7 +146,8 @@ def correlate_all(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row]) 
         for criterion, score in scores.items()
     }
     found = Fidelity([], {}, ceilings)
-    for setting in list_settings(recipe):
+    for kind in itertools.product(recipe.annealing, list_objectives(recipe), recipe.rollout_lengths):
+        setting = Setting(*kind)
         for criterion, score in scores.items():
             rhos, draws = [], []
             for age in recipe.ages:
@@ -176,12 +161,9 @@ def correlate_all(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row]) 
     return found
 
 
-def list_settings(recipe: FidelityRecipe) -> Iterator[Setting]:
-    """Every kind of rollout of a recipe."""
-    for annealing in recipe.annealing:
-        for objective in recipe.objectives or list(OBJECTIVES):
-            for steps in recipe.rollout_lengths:
-                yield Setting(annealing, objective, steps)
+def list_objectives(recipe: FidelityRecipe) -> list[str]:
+    """The outer objectives that rollouts are scored by."""
+    return recipe.objectives or list(OBJECTIVES)
 
 
 def tabulate_trainings(recipe: FidelityRecipe, full: list[Row], criterion: str) -> Values:
@@ -196,9 +178,9 @@ def tabulate_rollouts(recipe: FidelityRecipe, rollouts: list[Row]) -> dict[tuple
     """Outer values of each setting and age, negated so that more is better, [draws, losses]."""
     groups: dict[tuple[Setting, float], list[list[float]]] = {}
     for row in sorted(rollouts, key=lambda row: row["number"]):
-        for objective in recipe.objectives or list(OBJECTIVES):
+        for objective, values in row["values"].items():
             key = Setting(row["annealing"], objective, row["steps"]), row["age"]
-            groups.setdefault(key, []).append([-row["values"][objective][label] for label in recipe.losses])
+            groups.setdefault(key, []).append([-values[label] for label in recipe.losses])
     return {key: np.array(values) for key, values in groups.items()}
 
 
@@ -226,9 +208,9 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
     write_json(run.path / "fidelity.json", result)
     write_json(run.path / "result.json", evidence("lkd fidelity", provenance["environment"], list_figures(found)))
     write_text(run.path / "table.txt", write_table(recipe, full, found))
-    rows = [list(found.rows[0]), *(list(row.values()) for row in found.rows)]
-    for name, lines in (("rows", rows), ("trainings", list_trainings(full)), ("rollouts", list_rollouts(rollouts))):
-        write_text(run.path / f"{name}.csv", format_csv(lines))
+    tables = {"rows": found.rows, "trainings": list_trainings(full), "rollouts": list_rollouts(rollouts)}
+    for name, records in tables.items():
+        write_text(run.path / f"{name}.csv", format_csv(records))
     plot_fidelity(found, run.path / "fidelity.png")
     return result
 
@@ -246,25 +228,26 @@ def list_figures(found: Fidelity) -> dict[str, float]:
     return {key: round(value, 4) for key, value in figures.items()}
 
 
-def list_trainings(full: list[Row]) -> list[list[Any]]:
-    """Every full training, under a header."""
+def list_trainings(full: list[Row]) -> list[Row]:
+    """Every full training."""
     keys = ("top1", "cross_entropy", "calibrated_cross_entropy", "temperature")
-    rows = [
-        [row["method"], row["seed"], *(row["meta_validation"][key] for key in keys), row["seconds"]] for row in full
+    return [
+        {"loss": row["method"], "seed": row["seed"]}
+        | {key: row["meta_validation"][key] for key in keys}
+        | {"seconds": row["seconds"]}
+        for row in full
     ]
-    return [["loss", "seed", *keys, "seconds"], *rows]
 
 
-def list_rollouts(rollouts: list[Row]) -> list[list[Any]]:
-    """Every rollout's outer values, under a header."""
+def list_rollouts(rollouts: list[Row]) -> list[Row]:
+    """Every rollout's outer values."""
     keys = ("annealing", "steps", "age", "number", "student", "progress")
-    rows = [
-        [*(row[key] for key in keys), objective, label, value]
+    return [
+        {key: row[key] for key in keys} | {"objective": objective, "loss": label, "value": value}
         for row in rollouts
         for objective, values in row["values"].items()
         for label, value in values.items()
     ]
-    return [[*keys, "objective", "loss", "value"], *rows]
 
 
 def write_table(recipe: FidelityRecipe, full: list[Row], found: Fidelity) -> str:

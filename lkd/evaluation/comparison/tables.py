@@ -5,7 +5,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from tabulate import SEPARATING_LINE, tabulate
 
-from lkd.core.files import replaced_atomically
 from lkd.core.statistics import confidence_interval, mean_and_error
+from lkd.meta_training.log import save_figure
 from lkd.tracking.run import shorten_paths
 
 Row = dict[str, Any]
@@ -28,13 +28,7 @@ matplotlib.use("Agg")
 
 
 def plot_table(table: list[Row], baseline: str, path: Path) -> None:
-    """Draw, for each student, test accuracy and the paired difference to the baseline, one line for each method.
-
-    Args:
-        table: Rows of `summarize`.
-        baseline: Label of the method that differences are taken to.
-        path: The picture, PNG.
-    """
+    """Draw, for each student, test accuracy and the paired difference to the baseline, one line for each method."""
     students, methods = (list(dict.fromkeys(row[key] for row in table)) for key in ("student", "method"))
     size = 9, (1.1 + 0.32 * len(methods)) * len(students)
     figure, axes = plt.subplots(len(students), 2, figsize=size, sharey="row", squeeze=False, layout="constrained")
@@ -53,9 +47,7 @@ def plot_table(table: list[Row], baseline: str, path: Path) -> None:
     seeds = table[0]["seeds"]
     axes[-1][0].set_xlabel(f"%; mean ± standard error, {seeds} seed{'s' * (seeds > 1)}")
     axes[-1][1].set_xlabel("points; mean and 95 % interval; dots: seeds")
-    with replaced_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_accuracies(axis: Axes, rows: list[Row], baseline: str) -> None:
@@ -89,15 +81,11 @@ def draw_differences(axis: Axes, rows: list[Row], methods: list[str], baseline: 
 
 
 def summarize(rows: list[Row], baseline: str) -> list[Row]:
-    """Average over seeds.
-
-    Args:
-        rows: Results of reported trials.
-        baseline: The method that differences are taken to, seed by seed.
+    """Average the results of reported trials over seeds.
 
     Returns:
-        One row for each method and student: `last`, `best` and `difference` (last, to the baseline), each (mean,
-        standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
+        One row for each method and student: `last`, `best` and `difference` (last, to the baseline, seed by seed), each
+        (mean, standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
         `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
         (None where it was not measured); `loss_parameters`; `loss`.
     """
@@ -131,31 +119,28 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
 
 def list_lines(table: list[Row], baseline: str) -> list[list[str]]:
     """The header and the rows as words; the column of published numbers only where there is one."""
-    header = [
-        *("student", "method", "last epoch %", "best epoch %", f"last − {baseline}", "95 % interval", "seeds"),
-        *("tuned over", "steps/s", "loss parameters", "peak MiB", "published %"),
-    ]
-    lines = [header]
+    lines: list[dict[str, str]] = []
     for row in table:
-        compared = row["method"] != baseline
-        low, high = row["interval"]
+        compared, (low, high) = row["method"] != baseline, row["interval"]
+        interval = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−") if compared and not math.isnan(low) else ""
         lines.append(
-            [
-                row["student"],
-                row["method"],
-                format_figure(row["last"]),
-                format_figure(row["best"]),
-                format_figure(row["difference"], True) if compared else "",
-                f"[{low:+.2f}, {high:+.2f}]".replace("-", "−") if compared and not math.isnan(low) else "",
-                str(row["seeds"]),
-                str(row["tuned_over"]),
-                f"{row['steps_per_second']:.1f}",
-                f"{row['loss_parameters']:,}",
-                "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
-                "" if row["published"] is None else f"{row['published']['accuracy']:.2f}",
-            ]
+            {
+                "student": row["student"],
+                "method": row["method"],
+                "last epoch %": format_figure(row["last"]),
+                "best epoch %": format_figure(row["best"]),
+                f"last − {baseline}": format_figure(row["difference"], True) if compared else "",
+                "95 % interval": interval,
+                "seeds": str(row["seeds"]),
+                "tuned over": str(row["tuned_over"]),
+                "steps/s": f"{row['steps_per_second']:.1f}",
+                "loss parameters": f"{row['loss_parameters']:,}",
+                "peak MiB": "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+                "published %": "" if row["published"] is None else f"{row['published']['accuracy']:.2f}",
+            }
         )
-    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+    width = None if any(line["published %"] for line in lines) else -1
+    return [list(lines[0])[:width], *(list(line.values())[:width] for line in lines)]
 
 
 def format_table(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
@@ -177,50 +162,45 @@ def format_latex(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
     return "\n".join([*(f"% {note}" for note in notes), text, ""])
 
 
-def format_csv(lines: Sequence[Sequence[object]]) -> str:
-    """Rows as CSV."""
+def format_csv(records: Sequence[Mapping[str, object]]) -> str:
+    """Records as CSV; their keys are the header."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     return buffer.getvalue()
 
 
-def list_rows(table: list[Row]) -> list[list[object]]:
-    """The table's numbers, unrounded, under a header; nothing where there is none."""
-    header: list[object] = [
-        *("student", "method", "last", "last_se", "best", "best_se", "difference", "difference_se"),
-        *("interval_low", "interval_high", "seeds", "tuned_over", "steps_per_second", "loss_parameters", "peak_mib"),
-        *("published", "published_source"),
-    ]
-    rows = [
-        [
-            *(row["student"], row["method"], *row["last"], *row["best"], *row["difference"], *row["interval"]),
-            *(row["seeds"], row["tuned_over"], row["steps_per_second"], row["loss_parameters"], row["peak_mib"]),
-            *((row["published"] or {}).get(key) for key in ("accuracy", "source")),
-        ]
-        for row in table
-    ]
-    return [header, *([None if value != value else value for value in row] for row in rows)]
+def list_rows(table: list[Row]) -> list[Row]:
+    """The table's numbers, unrounded; nothing where there is none."""
+    records = []
+    for row in table:
+        record = {name: row[name] for name in ("student", "method")}
+        for name in ("last", "best", "difference"):
+            record |= {name: row[name][0], f"{name}_se": row[name][1]}
+        record |= {"interval_low": row["interval"][0], "interval_high": row["interval"][1]}
+        record |= {n: row[n] for n in ("seeds", "tuned_over", "steps_per_second", "loss_parameters", "peak_mib")}
+        published = row["published"] or {}
+        record |= {"published": published.get("accuracy"), "published_source": published.get("source")}
+        records.append({name: None if value != value else value for name, value in record.items()})
+    return records
 
 
-def list_trials(rows: list[Row]) -> list[list[object]]:
-    """Every seed's figures, under a header."""
-    header: list[object] = [
-        *("method", "student", "seed", "loss", "test_last", "test_best", "meta_validation_last", "best_step"),
-        *("diverged_at", "seconds", "steps_per_second", "loss_parameters", "peak_mib"),
-    ]
-    lines = [header]
+def list_trials(rows: list[Row]) -> list[Row]:
+    """Every seed's figures."""
+    records = []
     for row in rows:
         loss = shorten_paths(row["loss"])
-        lines.append(
-            [
-                *(row["method"], row["student"], row["seed"], json.dumps(loss) if isinstance(loss, dict) else loss),
-                *(f"{row[name]['top1']:.4f}" for name in ("last", "best", "meta_validation")),
-                *(row["best_step"], row.get("diverged_at", ""), f"{row['seconds']:.1f}"),
-                *(f"{row['steps_per_second']:.2f}", row["loss_parameters"]),
-                "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
-            ]
+        records.append(
+            {name: row[name] for name in ("method", "student", "seed")}
+            | {"loss": json.dumps(loss) if isinstance(loss, dict) else loss}
+            | {f"test_{name}": f"{row[name]['top1']:.4f}" for name in ("last", "best")}
+            | {"meta_validation_last": f"{row['meta_validation']['top1']:.4f}", "best_step": row["best_step"]}
+            | {"diverged_at": row.get("diverged_at", ""), "seconds": f"{row['seconds']:.1f}"}
+            | {"steps_per_second": f"{row['steps_per_second']:.2f}", "loss_parameters": row["loss_parameters"]}
+            | {"peak_mib": "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"}
         )
-    return lines
+    return records
 
 
 def format_options(method: dict[str, Any] | str) -> str:
@@ -257,16 +237,7 @@ def read_published(path: Path = FILE) -> tuple[dict[str, str], ...]:
 def find_published(
     data: str, teacher: str, student: str, epochs: int, loss: str, path: Path = FILE
 ) -> dict[str, Any] | None:
-    """The published number of this protocol: `accuracy` in percent, and its `source`; None where there is none.
-
-    Args:
-        data: Name of the data set.
-        teacher: The teacher's architecture.
-        student: The student's architecture.
-        epochs: Of the student's training.
-        loss: Name in `LOSSES`.
-        path: The file.
-    """
+    """The published number of this protocol: `accuracy` in percent, and its `source`; None where there is none."""
     wanted = {"data": data, "teacher": teacher, "student": student, "epochs": str(epochs), "loss": loss}
     for row in read_published(path):
         if all(simplify(row[key]) == simplify(value) for key, value in wanted.items()):
