@@ -76,24 +76,26 @@ def test_a_killed_worker_loses_nothing_and_no_cell_is_trained_twice(capsys) -> N
     assert "last − KD" in second.text
 
 
-def test_workers_go_with_a_killed_parent() -> None:
+def test_workers_and_their_server_go_with_a_killed_parent() -> None:
     script = """
 import os, signal
-from lkd.core.workers import start_workers
+from multiprocessing import forkserver
+from lkd.core.workers import preload_workers, start_workers
 if __name__ == "__main__":
+    preload_workers("lkd.core.workers")
     with start_workers(1) as workers:
-        print(workers.submit(os.getpid).result(), flush=True)
+        print(workers.submit(os.getpid).result(), forkserver._forkserver._forkserver_pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
     Path("parent.py").write_text(script)
     result = subprocess.run(
         [sys.executable, "parent.py"], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
     )
-    worker, end = int(result.stdout), time.monotonic() + 20
-    while process_exists(worker) and time.monotonic() < end:
-        time.sleep(0.05)
     assert result.returncode == -signal.SIGKILL
-    assert not process_exists(worker)
+    children, end = [int(word) for word in result.stdout.split()], time.monotonic() + 20
+    while any(process_exists(child) for child in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(process_exists(child) for child in children)
 
 
 def test_another_comparison_is_not_joined() -> None:
