@@ -1,11 +1,9 @@
 """Data sets, their splits and batches."""
 
-from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.batches import Batches
-from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Batch, Dataset, ImageSet
 from lkd.data.readers import DATASETS, load_dataset
-from lkd.data.splits import Splits, flip_labels, split_training_images
+from lkd.data.splits import flip_labels, split_training_images
 
 __all__ = [
     "DATASETS",
@@ -13,11 +11,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "ImageSet",
-    "LoadingOptions",
-    "Splits",
-    "draw_positions",
     "flip_labels",
     "load_dataset",
-    "seeded_generator",
     "split_training_images",
 ]

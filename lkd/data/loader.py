@@ -5,6 +5,7 @@ Threads, not processes: decoding and scaling leave Python alone, and nothing has
 
 import atexit
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,14 +78,9 @@ class Decoders:
             thread.join(max(0.0, end - time.monotonic()))
 
 
-def start_threads(count: int) -> Decoders:
-    """The threads of this process that decode, started once; torch's own threads stay out of them."""
-    return start_threads_of(os.getpid(), count)
-
-
 @cache
-def start_threads_of(process: int, count: int) -> Decoders:
-    """The threads of a process: those of its parent are none of a fork's."""
+def start_threads(count: int, process: int) -> Decoders:
+    """The threads of a process that decode, started once; those of its parent are none of a fork's."""
     torch.get_num_threads()  # else this thread would take over the decoders' number
     return Decoders(count)
 
@@ -101,35 +97,31 @@ class Loading:
     """
 
     def __init__(self, files: ImageFiles, slots: Tensor, cut: Cut, replace: bool, pin: bool) -> None:
-        self.files = files
-        self.cut = cut
-        self.replace = replace
-        self.slots = slots.tolist()
+        self.files, self.cut, self.replace, self.slots = files, cut, replace, slots.tolist()
         self.pixels = torch.empty(len(slots), files.size, files.size, 3, dtype=torch.uint8, pin_memory=pin)
         self.reading: set[int] = set()
         rows = range(len(slots))
-        pool = start_threads(files.workers)
+        pool = start_threads(files.workers, os.getpid())
         self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
 
     def fill(self, rows: Iterable[int]) -> None:
         """Decode some rows; the slot of a row that is left out becomes -1."""
         failures: list[tuple[str, str]] = []
         seen = 0
+        count = len(self.files.positions)
         for row in rows:
-            slot, image, left = self.slots[row], None, len(self.files.positions)
-            while image is None and left:
-                seen += 1
+            first, self.slots[row] = self.slots[row], -1
+            for more in range(count if self.replace else 1):
+                slot, seen = (first + more) % count, seen + 1
                 try:
-                    image = self.read(slot)
+                    self.pixels[row] = self.cut(self.read(slot), slot).permute(1, 2, 0)
+                    self.slots[row] = slot
+                    break
                 except DamagedImageError as error:
                     failures.append((self.files.name(slot), str(error)))
-                    left = left - 1 if self.replace else 0
-                    slot = (slot + 1) % len(self.files.positions)
-            if image is None and self.replace:
-                raise UserError(f"data: no image can be decoded ({failures[0][1]}, ...)")
-            self.slots[row] = slot if image is not None else -1
-            if image is not None:
-                self.pixels[row] = self.cut(image, slot).permute(1, 2, 0)
+            else:
+                if self.replace:
+                    raise UserError(f"data: no image can be decoded ({failures[0][1]}, ...)")
         self.files.damage.record(seen, failures)
 
     def read(self, slot: int) -> Tensor:
@@ -182,14 +174,12 @@ class Prefetcher:
     """
 
     def __init__(self, start: Callable[[int], Loading], steps: int | None = None) -> None:
-        self.start = start
-        self.steps = steps
+        self.start, self.steps = start, sys.maxsize if steps is None else steps
         self.pending: dict[int, Loading] = {}
 
     def take(self, step: int) -> Loading:
         """The batch of a step, and the next ones started; steps in order cost no waiting."""
-        last = step + AHEAD if self.steps is None else min(step + AHEAD, self.steps - 1)
-        wanted = range(step, max(step, last) + 1)
+        wanted = range(step, max(step, min(step + AHEAD, self.steps - 1)) + 1)
         for dropped in self.pending.keys() - set(wanted):
             self.pending.pop(dropped).cancel()
         self.pending = {s: self.pending.get(s) or self.start(s) for s in wanted}
@@ -197,4 +187,4 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[Loading]:
         """All steps in order."""
-        return map(self.take, range(self.steps or 0))
+        return map(self.take, range(self.steps))

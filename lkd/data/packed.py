@@ -1,6 +1,7 @@
 """Decoded images in one file: scaled down once, mapped into memory, cut without decoding."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def pack(
         small = resize_shorter_side(image, shorter_side) if min(image.shape[1:]) > shorter_side else image
         return small.permute(1, 2, 0).contiguous()
 
-    threads, count = start_threads(workers), len(source.names)
+    threads, count = start_threads(workers, os.getpid()), len(source.names)
     sample = torch.linspace(0, count - 1, SAMPLE).long().unique().tolist()
     sizes = [image.numel() for image in threads.map(scale, sample) if not isinstance(image, str)]
     needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))

@@ -3,6 +3,7 @@
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -314,8 +315,8 @@ def read_shards(paths: list[Path]) -> LabelledSource:
                 if key in images:
                     raise UserError(f"data.root: {path}: {member.name} is the second image of one sample: rename it")
                 images[key] = member
-            elif extension in ("cls", "json"):
-                label_of |= read_label(path, member, key)
+            elif extension in ("cls", "json") and (label := read_label(path, member)) is not None:
+                label_of[key] = label
         without = [member.name for key, member in images.items() if key not in label_of]
         if without:
             raise UserError(
@@ -327,19 +328,14 @@ def read_shards(paths: list[Path]) -> LabelledSource:
     return LabelledSource(TarSource(paths, members), labels)
 
 
-def read_label(path: Path, member: Member, key: str) -> dict[str, int]:
-    """The label in a `.cls` or `.json` member, by the sample's key; nothing if a `.json` has none."""
+def read_label(path: Path, member: Member) -> int | None:
+    """The label in a `.cls` or `.json` member; None if a `.json` has none."""
     content = np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
-    try:
+    with suppress(ValueError):
         value = parse_json(content)
-        if isinstance(value, dict):
-            value = value.get("label")
-        if value is None:
-            return {}
-        if type(value) is int and value >= 0:
-            return {key: value}
-    except ValueError:
-        pass
+        label = value.get("label") if isinstance(value, dict) else value
+        if label is None or (type(label) is int and label >= 0):
+            return label
     raise UserError(f"data.root: {path}: {member.name} holds {content[:40]!r}, not a class index (0, 1, ...)")
 
 

@@ -24,9 +24,9 @@ from lkd.core.errors import UserError
 from lkd.core.files import write_json
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import write_tensors
-from lkd.data import Batch, LoadingOptions, load_dataset
+from lkd.data import Batch, load_dataset
 from lkd.data.augment import CROP_NUMBERS, cut_center, cut_random
-from lkd.data.image_files import Damage, DamagedImageError, FileSource, as_bytes, decode
+from lkd.data.image_files import Damage, DamagedImageError, FileSource, LoadingOptions, as_bytes, decode
 from lkd.data.packed import open_packed, pack
 from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses import LearnedLoss, ReplayedLoss

@@ -9,8 +9,8 @@ import torch
 
 from lkd.config import DataRecipe
 from lkd.core.errors import UserError
-from lkd.core.random import draw_uniform
-from lkd.data import Batches, flip_labels, load_dataset, seeded_generator, split_training_images
+from lkd.core.random import draw_uniform, seeded_generator
+from lkd.data import Batches, flip_labels, load_dataset, split_training_images
 from lkd.data.augment import flip_and_crop
 from lkd.data.embedded import ARCHIVE
 from lkd.data.readers import read_embedded_archive

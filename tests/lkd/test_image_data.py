@@ -15,9 +15,9 @@ from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.core.random import draw_uniform
-from lkd.data import Batches, ImageSet, LoadingOptions, load_dataset
+from lkd.data import Batches, ImageSet, load_dataset
 from lkd.data.augment import choose_crop, cut_center, cut_random
-from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, open_source
+from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, LoadingOptions, open_source
 from lkd.training.build import prepare_images
 from tests.lkd.tiny_images import write_image_folder
 

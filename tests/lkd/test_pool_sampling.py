@@ -11,7 +11,7 @@ import torch
 
 from lkd.config import PoolSettings
 from lkd.core.errors import UserError
-from lkd.data import seeded_generator
+from lkd.core.random import seeded_generator
 from lkd.pool.sampling import build_age_weights, check_sampling, draw_position, find_drawable_ages
 
 AGES = torch.tensor([0, 0.25, 0.5] * 2, dtype=torch.float64)  # of two trainings

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.photographs import add_member, write_web_shards
 from lkd.core.errors import UserError
-from lkd.data import Batches, Dataset, LoadingOptions, load_dataset
+from lkd.data import Batches, Dataset, load_dataset
+from lkd.data.image_files import LoadingOptions
 from tests.lkd.tiny_images import write_image_folder
 
 CPU = torch.device("cpu")
