@@ -71,11 +71,6 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def draw_value(rng: random.Random) -> Any:
-    """One of them, of its own: what is changed later must not change the next file."""
-    return copy.deepcopy(rng.choice(VALUES))
-
-
 def mutate_json(rng: random.Random, tree: Any) -> Any:
     """A copy of a JSON tree with one to three of its places changed."""
     tree = json.loads(json.dumps(tree))
@@ -86,7 +81,7 @@ def mutate_json(rng: random.Random, tree: Any) -> Any:
 
 def change_place(rng: random.Random, tree: Any) -> Any:
     if not isinstance(tree, dict | list) or not tree or rng.random() < 0.1:
-        return draw_value(rng)
+        return copy.deepcopy(rng.choice(VALUES))  # what is changed later must not change the next file
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     key, kind = rng.choice(keys), rng.random()
     if kind < 0.6:
@@ -96,9 +91,11 @@ def change_place(rng: random.Random, tree: Any) -> Any:
     elif kind < 0.8:
         tree[key] = json.loads(json.dumps(tree[rng.choice(keys)]))  # a copy: no circles
     elif isinstance(tree, dict):
-        tree[rng.choice(("", "a.b", "class", "pretrained", "options", "x" * 1000, key + "x"))] = draw_value(rng)
+        tree[rng.choice(("", "a.b", "class", "pretrained", "options", "x" * 1000, key + "x"))] = copy.deepcopy(
+            rng.choice(VALUES)
+        )
     else:
-        tree.extend([rng.choice([tree[key], draw_value(rng)])] * rng.choice((1, 2, 1000)))
+        tree.extend([rng.choice([tree[key], copy.deepcopy(rng.choice(VALUES))])] * rng.choice((1, 2, 1000)))
     return tree
 
 
@@ -229,16 +226,18 @@ def change_tensor(rng: random.Random, name: str, tensor: torch.Tensor) -> dict[s
 # Tar files: headers that lie, hostile names, links, nests.
 
 NAMES = (
-    "../../evil.jpg",
-    "/tmp/evil.jpg",
-    "c/\0x.jpg",
-    "",
-    ".",
-    "..",
-    "a" * 300 + ".jpg",
-    "x.tar",
-    "c/0.cls",
-    "\udcff.jpg",
+    *(
+        "../../evil.jpg",
+        "/tmp/evil.jpg",
+        "c/\0x.jpg",
+        "",
+        ".",
+        "..",
+        "a" * 300 + ".jpg",
+        "x.tar",
+        "c/0.cls",
+        "\udcff.jpg",
+    ),
 )
 FIELDS = {"name": (0, 100), "size": (124, 12), "typeflag": (156, 1), "linkname": (157, 100), "magic": (257, 8)}
 FIELDS |= {"devmajor": (329, 8), "prefix": (345, 155), "whole": (0, 512)}
@@ -324,6 +323,7 @@ class Payload:
         return os.system, ("touch EVIL",)
 
 
+LARGE = b"\x8a\x08" + b"\xff" * 7 + b"\x7f"  # a number in a pickle
 PICKLES = (
     pickle.dumps(Payload()),
     pickle.dumps(Payload(), 0),
@@ -341,33 +341,24 @@ PICKLES = (
 
 
 def mutate_zip(rng: random.Random, content: bytes, other: bytes) -> bytes:
-    """Change, swap, bloat, drop or replace members, or lie in the directory."""
+    """Change, swap, rename, bloat, drop or double a member; or a pickle in the whole file's place."""
     if rng.random() < 0.1:
         return rng.choice(PICKLES)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    number, kind = rng.randrange(len(members)), rng.random()
+    number = rng.randrange(len(members))
     name, body = members[number]
-    if kind < 0.4:
-        damaged = bytearray(body)
-        for _ in range(rng.choice((1, 2, 10)) if body else 0):
-            damaged[rng.randrange(min(len(body), 2000))] = rng.randrange(256)
-        members[number] = name, bytes(damaged)
-    elif kind < 0.55:
-        members[number] = name, rng.choice(PICKLES)
-    elif kind < 0.65:
-        members[number] = name, members[rng.randrange(len(members))][1]
-    elif kind < 0.7:
-        members[number] = rng.choice(("../../evil", "/tmp/evil", "x.npy", name + "x")), body
-    elif kind < 0.8:
-        members[number] = name, (body[:200] if rng.random() < 0.5 else b"") + bytes(rng.choice((10**3, 10**7, 10**8)))
-    elif kind < 0.85:  # numbers of a pickle
-        large = b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"
-        members[number] = name, body.replace(b"K\x03", large[0]).replace(b"K\x10", large[1], 3)
-    elif kind < 0.95:
-        del members[number]
-    else:
-        members.append((name, body))
+    changes = (
+        lambda: [(name, mutate_bytes(rng, body, other))],
+        lambda: [(name, rng.choice(PICKLES))],
+        lambda: [(name, rng.choice(members)[1])],
+        lambda: [(rng.choice(("../../evil", "/tmp/evil", name + "x")), body)],
+        lambda: [(name, body[: rng.choice((0, 200))] + bytes(rng.choice((10**3, 10**7, 10**8))))],
+        lambda: [(name, body.replace(b"K\x03", b"J\xff\xff\xff\x7f").replace(b"K\x10", LARGE, 3))],
+        lambda: [],
+        lambda: [(name, body), (name, body)],
+    )
+    members[number : number + 1] = rng.choice(changes)()
     buffer = io.BytesIO()
     bloated = any(len(body) > 10**7 for _, body in members)
     method = zipfile.ZIP_DEFLATED if bloated or rng.random() < 0.5 else zipfile.ZIP_STORED

@@ -46,26 +46,12 @@ from lkd.pool.pool import INDEX, build_pools, open_pool, write_student
 from lkd.pool.sampling import check_sampling
 from lkd.tracking.run import Run, check_resumable
 from lkd.tracking.tracker import Tracker, read_log
-from lkd.training.build import (
-    LossBuilder,
-    choose_student,
-    open_teacher,
-    prepare_images,
-    prepare_learned_loss,
-    prepare_teacher,
-)
+from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_teacher
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.distill import start_training
-from tests.hostile_input.mutators import (
-    add_member,
-    mutate_idx,
-    mutate_image,
-    mutate_json_file,
-    mutate_safetensors,
-    mutate_tar,
-    mutate_yaml,
-    mutate_zip,
-)
+from tests.hostile_input import mutators
+from tests.hostile_input.mutators import add_member
+from tests.lkd.parts import list_pool_parts, list_students, prepare_learned_loss
 
 CPU = torch.device("cpu")
 TINY = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1, "pretrained": False, "options": {}}
@@ -171,11 +157,11 @@ def prepare_meta_training() -> tuple[Any, ...]:
             reuse_every=2, reuse_students=1, reuse_epochs=1, estimator="first_order", checkpoint_every=1,
         ),
     )  # fmt: skip
-    images = prepare_images(recipe.data)
-    students = [choose_student(recipe.student, images.train)]
+    images, students = prepare_images(recipe.data), list_students(recipe, prepare_images(recipe.data))
     opened = open_teacher(recipe.teacher, images.train)
-    teacher, losses = prepare_teacher(opened, images, CPU), LossBuilder(recipe.pool.loss, opened, images)
+    teacher = prepare_teacher(opened, images, CPU)
     with tempfile.TemporaryDirectory() as folder:
+        losses = list_pool_parts(recipe, images, teacher)[-1]
         run = open_silent_run(Path(folder))
         pools = build_pools(recipe, Path(folder) / "pool", images, students, teacher, losses, run)
         for pool in pools:
@@ -188,8 +174,7 @@ def go_on(folder: Path) -> None:
     """Go on with a meta-training from the newest checkpoint in a folder, to its end."""
     recipe, images, students, opened, teacher, pools = prepare_meta_training()
     run = open_silent_run(folder)
-    loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
-    loop = OuterLoop(recipe, images, students, teacher, loss, pools, CPU)
+    loop = OuterLoop(recipe, images, students, teacher, prepare_learned_loss(recipe, images), pools, CPU)
     reuse = Reuse(recipe, students, images, teacher, run)
     try:
         learn(recipe, loop, reuse, opened, run)
@@ -440,14 +425,15 @@ class Reader(NamedTuple):
     read: Callable[[Path], object]
 
 
+IMAGES = (".png", ".jpg", ".gif", ".webp", ".bmp", ".tif")
 MUTATORS = {
-    ".safetensors": mutate_safetensors,
-    **dict.fromkeys((".json", ".jsonl"), mutate_json_file),
-    **dict.fromkeys((".png", ".jpg", ".gif", ".webp", ".bmp", ".tif"), mutate_image),
-    ".pth": mutate_zip,
-    ".tar": mutate_tar,
-    ".yaml": mutate_yaml,
-    "": mutate_idx,
+    ".safetensors": mutators.mutate_safetensors,
+    **dict.fromkeys((".json", ".jsonl"), mutators.mutate_json_file),
+    **dict.fromkeys(IMAGES, mutators.mutate_image),
+    ".pth": mutators.mutate_zip,
+    ".tar": mutators.mutate_tar,
+    ".yaml": mutators.mutate_yaml,
+    "": mutators.mutate_idx,
 }
 """From a file's suffix to what damages it besides `mutate_bytes`."""
 
@@ -461,7 +447,7 @@ READERS = {
     "example weights": Reader(write_weights, ("*.safetensors",), read_weights),
     "teacher cache": Reader(write_cache, ("cache/*.safetensors",), read_cache),
     "packed images": Reader(write_packed, ("packed/*",), read_packed),
-    "image": Reader(write_pictures, ("*.png", "*.jpg", "*.gif", "*.webp", "*.bmp", "*.tif"), read_picture),
+    "image": Reader(write_pictures, tuple(f"*{suffix}" for suffix in IMAGES), read_picture),
     "class tars": Reader(write_class_tars, ("*.tar",), lambda path: decode_all("tar", path.parent)),
     "WebDataset shards": Reader(write_shards, ("*.tar", "*.json"), lambda path: decode_all("wds/fuzz", path.parent)),
     "IDX": Reader(write_idx, ("FashionMNIST/raw/*",), lambda path: load_dataset("fashion_mnist", str(path.parents[2]))),
