@@ -15,7 +15,7 @@ from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison.compare import pick_options, plan_report, plan_tuning, submit, write_results
 from lkd.evaluation.comparison.tables import format_figure
-from lkd.evaluation.comparison.trials import Trial, trial_path
+from lkd.evaluation.comparison.trials import trial_path
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
@@ -42,68 +42,54 @@ GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
 def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
     """The recipe of one setting's meta-training: the defaults, but for the setting itself and the short form."""
     learned = MetaTrainRecipe(
-        run_dir=str(setting_folder(folder, setting) / "meta-train"),
+        run_dir=str(loss_path(folder, setting).parent),
         resume="auto",
-        seed=recipe.seed,
-        device=recipe.device,
         wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-{setting}"),
         student=SEEN,
-        train=TrainRecipe(learning_rate=LEARNING_RATE),
+        **share_fields(recipe, setting),
     )
     if recipe.short:
-        learned.train.epochs = 2
         learned.pool = PoolSettings(students=1, snapshots=2)
         learned.meta = MetaSettings(
             outer_steps=2, students_per_step=1, rollout_steps=4, outer_batch_size=200, reuse_every=0
         )
-    return place_setting(learned, recipe, setting)
+    return learned
 
 
 def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
     """The recipe of one setting's comparison."""
     grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
-    compared = CompareRecipe(
-        run_dir=str(setting_folder(folder, setting)),
-        seed=recipe.seed,
-        device=recipe.device,
-        methods={
-            "CE": {"name": "cross_entropy"},
-            "KD": {"name": "kd", "grid": grid},
-            "learned": str(loss_path(folder, setting)),
-        },
+    losses = {"CE": {"name": "cross_entropy"}, "KD": {"name": "kd", "grid": grid}}
+    return CompareRecipe(
+        run_dir=str(folder / setting),
+        methods={**losses, "learned": str(loss_path(folder, setting))},
         students=[SEEN, UNSEEN],
-        train=TrainRecipe(learning_rate=LEARNING_RATE),
         seeds=recipe.seeds,
         evaluate_every=4,
+        **share_fields(recipe, setting),
     )
-    if recipe.short:
-        compared.train.epochs = 2
-    return place_setting(compared, recipe, setting)
 
 
-def place_setting(placed: "MetaTrainRecipe | CompareRecipe", recipe: QuickstartRecipe, setting: str) -> Any:
-    """Put a setting's labels and teacher into a recipe."""
-    size = 640 if recipe.short else 4000
-    values = SETTINGS[setting]
-    placed.data = DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0))
-    placed.teacher = TeacherRecipe(random_answers=values.get("random_answers", 0.0))
-    return placed
-
-
-def setting_folder(folder: Path, setting: str) -> Path:
-    """Where a setting's files go."""
-    return folder / setting
+def share_fields(recipe: QuickstartRecipe, setting: str) -> dict[str, Any]:
+    """What both have in common: a setting's labels and teacher, and the student's training."""
+    size, values = 640 if recipe.short else 4000, SETTINGS[setting]
+    train = TrainRecipe(learning_rate=LEARNING_RATE)
+    return {
+        "seed": recipe.seed,
+        "device": recipe.device,
+        "train": dataclasses.replace(train, epochs=2) if recipe.short else train,
+        "data": DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0)),
+        "teacher": TeacherRecipe(random_answers=values.get("random_answers", 0.0)),
+    }
 
 
 def loss_path(folder: Path, setting: str) -> Path:
     """A setting's learned-loss file."""
-    return setting_folder(folder, setting) / "meta-train" / f"loss{SUFFIX}"
+    return folder / setting / "meta-train" / f"loss{SUFFIX}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The figures of the quickstart.
-
-LABELS = {"CE": "ce", "KD": "kd", "learned": "learned"}
 
 
 def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
@@ -112,7 +98,7 @@ def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     for setting, table in tables.items():
         suffix = "" if setting == "clean" else f"_{setting}"
         for row in table:
-            name = f"{LABELS[row['method']]}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
+            name = f"{row['method'].lower()}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
             figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["last"])
     return figures
 
@@ -120,7 +106,7 @@ def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 def grid_accuracies(
     recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student.
+    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student, last step.
 
     Returns:
         Fixed KD → setting → %, and method → setting → %.
@@ -128,20 +114,16 @@ def grid_accuracies(
     grid: dict[str, dict[str, float]] = {}
     bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
     for setting, recipe in recipes.items():
-        place = setting_folder(folder, setting)
-        for trial in plan_tuning(recipe):
-            options: Any = trial.loss
-            label = f"KD({options['weight']:g}, {options['temperature']:g})"
-            grid.setdefault(label, {})[setting] = meta_validation_accuracy(recipe, trial, place)
-        for trial in plan_report(recipe, picks[setting]):
-            if trial.method in bold and trial.student == SEEN and trial.seed == recipe.seed:
-                bold[trial.method][setting] = meta_validation_accuracy(recipe, trial, place)
+        for trial in [*plan_tuning(recipe), *plan_report(recipe, picks[setting])]:
+            fixed: Any = trial.loss
+            if not trial.reported:
+                rows = grid.setdefault(f"KD({fixed['weight']:g}, {fixed['temperature']:g})", {})
+            elif trial.method in bold and trial.student == SEEN and trial.seed == recipe.seed:
+                rows = bold[trial.method]
+            else:
+                continue
+            rows[setting] = read_result(trial_path(recipe, trial, folder / setting))["meta_validation"]["top1"]
     return grid, bold
-
-
-def meta_validation_accuracy(recipe: CompareRecipe, trial: Trial, folder: Path) -> float:
-    """A finished trial's accuracy on meta-validation at the last step, %."""
-    return read_result(trial_path(recipe, trial, folder))["meta_validation"]["top1"]
 
 
 def regrets(grid: dict[str, dict[str, float]], bold: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -163,7 +145,7 @@ NAMES = {
 }
 
 
-def write_quickstart_report(
+def write_page(
     recipe: QuickstartRecipe,
     run: Run,
     networks: list[str],
@@ -183,25 +165,22 @@ def write_quickstart_report(
         phases: Seconds of each phase.
         regret: A sentence about the largest gaps.
     """
-    seen, unseen = dict.fromkeys(row["student"] for row in tables["clean"])
-    config = {"recipe": dataclasses.asdict(recipe), **run.provenance()["environment"]}
-    path = run.path / "report.html"
+    seconds = phases | {"total": sum(phases.values())}
     page = render(
         "quickstart.html",
         recipe=recipe,
         run=run,
         summary=summarize(tables),
         regret=regret,
-        seen=seen,
-        unseen=unseen,
+        seen=SEEN.name,
+        unseen=UNSEEN.name,
         settings=[(setting, NAMES[setting], list_table(tables[setting]), picks[setting]["KD"]) for setting in tables],
         networks=networks,
-        phases=[(name.replace("_", " "), f"{seconds:.0f}") for name, seconds in phases.items()]
-        + [("total", f"{sum(phases.values()):.0f}")],
-        config=json.dumps(config, indent=2),
+        phases=[(name.replace("_", " "), f"{value:.0f}") for name, value in seconds.items()],
+        config=json.dumps({"recipe": dataclasses.asdict(recipe), **run.provenance()["environment"]}, indent=2),
     )
-    write_text(path, page)
-    return path
+    write_text(run.path / "report.html", page)
+    return run.path / "report.html"
 
 
 def summarize(tables: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
@@ -253,7 +232,6 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         The HTML page.
     """
     started = time.time()
-    meta_recipes = {setting: meta_recipe(recipe, setting, run.path) for setting in SETTINGS}
     compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
     first = compare_recipes["clean"]
     images = prepare_images(first.data)
@@ -273,44 +251,43 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     device = str(run.device)
     with start_workers(recipe.workers) as workers:
         jobs: dict[Future[Any], str] = {
-            workers.submit(learn_in_worker, meta): setting
-            for setting, meta in meta_recipes.items()
+            workers.submit(learn_in_worker, meta_recipe(recipe, setting, run.path)): setting
+            for setting in SETTINGS
             if not loss_path(run.path, setting).exists()
         }
         for setting, compare in compare_recipes.items():
-            jobs |= submit(compare, plan_tuning(compare), setting_folder(run.path, setting), workers, device)
+            jobs |= submit(compare, plan_tuning(compare), run.path / setting, workers, device)
         finish_all(jobs, describe_job, "learn losses, tune KD")
         phases["learn_and_tune"] = time.time() - started
-        picks = {
-            setting: pick_options(compare, setting_folder(run.path, setting))
-            for setting, compare in compare_recipes.items()
-        }
+        picks = {setting: pick_options(compare, run.path / setting) for setting, compare in compare_recipes.items()}
         for setting, pick in picks.items():
             run.say(f"{setting}: KD's pick on meta-validation: {pick['KD']}")
         reported: dict[Future[Any], str] = {}
         for setting, compare in compare_recipes.items():
             trials = plan_report(compare, picks[setting])
-            reported |= submit(compare, trials, setting_folder(run.path, setting), workers, device)
+            reported |= submit(compare, trials, run.path / setting, workers, device)
         finish_all(reported, lambda label, row: None, "train fresh students")
     phases["train_fresh_students"] = time.time() - started - phases["learn_and_tune"]
     tables = {
-        setting: write_results(compare, picks[setting], setting_folder(run.path, setting))
+        setting: write_results(compare, picks[setting], run.path / setting)
         for setting, compare in compare_recipes.items()
     }
     curves = {setting: read_provenance(loss_path(run.path, setting))["curve"] for setting in SETTINGS}
     plot_meta_training(curves, run.path / "meta-training.png")
     for setting, pick in picks.items():
-        path = setting_folder(run.path, setting) / "learned-loss.png"
         kd: Any = build_loss(pick["KD"])
-        label = f"KD({kd.weight:g}, {kd.temperature:g})"
         learned: Any = load_loss(loss_path(run.path, setting))
-        plot_learned_loss(learned, kd, label, path)
+        label = f"KD({kd.weight:g}, {kd.temperature:g})"
+        plot_learned_loss(learned, kd, label, run.path / setting / "learned-loss.png")
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
     write_text(run.path / "regret.txt", regret + "\n")
     phases["report"] = time.time() - started - sum(phases.values())
-    phases = add_earlier_phases(phases, run.path / "phases.json")
+    earlier = run.path / "phases.json"  # of a run that was gone on with
+    if earlier.exists():
+        phases = {name: seconds + read_json(earlier).get(name, 0.0) for name, seconds in phases.items()}
+    write_json(earlier, phases)
     result = evidence(
         "lkd quickstart" + (" --short" if recipe.short else ""),
         run.provenance()["environment"],
@@ -318,16 +295,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     )
     write_json(run.path / "result.json", result)
     run.tracker.log(0, **result["figures"])
-    page = write_quickstart_report(recipe, run, networks, tables, picks, phases, regret)
-    return page
-
-
-def add_earlier_phases(phases: dict[str, float], path: Path) -> dict[str, float]:
-    """Seconds of each phase, with those of earlier sessions of a run that was gone on with."""
-    earlier = read_json(path) if path.exists() else {}
-    total = {name: seconds + earlier.get(name, 0.0) for name, seconds in phases.items()}
-    write_json(path, total)
-    return total
+    return write_page(recipe, run, networks, tables, picks, phases, regret)
 
 
 def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:

@@ -9,21 +9,14 @@ from torch import Tensor
 
 from lkd.balance.balancing import split_terms, take_gradient
 from lkd.balance.rules import GradientMoments, optimal_share
-from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.config.training import VarianceRecipe
+from lkd.config.parse import make_recipe
+from lkd.config.training import DistillRecipe, VarianceRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import read_mapping, replaced_atomically, write_json
+from lkd.core.files import read_mapping, write_json
+from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import load_network
 from lkd.tracking.run import choose_device
-from lkd.training.build import (
-    build_batches,
-    check_network,
-    choose_student,
-    open_teacher,
-    prepare_images,
-    prepare_loss,
-    prepare_teacher,
-)
+from lkd.training.build import build, build_batches, check_network, prepare_teacher
 
 SHARES = [k / 20 for k in range(21)]
 
@@ -69,16 +62,14 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     saved = read_mapping(folder / "config.json")
     if saved.get("command") != "distill":
         raise UserError(f"run_dir: {folder} holds a run of `lkd {saved.get('command')}`, not of `lkd distill`")
-    parts = saved["recipe"]
-    data, taught = DataRecipe(**parts["data"]), TeacherRecipe(**parts["teacher"])
-    model, train = ModelRecipe(**parts["student"]), TrainRecipe(**parts["train"])
-    images = prepare_images(data)
+    distilled = make_recipe(DistillRecipe, saved["recipe"])
+    parts = build(distilled)
     student, header = load_network(folder / "student.safetensors")
-    check_network(str(folder / "student.safetensors"), header["architecture"], images.train)
-    opened = open_teacher(taught, images.train)
-    loss = prepare_loss(parts["loss"], choose_student(model, images.train), opened, images, parts["seed"]).to(device)
-    teacher = prepare_teacher(opened, images, device, loss.teacher_stages)
-    batches = build_batches(images.train, dataclasses.replace(train, batch_size=recipe.batch_size), data, 1, device)
+    check_network(str(folder / "student.safetensors"), header["architecture"], parts.images.train)
+    loss = parts.loss.to(device)
+    teacher = prepare_teacher(parts.teacher, parts.images, device, loss.teacher_stages)
+    train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
+    batches = build_batches(parts.images.train, train, distilled.data, 1, device)
     student = student.to(device).eval().requires_grad_(True)
     parameters = list(student.parameters())
     pairs = []
@@ -115,11 +106,6 @@ def measure_noise(pairs: list[tuple[Tensor, Tensor]], share: float, horizon: flo
 
 def plot_variance(result: dict[str, Any], path: Path) -> None:
     """Draw predicted and measured noise against λ."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     axis.plot(result["shares"], result["predicted"], label="predicted from one half of the mini-batches")
     axis.plot(result["shares"], result["measured"], "o", ms=4, label="measured on the other half")
@@ -127,6 +113,4 @@ def plot_variance(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("share of the teacher, λ")
     axis.set_ylabel("noise of the gradient, N(λ) / N(0)")
     axis.legend(frameon=False, fontsize=8)
-    with replaced_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -30,21 +30,25 @@ def write_card(path: Path, reference: str) -> str:
     Raises:
         UserError: If the file is not a learned loss.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     tensors, header = read_tensors(path, KIND, VERSION)
-    parts = header.get("architecture", {}).get("parts", {})
+    parts, provenance = header.get("architecture", {}).get("parts", {}), header.get("provenance", {})
     networks = ", ".join(f"{name}: {part.get('class')}" for name, part in parts.items())
-    provenance = header.get("provenance", {})
-    return TEMPLATE.read_text(encoding="utf-8").format(
+    card = ModelCard.from_template(
+        ModelCardData(library_name="lkd", tags=["knowledge-distillation", "learned-loss", "lkd"]),
+        template_path=str(TEMPLATE),
         name=path.name.removesuffix(".lkd.safetensors"),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        size=path.stat().st_size,
-        features="It reads features too: student and teacher must give them." if "features" in parts else "",
+        parameters=f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        size=f"{path.stat().st_size:,}",
+        features="features" in parts,
         reference=reference,
         table=list_facts({"loss networks": networks} | describe_training(provenance)),
         reached=describe_reuse(provenance),
         version=header["format_version"],
         sha256=hash_file(path),
     )
+    return f"{card.content}\n"
 
 
 def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:

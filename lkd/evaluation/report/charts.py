@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkd.core.errors import UserError
 from lkd.evaluation.report.runs import RESULTS, Curve, RunRecord, describe_loss, find_near, read_dict, simplify, thin
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.losses.build import build_loss, is_learned, reads_features
-from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.file import load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
+from lkd.losses.loss import DistillationLoss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Curves.
@@ -154,11 +154,11 @@ def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
 
 def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
     """The surfaces of one loss, or why there are none."""
-    record = LossRecord(name)
+    record, size = LossRecord(name), SURFACE_POINTS
     try:
         loss = open_loss(specification, folder)
-        frames = [gradient_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
-        coarse = gradient_surface(at(loss, 0.5), 0.5, points=1 + (SURFACE_POINTS - 1) // STRIDE)
+        frames = [gradient_surface(loss, progress, points=size) for progress in PROGRESS]
+        coarse = gradient_surface(loss, 0.5, points=1 + (size - 1) // STRIDE)
     except UserError as error:
         record.note = str(error)
         return record
@@ -166,16 +166,15 @@ def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
         record.note = "compares the images of a batch with each other: no function of one image's confidence"
         return record
     record.panels["gradient at the target logit"] = to_frames(frames)
-    first = at(loss, 0.0)
-    if isinstance(first, LearnedLoss) and hasattr(dict(first.parts.items()).get("logits"), "weights_and_temperatures"):
-        balances = [balance_surface(at(loss, progress), progress, points=SURFACE_POINTS) for progress in PROGRESS]
-        record.panels |= {
-            title: to_frames(each) for title, each in zip(BALANCE, zip(*balances, strict=True), strict=True)
-        }
+    if isinstance(loss, LearnedLoss | ReplayedLoss) and hasattr(
+        loss.at(0.0).parts["logits"], "weights_and_temperatures"
+    ):
+        balances = zip(*(balance_surface(loss.at(p), p, points=size) for p in PROGRESS), strict=True)
+        record.panels |= {title: to_frames(surfaces) for title, surfaces in zip(BALANCE, balances, strict=True)}
     return record
 
 
-def open_loss(specification: Any, folder: Path) -> nn.Module:
+def open_loss(specification: Any, folder: Path) -> DistillationLoss:
     """Build a loss that is over logits alone; of a learned one that reads features too, its parts over logits.
 
     Raises:
@@ -190,30 +189,12 @@ def open_loss(specification: Any, folder: Path) -> nn.Module:
     if is_learned(name) or (path is not None and path.is_file()):
         if path is None:
             raise UserError("its file is no longer there")
-        loss = load_loss(path)
-        if isinstance(loss, ReplayedLoss):
-            return ReplayedLoss([over_logits(part) for part in loss.losses], loss.starts)
-        return over_logits(loss)
-    if reads_features(specification):
-        raise UserError("reads features: no function of the confidence alone")
-    return build_loss(specification)
-
-
-def over_logits(loss: Any) -> LearnedLoss:
-    """The parts of a learned loss that read no features.
-
-    Raises:
-        UserError: If there are none.
-    """
-    parts = {name: part for name, part in loss.parts.items() if not isinstance(part, FeatureLoss)}
-    if not parts:
-        raise UserError("reads features: no function of the confidence alone")
-    return LearnedLoss(parts, loss.normalize_gradient)
-
-
-def at(loss: nn.Module, progress: float) -> Any:
-    """The loss in charge at this progress."""
-    return loss.at(progress) if isinstance(loss, ReplayedLoss) else loss
+        loss = load_loss(path).leave_out_features()
+        if len(loss.at(0.0).parts):
+            return loss
+    elif not reads_features(specification):
+        return build_loss(specification)
+    raise UserError("reads features: no function of the confidence alone")
 
 
 def to_frames(surfaces: Sequence[Tensor]) -> list[list[float | None]]:
