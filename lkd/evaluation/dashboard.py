@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,100 +19,45 @@ from lkd.tracking.run import shorten_paths
 from lkd.tracking.tracker import read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the workspace shows: sections of panels, each of metrics that runs log (docs/tracking.md).
+# What the workspace shows: sections of panels.
 
 STEP = "step"  # what every metric is drawn over; W&B's own count of log calls means nothing
-Sections = dict[str, list[Any]]
+Panels = dict[str, list[dict[str, Any]]]
 
 
-def chart(title: str, *metrics: str, smoothing: float = 0.0, log_y: bool = False, **options: Any) -> Any:
-    """Lines over a run's steps.
+def read_panels() -> Panels:
+    """Section → panels, as `dashboard.yaml` has them."""
+    panels: Panels = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return panels
 
-    Args:
-        title: Shown above.
-        *metrics: Names of what is drawn.
-        smoothing: Of an exponential moving average, in [0, 1); the original stays visible.
-        log_y: Logarithmic y axis.
-        **options: Others of wandb-workspaces' `LinePlot`: `metric_regex`, a regular expression (RE2, of the whole name)
-            of what is drawn instead, where names are open-ended; `title_y`, `range_y`, `plot_type`.
-    """
+
+def build_panel(
+    title: str,
+    metrics: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+    smoothing: float = 0.0,
+    place: int = 0,
+    **options: Any,
+) -> Any:
+    """wandb-workspaces' panel of an entry of `dashboard.yaml`; `place` is its number in a report."""
     import wandb_workspaces.reports.v2 as reports
 
+    layout = reports.Layout(x=place * WIDTH, y=0, w=WIDTH, h=HEIGHT)
+    if pictures:
+        return reports.MediaBrowser(
+            title=title, media_keys=list(pictures), num_columns=1, gallery_axis="step", layout=layout
+        )
     return reports.LinePlot(
         title=title,
         x=STEP,
         title_x=STEP,
         y=list(metrics),
-        log_y=log_y or None,
         smoothing_type="exponential" if smoothing else "none",
         smoothing_factor=smoothing or None,
         smoothing_show_original=True if smoothing else None,
+        layout=layout,
         **{"plot_type": "line", **options},
     )
-
-
-def pictures(title: str, *metrics: str) -> Any:
-    """Pictures that a run has logged under these names."""
-    import wandb_workspaces.reports.v2 as reports
-
-    return reports.MediaBrowser(title=title, media_keys=list(metrics), num_columns=1, gallery_axis="step")
-
-
-def show_comparison() -> list[Any]:
-    """The panels of a comparison."""
-    accuracy = chart("Accuracy on the test split, last epoch", metric_regex=r"^.+/test_last$", title_y="%")
-    return [accuracy, pictures("Comparison", "comparison")]
-
-
-def list_sections() -> Sections:
-    """Heading → panels."""
-    import wandb_workspaces.reports.v2 as reports
-
-    nats: dict[str, Any] = {"title_y": "nats"}
-    percent: dict[str, Any] = {"title_y": "%"}
-    positive, part = (0, None), (0, 1)
-    ages = ("outer/progress_least", "outer/progress", "outer/progress_most")
-    shares = {"metric_regex": r"^share/.+$", "smoothing": 0.6, "range_y": part}
-    times = (f"time_share/{name}" for name in ("data", "teacher", "student", "loss"))
-    return {
-        "Meta-training": [
-            chart("Outer loss after the rollout", "outer/value", smoothing=0.8, **nats),
-            chart("Reuse: cross-entropy at the best temperature", "reuse/calibrated_cross_entropy", **nats),
-            chart("Reuse: accuracy on meta-validation", "reuse/top1", **percent),
-            chart("Hypergradient norm, before clipping", "outer/hypergradient_norm", smoothing=0.6, log_y=True),
-            chart("Signal to noise of the hypergradient", "outer/signal_to_noise", smoothing=0.8),
-            chart("Updates clipped, students left out", "outer/clipped", "outer/left_out", smoothing=0.9),
-            chart("Audit of first_order: cosine", "outer/audit_cosine", range_y=(-1, 1)),
-            chart("Ages of the students", *ages, range_y=part),
-        ],
-        "Learned loss": [
-            chart("Mean weight of the teacher", "loss/weight", smoothing=0.8, range_y=positive),
-            chart("Mean temperature", "loss/temperature", smoothing=0.8),
-            chart("Share of each term in the student's gradient", **shares),
-            chart("Norm of each part's weights", metric_regex=r"^weights/.+$"),
-            pictures("What the loss does to a student", "learned_loss"),
-        ],
-        "Distillation": [
-            chart("Accuracy on meta-validation", "meta_validation/top1", **percent),
-            chart(
-                "Cross-entropy on meta-validation, at the best temperature",
-                "meta_validation/calibrated_cross_entropy",
-                **nats,
-            ),
-            # Of `loss/TERM` all but a meta-training's `loss/weight` and `loss/temperature`: RE2 cannot look ahead.
-            chart("Terms of the loss", metric_regex=r"^loss/([^wt].*|t[^e].*)$", smoothing=0.3),
-            chart("Agreement with the teacher on a training batch", "train/agreement", smoothing=0.6, **percent),
-            chart("Balance λ", "balance", range_y=positive),
-            chart("Share of each term in the gradient", **shares),
-            chart("Gradient norm", "gradient_norm", smoothing=0.6, log_y=True),
-            chart("Learning rate", "learning_rate"),
-        ],
-        "Comparison": [*show_comparison(), reports.RunComparer(diff_only="split")],
-        "System": [
-            chart("Images a second", "images_per_second", smoothing=0.6, range_y=positive),
-            chart("Where the time of a step goes", *times, range_y=part, plot_type="stacked-area"),
-        ],
-    }
 
 
 def read_names(run: Path) -> set[str]:
@@ -132,18 +77,16 @@ def read_names(run: Path) -> set[str]:
     return (logged - {"step", "time"}) | {path.name.rsplit("_", 2)[0] for path in images}
 
 
-def list_empty(sections: Sections, names: Iterable[str]) -> list[str]:
+def list_empty(panels: Panels, names: Iterable[str]) -> list[str]:
     """A line for every panel that would lack something if these names were logged: section, title, what it lacks."""
     known, lines = set(names), []
-    for section, panels in sections.items():
-        for panel in panels:
-            wanted = getattr(panel, "y", None) or getattr(panel, "media_keys", None) or []
-            missing = [metric for metric in wanted if metric not in known]
-            pattern = getattr(panel, "metric_regex", None)
-            if pattern and not any(re.fullmatch(pattern, name) for name in known):
-                missing.append(pattern)
-            if missing:
-                lines.append(f"{section}: {panel.title}: {', '.join(missing)}")
+    for section, panel in ((name, panel) for name, entries in panels.items() for panel in entries):
+        missing = [name for key in ("metrics", "pictures") for name in panel.get(key, ()) if name not in known]
+        pattern = panel.get("metric_regex")
+        if pattern and not any(re.fullmatch(pattern, name) for name in known):
+            missing.append(pattern)
+        if missing:
+            lines.append(f"{section}: {panel['title']}: {', '.join(missing)}")
     return lines
 
 
@@ -195,9 +138,7 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
     if any(folder.glob("wandb/*run-*")):  # it was logged there
         run, place = (folder / "wandb_run_id").read_text().strip(), {"entity": entity, "project": project}
         runs = reports.Runset(name=folder.name, filters=f"ID = '{run}'", **place if known else {})
-        panels = show_comparison()
-        for number, panel in enumerate(panels):
-            panel.layout = reports.Layout(x=number * WIDTH, y=0, w=WIDTH, h=HEIGHT)
+        panels = [build_panel(**panel, place=place) for place, panel in enumerate(read_panels()["Comparison"])]
         blocks += [reports.H2("As logged"), reports.PanelGrid(runsets=[runs], panels=panels)]
     blocks += [reports.H2("The recipe"), reports.CodeBlock(yaml.safe_dump(recipe, sort_keys=False), language="yaml")]
     return reports.Report(
@@ -241,7 +182,7 @@ def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) 
     if recipe.report:
         check_comparison(Path(recipe.report))
     if names:
-        empty = list_empty(list_sections(), set().union(*names))
+        empty = list_empty(read_panels(), set().union(*names))
         say("\n  ".join([f"{len(empty)} panels lack something of these runs" + ":" * bool(empty), *empty]))
     if recipe.dry_run:
         path = Path(recipe.out) / ("report.json" if recipe.report else "workspace.json")
@@ -265,11 +206,12 @@ def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
     """
     if recipe.report:
         return build_report(Path(recipe.report), entity, recipe.project, known)
+    import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 
-    sections = [
-        workspaces.Section(name=title, panels=panels, is_open=True) for title, panels in list_sections().items()
-    ]
+    panels = {section: [build_panel(**panel) for panel in entries] for section, entries in read_panels().items()}
+    panels["Comparison"].append(reports.RunComparer(diff_only="split"))
+    sections = [workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in panels.items()]
     settings = workspaces.WorkspaceSettings(x_axis=STEP)
     try:
         return workspaces.Workspace(

@@ -13,7 +13,7 @@ import pytest
 import wandb
 
 from lkd.cli import main
-from lkd.evaluation.dashboard import chart, list_empty, list_sections, read_names, show_comparison
+from lkd.evaluation.dashboard import list_empty, read_names, read_panels
 from lkd.tracking.tracker import read_log
 from tests.faults.wandb_server import StandIn
 from tests.lkd.test_tracking import KEY, read_history, read_wandb
@@ -78,9 +78,12 @@ def collect(tree: Any, key: str) -> list[Any]:
 
 def test_every_panel_shows_what_real_runs_log(runs: Path) -> None:
     names = set().union(*(read_names(runs / run) for run in RUNS))
-    assert list_empty(list_sections(), names) == []
-    for made_up in (chart("New", "outer/valeu", "outer/value"), chart("New", metric_regex=r"^outer/v$")):
-        assert list_empty({"S": [made_up]}, names) == [f"S: New: {made_up.metric_regex or 'outer/valeu'}"]
+    assert list_empty(read_panels(), names) == []
+    for made_up, missing in (
+        ({"metrics": ["outer/valeu", "outer/value"]}, "outer/valeu"),
+        ({"metric_regex": "^o$"}, "^o$"),
+    ):
+        assert list_empty({"S": [{"title": "New", **made_up}]}, names) == [f"S: New: {missing}"]
     sent = {key.removesuffix("._type") for run in RUNS for row in read_history(read_wandb(runs / run)) for key in row}
     assert names <= sent, "as W&B's own reader has them"
 
@@ -105,7 +108,7 @@ def test_trackio_keeps_what_was_logged(runs: Path) -> None:
 
 
 def test_the_terms_of_a_loss_leave_out_what_a_meta_training_logs_beside_them() -> None:
-    (terms,) = (panel for panel in list_sections()["Distillation"] if panel.title == "Terms of the loss")
+    (terms,) = (panel for panel in read_panels()["Distillation"] if panel["title"] == "Terms of the loss")
     for name in ("task", "target_class", "logits/task", "distillation"):
         assert list_empty({"s": [terms]}, [f"loss/{name}"]) == [], name
     assert list_empty({"s": [terms]}, ["loss/weight", "loss/temperature"])
@@ -119,7 +122,7 @@ def test_a_dry_run_writes_the_workspace_and_says_what_stays_empty(runs: Path, ca
     written = json.loads(Path("out/workspace.json").read_text())
     assert written["displayName"] == "Ours"
     sections = collect(written, "sections")[0]
-    assert [section["name"] for section in sections] == list(list_sections())
+    assert [section["name"] for section in sections] == list(read_panels())
     panels = [panel["config"] for section in sections for panel in section["panels"]]
     assert {panel["xAxis"] for panel in panels if "metrics" in panel} == {"step"}
     (outer,) = (panel for panel in panels if panel.get("metrics") == ["outer/value"])
@@ -140,7 +143,7 @@ def test_a_report_has_the_table_and_panels_of_its_run(runs: Path, capsys) -> Non
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert (comparison / "wandb_run_id").read_text() in collect(written, "value")
     panels = collect(written, "panelBankSectionConfig")[0]["panels"]
-    assert len(panels) == len(show_comparison())
+    assert len(panels) == len(read_panels()["Comparison"])
     assert str(runs) not in json.dumps(written), "a report tells nothing of this machine's folders"
 
 
