@@ -1,9 +1,9 @@
 """What a run will take, before it runs: its steps are counted on tensors that have shapes and no contents."""
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -102,8 +102,8 @@ class OperationCounter(TorchDispatchMode):
     def start(self, part: str) -> None:
         """Count anew from here; what is alive stays."""
         self.part, self.peak = part, self.bytes
-        self.flops: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.flops: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +155,8 @@ def count_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 # A step of a training, and a hypergradient.
 
 
-class World(NamedTuple):
+@dataclass(frozen=True)
+class World:
     """What the steps of a recipe meet.
 
     Attributes:

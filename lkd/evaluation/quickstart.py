@@ -59,10 +59,10 @@ def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTra
 def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
     """The recipe of one setting's comparison."""
     grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
-    losses = {"CE": {"name": "cross_entropy"}, "KD": {"name": "kd", "grid": grid}}
+    losses: dict[str, Any] = {"CE": {"name": "cross_entropy"}, "KD": {"name": "kd", "grid": grid}}
     return CompareRecipe(
         run_dir=str(folder / setting),
-        methods={**losses, "learned": str(loss_path(folder, setting))},
+        methods=losses | {"learned": str(loss_path(folder, setting))},
         students=[SEEN, UNSEEN],
         seeds=recipe.seeds,
         evaluate_every=4,
