@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from tests.faults import injections
 from tests.faults.injections import Injection, Moment
@@ -46,6 +47,21 @@ class Fault:
 
 SAME = "; `--resume auto` ends with the same bits"
 IN_TEACHER = "one logit of the teacher is not finite"
+NO_ROLLOUTS = "they have no rollouts"
+STOPPED_BY_DAMAGE: dict[str, Any] = {"codes": (-9, 2), "says": ""}  # 2: of a comparison whose worker has died
+SKIPPED: dict[str, Any] = {
+    "promise": "the next image of the order takes its place, the log names it, the run goes on",
+    **{"codes": (0,), "says": "skipped", "files": True, "exact": False},
+}
+NOT_FINITE: dict[str, Any] = {
+    "says": "^lkd: error: .*not finite",
+    "commands": ("pool", "distill", "compare", "cache"),
+    "elsewhere": "pool and looks are trained as in `pool`; rollouts: below",
+}
+LEFT_OUT: dict[str, Any] = {
+    **{"commands": ("meta-train",), "codes": (0,), "says": "1 of 8 hypergradients were left out"},
+    **{"exact": False, "reference": "not finite: hypergradient"},
+}
 
 FAULTS = {
     "kill": Fault(
@@ -70,15 +86,13 @@ FAULTS = {
         "a checkpoint or result arrives truncated, and the machine dies",
         f"it is found damaged, named, and the newest good one takes its place{SAME}",
         inject=lambda moment: partial(injections.damage_file, moment, flip=False),
-        codes=(-9, 2),  # 2: of a comparison whose worker has died
-        says="",
+        **STOPPED_BY_DAMAGE,
     ),
     "flipped bits": Fault(
         "a checkpoint or result arrives with flipped bits, and the machine dies",
         f"it is found by its checksum, named, and the newest good one takes its place{SAME}",
         inject=lambda moment: partial(injections.damage_file, moment, flip=True),
-        codes=(-9, 2),  # 2: of a comparison whose worker has died
-        says="",
+        **STOPPED_BY_DAMAGE,
     ),
     "worker killed": Fault(
         "a worker process is killed",
@@ -95,19 +109,11 @@ FAULTS = {
     ),
     "image damaged": Fault(
         "an image file is overwritten while the run reads it",
-        "the next image of the order takes its place, the log names it, the run goes on",
-        codes=(0,),
-        says="skipped",
-        files=True,
-        exact=False,
+        **SKIPPED,
     ),
     "image gone": Fault(
         "an image file vanishes",
-        "the next image of the order takes its place, the log names it, the run goes on",
-        codes=(0,),
-        says="skipped",
-        files=True,
-        exact=False,
+        **SKIPPED,
     ),
     "read hangs": Fault(
         "a read never returns",
@@ -120,57 +126,41 @@ FAULTS = {
         "one pixel of a batch is NaN or infinite",
         f"exit 2 with one line that names the step and the images{SAME}",
         inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=False),
-        says="^lkd: error: .*not finite",
-        commands=("pool", "distill", "compare", "cache"),
-        elsewhere="pool and looks are trained as in `pool`; rollouts: below",
+        **NOT_FINITE,
     ),
     "not finite: teacher": Fault(
         IN_TEACHER,
         f"exit 2 with one line that names the step and the teacher{SAME}",
         inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=False),
-        says="^lkd: error: .*not finite",
-        commands=("pool", "distill", "compare", "cache"),
-        elsewhere="pool and looks are trained as in `pool`; rollouts: below",
+        **NOT_FINITE,
     ),
     "not finite: hypergradient": Fault(
         "a hypergradient is NaN",
         "it is left out and counted; loss and outer optimiser are as if that student had not been drawn",
         inject=lambda moment: partial(injections.spoil_hypergradient, moment),
-        commands=("meta-train",),
         elsewhere="they have no hypergradient",
-        codes=(0,),
-        says="1 of 8 hypergradients were left out",
-        exact=False,
-        reference="not finite: hypergradient",
+        **LEFT_OUT,
     ),
     "not finite: rollout's batch": Fault(
         "one pixel of a batch of a rollout is NaN or infinite",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
         inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=True),
-        commands=("meta-train",),
-        elsewhere="they have no rollouts",
-        codes=(0,),
-        says="1 of 8 hypergradients were left out",
-        exact=False,
-        reference="not finite: hypergradient",
+        elsewhere=NO_ROLLOUTS,
+        **LEFT_OUT,
     ),
     "not finite: rollout's teacher": Fault(
         f"{IN_TEACHER} in a rollout",
         "that student's hypergradient is left out and counted, as if the student had not been drawn",
         inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=True),
-        commands=("meta-train",),
-        elsewhere="they have no rollouts",
-        codes=(0,),
-        says="1 of 8 hypergradients were left out",
-        exact=False,
-        reference="not finite: hypergradient",
+        elsewhere=NO_ROLLOUTS,
+        **LEFT_OUT,
     ),
     "memory: rollout": Fault(
         "a rollout finds no memory left",
         f"exit 2 with one line that says what to lower{SAME}",
         inject=lambda moment: partial(injections.exhaust_memory, moment, in_rollouts=True),
         commands=("meta-train",),
-        elsewhere="they have no rollouts",
+        elsewhere=NO_ROLLOUTS,
         says="^lkd: error: .*out of memory.*meta.rollout_steps",
     ),
     "memory: training": Fault(
