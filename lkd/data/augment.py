@@ -18,15 +18,7 @@ SHORTER_SIDE = 256 / 224  # of an image whose centre is cut out, over the crop's
 
 
 def cut_center(image: Tensor, size: int) -> Tensor:
-    """Scale the shorter side to 256/224 of the size, cut out the centre.
-
-    Args:
-        image: uint8, [3, H, W].
-        size: Height and width of the crop.
-
-    Returns:
-        uint8, [3, size, size].
-    """
+    """Scale the shorter side of an image [3, H, W] to 256/224 of the size, cut out the centre, [3, size, size]."""
     return center_crop(resize_shorter_side(image, round(size * SHORTER_SIDE)), [size, size])
 
 
@@ -40,18 +32,10 @@ def resize_shorter_side(image: Tensor, length: int) -> Tensor:
 
 
 def cut_random(image: Tensor, size: int, numbers: Tensor) -> Tensor:
-    """Cut a random part, scale it to the size, flip it with probability 1/2.
+    """Cut a random part of an image [3, H, W], scale it to [3, size, size], flip it with probability 1/2.
 
     The part covers 8 % to all of the image, at aspect ratios from 3/4 to 4/3 (Szegedy et al., 2015), as torchvision's
-    RandomResizedCrop.
-
-    Args:
-        image: uint8, [3, H, W].
-        size: Height and width of the crop.
-        numbers: In [0, 1), the first `CROP_NUMBERS` of which are used.
-
-    Returns:
-        uint8, [3, size, size].
+    RandomResizedCrop. Of the numbers in [0, 1) the first `CROP_NUMBERS` are used.
     """
     draws = numbers[: 4 * ATTEMPTS].view(ATTEMPTS, 4).tolist()
     left, top, right, bottom = choose_crop((image.shape[2], image.shape[1]), draws)
@@ -60,15 +44,15 @@ def cut_random(image: Tensor, size: int, numbers: Tensor) -> Tensor:
 
 
 def choose_crop(size: tuple[int, int], draws: list[list[float]]) -> tuple[int, int, int, int]:
-    """Turn uniform random numbers into a crop.
+    """Turn uniform random numbers into a crop of an image of this width and height.
 
     Args:
         size: Width and height of the image.
         draws: For each attempt four numbers in [0, 1): area, aspect ratio, left, top.
 
     Returns:
-        Left, top, right, bottom: of the first attempt that fits, or else the largest central part whose aspect ratio
-        is in [3/4, 4/3].
+        Left, top, right, bottom of the first attempt that fits, or of the largest central part of an aspect ratio in
+        [3/4, 4/3].
     """
     width, height = size
     for area, ratio, left, top in draws:
@@ -84,10 +68,8 @@ def choose_crop(size: tuple[int, int], draws: list[list[float]]) -> tuple[int, i
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Scale uint8 pixels [3, H, W] bilinearly, antialiased.
-
-    In memory as [H, W, 3], which torch scales fastest, and as which decoders give it.
-    """
+    """Scale uint8 pixels [3, H, W] bilinearly, antialiased."""
+    # In memory as [H, W, 3], which torch scales fastest, and as which decoders give it.
     pixels = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     return interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
 
@@ -131,12 +113,7 @@ CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def augment_randomly(image: Tensor, numbers: Tensor) -> Tensor:
-    """Apply random operations one after another.
-
-    Args:
-        image: uint8, [3, H, W].
-        numbers: In [0, 1): for each operation which one, and its sign.
-    """
+    """Apply random operations one after another; of the numbers in [0, 1) each takes two: which it is, and its sign."""
     for which, sign in numbers[:AUGMENT_NUMBERS].view(OPERATIONS, 2).tolist():
         change = list(CHANGES.values())[int(which * len(CHANGES))]
         image = change(image, 1.0 if sign < 0.5 else -1.0)

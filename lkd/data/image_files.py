@@ -194,18 +194,19 @@ class ImageFiles:
     Attributes:
         source: Where they are.
         positions: Which of the source's images, int64, [N].
-        size: Height and width of the crops to cut.
-        workers: Threads that decode.
+        loading: How they are loaded.
         damage: Counts those that cannot be decoded.
-        timeout: Seconds after which waiting for one ends the run; None for never.
     """
 
     source: ImageSource
     positions: Tensor
-    size: int
-    workers: int = 1
-    damage: Damage = field(default_factory=Damage)
-    timeout: float | None = None
+    loading: LoadingOptions
+    damage: Damage
+
+    @property
+    def size(self) -> int:
+        """Height and width of the crops."""
+        return self.loading.image_size
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -231,9 +232,8 @@ class ImageFiles:
 
 def open_source(source: ImageSource, loading: LoadingOptions) -> ImageFiles:
     """All images of a source, in its order."""
-    positions, workers = torch.arange(len(source.names)), loading.workers or count_own_cores()
-    damage = Damage(loading.damaged_limit)
-    return ImageFiles(source, positions, loading.image_size, workers, damage, loading.read_timeout or None)
+    loading = loading._replace(workers=loading.workers or count_own_cores())
+    return ImageFiles(source, torch.arange(len(source.names)), loading, Damage(loading.damaged_limit))
 
 
 def count_own_cores() -> int:

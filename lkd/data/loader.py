@@ -101,7 +101,7 @@ class Loading:
         self.pixels = torch.empty(len(slots), files.size, files.size, 3, dtype=torch.uint8, pin_memory=pin)
         self.reading: set[int] = set()
         rows = range(len(slots))
-        pool = start_threads(files.workers, os.getpid())
+        pool = start_threads(files.loading.workers, os.getpid())
         self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
 
     def fill(self, rows: Iterable[int]) -> None:
@@ -147,12 +147,12 @@ class Loading:
         started = time.perf_counter()
         try:
             for task in self.tasks:
-                task.result(self.files.timeout)
+                task.result(self.files.loading.read_timeout or None)
         except futures.TimeoutError as error:
             names = ", ".join(self.files.name(slot) for slot in sorted(self.reading)[:3])
+            limit = f"data.read_timeout: no image was read for {self.files.loading.read_timeout:g} s"
             raise UserError(
-                f"data.read_timeout: no image was read for {self.files.timeout:g} s ({names or 'others before it'}); "
-                f"is the disk or the network file system there? {GO_ON}"
+                f"{limit} ({names or 'others before it'}); is the disk or the network file system there? {GO_ON}"
             ) from error
         waited = time.perf_counter() - started
         slots = torch.tensor(self.slots, dtype=torch.int64)

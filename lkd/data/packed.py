@@ -13,7 +13,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import check_free_space, refusing_malformed, replaced_atomically
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
-from lkd.data.image_files import MOST_PIXELS, Damage, DamagedImageError, ImageSource
+from lkd.data.image_files import MOST_PIXELS, DamagedImageError, ImageFiles, ImageSource
 from lkd.data.loader import start_threads
 
 KIND, VERSION = "packed images", 1
@@ -49,24 +49,14 @@ class PackedSource(ImageSource):
         return self.read(position).view(height, width, 3).permute(2, 0, 1)
 
 
-def pack(
-    source: ImageSource,
-    folder: Path,
-    part: str,
-    shorter_side: int,
-    workers: int,
-    damage: Damage,
-    watch: Callable[[int], object],
-) -> Path:
-    """Pack the images of a source; smaller ones keep their size.
+def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: Callable[[int], object]) -> Path:
+    """Pack images; smaller ones keep their size.
 
     Args:
-        source: The images.
+        files: The images, all of a source; their threads decode.
         folder: Where `PART.pixels` and `PART.index.safetensors` go.
-        part: What the source is, `train` or `val`.
+        part: What they are, `train` or `val`.
         shorter_side: Pixels of the shorter side.
-        workers: Threads that decode.
-        damage: Counts images that cannot be decoded.
         watch: Told every number of images that are done.
 
     Returns:
@@ -75,6 +65,7 @@ def pack(
     Raises:
         UserError: If the disk has not enough space, or more images are damaged than the limit allows.
     """
+    source = files.source
 
     def scale(position: int) -> Tensor | str:
         try:
@@ -84,7 +75,7 @@ def pack(
         small = resize_shorter_side(image, shorter_side) if min(image.shape[1:]) > shorter_side else image
         return small.permute(1, 2, 0).contiguous()
 
-    threads, count = start_threads(workers, os.getpid()), len(source.names)
+    threads, count = start_threads(files.loading.workers, os.getpid()), len(source.names)
     sample = torch.linspace(0, count - 1, SAMPLE).long().unique().tolist()
     sizes = [image.numel() for image in threads.map(scale, sample) if not isinstance(image, str)]
     needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))
@@ -103,7 +94,7 @@ def pack(
                     else:
                         shapes[position] = torch.tensor(image.shape[:2])
                         file.write(image.numpy().tobytes())
-                damage.record(len(positions), failures)
+                files.damage.record(len(positions), failures)
                 watch(len(positions))
         index.unlink(missing_ok=True)  # of pixels that are replaced now
     header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source)}

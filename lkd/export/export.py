@@ -229,6 +229,5 @@ def pack_dataset(recipe: PackRecipe) -> list[Path]:
         if not isinstance(images, ImageFiles):
             raise UserError(f"data.name: {data.name} is in memory as it is; only images in files can be packed")
         with tqdm(total=len(images.positions), desc=f"pack {part}", unit="image", disable=None) as bar:
-            options = images.workers, images.damage, bar.update
-            indices.append(pack(images.source, Path(data.packed), part, recipe.shorter_side, *options))
+            indices.append(pack(images, Path(data.packed), part, recipe.shorter_side, bar.update))
     return indices

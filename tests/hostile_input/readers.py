@@ -26,7 +26,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import write_tensors
 from lkd.data import Batch, load_dataset
 from lkd.data.augment import CROP_NUMBERS, cut_center, cut_random
-from lkd.data.image_files import Damage, DamagedImageError, FileSource, LoadingOptions, as_bytes, decode
+from lkd.data.image_files import DamagedImageError, FileSource, LoadingOptions, as_bytes, decode, open_source
 from lkd.data.packed import open_packed, pack
 from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses import LearnedLoss, ReplayedLoss
@@ -330,7 +330,7 @@ def write_packed(folder: Path) -> None:
     (folder / "images").mkdir()
     for number in range(3):
         (folder / "images" / f"{number}.jpg").write_bytes(draw_picture(number))
-    pack(source_of(folder), folder / "packed", "train", 19, 1, Damage(), str)
+    pack(open_source(source_of(folder), LoadingOptions(workers=1)), folder / "packed", "train", 19, str)
 
 
 def source_of(folder: Path) -> FileSource:

@@ -23,7 +23,10 @@ from tests.lkd.tiny_images import write_image_folder
 
 
 def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path) -> None:
-    recipe = DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24, workers=3)
+    recipe, one_thread = (
+        DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24, workers=3),
+        LoadingOptions(24, 1),
+    )
     images = prepare_images(recipe)
     assert (len(images.train), len(images.meta_validation), len(images.test)) == (24, 8, 8)
     assert images.train.image_shape == (3, 24, 24)
@@ -38,7 +41,7 @@ def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path
         assert torch.equal(second.at(step).images, in_order[step].images)
         assert torch.equal(second.at(step).target, in_order[step].target)
     assert not torch.equal(first.at(0).images, Batches(images.train, 5, 4, "random_resized_crop").at(0).images)
-    alone = dataclasses.replace(images.train, images=dataclasses.replace(images.train.images, workers=1))
+    alone = dataclasses.replace(images.train, images=dataclasses.replace(images.train.images, loading=one_thread))
     assert torch.equal(Batches(alone, 5, 3, "random_resized_crop").at(4).images, in_order[4].images)
     assert first.wait_seconds > 0
     plain, changed = (Batches(images.train, 24, 0, name).at(0) for name in ("random_resized_crop", "rand_augment"))
