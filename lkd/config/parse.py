@@ -175,12 +175,7 @@ def takes_list(recipe: type, field: str) -> bool:
 
 
 def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
-    """Put the option that they are for before the words that come before the options.
-
-    Args:
-        words: The command line after the command.
-        recipe: The command's dataclass.
-        field: Its field that they are for.
+    """Put the option that they are for, `--field`, before the words that come before the options.
 
     Raises:
         UserError: If the field takes one value and there are more.
@@ -229,13 +224,7 @@ def known_keys(parser: ArgumentParser, of_type: type | None = None) -> list[str]
 
 
 def explain(message: str, keys: list[str], place: str = "") -> str:
-    """Jsonargparse's message as one line: the nearest keys where one was unknown, the range where a number left it.
-
-    Args:
-        message: The message.
-        keys: All that are known.
-        place: What comes before a key, say `"train."`.
-    """
+    """Jsonargparse's message as one line: the nearest keys where one was unknown, the range where a number left it."""
     line = " ".join(message.split()).replace("<class '", "").replace("'>", "")
     misplaced = re.search(r"unrecognized arguments: ([^-]\S*)", line)
     if misplaced:
@@ -263,7 +252,6 @@ def build_parser(kind: type, **options: Any) -> ArgumentParser:
         import_path_denylist=["*"], import_path_allowlist=["lkd.config"], instantiate_subclass_spec_in_any=False
     )
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
-    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     parser.add_class_arguments(kind)
     return parser
 
@@ -328,6 +316,7 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     parser = build_parser(
         recipe, prog=f"lkd {command}", usage=f"lkd {command} {usage(recipe, field)} [--key value ...]"
     )
+    parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     paths, options = split_files(fill_field(words, recipe, field) if field else words)
     contents = [word for read in read_recipes(paths) for word in ("--config", json.dumps(read, default=str))]
     expanded = contents + complete_switches(options, {f"--{key}" for key in known_keys(parser, bool)})
