@@ -1,7 +1,7 @@
 """Ranking fidelity: its rule, a problem whose answer is known, what it writes, what it refuses."""
 
 import csv
-import json
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,71 +51,46 @@ def test_the_rule() -> None:
     assert recommend({Setting("cosine", "brier", 20): fidelity_of(0.0, 0.0)}, 0.1) is None
 
 
-def make_results(recipe: FidelityRecipe, good: float) -> tuple[list, list]:
+def make_results(recipe: FidelityRecipe) -> tuple[list, list]:
     """Rows of trainings that rank the losses in their order, and of rollouts that do so at age 0 and annealed only."""
-    generator = np.random.default_rng(1)
+    noise = np.random.default_rng(1).normal
     labels = list(recipe.losses)
-
-    def noise(scale: float) -> float:
-        return scale * generator.normal()
-
-    full = [
-        {
-            "method": label,
-            "seed": seed,
-            "seconds": 1.0,
-            "meta_validation": {
-                "top1": 80 + number + noise(0.1),
-                "cross_entropy": 1.0,
-                "calibrated_cross_entropy": 1 - 0.1 * number,
-                "temperature": 1.0,
-            },
-        }
-        for seed in range(recipe.full_seeds)
-        for number, label in enumerate(labels)
-    ]
-    order = {("cosine", 0.0): good, ("constant", 0.0): 0.3, ("constant", 0.5): -1.0, ("cosine", 0.5): -1.0}
-    rollouts = [
-        {
-            "annealing": annealing,
-            "steps": steps,
-            "age": age,
-            "number": number,
-            "student": number,
-            "progress": age,
-            "values": {
-                objective: {label: 2 - signal * place - noise(0.5) for place, label in enumerate(labels)}
+    full = []
+    for seed in range(recipe.full_seeds):
+        for number, label in enumerate(labels):
+            figures = {"top1": 80 + number + noise(0, 0.1), "calibrated_cross_entropy": 1 - 0.1 * number}
+            figures |= {"cross_entropy": 1.0, "temperature": 1.0}
+            full.append({"method": label, "seed": seed, "seconds": 1.0, "meta_validation": figures})
+    rollouts = []
+    for (annealing, age), slope in {("cosine", 0.0): 1.0, ("constant", 0.0): 0.3, ("cosine", 0.5): -1.0}.items():
+        for steps, number in itertools.product(recipe.rollout_lengths, range(recipe.rollouts)):
+            values = {
+                objective: {label: 2 - signal * place - noise(0, 0.5) for place, label in enumerate(labels)}
                 for objective, signal in zip(OBJECTIVES, (-abs(slope), slope), strict=True)
-            },
-        }
-        for (annealing, age), slope in order.items()
-        for steps in recipe.rollout_lengths
-        for number in range(recipe.rollouts)
-    ]
+            }
+            row = {"annealing": annealing, "steps": steps, "age": age, "number": number, "values": values}
+            rollouts.append(row | {"student": number, "progress": age})
+    rollouts += [row | {"age": 0.5} for row in rollouts if row["annealing"] == "constant"]
     rollouts[0]["values"]["cross_entropy"][labels[0]] = math.inf  # one that diverged
     return full, rollouts
 
 
 def test_known_rankings_are_found_and_written() -> None:
     recipe = FidelityRecipe(run_dir="run", ages=[0.0, 0.5], objectives=OBJECTIVES)
-    full, rollouts = make_results(recipe, good=1.0)
     with open_run(recipe, "fidelity", quiet=True) as run:
-        result = write_results(recipe, full, rollouts, run)
-        table = (run.path / "table.txt").read_text()
+        result = write_results(recipe, *make_results(recipe), run)
     assert list(result["recommended"].values()) == ["cosine", "calibrated_cross_entropy", 20]
     assert result["age_weights"] == [[0.0, 1.0], [0.5, 0.0]]
-    rows = {
-        (r["annealing"], r["objective"], r["rollout_steps"], r["age"]): r
-        for r in result["rows"]
-        if r["criterion"] == "accuracy"
-    }
-    assert rows["cosine", "calibrated_cross_entropy", 20, 0.0]["rho"] == 1
-    assert rows["cosine", "cross_entropy", 60, 0.0]["rho"] == -1
-    assert rows["cosine", "calibrated_cross_entropy", 60, 0.5]["rho"] == -1
+    found = [row for row in result["rows"] if row["criterion"] == "accuracy"]
+    rows = {tuple(row[key] for key in (*Setting._fields, "age")): row["rho"] for row in found}
+    assert rows["cosine", "calibrated_cross_entropy", 20, 0.0] == 1
+    assert rows["cosine", "cross_entropy", 60, 0.0] == -1
+    assert rows["cosine", "calibrated_cross_entropy", 60, 0.5] == -1
     assert all(row["low"] <= row["high"] for row in result["rows"])
     assert result["ceilings"]["accuracy"]["rho"] == 1
     assert read_json(run.path / "fidelity.json") == result
     assert {"commit", "versions", "recipe"} <= result.keys()
+    table = (run.path / "table.txt").read_text()
     assert "--meta.rollout_steps 20 --meta.annealing cosine --meta.objective calibrated_cross_entropy" in table
     assert "(age: weight): 0: 1.00, 0.5: 0.00" in table
     assert "Doubtful" not in table
@@ -123,13 +98,10 @@ def test_known_rankings_are_found_and_written() -> None:
 
 def test_where_nothing_ranks_nothing_is_recommended() -> None:
     recipe = FidelityRecipe(run_dir="run", ages=[0.5], annealing=["cosine"], objectives=OBJECTIVES)
-    full, rollouts = make_results(recipe, good=1.0)
+    full, rollouts = make_results(recipe)
     with open_run(recipe, "fidelity", quiet=True) as run:
-        result = write_results(
-            recipe, full, [r for r in rollouts if r["age"] == 0.5 and r["annealing"] == "cosine"], run
-        )
-    assert result["recommended"] is None
-    assert result["age_weights"] == []
+        result = write_results(recipe, full, [row for row in rollouts if row["age"] == 0.5], run)
+    assert (result["recommended"], result["age_weights"]) == (None, [])
     assert "Recommended: nothing." in (run.path / "table.txt").read_text()
 
 
@@ -145,35 +117,30 @@ def _one_process(monkeypatch) -> None:
     monkeypatch.setattr("lkd.evaluation.fidelity.start_workers", start_thread)
 
 
+RECIPE = """
+run_dir: run
+data: {train_size: 400, meta_validation_size: 200}
+teacher: {random_answers: 1}
+train: {epochs: 5, batch_size: 50}
+pool: {students: 2, snapshots: 2, max_age: 0.5}
+losses:
+  CE: cross_entropy
+  some: {name: kd, weight: 0.6, temperature: 1.0}
+  all: {name: kd, weight: 1.0, temperature: 1.0}
+ages: [0, 0.5]
+rollout_lengths: [20]
+annealing: [cosine]
+objectives: [calibrated_cross_entropy]
+full_seeds: 2
+rollouts: 2
+"""
+
+
 @pytest.mark.usefixtures("_one_process")
 def test_a_teacher_of_noise_is_ranked_last_and_nothing_is_done_twice(capsys) -> None:
     """The more of a teacher that answers at random, the worse: that ranking is known beforehand."""
-    losses = {"CE": "cross_entropy", **{f"KD{w}": {"name": "kd", "weight": w, "temperature": 1.0} for w in (0.6, 1.0)}}
-    words = [*("fidelity", "--run_dir", "run", "--losses", json.dumps(losses), "--teacher.random_answers", "1")]
-    words += [
-        "--data.train_size",
-        "400",
-        "--data.meta_validation_size",
-        "200",
-        "--train.epochs",
-        "5",
-        "--train.batch_size",
-        "50",
-    ]
-    words += [
-        "--ages",
-        "[0,0.5]",
-        "--rollout_lengths",
-        "[20]",
-        "--rollouts",
-        "2",
-        "--annealing",
-        "[cosine]",
-        "--full_seeds",
-        "2",
-    ]
-    words += ["--pool.students", "2", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--workers", "1"]
-    words += ["--objectives", "[calibrated_cross_entropy]"]
+    Path("recipe.yaml").write_text(RECIPE)
+    words = ["fidelity", "recipe.yaml"]
     assert main(words) == 0
     result = read_json(Path("run/fidelity.json"))
     rows = {row["age"]: row["rho"] for row in result["rows"] if row["criterion"] == "accuracy"}
@@ -181,7 +148,7 @@ def test_a_teacher_of_noise_is_ranked_last_and_nothing_is_done_twice(capsys) -> 
     with open("run/rollouts.csv") as file:
         found = list(csv.DictReader(file))
     assert len(found) == 2 * 2 * 3  # ages × draws × losses
-    assert {row["loss"] for row in found} == set(losses)
+    assert {row["loss"] for row in found} == {"CE", "some", "all"}
     kept = sorted(path for folder in ("cells", "rollouts", "pool") for path in Path("run", folder).iterdir())
     assert len(kept) == 3 * 2 + 2 * 2 + 2 * 2 + 1
     missing = kept.pop(next(n for n, path in enumerate(kept) if path.parent.name == "rollouts"))
