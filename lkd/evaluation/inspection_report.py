@@ -1,6 +1,5 @@
 """`lkd inspect`: from a loss to a report for the terminal, a JSON file and a picture."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from tabulate import tabulate
 
 from lkd.config.evaluation import InspectRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import write_json
+from lkd.core.files import hash_file, write_json
 from lkd.core.tensor_files import read_tensors
 from lkd.evaluation.inspection import STAGES, TEMPERATURES, inspect_loss
+from lkd.export.share import describe_training
 from lkd.losses.build import build_loss, is_learned
 from lkd.losses.learned.file import KIND, SUFFIX, VERSION
 from lkd.losses.logits import KDLoss
@@ -48,50 +48,23 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     return format_inspection(report, file, title), folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where a learned-loss file comes from: the file itself, and what it says it was trained with.
-
-
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size, hash, format and provenance of a learned-loss file.
+    """Size, hash and format of a learned-loss file, and what it says that it was trained with, if it does.
 
     Raises:
         UserError: As `load_loss`.
     """
     header = read_tensors(path, KIND, VERSION)[1]
-    content = path.read_bytes()
+    provenance = header.get("provenance") or {}
+    curve, reuse = provenance.get("curve") or [{}], provenance.get("reuse") or []
     return {
         "path": str(path),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": path.stat().st_size,
+        "sha256": hash_file(path),
         "format_version": header["format_version"],
-        "trained_with": summarize_provenance(header.get("provenance") or {}),
-    }
-
-
-def summarize_provenance(provenance: dict[str, Any]) -> dict[str, Any] | None:
-    """What was learned from what, with which versions, to which figures; None if the file does not say."""
-    if "recipe" not in provenance:
-        return None
-    recipe, reuse, curve = provenance["recipe"], provenance.get("reuse") or [], provenance.get("curve") or []
-    data, meta, environment = recipe["data"], recipe["meta"], provenance.get("environment", {})
-    last = curve[-1] if curve else {}
-    return {
-        "students": [model["name"] for model in recipe["students"] or [recipe["student"]]],
-        "teacher": recipe["teacher"].get("name") or recipe["teacher"]["path"],
-        "random_answers": recipe["teacher"].get("random_answers", 0.0),
-        "data": data["name"],
-        **{key: data[key] for key in ("train_size", "meta_validation_size", "label_noise")},
-        "split": provenance.get("split"),
-        "split_seed": data["split_seed"],
-        "seed": recipe["seed"],
-        **{key: meta[key] for key in ("outer_steps", "rollout_steps", "estimator", "objective")},
-        "meta_validation": min(reuse, key=lambda row: row["calibrated_cross_entropy"], default=None),
-        "outer_value": [curve[0]["outer/value"], last["outer/value"]] if curve else None,
-        "gradient_shares": {k.removeprefix("share/"): v for k, v in last.items() if k.startswith("share/")} or None,
-        "cost_in_trainings": provenance.get("cost_in_trainings"),
-        "versions": environment.get("versions"),
-        "commit": environment.get("commit"),
+        "trained_with": describe_training(provenance) if "recipe" in provenance else None,
+        "fresh_students": min(reuse, key=lambda row: row["calibrated_cross_entropy"], default=None),
+        "gradient_shares": {k.removeprefix("share/"): v for k, v in curve[-1].items() if k.startswith("share/")},
     }
 
 
@@ -272,35 +245,14 @@ def format_identity(report: dict[str, Any], file: dict[str, Any] | None, name: s
     head = f"{name}: {parts}; {report['parameters']:,} parameters"
     if file is None:
         return f"{head}\n  a hand-made loss: nothing was learned"
-    rows = {
-        "file": f"{file['bytes'] / 1e3:.1f} kB, format version {file['format_version']}, sha256 {file['sha256'][:12]}"
-    }
-    origin = file["trained_with"]
-    if origin is None:
-        rows["origin"] = "the file does not say what it was trained with"
-    else:
-        flipped = f", {origin['label_noise']:.0%} of the labels flipped" if origin["label_noise"] else ""
-        random = f", random answers on {origin['random_answers']:.0%}" if origin["random_answers"] else ""
-        rows["students"] = f"{', '.join(origin['students'])}; teacher {origin['teacher']}{random}"
-        rows["data"] = (
-            f"{origin['data']}: {origin['train_size']:,} training and {origin['meta_validation_size']:,} "
-            f"meta-validation images{flipped}; split {origin['split']} (seed {origin['split_seed']})"
+    facts = {"file": f"{file['bytes'] / 1e3:.1f} kB, format version {file['format_version']}, sha256 {file['sha256']}"}
+    facts |= file["trained_with"] or {"origin": "the file does not say what it was trained with"}
+    if best := file["fresh_students"]:
+        facts["fresh students reached"] = (
+            f"{best['top1']:.2f} % top-1 and {best['calibrated_cross_entropy']:.4f} calibrated cross-entropy on "
+            f"meta-validation, after outer step {best['step']}"
         )
-        rows["learning"] = (
-            f"{origin['outer_steps']} outer steps of {origin['rollout_steps']}-step rollouts, estimator "
-            f"{origin['estimator']}, outer loss {origin['objective']}, seed {origin['seed']}"
-        )
-        if best := origin["meta_validation"]:
-            rows["reached"] = (
-                f"{best['top1']:.2f} % top-1 and {best['calibrated_cross_entropy']:.4f} calibrated cross-entropy on "
-                f"meta-validation, by fresh students, after outer step {best['step']}"
-            )
-        if origin["cost_in_trainings"] is not None:
-            rows["cost"] = f"{origin['cost_in_trainings']:.1f} trainings of a student"
-        versions = origin["versions"] or {}
-        made = [f"{package} {versions[package]}" for package in ("lkd", "torch", "python") if package in versions]
-        rows["made with"] = f"{', '.join(made)}; commit {origin['commit'] or 'unknown'}"
-    return "\n".join([head, *(f"  {key:10} {value}" for key, value in rows.items())])
+    return "\n".join([head, *(f"  {key:26} {value}" for key, value in facts.items())])
 
 
 def format_field(report: dict[str, Any]) -> str:
@@ -353,7 +305,7 @@ def format_fit(fit: dict[str, Any]) -> list[Any]:
 def format_shares(report: dict[str, Any], file: dict[str, Any] | None) -> str:
     """How much each term pulls."""
     columns = {describe_progress(row["progress"]): row["shares"] for row in report["shares"]}
-    if logged := ((file or {}).get("trained_with") or {}).get("gradient_shares"):
+    if logged := (file or {}).get("gradient_shares"):
         columns["last logged*"] = logged
     rows = [[term, *(shares.get(term, 0.0) for shares in columns.values())] for term in report["shares"][0]["shares"]]
     title = "Share of each term in the gradient at the student's outputs (made-up ones)"

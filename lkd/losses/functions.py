@@ -36,10 +36,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 def widen(tensor: Tensor) -> Tensor:
     """At least float32, whatever the autocast state gave; float64 stays.
 
-    Every loss widens its logits, so that all say the same of a batch of no images, whose mean is not a number.
-
-    Raises:
-        UserError: If the batch is empty.
+    Every loss widens its logits, so that all say the same of a batch of no images, whose mean is not a number: a
+    `UserError`.
     """
     if tensor.shape[:1] == (0,):
         raise UserError("loss: the batch is empty, and the mean of nothing is no number; give at least one image")
@@ -47,24 +45,13 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of each sample, [B].
-
-    Args:
-        logits: [B, C].
-        target: Class indices [B], or distributions [B, C].
-    """
+    """Cross-entropy of each sample, [B], with class indices [B] or distributions [B, C]."""
     logits = widen(logits)
     return cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target, reduction="none")
 
 
 def kl_divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """KL(teacher ‖ student) of each sample at a temperature, without the factor τ², [B].
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C].
-        temperature: A number, or one for each sample, [B, 1].
-    """
+    """KL(teacher ‖ student) of each sample at a temperature, or one for each, [B, 1]; without the factor τ²; [B]."""
     student = log_softmax(widen(student_logits) / temperature, 1)
     teacher = log_softmax(widen(teacher_logits) / temperature, 1)
     return (teacher.exp() * (teacher - student)).sum(1)
@@ -89,11 +76,7 @@ def centre(rows: Tensor) -> Tensor:
 
 
 def check_options(temperature: float | None = None, **weights: float) -> None:
-    """Check a loss's options.
-
-    Raises:
-        ValueError: If the temperature is not positive or a weight is negative.
-    """
+    """Check a loss's options; a `ValueError` if the temperature is not positive or a weight is negative."""
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: {temperature} is not positive")
     for name, weight in weights.items():
@@ -107,12 +90,6 @@ def check_options(temperature: float | None = None, **weights: float) -> None:
 
 def choose_pairs(chosen: Chosen, student: Stages, teacher: Stages, default: Callable[[Stages, Stages], Pairs]) -> Pairs:
     """The pairs that the user chose, else the default ones.
-
-    Args:
-        chosen: [[student stage, teacher stage], ...] or None.
-        student: The student's stages.
-        teacher: The teacher's stages.
-        default: How a loss pairs stages if it is not told.
 
     Raises:
         ValueError: If a stage does not exist, a network has no features at all, or tokens do not form a square.
@@ -154,11 +131,7 @@ def pair_equal_sizes(student: Stages, teacher: Stages) -> Pairs:
 
 
 def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(c, h, w) of a stage's feature for one image; n tokens count as a square grid.
-
-    Raises:
-        ValueError: If the tokens do not form a square, or the feature is neither map nor tokens.
-    """
+    """(c, h, w) of a stage's feature for one image; n tokens are a square grid, else it is a `ValueError`."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if len(shape) == 2 and math.isqrt(shape[0]) ** 2 == shape[0]:
@@ -169,10 +142,8 @@ def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def as_map(feature: Tensor) -> Tensor:
     """A feature map [B, c, h, w] from itself or from tokens [B, n, c], at least float32."""
     feature = widen(feature)
-    if feature.ndim == 4:
-        return feature
     side = math.isqrt(feature.shape[1])
-    return feature.transpose(1, 2).unflatten(2, (side, side))
+    return feature if feature.ndim == 4 else feature.transpose(1, 2).unflatten(2, (side, side))
 
 
 def shrink_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,15 +165,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @torch.no_grad()
 def find_best_temperature(logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0) -> float:
-    """The temperature at which cross-entropy is least.
+    """The temperature between two bounds at which cross-entropy is least.
 
     By golden-section search over log τ, where the function has one minimum.
-
-    Args:
-        logits: [B, C].
-        target: Class indices [B].
-        lowest: Lower bound.
-        highest: Upper bound.
     """
 
     def value(log_temperature: float) -> float:
@@ -234,10 +199,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al., 2017), in [0, 1].
 
-    Args:
-        probabilities: [N, C].
-        target: Class indices [N].
-        bins: Number of bins.
+    Of probabilities [N, C] and class indices [N].
     """
     confidence, predicted = probabilities.max(1)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)

@@ -209,7 +209,7 @@ class GenericLoss(LogitForm):
     ) -> None:
         super().__init__(locals())
         self.balance = self.build_sample_network(2)
-        inputs = len(CLASS_INPUTS) + len(name_sample_inputs(self.conditioning))
+        inputs = CLASS_INPUTS + len(name_sample_inputs(self.conditioning))
         self.classes = Perceptron(inputs, hidden, 1, lipschitz)
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:

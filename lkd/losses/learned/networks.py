@@ -18,7 +18,7 @@ from lkd.losses.loss import Progress
 # What the networks see.
 
 CONDITIONING = ("progress", "state")
-# Input → the kind of conditioning that it belongs to; the teacher's are always seen.
+# Input of a sample → the kind of conditioning that it belongs to; the teacher's are always seen.
 SAMPLE_INPUTS: dict[str, str | None] = {
     "student target probability": "state",
     "teacher target probability": None,
@@ -27,15 +27,7 @@ SAMPLE_INPUTS: dict[str, str | None] = {
     "KL": "state",
     "progress": "progress",
 }
-CLASS_INPUTS = (
-    "student standardised logit",
-    "teacher standardised logit",
-    "student log-probability",
-    "teacher log-probability",
-    "student probability",
-    "teacher probability",
-    "label",
-)
+CLASS_INPUTS = 7  # of each class: see `class_inputs`
 
 
 class LogProbabilities(NamedTuple):
@@ -47,26 +39,15 @@ class LogProbabilities(NamedTuple):
 
 
 def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
-    """Bring logits and target to one form.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C]; no gradient reaches them.
-        target: Class indices [B] or distributions [B, C].
-    """
+    """Bring logits [B, C] and a target of either kind to one form; no gradient reaches the teacher's."""
     student = log_softmax(widen(student_logits), 1)
     dense = target if target.is_floating_point() else one_hot(target, student.shape[1])
     return LogProbabilities(student, log_softmax(widen(teacher_logits.detach()), 1), dense.to(student.dtype))
 
 
 def check_conditioning(conditioning: Sequence[str]) -> list[str]:
-    """The kinds of conditioning, in the order of `CONDITIONING`.
-
-    Raises:
-        ValueError: If one is unknown.
-    """
-    unknown = [kind for kind in conditioning if kind not in CONDITIONING]
-    if isinstance(conditioning, str) or unknown:
+    """The kinds of conditioning, in the order of `CONDITIONING`; a `ValueError` if one is unknown."""
+    if isinstance(conditioning, str) or set(conditioning) - set(CONDITIONING):
         raise ValueError(f"conditioning: {conditioning!r} is not a list of some of {', '.join(CONDITIONING)}")
     return [kind for kind in CONDITIONING if kind in conditioning]
 
@@ -80,15 +61,10 @@ def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequ
     """What is seen of each sample, in [−1, 1], [B, inputs].
 
     The teacher's probability of the target and its entropy over log C; with `state` also the student's, and the
-    squashed KL divergence between the two; with `progress` how far the training is.
-
-    Args:
-        logs: The batch.
-        progress: In [0, 1]; none is taken as 0.
-        conditioning: Some of `CONDITIONING`.
+    squashed KL divergence between the two; with `progress` how far the training is, 0 where it is not given.
     """
     student, teacher, target = logs
-    columns = [
+    columns = [  # their order is that in which gradients are summed, to the bit
         (target * student.exp()).sum(1),
         (target * teacher.exp()).sum(1),
         -(student.exp() * student).sum(1) / math.log(student.shape[1]),
@@ -101,7 +77,7 @@ def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequ
 
 
 def class_inputs(logs: LogProbabilities) -> Tensor:
-    """What is seen of each class of each sample, in [−1, 1], [B, C, len(CLASS_INPUTS)]."""
+    """What is seen of each class of each sample, in [−1, 1], [B, C, CLASS_INPUTS]."""
     student, teacher, target = logs
     columns = [
         squash(standardize(student)),
@@ -146,11 +122,6 @@ class BoundedLinear(nn.Linear):
 
     The weight W acts as W / √(1 + ‖W‖²_F / bound²), whose Frobenius norm, and so its 2-norm, is less than the bound.
     It is smooth in W, at W = 0 too, so that hypergradients pass through it.
-
-    Args:
-        inputs: Input features.
-        outputs: Output features.
-        bound: Of the 2-norm.
     """
 
     def __init__(self, inputs: int, outputs: int, bound: float) -> None:
@@ -168,11 +139,7 @@ def record_arguments(scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_network_options(hidden: int, lipschitz: float) -> None:
-    """Check the options that every loss network has.
-
-    Raises:
-        ValueError: If `hidden` is not positive or `lipschitz` is negative.
-    """
+    """Check the options that every loss network has; a `ValueError` if one is out of range."""
     if hidden < 1:
         raise ValueError(f"hidden: {hidden} is not at least 1")
     if not lipschitz >= 0:
@@ -192,16 +159,13 @@ def effective_weight(layer: nn.Linear) -> Tensor:
 
 
 class Perceptron(nn.Sequential):
-    """Two hidden layers of tanh and a linear head that starts at zero.
+    """Two hidden layers of tanh and a linear head that starts at zero, along the last dimension.
 
     Args:
-        inputs: Number of inputs, the last dimension of the tensor given.
+        inputs: Number of inputs.
         hidden: Width of the hidden layers.
         outputs: Number of outputs.
         lipschitz: Bound of the network's Lipschitz constant (2-norm to 2-norm); 0 sets none.
-
-    Raises:
-        ValueError: If `hidden` is not positive or `lipschitz` is negative.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, lipschitz: float = 0.0) -> None:
@@ -216,21 +180,16 @@ class Perceptron(nn.Sequential):
     @property
     def head(self) -> nn.Linear:
         """The last layer."""
-        head = self[-1]
-        assert isinstance(head, nn.Linear)
+        head: nn.Linear = self[-1]  # type: ignore[assignment]
         return head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the network along the last dimension, in the dtype of its weights."""
+        """Apply the network, in the dtype of its weights."""
         return super().forward(x.to(self.head.weight.dtype))
 
 
 def log_of_factor(factor: float) -> float:
-    """Its logarithm.
-
-    Raises:
-        ValueError: If it is not greater than 1.
-    """
+    """Its logarithm; a `ValueError` if it is not greater than 1."""
     if not factor > 1:
         raise ValueError(f"maximal_factor: {factor} is not greater than 1")
     return math.log(factor)
@@ -246,7 +205,7 @@ class EntryNetwork(nn.Module):
         places: Number of inputs that say which two stages and which comparison.
         samples: Number of inputs that are seen of a sample.
         hidden: Width of the hidden layer.
-        lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
+        lipschitz: As of `Perceptron`.
     """
 
     def __init__(self, places: int, samples: int, hidden: int, lipschitz: float) -> None:
@@ -258,16 +217,13 @@ class EntryNetwork(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, difference: Tensor, theirs: Tensor, places: Tensor, samples: Tensor) -> Tensor:
-        """Weigh every entry.
+        """Weigh every entry, [S, T, B, E].
 
         Args:
             difference: Student's less teacher's entries, [S, T, B, E].
             theirs: The teacher's entries, [T, B, E].
             places: [S, T, places].
             samples: [B, samples].
-
-        Returns:
-            [S, T, B, E].
         """
         weight = effective_weight(self.hidden)
         differences, values, of_places, of_samples = weight.split([1, 1, self.places, len(samples.T)], 1)
