@@ -16,17 +16,11 @@ from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, 
 from lkd.losses.loss import DistillationLoss
 
 TEACHER_LOGIT_LOSSES: dict[str, type[DistillationLoss]] = {
-    "kd": KDLoss,
-    "logit_mse": LogitMSELoss,
-    "dkd": DKDLoss,
-    "dist": DISTLoss,
-}
+    "kd": KDLoss, "logit_mse": LogitMSELoss, "dkd": DKDLoss, "dist": DISTLoss
+}  # fmt: skip
 FEATURE_LOSSES: dict[str, type[PairedLoss]] = {
-    "fitnet": FitNetLoss,
-    "at": AttentionTransferLoss,
-    "sp": SimilarityPreservingLoss,
-    "rkd": RKDLoss,
-}
+    "fitnet": FitNetLoss, "at": AttentionTransferLoss, "sp": SimilarityPreservingLoss, "rkd": RKDLoss
+}  # fmt: skip
 LOSSES: dict[str, type[DistillationLoss]] = {
     "cross_entropy": CrossEntropyLoss,
     **TEACHER_LOGIT_LOSSES,

@@ -1,7 +1,7 @@
 """The learned loss over features (our reconstruction)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -39,13 +39,7 @@ def attend_places(features: Sequence[Tensor], grid: int) -> Tensor:
     """Where a stage is active: mean squares over channels, on a grid × grid, of root mean square 1 over the grid.
 
     The attention map of Zagoruyko and Komodakis (ICLR 2017), averaged to one grid for all sizes (repeated if smaller).
-
-    Args:
-        features: Of each stage, [B, c, h, w] or tokens [B, n, c].
-        grid: Height and width of the grid.
-
-    Returns:
-        [stages, B, grid²].
+    From features [B, c, h, w], or tokens [B, n, c], to [stages, B, grid²].
     """
     maps = [adaptive_avg_pool2d(as_map(f).square().mean(1, keepdim=True), (grid, grid)).flatten(1) for f in features]
     return torch.stack([m * (m.square().mean(1, keepdim=True) + EPSILON).rsqrt() for m in maps])
@@ -61,14 +55,9 @@ def relate_images(features: Sequence[Tensor]) -> Tensor:
 
 
 def project_channels(features: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
-    """Which channels respond: pooled features, centred over the batch, projected, of root mean square 1.
+    """Which channels respond: pooled features, centred over the batch, projected by [m, c], of root mean square 1.
 
-    Args:
-        features: Of each stage.
-        projections: Of each stage, [m, c].
-
-    Returns:
-        [stages, B, m].
+    [stages, B, m].
     """
     pooled = [centre_pooled(f) for f in features]
     projected = [x @ projection.to(x).T for x, projection in zip(pooled, projections, strict=True)]
@@ -90,10 +79,7 @@ def scale_rows(rows: Tensor) -> Tensor:
 def draw_projection(channels: int, size: int, role: str) -> Tensor:
     """A random matrix [size, channels] with orthonormal rows, or columns if channels < size; the same on every call.
 
-    Args:
-        channels: Of the feature.
-        size: Of the projection.
-        role: student or teacher: each has its own.
+    Student and teacher, the roles, have each its own.
     """
     generator = np.random.default_rng([channels, size, role == "teacher"])
     q, r = np.linalg.qr(generator.standard_normal((max(channels, size), min(channels, size))))
@@ -181,19 +167,22 @@ class FeatureLoss(DistillationLoss):
         Raises:
             ValueError: If a network gives no features, or one that is neither map nor square grid of tokens.
         """
-        for role, stages in (("student", student_stages), ("teacher", teacher_stages)):
-            if not stages:
-                needs = self.name_needs(student_stages, teacher_stages)
+        networks = {"student": student_stages, "teacher": teacher_stages}
+        last = {role: list(stages)[-self.deepest :] for role, stages in networks.items()}
+        for role, names in last.items():
+            if not names:
+                given = "; ".join(f"{each}: {', '.join(stages) or 'none'}" for each, stages in last.items())
                 raise ValueError(
-                    f"it reads features, but the {role} gives none; {needs}: take another {role}, or a loss over logits"
+                    f"it reads features, but the {role} gives none; it needs the last {self.deepest} stages of both "
+                    f"networks ({given}): take another {role}, or a loss over logits"
                 )
-            for name in list(stages)[-self.deepest :]:
-                map_shape(stages[name])
+            for name in names:
+                map_shape(networks[role][name])
         self.stages = list(student_stages), list(teacher_stages)
-        self.teacher_stages = tuple(self.stages[1][-self.deepest :])
+        self.teacher_stages = tuple(last["teacher"])
         self.adapters = nn.ParameterList(
             draw_projection(map_shape(student_stages[name])[0], self.channels, "student").clone()
-            for name in (self.stages[0][-self.deepest :] if adapters else [])
+            for name in (last["student"] if adapters else [])
         )
         return self
 
@@ -204,45 +193,30 @@ class FeatureLoss(DistillationLoss):
         self.adapters = nn.ParameterList()
         return self
 
-    def pair_stages(self, student: Outputs, teacher: Outputs) -> tuple[list[str], list[str], Tensor, Tensor]:
-        """Names and relative depths of the stages that take part.
-
-        Raises:
-            UserError: If a network gives no features, or not those that it was attached to.
-        """
-        chosen, depths = [], []
-        for number, (role, outputs) in enumerate((("student", student), ("teacher", teacher))):
-            names = (self.stages[number] if self.stages else []) or list(outputs.features)
-            last = names[-self.deepest :]
-            missing = [name for name in last if name not in outputs.features]
-            if not last or missing:
-                what = f"lacks {', '.join(missing)}" if missing else "is empty"
-                raise UserError(
-                    f"the learned loss reads features, but {role}.features {what}; "
-                    f"{self.name_needs(student.features, teacher.features)}: take a network that gives them, or a loss "
-                    "over logits"
-                )
-            chosen.append(last)
-            depths.append(torch.tensor(relative_depths(names, last), device=outputs.logits.device))
-        return chosen[0], chosen[1], depths[0], depths[1]
-
-    def name_needs(self, student: Iterable[str], teacher: Iterable[str]) -> str:
-        """The stages that the loss needs, and which of them two networks have, in words."""
-        student, teacher = (", ".join(list(names)[-self.deepest :]) or "none" for names in (student, teacher))
-        return f"it needs the last {self.deepest} stages of both networks (student: {student}; teacher: {teacher})"
+    def take_stages(self, number: int, outputs: Outputs) -> tuple[list[Tensor], Tensor]:
+        """Features and relative depths of the stages of the student, 0, or the teacher, 1, that take part."""
+        names = (self.stages[number] if self.stages else []) or list(outputs.features)
+        last = names[-self.deepest :]
+        missing = [name for name in last if name not in outputs.features]
+        if not last or missing:
+            what = f"lacks {', '.join(missing)}" if missing else "is empty"
+            raise UserError(
+                f"the learned loss reads features, but {('student', 'teacher')[number]}.features {what}; it needs the "
+                f"last {self.deepest} stages of both networks: take one that gives them, or a loss over logits"
+            )
+        depths = torch.tensor(relative_depths(names, last), device=outputs.logits.device)
+        return [outputs.features[name] for name in last], depths
 
     def compare(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The student's and the teacher's entries of every comparison, [S, B, E] and [T, B, E]."""
-        projections = [
+        ours, theirs = (
             [draw_projection(map_shape(tuple(f.shape[1:]))[0], self.channels, role) for f in features]
             for role, features in (("student", student), ("teacher", teacher))
-        ]
-        for number, weight in enumerate(self.adapters):
-            projections[0][number] = weight
+        )
         return [
             (attend_places(student, self.grid), attend_places(teacher, self.grid)),
             (relate_images(student), relate_images(teacher)),
-            (project_channels(student, projections[0]), project_channels(teacher, projections[1])),
+            (project_channels(student, list(self.adapters) or ours), project_channels(teacher, theirs)),
         ]
 
     def weigh_stages(self, depths: Tensor, progress: Tensor) -> Tensor:
@@ -263,35 +237,24 @@ class FeatureLoss(DistillationLoss):
         Raises:
             UserError: If a network gives no features, or not those that the loss was attached to.
         """
-        student_names, teacher_names, student_depths, teacher_depths = self.pair_stages(student, teacher)
+        ours, student_depths = self.take_stages(0, student)
+        theirs, teacher_depths = self.take_stages(1, teacher)
         with full_precision(student.logits):
             logs = read_logits(student.logits, teacher.logits, target)
             samples = sample_inputs(logs, progress, self.conditioning)
             weights = self.weigh_stages(student_depths, as_progress(progress, logs.student))
             pairing = self.assign_stages(student_depths, teacher_depths)
-            compared = self.compare(
-                [student.features[name] for name in student_names],
-                [teacher.features[name].detach() for name in teacher_names],
-            )
+            compared = self.compare(ours, [feature.detach() for feature in theirs])
             terms = {}
-            for kind, (name, (ours, theirs)) in enumerate(zip(COMPARISONS, compared, strict=True)):
-                distances = self.measure(ours, theirs, kind, student_depths, teacher_depths, samples)
+            for kind, (name, entries) in enumerate(zip(COMPARISONS, compared, strict=True)):
+                distances = self.measure(*entries, kind, student_depths, teacher_depths, samples)
                 terms[name] = (weights[:, kind] * (pairing * distances).sum(1)).mean()
             return terms
 
     def measure(
         self, ours: Tensor, theirs: Tensor, kind: int, student_depths: Tensor, teacher_depths: Tensor, samples: Tensor
     ) -> Tensor:
-        """Mean of g(d) · d² over batch and entries, of every pair of stages, [S, T].
-
-        Args:
-            ours: The student's entries, [S, B, E].
-            theirs: The teacher's entries, [T, B, E].
-            kind: Which comparison.
-            student_depths: [S].
-            teacher_depths: [T].
-            samples: What is seen of each sample, [B, n].
-        """
+        """Mean of g(d) · d² over batch and entries of a kind of comparison, of every pair of stages, [S, T]."""
         difference = ours.unsqueeze(1) - theirs.unsqueeze(0)
         student, teacher = torch.broadcast_tensors(student_depths.unsqueeze(1), teacher_depths.unsqueeze(0))
         chosen = (torch.full_like(student, float(kind == other)) for other in range(len(COMPARISONS)))

@@ -26,7 +26,7 @@ NUM_CLASSES = 10
 
 
 def reference_logits() -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of student and teacher logits, [25, 10] each, and labels, [25], which covers five confidences of each.
+    """Logits of student and teacher, [25, 10], and labels, [25], of five confidences of each.
 
     What is left of the label's probability falls off geometrically over the other classes, in another order for the
     student than for the teacher.
@@ -54,10 +54,6 @@ def gradient_scale(loss: nn.Module, progress: Progress) -> Tensor:
     no function) nor cheap (attached: a third derivative of the student). What this costs: one gradient of the loss at
     25 × 10 logits a step; and it holds the norm on average over these states, so that a loss can still weigh some
     states more than others.
-
-    Args:
-        loss: A loss over logits.
-        progress: In [0, 1].
     """
     like = next(loss.parameters())
     student, teacher, target = (tensor.to(like.device) for tensor in REFERENCE)
@@ -108,11 +104,7 @@ class LearnedLoss(DistillationLoss):
         return LearnedLoss(kept, self.normalize_gradient)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute every part's terms.
-
-        Raises:
-            UserError: If a part reads features and a network gives none.
-        """
+        """Compute every part's terms; a `UserError` if a part reads features and a network gives none."""
         terms = {}
         for name, part in self.parts.items():
             # A part without weights, such as cross-entropy, has no scale of its own.
@@ -154,11 +146,7 @@ class ReplayedLoss(DistillationLoss):
         return stages
 
     def at(self, progress: Progress) -> LearnedLoss:
-        """The loss in charge at this progress.
-
-        Raises:
-            ValueError: If progress is None.
-        """
+        """The loss in charge at this progress; a `ValueError` if that is None."""
         if progress is None:
             raise ValueError("progress: None; a replayed loss must be told how far the training is, in [0, 1]")
         loss: LearnedLoss = self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
@@ -169,13 +157,8 @@ class ReplayedLoss(DistillationLoss):
         return ReplayedLoss([loss.leave_out_features() for loss in self.losses], self.starts)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the terms of the loss in charge.
-
-        Raises:
-            ValueError: If progress is None.
-        """
-        terms: Terms = self.at(progress)(student, teacher, target, progress)
-        return terms
+        """Compute the terms of the loss in charge; a `ValueError` if progress is None."""
+        return self.at(progress).forward(student, teacher, target, progress)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,10 +168,7 @@ KINDS = ("logits", "features", "both")
 
 
 def build_learned_loss(
-    kind: str,
-    options: dict[str, Any],
-    student_stages: Stages | None = None,
-    teacher_stages: Stages | None = None,
+    kind: str, options: dict[str, Any], student_stages: Stages | None = None, teacher_stages: Stages | None = None
 ) -> LearnedLoss:
     """Build a learned loss with fresh weights.
 
@@ -211,7 +191,7 @@ def build_learned_loss(
         raise UserError(f"meta.loss.normalize_gradient: {normalize_gradient!r} is neither true nor false")
     if not isinstance(feature_options, dict):
         raise UserError(f"meta.loss.features: {feature_options!r} is not a mapping of options")
-    if kind == "features" and set(options) - {"features"}:
+    if kind == "features" and options.keys() - {"features"}:
         unread = ", ".join(name for name in options if name != "features")
         raise UserError(f"meta.loss: kind features has no network over logits, which {unread} could be for")
     if kind == "logits" and feature_options:
@@ -234,11 +214,7 @@ def build_learned_loss(
 
 
 def build_part(network: type[DistillationLoss], options: dict[str, Any], field: str, described: str) -> Any:
-    """Build one loss network.
-
-    Raises:
-        UserError: If it takes no such option, or not that value.
-    """
+    """Build one loss network; a `UserError` if it takes no such option, or not that value."""
     known = list(inspect.signature(network).parameters)
     for name in options:
         if name not in known:

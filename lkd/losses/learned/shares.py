@@ -38,14 +38,7 @@ def draw_grid(num_classes: int, points: int) -> tuple[Tensor, Tensor, Tensor]:
 def gradient_surface(loss: DistillationLoss, progress: float, num_classes: int = 10, points: int = 41) -> Tensor:
     """The loss's gradient with respect to the student's logit of the target.
 
-    Args:
-        loss: Any loss over logits.
-        progress: How far the training is.
-        num_classes: Number of classes.
-        points: Points along each axis of `confidence_grid`.
-
-    Returns:
-        [points, points]; rows are the teacher's probability of the target, columns the student's.
+    [points, points]: rows are the teacher's probability of the target, columns the student's, as in `confidence_grid`.
     """
     student, teacher, target = draw_grid(num_classes, points)
     logits = student.requires_grad_()
@@ -118,9 +111,7 @@ def measure_norm(term: Tensor, variables: list[Tensor]) -> float:
 def find_saturated(shares: dict[str, float], threshold: float = SATURATED) -> list[str]:
     """Names of the parts whose every term has a share under the threshold: loss networks that no longer teach.
 
-    Args:
-        shares: What `gradient_shares` returns for a `LearnedLoss`, whose terms are named `part/term`.
-        threshold: Under this share a term counts as saturated.
+    Of what `gradient_shares` returns for a `LearnedLoss`, whose terms are named `part/term`.
     """
     largest: dict[str, float] = {}
     for name, share in shares.items():
