@@ -69,12 +69,7 @@ def add_features(student: Tensor, teacher: Tensor, seed: int) -> tuple[Outputs, 
 
 
 class LogitView(DistillationLoss):
-    """A loss as a function of logits alone: networks over features are left out, else features are made up and fixed.
-
-    Args:
-        loss: The loss.
-        seed: Of the features.
-    """
+    """A loss as a function of logits: networks over features are left out, else features are made up and fixed."""
 
     def __init__(self, loss: DistillationLoss, seed: int) -> None:
         super().__init__()
@@ -115,11 +110,6 @@ DIGITS = 5  # after the point
 
 def describe_field(loss: DistillationLoss, kd: KDLoss, num_classes: int) -> dict[str, Any]:
     """The gradient at the student's logit of the label; what is left of each probability is shared evenly.
-
-    Args:
-        loss: A loss over logits.
-        kd: KD to compare with.
-        num_classes: Number of classes.
 
     Returns:
         `confidence`: the grid. `loss`, at three progresses, `kd` and `cross_entropy`: each with its `gradient` (rows
@@ -188,14 +178,7 @@ class BalanceFit:
 
 
 def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tensor) -> BalanceFit:
-    """Fit a gradient at the student's logits; for each temperature in closed form.
-
-    Args:
-        gradient: Of each sample's loss, [N, C].
-        student: Logits, [N, C].
-        teacher: Logits, [N, C].
-        target: Class indices, [N].
-    """
+    """Fit the gradient of each sample's loss at the student's logits, [N, C]; for each temperature in closed form."""
     gradient, student, teacher = (x.double() for x in (gradient, student, teacher))
     task = student.softmax(1) - one_hot(target, student.shape[1])
     whole = float(gradient.square().sum())

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from tabulate import tabulate
 
@@ -72,21 +72,26 @@ def describe_file(path: Path) -> dict[str, Any]:
 # The picture: the gradient field, the balance that is implied, and how stages are paired.
 
 COLORS = plt.get_cmap("viridis")
+STYLE: Any = {
+    "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "legend.fontsize": 8, "figure.titlesize": 10.5, "lines.linewidth": 1.2, "lines.markersize": 4,
+}  # fmt: skip
 
 
 def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
     """Draw what `inspect_loss` found of the loss of this name."""
     learned = (report["pairing"] or {}).get("learned")
     rows = 2 * (report["field"] is not None) + (learned is not None)
-    figure = plt.figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
-    figure.suptitle(f"What {name} does to a student, found out without a training", fontsize=13)
-    bands: Any = list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
-    if report["field"] is not None:
-        draw_field(bands.pop(0), report)
-        draw_balance(bands.pop(0), report)
-    if learned is not None:
-        draw_pairing(bands.pop(0), learned)
-    save_figure(figure, path)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
+        figure.suptitle(f"What {name} does to a student, found out without a training", fontsize=13)
+        bands: Any = list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
+        if report["field"] is not None:
+            draw_field(bands.pop(0), report)
+            draw_balance(bands.pop(0), report)
+        if learned is not None:
+            draw_pairing(bands.pop(0), learned)
+        save_figure(figure, path)
 
 
 def name_fields(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -100,20 +105,18 @@ def name_fields(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def draw_field(band: Any, report: dict[str, Any]) -> None:
     """Five maps of one scale."""
     panels = name_fields(report)
-    surfaces = [torch.tensor(row["gradient"]) for row in panels.values()]
-    bound = max(float(surface.abs().max()) for surface in surfaces)
+    surfaces = [np.array(row["gradient"]) for row in panels.values()]
+    bound = float(np.abs(surfaces).max())
     band.suptitle(
         "Gradient at the student's logit of the label. Blue: the label's probability is pushed up, red: down; "
-        "black line: where the student is left alone",
-        fontsize=10.5,
+        "black line: where the student is left alone"
     )
     axes = band.subplots(1, len(panels), sharey=True)
     style: dict[str, Any] = {"origin": "lower", "extent": EXTENT, "aspect": "auto", "cmap": "RdBu_r"}
     for axis, (title, row), surface in zip(axes, panels.items(), surfaces, strict=True):
-        picture = axis.imshow(surface.numpy(), vmin=-bound, vmax=bound, **style)
+        picture = axis.imshow(surface, vmin=-bound, vmax=bound, **style)
         axis.plot(row["rest"], report["field"]["confidence"], color="black", lw=1.8)
-        axis.set(xlabel="student's probability of the label", xlim=(0, 1), ylim=(0, 1))
-        axis.set_title(title, fontsize=10)
+        axis.set(title=title, xlabel="student's probability of the label", xlim=(0, 1), ylim=(0, 1))
     axes[0].set_ylabel("teacher's probability of the label")
     band.colorbar(picture, ax=axes, pad=0.01)
 
@@ -123,10 +126,9 @@ def draw_balance(band: Any, report: dict[str, Any]) -> None:
     rows, own = report["balance"]["over_progress"], report["own_balance"]
     band.suptitle(
         "Implied balance: the w_ce · cross-entropy + w_kd · KD(τ) that this loss is most like (least squares), "
-        "and how much of its gradient that explains",
-        fontsize=10.5,
+        "and how much of its gradient that explains"
     )
-    share, temperature, explained, confidence = axes = band.subplots(1, 4)
+    share, temperature, explained, confidence = band.subplots(1, 4)
     draw_over_progress(share, rows, "share", "teacher's share, w_kd / (w_ce + w_kd)")
     draw_over_progress(temperature, rows, "temperature", "effective temperature, τ")
     draw_over_progress(explained, rows, "explained", "explained part of the gradient, R²")
@@ -140,39 +142,30 @@ def draw_balance(band: Any, report: dict[str, Any]) -> None:
     explained.set_ylim(min(0.5, *explained.get_ylim()), 1.03)
     temperature.set_ylim(0, max(5.0, temperature.get_ylim()[1]))
     handles, labels = share.get_legend_handles_labels()
-    band.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9)
+    band.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
     for who, color in (("student", "tab:blue"), ("teacher", "tab:orange")):
         row = [fit for fit in report["balance"][f"over_{who}"] if fit["share"] is not None]
         places = [fit["confidence"] for fit in row]
-        confidence.plot(places, [fit["share"] for fit in row], marker="o", ms=4, color=color, label=f"the {who}'s")
+        confidence.plot(places, [fit["share"] for fit in row], marker="o", color=color, label=f"the {who}'s")
         bounds = list(zip(*(fit["shares_as_good"] for fit in row), strict=True))
         confidence.fill_between(places, *bounds, color=color, alpha=0.15, lw=0)
-    confidence.set(xlabel="probability of the label", xlim=(0, 1), ylim=(-0.03, 1.03))
-    confidence.set_title("teacher's share halfway (band: explains 1 % less)", fontsize=10)
-    confidence.legend(frameon=False, fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+    title = "teacher's share halfway (band: explains 1 % less)"
+    confidence.set(title=title, xlabel="probability of the label", xlim=(0, 1), ylim=(-0.03, 1.03))
+    confidence.legend()
 
 
 def draw_over_progress(axis: Axes, rows: list[dict[str, Any]], key: str, title: str) -> None:
     """A figure of the fit over progress: of all states, with what is as good, and of students of some confidences."""
     progress, students = [row["progress"] for row in rows], rows[0]["students"]
     for place in (0, len(students) // 2, len(students) - 1):
-        level, values = students[place]["confidence"], [number(row["students"][place][key]) for row in rows]
-        axis.plot(
-            progress, values, color=COLORS(0.1 + 0.8 * level), lw=1.2, label=f"students who give the label {level:g}"
-        )
-    spans = [row.get(f"{key}s_as_good") or (None, None) for row in rows]
-    low, high = ([number(bound) for bound in bounds] for bounds in zip(*spans, strict=True))
-    axis.fill_between(progress, low, high, color="0.5", alpha=0.2, lw=0, label="explains at most 1 % less")
-    axis.plot(progress, [number(row[key]) for row in rows], color="black", lw=2.4, label="all students together")
-    axis.set(xlabel="progress of the training", xlim=(0, 1))
-    axis.set_title(title, fontsize=10)
-
-
-def number(value: float | None) -> float:
-    """A gap in the curve where there is none."""
-    return float("nan") if value is None else value
+        level = students[place]["confidence"]
+        values = np.array([row["students"][place][key] for row in rows], float)  # where there is none, a gap
+        axis.plot(progress, values, color=COLORS(0.1 + 0.8 * level), label=f"students who give the label {level:g}")
+    spans = np.array([row.get(f"{key}s_as_good") or (None, None) for row in rows], float)
+    axis.fill_between(progress, *spans.T, color="0.5", alpha=0.2, lw=0, label="explains at most 1 % less")
+    values = np.array([row[key] for row in rows], float)
+    axis.plot(progress, values, color="black", lw=2.4, label="all students together")
+    axis.set(title=title, xlabel="progress of the training", xlim=(0, 1))
 
 
 def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
@@ -180,8 +173,7 @@ def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
     names = [f"{stage}\ndepth {depth:.2f}" for stage, depth in learned[0]["student"].items()]
     band.suptitle(
         "Features: whom each of the student's stages learns from (rows sum to 1), and how much each comparison counts "
-        "there; shown for two networks of four stages",
-        fontsize=10.5,
+        "there; shown for two networks of four stages"
     )
     pairing, *weights = band.subplots(1, 1 + len(learned))
     ticks, table = range(len(names)), learned[len(learned) // 2]["assignment"]
@@ -190,18 +182,16 @@ def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
         for column, share in enumerate(table[row]):
             pairing.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "k")
     pairing.set_yticks(ticks, names, fontsize=8)
-    pairing.set(xlabel="teacher's stage", ylabel="student's stage")
-    pairing.set_title("pairing", fontsize=10)
+    pairing.set(title="pairing", xlabel="teacher's stage", ylabel="student's stage")
     top = max(max(values) for row in learned for values in row["weights"].values())
     for axis, at in zip(weights, learned, strict=True):
         for offset, (comparison, heights) in enumerate(at["weights"].items()):
             axis.bar([x + 0.27 * (offset - 1) for x in ticks], heights, 0.25, label=comparison)
-        axis.set(xlabel="student's stage", ylim=(0, 1.2 * top))
-        axis.set_title(f"weights, {describe_progress(at['progress'])}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        title = f"weights, {describe_progress(at['progress'])}"
+        axis.set(title=title, xlabel="student's stage", ylim=(0, 1.2 * top))
     for axis in (pairing, *weights):
         axis.set_xticks(ticks, names, fontsize=8)
-    weights[0].legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    weights[0].legend(ncols=3, loc="upper center")
 
 
 def describe_progress(progress: float) -> str:
@@ -217,13 +207,7 @@ OWN = {"weight": "own α", "ramp": "ramp", "temperature": "own τ", "factor": "o
 
 
 def format_inspection(report: dict[str, Any], file: dict[str, Any] | None, name: str) -> str:
-    """All of it.
-
-    Args:
-        report: What `inspect_loss` found.
-        file: What `describe_file` found; None for a loss that has none.
-        name: The loss's.
-    """
+    """All of what `inspect_loss` found, and `describe_file`, of a loss of this name that has a file."""
     sections = [
         format_identity(report, file, name),
         *([format_field(report), format_balance(report)] if report["field"] else []),

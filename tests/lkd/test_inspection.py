@@ -170,9 +170,9 @@ def test_a_learned_file_is_reported_on(capsys) -> None:
     assert file["sha256"][:12] in printed
     assert (file["bytes"], file["format_version"]) == (path.stat().st_size, 2)
     origin = file["trained_with"]
-    assert (origin["students"], origin["teacher"], origin["outer_steps"]) == (["small_cnn"], "embedded", 3)
-    assert (origin["train_size"], origin["meta_validation_size"]) == (200, 100)
-    for words in ("200 training and 100 meta-validation", "3 outer steps", "estimator audited", "% top-1", "Features"):
+    assert (origin["students"], origin["teacher"], origin["outer steps"]) == ("small_cnn", "embedded", 3)
+    assert (origin["training images"], origin["meta-validation images"]) == (200, 100)
+    for words in ("meta-validation images", "estimator", "audited", "% top-1", "last logged", "Features"):
         assert words in printed
     assert report["parameters"] == sum(p.numel() for p in load_loss(path).parameters())
     picture = imread(folder / "inspection.png")[..., :3]
