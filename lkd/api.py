@@ -255,9 +255,6 @@ def read_options(
         own: Fields of it that are options by their own name, besides those of every run.
         run_options: Fields of it that are arguments; of `wandb` a string is the mode.
         options: By name: these, and the fields of the recipe's `train` and `data`.
-
-    Raises:
-        UserError: If an option is unknown, or a value is of the wrong type or outside of its range.
     """
     parts = {"data": DataRecipe, "train": TrainRecipe}
     places = {
@@ -335,14 +332,7 @@ def name_images(
     options: Mapping[str, Any],
     given: dict[str, Any],
 ) -> DataRecipe:
-    """The images' recipe.
-
-    Args:
-        train_set: A data set's name, or what `read_images` takes, or an `ImageSet`.
-        meta_validation_set: The same; None to split it off.
-        recipe: How images are split and augmented.
-        options: Those that the caller gave, whose values are the recipe's.
-        given: Learns of images that are given.
+    """The images' recipe, from one of how they are split and augmented, whose values are the caller's options.
 
     Raises:
         UserError: If the images are not good, or an option does not go with them.

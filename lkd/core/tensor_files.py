@@ -89,11 +89,7 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
 
 
 def check_header_size(path: Path) -> None:
-    """Check the length that a safetensors file gives for its header, before anything is made of that size.
-
-    Raises:
-        UserError: If it is over `MOST_HEADER`, or the file cannot be read.
-    """
+    """Check the length that a safetensors file gives for its header, before anything is made of that size."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

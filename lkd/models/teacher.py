@@ -118,13 +118,7 @@ def load_teacher(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Get a teacher, to be asked about these images as they are normalised for the student.
 
-    Args:
-        images: What an untrained network is built for, and how images are normalised.
-        path: A file, or `embedded`, or `random` for the untrained network `name`.
-        name: The network that the file holds.
-        pretrained: Take timm's `name` with the weights of its tag; no file is read.
-        options: Further arguments of timm.create_model, for `pretrained` and `random`.
-        image_size: Height and width that images are scaled to for it; 0 for no scaling.
+    The other arguments are the fields of `lkd.config.TeacherRecipe`.
 
     Returns:
         The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).

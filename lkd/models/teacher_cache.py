@@ -30,11 +30,7 @@ OF_NO_EFFECT = {
 
 
 def check_top_k(top_k: int, num_classes: int) -> None:
-    """Check how many classes are kept.
-
-    Raises:
-        UserError: If it is more than there are, or saves nothing.
-    """
+    """Check how many classes are kept."""
     most = largest_top_k(num_classes)
     if not 0 <= top_k <= most:
         raise UserError(f"top_k: {top_k} of {num_classes} classes; 0 keeps them all, more than {most} save nothing")
@@ -259,11 +255,7 @@ def identify(
 
 
 def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
-    """Check that a cache holds the answers of this teacher to these images.
-
-    Raises:
-        UserError: If it was made with something else; names it.
-    """
+    """Check that a cache holds the answers of this teacher to these images."""
     for key, before, now in find_differences(cache.header["made_with"], made_with):
         raise UserError(
             f"teacher.cache: {cache.folder} was made with {key} {before!r}, not with {now!r}: take the same, or make "
@@ -293,11 +285,7 @@ def choose_seeds(augmentation: str, augmentation_seeds: int, mixup: float, cutmi
 
 
 def check_stages(stages: tuple[str, ...]) -> None:
-    """Check that a loss can do with a cache.
-
-    Raises:
-        UserError: If it reads the teacher's features.
-    """
+    """Check that a loss can do with a cache."""
     if stages:
         raise UserError(
             f"teacher.cache: holds logits alone, but the loss reads the teacher's features ({', '.join(stages)}): "

@@ -95,11 +95,7 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
 
 
 def check_shared(run: Run) -> None:
-    """Check that every process sees the run directory, where the command needs it.
-
-    Raises:
-        UserError: If one does not.
-    """
+    """Check that every process sees the run directory, where the command needs it."""
     if run.command not in FOLDER_COMMANDS:
         return
     wait_for_all()
@@ -145,11 +141,7 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
 
 
 def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
-    """Check that a run directory that holds a run may be gone on with.
-
-    Raises:
-        UserError: If not.
-    """
+    """Check that a run directory that holds a run may be gone on with."""
     saved = read_mapping(path / "config.json")
     if resume == "never":
         raise UserError(
@@ -174,11 +166,7 @@ def forget_unstarted(path: Path) -> None:
 
 
 def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
-    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too.
-
-    Raises:
-        UserError: If another process has it.
-    """
+    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too."""
     try:
         fcntl.flock(lock, (fcntl.LOCK_SH if joined else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:

@@ -232,11 +232,7 @@ def prepare_teacher(
 
 
 def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:
-    """Check that a network's file fits the images.
-
-    Raises:
-        UserError: If its classes or channels differ from theirs.
-    """
+    """Check that a network's file fits the images."""
     for what, theirs, ours in (
         ("classes", architecture["num_classes"], images.num_classes),
         ("input channels", architecture["in_chans"], images.image_shape[0]),

@@ -102,15 +102,7 @@ class Checkpoints:
 def run_steps(
     training: Training, end: int, stop: StopRequest, checkpoints: Checkpoints, watch: Watch | None = None, **beside: Any
 ) -> Iterator[dict[str, Tensor]]:
-    """Train up to a step, saving every so many steps.
-
-    Args:
-        training: The training.
-        end: The step.
-        stop: Whether to stop.
-        checkpoints: Where it is saved.
-        watch: As `Training.run_step` takes it.
-        beside: What is saved beside it.
+    """Train up to a step, saving it, with what is kept beside it, every so many steps.
 
     Yields:
         The loss's terms after every step.

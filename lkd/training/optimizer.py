@@ -90,11 +90,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
 
 
 def check_milestones(recipe: TrainRecipe) -> None:
-    """Check the milestones of a multistep schedule.
-
-    Raises:
-        UserError: If they are missing, unordered or of another schedule.
-    """
+    """Check the milestones of a multistep schedule."""
     if recipe.schedule != "multistep":
         if recipe.milestones:
             raise UserError(

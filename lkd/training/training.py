@@ -254,11 +254,7 @@ class StudentLoss(nn.Module):
 
 
 def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss, balance: Balancing | None) -> None:
-    """Check that the settings of a training go together.
-
-    Raises:
-        UserError: If they do not.
-    """
+    """Check that the settings of a training go together."""
     size, shared = batches.batch_size // batches.part[1], batches.part[1] > 1
     if size % recipe.accumulation:
         raise UserError(
