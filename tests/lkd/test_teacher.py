@@ -22,14 +22,10 @@ def images():
 
 
 def test_a_table_answers_as_the_network_does(images) -> None:
-    teacher = Teacher(build("small_cnn", 10, 1))
+    teacher = Teacher(build("small_cnn", 10, 1).train())
     table = TabulatedTeacher(teacher, images.train, CPU, batch_size=70)
     batch = Batches(images.train, 50, seed=1).at(3)
     torch.testing.assert_close(table(batch).logits, teacher(batch).logits)
-
-
-def test_the_teacher_is_frozen_and_in_eval_mode() -> None:
-    teacher = Teacher(build("small_cnn", 10, 1).train())
     assert not any(module.training for module in teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
 
@@ -50,7 +46,7 @@ def test_random_answers_stay_with_the_image(images) -> None:
     assert torch.equal(teacher(first).logits.sort(1).values, truth.sort(1).values)
 
 
-def test_the_embedded_teacher_never_saw_an_embedded_image(tmp_path) -> None:
+def test_the_embedded_teacher_never_saw_an_embedded_image() -> None:
     network, header = load_network(TEACHER)
     data = header["provenance"]["recipe"]["data"]
     assert data["name"] == "fashion_mnist_rest"

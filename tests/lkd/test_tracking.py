@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -16,12 +17,15 @@ from safetensors.torch import load_file
 from wandb.util import get_core_path
 
 from lkd.cli import main
-from lkd.config import WandbRecipe
+from lkd.config import DataRecipe, DistillRecipe, WandbRecipe
+from lkd.core.errors import UserError
 from lkd.core.files import hash_file, read_json
 from lkd.core.tensor_files import digest
 from lkd.tracking import tracker as service
 from lkd.tracking.lineage import Entry, find_used, hash_folder, record
+from lkd.tracking.run import open_run
 from lkd.tracking.tracker import Tracker, read_log
+from lkd.training.training import Training
 from tests.faults.wandb_server import StandIn
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
 from tests.lkd.test_cli import TINY
@@ -60,13 +64,45 @@ def test_a_wandb_run_is_read_back_by_wandb(monkeypatch) -> None:
     assert {artifact["type"] for artifact in artifacts} == {"pool", "loss"}
 
 
-def test_wandb_writes_into_the_run_directory_wherever_an_earlier_run_was_started(tmp_path, monkeypatch) -> None:
+def test_a_resumed_run_keeps_its_id_and_wandb_its_folder_wherever_a_run_was_started(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        assert main(["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]) == 0
-        assert list((folder / "r").glob("wandb/*run-*/*.wandb"))
+    words = ["distill", "--run_dir", "r", *TINY, "--wandb.mode", "offline"]
+    run_step = Training.run_step
+
+    def stop_after_step(training: Training, *watch):
+        signal.raise_signal(signal.SIGTERM)
+        return run_step(training, *watch)
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "run_step", stop_after_step)
+            assert main(words) == 143
+        assert list(Path("r").glob("wandb/offline-run-*/*.wandb"))
+    assert main([*words, "--resume", "auto"]) == 0
+    runs = list(Path("r").glob("wandb/offline-run-*"))
+    assert len(runs) == 2
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {Path("r/wandb_run_id").read_text()}
+
+
+def test_a_run_directory_serves_one_process_and_its_provenance_tells_no_folders(tmp_path) -> None:
+    recipe = DistillRecipe(run_dir=str(tmp_path / "r"), data=DataRecipe(root=str(tmp_path)))
+    with open_run(recipe, "distill", quiet=True) as run:
+        assert str(tmp_path.parent) not in json.dumps(run.provenance())
+        assert run.provenance()["recipe"]["run_dir"] == "r"
+        recipe.resume = "auto"
+        with pytest.raises(UserError, match="is in use by another process"), open_run(recipe, "distill", quiet=True):
+            pass
+    with open_run(recipe, "distill", quiet=True):
+        pass
+
+
+def test_a_log_that_a_crash_cut_off_is_still_read(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a"'
+    )
+    assert [row["a"] for row in read_log(tmp_path / "log.jsonl")] == [1, 3]
 
 
 def shorten_waits() -> None:
@@ -195,13 +231,6 @@ def test_files_are_found_wherever_a_recipe_names_them(tmp_path) -> None:
     assert (
         find_used({"teacher": {"path": "embedded", "pretrained": True, "name": "resnet50.tv_in1k"}})[0].sha256 is None
     )
-
-
-def test_a_folder_is_told_by_its_files(tmp_path) -> None:
-    (tmp_path / "index.json").write_text("[1]")
-    before = hash_folder(tmp_path)
-    (tmp_path / "index.json").write_text("[2]")
-    assert hash_folder(tmp_path) != before
 
 
 def test_looking_at_a_batch_changes_nothing_and_its_shares_add_up(monkeypatch) -> None:
