@@ -19,7 +19,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
 from lkd.models.teacher import load_teacher_network
-from lkd.pool.pool import build_pool
+from lkd.pool.pool import World, build_pool
 from lkd.tracking.run import choose_device, open_run
 from lkd.training.build import (
     LossBuilder,
@@ -123,7 +123,8 @@ def pool(recipe: config.PoolRecipe) -> None:
         run.say(introduce_network("student", student, images, run.device))
         run.say(introduce_teacher(taught_by, images, run.device))
         answers = prepare_teacher(taught_by, images, run.device, stages)
-        built = build_pool(recipe, run.path / "pool", images, student, answers, losses, run)
+        world = World(images, answers, student, recipe.train, recipe.seed, run.device)
+        built = build_pool(world, recipe.pool, losses.build, run.path / "pool", run)
         keep_pool(run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")
 

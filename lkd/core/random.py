@@ -24,6 +24,11 @@ def seeded_generator(*words: int) -> Generator:
     return Generator().manual_seed(mix_words(*words))
 
 
+def draw_seed(*words: int) -> int:
+    """A seed of 62 bits that is a function of several integers."""
+    return int(torch.randint(2**62, (), generator=seeded_generator(*words)))
+
+
 def draw_uniform(augmentation: Tensor, index: Tensor, count: int) -> Tensor:
     """Uniform random numbers in [0, 1) for each image, a function of its augmentation seed and its index alone.
 

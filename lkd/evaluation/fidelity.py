@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from lkd.config.evaluation import CompareRecipe, FidelityRecipe
-from lkd.config.meta_training import PoolRecipe
 from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.core.tensor_files import drop_damaged, read_result, write_result
@@ -35,6 +34,7 @@ from lkd.meta_training.rollouts import (
     list_inner_batches,
 )
 from lkd.pool.pool import INDEX, Pool, build_pool, open_pool
+from lkd.pool.pool import World as PoolWorld
 from lkd.tracking.run import Run
 from lkd.training.build import (
     LossBuilder,
@@ -123,8 +123,8 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     }
     stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
     teacher = world.answers(device, tuple(stages))
-    pool = open_pool(pool_folder, images, builder.architecture)
-    start = pool.read(draw.student, place)
+    student = builder.build(recipe.seed, place).train()
+    start = open_pool(pool_folder, images, builder.architecture).read(draw.student, student)
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
     batches = build_rollout_batches(
@@ -133,7 +133,6 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     inner_batches = list_inner_batches(batches, teacher, start.progress, draw.steps, tuple(stages))
     size = min(recipe.outer_batch_size, len(images.meta_validation))
     outer_batch = images.meta_validation.batch(draw_positions(len(images.meta_validation), size, generator), place)
-    student = builder.build(recipe.seed, place).train()
     values: dict[str, dict[str, float]] = {objective: {} for objective in list_objectives(recipe)}
     for label, loss in losses.items():
         problem = Problem(
@@ -224,8 +223,8 @@ def make_pool(recipe: FidelityRecipe, world: World, student: StudentBuilder, run
     """Build the pool in the run directory."""
     losses = LossBuilder(recipe.pool.loss, world.teacher, world.images)
     teacher = world.answers(str(run.device), losses.build(student, recipe.seed).teacher_stages)
-    settings = PoolRecipe(seed=recipe.seed, train=recipe.train, pool=recipe.pool)
-    return build_pool(settings, run.path / "pool", world.images, student, teacher, losses, run)
+    trained_in = PoolWorld(world.images, teacher, student, recipe.train, recipe.seed, run.device)
+    return build_pool(trained_in, recipe.pool, losses.build, run.path / "pool", run)
 
 
 def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, total_steps: int) -> None:

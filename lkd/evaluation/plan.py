@@ -30,7 +30,8 @@ from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.loss import DistillationLoss
-from lkd.meta_training.checks import AUDITED, check_settings
+from lkd.meta_training.meta_train import check_settings
+from lkd.meta_training.outer_loop import AUDITED
 from lkd.meta_training.rollouts import OBJECTIVES, build_inner_optimizer, compute_inner_loss, compute_outer_logits
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network

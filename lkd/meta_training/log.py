@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from lkd.config.meta_training import MetaTrainRecipe
 from lkd.core.files import replaced_atomically
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.learned.shares import SATURATED, balance_surface, find_saturated, gradient_shares, gradient_surface
 from lkd.losses.logits import KDLoss
 from lkd.meta_training.rollouts import InnerBatch
-from lkd.models.teacher import TeacherFunction
+from lkd.pool.pool import World
 from lkd.tracking.run import Run
-from lkd.training.build import Images, StudentBuilder
-from lkd.training.distill import start_training
 from lkd.training.training import DivergedError
 from meta import Audited, Estimator, OuterStep, Tensors, call_module
+
+matplotlib.use("Agg")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What meta-training cost, in units of one student training.
@@ -37,48 +37,31 @@ def read_clock(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
-def measure_training_seconds(
-    recipe: MetaTrainRecipe,
-    images: Images,
-    students: list[StudentBuilder],
-    teacher: TeacherFunction,
-    loss: LearnedLoss,
-    device: torch.device,
-) -> float:
-    """Seconds by `read_clock` of one whole training with this loss, without evaluation; the architectures' mean.
+def measure_training_seconds(worlds: list[World], loss: LearnedLoss) -> float:
+    """Seconds by `read_clock` of one whole training with this loss, without evaluation; the worlds' mean.
 
     The median of a few steps, times their number: a training itself would take as long as it takes.
     """
-    return sum(time_training(recipe, each, images, teacher, loss, device) for each in students) / len(students)
-
-
-def time_training(
-    recipe: MetaTrainRecipe,
-    student: StudentBuilder,
-    images: Images,
-    teacher: TeacherFunction,
-    loss: LearnedLoss,
-    device: torch.device,
-) -> float:
-    """Seconds of one whole training of a student of this architecture."""
-    frozen = copy.deepcopy(loss).requires_grad_(False)
-    training = start_training(student, images, frozen, teacher, recipe.train, recipe.seed, device)
-    seconds = []
-    for _ in range(min(WARM_UP + TIMED, training.total_steps)):
-        started = read_clock(device)
-        try:
-            training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
-        except DivergedError:  # its steps took no longer than another's
-            break
-        finally:
-            seconds.append(read_clock(device) - started)
-    return training.total_steps * statistics.median(seconds[WARM_UP:] or seconds)
+    trainings = []
+    for world in worlds:
+        training = world.start(copy.deepcopy(loss).requires_grad_(False), world.seed)
+        seconds = []
+        for _ in range(min(WARM_UP + TIMED, training.total_steps)):
+            started = read_clock(world.device)
+            try:
+                training.run_step()  # asks whether the loss is finite: the device has done its work when it returns
+            except DivergedError:  # its steps took no longer than another's
+                break
+            finally:
+                seconds.append(read_clock(world.device) - started)
+        trainings.append(training.total_steps * statistics.median(seconds[WARM_UP:] or seconds))
+    return sum(trainings) / len(trainings)
 
 
 def summarize_cost(
     pool_trainings: float, reuse_trainings: float, outer_seconds: float, training_seconds: float
 ) -> dict[str, Any]:
-    """The entry `cost` of a learned loss's provenance.
+    """What a learned loss's provenance says of its cost.
 
     Args:
         pool_trainings: Of all pools, in trainings: a pool's students are trained a known part of their way.
@@ -87,8 +70,7 @@ def summarize_cost(
             alternated with.
         training_seconds: By `read_clock`, of one training.
     """
-    outer = outer_seconds / training_seconds
-    parts = {"pool": pool_trainings, "outer_steps": outer, "reuse": reuse_trainings}
+    parts = {"pool": pool_trainings, "outer_steps": outer_seconds / training_seconds, "reuse": reuse_trainings}
     return {
         "cost_in_trainings": round(sum(parts.values()), 2),
         "parts_in_trainings": {name: round(value, 2) for name, value in parts.items()},
@@ -125,14 +107,7 @@ def measure_balance(
 def log_row(
     result: OuterStep, balances: list[dict[str, float]], loss: LearnedLoss, estimator: Estimator
 ) -> dict[str, float]:
-    """One row of the log.
-
-    Args:
-        result: What the outer step did.
-        balances: Of `measure_balance`, for each student.
-        loss: The loss, after the step; the norm of each part's weights is logged.
-        estimator: The estimator; an audited one adds its latest audit.
-    """
+    """One row of the log: the mean of the students' `measure_balance`, and the latest audit of an audited estimator."""
     ages = [balance["outer/progress"] for balance in balances]
     row = {
         "outer/value": result.value,
@@ -142,7 +117,10 @@ def log_row(
         **{key: sum(balance[key] for balance in balances) / len(balances) for key in balances[0]},
         "outer/progress_least": min(ages),
         "outer/progress_most": max(ages),
-        **{f"weights/{name}": measure_weights(part) for name, part in loss.parts.items()},
+        **{
+            f"weights/{name}": float(sum(p.detach().square().sum() for p in part.parameters())) ** 0.5
+            for name, part in loss.parts.items()
+        },
     }
     if math.isfinite(result.signal_to_noise):  # there were two students at least
         row["outer/signal_to_noise"] = result.signal_to_noise
@@ -162,29 +140,17 @@ def is_pictured(step: int, outer_steps: int, every: int) -> bool:
     return bool(every) and step % (every * -(-outer_steps // (every * PICTURES))) == 0
 
 
-def measure_weights(part: nn.Module) -> float:
-    """Norm of all weights of a part of the loss."""
-    return float(sum(parameter.detach().square().sum() for parameter in part.parameters())) ** 0.5
-
-
 def show_loss(loss: LearnedLoss, step: int, run: Run) -> None:
     """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture."""
     if "logits" not in loss.parts:
         return
-
     path = run.path / "pictures" / f"learned-loss-{step:05}.png"
     plot_learned_loss(loss, KDLoss(0.5, 4.0), "KD(0.5, 4)", path)
     run.tracker.show(step, "learned_loss", path)
 
 
 def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str]:
-    """Which loss is saved, and whether it is worth anything.
-
-    Args:
-        best: The best look's row.
-        steps: Outer steps taken.
-        classes: What a student that knows nothing guesses among.
-    """
+    """Which loss is saved, that of the best look's row, and whether it is worth more than a guess among the classes."""
     lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
     if best["step"] == 0:
         lines[0] += ": the initial one; none that was learned is better on meta-validation"
@@ -199,18 +165,26 @@ def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str
 
 def describe_saturation(row: dict[str, float]) -> str | None:
     """A warning if a part of the loss has no gradient to speak of left, by one row of the log."""
-    shares = {name.removeprefix(SHARE): share for name, share in row.items() if name.startswith(SHARE)}
-    saturated = find_saturated(shares)
-    return (
-        f"warning: saturated, its gradient share is under {SATURATED:g}: {', '.join(saturated)}" if saturated else None
-    )
+    found = find_saturated({name.removeprefix(SHARE): share for name, share in row.items() if name.startswith(SHARE)})
+    return f"warning: saturated, its gradient share is under {SATURATED:g}: {', '.join(found)}" if found else None
+
+
+def check_rows(rows: Any, needed: Collection[str] = ()) -> list[dict[str, float]]:
+    """Check rows of a log that a checkpoint holds: it may be a stranger's.
+
+    Raises:
+        ValueError: If a row lacks its step or a figure that is needed, or one is no number.
+    """
+    checked = [dict(row) for row in rows]
+    for row in checked:
+        numbers = all(isinstance(name, str) and isinstance(value, int | float) for name, value in row.items())
+        if not numbers or not row.keys() >= {"step", *needed}:
+            raise ValueError(f"a row of a log needs {', '.join(('step', *needed))}, and numbers alone")
+    return checked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures of meta-training and of what a loss learned.
-
-matplotlib.use("Agg")
-
+# A picture of what a loss learned.
 
 EXTENT = (0.0, 1.0, 0.0, 1.0)
 
@@ -220,33 +194,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     with replaced_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
-
-
-def plot_meta_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw meta-validation value, hypergradient norm, balance and temperature over the outer steps.
-
-    Args:
-        curves: Setting → rows of the meta-training log.
-        path: The picture.
-    """
-    panels = {
-        "outer/value": "meta-validation loss after the rollout",
-        "outer/hypergradient_norm": "hypergradient norm",
-        "loss/weight": "mean weight of the teacher, α",
-        "loss/temperature": "mean temperature, τ",
-    }
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for setting, rows in curves.items():
-            (line,) = axis.plot([row["step"] for row in rows], [row[key] for row in rows], lw=0.8, alpha=0.4)
-            values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
-            smooth = [values[max(0, i - 4) : i + 1].mean().item() for i in range(len(values))]
-            axis.plot([row["step"] for row in rows], smooth, lw=1.8, color=line.get_color(), label=setting)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("outer step")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize=9)
-    save_figure(figure, path)
 
 
 def plot_learned_loss(loss: LearnedLoss, kd: KDLoss, kd_label: str, path: Path, progress: float = 0.5) -> None:
@@ -267,54 +214,4 @@ def plot_learned_loss(loss: LearnedLoss, kd: KDLoss, kd_label: str, path: Path, 
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("student's probability of the label")
     axes[0].set_ylabel("teacher's probability of the label")
-    save_figure(figure, path)
-
-
-def plot_settings(
-    grid: dict[str, dict[str, float]],
-    bold: dict[str, dict[str, float]],
-    tables: dict[str, list[dict[str, Any]]],
-    path: Path,
-) -> None:
-    """Draw the one picture of the quickstart.
-
-    Args:
-        grid: Fixed loss → setting → meta-validation accuracy, %.
-        bold: Method → the same, for the methods to stress.
-        tables: Setting → rows of its comparison table.
-        path: The picture.
-    """
-    settings = list(tables)
-    names = [setting.replace("_", " ") for setting in settings]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=[1, 1.25])
-    for number, values in enumerate(grid.values()):
-        label = f"KD, each of {len(grid)} fixed (weight, temperature)" if number == 0 else None
-        left.plot(names, [values[s] for s in settings], color="0.7", lw=1, marker=".", label=label)
-    for (method, values), color in zip(bold.items(), ("tab:blue", "tab:red"), strict=False):
-        left.plot(names, [values[s] for s in settings], lw=2.2, marker="o", color=color, label=method)
-    left.set_ylabel("meta-validation accuracy, %")
-    left.set_title("one line for each fixed choice, first seed", fontsize=10)
-    left.legend(fontsize=8, frameon=False, loc="lower left")
-    methods = list(dict.fromkeys(row["method"] for row in tables[settings[0]]))
-    students = list(dict.fromkeys(row["student"] for row in tables[settings[0]]))
-    colors = dict(zip(methods, ("tab:blue", "0.45", "tab:red", "tab:green"), strict=False))
-    ticks: dict[float, str] = {}
-    for place, (setting, student) in enumerate((s, n) for s in settings for n in students):
-        for offset, method in enumerate(methods):
-            (row,) = (r for r in tables[setting] if r["student"] == student and r["method"] == method)
-            mean, error = row["last"]
-            right.errorbar(
-                place + 0.2 * (offset - (len(methods) - 1) / 2),
-                mean,
-                0 if error != error else error,
-                fmt="o",
-                capsize=3,
-                color=colors[method],
-                label=method if place == 0 else None,
-            )
-        ticks[place] = f"{setting.replace('_', ' ')}\n{student}"
-    right.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
-    right.set_ylabel("test accuracy, %")
-    right.set_title("fresh students, mean ± standard error over paired seeds", fontsize=10)
-    right.legend(fontsize=8, frameon=False)
     save_figure(figure, path)

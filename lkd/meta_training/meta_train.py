@@ -1,25 +1,24 @@
 """Learn a loss: draw students from the pool, roll them out with it, differentiate meta-validation, update it.
 
-*Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; neither text nor code is public). Measured
-choices of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the
-student's age to 1 meanwhile, so that K steps stand for a whole training; the outer loss is
-cross-entropy at the best temperature. The paper's axes (how students are sampled, which images the outer loss sees, how
-the trainings of loss and student are interleaved) are options of the recipe.
+*Our reconstruction* of LKD's outer loop (Ran, Huang, Yang, PLOS ONE 2025; we could not read its text). Measured choices
+of ours: the learning rate is annealed to zero within each rollout, and the loss sees progress run from the student's
+age to 1 meanwhile, so that K steps stand for a whole training; the outer loss is cross-entropy at the best temperature.
+The paper's axes (how students are sampled, which images the outer loss sees, how the trainings of loss and student are
+interleaved) are options of the recipe.
 """
 
 from pathlib import Path
-from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from lkd.config.meta_training import MetaTrainRecipe
-from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main
-from lkd.core.errors import UserError
+from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
+from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main, share_out
+from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import digest
 from lkd.losses.learned.file import SUFFIX, save_loss
-from lkd.meta_training.checks import check_meta_validation, check_schedule, check_settings
 from lkd.meta_training.log import (
     describe_reuse,
     describe_saturation,
@@ -31,22 +30,28 @@ from lkd.meta_training.log import (
     summarize_cost,
 )
 from lkd.meta_training.online_student import assemble_loss
-from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.outer_loop import AUDITED, OuterLoop
 from lkd.meta_training.reuse import FIGURES, Reuse
+from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.models.files import save_network
 from lkd.pool.pool import (
+    Pool,
+    World,
     build_pools,
     count_pool_trainings,
     drop_superseded_pools,
+    list_snapshots,
     open_pools,
     renew_pools,
 )
+from lkd.pool.sampling import build_age_weights, check_sampling
 from lkd.tracking.run import Run
 from lkd.training.build import (
     NOTHING,
+    Images,
     LossBuilder,
     Objects,
-    OpenedTeacher,
+    build_batches,
     choose_student,
     introduce_network,
     introduce_teacher,
@@ -57,6 +62,7 @@ from lkd.training.build import (
 )
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
+from meta import ESTIMATORS
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> Path:
@@ -77,48 +83,27 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     check_settings(recipe)
     images = prepare_images(recipe.data, given)
     check_meta_validation(images)
-    students = [choose_student(m, images.train, given) for m in recipe.students or [recipe.student]]
-    pools = open_pools(students, Path(recipe.pool_dir), images) if recipe.pool_dir else []
+    students = [choose_student(model, images.train, given) for model in recipe.students or [recipe.student]]
+    pools = open_pools(students, images, Path(recipe.pool_dir)) if recipe.pool_dir else []
     check_schedule(recipe, images, pools)
     opened = open_teacher(recipe.teacher, images.train, given)
     loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
-    draws = bool(recipe.meta.alternation_start)
-    losses = LossBuilder(recipe.pool.loss, opened, images)
-    pool_losses = [losses.build(student, recipe.seed) for student in students] if draws else []
-    for student in students:
-        run.say(introduce_network("student", student, images, run.device))
+    draws, losses = bool(recipe.meta.alternation_start), LossBuilder(recipe.pool.loss, opened, images)
+    readers = [loss, *(losses.build(student, recipe.seed) for student in students if draws)]
+    run.say(*(introduce_network("student", student, images, run.device) for student in students))
     run.say(introduce_teacher(opened, images, run.device))
-    stages = [stage for reader in (loss, *pool_losses) for stage in reader.teacher_stages]
-    teacher = prepare_teacher(opened, images, run.device, tuple(dict.fromkeys(stages)))
+    stages = dict.fromkeys(stage for reader in readers for stage in reader.teacher_stages)
+    teacher = prepare_teacher(opened, images, run.device, tuple(stages))
+    worlds = [World(images, teacher, student, recipe.train, recipe.seed, run.device) for student in students]
     if draws and not pools:
-        pools = build_pools(recipe, run.path / "pool", images, students, teacher, losses, run)
+        pools = build_pools(worlds, recipe.pool, losses.build, run.path / "pool", run)
         keep_pool(run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
-    loop = OuterLoop(recipe, images, students, teacher, loss, pools, run.device)
-    reuse = Reuse(recipe, students, images, teacher, run)
-    training_seconds = learn(recipe, loop, reuse, opened, run)
+    loop, reuse = OuterLoop(worlds, pools, loss, recipe.meta, recipe.pool), Reuse(worlds, recipe.meta, run)
+    training_seconds = learn(loop, reuse, run)
     path = run.path / f"loss{SUFFIX}"
-    if not is_main():
-        return path
-    if loop.own:
-        save_online_student(students[0].architecture, loop, run)
-    pool_trainings = count_pool_trainings(recipe, pools, loop.step)
-    provenance = run.provenance() | {
-        "split": images.fingerprint,
-        "curve": loop.history,
-        "reuse": reuse.rows,
-        "hypergradients": loop.guard.summarize(),
-        "seconds": round(loop.seconds, 1),
-        **summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds),
-    }
-    save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
-    run.tracker.keep("loss", path, **loop.history[-1])
-    for line in loop.guard.report():
-        run.say(line)
-    if reuse.rows:
-        run.say(*describe_reuse(reuse.best_row, loop.step, images.train.num_classes))
-    run.say(f"cost: {provenance['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
-    run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
+    if is_main():
+        save_results(path, loop, reuse, pools, training_seconds, run)
     return path
 
 
@@ -128,7 +113,7 @@ def keep_pool(run: Run) -> None:
         run.tracker.keep("pool", run.path / "pool")
 
 
-def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: OpenedTeacher, run: Run) -> float:
+def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
     """Take all outer steps, or those that a resumed run has left.
 
     Returns:
@@ -138,11 +123,9 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: Opened
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
         UserError: If the processes' losses differ.
     """
-    checkpoints = Checkpoints(run.path / "checkpoints", recipe.train, run.say)
-    settings, first_pools = recipe.meta, loop.pools
-    images, teacher = loop.images, loop.teacher
-    training_seconds = 0.0
-    warned, saved = False, checkpoints.load()
+    settings, worlds, first_pools = loop.settings, loop.worlds, loop.pools
+    checkpoints = Checkpoints(run.path / "checkpoints", worlds[0].train, run.say)
+    training_seconds, warned, saved = 0.0, False, checkpoints.load()
     if saved is not None:
         with refusing_malformed(checkpoints.folder, "folder of checkpoints of this meta-training"):
             loop.load_state_dict(saved["loop"])
@@ -155,13 +138,11 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: Opened
         state = {"loop": loop.state_dict(), "reuse": reuse.state_dict(), "training_seconds": training_seconds}
         checkpoints.save(loop.step, state)
         if is_main():
-            drop_superseded_pools(recipe, min(checkpoints.list()), run)
+            drop_superseded_pools(loop.draws, min(checkpoints.list()), run)
 
     bar = tqdm(total=settings.outer_steps, initial=loop.step, desc="meta-train", unit="step", disable=run.hide_bars)
     with deferred_interrupts() as stop, bar:
-        training_seconds = training_seconds or share_from_main(
-            measure_training_seconds(recipe, images, reuse.students, teacher, loop.loss, run.device)
-        )
+        training_seconds = training_seconds or share_from_main(measure_training_seconds(worlds, loop.loss))
         try:
             while True:
                 if reuse.is_due(loop.step):
@@ -171,11 +152,8 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: Opened
                     reuse.forget_checkpoints()
                 if loop.step == settings.outer_steps or reuse.is_exhausted():
                     break
-                if recipe.pool.sampling == "live" and not loop.alternates:
-                    students = reuse.students
-                    loop.pools = renew_pools(
-                        recipe, loop.step, first_pools, images, students, opened, teacher, run, loop.loss
-                    )
+                if loop.draws.sampling == "live" and not loop.alternates:
+                    loop.pools = renew_pools(worlds, loop.draws, first_pools, loop.loss, loop.step, run)
                 row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
                 if is_logged(loop.step, settings.outer_steps):
                     loop.history.append({"step": loop.step, **row})
@@ -189,8 +167,7 @@ def learn(recipe: MetaTrainRecipe, loop: OuterLoop, reuse: Reuse, opened: Opened
                     run.say(f"outer step {loop.step}: {warning}")
                 warned = warned or bool(warning)
                 bar.update()
-                shown = {"outer": "outer/value", "norm": "outer/hypergradient_norm"}
-                bar.set_postfix({name: f"{row[key]:.3g}" for name, key in shown.items()})
+                bar.set_postfix(outer=f"{row['outer/value']:.3g}", norm=f"{row['outer/hypergradient_norm']:.3g}")
                 if any_process(bool(stop), run.device):
                     raise Interrupted(f"stopped at outer step {loop.step} of {settings.outer_steps}")
                 if loop.step % settings.checkpoint_every == 0:
@@ -209,18 +186,153 @@ def check_identical(loop: OuterLoop) -> None:
         UserError: If one has another than the main process.
     """
     digests = gather_objects(digest([loop.loss.state_dict(), loop.optimizer.state_dict()]))
-    strangers = [number for number, found in enumerate(digests) if found != digests[0]]
+    strangers = [str(number) for number, found in enumerate(digests) if found != digests[0]]
     if strangers:
         raise UserError(
-            f"outer step {loop.step}: the loss of process {', '.join(map(str, strangers))} is not that of process 0: "
+            f"outer step {loop.step}: the loss of process {', '.join(strangers)} is not that of process 0: "
             "take hosts with the same software and devices, and go on from the last checkpoint by --resume auto"
         )
 
 
-def save_online_student(architecture: dict[str, Any], loop: OuterLoop, run: Run) -> None:
-    """Save the first student that was trained while the loss was learned: what the dynamic strategy itself gives."""
-    student, path = loop.own[0].training.student, run.path / "student.safetensors"
-    figures = evaluate(student, loop.images.meta_validation, run.device)
-    provenance = run.provenance() | {"meta_validation": {"last": figures}}
-    save_network(path, student, architecture, provenance)
-    run.say(f"{path}: {figures['top1']:.2f} % on meta-validation")
+def save_results(
+    path: Path, loop: OuterLoop, reuse: Reuse, pools: list[Pool], training_seconds: float, run: Run
+) -> None:
+    """Save the loss with all that was measured, and the first online student, which the dynamic strategy gives."""
+    images = loop.worlds[0].images
+    if loop.own:
+        student, place = loop.own[0].training.student, run.path / "student.safetensors"
+        figures = evaluate(student, images.meta_validation, run.device)
+        provenance = run.provenance() | {"meta_validation": {"last": figures}}
+        save_network(place, student, loop.worlds[0].student.architecture, provenance)
+        run.say(f"{place}: {figures['top1']:.2f} % on meta-validation")
+    pool_trainings = count_pool_trainings(loop.draws, pools, min(loop.step, loop.settings.alternation_start))
+    cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
+    provenance = run.provenance() | {
+        "split": images.fingerprint,
+        "curve": loop.history,
+        "reuse": reuse.rows,
+        "hypergradients": loop.guard.summarize(),
+        "seconds": round(loop.seconds, 1),
+        **cost,
+    }
+    save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
+    run.tracker.keep("loss", path, **loop.history[-1])
+    for line in loop.guard.report():
+        run.say(line)
+    if reuse.rows:
+        run.say(*describe_reuse(reuse.best_row, loop.step, images.train.num_classes))
+    run.say(f"cost: {cost['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
+    run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can be wrong with a meta-training, found before any long work.
+
+
+def check_settings(recipe: MetaTrainRecipe) -> None:
+    """Check the outer loop's settings, as far as they can be without the images.
+
+    Raises:
+        UserError: If one is impossible.
+    """
+    meta, trained = recipe.meta, f"meta.interleaving {recipe.meta.interleaving}"
+    build_age_weights(recipe.pool)
+    check_choice("meta.estimator", meta.estimator, [*ESTIMATORS, AUDITED])
+    check_choice("meta.objective", meta.objective, OBJECTIVES)
+    share_out(meta.students_per_step, "meta.students_per_step")
+    if meta.batches == "same" and (recipe.data.mixup or recipe.data.cutmix):
+        raise UserError(
+            "meta.batches: same would score students on mixed images, which have no label; leave out data.mixup and "
+            "data.cutmix, or take meta.batches different"
+        )
+    if meta.initial_rollout_steps > meta.rollout_steps:
+        raise UserError(
+            f"meta.initial_rollout_steps: {meta.initial_rollout_steps} is not between 0 (off) and meta.rollout_steps "
+            f"{meta.rollout_steps}"
+        )
+    if meta.reuse_every and meta.reuse_epochs > recipe.train.epochs:
+        raise UserError(
+            f"meta.reuse_epochs: {meta.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "
+            f"{recipe.train.epochs}"
+        )
+    if meta.reuse_patience and not meta.reuse_every:
+        raise UserError(f"meta.reuse_patience: {meta.reuse_patience} needs looks at reuse; set meta.reuse_every")
+    if meta.interleaving != "before" and meta.students_per_step < len(recipe.students):
+        raise UserError(
+            f"meta.students_per_step: {meta.students_per_step} leaves out some of the {len(recipe.students)} students "
+            f"that {trained} trains side by side; take at least as many"
+        )
+    unused = {"pool_dir": recipe.pool_dir, "pool.sampling": recipe.pool.sampling.replace("uniform", "")}
+    for name, value in unused.items():
+        if value and not meta.alternation_start:
+            raise UserError(f"{name}: {value} is not used by {trained}, which has no pool; leave it out")
+
+
+def check_meta_validation(images: Images) -> None:
+    """Check that the outer loss can see every class that students are trained on.
+
+    Raises:
+        UserError: If meta-validation lacks one.
+    """
+    part = images.meta_validation
+    counts = torch.bincount(part.labels, minlength=part.num_classes)
+    missing = [part.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+    if missing:
+        named = ", ".join([*missing[:5], "..."] if len(missing) > 5 else missing)
+        classes = f"{len(missing)} of {part.num_classes} classes ({named})"
+        raise UserError(f"data.meta_validation_size: {len(part)} images have none of {classes}; take more")
+
+
+def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> None:
+    """Check that pools can be drawn from, and that rollouts and outer steps fit into a student's training.
+
+    Args:
+        recipe: The recipe.
+        images: The images.
+        opened: The pools that are there already; without any, the recipe's is yet to be built.
+
+    Raises:
+        UserError: If not.
+    """
+    meta = recipe.meta
+    batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))
+    total_steps = recipe.train.epochs * batches.steps_per_epoch
+    if meta.interleaving != "before":
+        check_alternation(meta, total_steps)
+    if not meta.alternation_start:
+        return
+    planned = torch.tensor(list_snapshots(recipe.pool, total_steps), dtype=torch.float64) / total_steps
+    renewed = [planned] if not opened or recipe.pool.sampling == "live" else []
+    for ages in [*(pool.ages for pool in opened), *renewed]:
+        oldest = check_sampling(recipe.pool, ages)
+        left = round((1 - oldest) * total_steps)
+        if meta.annealing == "constant" and meta.rollout_steps > left:
+            raise UserError(
+                f"meta.rollout_steps: {meta.rollout_steps} steps at a constant rate go beyond the training of students "
+                f"of age {oldest:g}, which has {left} of {total_steps} steps left; lower it or pool.max_age, or take "
+                "meta.annealing cosine"
+            )
+
+
+def check_alternation(meta: MetaSettings, total_steps: int) -> None:
+    """Check that the outer steps fit into the training, of so many steps, that they alternate with.
+
+    Raises:
+        UserError: If they do not, or a setting has no meaning there.
+    """
+    kind = f"meta.interleaving {meta.interleaving}"
+    if meta.interleaving == "both" and meta.outer_steps < 2:
+        raise UserError(f"meta.outer_steps: {meta.outer_steps} cannot be halved; {kind} needs at least 2")
+    updates = meta.outer_steps - meta.alternation_start
+    if meta.rollout_steps > total_steps // updates:
+        raise UserError(
+            f"meta.rollout_steps: {meta.rollout_steps} steps do not fit between two of the {updates} updates of a "
+            f"training of {total_steps} steps ({total_steps // updates} apart); lower it, or meta.outer_steps"
+        )
+    if meta.estimator not in (AUDITED, "first_order"):
+        raise UserError(f"meta.estimator: {meta.estimator} cannot walk a tape back; {kind} takes first_order")
+    if meta.reuse_patience:
+        raise UserError(f"meta.reuse_patience: {meta.reuse_patience} would leave {kind}'s student half trained")
+    for name in ("average", "initial_rollout_steps"):
+        if getattr(meta, name) and not meta.alternation_start:
+            raise UserError(f"meta.{name}: {getattr(meta, name)} is of rollouts from the pool; {kind} has none")

@@ -1,6 +1,9 @@
 """The outer loop, a step at a time: draw students, roll them out, differentiate their outer loss, update the loss."""
 
+import math
+import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -9,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.meta_training import MetaSettings, PoolSettings
 from lkd.core.distributed import count_processes, gather_objects, share_out
 from lkd.core.errors import refuse_exhaustion
-from lkd.core.random import draw_positions, seeded_generator
+from lkd.core.random import draw_positions, draw_seed, seeded_generator
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
-from lkd.meta_training.checks import AUDITED
-from lkd.meta_training.guard import OuterGuard, check_points, check_rows
-from lkd.meta_training.log import measure_balance, read_clock
-from lkd.meta_training.online_student import OnlineStudent, Point, copy_state, draw_seed, window_end
+from lkd.meta_training.log import check_rows, measure_balance, read_clock
+from lkd.meta_training.online_student import OnlineStudent, Point, check_points, copy_state
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
     InnerBatch,
@@ -29,114 +30,14 @@ from lkd.meta_training.rollouts import (
     half_cosine,
     list_inner_batches,
 )
-from lkd.models.teacher import TeacherFunction
-from lkd.pool.pool import Pool
-from lkd.pool.sampling import build_age_weights, draw_position
-from lkd.training.build import Images, StudentBuilder
+from lkd.pool.pool import Pool, World
+from lkd.pool.sampling import build_age_weights
 from lkd.training.optimizer import restore_optimizer
-from meta import (
-    ESTIMATORS,
-    Audited,
-    Estimator,
-    Hypergradient,
-    OuterLoss,
-    OuterStep,
-    Problem,
-    Tensors,
-    outer_step,
-)
+from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, Problem, Tensors, outer_step
 from meta.optim import Averaged, Optimizer
 
+AUDITED = "audited"
 LESS_MEMORY = "a smaller meta.rollout_steps, meta.outer_batch_size or train.batch_size"
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The problems of an outer step: a student of the pool and its batches, from which an estimator differentiates.
-
-
-class OuterProblems:
-    """The problems of all outer steps; every draw is a function of the seed, the step and the student's number.
-
-    Args:
-        recipe: The recipe.
-        images: The images.
-        teacher: From a batch to the teacher's outputs.
-        loss: The loss to learn.
-        students: A network of each architecture.
-        device: Where tensors go.
-    """
-
-    def __init__(
-        self,
-        recipe: MetaTrainRecipe,
-        images: Images,
-        teacher: TeacherFunction,
-        loss: LearnedLoss,
-        students: list[nn.Module],
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.settings, self.images, self.teacher = recipe, recipe.meta, images, teacher
-        self.loss, self.students, self.device = loss, students, device
-        self.objective = OBJECTIVES[self.settings.objective]
-        self.age_weights = build_age_weights(recipe.pool)
-
-    def count_draws(self, step: int, number: int) -> tuple[int, int]:
-        """How many students were drawn before this one from the pool of its architecture, and which that is."""
-        return divmod(step * self.settings.students_per_step + number, len(self.students))
-
-    def build(self, step: int, number: int, pools: list[Pool], steps: int) -> Problem:
-        """Draw a student and batches: what the estimator is given.
-
-        Args:
-            step: The outer step.
-            number: Of the student.
-            pools: One of each architecture.
-            steps: Of the rollout.
-        """
-        settings, train = self.settings, self.recipe.train
-        generator = seeded_generator(self.recipe.seed, 5, step, number)
-        draw, architecture = self.count_draws(step, number)
-        network, pool = self.students[architecture], pools[architecture]
-        student = pool.read(draw_position(self.age_weights(pool.ages, draw), generator), self.device)
-        state = student.state if self.recipe.pool.restore_momentum else student.state._replace(optimizer={})
-        seed = int(torch.randint(2**62, (), generator=generator))
-        torch.manual_seed(seed)  # of dropout
-        batches = build_rollout_batches(
-            self.images.train, train, steps, settings.rollout_epochs, seed, self.images.settings, self.device
-        )
-        stages = self.loss.teacher_stages
-        inner_batches = list_inner_batches(batches, self.teacher, student.progress, steps, stages)
-        optimizer: Optimizer = build_inner_optimizer(train, student.learning_rate, settings.annealing, steps)
-        return Problem(
-            partial(compute_inner_loss, network, self.loss),
-            self.outer_loss(network),
-            state,
-            {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
-            inner_batches,
-            self.draw_outer_batch(inner_batches, generator),
-            Averaged(optimizer, settings.average) if settings.average else optimizer,
-        )
-
-    def draw_outer_batch(self, inner_batches: list[InnerBatch], generator: torch.Generator) -> Batch:
-        """Images for the outer loss: of meta-validation, or those that the rollout was trained on."""
-        size = self.settings.outer_batch_size
-        if self.settings.batches == "different":
-            part = self.images.meta_validation
-            return part.batch(draw_positions(len(part), size, generator), self.device)
-        columns = [torch.cat(column) for column in zip(*(batch for batch, _, _ in inner_batches), strict=True)]
-        positions = draw_positions(len(columns[0]), size, generator).to(self.device)
-        return Batch(*(column[positions] for column in columns))
-
-    def outer_loss(self, student: nn.Module) -> OuterLoss:
-        """The outer objective of a student as a function of its parameters."""
-
-        def compute(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-            return self.objective(compute_outer_logits(student, parameters, buffers, batch), batch.target)
-
-        return compute
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The outer loop, a step at a time: draw students, roll them out, differentiate their outer loss, update the loss.
 
 
 class OuterLoop:
@@ -146,18 +47,16 @@ class OuterLoop:
     that have met share the students of a step, each a block of numbers, and end it with the same loss.
 
     Args:
-        recipe: The recipe.
-        images: The images.
-        students: What builds students of each architecture.
-        teacher: From a batch to the teacher's outputs.
+        worlds: Where rollouts happen, in turn; all have the first one's images, teacher, training, seed and device.
+        pools: Where students come from: one for each world; none if the loss only alternates.
         loss: The loss to learn.
-        pools: Where students come from: one for each architecture; none if the loss only alternates.
-        device: Where tensors go.
+        settings: The outer loop's.
+        draws: How students are drawn.
 
     Attributes:
         step: Outer steps taken.
         points: The weights of the loss: one point, or, once it alternates, one for each stretch of progress.
-        own: By number, the students of this process in training while the loss alternates with them.
+        own: By number, the online students of this process, while the loss alternates with their training.
         balances: What `measure_balance` found for each student of the latest step, of all processes.
         guard: Which hypergradients are left out, and what follows.
         warnings: What the guard has to say of the latest step.
@@ -169,31 +68,21 @@ class OuterLoop:
     """
 
     def __init__(
-        self,
-        recipe: MetaTrainRecipe,
-        images: Images,
-        students: list[StudentBuilder],
-        teacher: TeacherFunction,
-        loss: LearnedLoss,
-        pools: list[Pool],
-        device: torch.device,
+        self, worlds: list[World], pools: list[Pool], loss: LearnedLoss, settings: MetaSettings, draws: PoolSettings
     ) -> None:
-        self.recipe, self.settings, self.images = recipe, recipe.meta, images
-        self.teacher, self.loss, self.pools, self.device = teacher, loss.to(device), pools, device
-        self.students = [student.build(recipe.seed, device).train() for student in students]
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), self.settings.learning_rate)
-        self.estimator: Estimator = (
-            Audited() if self.settings.estimator == AUDITED else ESTIMATORS[self.settings.estimator]
-        )
-        self.problems = OuterProblems(recipe, images, teacher, self.loss, self.students, device)
-        self.guard = OuterGuard(self.settings.exploding_norm)
-        self.numbers = share_out(self.settings.students_per_step, "meta.students_per_step")
+        self.worlds, self.pools, self.settings, self.draws = worlds, pools, settings, draws
+        self.seed, self.device = worlds[0].seed, worlds[0].device
+        self.loss = loss.to(self.device)
+        self.networks = [world.student.build(self.seed, self.device).train() for world in worlds]
+        self.age_weights = build_age_weights(draws)
+        self.estimator: Estimator = Audited() if settings.estimator == AUDITED else ESTIMATORS[settings.estimator]
+        self.optimizer = torch.optim.Adam(self.loss.parameters(), settings.learning_rate)
+        self.guard = OuterGuard(settings.exploding_norm)
+        self.numbers = share_out(settings.students_per_step, "meta.students_per_step")
         self.own: dict[int, OnlineStudent] = {}
-        if self.settings.interleaving != "before":
-            self.own = {
-                n: OnlineStudent(recipe, students[n % len(students)], images, teacher, self.loss, n, device)
-                for n in self.numbers
-            }
+        if settings.interleaving != "before":
+            for n in self.numbers:
+                self.own[n] = OnlineStudent(worlds[n % len(worlds)], self.loss, n, settings.rollout_steps)
         self.step = 0
         self.course: list[Point] = []
         self.history: list[dict[str, Any]] = []
@@ -203,7 +92,7 @@ class OuterLoop:
 
     @property
     def alternates(self) -> bool:
-        """Whether the next step alternates with the training of the loop's own students."""
+        """Whether the next step alternates with the training of online students."""
         return self.step >= self.settings.alternation_start
 
     @property
@@ -220,6 +109,23 @@ class OuterLoop:
         self.balances.clear()
         if self.alternates:
             self.course = self.points
+        hypergradients = self.differentiate_students()
+        clip_norm = self.settings.clip_norm or None
+        parameters = dict(self.loss.named_parameters())
+        result = outer_step(hypergradients, parameters, self.optimizer, clip_norm, self.guard.bound)
+        self.step += 1
+        if self.course:
+            progress = self.own[self.numbers[0]].training.progress  # all are equally far
+            self.course += [(progress, copy_state(self.loss))] if progress < 1 else []
+        self.seconds += time.perf_counter() - started
+        self.work_seconds += (read_clock(self.device) - work_started) * count_processes()
+        gathered = gather_objects((self.balances, result.left_out, result.norms))
+        self.balances, left_out, norms = (list(chain(*parts)) for parts in zip(*gathered, strict=True))
+        self.warnings = self.guard.record(self.step, norms, left_out, 1 if self.course else self.rollout_length())
+        return result._replace(left_out=tuple(left_out), norms=tuple(norms))
+
+    def differentiate_students(self) -> list[Hypergradient]:
+        """The hypergradient of each of this process's students."""
         differentiate = self.differentiate_online_student if self.alternates else self.differentiate_pool_student
         hypergradients = []
         for number in range(self.settings.students_per_step):
@@ -231,37 +137,47 @@ class OuterLoop:
                     raise
             elif isinstance(self.estimator, Audited) and not self.alternates:
                 self.estimator.follow(partial(self.build_problem, number))
-        parameters = dict(self.loss.named_parameters())
-        clip_norm = self.settings.clip_norm or None
-        result = outer_step(hypergradients, parameters, self.optimizer, clip_norm, self.guard.bound)
-        self.step += 1
-        if self.course and self.own_progress < 1:
-            self.course.append((self.own_progress, copy_state(self.loss)))
-        self.seconds += time.perf_counter() - started
-        self.work_seconds += (read_clock(self.device) - work_started) * count_processes()
-        own = self.balances, result.left_out, result.norms
-        balances, left_out, norms = (list(chain(*parts)) for parts in zip(*gather_objects(own), strict=True))
-        self.balances = balances
-        self.warnings = self.guard.record(self.step, norms, left_out, 1 if self.course else self.rollout_length())
-        return result._replace(left_out=tuple(left_out), norms=tuple(norms))
-
-    @property
-    def own_progress(self) -> float:
-        """How far the loop's own students are in their training, all alike."""
-        return self.own[self.numbers[0]].training.progress
+        return hypergradients
 
     def differentiate_pool_student(self, number: int) -> Hypergradient:
         """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
         problem = self.build_problem(number)
         hypergradient = self.estimator(problem)
-        state, batch = problem.state, problem.inner_batches[0]
-        network = self.students[self.problems.count_draws(self.step, number)[1]]
+        state, network = problem.state, self.networks[self.choose_world(number)[1]]
+        batch = problem.inner_batches[0]
         self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, batch))
         return hypergradient
 
+    def choose_world(self, number: int) -> tuple[int, int]:
+        """How many students were drawn before this one in its world, and which world that is."""
+        return divmod(self.step * self.settings.students_per_step + number, len(self.worlds))
+
     def build_problem(self, number: int) -> Problem:
-        """Draw a student and batches: what the estimator is given."""
-        return self.problems.build(self.step, number, self.pools, self.rollout_length())
+        """Draw a student, the batches of its rollout and that of its outer loss: what the estimator is given."""
+        settings, steps, (draw, place) = self.settings, self.rollout_length(), self.choose_world(number)
+        world, network, pool = self.worlds[place], self.networks[place], self.pools[place]
+        generator = seeded_generator(self.seed, 5, self.step, number)
+        position = torch.multinomial(self.age_weights(pool.ages, draw), 1, generator=generator)
+        student = pool.read(int(position), network)
+        state = student.state if self.draws.restore_momentum else student.state._replace(optimizer={})
+        seed = int(torch.randint(2**62, (), generator=generator))
+        torch.manual_seed(seed)  # of dropout
+        images = world.images
+        batches = build_rollout_batches(
+            images.train, world.train, steps, settings.rollout_epochs, seed, images.settings, self.device
+        )
+        stages = self.loss.teacher_stages
+        inner_batches = list_inner_batches(batches, world.teacher, student.progress, steps, stages)
+        optimizer: Optimizer = build_inner_optimizer(world.train, student.learning_rate, settings.annealing, steps)
+        return Problem(
+            partial(compute_inner_loss, network, self.loss),
+            self.outer_loss(network),
+            state,
+            {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
+            inner_batches,
+            self.draw_outer_batch(inner_batches, generator),
+            Averaged(optimizer, settings.average) if settings.average else optimizer,
+        )
 
     def rollout_length(self) -> int:
         """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""
@@ -269,20 +185,38 @@ class OuterLoop:
         grown = first + round((last - first) * self.step / max(self.settings.alternation_start - 1, 1))
         return self.guard.shorten(grown)
 
+    def draw_outer_batch(self, inner_batches: list[InnerBatch], generator: torch.Generator) -> Batch:
+        """Images for the outer loss: of meta-validation, or those that the rollout was trained on."""
+        size = self.settings.outer_batch_size
+        if self.settings.batches == "different":
+            part = self.worlds[0].images.meta_validation
+            return part.batch(draw_positions(len(part), size, generator), self.device)
+        columns = [torch.cat(column) for column in zip(*(batch for batch, _, _ in inner_batches), strict=True)]
+        positions = draw_positions(len(columns[0]), size, generator).to(self.device)
+        return Batch(*(column[positions] for column in columns))
+
+    def outer_loss(self, student: nn.Module) -> OuterLoss:
+        """The outer objective of a student as a function of its parameters."""
+        objective = OBJECTIVES[self.settings.objective]
+
+        def compute(parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+            return objective(compute_outer_logits(student, parameters, buffers, batch), batch.target)
+
+        return compute
+
     def differentiate_online_student(self, number: int) -> Hypergradient:
-        """Train a student of the loop's own up to the next update, and walk its last steps back."""
-        own = self.own[number]
-        training = own.training
-        batches = own.advance(window_end(self.settings, self.step, training.total_steps))
-        parameters: Tensors = dict(training.student.named_parameters())
-        buffers = dict(training.student.named_buffers())
-        self.balances.append(measure_balance(self.loss, training.student, parameters, buffers, batches[-1]))
-        torch.manual_seed(draw_seed(self.recipe.seed, 8, self.step, number))
-        generator = seeded_generator(self.recipe.seed, 5, self.step, number)
+        """Train an online student up to the next update, and walk its last steps back."""
+        own, start = self.own[number], self.settings.alternation_start
+        training, student = own.training, own.training.student
+        updates, update = self.settings.outer_steps - start, self.step + 1 - start
+        batches = own.advance(training.total_steps * update // updates)
+        parameters: Tensors = dict(student.named_parameters())
+        buffers = dict(student.named_buffers())
+        self.balances.append(measure_balance(self.loss, student, parameters, buffers, batches[-1]))
+        torch.manual_seed(draw_seed(self.seed, 8, self.step, number))
+        outer_batch = self.draw_outer_batch(batches, seeded_generator(self.seed, 5, self.step, number))
         return own.tape.hypergradient(
-            partial(compute_inner_loss, training.student, self.loss),
-            self.problems.outer_loss(training.student),
-            self.problems.draw_outer_batch(batches, generator),
+            partial(compute_inner_loss, student, self.loss), self.outer_loss(student), outer_batch
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,7 +246,7 @@ class OuterLoop:
             raise ValueError(f"outer step {state['step']} of {self.settings.outer_steps}")
         self.step = int(state["step"])
         self.course = check_points(state["course"], self.loss)
-        self.history = check_rows(state["history"], ("step",))
+        self.history = check_rows(state["history"])
         self.seconds, self.work_seconds = float(state["seconds"]), float(state["work_seconds"])
         self.guard.load_state_dict(state["guard"])
         self.loss.load_state_dict(state["loss"])
@@ -321,3 +255,110 @@ class OuterLoop:
             self.estimator.load_state_dict(state["estimator"])
         for number, own in self.own.items():
             own.training.load_state_dict(state["own"][number])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which hypergradients are too large to count, and what follows when none has counted for long.
+
+WINDOW = 50  # norms that the median is taken of
+LEAST = 10  # with fewer known there is no bound
+LOST_IN_A_ROW = 3  # outer steps
+NAMED = 10  # reasons that are kept
+LONGEST = 100  # letters of one
+
+
+class OuterGuard:
+    """Keeps exploding hypergradients out of the loss and of the outer optimiser's moments.
+
+    A hypergradient that is not finite is left out always; one whose norm is more than `factor` times the median of the
+    last 50 that counted (once 10 are known), too. After three outer steps in a row in which none counted rollouts are
+    halved, or, once they are one step long, the outer learning rate; the norms known so far are then forgotten: they
+    are those of longer rollouts.
+
+    Args:
+        factor: How many times the median a norm may be; 0 for any finite norm.
+
+    Attributes:
+        rate: What the outer learning rate is multiplied by.
+        counted: Hypergradients that counted.
+        left_out: Those that did not.
+        reasons: Why, of the first of them.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.norms: list[float] = []
+        self.lost = self.halvings = self.counted = self.left_out = 0
+        self.rate = 1.0
+        self.reasons: list[str] = []
+
+    @property
+    def bound(self) -> float:
+        """The largest norm that counts in the next step."""
+        known = self.factor and len(self.norms) >= LEAST
+        return self.factor * statistics.median(self.norms) if known else math.inf
+
+    def shorten(self, steps: int) -> int:
+        """The length of a rollout that would have so many steps."""
+        return max(1, steps >> self.halvings)
+
+    def record(self, step: int, norms: Sequence[float], left_out: Sequence[str], rollout_steps: int) -> list[str]:
+        """Take note of an outer step.
+
+        Args:
+            step: How many there were.
+            norms: Of the hypergradients that counted, of all processes.
+            left_out: What was wrong with the others.
+            rollout_steps: Of its rollouts; 1 if they cannot be shortened.
+
+        Returns:
+            What to tell the user.
+        """
+        self.norms = [*self.norms, *norms][-WINDOW:]
+        self.counted += len(norms)
+        self.left_out += len(left_out)
+        short = [reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..." for reason in left_out]
+        said = [f"outer step {step}: hypergradient left out: student {reason}" for reason in short]
+        said = said[: NAMED - len(self.reasons)]
+        self.reasons += said
+        self.lost = 0 if norms else self.lost + 1
+        if self.lost < LOST_IN_A_ROW:
+            return said
+        self.lost, self.norms = 0, []
+        if rollout_steps > 1:
+            self.halvings += 1
+            change = f"rollouts are halved to {rollout_steps // 2} steps"
+        else:
+            self.rate /= 2
+            change = f"the outer learning rate is halved to {self.rate:g} of what it was"
+        none = f"no hypergradient counted in {LOST_IN_A_ROW} steps in a row"
+        return [*said, f"warning: outer step {step}: {none}: {change}"]
+
+    def report(self) -> list[str]:
+        """What became of all hypergradients, if any was left out."""
+        if not self.left_out:
+            return []
+        lines = [f"{self.left_out} of {self.left_out + self.counted} hypergradients were left out"]
+        if self.halvings:
+            lines[0] += f"; rollouts were halved {self.halvings} times"
+        if self.rate < 1:
+            lines[0] += f"; the outer learning rate ended at {self.rate:g} of what was asked for"
+        if not self.counted:
+            lines.append("warning: none counted: nothing was learned; lower train.learning_rate or meta.rollout_steps")
+        return lines
+
+    def summarize(self) -> dict[str, Any]:
+        """For the learned loss's provenance."""
+        counts = {"counted": self.counted, "left_out": self.left_out, "rollouts_halved": self.halvings}
+        return {**counts, "outer_rate": self.rate, "reasons": self.reasons}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        vars(self).update({name: type(value)(state[name]) for name, value in vars(self).items()})
+        self.norms, self.reasons = [float(norm) for norm in self.norms], [str(reason) for reason in self.reasons]
+        if min(self.lost, self.halvings, self.counted, self.left_out) < 0 or not 0 <= self.rate <= 1:
+            raise ValueError("counts are negative, or the outer rate is not in [0, 1]")

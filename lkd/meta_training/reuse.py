@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.meta_training import MetaSettings
 from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import is_main, share_from_main
 from lkd.core.interrupt import StopRequest
+from lkd.core.random import draw_seed
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.loss import DistillationLoss
-from lkd.meta_training.guard import check_points, check_rows
-from lkd.meta_training.online_student import Point, assemble_loss, draw_seed
-from lkd.models.teacher import TeacherFunction
+from lkd.meta_training.log import check_rows
+from lkd.meta_training.online_student import Point, assemble_loss, check_points
+from lkd.pool.pool import World
 from lkd.tracking.run import Run
-from lkd.training.build import Images, StudentBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
-from lkd.training.distill import start_training
 from lkd.training.evaluate import evaluate
 from lkd.training.training import DivergedError
 
@@ -32,28 +31,21 @@ LOOK = "look"  # the folder of a look's checkpoints
 class Reuse:
     """Looks at how good the loss is when it is reused, and the best loss so far.
 
-    Each look trains `meta.reuse_students` fresh students of each architecture, the same in all looks, so that losses
-    are compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
+    Each look trains `meta.reuse_students` fresh students in each world, the same in all looks, so that losses are
+    compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
     Processes that have met share each training.
 
     Args:
-        recipe: The recipe.
-        students: What builds students of each architecture.
-        images: The images.
-        teacher: From a batch to the teacher's outputs.
+        worlds: What students are trained in.
+        settings: How often, how many, how long.
         run: The run; a look that was stopped goes on from the checkpoints in its folder `look`.
     """
 
-    def __init__(
-        self,
-        recipe: MetaTrainRecipe,
-        students: list[StudentBuilder],
-        images: Images,
-        teacher: TeacherFunction,
-        run: Run,
-    ) -> None:
-        self.recipe, self.students, self.images, self.teacher, self.run = recipe, students, images, teacher, run
-        self.train = shorten(recipe.train, recipe.meta.reuse_epochs or recipe.train.epochs)
+    def __init__(self, worlds: list[World], settings: MetaSettings, run: Run) -> None:
+        self.settings, self.run = settings, run
+        whole, epochs = worlds[0].train, settings.reuse_epochs or worlds[0].train.epochs
+        self.worlds = [dataclasses.replace(world, train=shorten(whole, epochs)) for world in worlds]
+        self.cost = settings.reuse_students * len(worlds) * epochs / whole.epochs
         self.rows: list[dict[str, float]] = []
         self.best: list[Point] = []
 
@@ -65,23 +57,19 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        students = self.recipe.meta.reuse_students * len(self.students)
-        return len(self.rows) * students * self.train.epochs / self.recipe.train.epochs
+        return len(self.rows) * self.cost
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
-        settings = self.recipe.meta
+        every, last = self.settings.reuse_every, self.settings.outer_steps
         seen = bool(self.rows) and self.rows[-1]["step"] == step
-        due = settings.reuse_every and (step % settings.reuse_every == 0 or step == settings.outer_steps)
-        return bool(due) and not seen
+        return every > 0 and (step % every == 0 or step == last) and not seen
 
     def is_exhausted(self) -> bool:
         """Whether so many looks in a row found no better loss that meta-training ends."""
-        patience = self.recipe.meta.reuse_patience
-        if not patience or not self.rows:
+        if not self.settings.reuse_patience or not self.rows:
             return False
-        since = sum(row["step"] > self.best_row["step"] for row in self.rows)
-        return since >= patience
+        return sum(row["step"] > self.best_row["step"] for row in self.rows) >= self.settings.reuse_patience
 
     def look(self, step: int, networks: LearnedLoss, points: Sequence[Point], stop: StopRequest) -> dict[str, float]:
         """Train fresh students with the loss of these points and score them.
@@ -90,12 +78,11 @@ class Reuse:
             Interrupted: If `stop` was asked for; the look goes on later.
         """
         assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
-        numbers = range(self.recipe.meta.reuse_students)
-        students = [(student, number) for student in self.students for number in numbers]
+        students = [(world, number) for world in self.worlds for number in range(self.settings.reuse_students)]
         figures = share_from_main(
             [
-                self.train_student(student, number, assembled, folder / f"student-{place:03d}", stop)
-                for place, (student, number) in enumerate(students)
+                self.train_student(world, number, assembled, folder / f"student-{place:03d}", stop)
+                for place, (world, number) in enumerate(students)
             ]
         )
         mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
@@ -107,20 +94,11 @@ class Reuse:
         return self.rows[-1]
 
     def train_student(
-        self, student: StudentBuilder, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
+        self, world: World, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
-        training = start_training(
-            student,
-            self.images,
-            loss,
-            self.teacher,
-            self.train,
-            draw_seed(self.recipe.seed, 7, number),
-            self.run.device,
-            shared=True,
-        )
-        checkpoints = Checkpoints(folder, self.recipe.train, self.run.say)
+        training = world.start(loss, draw_seed(world.seed, 7, number), shared=True)
+        checkpoints = Checkpoints(folder, world.train, self.run.say)
         checkpoints.resume_training(training)
         try:
             for _ in run_steps(training, training.total_steps, stop, checkpoints):
@@ -128,7 +106,7 @@ class Reuse:
         except DivergedError:
             return {SCORE: float("inf"), "top1": 0.0}
         checkpoints.save_training(training)
-        return evaluate(training.result, self.images.meta_validation, self.run.device, shared=True)
+        return evaluate(training.result, world.images.meta_validation, world.device, shared=True)
 
     def forget_checkpoints(self) -> None:
         """Delete the checkpoints of looks: those that were finished are in the outer loop's."""
@@ -139,10 +117,10 @@ class Reuse:
         """Everything needed to go on."""
         return {"rows": self.rows, "best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any], loss: LearnedLoss) -> None:
-        """Go on from what `state_dict` returned; the best weights are of `loss`."""
-        self.rows = check_rows(state["rows"], ("step", *FIGURES))
-        self.best = check_points(state["best"], loss)
+    def load_state_dict(self, state: dict[str, Any], networks: LearnedLoss) -> None:
+        """Go on from what `state_dict` returned; the best weights are of these networks."""
+        self.rows = check_rows(state["rows"], FIGURES)
+        self.best = check_points(state["best"], networks)
 
 
 def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -72,43 +72,28 @@ def half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def anneal_rate(learning_rate: float, annealing: str, steps: int) -> float | Callable[[int], float]:
-    """The learning rate of a rollout of this many steps: a function of the step where it is annealed (`cosine`)."""
-    if annealing == "constant":
-        return learning_rate
-    return lambda step: learning_rate * half_cosine(step / steps)
-
-
 def build_inner_optimizer(train: TrainRecipe, learning_rate: float, annealing: str, steps: int) -> SGD:
-    """SGD with the training's momentum and weight decay, from this learning rate on."""
-    rate = anneal_rate(learning_rate, annealing, steps)
-    return SGD(rate, train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
+    """SGD with the training's momentum and weight decay; its rate is constant, or annealed to zero (`cosine`)."""
 
+    def rate(step: int) -> float:
+        return learning_rate * half_cosine(step / steps)
 
-def draw_rollout_images(images: ImageSet, steps: int, batch_size: int, epochs: int, generator: Generator) -> ImageSet:
-    """So many of the images that a rollout sees each of them `epochs` times; all of them for one epoch.
-
-    A training sees its images again and again, and what a loss does against overfitting shows only then. A rollout
-    over all images sees none twice, and so favours losses that learn fast.
-    """
-    if epochs == 1:
-        return images
-    count = min(len(images), max(1, round(steps / epochs)) * batch_size)
-    return images.select(draw_positions(len(images), count, generator))
+    rates = learning_rate if annealing == "constant" else rate
+    return SGD(rates, train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
 
 
 def build_rollout_batches(
-    images: ImageSet,
-    train: TrainRecipe,
-    steps: int,
-    epochs: int,
-    seed: int,
-    data: DataRecipe,
-    device: torch.device,
+    images: ImageSet, train: TrainRecipe, steps: int, epochs: int, seed: int, data: DataRecipe, device: torch.device
 ) -> Batches:
-    """The batches of one rollout, a function of the seed, over the images of `draw_rollout_images`."""
-    part = draw_rollout_images(images, steps, train.batch_size, epochs, seeded_generator(seed, 9))
-    return build_batches(part, train, data, seed, device, steps=steps)
+    """The batches of one rollout, a function of the seed: of so many images that it sees each of them `epochs` times.
+
+    A training sees its images again and again, and what a loss does against overfitting shows only then. A rollout
+    over all images (one epoch) sees none twice, and so favours losses that learn fast.
+    """
+    if epochs > 1:
+        count = min(len(images), max(1, round(steps / epochs)) * train.batch_size)
+        images = images.select(draw_positions(len(images), count, seeded_generator(seed, 9)))
+    return build_batches(images, train, data, seed, device, steps=steps)
 
 
 def list_inner_batches(
@@ -131,10 +116,10 @@ def compute_inner_loss(
     """The loss of one student step, and the student's buffers after it.
 
     Args:
-        student: The network.
+        student: The network, to which `parameters` and `buffers` belong.
         loss: The loss.
-        parameters: The student's parameters.
-        buffers: The student's buffers.
+        parameters: The student's.
+        buffers: The student's.
         hyper: Parameters of the loss; those left out keep the module's own values.
         batch: Of `list_inner_batches`.
     """

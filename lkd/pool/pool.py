@@ -1,34 +1,63 @@
-"""The pool: students at many ages, on disk, from which rollouts start."""
+"""The pool: students at many ages, on disk, from which rollouts start.
+
+After LKD's "uniform sampling of diverse previously-trained student models"; which ages, and that the optimiser's state
+is kept too, is *our reconstruction*.
+"""
 
 import copy
-import functools
-import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from lkd.config.meta_training import MetaTrainRecipe, PoolContents, PoolRecipe
+from lkd.config.meta_training import PoolContents, PoolSettings
+from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import is_main, wait_for_all
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
-from lkd.models.build import GIVEN, build
+from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.build import Images, LossBuilder, OpenedTeacher, StudentBuilder
+from lkd.training.build import Images, StudentBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.distill import start_training
 from lkd.training.training import DivergedError, Training
 from meta import State
+
+
+@dataclass(frozen=True)
+class World:
+    """What one rollout happens in.
+
+    Attributes:
+        images: The images.
+        teacher: From a batch to the teacher's outputs.
+        student: What builds students.
+        train: Their whole training.
+        seed: Of all that is drawn.
+        device: Where tensors go.
+    """
+
+    images: Images
+    teacher: TeacherFunction
+    student: StudentBuilder
+    train: TrainRecipe
+    seed: int
+    device: torch.device
+
+    def start(self, loss: DistillationLoss, seed: int, shared: bool = False) -> Training:
+        """A fresh training; see `start_training`."""
+        return start_training(self.student, self.images, loss, self.teacher, self.train, seed, self.device, shared)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A student of the pool as a file.
@@ -52,35 +81,40 @@ class PoolStudent(NamedTuple):
 
 def write_student(path: Path, training: Training) -> None:
     """Write a training's student as it is now."""
-    tensors: dict[str, Tensor] = {f"parameters:{name}": tensor for name, tensor in training.student.named_parameters()}
-    tensors |= {f"buffers:{name}": tensor for name, tensor in training.student.named_buffers()}
-    for name, parameter in training.student.named_parameters():
-        momentum = training.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum_buffer:{name}"] = momentum
+    parameters = dict(training.student.named_parameters())
+    state = training.optimizer.state
+    slots = {name: state.get(tensor, {}).get("momentum_buffer") for name, tensor in parameters.items()}
+    momentum = {name: tensor for name, tensor in slots.items() if tensor is not None}
+    parts: dict[str, dict[str, Any]] = {
+        "parameters": parameters,
+        "buffers": dict(training.student.named_buffers()),
+        "momentum_buffer": momentum,
+    }
+    tensors: dict[str, Tensor] = {f"{part}:{name}": x for part, each in parts.items() for name, x in each.items()}
     header = {"learning_rate": training.learning_rate, "progress": training.progress, "step": training.step}
     write_tensors(path, tensors, KIND, VERSION, header)
 
 
-def read_student(path: Path, architecture: dict[str, Any], device: torch.device) -> PoolStudent:
-    """Read a student.
-
-    Args:
-        path: The file.
-        architecture: Of the network that it must fit.
-        device: Where its tensors go.
+def read_student(path: Path, network: nn.Module) -> PoolStudent:
+    """Read a student of a network's architecture, to where that lies.
 
     Raises:
         UserError: If its file is missing or damaged, or of another network.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
-    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}, "momentum_buffer": {}}
+    parameters: dict[str, Tensor] = dict(network.named_parameters())
+    like = {"parameters": parameters, "buffers": dict(network.named_buffers()), "momentum_buffer": parameters}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in like}
     with refusing_malformed(path, KIND):
-        check_student(tensors, architecture)
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(":")
-            parts[part][key] = tensor.to(device)
+        for key, tensor in tensors.items():  # in the file's order, which sums over all parameters depend on
+            part, _, name = key.partition(":")
+            expected = like[part][name]
+            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected.shape)}")
+            parts[part][name] = tensor.to(expected.device)
         momentum = parts.pop("momentum_buffer")
+        if missing := [name for part in parts for name in like[part].keys() - parts[part]]:
+            raise ValueError(f"{missing[0]} is missing")
         state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
         learning_rate, progress = float(header["learning_rate"]), float(header["progress"])
         if not (0 <= learning_rate < math.inf and 0 <= progress <= 1):
@@ -88,39 +122,8 @@ def read_student(path: Path, architecture: dict[str, Any], device: torch.device)
     return PoolStudent(state, learning_rate, progress)
 
 
-def check_student(tensors: dict[str, Tensor], architecture: dict[str, Any]) -> None:
-    """Check that a student's tensors are those of a network of this architecture, if its name builds one.
-
-    Raises:
-        ValueError: If one is missing, unknown, or of another shape or type.
-    """
-    if str(architecture["name"]).startswith(GIVEN):
-        return
-    expected = list_tensors(json.dumps(architecture))
-    names = tensors.keys() | {name for name in expected if not name.startswith("momentum_buffer:")}
-    for name in sorted(names):
-        found = (tensors[name].shape, tensors[name].dtype) if name in tensors else "missing"
-        if found != expected.get(name):
-            raise ValueError(f"{name} is {found}, not {expected.get(name, 'known')}")
-
-
-@functools.cache
-def list_tensors(architecture: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of each tensor that a student can have, by its name in the file; of an architecture as JSON."""
-    with torch.device("meta"):
-        network = build(**json.loads(architecture) | {"pretrained": False})
-    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "parameters": parameters,
-        "buffers": buffers,
-        "momentum_buffer": parameters,
-    }
-    return {f"{part}:{name}": (x.shape, x.dtype) for part, each in parts.items() for name, x in each.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The pool: students at many ages, on disk, from which rollouts start. After LKD's "uniform sampling of diverse
-# previously-trained student models"; which ages, and that the optimiser's state is kept too, is our reconstruction.
+# A pool of one architecture.
 
 INDEX = "index.json"
 
@@ -153,15 +156,14 @@ class Pool:
             oldest[entry["training"]] = max(entry["progress"], oldest.get(entry["training"], 0.0))
         return sum(oldest.values())
 
-    def read(self, position: int, device: torch.device) -> PoolStudent:
-        """Read the student at this position of the index.
+    def read(self, position: int, network: nn.Module) -> PoolStudent:
+        """Read the student at this position of the index, of this network's architecture, to where that lies.
 
         Raises:
             UserError: If its file is missing or damaged.
         """
         try:
-            path = self.folder / self.index["students"][position]["file"]
-            return read_student(path, self.index["architecture"], device)
+            return read_student(self.folder / self.index["students"][position]["file"], network)
         except DamagedFileError as error:
             raise UserError(f"{error}; delete {self.folder}, and --resume auto trains its students again") from error
 
@@ -177,66 +179,50 @@ def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Poo
         raise UserError(f"pool_dir: {folder} holds no pool (no {INDEX}); `lkd pool` makes one")
     index = read_mapping(folder / INDEX)
     with refusing_malformed(folder / INDEX, "index of a pool"):
-        index["split"], index["architecture"]["name"]
+        split, name = index["split"], index["architecture"]["name"]
         for entry in index["students"]:
-            check_entry(entry)
-    if index["split"] != images.fingerprint:
+            file, training, progress = entry["file"], entry["training"], entry["progress"]
+            if Path(file).name != file or file in ("", ".."):
+                raise ValueError(f"file {file!r} is not a name of a file in the pool's folder")
+            if type(training) is not int or not 0 <= progress <= 1:
+                raise ValueError(f"training {training!r}, progress {progress!r}")
+    if split != images.fingerprint:
         raise UserError(
-            f"pool_dir: {folder} was made on another split of the data ({index['split']}, not {images.fingerprint}): "
+            f"pool_dir: {folder} was made on another split of the data ({split}, not {images.fingerprint}): "
             "its students may have seen meta-validation images; make it anew with this data recipe"
         )
     if index["architecture"] != architecture:
-        raise UserError(
-            f"pool_dir: {folder} holds {index['architecture']['name']} students, not {architecture['name']}"
-        )
+        raise UserError(f"pool_dir: {folder} holds {name} students, not {architecture['name']}")
     return Pool(folder, index)
 
 
-def check_entry(entry: dict[str, Any]) -> None:
-    """Check what an index says of a student.
-
-    Raises:
-        ValueError: If its file is not in the pool's own folder, or its number or age is not one.
-    """
-    if Path(entry["file"]).name != entry["file"] or entry["file"] in ("", ".."):
-        raise ValueError(f"file {entry['file']!r} is not a name of a file in the pool's folder")
-    if type(entry["training"]) is not int or not 0 <= entry["progress"] <= 1:
-        raise ValueError(f"training {entry['training']!r}, progress {entry['progress']!r}")
+BuildLoss = Callable[[StudentBuilder, int], DistillationLoss]
+"""A loss of its own for a student and a seed: `LossBuilder.build`."""
 
 
 def build_pool(
-    recipe: PoolRecipe | MetaTrainRecipe,
-    folder: Path,
-    images: Images,
-    student: StudentBuilder,
-    teacher: TeacherFunction,
-    losses: LossBuilder,
-    run: Run,
-    first: int = 0,
+    world: World, settings: PoolContents, build_loss: BuildLoss, folder: Path, run: Run, first: int = 0
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
 
     A student that diverges is kept at the ages before. Processes that have met share each training.
 
     Args:
-        recipe: The settings of pool and training, and the seed.
+        world: What students are trained in.
+        settings: How many, and which ages are kept.
+        build_loss: What they are trained with.
         folder: Where the pool goes, or is gone on with.
-        images: The images.
-        student: What builds its students.
-        teacher: From a batch to the teacher's outputs.
-        losses: What they are trained with.
         run: The run.
         first: Number of the first training: equal numbers give equal initial weights and batches.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM; finished students stay, and the one in training goes on later.
     """
-    settings = recipe.pool
-    architecture = student.architecture
-    index: dict[str, Any] = {"students": [], "architecture": architecture, "split": images.fingerprint}
+    architecture, split = world.student.architecture, world.images.fingerprint
+    index: dict[str, Any] = {"students": [], "architecture": architecture, "split": split}
     if (folder / INDEX).exists():
         try:
-            index = open_pool(folder, images, architecture).index
+            index = open_pool(folder, world.images, architecture).index
         except DamagedFileError as error:
             run.say(f"warning: {error}; its students are trained again")
     done = {entry["training"] for entry in index["students"]}
@@ -245,18 +231,9 @@ def build_pool(
         for number in tqdm(numbers, desc="pool", unit="student", disable=run.hide_bars):
             if number in done:
                 continue
-            seed = recipe.seed + 1000 * (number + 1)
-            training = start_training(
-                student,
-                images,
-                losses.build(student, seed),
-                teacher,
-                recipe.train,
-                seed,
-                run.device,
-                shared=True,
-            )
-            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", recipe.train, run.say)
+            seed = world.seed + 1000 * (number + 1)
+            training = world.start(build_loss(world.student, seed), seed, shared=True)
+            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", world.train, run.say)
             checkpoints.resume_training(training)
             for step in list_snapshots(settings, training.total_steps):
                 try:
@@ -284,10 +261,9 @@ def check_finite(training: Training) -> None:
     Raises:
         DivergedError: If a weight or a buffer is not finite.
     """
-    state = training.student.state_dict()
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise DivergedError(f"step {training.step}: {broken[0]} is not finite; lower train.learning_rate")
+    for name, tensor in training.student.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(f"step {training.step}: {name} is not finite; lower train.learning_rate")
 
 
 def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
@@ -297,53 +273,32 @@ def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The pools of all architectures that a loss is learned with, and their renewal while the loss improves.
+# The pools of all worlds that a loss is learned in, and their renewal while the loss improves.
 
 LIVE = "live"  # the folder of renewed pools
 
 
-def open_pools(students: list[StudentBuilder], folder: Path, images: Images) -> list[Pool]:
-    """Open the pool of each architecture.
+def list_folders(count: int, folder: Path) -> list[Path]:
+    """Where each pool is: the folder itself if there is one, else numbered ones in it."""
+    return [folder / str(number) for number in range(count)] if count > 1 else [folder]
 
-    Raises:
-        UserError: If one is missing or does not fit.
-    """
+
+def open_pools(students: list[StudentBuilder], images: Images, folder: Path) -> list[Pool]:
+    """Open the pool of each student's architecture; see `open_pool`."""
     places = list_folders(len(students), folder)
-    return [open_pool(place, images, each.architecture) for each, place in zip(students, places, strict=True)]
+    return [open_pool(place, images, student.architecture) for place, student in zip(places, students, strict=True)]
 
 
 def build_pools(
-    recipe: MetaTrainRecipe,
-    folder: Path,
-    images: Images,
-    students: list[StudentBuilder],
-    teacher: TeacherFunction,
-    losses: LossBuilder,
-    run: Run,
-    first: int = 0,
+    worlds: list[World], settings: PoolContents, build_loss: BuildLoss, folder: Path, run: Run, first: int = 0
 ) -> list[Pool]:
-    """Build the pool of each architecture, or finish it; the arguments are those of `build_pool`.
-
-    Raises:
-        Interrupted: On Ctrl-C or SIGTERM; finished students stay.
-    """
-    places = list_folders(len(students), folder)
-    return [
-        build_pool(recipe, place, images, student, teacher, losses, run, first)
-        for student, place in zip(students, places, strict=True)
-    ]
+    """Build the pool of each world, or finish it; see `build_pool`."""
+    places = zip(worlds, list_folders(len(worlds), folder), strict=True)
+    return [build_pool(world, settings, build_loss, place, run, first) for world, place in places]
 
 
 def renew_pools(
-    recipe: MetaTrainRecipe,
-    outer_step: int,
-    first_pools: list[Pool],
-    images: Images,
-    students: list[StudentBuilder],
-    opened: OpenedTeacher,
-    teacher: TeacherFunction,
-    run: Run,
-    loss: LearnedLoss,
+    worlds: list[World], settings: PoolSettings, first_pools: list[Pool], loss: LearnedLoss, outer_step: int, run: Run
 ) -> list[Pool]:
     """The pools of sampling live at an outer step.
 
@@ -351,34 +306,32 @@ def renew_pools(
     run that is gone on with finds them in its folder.
 
     Args:
-        recipe: The recipe.
-        outer_step: The outer step that is about to be taken.
+        worlds: What students are trained in.
+        settings: How many, which ages, and how often.
         first_pools: What is drawn from until the first renewal.
-        images: The images.
-        students: What builds students of each architecture.
-        opened: The teacher.
-        teacher: From a batch to its outputs.
-        run: The run.
         loss: The loss as it is now.
+        outer_step: The outer step that is about to be taken.
+        run: The run.
 
     Raises:
         UserError: If the pool of this time is gone.
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.
     """
-    renewals, since = divmod(outer_step, recipe.pool.refresh_every)
+    renewals, since = divmod(outer_step, settings.refresh_every)
     if not renewals:
         return first_pools
     folder = run.path / LIVE / name_renewal(outer_step - since)
     if since:
-        return open_pools(students, folder, images)
-    frozen = LossBuilder(copy.deepcopy(loss).requires_grad_(False), opened, images)
-    return build_pools(recipe, folder, images, students, teacher, frozen, run, renewals * recipe.pool.students)
+        return open_pools([world.student for world in worlds], worlds[0].images, folder)
+    frozen = copy.deepcopy(loss).requires_grad_(False)
+    first = renewals * settings.students
+    return build_pools(worlds, settings, lambda student, seed: copy.deepcopy(frozen), folder, run, first)
 
 
-def drop_superseded_pools(recipe: MetaTrainRecipe, outer_step: int, run: Run) -> None:
+def drop_superseded_pools(settings: PoolSettings, outer_step: int, run: Run) -> None:
     """Delete renewed pools that a run which goes on from this outer step draws from no more."""
     for folder in (run.path / LIVE).glob("step-*"):
-        if folder.name < name_renewal(outer_step - outer_step % recipe.pool.refresh_every):
+        if folder.name < name_renewal(outer_step - outer_step % settings.refresh_every):
             shutil.rmtree(folder)
 
 
@@ -387,14 +340,8 @@ def name_renewal(outer_step: int) -> str:
     return f"step-{outer_step:06d}"
 
 
-def count_pool_trainings(recipe: MetaTrainRecipe, first_pools: list[Pool], outer_steps: int) -> float:
-    """What the pools cost up to an outer step, renewals too, in units of one whole training."""
-    drawn_from = min(outer_steps, recipe.meta.alternation_start)
-    renewals = max(drawn_from - 1, 0) // recipe.pool.refresh_every if recipe.pool.sampling == "live" else 0
-    renewed = renewals * recipe.pool.students * recipe.pool.max_age * len(first_pools)
+def count_pool_trainings(settings: PoolSettings, first_pools: list[Pool], drawing_steps: int) -> float:
+    """What the pools cost over so many outer steps that draw from them, renewals too, in units of one training."""
+    renewals = max(drawing_steps - 1, 0) // settings.refresh_every if settings.sampling == "live" else 0
+    renewed = renewals * settings.students * settings.max_age * len(first_pools)
     return sum(pool.trainings for pool in first_pools) + renewed
-
-
-def list_folders(count: int, folder: Path) -> list[Path]:
-    """Where each architecture's pool is: the folder itself if there is one architecture, else numbered ones in it."""
-    return [folder] if count == 1 else [folder / str(number) for number in range(count)]

@@ -7,8 +7,9 @@ is *our reconstruction*. Sampling by ranking fidelity is ours.
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lkd.config.meta_training import PoolSettings
 from lkd.core.errors import UserError
@@ -32,14 +33,9 @@ def build_age_weights(settings: PoolSettings) -> AgeWeights:
     if settings.sampling == "latest":
         return lambda ages, draw: (ages == ages.max()).double()
     if settings.sampling == "fidelity":
-        known_ages, known_weights = read_fidelity(settings.fidelity_file)
-        return lambda ages, draw: interpolate(ages, known_ages, known_weights)
+        known = read_fidelity(settings.fidelity_file)
+        return lambda ages, draw: torch.from_numpy(np.interp(ages, known[:, 0], known[:, 1]))
     return lambda ages, draw: torch.ones_like(ages)
-
-
-def draw_position(weights: Tensor, generator: Generator) -> int:
-    """Draw a position with a probability in proportion to its weight, [N]."""
-    return int(torch.multinomial(weights, 1, generator=generator))
 
 
 def find_drawable_ages(age_weights: AgeWeights, ages: Tensor) -> Tensor:
@@ -48,32 +44,32 @@ def find_drawable_ages(age_weights: AgeWeights, ages: Tensor) -> Tensor:
     return ages[weights.amax(0) > 0].unique()
 
 
-def check_sampling(settings: PoolSettings, ages: Tensor) -> None:
-    """Check that this pool can be drawn from.
-
-    Args:
-        settings: The sampling.
-        ages: Of the pool's students, [N].
+def check_sampling(settings: PoolSettings, ages: Tensor) -> float:
+    """Check that a pool with students of these ages, [N], can be drawn from; the oldest age that is drawn.
 
     Raises:
         UserError: If a setting is impossible, or the pool has no students where the sampling looks for them.
     """
     age_weights = build_age_weights(settings)
-    youngest, oldest = float(ages.min()), float(ages.max())
-    if settings.sampling == "gaussian" and not youngest <= settings.gaussian_age <= oldest:
+    span = f"{float(ages.min()):g} to {float(ages.max()):g}"
+    if settings.sampling == "gaussian" and not ages.min() <= settings.gaussian_age <= ages.max():
         raise UserError(
-            f"pool.gaussian_age: {settings.gaussian_age} is outside the pool, whose ages go from {youngest:g} to "
-            f"{oldest:g}; choose one of them, or raise pool.max_age"
+            f"pool.gaussian_age: {settings.gaussian_age} is outside the pool, whose ages go from {span}; choose one of "
+            "them, or raise pool.max_age"
         )
-    if not len(find_drawable_ages(age_weights, ages)):
+    drawable = find_drawable_ages(age_weights, ages)
+    if not len(drawable):
         raise UserError(
-            f"pool.fidelity_file: {settings.fidelity_file} gives no weight to any age of the pool "
-            f"({youngest:g} to {oldest:g}); run `lkd fidelity` with the ages of this pool"
+            f"pool.fidelity_file: {settings.fidelity_file} gives no weight to any age of the pool ({span}); run "
+            "`lkd fidelity` with the ages of this pool"
         )
+    if drawable.min() >= 1:
+        raise UserError("pool.max_age: rollouts would all start at the end of the training; let some start earlier")
+    return float(drawable.max())
 
 
-def read_fidelity(path: str | None) -> tuple[Tensor, Tensor]:
-    """Ages, increasing, and their weights, as `lkd fidelity` recommends them; both [A], float64.
+def read_fidelity(path: str | None) -> np.ndarray:
+    """Ages, increasing, and their weights, as `lkd fidelity` recommends them, [A, 2].
 
     Raises:
         UserError: If the file is missing, or holds no weights by age.
@@ -84,24 +80,13 @@ def read_fidelity(path: str | None) -> tuple[Tensor, Tensor]:
         raise UserError(f"pool.fidelity_file: {path}: no such file; `lkd fidelity` writes it")
     content = read_json(Path(path))
     try:
-        pairs = torch.tensor(content["age_weights"], dtype=torch.float64).view(-1, 2)
+        pairs = np.array(sorted(content["age_weights"]), float).reshape(-1, 2)
     except MALFORMED:
-        pairs = torch.empty(0, 2)
-    pairs = pairs[pairs[:, 0].argsort()]
-    repeated = (pairs[:, 0].diff() == 0).any()
-    if not len(pairs) or not torch.isfinite(pairs).all() or (pairs[:, 1] < 0).any() or repeated:
+        pairs = np.empty((0, 2))
+    increasing = (np.diff(pairs[:, 0]) > 0).all()
+    if not len(pairs) or not np.isfinite(pairs).all() or (pairs[:, 1] < 0).any() or not increasing:
         raise UserError(
             f"pool.fidelity_file: {path} has no `age_weights` [[age, weight of at least 0], ...], each age once; "
             "`lkd fidelity` writes such a file"
         )
-    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
-
-
-def interpolate(points: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Piecewise linear through (`known`, `values`), both [A], constant beyond both ends; [N] → [N]."""
-    if len(known) == 1:
-        return values.expand(len(points))
-    after = torch.searchsorted(known, points).clamp(1, len(known) - 1)
-    left, right = known[after - 1], known[after]
-    share = ((points - left) / (right - left)).clamp(0, 1)
-    return values[after - 1] + share * (values[after] - values[after - 1])
+    return pairs

@@ -37,21 +37,20 @@ from lkd.losses.learned.forms import FORMS
 from lkd.meta_training.log import describe_reuse
 from lkd.meta_training.meta_train import learn
 from lkd.meta_training.online_student import assemble_loss
-from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.reuse import Reuse
 from lkd.models import build, teacher_cache
 from lkd.models.files import load_network, save_network
 from lkd.models.published_weights import load_crd_checkpoint
-from lkd.pool.pool import INDEX, build_pools, open_pool, write_student
+from lkd.pool.pool import INDEX, open_pool, write_student
 from lkd.pool.sampling import check_sampling
 from lkd.tracking.run import Run, check_resumable
 from lkd.tracking.tracker import Tracker, read_log
-from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_teacher
+from lkd.training.build import choose_student, prepare_images
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.distill import start_training
 from tests.hostile_input import mutators
 from tests.hostile_input.mutators import add_member
-from tests.lkd.parts import list_pool_parts, list_students, prepare_learned_loss
+from tests.lkd.meta_recipes import make_loop, make_pool, open_world
 
 CPU = torch.device("cpu")
 TINY = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1, "pretrained": False, "options": {}}
@@ -145,7 +144,7 @@ def open_silent_run(folder: Path) -> Run:
 
 @cache
 def prepare_meta_training() -> tuple[Any, ...]:
-    """Recipe, images, students, teacher and pools."""
+    """Recipe, world and pool."""
     recipe = MetaTrainRecipe(
         data=DataRecipe(train_size=60, meta_validation_size=60),
         teacher=TeacherRecipe(path="random", name="tiny_cnn"),
@@ -157,32 +156,26 @@ def prepare_meta_training() -> tuple[Any, ...]:
             reuse_every=2, reuse_students=1, reuse_epochs=1, estimator="first_order", checkpoint_every=1,
         ),
     )  # fmt: skip
-    images, students = prepare_images(recipe.data), list_students(recipe, prepare_images(recipe.data))
-    opened = open_teacher(recipe.teacher, images.train)
-    teacher = prepare_teacher(opened, images, CPU)
+    world = open_world(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        losses = list_pool_parts(recipe, images, teacher)[-1]
-        run = open_silent_run(Path(folder))
-        pools = build_pools(recipe, Path(folder) / "pool", images, students, teacher, losses, run)
-        for pool in pools:
-            read = {number: pool.read(number, CPU) for number in range(len(pool))}
-            object.__setattr__(pool, "read", lambda number, device, read=read: read[number])
-    return recipe, images, students, opened, teacher, pools
+        pool = make_pool(recipe, world, Path(folder) / "pool", open_silent_run(Path(folder)))
+        read = {number: pool.read(number, world.student.make()) for number in range(len(pool))}
+        object.__setattr__(pool, "read", lambda number, network: read[number])
+    return recipe, world, pool
 
 
 def go_on(folder: Path) -> None:
     """Go on with a meta-training from the newest checkpoint in a folder, to its end."""
-    recipe, images, students, opened, teacher, pools = prepare_meta_training()
+    recipe, world, pool = prepare_meta_training()
     run = open_silent_run(folder)
-    loop = OuterLoop(recipe, images, students, teacher, prepare_learned_loss(recipe, images), pools, CPU)
-    reuse = Reuse(recipe, students, images, teacher, run)
+    loop, reuse = make_loop(recipe, world, pool), Reuse([world], recipe.meta, run)
     try:
-        learn(recipe, loop, reuse, opened, run)
+        learn(loop, reuse, run)
     finally:
         run.tracker.finish()
     assemble_loss(loop.loss, reuse.best or loop.points)
     loop.guard.report()
-    describe_reuse(reuse.best_row, loop.step, images.train.num_classes)
+    describe_reuse(reuse.best_row, loop.step, world.images.train.num_classes)
 
 
 def write_meta_checkpoint(folder: Path) -> None:
@@ -216,7 +209,7 @@ def read_pool(path: Path, architecture: dict[str, Any] = TINY) -> None:
     assert pool.trainings >= 0
     network = build(**architecture)
     for position in range(min(len(pool), 3)):
-        student = pool.read(position, CPU)
+        student = pool.read(position, network)
         assert 0 <= student.progress <= 1
         state = {**student.state.parameters, **student.state.buffers}
         torch.func.functional_call(network, state, torch.zeros(2, 1, 28, 28))

@@ -11,7 +11,7 @@ from lkd.data.images import ImageSet
 from lkd.losses import LearnedLoss
 from lkd.models.teacher import TeacherFunction
 from lkd.training import build, distill
-from lkd.training.build import Images, LossBuilder, StudentBuilder, choose_student, open_teacher
+from lkd.training.build import Images, LossBuilder, choose_student, open_teacher
 from lkd.training.training import Training
 
 
@@ -38,18 +38,13 @@ def prepare_loss(specification, student: ModelRecipe, teacher: TeacherRecipe, im
 def prepare_learned_loss(recipe: MetaTrainRecipe, images: Images) -> LearnedLoss:
     """The loss networks that a recipe is to learn."""
     teacher = open_teacher(recipe.teacher, images.train)
-    meta, students = recipe.meta, list_students(recipe, images)
+    meta, students = recipe.meta, [choose_student(model, images.train) for model in recipe.students or [recipe.student]]
     return build.prepare_learned_loss(meta.kind, meta.loss, students, teacher, images, recipe.seed)
 
 
 def prepare_student(model: ModelRecipe, images: ImageSet, seed: int, device: torch.device) -> nn.Module:
     """A student."""
     return choose_student(model, images).build(seed, device)
-
-
-def list_students(recipe: MetaTrainRecipe, images: Images) -> list[StudentBuilder]:
-    """What builds the students of a recipe."""
-    return [choose_student(model, images.train) for model in recipe.students or [recipe.student]]
 
 
 def start_training(
@@ -69,9 +64,3 @@ def start_training(
     return distill.start_training(
         choose_student(student, train), images, loss, teacher, recipe, seed, device, balance=weighed
     )
-
-
-def list_pool_parts(recipe, images: Images, teacher: TeacherFunction) -> tuple:
-    """What `build_pool` takes between its folder and its run."""
-    losses = LossBuilder(recipe.pool.loss, open_teacher(recipe.teacher, images.train), images)
-    return images, choose_student(recipe.student, images.train), teacher, losses

@@ -10,20 +10,13 @@ import torch
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import DamagedFileError, UserError, refuse_exhaustion
-from lkd.core.interrupt import StopRequest
 from lkd.core.tensor_files import drop_damaged, read_result, read_tensors, write_result, write_tensors
 from lkd.data import Batches
-from lkd.meta_training.guard import OuterGuard
-from lkd.meta_training.log import describe_reuse, is_logged, is_pictured, measure_training_seconds
-from lkd.meta_training.reuse import Reuse
 from lkd.models.teacher_cache import KIND, VERSION
-from lkd.pool.pool import build_pool
-from lkd.tracking.run import Run, open_run
 from lkd.training.build import prepare_images
 from lkd.training.training import BrokenInputError, Training
 from tests.faults.run import play_faults
-from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
-from tests.lkd.parts import list_pool_parts, list_students, prepare_loss, prepare_student, prepare_teacher
+from tests.lkd.parts import prepare_loss, prepare_student, prepare_teacher
 from tests.processes import FORK_SERVER
 
 CPU = torch.device("cpu")
@@ -128,99 +121,3 @@ def test_no_memory_left_is_one_line() -> None:
     with pytest.raises(UserError, match=r"step 3: out of memory; .* anew with less"):
         refuse_exhaustion(caught.value, "step 3", "less")
     refuse_exhaustion(RuntimeError("sizes differ"), "step 3", "less")
-
-
-def test_the_guard_leaves_out_what_is_far_above_the_median_and_shortens_rollouts() -> None:
-    guard = OuterGuard(100.0)
-    for step in range(1, 10):
-        guard.record(step, [1.0], [], 100)
-    assert guard.bound == math.inf, "nine norms are too few"
-    guard.record(10, [2.0], [], 100)
-    assert guard.bound == 100.0
-    assert guard.shorten(100) == 100
-    for step in (11, 12):
-        assert guard.record(step, [], ["0: norm 1e+03 > 100"], 100) == [
-            f"outer step {step}: hypergradient left out: student 0: norm 1e+03 > 100"
-        ]
-    assert guard.record(13, [], ["0: weight"], 100)[-1].endswith("rollouts are halved to 50 steps")
-    assert (guard.shorten(100), guard.shorten(1), guard.bound) == (50, 1, math.inf)
-    saved = OuterGuard(100.0)
-    saved.load_state_dict(guard.state_dict())
-    for step in (14, 15):
-        saved.record(step, [], ["0: weight"], 1)
-    assert "outer learning rate is halved to 0.5" in saved.record(16, [], ["0: weight"], 1)[-1]
-    assert saved.rate == 0.5
-    assert saved.report() == [
-        "6 of 16 hypergradients were left out; rollouts were halved 1 times; the outer learning rate ended at 0.5 of "
-        "what was asked for"
-    ]
-    saved.record(17, [1.0], [], 1)
-    assert saved.record(18, [], ["0: weight"], 1)[-1].startswith("outer step 18"), "the count starts anew"
-
-
-@pytest.fixture
-def small_pool_problem():
-    recipe = tiny_recipe({"students": 1})
-    images = prepare_images(recipe.data)
-    return recipe, images, prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-
-
-def test_a_diverging_student_of_the_pool_is_kept_up_to_its_divergence(small_pool_problem) -> None:
-    recipe, images, teacher = small_pool_problem
-    recipe.train.learning_rate = 1e20
-    with open_run(recipe, "pool", quiet=True) as run:
-        pool = build_pool(recipe, run.path / "pool", *list_pool_parts(recipe, images, teacher), run)
-    assert pool.ages.tolist() == [0.0]
-    assert all(torch.isfinite(tensor).all() for tensor in pool.read(0, CPU).state.parameters.values())
-    assert "student 0 of the pool has no ages after this: step" in Path("run/output.txt").read_text()
-
-
-def test_the_cost_of_a_training_that_diverges_is_measured(small_pool_problem) -> None:
-    recipe, images, teacher = small_pool_problem
-    recipe.train.learning_rate = 1e20
-    assert (
-        measure_training_seconds(
-            recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), CPU
-        )
-        > 0
-    )
-
-
-def test_a_look_whose_students_are_not_finite_is_the_worst(small_pool_problem, monkeypatch) -> None:
-    """NaN is neither more nor less than anything: as the first score it would have stayed the best."""
-    recipe, images, teacher = small_pool_problem
-    scores = iter([float("nan"), 2.0])
-    figures = {"top1": 10.0}
-    monkeypatch.setattr(Reuse, "train_student", lambda *_: figures | {"calibrated_cross_entropy": next(scores)})
-    run = Run(Path("run"), CPU, None, "meta-train", quiet=True)
-    reuse, loss = Reuse(recipe, list_students(recipe, images), images, teacher, run), build_loss_networks(recipe)
-    for step in (0, 1):
-        reuse.look(step, loss, [(0.0, loss.state_dict())], StopRequest())
-    assert reuse.best_row["step"] == 1
-
-
-@pytest.mark.parametrize("steps", [1, 30, 1000, 1001, 10_000, 123_456])
-def test_the_log_of_outer_steps_is_bounded(steps: int) -> None:
-    logged = [step for step in range(1, steps + 1) if is_logged(step, steps)]
-    assert logged[0] == 1
-    assert logged[-1] == steps
-    assert len(logged) == steps if steps <= 1000 else len(logged) <= 1001
-
-
-@pytest.mark.parametrize(
-    ("steps", "every", "drawn"), [(30, 10, 3), (1000, 10, 100), (1001, 10, 50), (10_000, 10, 100), (10_000, 3000, 3)]
-)
-def test_the_pictures_of_a_run_are_bounded(steps: int, every: int, drawn: int) -> None:
-    assert sum(is_pictured(step, steps, every) for step in range(1, steps + 1)) == drawn
-    assert not is_pictured(every, steps, 0)
-
-
-@pytest.mark.parametrize(
-    ("step", "score", "said"),
-    [(20, 0.5, ["step 20 of 30"]), (0, 0.5, ["the initial one"]), (0, 2.302, ["the initial one", "more than a guess"])],
-)
-def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: float, said: list[str]) -> None:
-    lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, 10)
-    assert len(lines) == len(said)
-    assert all(part in line for part, line in zip(said, lines, strict=True))
-    assert "more than a guess" in describe_reuse({"step": 0, "calibrated_cross_entropy": math.inf}, 30, 10)[1]

@@ -6,42 +6,23 @@ import torch
 from lkd.config import MetaSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
+from lkd.core.random import draw_seed
 from lkd.losses import DecoupledLoss, LearnedLoss, ReplayedLoss
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
-from lkd.meta_training.online_student import check_interleaving, window_end
-from lkd.meta_training.outer_loop import OuterLoop
+from lkd.meta_training.meta_train import check_alternation
 from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
-from lkd.training.build import prepare_images
 from meta import Problem, State, Tape
 from meta.estimators import ESTIMATORS
 from meta.optim import SGD, read_slots
 from meta.tensors import cosine_similarity
-from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
-from tests.lkd.parts import list_students, prepare_teacher, start_training
-
-CPU = torch.device("cpu")
-
-
-def make_loop(recipe) -> OuterLoop:
-    images = prepare_images(recipe.data)
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    return OuterLoop(recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), [], CPU)
-
-
-def test_updates_are_spread_evenly_over_the_training() -> None:
-    alternate = MetaSettings(interleaving="alternate", outer_steps=7)
-    assert [window_end(alternate, step, 100) for step in range(7)] == [14, 28, 42, 57, 71, 85, 100]
-    both = MetaSettings(interleaving="both", outer_steps=5)
-    assert both.alternation_start == 2
-    assert [window_end(both, step, 10) for step in (2, 3, 4)] == [3, 6, 10]
-    assert MetaSettings(outer_steps=5).alternation_start == 5
+from tests.lkd.meta_recipes import SMALL, make_loop, open_world, run_recipe, tiny_recipe
 
 
 def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
     """Against the exact adjoint of the same steps, taken anew from the state before them."""
     recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5, students_per_step=1)
-    loop = make_loop(recipe)
+    loop = make_loop(recipe, open_world(recipe))
     (own,) = loop.own.values()
     own.advance(5)
     student, optimizer = own.training.student, own.training.optimizer
@@ -49,27 +30,19 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
     before = before.detach()
     batches = own.advance(10)
     assert [progress for _, _, progress in batches] == [0.25, 0.3, 0.35, 0.4, 0.45]
-    outer_batch = loop.problems.draw_outer_batch(batches, torch.Generator().manual_seed(0))
+    outer_batch = loop.draw_outer_batch(batches, torch.Generator().manual_seed(0))
 
     def inner_loss(*arguments):
         return compute_inner_loss(student, loop.loss, *arguments)
 
-    taped = own.tape.hypergradient(inner_loss, loop.problems.outer_loss(student), outer_batch)
+    taped = own.tape.hypergradient(inner_loss, loop.outer_loss(student), outer_batch)
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
     schedule = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
-    outer_loss = loop.problems.outer_loss(student)
+    outer_loss = loop.outer_loss(student)
     exact = ESTIMATORS["adjoint"](Problem(inner_loss, outer_loss, before, hyper, batches, outer_batch, schedule))
     torch.testing.assert_close(taped.final_state.parameters, exact.final_state.parameters, rtol=1e-4, atol=1e-5)
     assert cosine_similarity(taped.grads, exact.grads) > 0.99
     assert (taped.norm / exact.norm).item() == pytest.approx(1, abs=0.1), "kinks of the ReLU are crossed by differences"
-
-
-def test_only_the_steps_that_are_walked_back_are_recorded(monkeypatch) -> None:
-    watched = []
-    monkeypatch.setattr(Tape, "watch", lambda self, batch: watched.append(batch[2]))
-    (own,) = make_loop(tiny_recipe(interleaving="alternate", outer_steps=2, students_per_step=1)).own.values()
-    own.advance(10)
-    assert watched == [0.35, 0.4, 0.45]
 
 
 @pytest.mark.parametrize(
@@ -77,15 +50,12 @@ def test_only_the_steps_that_are_walked_back_are_recorded(monkeypatch) -> None:
 )
 def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, starts: list[float]) -> None:
     """A fresh training with the saved, frozen loss walks in the steps of the student that it was learned with."""
-    recipe = tiny_recipe(interleaving=interleaving, outer_steps=6, learning_rate=0.1)
+    recipe = tiny_recipe(SMALL, interleaving=interleaving, outer_steps=6, learning_rate=0.1)
     path = run_recipe(recipe)
     loss = load_loss(path)
     assert isinstance(loss, ReplayedLoss)
     assert loss.starts == pytest.approx(starts)
-    loop = make_loop(recipe)
-    training = start_training(
-        recipe.student, loop.images.train, loss, loop.teacher, recipe.train, recipe.data, loop.own[0].seed, CPU
-    )
+    training = open_world(recipe).start(loss, draw_seed(recipe.seed, 6, 0))
     while training.step < training.total_steps:
         training.run_step()
     student, header = load_network(path.parent / "student.safetensors")
@@ -115,22 +85,33 @@ def test_a_replayed_loss_is_in_steps_and_survives_its_file(tmp_path) -> None:
             ReplayedLoss(losses, starts)
 
 
+def test_updates_are_spread_evenly_and_only_the_steps_that_are_walked_back_are_recorded(monkeypatch) -> None:
+    watched, ends = [], []
+    monkeypatch.setattr(Tape, "watch", lambda self, batch: watched.append(batch[2]))
+    recipe = tiny_recipe(interleaving="both", outer_steps=5, students_per_step=1)
+    loop = make_loop(recipe, open_world(recipe))
+    (own,) = loop.own.values()
+    for loop.step in (2, 3, 4):
+        with pytest.raises(ValueError, match="the tape is empty"):  # it was told nothing
+            loop.differentiate_online_student(0)
+        ends.append(own.training.step)
+    assert ends == [6, 13, 20]
+    assert watched == [step / 20 for end in ends for step in range(end - 3, end)]
+
+
 @pytest.mark.parametrize(
-    ("meta", "message"),
+    ("meta", "field"),
     [
-        (
-            {"rollout_steps": 11},
-            r"11 steps do not fit between two of the 2 updates of a training of 20 steps \(10 apart",
-        ),
-        ({"estimator": "unrolled"}, "estimator: unrolled cannot walk a tape back"),
-        ({"reuse_patience": 1}, "reuse_patience: 1 would leave .* half trained"),
-        ({"average": 0.5}, "average: 0.5 is of rollouts from the pool"),
-        ({"initial_rollout_steps": 2}, "initial_rollout_steps: 2 is of rollouts from the pool"),
-        ({"interleaving": "both", "outer_steps": 1}, "outer_steps: 1 cannot be halved"),
+        ({"rollout_steps": 11}, r"meta.rollout_steps: 11 .* 2 updates of a training of 20 steps \(10 apart"),
+        ({"estimator": "unrolled"}, "meta.estimator: unrolled"),
+        ({"reuse_patience": 1, "reuse_every": 1}, "meta.reuse_patience: 1"),
+        ({"average": 0.5}, "meta.average"),
+        ({"initial_rollout_steps": 2}, "meta.initial_rollout_steps"),
+        ({"interleaving": "both", "outer_steps": 1}, "meta.outer_steps: 1"),
     ],
 )
-def test_what_does_not_go_with_alternation_is_refused(meta, message: str) -> None:
-    settings = {"interleaving": "alternate", "outer_steps": 2, "rollout_steps": 5} | meta
-    with pytest.raises(UserError, match=message):
-        check_interleaving(MetaSettings(**settings), 20)
-    check_interleaving(MetaSettings(interleaving="alternate", outer_steps=2, rollout_steps=10), 20)
+def test_what_does_not_go_with_alternation_is_refused(meta, field: str) -> None:
+    settings = {"interleaving": "alternate", "outer_steps": 2, "rollout_steps": 5}
+    with pytest.raises(UserError, match=field):
+        check_alternation(MetaSettings(**settings | meta), 20)
+    check_alternation(MetaSettings(**settings | {"rollout_steps": 10}), 20)

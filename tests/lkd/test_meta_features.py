@@ -13,21 +13,25 @@ from lkd.meta_training.log import describe_saturation
 from lkd.meta_training.online_student import assemble_loss, copy_state
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.training.build import choose_student, open_teacher, prepare_images
-from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
+from tests.lkd.meta_recipes import YOUNG, build_loss_networks, run_recipe, tiny_recipe
 from tests.lkd.parts import prepare_learned_loss
 
-STUDENTS = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
 
-
-@pytest.mark.parametrize("interleaving", ["before", "alternate"])
-def test_one_loss_over_features_is_learned_with_two_architectures(interleaving: str) -> None:
-    recipe = tiny_recipe({"max_age": 0.5, "snapshots": 2, "students": 1}, interleaving=interleaving, kind="features")
-    recipe.students = STUDENTS
-    path = run_recipe(recipe)
+def test_one_loss_over_features_is_learned_with_two_architectures(monkeypatch, capsys) -> None:
+    """From pools and while it alternates; a part that is saturated is told once even if the run goes on later."""
+    monkeypatch.setattr("lkd.meta_training.log.find_saturated", lambda shares: ["features"])
+    recipe = tiny_recipe(YOUNG, outer_steps=4, interleaving="both", kind="features", checkpoint_every=1)
+    recipe.students, recipe.resume = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")], "auto"
+    run_step = OuterLoop.run_step
+    with monkeypatch.context() as context:
+        context.setattr(OuterLoop, "run_step", lambda loop: run_step(loop) if loop.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(recipe, quiet=False)
+    path = run_recipe(recipe, quiet=False)
+    assert capsys.readouterr().out.count("warning: saturated") == 1
     initial = build_loss_networks(recipe).state_dict()
-    learned = load_loss(path)
-    last = learned.losses[-1] if interleaving == "alternate" else learned
-    changed = [name for name, tensor in last.state_dict().items() if not torch.equal(tensor, initial[name])]
+    last = load_loss(path).losses[-1].state_dict()
+    changed = [name for name, tensor in last.items() if not torch.equal(tensor, initial[name])]
     assert any("features" in name for name in changed)
     for row in read_provenance(path)["curve"]:
         assert "loss/weight" not in row
@@ -63,27 +67,6 @@ def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapte
         values.append(total.item())
         assert all(g.abs().sum() > 0 for g in torch.autograd.grad(total, trained))
     assert values[0] != values[1]
-
-
-def test_a_saturated_part_is_told_once_even_if_the_run_goes_on_later(monkeypatch, capsys) -> None:
-    recipe = tiny_recipe(outer_steps=4, checkpoint_every=1)
-    recipe.resume = "auto"
-    monkeypatch.setattr("lkd.meta_training.log.SATURATED", 2.0)
-    monkeypatch.setattr("lkd.meta_training.log.find_saturated", lambda shares: ["logits"])
-    run_step = OuterLoop.run_step
-    for stop_after in (2, None):
-
-        def stopping(loop, stop_after=stop_after):
-            if loop.step == stop_after:
-                raise KeyboardInterrupt
-            return run_step(loop)
-
-        monkeypatch.setattr(OuterLoop, "run_step", stopping)
-        try:
-            run_recipe(recipe, quiet=False)
-        except KeyboardInterrupt:
-            assert stop_after == 2
-    assert capsys.readouterr().out.count("warning: saturated") == 1
 
 
 def test_a_saturated_part_is_described_and_a_teaching_one_is_not() -> None:

@@ -1,82 +1,119 @@
-"""The pool and the outer loop."""
+"""The outer loop and its options, each against what it says."""
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 
 from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
 from lkd.core.errors import UserError
-from lkd.meta_training.checks import check_settings
-from lkd.meta_training.outer_loop import OuterLoop
+from lkd.core.files import read_json
+from lkd.core.outputs import Outputs
+from lkd.data import Batches
+from lkd.losses import DecoupledLoss, DistillationLoss, LearnedLoss
+from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.meta_training.log import describe_reuse, is_logged, is_pictured, measure_training_seconds
+from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_settings
+from lkd.meta_training.outer_loop import OuterGuard
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
-from lkd.pool.pool import build_pool, open_pool
-from lkd.tracking.run import open_run
-from lkd.training.build import choose_student, prepare_images
-from meta import Problem, verify
-from meta.estimators import ESTIMATORS
-from tests.lkd.meta_recipes import build_loss_networks, run_recipe, tiny_recipe
-from tests.lkd.parts import list_pool_parts, list_students, prepare_teacher
-
-CPU = torch.device("cpu")
-
-
-def make_loop(recipe: MetaTrainRecipe, images, teacher, *pools) -> OuterLoop:
-    return OuterLoop(
-        recipe, images, list_students(recipe, images), teacher, build_loss_networks(recipe), list(pools), CPU
-    )
-
-
-@pytest.fixture
-def built():
-    recipe = tiny_recipe()
-    images = prepare_images(recipe.data)
-    teacher = prepare_teacher(recipe.teacher, recipe.data, images, CPU)
-    with open_run(recipe, "pool", quiet=True) as run:
-        pool = build_pool(recipe, run.path / "pool", *list_pool_parts(recipe, images, teacher), run)
-        yield recipe, images, teacher, pool, run
+from lkd.pool.pool import Pool, World, count_pool_trainings
+from lkd.training.build import prepare_images
+from meta import ESTIMATORS, Problem, rollout, verify
+from tests.lkd.meta_recipes import (
+    CPU,
+    SMALL,
+    YOUNG,
+    build_loss_networks,
+    load_pool,
+    make_loop,
+    open_world,
+    run_recipe,
+    tiny_recipe,
+)
 
 
-def test_the_pool_keeps_whole_students(built) -> None:
-    _, _, _, pool, _ = built
-    assert [entry["progress"] for entry in pool.index["students"]] == [0, 0.5, 1, 0, 0.5, 1]
-    fresh, half, old = (pool.read(position, CPU) for position in range(3))
-    assert fresh.state.optimizer == {}
-    assert fresh.learning_rate == pytest.approx(0.1)
-    assert half.learning_rate == pytest.approx(0.05)
-    assert set(half.state.optimizer["momentum_buffer"]) == set(half.state.parameters)
-    assert old.state.buffers["stages.stage1.1.num_batches_tracked"] == 20
-    assert not torch.equal(fresh.state.parameters["classifier.weight"], old.state.parameters["classifier.weight"])
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Pool:
+    """A pool that many tests draw from."""
+    folder = tmp_path_factory.mktemp("pool")
+    run_recipe(tiny_recipe(SMALL, run_dir=str(folder), outer_steps=1))
+    return load_pool(folder / "pool")
 
 
-def test_a_pool_goes_on_where_it_stopped_and_is_refused_where_it_does_not_fit(built) -> None:
-    recipe, images, teacher, pool, run = built
-    before = {path: path.stat().st_mtime_ns for path in pool.folder.iterdir()}
-    recipe.pool.students = 3
-    grown = build_pool(recipe, pool.folder, *list_pool_parts(recipe, images, teacher), run)
-    assert len(grown) == 9
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "index.json")
-    architecture = choose_student(recipe.student, images.train).architecture
-    other = prepare_images(DataRecipe(train_size=200, meta_validation_size=100, split_seed=1))
-    with pytest.raises(UserError, match="may have seen meta-validation"):
-        open_pool(pool.folder, other, architecture)
-    with pytest.raises(UserError, match="holds small_cnn students, not small_mobilenet"):
-        open_pool(pool.folder, images, choose_student(ModelRecipe("small_mobilenet"), images.train).architecture)
-    with pytest.raises(UserError, match="holds no pool"):
-        open_pool(run.path, images, architecture)
+@pytest.fixture(scope="module")
+def world() -> World:
+    return open_world(tiny_recipe())
 
 
-def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
+def draw_problem(recipe: MetaTrainRecipe, world: World, pool: Pool) -> Problem:
+    """What the estimator is given at the first outer step."""
+    return make_loop(recipe, world, pool).build_problem(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a hypergradient is asked of.
+
+
+def test_the_outer_batch_is_of_meta_validation_or_of_the_rollout(world, pool) -> None:
+    outer = draw_problem(tiny_recipe(outer_batch_size=70), world, pool).outer_batch
+    assert len(outer.index) == 70
+    assert set(outer.index.tolist()) <= set(world.images.meta_validation.index.tolist())
+    problem = draw_problem(tiny_recipe(batches="same", outer_batch_size=40), world, pool)
+    batches, outer = [batch for batch, _, _ in problem.inner_batches], problem.outer_batch
+    inner = {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
+    assert len(inner) == 60
+    assert len(set(outer.index.tolist())) == 40
+    assert all(torch.equal(inner[int(i)], image) for i, image in zip(outer.index, outer.images, strict=True))
+
+
+def test_momentum_is_restored_or_not(world, pool) -> None:
+    latest = {"sampling": "latest"}
+    problem = draw_problem(tiny_recipe(latest), world, pool)
+    assert set(problem.state.optimizer["momentum_buffer"]) == set(problem.state.parameters)
+    assert draw_problem(tiny_recipe(latest | {"restore_momentum": False}), world, pool).state.optimizer == {}
+
+
+def test_the_outer_loss_sees_averaged_iterates(world, pool) -> None:
+    """Against an average of the iterates of rollouts of one, two and three steps."""
+    recipe = tiny_recipe({"sampling": "latest"}, average=0.8, annealing="constant")
+    problem = draw_problem(recipe, world, pool)
+    averaged, rate = problem.state.parameters, pool.read(1, world.student.make()).learning_rate
+    for steps in (1, 2, 3):
+        plain = build_inner_optimizer(recipe.train, rate, "constant", 3)
+        end = rollout(replace(problem, inner_batches=problem.inner_batches[:steps], optimizer=plain))
+        averaged = {name: 0.8 * tensor + 0.2 * end.parameters[name] for name, tensor in averaged.items()}
+    found = ESTIMATORS["first_order"](problem)
+    at_average = problem.evaluate(end._replace(parameters=averaged)).item()
+    assert found.outer_value.item() == pytest.approx(at_average, rel=1e-5)
+    assert found.outer_value.item() != pytest.approx(problem.evaluate(end).item())
+
+
+def test_rollouts_grow_and_dropout_is_a_function_of_the_step(world, pool) -> None:
+    loop = make_loop(tiny_recipe(outer_steps=5, initial_rollout_steps=2, rollout_steps=10), world, pool)
+    dropped = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert len(loop.build_problem(0).inner_batches) == 2
+        dropped.append(torch.rand(3))
+    assert torch.equal(*dropped)
+    lengths = []
+    for loop.step in range(5):
+        lengths.append(loop.rollout_length())
+    assert lengths == [2, 4, 6, 8, 10]
+
+
+def test_the_hypergradient_of_the_loss_networks_is_right(world, pool) -> None:
     """In float64, through a student with BatchNorm, momentum and weight decay, against central differences."""
-    recipe, images, teacher, pool, _ = built
-    training = make_loop(recipe, images, teacher, pool)
-    (student,) = training.students
+    loop = make_loop(tiny_recipe(), world, pool)
+    (student,), images = loop.networks, world.images
+    state = pool.read(1, student).state
     student.double()
-    training.loss.double()
-    for parameter in training.loss.parameters():
+    loop.loss.double()
+    for parameter in loop.loss.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    state = pool.read(1, CPU).state
     state = type(state)(
         *({k: v.double() if v.is_floating_point() else v for k, v in part.items()} for part in state[:2]),
         {slot: {k: v.double() for k, v in part.items()} for slot, part in state.optimizer.items()},
@@ -85,34 +122,82 @@ def test_the_hypergradient_of_the_loss_networks_is_right(built) -> None:
     def widen(batch):
         return batch._replace(images=batch.images.double())
 
-    from lkd.data import Batches
-
-    batches = Batches(images.train, 20, seed=0)
-    inner = [(widen(batches.at(k)), teacher(batches.at(k)), k / 3) for k in range(3)]
-    inner = [(batch, answer._replace(logits=answer.logits.double()), progress) for batch, answer, progress in inner]
+    batches = [Batches(images.train, 20, seed=0).at(k) for k in range(3)]
+    answers = [world.teacher(batch) for batch in batches]
+    inner = [
+        (widen(batch), answer._replace(logits=answer.logits.double()), k / 3)
+        for k, (batch, answer) in enumerate(zip(batches, answers, strict=True))
+    ]
     outer = widen(images.meta_validation.batch(torch.arange(50), CPU))
-    hyper = {name: parameter.detach() for name, parameter in training.loss.named_parameters()}
-    optimizer = build_inner_optimizer(recipe.train, 0.05, "cosine", 3)
-    inner_loss = partial(compute_inner_loss, student, training.loss)
-    problem = Problem(inner_loss, training.problems.outer_loss(student), state, hyper, inner, outer, optimizer)
+    hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
+    optimizer = build_inner_optimizer(world.train, 0.05, "cosine", 3)
+    inner_loss = partial(compute_inner_loss, student, loop.loss)
+    problem = Problem(inner_loss, loop.outer_loss(student), state, hyper, inner, outer, optimizer)
     results = {name: ESTIMATORS[name](problem) for name in ("unrolled", "higher")}
     for name, gradient in results["unrolled"].grads.items():
         torch.testing.assert_close(results["higher"].grads[name], gradient, rtol=1e-8, atol=1e-14)
     assert results["unrolled"].norm > 0
-    checked = verify(ESTIMATORS["unrolled"], problem, step_size=1e-6)
-    assert checked.relative_error < 1e-3
+    assert verify(ESTIMATORS["unrolled"], problem, step_size=1e-6).relative_error < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs.
+
+
+def test_architectures_take_turns_and_costs_are_in_student_trainings() -> None:
+    recipe = tiny_recipe(SMALL | {"sampling": "fixed_step"}, outer_steps=2, students_per_step=3, reuse_every=2)
+    recipe.students = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
+    path = run_recipe(recipe)
+    architectures = [read_json(path.parent / "pool" / str(n) / "index.json")["architecture"]["name"] for n in (0, 1)]
+    assert architectures == ["small_cnn", "small_mobilenet"]
+    provenance = read_provenance(path)
+    # Ages 0 and 0.5 in turn for each: 0 0 0.5 | 0.5 0 0.
+    assert [row["outer/progress"] for row in provenance["curve"]] == pytest.approx([0.5 / 3, 0.5 / 3])
+    parts = provenance["parts_in_trainings"]
+    assert parts["pool"] == 2 * 0.5
+    assert parts["reuse"] == 2 * 2 * 0.5  # before and after the outer steps, of each architecture one of two epochs
+    # Six rollouts of 3 steps, each step some plain steps' work, in units of 20 steps.
+    assert 0.3 < parts["outer_steps"] < 20
+    assert provenance["cost_in_trainings"] == pytest.approx(sum(parts.values()), abs=0.02)
+    again = tiny_recipe(SMALL, run_dir="again")
+    again.students, again.pool_dir = recipe.students[::-1], str(path.parent / "pool")
+    with pytest.raises(UserError, match=r"pool_dir: .* holds small_cnn students, not small_mobilenet"):
+        run_recipe(again)
+    again.students, again.run_dir = [], "third"
+    with pytest.raises(UserError, match=r"pool_dir: .* holds no pool"):
+        run_recipe(again)
+
+
+def test_live_students_are_trained_with_the_loss_as_it_is(world, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.meta_training.meta_train.drop_superseded_pools", lambda *arguments: None)
+    recipe = tiny_recipe(SMALL | {"sampling": "live", "refresh_every": 2}, outer_steps=5, learning_rate=0.1)
+    path = run_recipe(recipe)
+    folders = sorted((path.parent / "live").iterdir())
+    assert [folder.name for folder in folders] == ["step-000002", "step-000004"]
+    first, *renewed = (load_pool(folder) for folder in (path.parent / "pool", *folders))
+    trainings = [[entry["training"] for entry in pool.index["students"]] for pool in (first, *renewed)]
+    assert trainings == [[0, 0], [1, 1], [2, 2]]
+    assert read_provenance(path)["parts_in_trainings"]["pool"] == 1.5
+    assert count_pool_trainings(recipe.pool, [first], 4) == 1.0
+    # Students trained again by the loss of that time are the same; by the initial loss they are not.
+    loop = make_loop(recipe, world, first)
+    for _ in range(2):
+        loop.run_step()
+    expected = renewed[0].read(1, world.student.make()).state.parameters
+    for loss, same in ((loop.loss, True), (build_loss_networks(recipe), False)):
+        training = world.start(loss.requires_grad_(False), 2000)
+        for _ in range(10):
+            training.run_step()
+        found = training.student.named_parameters()
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in found) == same
 
 
 def test_meta_training_leaves_a_bad_balance() -> None:
     """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
-    recipe = tiny_recipe(outer_steps=12, rollout_steps=15, learning_rate=0.1, outer_batch_size=100)
+    recipe = tiny_recipe(YOUNG, outer_steps=12, rollout_steps=15, learning_rate=0.1, outer_batch_size=100)
     recipe.meta.loss = {"initial_weight": 0.9}
     recipe.teacher.random_answers = 1.0
-    recipe.pool.max_age = 0.0
-    recipe.pool.snapshots = 1
     path = run_recipe(recipe)
-    from lkd.losses.learned.file import load_loss, read_provenance
-
     curve = read_provenance(path)["curve"]
     assert len(curve) == 12
     assert curve[0]["loss/weight"] == pytest.approx(0.9, abs=1e-5)
@@ -121,13 +206,126 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     assert load_loss(path).parts["logits"].architecture["initial_weight"] == 0.9
 
 
+class FeaturePart(DistillationLoss):
+    """A loss network over one stage of both networks."""
+
+    architecture: ClassVar[dict] = {}
+    teacher_stages = ("stage2",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, student: Outputs, teacher: Outputs, target, progress=None) -> dict[str, torch.Tensor]:
+        assert set(teacher.features) == {"stage2"}
+        a, b = (outputs.features["stage2"].mean((1, 2, 3)) for outputs in (student, teacher))
+        return {"difference": self.weight.exp() * (a - b).square().mean()}
+
+
+def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(monkeypatch) -> None:
+    networks = LearnedLoss({"logits": DecoupledLoss(), "features": FeaturePart()})
+    monkeypatch.setattr("lkd.meta_training.meta_train.prepare_learned_loss", lambda *_: networks)
+    path = run_recipe(tiny_recipe(SMALL, interleaving="both", outer_steps=2, reuse_every=2))
+    assert all(row["weights/features"] > 0 for row in read_provenance(path)["curve"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused before any long work.
+
+
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("field", "pool", "meta"),
     [
-        ({"estimator": "unroled"}, "nearest: unrolled"),
-        ({"objective": "accuracy"}, "nearest: brier, calibrated_cross_entropy, cross_entropy"),
+        ("meta.estimator: .* nearest: unrolled", {}, {"estimator": "unroled"}),
+        ("meta.objective", {}, {"objective": "accuracy"}),
+        ("meta.initial_rollout_steps: 4 .* meta.rollout_steps 3", {}, {"initial_rollout_steps": 4}),
+        ("meta.reuse_epochs: 3 .* train.epochs, 2", {}, {"reuse_every": 1, "reuse_epochs": 3}),
+        ("meta.reuse_patience: 2", {}, {"reuse_patience": 2}),
+        ("pool.sampling: latest", {"sampling": "latest"}, {"interleaving": "alternate"}),
+        ("pool_dir: pool", {}, {"interleaving": "alternate", "pool_dir": "pool"}),
+        ("students_per_step: 2 .* 3 students", {}, {"interleaving": "alternate", "students": [ModelRecipe()] * 3}),
     ],
 )
-def test_impossible_settings_are_refused(setting, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_settings(tiny_recipe(**setting))
+def test_impossible_settings_are_refused(field: str, pool, meta) -> None:
+    others = {name: meta.pop(name) for name in ("pool_dir", "students") if name in meta}
+    with pytest.raises(UserError, match=field):
+        check_settings(replace(tiny_recipe(pool, **meta), **others))
+
+
+def test_missing_classes_of_meta_validation_are_refused() -> None:
+    check_meta_validation(prepare_images(DataRecipe(train_size=200, meta_validation_size=10)))
+    images = prepare_images(DataRecipe(train_size=200, meta_validation_size=3))
+    with pytest.raises(UserError, match=r"meta_validation_size: 3 images have none of 7 of 10 classes \(.*, \.\.\.\)"):
+        check_meta_validation(images)
+
+
+def test_rollouts_that_do_not_fit_into_the_training_are_refused(world, pool) -> None:
+    for settings, meta, message in (
+        ({"max_age": 0.9}, {"annealing": "constant"}, "meta.rollout_steps: 3 .* of age 0.9, which has 2 of 20"),
+        ({"sampling": "latest"}, {}, "pool.max_age: rollouts would all start at the end"),
+        ({"sampling": "gaussian", "gaussian_age": 1.5}, {}, "pool.gaussian_age: 1.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_schedule(tiny_recipe(settings, **meta), world.images, [])
+    check_schedule(tiny_recipe({"max_age": 0.85}, annealing="constant"), world.images, [])
+    recipe = tiny_recipe({"max_age": 0.0}, annealing="constant", rollout_steps=11)
+    check_schedule(recipe, world.images, [])
+    with pytest.raises(UserError, match=r"11 steps at a constant rate .* of age 0.5, which has 10 of 20"):
+        check_schedule(recipe, world.images, [pool])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What keeps exploding hypergradients out, and what is logged.
+
+
+def test_the_guard_leaves_out_what_is_far_above_the_median_and_shortens_rollouts() -> None:
+    guard = OuterGuard(100.0)
+    for step in range(1, 10):
+        guard.record(step, [1.0], [], 100)
+    assert guard.bound == math.inf, "nine norms are too few"
+    guard.record(10, [2.0], [], 100)
+    assert (guard.bound, guard.shorten(100)) == (100.0, 100)
+    for step in (11, 12):
+        said = guard.record(step, [], ["0: norm 1e+03 > 100"], 100)
+        assert said == [f"outer step {step}: hypergradient left out: student 0: norm 1e+03 > 100"]
+    assert guard.record(13, [], ["0: weight"], 100)[-1].endswith("rollouts are halved to 50 steps")
+    assert (guard.shorten(100), guard.shorten(1), guard.bound) == (50, 1, math.inf)
+    saved = OuterGuard(100.0)
+    saved.load_state_dict(guard.state_dict())
+    for step in (14, 15):
+        saved.record(step, [], ["0: weight"], 1)
+    assert "outer learning rate is halved to 0.5" in saved.record(16, [], ["0: weight"], 1)[-1]
+    assert saved.rate == 0.5
+    (line,) = saved.report()
+    assert all(part in line for part in ("6 of 16", "halved 1 times", "ended at 0.5"))
+    saved.record(17, [1.0], [], 1)
+    assert saved.record(18, [], ["0: weight"], 1)[-1].startswith("outer step 18"), "the count starts anew"
+
+
+def test_the_cost_of_a_training_that_diverges_is_measured(world) -> None:
+    diverging = replace(world, train=replace(world.train, learning_rate=1e20))
+    assert measure_training_seconds([diverging], build_loss_networks(tiny_recipe())) > 0
+
+
+def test_the_log_and_the_pictures_of_a_run_are_bounded() -> None:
+    for steps in (1, 30, 1000, 1001, 10_000, 123_456):
+        logged = [step for step in range(1, steps + 1) if is_logged(step, steps)]
+        assert (logged[0], logged[-1]) == (1, steps)
+        assert len(logged) == steps if steps <= 1000 else len(logged) <= 1001
+    for steps, every, drawn in ((30, 10, 3), (1000, 10, 100), (1001, 10, 50), (10_000, 10, 100), (10_000, 3000, 3)):
+        assert sum(is_pictured(step, steps, every) for step in range(1, steps + 1)) == drawn
+        assert not is_pictured(every, steps, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "score", "said"),
+    [
+        (20, 0.5, ["step 20 of 30"]),
+        (0, 2.302, ["the initial one", "more than a guess"]),
+        (0, math.inf, ["the initial one", "more than a guess"]),
+    ],
+)
+def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: float, said: list[str]) -> None:
+    lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, 10)
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))

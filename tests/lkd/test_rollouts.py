@@ -1,4 +1,4 @@
-"""A rollout is a stretch of an ordinary training."""
+"""A rollout is a stretch of an ordinary training; outer objectives are what they are defined as."""
 
 import itertools
 from functools import partial
@@ -11,12 +11,14 @@ from lkd.core.outputs import Outputs
 from lkd.data import Batches
 from lkd.losses.build import build_loss
 from lkd.meta_training.rollouts import (
-    anneal_rate,
+    OBJECTIVES,
+    brier_score,
     build_inner_optimizer,
+    build_rollout_batches,
     compute_inner_loss,
     compute_outer_logits,
-    draw_rollout_images,
     list_inner_batches,
+    smoothed_error,
 )
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
@@ -27,12 +29,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_learning_rate_ends_at_zero() -> None:
-    cosine = anneal_rate(0.2, "cosine", 50)
-    rates = [cosine(step) for step in range(51)]
+    rates = [build_inner_optimizer(TrainRecipe(), 0.2, "cosine", 50).learning_rate(step) for step in range(51)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[50] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(rates))
-    assert anneal_rate(0.2, "constant", 50) == 0.2
+    assert build_inner_optimizer(TrainRecipe(), 0.2, "constant", 50).learning_rate == 0.2
 
 
 def test_progress_runs_from_the_age_to_the_end() -> None:
@@ -44,15 +45,17 @@ def test_progress_runs_from_the_age_to_the_end() -> None:
 
 def test_a_rollout_sees_its_images_as_often_as_it_is_told() -> None:
     images = prepare_images(DataRecipe(train_size=400, meta_validation_size=50)).train
-    part = draw_rollout_images(images, 20, 10, 5, torch.Generator().manual_seed(0))
-    assert len(part) == 40
-    batches = Batches(part, 10, seed=1)
+
+    def draw(steps: int, epochs: int) -> Batches:
+        return build_rollout_batches(images, TrainRecipe(batch_size=10), steps, epochs, 0, DataRecipe(), CPU)
+
+    batches = draw(20, 5)
+    assert len(batches.images) == 40
     seen = torch.cat([batches.at(step).index for step in range(20)])
     assert (seen.unique(return_counts=True)[1] == 5).all()
     assert torch.isin(seen, images.index).all()
-    assert draw_rollout_images(images, 20, 10, 1, torch.Generator()) is images
-    assert len(draw_rollout_images(images, 900, 10, 2, torch.Generator())) == 400
-    assert len(draw_rollout_images(images, 3, 10, 50, torch.Generator())) == 10
+    assert draw(20, 1).images is images
+    assert (len(draw(900, 2).images), len(draw(3, 50).images)) == (400, 10)
 
 
 def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
@@ -83,3 +86,34 @@ def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
         torch.testing.assert_close(end.parameters[name], parameter.detach(), rtol=1e-4, atol=1e-6)
     for name, buffer in student.named_buffers():
         torch.testing.assert_close(end.buffers[name], buffer, rtol=1e-4, atol=1e-6)
+
+
+def test_brier_score_is_a_sum_over_samples_and_classes() -> None:
+    logits, target = torch.randn(4, 3, dtype=torch.float64), [2, 0, 1, 1]
+    total = 0.0
+    for row, label in zip(logits.tolist(), target, strict=True):
+        powers = [2.718281828459045**value for value in row]
+        total += sum((power / sum(powers) - (label == c)) ** 2 for c, power in enumerate(powers))
+    assert brier_score(logits, torch.tensor(target)).item() == pytest.approx(total / 4, rel=1e-12)
+
+
+def test_smoothed_error_becomes_the_error_rate() -> None:
+    logits, target = torch.randn(200, 5, dtype=torch.float64), torch.randint(5, (200,))
+    error = (logits.argmax(1) != target).double().mean()
+    assert smoothed_error(logits, target, temperature=1e-6).item() == pytest.approx(error.item(), abs=1e-6)
+    two = torch.tensor([[1.0, 0.0]])
+    assert smoothed_error(two, torch.tensor([1])).item() == pytest.approx(1 / (1 + 2.718281828**-1.0))
+
+
+@pytest.mark.parametrize(("name", "classes"), [(name, classes) for classes, name in enumerate(OBJECTIVES, 2)])
+def test_objectives_have_the_gradient_of_finite_differences_and_ignore_shifts(name: str, classes: int) -> None:
+    objective, target = OBJECTIVES[name], torch.randint(classes, (30,))
+    logits = torch.randn(30, classes, dtype=torch.float64, requires_grad=True)
+    value = objective(logits, target)
+    (gradient,) = torch.autograd.grad(value, logits)
+    direction = torch.randn_like(logits)
+    with torch.no_grad():
+        ahead, behind = (objective(logits + step * direction, target) for step in (1e-5, -1e-5))
+        shifted = objective(logits + torch.randn(30, 1, dtype=torch.float64), target)
+    assert ((ahead - behind) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7)
+    assert shifted.item() == pytest.approx(value.item(), rel=1e-9)
