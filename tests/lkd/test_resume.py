@@ -19,7 +19,7 @@ from lkd.losses.learned.file import read_provenance
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
-from tests.lkd.meta_recipes import run_recipe, tiny_recipe
+from tests.lkd.meta_recipes import SMALL, run_recipe, tiny_recipe
 from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 from tests.processes import RUNS, Command, read_results
 
@@ -103,38 +103,24 @@ def test_a_training_goes_on_from_its_checkpoint_to_the_same_bits(name: str, tmp_
     assert not any("memory" in key or "adapter" in key for key in second.student.state_dict()), "the loss's own"
 
 
-SMALL = {"max_age": 0.5, "snapshots": 2, "students": 1}
-REUSED = {"reuse_every": 2, "reuse_epochs": 1}
-META_STATES = {  # how it is stopped, the pool, the meta-training
-    "live": ("killed", SMALL | {"sampling": "live", "refresh_every": 2}, {"outer_steps": 5} | REUSED),
-    "alternate": ("SIGTERM", {}, {"outer_steps": 4, "interleaving": "alternate"} | REUSED),
-    "both": ("killed", SMALL | {"sampling": "live", "refresh_every": 1}, {"outer_steps": 4, "interleaving": "both"}),
-    "growing, averaged, audited": (
-        "SIGTERM",
-        SMALL | {"sampling": "fixed_step"},
-        {"outer_steps": 4, "initial_rollout_steps": 1, "average": 0.5, "estimator": "audited"},
-    ),
-}
-
-
 class Killed(BaseException):
     """Like SIGKILL: nobody catches it, nothing is saved."""
 
 
-@pytest.mark.parametrize("name", META_STATES)
-def test_a_meta_training_that_is_stopped_goes_on_to_the_same_bits(name: str, monkeypatch) -> None:
+def test_a_meta_training_that_is_stopped_and_killed_goes_on_to_the_same_bits(monkeypatch) -> None:
     """Stopped at several places: while pools are built, losses tried, students trained, rollouts taken."""
-    how, pool, meta = META_STATES[name]
+    pool = SMALL | {"sampling": "live", "refresh_every": 1}
+    meta = {"outer_steps": 4, "interleaving": "both", "initial_rollout_steps": 1, "average": 0.5, "reuse_every": 2}
     whole = run_recipe(tiny_recipe(pool, run_dir="whole", checkpoint_every=2, **meta))
-    calls, stops = 0, [5, 24, 33, 60, 95, 150] if how == "SIGTERM" else [8, 35, 60, 110]
+    calls, kills, stops = 0, (8, 35, 66, 110), (5, 24, 50, 95)
 
     def interrupt(function):
         def interrupted(*arguments):
             nonlocal calls
             calls += 1
+            if calls in kills:
+                raise Killed
             if calls in stops:
-                if how == "killed":
-                    raise Killed
                 os.kill(os.getpid(), signal.SIGTERM)
             return function(*arguments)
 
@@ -144,17 +130,16 @@ def test_a_meta_training_that_is_stopped_goes_on_to_the_same_bits(name: str, mon
     monkeypatch.setattr(OuterLoop, "differentiate_pool_student", interrupt(OuterLoop.differentiate_pool_student))
     recipe = tiny_recipe(pool, run_dir="stopped", checkpoint_every=2, **meta)
     recipe.resume = "auto"
-    stopped = 0
+    ends = []
     while True:
         try:
             resumed = run_recipe(recipe)
             break
-        except (Interrupted, Killed):
-            stopped += 1
-    assert stopped >= 2
+        except (Interrupted, Killed) as end:
+            ends.append(type(end))
+    assert min(ends.count(Interrupted), ends.count(Killed)) >= 3
     assert digest(load_file(whole)) == digest(load_file(resumed))
-    if pool.get("sampling") == "live":
-        assert len(list((resumed.parent / "live").iterdir())) <= 1, "those that are drawn from no more are gone"
+    assert len(list((resumed.parent / "live").iterdir())) <= 1, "those that are drawn from no more are gone"
     expected, found = read_provenance(whole), read_provenance(resumed)
     assert expected["reuse"] == found["reuse"]
     for a, b in zip(expected["curve"], found["curve"], strict=True):
