@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import socket
@@ -142,6 +143,7 @@ def preload_workers(module: str) -> None:
     """Start the server that workers will be forks of, if there can be one, and let it import a module meanwhile."""
     if CONTEXT.get_start_method() == "forkserver":
         CONTEXT.set_forkserver_preload([module])
+        multiprocessing.resource_tracker.ensure_running()  # first: it unblocks signals
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server, and its forks, leave Ctrl-C to us
         try:
             multiprocessing.forkserver.ensure_running()

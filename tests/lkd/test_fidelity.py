@@ -62,7 +62,8 @@ def make_results(recipe: FidelityRecipe) -> tuple[list, list]:
             figures |= {"cross_entropy": 1.0, "temperature": 1.0}
             full.append({"method": label, "seed": seed, "seconds": 1.0, "meta_validation": figures})
     rollouts = []
-    for (annealing, age), slope in {("cosine", 0.0): 1.0, ("constant", 0.0): 0.3, ("cosine", 0.5): -1.0}.items():
+    slopes = {("cosine", 0.0): 1.0, ("constant", 0.0): 0.3, ("cosine", 0.5): -1.0, ("constant", 0.5): -1.0}
+    for (annealing, age), slope in slopes.items():
         for steps, number in itertools.product(recipe.rollout_lengths, range(recipe.rollouts)):
             values = {
                 objective: {label: 2 - signal * place - noise(0, 0.5) for place, label in enumerate(labels)}
@@ -70,7 +71,6 @@ def make_results(recipe: FidelityRecipe) -> tuple[list, list]:
             }
             row = {"annealing": annealing, "steps": steps, "age": age, "number": number, "values": values}
             rollouts.append(row | {"student": number, "progress": age})
-    rollouts += [row | {"age": 0.5} for row in rollouts if row["annealing"] == "constant"]
     rollouts[0]["values"]["cross_entropy"][labels[0]] = math.inf  # one that diverged
     return full, rollouts
 
