@@ -22,9 +22,6 @@ from lkd.core.distributed import count_processes, gather_rows
 from lkd.core.errors import UserError, check_choice
 from lkd.losses.logits import CrossEntropyLoss
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A rule at work in a training: it splits the terms, asks the rule for λ, and weighs.
-
 
 class Balancing:
     """total = task + λ · (sum of the other terms).
