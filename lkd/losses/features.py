@@ -1,29 +1,13 @@
 """Hand-made losses over features: FitNets, attention transfer, similarity-preserving and relational distillation."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, smooth_l1_loss
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import (
-    Chosen,
-    Pairs,
-    Stages,
-    as_map,
-    check_options,
-    choose_pairs,
-    cross_entropies,
-    full_precision,
-    map_shape,
-    pair_equal_sizes,
-    pair_last,
-    pair_middle,
-    pool,
-    shrink_to_smaller,
-)
+from lkd.losses import functions
+from lkd.losses.functions import Chosen, Pairing, Stages
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 Maps = list[tuple[Tensor, Tensor]]  # of each pair of stages, the student's and the teacher's, [B, c, h, w]
@@ -45,26 +29,22 @@ class PairedLoss(DistillationLoss):
     """
 
     def __init__(
-        self,
-        student: Stages,
-        teacher: Stages,
-        chosen: Chosen,
-        default: Callable[[Stages, Stages], Pairs],
-        task: float,
-        **weights: float,
+        self, student: Stages, teacher: Stages, chosen: Chosen, default: Pairing, task: float, **weights: float
     ) -> None:
         super().__init__()
-        check_options(task=task, **weights)
+        functions.check_options(task=task, **weights)
         self.task, self.weights = task, weights
-        self.pairs = choose_pairs(chosen, student, teacher, default)
+        self.pairs = functions.choose_pairs(chosen, student, teacher, default)
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `task` and one for each weight."""
-        with full_precision(student.logits):
-            maps = [(as_map(student.features[s]), as_map(teacher.features[t])) for s, t in self.pairs]
+        with functions.full_precision(student.logits):
+            maps = [
+                (functions.as_map(student.features[s]), functions.as_map(teacher.features[t])) for s, t in self.pairs
+            ]
             distances = self.measure(maps)
-        terms = {"task": self.task * cross_entropies(student.logits, target).mean()}
+        terms = {"task": self.task * functions.cross_entropies(student.logits, target).mean()}
         return terms | {name: weight * distances[name] for name, weight in self.weights.items()}
 
     def measure(self, maps: Maps) -> Terms:
@@ -91,11 +71,11 @@ class AttentionTransferLoss(PairedLoss):
     def __init__(
         self, student: Stages, teacher: Stages, task: float = 1.0, distillation: float = 1000.0, stages: Chosen = None
     ) -> None:
-        super().__init__(student, teacher, stages, pair_equal_sizes, task, distillation=distillation)
+        super().__init__(student, teacher, stages, functions.pair_equal_sizes, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
         """The distance of the attention maps."""
-        shrunk = [shrink_to_smaller(ours, theirs) for ours, theirs in maps]
+        shrunk = [functions.shrink_to_smaller(ours, theirs) for ours, theirs in maps]
         distances = [(attention(ours) - attention(theirs)).square().mean() for ours, theirs in shrunk]
         return {"distillation": torch.stack(distances).sum()}
 
@@ -124,15 +104,15 @@ class FitNetLoss(PairedLoss):
     def __init__(
         self, student: Stages, teacher: Stages, task: float = 1.0, distillation: float = 100.0, stages: Chosen = None
     ) -> None:
-        super().__init__(student, teacher, stages, pair_middle, task, distillation=distillation)
-        channels = [(map_shape(student[s])[0], map_shape(teacher[t])[0]) for s, t in self.pairs]
+        super().__init__(student, teacher, stages, functions.pair_middle, task, distillation=distillation)
+        channels = [(functions.map_shape(student[s])[0], functions.map_shape(teacher[t])[0]) for s, t in self.pairs]
         self.regressors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in channels)
 
     def measure(self, maps: Maps) -> Terms:
         """The squared error of the regressors."""
         errors = []
         for (student, teacher), regressor in zip(maps, self.regressors, strict=True):
-            ours, theirs = shrink_to_smaller(student, teacher)
+            ours, theirs = functions.shrink_to_smaller(student, teacher)
             errors.append((regressor(ours) - theirs).square().mean())
         return {"distillation": torch.stack(errors).mean()}
 
@@ -164,13 +144,13 @@ class RKDLoss(PairedLoss):
         angle: float = 50.0,
         stages: Chosen = None,
     ) -> None:
-        super().__init__(student, teacher, stages, pair_last, task, distance=distance, angle=angle)
+        super().__init__(student, teacher, stages, functions.pair_last, task, distance=distance, angle=angle)
 
     def measure(self, maps: Maps) -> Terms:
         """The Huber losses of distances and angles."""
         if len(maps[0][0]) < 2:
             raise UserError("loss 'rkd' compares images with each other: a batch of 1 has none; raise train.batch_size")
-        pooled = [(pool(ours), pool(theirs)) for ours, theirs in maps]
+        pooled = [(functions.pool(ours), functions.pool(theirs)) for ours, theirs in maps]
         distance = torch.stack([smooth_l1_loss(distances(ours), distances(theirs)) for ours, theirs in pooled])
         angle = torch.stack([smooth_l1_loss(angles(ours), angles(theirs)) for ours, theirs in pooled])
         return {"distance": distance.sum(), "angle": angle.sum()}
@@ -208,7 +188,7 @@ class SimilarityPreservingLoss(PairedLoss):
     def __init__(
         self, student: Stages, teacher: Stages, task: float = 1.0, distillation: float = 3000.0, stages: Chosen = None
     ) -> None:
-        super().__init__(student, teacher, stages, pair_last, task, distillation=distillation)
+        super().__init__(student, teacher, stages, functions.pair_last, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
         """The distance of the similarities."""

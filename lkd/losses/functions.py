@@ -17,6 +17,7 @@ from lkd.core.errors import UserError
 
 Stages = dict[str, tuple[int, ...]]  # stage name → shape of its feature for one image: (c, h, w), or tokens (n, c)
 Pairs = list[tuple[str, str]]  # of a student's stage and a teacher's
+Pairing = Callable[[Stages, Stages], Pairs]  # how a loss pairs stages that the user does not choose
 Chosen = list[list[str]] | None  # [[student stage, teacher stage], ...], or the loss's own choice
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def check_options(temperature: float | None = None, **weights: float) -> None:
 # Over features: which stage learns from which, and how two are made comparable.
 
 
-def choose_pairs(chosen: Chosen, student: Stages, teacher: Stages, default: Callable[[Stages, Stages], Pairs]) -> Pairs:
+def choose_pairs(chosen: Chosen, student: Stages, teacher: Stages, default: Pairing) -> Pairs:
     """The pairs that the user chose, else the default ones.
 
     Raises:

@@ -5,8 +5,9 @@ torchdistill names what a loss reads by module path and fills it by forward hook
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import (
     Chosen,
-    Pairs,
+    Pairing,
     Stages,
     as_map,
     check_options,
@@ -39,15 +40,22 @@ from lkd.losses.loss import DistillationLoss, Progress, Terms
 # What the losses read.
 
 Reader = Callable[[Outputs], Tensor]
+Modules = Sequence[nn.Module]
 
 
 class StagePair(NamedTuple):
-    """A student's and a teacher's stage, the channels of both, and the smaller of their sizes (height, width)."""
+    """A student's and a teacher's stage, their channels, and the smaller of their sizes (height, width)."""
 
     student: str
     teacher: str
     channels: tuple[int, int]
     size: tuple[int, int]
+
+    @classmethod
+    def between(cls, student: str, teacher: str, ours: Sequence[int], theirs: Sequence[int]) -> "StagePair":
+        """Of stages with these shapes, (c, h, w)."""
+        height, width = (min(pair) for pair in zip(ours[1:], theirs[1:], strict=True))
+        return cls(student, teacher, (ours[0], theirs[0]), (height, width))
 
 
 class Tap(nn.Module):
@@ -124,14 +132,10 @@ def tap_logits() -> Tap:
 
 
 def tap_both(
-    path: str,
-    pair: StagePair,
-    read: Callable[[str], Reader],
-    adapt: Callable[[int], list[nn.Module]] = lambda channels: [],
+    path: str, pair: StagePair, read: Callable[[str], Reader], ours: Modules = (), theirs: Modules = ()
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The student's and the teacher's stage, each through an adapter of its channels."""
-    ours, theirs = pair.channels
-    return [Tap(path, read(pair.student), *adapt(ours))], [Tap(path, read(pair.teacher), *adapt(theirs))]
+    """The student's and the teacher's stage, each through modules of its own."""
+    return [Tap(path, read(pair.student), *ours)], [Tap(path, read(pair.teacher), *theirs)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,81 +151,54 @@ class Wiring(NamedTuple):
     terms: tuple[str, ...] = ()
 
 
-Options = dict[str, Any]
-Wire = Callable[[type[nn.Module], list[StagePair], Options], Wiring]
-
-
-def name_paths(loss: type[nn.Module], path: str) -> dict[str, str]:
+def name_paths(loss: Any, path: str) -> dict[str, str]:
     """The arguments by which a torchdistill loss is told where to read, all of them the same path's output."""
     names = [name for name in inspect.signature(loss).parameters if name.startswith(("student_", "teacher_"))]
     return {name: path if name.endswith("_path") else "output" for name in names if name.endswith(("_path", "_io"))}
 
 
-def wire_logits(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """KD, logit standardisation, DIST, SKD."""
-    return Wiring([loss(**name_paths(loss, "logits"), **options)], [tap_logits()], [tap_logits()])
-
-
-def wire_as_is(read: Callable[[str], Reader]) -> Wire:
-    """RKD, PKT: averaged features; SP: whole maps, of whatever shapes."""
-
-    def wire(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-        criterion = loss(**name_paths(loss, "feature"), **options)
-        return Wiring([criterion], *tap_both("feature", pairs[0], read))
-
-    return wire
-
-
-def wire_correlations(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """CC: a trained linear embedding of each network's averaged features."""
-    gaussian = {"type": "gaussian", "gamma": options["gamma"], "max_p": options["max_p"]}
-    criterion = loss(**name_paths(loss, "embedding"), kernel_config=gaussian, reduction="batchmean")
-    size = options["feature_dimension"]
-    return Wiring([criterion], *tap_both("embedding", pairs[0], read_embedding, lambda c: [nn.Linear(c, size)]))
-
-
-def wire_contrast(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """CRD: a trained embedding of unit length of each network's averaged features; the memory comes with the images."""
-    size = options["feature_dimension"]
-    return Wiring(
-        [], *tap_both("embedding", pairs[0], read_embedding, lambda c: [wrapper.Normalizer4CRD(nn.Linear(c, size))])
-    )
-
-
-def wire_variances(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """PAD: averaged features, the student's through a linear layer, and a branch for their log-variances."""
-    criterion = loss(**name_paths(loss, "embedding"), **options)
-    pair, channels = pairs[0], pairs[0].channels[1]
-    embed = nn.Linear(*pair.channels)
-    branch = [embed, nn.Linear(channels, channels), nn.BatchNorm1d(channels)]
-    read = read_embedding(pair.student)
-    student: list[nn.Module] = [Tap("embedding", read, embed), Tap("var_estimator", read, *branch)]
-    return Wiring([criterion], student, [Tap("embedding", read_embedding(pair.teacher))])
-
-
-def wire_projector(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """SRD: a linear projector and BatchNorm without weights on averaged features, and the logits."""
-    linear = {f"{side}_linear_module_path": "logits" for side in ("student", "teacher")}
-    criterion = loss(**name_paths(loss, "embedding") | linear, **options)
+def wire(name: str, loss: Any, pairs: list[StagePair], options: dict[str, Any]) -> Wiring:
+    """Build one of torchdistill's losses, a class, and what it reads."""
+    if not pairs:  # KD, logit standardisation, DIST, SKD
+        return Wiring([loss(**name_paths(loss, "logits"), **options)], [tap_logits()], [tap_logits()])
     pair = pairs[0]
-    student, teacher = (nn.BatchNorm1d(pair.channels[1], eps=1e-4, affine=False) for _ in range(2))
-    project = nn.Linear(*pair.channels)
-    return Wiring(
-        [criterion],
-        [Tap("embedding", read_embedding(pair.student), project, student), tap_logits()],
-        [Tap("embedding", read_embedding(pair.teacher), teacher), tap_logits()],
-    )
+    ours, theirs = pair.channels
+    if name in ADAPTERS:  # every pair of maps, the student's through an adapter
+        return wire_maps(name, loss, pairs, options)
+    if name == "SPKDLoss":  # whole feature maps, of whatever shapes
+        return Wiring([loss(**name_paths(loss, "feature"), **options)], *tap_both("feature", pair, read_whole))
+    if name == "FTLoss":  # the teacher's factor and the student's translation of its feature
+        translator = wrapper.Translator4FactorTransfer(ours, int(theirs * options["rate"]))
+        translated = Tap("translator", read_map(pair.student, pair.size), translator)
+        return Wiring([loss(p=options["p"])], [translated], [Paraphrase(pair, options["rate"])], ("reconstruction",))
+    if name == "HierarchicalContextLoss":
+        return wire_review(loss, pairs, options)
+    tap = partial(tap_both, "embedding", pair, read_embedding)  # the others read averaged features
+    size = options.get("feature_dimension", 0)
+    if name == "CRDLoss":  # through a trained embedding of unit length; the memory comes with the images
+        return Wiring([], *tap(*([wrapper.Normalizer4CRD(nn.Linear(width, size))] for width in pair.channels)))
+    paths = name_paths(loss, "embedding")
+    if name == "CCKDLoss":  # through a trained linear embedding
+        kernel = {"type": "gaussian", "gamma": options["gamma"], "max_p": options["max_p"]}
+        criterion = loss(**paths, kernel_config=kernel, reduction="batchmean")
+        return Wiring([criterion], *tap(*([nn.Linear(width, size)] for width in pair.channels)))
+    if (
+        name == "SRDLoss"
+    ):  # the student's through a linear projector, both through BatchNorm without weights; and logits
+        paths |= {f"{side}_linear_module_path": "logits" for side in ("student", "teacher")}
+        normalize = [nn.BatchNorm1d(theirs, eps=1e-4, affine=False) for _ in range(2)]
+        student, teacher = tap([nn.Linear(ours, theirs), normalize[0]], [normalize[1]])
+        return Wiring([loss(**paths, **options)], [*student, tap_logits()], [*teacher, tap_logits()])
+    if name == "PADL2Loss":  # the student's through a linear layer, and a branch for their log-variances
+        embed = nn.Linear(ours, theirs)
+        branch = [embed, nn.Linear(theirs, theirs), nn.BatchNorm1d(theirs)]
+        student, teacher = tap([embed])
+        variances = Tap("var_estimator", read_embedding(pair.student), *branch)
+        return Wiring([loss(**paths, **options)], [*student, variances], teacher)
+    return Wiring([loss(**paths, **options)], *tap())  # RKD, PKT: as they are
 
 
-def wire_factors(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """FT: the teacher's factor and the student's translation of its feature."""
-    pair, rate = pairs[0], options["rate"]
-    translator = wrapper.Translator4FactorTransfer(pair.channels[0], int(pair.channels[1] * rate))
-    student = Tap("translator", read_map(pair.student, pair.size), translator)
-    return Wiring([loss(p=options["p"])], [student], [Paraphrase(pair, rate)], ("reconstruction",))
-
-
-def wire_review(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
+def wire_review(loss: Any, pairs: list[StagePair], options: dict[str, Any]) -> Wiring:
     """Knowledge review: every paired stage and, as in the paper, the global average of the last."""
     for pair in pairs:
         if pair.size[0] != pair.size[1]:
@@ -232,47 +209,42 @@ def wire_review(loss: type[nn.Module], pairs: list[StagePair], options: Options)
     return Wiring([loss(**name_paths(loss, path), **options) for path in named], [Review(levels)], teacher)
 
 
-def wire_maps(adapt: Callable[[StagePair], list[nn.Module]], argument: str) -> Wire:
-    """AT, VID, AB, ICKD: pairs of maps of one size, the student's through an adapter of its own."""
-
-    def wire(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-        named = {f"feature{number}": pair for number, pair in enumerate(pairs)}
-        at = {path: {side: {"path": path, "io": "output"} for side in ("student", "teacher")} for path in named}
-        student: list[nn.Module] = []
-        teacher: list[nn.Module] = []
-        for path, pair in named.items():
-            student.append(Tap(path, read_map(pair.student, pair.size), *adapt(pair)))
-            teacher.append(Tap(path, read_map(pair.teacher, pair.size)))
-        return Wiring([loss(**{argument: at}, **options)], student, teacher)
-
-    return wire
+ADAPTERS: dict[str, Callable[[int, int], list[nn.Module]]] = {  # from the student's channels to the teacher's
+    "ATLoss": lambda ours, theirs: [],
+    "VIDLoss": lambda ours, theirs: [wrapper.Regressor4VID(ours, theirs, theirs, 1e-5, 5.0)],
+    "AltActTransferLoss": lambda ours, theirs: [nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs)],
+    "ChSimLoss": lambda ours, theirs: [wrapper.ChannelSimilarityEmbed(ours, theirs)],
+    "FSPLoss": lambda ours, theirs: [] if ours == theirs else [nn.Conv2d(ours, theirs, 1)],
+}
 
 
-def wire_flow(loss: type[nn.Module], pairs: list[StagePair], options: Options) -> Wiring:
-    """FSP: each pair of stages with the next, the student's channels brought to the teacher's."""
+def wire_maps(name: str, loss: Any, pairs: list[StagePair], options: dict[str, Any]) -> Wiring:
+    """AT, VID, AB, ICKD: pairs of maps of one size; FSP: each pair with the next."""
+    student: list[nn.Module] = []
+    teacher: list[nn.Module] = []
+    for number, pair in enumerate(pairs):
+        adapter = ADAPTERS[name](*pair.channels)
+        student.append(Tap(f"feature{number}", read_map(pair.student, pair.size), *adapter))
+        teacher.append(Tap(f"feature{number}", read_map(pair.teacher, pair.size)))
+    if name != "FSPLoss":
+        at = {f"feature{n}": {who: at_output(n) for who in ("student", "teacher")} for n in range(len(pairs))}
+        return Wiring([loss(**{"at_pairs" if name == "ATLoss" else "feature_pairs": at}, **options)], student, teacher)
     if len(pairs) < 2:
         raise ValueError(f"stages: FSP is about the flow between stages and needs two pairs, not {len(pairs)}")
     flow = {
-        f"flow{number}": {
-            f"{side}_{place}": {"path": f"feature{number + step}", "io": "output"}
-            for side in ("student", "teacher")
+        f"flow{n}": {
+            f"{who}_{place}": at_output(n + step)
+            for who in ("student", "teacher")
             for step, place in enumerate(("first", "second"))
         }
-        for number in range(len(pairs) - 1)
+        for n in range(len(pairs) - 1)
     }
-    return wire_maps(equal_channels, "fsp_pairs")(loss, pairs, options)._replace(criteria=[loss(fsp_pairs=flow)])
+    return Wiring([loss(fsp_pairs=flow)], student, teacher)
 
 
-def equal_channels(pair: StagePair) -> list[nn.Module]:
-    """A 1×1 convolution of the student's feature where channels differ."""
-    ours, theirs = pair.channels
-    return [] if ours == theirs else [nn.Conv2d(ours, theirs, 1)]
-
-
-def connect(pair: StagePair) -> list[nn.Module]:
-    """AB's connector: a 1×1 convolution and BatchNorm."""
-    ours, theirs = pair.channels
-    return [nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs)]
+def at_output(number: int) -> dict[str, str]:
+    """How torchdistill is told to read a pair's feature."""
+    return {"path": f"feature{number}", "io": "output"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,46 +259,37 @@ class Recipe:
     are ours.
     """
 
-    wire: Wire  # builds it and its taps
     distillation: float = 1.0  # its default weight
-    options: Options = field(default_factory=dict)  # that a user may set, with defaults
-    pairing: Callable[[Stages, Stages], Pairs] | None = None  # default pairs of stages; None for a loss over logits
+    options: dict[str, Any] = field(default_factory=dict)  # that a user may set, with defaults
+    pairing: Pairing | None = None  # default pairs of stages; None for a loss over logits
     task: float = 1.0  # default weight of cross-entropy; 0 where the loss has its own
     several_images: bool = True  # whether it compares images, or normalises over them, and so needs two
-    several_pairs: bool = False  # whether it takes more than one pair of stages
 
 
 SINGLE: dict[str, Any] = {"several_images": False}
-PAIRED: dict[str, Any] = {"several_pairs": True}
 CRD_OPTIONS = {
     "feature_dimension": 128, "num_negative_samples": 16384, "temperature": 0.07, "momentum": 0.5, "eps": 1e-7
 }  # fmt: skip
-WIRE_AT = wire_maps(lambda pair: [], "at_pairs")
-WIRE_VID = wire_maps(lambda pair: [wrapper.Regressor4VID(*pair.channels, pair.channels[1], 1e-5, 5.0)], "feature_pairs")
-WIRE_AB = wire_maps(connect, "feature_pairs")
-WIRE_ICKD = wire_maps(lambda pair: [wrapper.ChannelSimilarityEmbed(*pair.channels)], "feature_pairs")
 RECIPES = {
-    "KDLoss": Recipe(wire_logits, 1.0, {"temperature": 4.0, "alpha": 0.5, "beta": None}, task=0, **SINGLE),
-    "LogitStdKDLoss": Recipe(wire_logits, 1.0, {"temperature": 2.0, "alpha": 0.1, "beta": 9.0}, task=0, **SINGLE),
-    "DISTLoss": Recipe(wire_logits, 1.0, {"beta": 2.0, "gamma": 2.0, "tau": 1.0}),
-    "SKDInstanceLoss": Recipe(wire_logits, 1.0, {"temperature": 4.0, "mode": "paper"}, **SINGLE),
-    "SKDDirectionLoss": Recipe(wire_logits, 1.0, {"tikhonov": 0.1, "mode": "paper"}),
-    "ATLoss": Recipe(WIRE_AT, 1000.0, {"mode": "code"}, pair_equal_sizes, **SINGLE, **PAIRED),
-    "SPKDLoss": Recipe(wire_as_is(read_whole), 3000.0, {"reduction": "batchmean"}, pair_last),
-    "RKDLoss": Recipe(
-        wire_as_is(read_embedding), 1.0, {"dist_factor": 25.0, "angle_factor": 50.0, "reduction": "mean"}, pair_last
-    ),
-    "PKTLoss": Recipe(wire_as_is(read_embedding), 30000.0, {"eps": 1e-7}, pair_last),
-    "CCKDLoss": Recipe(wire_correlations, 0.003, {"gamma": 0.4, "max_p": 2, "feature_dimension": 128}, pair_last),
-    "CRDLoss": Recipe(wire_contrast, 0.8, CRD_OPTIONS, pair_last),
-    "VIDLoss": Recipe(WIRE_VID, 1.0, {}, pair_equal_sizes, **SINGLE, **PAIRED),
-    "AltActTransferLoss": Recipe(WIRE_AB, 0.001, {"margin": 1.0, "reduction": "mean"}, pair_equal_sizes, **PAIRED),
-    "ChSimLoss": Recipe(WIRE_ICKD, 500.0, {}, pair_last, **PAIRED),
-    "FSPLoss": Recipe(wire_flow, 0.01, {}, pair_equal_sizes, **SINGLE, **PAIRED),
-    "FTLoss": Recipe(wire_factors, 1000.0, {"p": 1, "rate": 0.5}, pair_last),
-    "HierarchicalContextLoss": Recipe(wire_review, 1.0, {"output_sizes": [4, 2, 1]}, pair_equal_sizes, **PAIRED),
-    "PADL2Loss": Recipe(wire_variances, 1.0, {"eps": 1e-6}, pair_last),
-    "SRDLoss": Recipe(wire_projector, 1.0, {"exponent": 4.0, "temperature": 1.0}, pair_last),
+    "KDLoss": Recipe(1.0, {"temperature": 4.0, "alpha": 0.5, "beta": None}, task=0, **SINGLE),
+    "LogitStdKDLoss": Recipe(1.0, {"temperature": 2.0, "alpha": 0.1, "beta": 9.0}, task=0, **SINGLE),
+    "DISTLoss": Recipe(1.0, {"beta": 2.0, "gamma": 2.0, "tau": 1.0}),
+    "SKDInstanceLoss": Recipe(1.0, {"temperature": 4.0, "mode": "paper"}, **SINGLE),
+    "SKDDirectionLoss": Recipe(1.0, {"tikhonov": 0.1, "mode": "paper"}),
+    "ATLoss": Recipe(1000.0, {"mode": "code"}, pair_equal_sizes, **SINGLE),
+    "SPKDLoss": Recipe(3000.0, {"reduction": "batchmean"}, pair_last),
+    "RKDLoss": Recipe(1.0, {"dist_factor": 25.0, "angle_factor": 50.0, "reduction": "mean"}, pair_last),
+    "PKTLoss": Recipe(30000.0, {"eps": 1e-7}, pair_last),
+    "CCKDLoss": Recipe(0.003, {"gamma": 0.4, "max_p": 2, "feature_dimension": 128}, pair_last),
+    "CRDLoss": Recipe(0.8, CRD_OPTIONS, pair_last),
+    "VIDLoss": Recipe(1.0, {}, pair_equal_sizes, **SINGLE),
+    "AltActTransferLoss": Recipe(0.001, {"margin": 1.0, "reduction": "mean"}, pair_equal_sizes),
+    "ChSimLoss": Recipe(500.0, {}, pair_last),
+    "FSPLoss": Recipe(0.01, {}, pair_equal_sizes, **SINGLE),
+    "FTLoss": Recipe(1000.0, {"p": 1, "rate": 0.5}, pair_last),
+    "HierarchicalContextLoss": Recipe(1.0, {"output_sizes": [4, 2, 1]}, pair_equal_sizes),
+    "PADL2Loss": Recipe(1.0, {"eps": 1e-6}, pair_last),
+    "SRDLoss": Recipe(1.0, {"exponent": 4.0, "temperature": 1.0}, pair_last),
 }
 REFUSED = {
     "DISTPlusLoss": "its channel term is a correlation that training would minimise, which drives features apart",
@@ -394,16 +357,12 @@ class TorchdistillLoss(DistillationLoss):
         check_options(task=self.task, distillation=self.distillation)
         self.options = self.recipe.options | options
         pairs = choose_pairs(stages, student_stages, teacher_stages, self.recipe.pairing) if self.recipe.pairing else []
-        if len(pairs) > 1 and not self.recipe.several_pairs:
+        if len(pairs) > 1 and name not in (*ADAPTERS, "HierarchicalContextLoss"):
             raise ValueError(f"stages: it takes one pair [student stage, teacher stage], not {len(pairs)}")
         self.teacher_stages = tuple(dict.fromkeys(teacher for _, teacher in pairs))
-        shaped = []
-        for s, t in pairs:
-            ours, theirs = map_shape(student_stages[s]), map_shape(teacher_stages[t])
-            size = (min(ours[1], theirs[1]), min(ours[2], theirs[2]))
-            shaped.append(StagePair(s, t, (ours[0], theirs[0]), size))
+        shaped = [StagePair.between(s, t, map_shape(student_stages[s]), map_shape(teacher_stages[t])) for s, t in pairs]
         self.criterion_class: Any = getattr(mid_level, name)
-        wiring = self.recipe.wire(self.criterion_class, shaped, self.options)
+        wiring = wire(name, self.criterion_class, shaped, self.options)
         self.criteria, self.student_taps, self.teacher_taps = (nn.ModuleList(part) for part in wiring[:3])
         self.term_names = wiring.terms
         self.needs_index = name == "CRDLoss"

@@ -12,19 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import Stages, as_map, full_precision, map_shape, pool
-from lkd.losses.learned.networks import (
-    CONDITIONING,
-    EntryNetwork,
-    Perceptron,
-    as_progress,
-    check_conditioning,
-    check_network_options,
-    log_of_factor,
-    name_sample_inputs,
-    read_logits,
-    record_arguments,
-    sample_inputs,
-)
+from lkd.losses.learned import networks
+from lkd.losses.learned.networks import CONDITIONING, EntryNetwork, Perceptron
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,20 +124,20 @@ class FeatureLoss(DistillationLoss):
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
     ) -> None:
-        options = record_arguments(locals())
+        options = networks.record_arguments(locals())
         super().__init__()
         if not 0 < initial_weight < maximal_weight:
             raise ValueError(f"initial_weight: {initial_weight} is not between 0 and maximal_weight {maximal_weight}")
         for name, value in (("deepest", deepest), ("grid", grid), ("channels", channels)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not at least 1")
-        self.conditioning = options["conditioning"] = check_conditioning(conditioning)
+        self.conditioning = options["conditioning"] = networks.check_conditioning(conditioning)
         self.architecture = options
-        self.log_factor = log_of_factor(maximal_factor)
+        self.log_factor = networks.log_of_factor(maximal_factor)
         self.maximal_weight, self.deepest, self.grid, self.channels = maximal_weight, deepest, grid, channels
         kinds = len(COMPARISONS)
-        check_network_options(hidden, lipschitz)
-        self.entries = EntryNetwork(2 + kinds, len(name_sample_inputs(self.conditioning)), hidden, lipschitz)
+        networks.check_network_options(hidden, lipschitz)
+        self.entries = EntryNetwork(2 + kinds, len(networks.name_sample_inputs(self.conditioning)), hidden, lipschitz)
         self.weights = Perceptron(1 + ("progress" in self.conditioning), hidden, kinds, lipschitz)
         nn.init.constant_(self.weights.head.bias, math.log(initial_weight / (maximal_weight - initial_weight)))
         self.pairing = Perceptron(3, hidden, 1, lipschitz)
@@ -240,9 +229,9 @@ class FeatureLoss(DistillationLoss):
         ours, student_depths = self.take_stages(0, student)
         theirs, teacher_depths = self.take_stages(1, teacher)
         with full_precision(student.logits):
-            logs = read_logits(student.logits, teacher.logits, target)
-            samples = sample_inputs(logs, progress, self.conditioning)
-            weights = self.weigh_stages(student_depths, as_progress(progress, logs.student))
+            logs = networks.read_logits(student.logits, teacher.logits, target)
+            samples = networks.sample_inputs(logs, progress, self.conditioning)
+            weights = self.weigh_stages(student_depths, networks.as_progress(progress, logs.student))
             pairing = self.assign_stages(student_depths, teacher_depths)
             compared = self.compare(ours, [feature.detach() for feature in theirs])
             terms = {}

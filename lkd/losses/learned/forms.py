@@ -9,20 +9,8 @@ from torch import Tensor
 from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
 from lkd.losses.functions import cross_entropies, full_precision, label_of
-from lkd.losses.learned.networks import (
-    CLASS_INPUTS,
-    CONDITIONING,
-    LogProbabilities,
-    Perceptron,
-    as_progress,
-    check_conditioning,
-    class_inputs,
-    log_of_factor,
-    name_sample_inputs,
-    read_logits,
-    record_arguments,
-    sample_inputs,
-)
+from lkd.losses.learned import networks
+from lkd.losses.learned.networks import CONDITIONING, LogProbabilities, Perceptron
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
@@ -33,7 +21,6 @@ class LogitForm(DistillationLoss):
 
     Args:
         scope: The `locals()` of the form's constructor.
-        outputs: How many numbers the network gives for each sample; the first two are for α and τ.
 
     Attributes:
         architecture: The form's options, as its file keeps them.
@@ -44,9 +31,9 @@ class LogitForm(DistillationLoss):
 
     def __init__(self, scope: dict[str, Any]) -> None:
         super().__init__()
-        options = record_arguments(scope)
-        self.conditioning = options["conditioning"] = check_conditioning(options["conditioning"])
-        self.log_factor = log_of_factor(options["maximal_factor"])
+        options = networks.record_arguments(scope)
+        self.conditioning = options["conditioning"] = networks.check_conditioning(options["conditioning"])
+        self.log_factor = networks.log_of_factor(options["maximal_factor"])
         self.maximal_temperature: float = options["maximal_temperature"]
         self.architecture = options
 
@@ -60,7 +47,7 @@ class LogitForm(DistillationLoss):
             raise ValueError(f"initial_weight: {weight} is not in (0, 1)")
         if not 1 < temperature < highest:
             raise ValueError(f"initial_temperature: {temperature} is not between 1 and maximal_temperature {highest}")
-        inputs = len(name_sample_inputs(self.conditioning))
+        inputs = len(networks.name_sample_inputs(self.conditioning))
         network = Perceptron(inputs, options["hidden"], outputs, options["lipschitz"])
         network.head.bias.data[:2] = torch.logit(torch.tensor([weight, (temperature - 1) / (highest - 1)]))
         return network
@@ -85,7 +72,9 @@ class LogitForm(DistillationLoss):
             target: Class indices [B] or distributions [B, C].
             progress: How far the training is, in [0, 1]; none is taken as 0.
         """
-        weight, temperature, *_ = self.set_balance(read_logits(student_logits, teacher_logits, target), progress)
+        weight, temperature, *_ = self.set_balance(
+            networks.read_logits(student_logits, teacher_logits, target), progress
+        )
         return weight, temperature
 
 
@@ -142,19 +131,19 @@ class DecoupledLoss(LogitForm):
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ and β of each sample, all [B]."""
-        free = self.body(sample_inputs(logs, progress, self.conditioning))
+        free = self.body(networks.sample_inputs(logs, progress, self.conditioning))
         return *self.bound_balance(free[:, :2]), (self.log_factor * free[:, 2].tanh()).exp()
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
         if progress is None or not self.warmup:
             return torch.ones_like(like[0])
-        return as_progress(progress, like).div(self.warmup).clamp(max=1)
+        return networks.as_progress(progress, like).div(self.warmup).clamp(max=1)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         with full_precision(student.logits):
-            logs = read_logits(student.logits, teacher.logits, target)
+            logs = networks.read_logits(student.logits, teacher.logits, target)
             weight, temperature, factor = self.set_balance(logs, progress)
             label = label_of(target)
             (binary_s, other_s), (binary_t, other_t) = (
@@ -209,12 +198,12 @@ class GenericLoss(LogitForm):
     ) -> None:
         super().__init__(locals())
         self.balance = self.build_sample_network(2)
-        inputs = CLASS_INPUTS + len(name_sample_inputs(self.conditioning))
+        inputs = networks.CLASS_INPUTS + len(networks.name_sample_inputs(self.conditioning))
         self.classes = Perceptron(inputs, hidden, 1, lipschitz)
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α and τ of each sample's target, both [B]."""
-        return self.bound_balance(self.balance(sample_inputs(logs, progress, self.conditioning)))
+        return self.bound_balance(self.balance(networks.sample_inputs(logs, progress, self.conditioning)))
 
     def mix_target(self, logs: LogProbabilities, progress: Progress = None) -> Tensor:
         """The target q, [B, C]."""
@@ -223,14 +212,16 @@ class GenericLoss(LogitForm):
 
     def weigh_classes(self, logs: LogProbabilities, progress: Progress) -> Tensor:
         """The g of every class, [B, C]."""
-        classes = class_inputs(logs)
-        samples = sample_inputs(logs, progress, self.conditioning).unsqueeze(1).expand(-1, classes.shape[1], -1)
+        classes = networks.class_inputs(logs)
+        samples = (
+            networks.sample_inputs(logs, progress, self.conditioning).unsqueeze(1).expand(-1, classes.shape[1], -1)
+        )
         return (self.log_factor * self.classes(torch.cat([classes, samples], 2)).tanh().squeeze(2)).exp()
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `divergence`."""
         with full_precision(student.logits):
-            logs = read_logits(student.logits, teacher.logits, target)
+            logs = networks.read_logits(student.logits, teacher.logits, target)
             factor = self.weigh_classes(logs, progress)
             mixed = self.mix_target(logs, progress)
             entropy = torch.special.entr(mixed.clamp_min(FLOOR))  # derivatives are finite in float32, at q = 0 too
