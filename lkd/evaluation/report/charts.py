@@ -166,9 +166,7 @@ def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
         record.note = "compares the images of a batch with each other: no function of one image's confidence"
         return record
     record.panels["gradient at the target logit"] = to_frames(frames)
-    if isinstance(loss, LearnedLoss | ReplayedLoss) and hasattr(
-        loss.at(0.0).parts["logits"], "weights_and_temperatures"
-    ):
+    if isinstance(loss, LearnedLoss | ReplayedLoss) and "logits" in loss.at(0.0).parts:
         balances = zip(*(balance_surface(loss.at(p), p, points=size) for p in PROGRESS), strict=True)
         record.panels |= {title: to_frames(surfaces) for title, surfaces in zip(BALANCE, balances, strict=True)}
     return record
