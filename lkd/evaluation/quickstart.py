@@ -15,9 +15,9 @@ from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
-from lkd.evaluation.comparison.compare import pick_options, plan_report, plan_tuning, submit, write_results
-from lkd.evaluation.comparison.tables import format_figure
-from lkd.evaluation.comparison.trials import trial_path
+from lkd.evaluation.comparison.compare import submit
+from lkd.evaluation.comparison.tables import format_figure, write_results
+from lkd.evaluation.comparison.trials import pick_options, plan_report, plan_tuning, trial_path
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance

@@ -19,7 +19,7 @@ from PIL import Image
 
 import lkd.core.workers
 import lkd.data.readers
-import lkd.evaluation.comparison.compare
+import lkd.evaluation.comparison.tables
 from lkd.config.parse import parse_recipe
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
@@ -87,7 +87,7 @@ def prepare() -> None:
         parse_recipe(command, [])
     lkd.core.workers.CONTEXT = FORK  # forks need not import everything anew
     lkd.data.readers.read_embedded_archive = cache(lkd.data.readers.read_embedded_archive)
-    lkd.evaluation.comparison.compare.plot_table = draw_nothing
+    lkd.evaluation.comparison.tables.plot_table = draw_nothing
 
 
 def draw_nothing(_: object, baseline: str, path: Path) -> None:

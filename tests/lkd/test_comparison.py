@@ -16,7 +16,7 @@ import torch
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json, write_json
-from lkd.evaluation.comparison.compare import check_methods, compare, pick_options, plan_report, plan_tuning
+from lkd.evaluation.comparison.compare import check_methods, compare
 from lkd.evaluation.comparison.tables import (
     find_published,
     format_csv,
@@ -34,6 +34,9 @@ from lkd.evaluation.comparison.trials import (
     choose_points,
     expand_grid,
     open_world,
+    pick_options,
+    plan_report,
+    plan_tuning,
     run_trial,
     split_method,
     trial_path,

@@ -22,7 +22,8 @@ from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
-from lkd.core.tensor_files import write_result
+from lkd.core.files import write_json
+from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import hold_lease, own_device
 from lkd.models.teacher import TeacherFunction
 from lkd.training.build import (
@@ -293,6 +294,48 @@ def open_once(data: str, teacher: str) -> World:
     """The world of two recipes, given as JSON."""
     images = prepare_images(DataRecipe(**json.loads(data)))
     return World(images, open_teacher(TeacherRecipe(**json.loads(teacher)), images.train))
+
+
+def plan_tuning(recipe: CompareRecipe) -> list[Trial]:
+    """The trials that tuning needs: the points of every grid, with the first seeds and the first student."""
+    points = {label: choose_points(recipe, label) for label in recipe.methods}
+    return [
+        Trial(label, options, recipe.students[0], recipe.seed + offset, reported=False)
+        for offset in range(recipe.tuning_seeds)
+        for label in recipe.methods
+        for options in points[label]
+        if len(points[label]) > 1
+    ]
+
+
+def pick_options(recipe: CompareRecipe, folder: Path) -> dict[str, Method]:
+    """Each method's options: the best of its points on meta-validation, in the mean over the tuning seeds.
+
+    By accuracy; calibrated cross-entropy breaks ties.
+    """
+    trials = plan_tuning(recipe)
+    picks: dict[str, Method] = {}
+    for label in recipe.methods:
+        ranked = []
+        for options in choose_points(recipe, label):
+            mine = [trial for trial in trials if trial.method == label and trial.loss == options]
+            rows = [read_result(trial_path(recipe, trial, folder))["meta_validation"] for trial in mine]
+            ranked.append(
+                (-sum(row["top1"] for row in rows), sum(row["calibrated_cross_entropy"] for row in rows), options)
+            )
+        picks[label] = min(ranked, key=lambda entry: entry[:2])[2]
+    write_json(folder / "picks.json", picks)
+    return picks
+
+
+def plan_report(recipe: CompareRecipe, picks: dict[str, Method]) -> list[Trial]:
+    """The trials behind the table."""
+    return [
+        Trial(label, options, student, recipe.seed + offset, reported=True)
+        for offset in range(recipe.seeds)
+        for student in recipe.students
+        for label, options in picks.items()
+    ]
 
 
 def run_leased(recipe: CompareRecipe, trial: Trial, path: Path, lease: Path, device: str) -> Row | None:
