@@ -89,6 +89,8 @@ def append_rows(run: Path, *rows: str) -> None:
 
 
 def test_the_command_writes_one_file(copies: Path, capsys) -> None:
+    write_json(Path("influence/config.json"), read_json(Path("kd/config.json")) | {"command": "influence"})
+    Path("influence/influence.csv").write_text("index,influence\n" + "".join(f"{n},{n}\n" for n in range(200)))
     before = {path: path.stat().st_mtime_ns for path in copies.rglob("*")}
     names = ["student", "kd", "learned", "comparison", "influence"]
     assert main(["report", *names, "--out", "pages/r.html"]) == 0
@@ -96,6 +98,7 @@ def test_the_command_writes_one_file(copies: Path, capsys) -> None:
     page = Page(Path("pages/r.html").read_text())
     assert [run["label"] for run in page.data["runs"]] == names
     assert "Most helpful first, most harmful last, of 200." in page.words
+    assert [row[0] for row in page.rows if row[0].isdecimal()] == [*"01234", *map(str, range(195, 200))]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for _, attributes in page.elements:
         assert not {"src", "href", "action"} & {key for key in attributes if not attributes[key].startswith("data:")}
@@ -147,9 +150,7 @@ def test_the_command_line_gives_the_same_recipe(copies: Path) -> None:
         words = shlex.split(command_line(run))
         assert words[:2] == ["lkd", run.command]
         assert run.recipe == json.loads(json.dumps(parse_recipe(run.command, words[2:]), default=vars))
-    assert command_line(read_runs(["kd"])[0]).startswith(
-        "lkd distill --run_dir kd --seed 3 --threads 1 --data.train_size 200"
-    )
+    assert command_line(read_runs(["kd"])[0]).startswith("lkd distill --run_dir kd --seed 3 --data.train_size 200")
     odd = {"methods": {"it's": {"name": "kd", "grid": {"weight": [1e-05, 1.0]}}, "x": "a b"}, "baseline": "it's"}
     change_recipe("comparison", **odd)
     recipe = parse_recipe("compare", shlex.split(command_line(read_runs(["comparison"])[0]))[2:])
