@@ -26,7 +26,7 @@ from lkd.evaluation.inspection import (
     inspect_loss,
     logit_gradient,
 )
-from lkd.evaluation.inspection_report import describe_file, inspect_recipe
+from lkd.evaluation.inspection_report import inspect_recipe
 from lkd.losses import CrossEntropyLoss, DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.dkd import DKDLoss
@@ -104,17 +104,6 @@ def test_the_fit_is_the_least_of_all_squares() -> None:
         assert explained(*(v * f for v, f in zip(values, factors, strict=True))) < best
 
 
-def test_the_states_are_what_they_say() -> None:
-    label = STATES.target.unsqueeze(1)
-    for logits, confidence in (
-        (STATES.student, STATES.student_confidence),
-        (STATES.teacher, STATES.teacher_confidence),
-    ):
-        assert torch.allclose(logits.exp().sum(1), torch.ones(len(logits), dtype=torch.float64))
-        assert torch.allclose(logits.exp().gather(1, label).squeeze(1), confidence)
-    assert len(set(STATES.target.tolist())) == 10
-
-
 def test_the_rest_is_where_the_gradient_turns() -> None:
     assert find_rest(torch.tensor([-3.0, -1.0, 1.0])) == pytest.approx((0.5 + 0.99) / 2)
     assert (find_rest(-torch.ones(5)), find_rest(torch.ones(5))) == (1.0, 0.0)
@@ -189,16 +178,11 @@ def test_a_named_loss_is_inspected_to_compare(capsys) -> None:
     assert report["file"] is None
     assert report["balance"]["over_student"][0]["share"] == pytest.approx(0.25, abs=1e-3)
     assert Path("kd-inspection/inspection.png").exists()
-    assert inspect_recipe(InspectRecipe("cross_entropy", out="here"))[1] == Path("here")
-    assert Path("here/inspection.json").exists()
-
-
-def test_a_file_that_says_nothing_of_its_origin_is_inspected(tmp_path) -> None:
-    save_loss(tmp_path / "my.lkd.safetensors", LearnedLoss({"logits": GenericLoss()}), {})
-    assert describe_file(tmp_path / "my.lkd.safetensors")["trained_with"] is None
-    text, folder = inspect_recipe(InspectRecipe(str(tmp_path / "my.lkd.safetensors")))
+    save_loss("my.lkd.safetensors", LearnedLoss({"logits": GenericLoss()}), {})
+    text, folder = inspect_recipe(InspectRecipe("my.lkd.safetensors", out="here"))
     assert "does not say what it was trained with" in text
-    assert folder == tmp_path / "my-inspection"
+    assert folder == Path("here")
+    assert Path("here/inspection.json").exists()
 
 
 @pytest.fixture
@@ -212,8 +196,7 @@ def learned_file(tmp_path) -> Path:
     ("words", "message"),
     [
         (["--loss", "cut.lkd.safetensors"], "cut.lkd.safetensors: is damaged or not a safetensors file"),
-        (["--loss", "nowhere.lkd.safetensors"], "nowhere.lkd.safetensors: no such file (expected a learned loss)"),
-        (["--loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
+        (["--loss", "nowhere.lkd.safetensors"], "nowhere.lkd.safetensors: no such file"),
         (["--loss", "{name: kd, tau: 2}"], "tau"),
         (["--loss", "kd", "--kd_weight", "2"], "kd_weight: 2 is not"),
         (["--loss", "kd", "--out", "/proc/nowhere"], "cannot be written"),
