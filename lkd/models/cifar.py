@@ -1,7 +1,7 @@
 """The CIFAR networks of the distillation literature (RepDistiller's, which mdistiller and others share), for 32×32.
 
 The submodules that hold weights have RepDistiller's names, so that its checkpoints load (`published_weights`), and
-their initial weights are drawn as there.
+their initial weights are drawn as there. `num_classes` and `in_chans` are a network's classes and its images' channels.
 """
 
 from collections import OrderedDict
@@ -125,8 +125,6 @@ class ResNet(Normalized):
         make_block: From input channels, width and stride to a block.
         depths: Blocks of every stage.
         widths: Of the stem and of every stage.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
     """
 
     def __init__(
@@ -186,8 +184,6 @@ class WideResNet(nn.Module):
     Args:
         depth: Blocks of every stage.
         factor: Widening factor.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
     """
 
     def __init__(self, depth: int, factor: int, num_classes: int, in_chans: int) -> None:
@@ -221,8 +217,6 @@ class VGG(nn.Module):
 
     Args:
         depth: Convolutions of every stage.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
     """
 
     def __init__(self, depth: int, num_classes: int, in_chans: int) -> None:
@@ -284,8 +278,6 @@ class MobileNetV2(nn.Module):
 
     Args:
         width: Multiplies all channels but the last 1280.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
     """
 
     def __init__(self, width: float, num_classes: int, in_chans: int) -> None:
@@ -394,8 +386,6 @@ class ShuffleNet(Normalized):
         make_stage: From input channels, channels and depth to a stage.
         stages: Channels and depth of every stage.
         last: Channels of the last convolution; 0 for none.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from benchmarks.photographs import add_member
 from lkd.core.files import MALFORMED
 from lkd.core.tensor_files import DIGEST_KEY, HEADER_KEY, hash_content
 
@@ -272,13 +273,6 @@ def fit_checksum(header: bytes | bytearray) -> bytes:
     """A tar header with the checksum that belongs to it."""
     total = sum(header[:148] + b" " * 8 + header[156:])
     return bytes(header[:148] + f"{total:06o}".encode() + b"\0 " + header[156:])
-
-
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file to a tar."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def nest_tars(depth: int) -> bytes:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import lkd
+from benchmarks.photographs import add_member
 from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe, ModelRecipe, PoolSettings, TeacherRecipe, TrainRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.errors import UserError
@@ -49,7 +50,6 @@ from lkd.training.build import choose_student, prepare_images
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.distill import start_training
 from tests.hostile_input import mutators
-from tests.hostile_input.mutators import add_member
 from tests.lkd.meta_recipes import make_loop, make_pool, open_world
 
 CPU = torch.device("cpu")

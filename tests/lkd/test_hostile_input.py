@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import lkd
+from benchmarks.photographs import add_member
 from lkd.cli import main
 from lkd.config import TrainRecipe
 from lkd.config.parse import parse_recipe
@@ -40,7 +41,6 @@ from tests.hostile_input.mutators import (
     MERGE_BOMB,
     PICKLES,
     Payload,
-    add_member,
     claim_size,
     fit_checksum,
     nest_tars,
