@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None
         (["distill", "--trian.epochs", "3"], "unknown key 'trian.epochs'; nearest: train.epochs"),
         (["distill", "--train.epochs", "three"], "three"),
         (["distill", "missing.yaml"], "missing.yaml"),
+        (["distill", "wrong.yaml"], "unknown key 'train.epoch'; nearest: train.epochs"),
+        (["distill", "broken.yaml"], "broken.yaml"),
         (["distill", "--student.name", "smal_cnn"], "model: unknown name 'smal_cnn'; nearest: small_cnn"),
         (["distill", "--loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
         (["distill", "--loss", "{name: kd, tau: 3}"], "tau"),
@@ -78,6 +81,8 @@ def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
+    Path("wrong.yaml").write_text("train: {epoch: 3}\n")
+    Path("broken.yaml").write_text("train: [\n")
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -85,15 +90,12 @@ def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
     assert "\n" not in error
 
 
-def test_an_unknown_key_in_a_file_is_an_error(tmp_path, capsys) -> None:
-    (tmp_path / "r.yaml").write_text("train: {epoch: 3}\n")
-    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
-    assert "unknown key 'train.epoch'; nearest: train.epochs" in capsys.readouterr().err
-    (tmp_path / "r.yaml").write_text("train: [\n")
-    assert main(["distill", str(tmp_path / "r.yaml")]) == 2
-
-
-def test_a_used_run_directory_is_not_overwritten(capsys) -> None:
+def test_a_run_directory_is_free_until_a_step_is_taken_and_not_overwritten_then(capsys) -> None:
+    assert main(["distill", "--run_dir", "r", *TINY, "--teacher.path", "nowhere.safetensors"]) == 2
+    assert main(["distill", "--run_dir", "r", *TINY, "--train.learning_rate", "1e30"]) == 2
+    assert "step 1: the loss is not finite" in capsys.readouterr().err
+    shutil.rmtree("r")
+    assert main(["distill", "--run_dir", "r", *TINY, "--teacher.path", "nowhere.safetensors"]) == 2
     assert main(["distill", "--run_dir", "r", *TINY]) == 0
     assert main(["distill", "--run_dir", "r", *TINY]) == 2
     assert "already holds a run of `lkd distill`; go on with it by --resume auto" in capsys.readouterr().err
@@ -104,22 +106,15 @@ def test_a_used_run_directory_is_not_overwritten(capsys) -> None:
     assert "holds a run of `lkd distill`, not of `lkd pool`" in capsys.readouterr().err
 
 
-def test_once_a_mistake_is_mended_the_same_command_runs(capsys) -> None:
-    words = ["distill", "--run_dir", "r", *TINY]
-    assert main([*words, "--teacher.path", "nowhere.safetensors"]) == 2
-    assert main([*words, "--train.learning_rate", "1e30", "--train.checkpoint_every", "1"]) == 2
-    assert "step 1: the loss is not finite" in capsys.readouterr().err
-    assert main(words) == 2
-    assert "already holds a run" in capsys.readouterr().err, "which has taken a step"
-
-
-def test_the_path_from_pool_to_reuse(capsys) -> None:
+def test_the_path_from_teacher_and_pool_to_reuse(capsys) -> None:
+    assert main(["teacher", "--run_dir", "t", *TINY, "--model.name", "small_mobilenet"]) == 0
     small = ["--meta.outer_steps", "1", "--meta.rollout_steps", "2", "--meta.students_per_step", "1"]
     pool = ["--pool.students", "1", "--pool.snapshots", "2"]
     assert main(["pool", "--run_dir", "p", *TINY, *pool]) == 0
     assert main(["meta-train", "--run_dir", "m", "--pool_dir", "p/pool", *TINY, *small]) == 0
     loss = "m/loss.lkd.safetensors"
     unseen = ["--student.name", "small_mobilenet"]
+    unseen += ["--teacher.path", "t/teacher.safetensors"]
     assert main(["distill", "--run_dir", "d", "--loss", loss, *TINY, *unseen, "--wandb.mode", "disabled"]) == 0
     capsys.readouterr()
     sizes = TINY[:4]
@@ -130,11 +125,6 @@ def test_the_path_from_pool_to_reuse(capsys) -> None:
     assert f"{last:.4f}" in measured, "evaluate must give the figure that training logged"
     assert {"config.json", "environment.json", "log.jsonl", "output.txt"} <= {p.name for p in Path("d").iterdir()}
     assert read_json(Path("d/environment.json"))["versions"]["torch"]
-
-
-def test_a_teacher_can_be_trained_and_used() -> None:
-    assert main(["teacher", "--run_dir", "t", *TINY, "--model.name", "small_mobilenet"]) == 0
-    assert main(["distill", "--run_dir", "d", *TINY, "--teacher.path", "t/teacher.safetensors"]) == 0
 
 
 def test_an_interrupted_run_resumes_to_the_same_student() -> None:

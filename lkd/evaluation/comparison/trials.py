@@ -22,7 +22,7 @@ from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import write_json
+from lkd.core.files import hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import hold_lease, own_device
 from lkd.models.teacher import TeacherFunction
@@ -265,7 +265,7 @@ def hash_identity(identity: dict[str, Any]) -> str:
 def hash_content(path: str) -> str | None:
     """The hash of a file, None where there is none of that name."""
     file = Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return hash_file(file) if file.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
