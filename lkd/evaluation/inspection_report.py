@@ -21,10 +21,7 @@ from lkd.tracking.remote import fetch_named
 
 
 def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
-    """Inspect a recipe's loss; write inspection.json and inspection.png.
-
-    Returns:
-        The report for the terminal, and the folder.
+    """Inspect a recipe's loss; write inspection.json and inspection.png; the report for the terminal, and the folder.
 
     Raises:
         UserError: If the loss, or a setting, is not good.

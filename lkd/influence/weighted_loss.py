@@ -174,12 +174,7 @@ class InfluenceWeightedLoss(DistillationLoss):
         self.set_weights(found.index, weigh_examples(found.scores, self.settings.influence))
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        target: Tensor,
-        progress: Progress = None,
-        index: Tensor | None = None,
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, index: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Compute the loss's terms.
 

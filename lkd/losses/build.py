@@ -99,13 +99,7 @@ def attach_features(
 ) -> LearnedLoss | ReplayedLoss:
     """Attach a learned loss to the networks' stages, if it reads features.
 
-    Args:
-        loss: The loss.
-        path: Its file.
-        options: Of a loss that reads features, `adapters`: whether the student's channels are adapted by 1×1
-            convolutions that are trained along.
-        student_stages: As for `build_loss`.
-        teacher_stages: As for `build_loss`.
+    Its option `adapters` says whether the student's channels are adapted by 1×1 convolutions that are trained along.
 
     Raises:
         UserError: If the loss takes no such option, or reads features that a network does not give.

@@ -14,18 +14,9 @@ Maps = list[tuple[Tensor, Tensor]]  # of each pair of stages, the student's and 
 
 
 class PairedLoss(DistillationLoss):
-    """Cross-entropy and distances between the features of pairs of stages.
+    """Cross-entropy and distances between the features of pairs of stages, chosen by the user or by default.
 
-    Args:
-        student: The student's stages.
-        teacher: The teacher's stages.
-        chosen: Pairs [student stage, teacher stage] that the user chose; None for the default.
-        default: How stages are paired by default.
-        task: Weight of cross-entropy.
-        weights: Of the distances.
-
-    Raises:
-        ValueError: If a stage does not exist or a weight is negative.
+    A stage that does not exist and a negative weight are a `ValueError`.
     """
 
     def __init__(

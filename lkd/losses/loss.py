@@ -46,12 +46,7 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
-        """Learn which training images there are; called once, where `needs_index`.
-
-        Args:
-            index: Identity of each training image, [N].
-            labels: Class of each, [N].
-        """
+        """Learn identity and class of each training image, [N]; called once, where `needs_index`."""
 
     def begin_epoch(
         self,
@@ -82,8 +77,12 @@ class WrappedLoss(DistillationLoss):
         self.needs_index = bool(getattr(function, "needs_index", False))
         called = function.forward if isinstance(function, nn.Module) else function
         parameters = inspect.signature(called).parameters.values()
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self.reads_progress = len(positional) > 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        places = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        ]
+        takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        self.by_place = takes_any or len([p for p in places if p.name != "index"]) > 3
+        self.by_name = not self.by_place and any(p.name == "progress" for p in parameters)
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Let it learn which training images there are."""
@@ -94,8 +93,9 @@ class WrappedLoss(DistillationLoss):
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, **identity: Tensor
     ) -> Terms:
         """Compute the terms; one tensor is the term `loss`."""
-        given = (student, teacher, target, progress) if self.reads_progress else (student, teacher, target)
-        terms = self.function(*given, **identity)
+        places = (progress,) if self.by_place else ()
+        names = {"progress": progress} if self.by_name else {}
+        terms = self.function(student, teacher, target, *places, **names, **identity)
         if isinstance(terms, Tensor):
             return {"loss": terms}
         if not isinstance(terms, dict):

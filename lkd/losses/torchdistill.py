@@ -389,12 +389,7 @@ class TorchdistillLoss(DistillationLoss):
         self.criteria = nn.ModuleList([self.criterion_class(**named, **sizes, **options)])
 
     def forward(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        target: Tensor,
-        progress: Progress = None,
-        index: Tensor | None = None,
+        self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, index: Tensor | None = None
     ) -> Terms:
         """Compute the terms `task`, if its weight is not 0, `distillation`, and for FT `reconstruction`.
 

@@ -250,6 +250,8 @@ def test_a_user_s_function_or_module_becomes_a_loss() -> None:
     assert set(by_lambda(outputs, outputs, target, 0.5)) == {"loss"}
     told = wrap_loss(lambda s, t, y, progress=None: {"a": torch.tensor(progress)})
     assert told(outputs, outputs, target, 0.5) == {"a": 0.5}
+    weighted = wrap_loss(lambda s, t, y, weight=2.0, *, progress: {"a": torch.tensor(weight * progress)})
+    assert weighted(outputs, outputs, target, 0.5) == {"a": 1.0}
 
     class Remembering(torch.nn.Module):
         teacher_stages, needs_index = ("stage1",), True

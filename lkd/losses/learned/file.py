@@ -50,19 +50,11 @@ class LossFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> "LossFile":
-        """Read a file.
-
-        Raises:
-            UserError: If it is missing, truncated, not a learned loss, or of a newer format.
-        """
+        """Read a file; a `UserError` if it is missing, truncated, not a learned loss, or of a newer format."""
         return cls(Path(path), *read_tensors(Path(path), KIND, VERSION))
 
     def build(self) -> LearnedLoss | ReplayedLoss:
-        """The loss, frozen.
-
-        Raises:
-            UserError: If weights and architecture do not fit.
-        """
+        """The loss, frozen; a `UserError` if weights and architecture do not fit."""
         try:
             starts, parts = self.header["architecture"].get("starts") or [0], self.header["architecture"]["parts"]
             if not parts or len(starts) > max(1, len(self.tensors)):
@@ -96,11 +88,7 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
 
 
 def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
-    """Build a loss, or the course of one, untrained, from what the file says of it.
-
-    Raises:
-        UserError: If one of its networks is unknown.
-    """
+    """Build a loss, or the course of one, untrained, from what the file says of it; its networks must be known."""
     starts = architecture.get("starts")
     losses = []
     for _ in starts or [0]:
@@ -114,11 +102,7 @@ def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
-    """What a learned loss was trained with.
-
-    Raises:
-        UserError: As `load_loss`.
-    """
+    """What a learned loss was trained with; a `UserError` as of `load_loss`."""
     provenance = read_tensors(Path(path), KIND, VERSION)[1].get("provenance")
     if not isinstance(provenance, dict):
         raise UserError(f"{path}: does not say what it was trained with: its `provenance` is {provenance!r}")

@@ -19,14 +19,8 @@ FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing t
 class LogitForm(DistillationLoss):
     """What the forms share: a network that sees each sample and sets its α, the teacher's weight, and τ.
 
-    Args:
-        scope: The `locals()` of the form's constructor.
-
-    Attributes:
-        architecture: The form's options, as its file keeps them.
-
-    Raises:
-        ValueError: If an option is out of range.
+    A form's constructor hands on its `locals()`: its options are `architecture`, as its file keeps them. One that is
+    out of range is a `ValueError`.
     """
 
     def __init__(self, scope: dict[str, Any]) -> None:
@@ -64,14 +58,7 @@ class LogitForm(DistillationLoss):
     def weights_and_temperatures(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
     ) -> tuple[Tensor, Tensor]:
-        """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B].
-
-        Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C].
-            target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1]; none is taken as 0.
-        """
+        """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B], at a progress, or else at 0."""
         weight, temperature, *_ = self.set_balance(
             networks.read_logits(student_logits, teacher_logits, target), progress
         )

@@ -65,11 +65,7 @@ SATURATED = 1e-4
 
 
 def gradient_shares(
-    loss: Callable[..., Terms],
-    student: Outputs,
-    teacher: Outputs | None,
-    target: Tensor,
-    progress: float | None = None,
+    loss: Callable[..., Terms], student: Outputs, teacher: Outputs | None, target: Tensor, progress: float | None = None
 ) -> dict[str, float]:
     """Share of each term in the gradient at the student's outputs.
 
