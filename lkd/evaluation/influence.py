@@ -1,6 +1,5 @@
 """Influence of the training images on a network's meta-validation loss: a table, weights and a picture."""
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from lkd.config.training import InfluenceRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import replaced_atomically, write_json
+from lkd.core.files import write_json, write_text
 from lkd.data.images import ImageSet
+from lkd.evaluation.comparison.tables import format_csv
 from lkd.influence.influence import Influence, measure_influence
 from lkd.influence.weighted_loss import save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
@@ -22,46 +22,28 @@ from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
 from lkd.training.build import Images, check_network, open_teacher, prepare_images, prepare_teacher
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A sheet of the images that help a network most, and of those that harm it most.
-
 SHEET_COLUMNS = 8
 
 
 def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> None:
-    """Draw it.
-
-    Args:
-        images: N images.
-        influence: Of each, [N]; negative is helpful.
-        shown: Images in each half, at most.
-        path: The picture.
-    """
+    """Draw the N images that help a network most and those that harm it most; negative influence, [N], is helpful."""
     order = influence.argsort()
     shown = min(shown, len(order))
     rows = -(-shown // SHEET_COLUMNS)
     figure = plt.figure(figsize=(1.1 * 2 * SHEET_COLUMNS, 1.45 * rows + 0.5), layout="constrained")
     halves: Any = figure.subfigures(1, 2)
-    for half, title, chosen in zip(
-        halves, ("most helpful", "most harmful"), (order[:shown], order.flip(0)[:shown]), strict=True
-    ):
+    for half, title, chosen in zip(halves, ("most helpful", "most harmful"), (order, order.flip(0)), strict=True):
         half.suptitle(title, fontsize=11)
         axes = half.subplots(rows, SHEET_COLUMNS, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
-        for axis, position in zip(axes, chosen.tolist(), strict=False):
+        for axis, position in zip(axes, chosen[:shown].tolist(), strict=False):
             batch = images.batch(torch.tensor([position]), torch.device("cpu"))
             pixels = batch.images[0].permute(1, 2, 0)
             pixels = (pixels * torch.tensor(images.std) + torch.tensor(images.mean)).clamp(0, 1)
             axis.imshow(pixels.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{images.class_names[int(batch.target)]}\n{influence[position]:.2g}", fontsize=7)
     save_figure(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Influence of the training images on a network's meta-validation loss: a table, weights and a picture.
-
-COLUMNS = ("position", "index", "label", "class", "influence", "weight")
 
 
 def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
@@ -83,22 +65,15 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     is_taught = recipe.loss not in ("cross_entropy", {"name": "cross_entropy"})
     teacher = prepare_teacher(open_teacher(recipe.teacher, images.train), images, run.device) if is_taught else None
     started = time.perf_counter()
-    found = measure_influence(
-        network.to(run.device),
-        loss,
-        teacher,
-        images.train,
-        images.meta_validation,
-        run.device,
-        recipe.influence,
-        seed=recipe.seed,
-    )
+    parts = images.train, images.meta_validation
+    network = network.to(run.device)
+    found = measure_influence(network, loss, teacher, *parts, run.device, recipe.influence, seed=recipe.seed)
     seconds = time.perf_counter() - started
     weights = weigh_examples(found.scores, recipe.influence)
     say_how(recipe, found, seconds, run)
     path = run.path / "influence.csv"
     positions = find_positions(images, found.index)
-    write_table(path, images, positions, found.scores, weights)
+    write_text(path, format_csv(list_rows(images.train, positions, found.scores, weights)))
     save_weights(run.path / "weights.safetensors", found.index, weights, found.scores, run.provenance())
     plot_sheet(images.train.select(positions), found.scores, recipe.shown, run.path / "influence.png")
     figures = {
@@ -139,15 +114,16 @@ def find_positions(images: Images, index: Tensor) -> Tensor:
     return table[index]
 
 
-def write_table(path: Path, images: Images, positions: Tensor, influence: Tensor, weights: Tensor) -> None:
-    """Write a row for each image, most helpful first."""
-    train = images.train
-    with replaced_atomically(path) as temporary:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for row in influence.argsort().tolist():
-                place = int(positions[row])
-                label = int(train.labels[place])
-                values = (f"{influence[row]:.6g}", f"{weights[row]:.6g}")
-                writer.writerow([place, int(train.index[place]), label, train.class_names[label], *values])
+def list_rows(images: ImageSet, positions: Tensor, influence: Tensor, weights: Tensor) -> list[dict[str, Any]]:
+    """A row for each image, most helpful first."""
+    rows = []
+    for row in influence.argsort().tolist():
+        place, label = int(positions[row]), int(images.labels[positions[row]])
+        image = {
+            "position": place,
+            "index": int(images.index[place]),
+            "label": label,
+            "class": images.class_names[label],
+        }
+        rows.append(image | {"influence": f"{influence[row]:.6g}", "weight": f"{weights[row]:.6g}"})
+    return rows

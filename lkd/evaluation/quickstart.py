@@ -90,10 +90,6 @@ def loss_path(folder: Path, setting: str) -> Path:
     return folder / setting / "meta-train" / f"loss{SUFFIX}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The figures of the quickstart.
-
-
 def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The evidence's figures: test accuracy, percent, mean over seeds, and its standard error."""
     figures: dict[str, float] = {}
@@ -156,17 +152,7 @@ def write_page(
     phases: dict[str, float],
     regret: str,
 ) -> Path:
-    """Write RUN_DIR/report.html.
-
-    Args:
-        recipe: The quickstart's recipe.
-        run: The run.
-        networks: A line about each network.
-        tables: Setting → table rows.
-        picks: Setting → method → options that were used.
-        phases: Seconds of each phase.
-        regret: A sentence about the largest gaps.
-    """
+    """Write RUN_DIR/report.html: `tables` and `picks` are by setting, `phases` are seconds."""
     seconds = phases | {"total": sum(phases.values())}
     page = render(
         "quickstart.html",
@@ -221,10 +207,6 @@ def compare_regrets(regret: dict[str, float]) -> str:
         f"the steadiest of {len(fixed)} fixed KDs, {steadiest}, {fixed[steadiest]:.1f}; "
         f"the worst of them {max(fixed.values()):.1f}; cross-entropy {regret['CE']:.1f}."
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report.
 
 
 def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:

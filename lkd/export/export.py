@@ -132,9 +132,6 @@ FORMATS: dict[str, Callable[[nn.Module, dict[str, Any], Tensor, Path], Written]]
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Write a trained student in the formats that others read, each read back and compared.
-
 BATCH = 4
 
 
@@ -205,10 +202,6 @@ def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
 def compare_logits(expected: Tensor, found: Tensor) -> float:
     """The largest difference, over the largest logit."""
     return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# `lkd pack`: all images of a data set, decoded and scaled down once.
 
 
 def pack_dataset(recipe: PackRecipe) -> list[Path]:

@@ -11,9 +11,6 @@ from lkd.core.tensor_files import read_tensors
 from lkd.losses.learned.file import KIND, VERSION, load_loss, read_provenance
 from lkd.tracking.remote import HubReference, fetch, parse_reference, upload, upload_artifact
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model card of a learned loss, made from its file's header.
-
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -100,10 +97,6 @@ def list_facts(facts: dict[str, Any]) -> str:
         for name, value in facts.items()
     ]
     return "\n".join(["| | |", "|---|---|", *rows])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# `lkd push` and `lkd pull`.
 
 
 def push_loss(recipe: PushRecipe) -> str:

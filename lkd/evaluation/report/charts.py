@@ -20,25 +20,17 @@ from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
 from lkd.losses.loss import DistillationLoss
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Curves.
-
 STEPPED = {"distill": "step", "teacher": "step", "pool": "step", "meta-train": "outer step"}  # command → its step
 FIRST = ("meta_validation", "reuse", "outer", "loss", "share", "training")  # groups, in this order
 POINTS, LEAST, MOST = 100_000, 30, 1000  # of a page, and of one curve
 
 
 def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -> list[dict[str, Any]]:
-    """The charts of a page.
+    """The charts of a page, by group of runs that share their data, and by kind of step.
 
     Args:
-        groups: Runs that share their data; one chart shows runs of one group only.
+        groups: The groups; one chart shows runs of one only.
         places: Label → number of a run.
-
-    Returns:
-        For every group and kind of step a dict of `data` (the group's number), `axis`, and `charts`: rows of `group`,
-        `name` and `series`, each with `run`, `steps`, `seconds` since the run's first line, `values` (None where it is
-        not finite), `total` (points before thinning) and `strange` (how many were not finite).
     """
     count = sum(len(run.log.curves) for group in groups for run in group if run.command in STEPPED)
     points = min(max(POINTS // max(count, 1), LEAST), MOST)

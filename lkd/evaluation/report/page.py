@@ -220,10 +220,6 @@ def format_top1(figures: Any) -> str:
     return f"{top1:.2f}" if isinstance(top1, float) else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line that makes a run again.
-
-
 def command_line(run: RunRecord) -> str:
     """The shortest line that gives a run's settings: those that are not the defaults."""
     return shlex.join(["lkd", run.command, *list_options(COMMANDS[run.command][0](), run.recipe)])

@@ -31,9 +31,6 @@ RESULTS = {
 TRAINED = ("distill", "teacher")
 ABSENT = "—"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run's log as curves.
-
 
 @dataclass
 class Curve:
@@ -116,12 +113,7 @@ def read_number(value: Any) -> float:
 
 
 def thin(curve: Curve, points: int) -> Curve:
-    """At most about so many points: of equal stretches the least and the largest value and one that is not finite.
-
-    Args:
-        curve: The curve.
-        points: How many to keep; ends are kept too, so that it may be a few more.
-    """
+    """About so many points: the ends, and of equal stretches the least, the largest, and one that is not finite."""
     if len(curve) <= points:
         return curve
     kept = {0, len(curve) - 1}
@@ -132,10 +124,6 @@ def thin(curve: Curve, points: int) -> Curve:
         kept |= {extreme(finite, key=curve.values.__getitem__) for extreme in (min, max) if finite}
         kept |= set([place for place in places if not math.isfinite(curve.values[place])][:1])
     return curve.select(sorted(kept))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Run directories.
 
 
 @dataclass(frozen=True)
@@ -390,14 +378,7 @@ DEPTH = 5
 
 @dataclass
 class Ancestor:
-    """A file or folder that something was made of.
-
-    Attributes:
-        role: The setting that names it.
-        name: Its name there.
-        facts: Which reported run made it, and what its header says.
-        ancestors: What it was made of in turn.
-    """
+    """A file or folder that something was made of: the setting that names it, and what is known of it."""
 
     role: str
     name: str
@@ -406,14 +387,7 @@ class Ancestor:
 
 
 def trace_recipe(recipe: dict[str, Any], folder: Path, runs: Sequence[RunRecord], depth: int = DEPTH) -> list[Ancestor]:
-    """What a recipe's settings name.
-
-    Args:
-        recipe: The recipe.
-        folder: Where its run is, near which relative names are looked for.
-        runs: The reported runs.
-        depth: How many generations to go back.
-    """
+    """What a recipe's settings name; `folder` is where its run is, near which relative names are looked for."""
     found = []
     for role, (_, name) in list_sources(recipe).items() if depth else ():
         found.append(Ancestor(role, simplify(name)))
