@@ -295,8 +295,11 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
     if not isinstance(network, nn.Module):
         raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
     shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
-    content = [shapes, [type(module).__name__ for module in network.modules()]]
-    return ModelRecipe(name_object(type(network).__name__, content, make, given))
+    content: list[Any] = [shapes, [type(module).__name__ for module in network.modules()]]
+    while (name := name_content(type(network).__name__, content)) in given:
+        content = [content]  # two students of equal shapes are two students
+    given[name] = make
+    return ModelRecipe(name)
 
 
 def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
@@ -407,6 +410,11 @@ def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
 
 def name_object(what: str, content: Any, value: Any, given: dict[str, Any]) -> str:
     """What an object is called in a config: equal content, equal names."""
-    name = f"{GIVEN}{what}@{digest(content)[:HASH_LENGTH]}"
+    name = name_content(what, content)
     given[name] = value
     return name
+
+
+def name_content(what: str, content: Any) -> str:
+    """The name of an object of this content."""
+    return f"{GIVEN}{what}@{digest(content)[:HASH_LENGTH]}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 import lkd
+from lkd.api import name_student
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.core.files import read_json
@@ -244,3 +245,11 @@ def test_mistakes_of_meta_training(images, teacher) -> None:
     thread.start()
     thread.join()
     assert "main thread" in caught[0]
+
+
+def test_two_students_of_equal_shapes_are_two_students() -> None:
+    given: dict = {}
+    first, second = nn.Linear(4, 2), nn.Linear(4, 2)
+    names = [name_student(student, given).name for student in (first, second)]
+    built = [given[name]() for name in names]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(built, (first, second), strict=True))
