@@ -11,12 +11,15 @@ from tests.gallery import make_gallery
 
 # Kills, deadlines and several processes at once: one after the other, on one of the suite's workers.
 SERIAL = ("test_cli", "test_faults", "test_join", "test_meta_processes", "test_processes")
+TOGETHER = ("test_dashboard", "test_quickstart")  # read runs of their own, which two workers would make twice
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SERIAL or item.name.startswith("test_a_killed_run"):
             item.add_marker(pytest.mark.xdist_group("serial"))
+        elif item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
