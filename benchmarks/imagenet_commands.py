@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # else another package's `tests` may be found
+
 from imagenet_inputs import CLASSES, write_inputs
 from imagenet_runs import METHODS, PAIR, SMALL, Commands, Row, find_weights
 

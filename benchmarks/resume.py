@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # else another package's `tests` may be found
+
 from lkd.core.files import environment, read_json, write_json, write_text
 from lkd.tracking.run import evidence
 from tests.processes import RUNS, TINY, VIT, Command, read_results, start_job

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lkd.config.parse import main as run_lkd
+from lkd.cli import main as run_lkd
 from lkd.core.files import environment, write_json, write_text
 from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.models.files import load_network
