@@ -11,8 +11,8 @@ class DataRecipe:
     """Which images.
 
     Args:
-        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100; or, from
-            files, image_folder, tar, wds/NAME, hfds/NAME or torch/NAME (see docs/data.md).
+        name: Data set: embedded, fashion_mnist, fashion_mnist_unseen, fashion_mnist_rest, cifar10, cifar100; npz/NAME,
+            arrays in NAME.npz; or, from files, image_folder, tar, wds/NAME, hfds/NAME or torch/NAME (see docs/data.md).
         root: Folder of the data set's files (not for `embedded`).
         train_size: Images to train on; 0 takes all that meta-validation leaves.
         meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkd.core.errors import UserError
 from lkd.data.image_files import LoadingOptions
-from lkd.data.images import ImageSet
+from lkd.data.images import ImageSet, measure
 from lkd.data.readers import wrap_images
 from lkd.data.sources import MEAN, STD, LabelledSource, wrap_source
 
@@ -153,18 +153,3 @@ def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[
     if largest >= count or count < 2:
         raise UserError(f"read_images: label {largest} is none of {count} classes; at least 2 are needed")
     return names if len(names) == count else tuple(str(number) for number in range(count))
-
-
-def measure(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images, of pixels in [0, 1]; of others 0 and 1."""
-    channels = images.shape[1]
-    if images.dtype != torch.uint8:
-        return [0.0] * channels, [1.0] * channels
-    counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for part in images.split(1000):  # bincount would widen all of them
-        counts += torch.stack([part[:, channel].flatten().bincount(minlength=256) for channel in range(channels)])
-    values = torch.arange(256, dtype=torch.float64) / 255
-    shares = counts / counts.sum(1, keepdim=True)
-    mean = (shares * values).sum(1)
-    std = (shares * (values - mean.unsqueeze(1)).square()).sum(1).sqrt()
-    return mean.tolist(), std.tolist()

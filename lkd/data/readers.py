@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import math
+import os
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +20,9 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.files import MALFORMED
 from lkd.data.embedded import ARCHIVE, ARCHIVE_HASH
 from lkd.data.image_files import FileSource, ImageSource, LoadingOptions
-from lkd.data.images import Dataset, ImageSet
+from lkd.data.images import Dataset, ImageSet, measure
 from lkd.data.sources import (
+    MOST_NAMED,
     LabelledSource,
     build_dataset,
     check_root,
@@ -97,10 +101,14 @@ def wrap_pixels(
     pixels: Any, labels: Any, classes: Sequence[str], known: InMemory, index: np.ndarray | None = None
 ) -> ImageSet:
     """Wrap images [N, H, W] or [N, H, W, C] in memory, labels [N] and, if it is not 0, 1, ..., their index [N]."""
-    images, targets = torch.as_tensor(pixels), torch.as_tensor(labels).long()
-    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    images, targets = channels_first(torch.as_tensor(pixels)), torch.as_tensor(labels).long()
     positions = torch.arange(len(targets)) if index is None else torch.from_numpy(index).long()
     return ImageSet(images, targets, positions, tuple(classes), known.mean, known.std)
+
+
+def channels_first(images: Tensor) -> Tensor:
+    """Turn images [N, H, W] or [N, H, W, C] into [N, C, H, W]."""
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
 def load_embedded(root: str | None = None) -> Dataset:
@@ -136,6 +144,124 @@ def load_fashion_mnist_rest(root: str | None) -> Dataset:
 def load_fashion_mnist_unseen(root: str | None) -> Dataset:
     """Load the embedded training images, which the embedded teacher never saw, with the full test part."""
     return Dataset("fashion_mnist_unseen", load_embedded().train, load_in_memory("fashion_mnist", root).test)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In memory from an .npz file of MedMNIST's layout (Yang et al., 2023).
+
+NPZ_SPLITS = ("train", "val", "test")
+NPZ_LAYOUT = (
+    "NAME.npz with train_images and test_images (uint8 [N, H, W] or [N, H, W, 3]), train_labels and test_labels "
+    "(integers [N] or [N, 1])"
+)
+MOST_DEFLATED = 1100  # bytes that zlib can make of one
+MOST_NPZ = 2**33  # bytes of an array in memory
+
+
+def load_npz(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
+    """Load `root/name.npz` into memory.
+
+    The validation images, if there are any, are further training images, behind the others: meta-validation is drawn
+    from all of them.
+
+    Args:
+        name: The file's name without its suffix.
+        root: Its folder.
+        loading: Not used: the images have their own size.
+
+    Raises:
+        UserError: If the file is missing or damaged, or an array is missing or of another shape or type.
+    """
+    path = check_root(root, NPZ_LAYOUT) / f"{name}.npz"
+    if not os.path.isfile(path):  # never raises, as Path's does
+        raise UserError(f"data.root: {path}: no such file; give the folder that holds {NPZ_LAYOUT}")
+    arrays = read_npz(path)
+    splits = [split for split in NPZ_SPLITS if split != "val" or "val_images" in arrays]
+    parts = {split: check_arrays(arrays, split, path) for split in splits}
+    shapes = {split: list(images.shape[1:]) for split, (images, _) in parts.items()}
+    if any(shape != shapes["train"] for shape in shapes.values()):
+        raise UserError(f"data.root: {path}: the images, [C, H, W], are not all of one shape: {shapes}")
+    test = parts.pop("test")
+    images, labels = (torch.cat(kind) for kind in zip(*parts.values(), strict=True))
+    classes = name_npz_classes(arrays, labels, test[1], path)
+    mean, std = measure(images)
+    if min(std) == 0:
+        raise UserError(f"data.root: {path}: a channel of train_images has the same value everywhere")
+    sets = (
+        ImageSet(*part, torch.arange(len(part[1])), classes, tuple(mean), tuple(std))
+        for part in ((images, labels), test)
+    )
+    return Dataset(f"npz/{name}", *sets)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a data set; of each the header is checked before memory is taken."""
+    known = {f"{split}_{kind}" for split in NPZ_SPLITS for kind in ("images", "labels")} | {"class_names"}
+    arrays = {}
+    try:
+        most = MOST_DEFLATED * path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if (key := member.filename.removesuffix(".npy")) in known:
+                    with archive.open(member) as file:
+                        check_npy_header(file, min(member.file_size, most))
+                    with archive.open(member) as file:
+                        arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # of zipfile, zlib and numpy, which let out what their parsers raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"data.root: {path}: cannot be read as .npz ({reason}); expected {NPZ_LAYOUT}") from error
+    return arrays
+
+
+def check_npy_header(file: IO[bytes], size: int) -> None:
+    """Check that an array holds no objects and has as many bytes as its header says, of at most `size`."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject:
+        raise ValueError(f"{file.name} holds pickled objects")
+    needed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed > min(size, MOST_NPZ):
+        raise ValueError(f"{file.name} claims {dtype}, {list(shape)}: {needed:,} bytes")
+
+
+def check_arrays(arrays: dict[str, np.ndarray], split: str, path: Path) -> tuple[Tensor, Tensor]:
+    """Check the images and labels of a part; images [N, C, H, W], labels [N]."""
+    missing = [key for key in (f"{split}_images", f"{split}_labels") if key not in arrays]
+    if missing:
+        raise UserError(f"data.root: {path}: holds no {missing[0]}, only {', '.join(sorted(arrays)) or 'other arrays'}")
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    is_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    if images.dtype != np.uint8 or not is_shape or not images.size:
+        raise UserError(
+            f"data.root: {path}: {split}_images is {images.dtype}, {list(images.shape)}; needed is uint8, [N, H, W] or "
+            "[N, H, W, 3]"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape not in ((len(images),), (len(images), 1)):
+        raise UserError(
+            f"data.root: {path}: {split}_labels is {labels.dtype}, {list(labels.shape)}; needed is one class index an "
+            f"image: integers, [{len(images)}] or [{len(images)}, 1] (several labels an image are not supported)"
+        )
+    outside = labels[(labels < 0) | (labels >= MOST_NAMED)]
+    if outside.size:
+        raise UserError(f"data.root: {path}: {split}_labels has {int(outside.flat[0])}; classes are counted from 0")
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    return channels_first(pixels), torch.from_numpy(labels.reshape(-1).astype(np.int64))
+
+
+def name_npz_classes(arrays: dict[str, np.ndarray], train: Tensor, test: Tensor, path: Path) -> tuple[str, ...]:
+    """The classes' names, by default numbers; each of them, and each label, has a training image."""
+    largest = int(train.max())
+    names = arrays.get("class_names", np.arange(largest + 1).astype(str))
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UserError(
+            f"data.root: {path}: class_names is {names.dtype}, {list(names.shape)}; needed are strings, [C]"
+        )
+    if len(names) < 2 or (largest := max(largest, int(test.max()))) >= len(names):
+        raise UserError(f"data.root: {path}: label {largest} of {len(names)} classes; at least 2, counted from 0")
+    empty = (torch.bincount(train, minlength=len(names)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(f"data.root: {path}: {len(empty)} of {len(names)} classes (first {empty[0]}) are not in train")
+    return tuple(str(name) for name in names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,8 +348,9 @@ NAMED_READERS: dict[str, Callable[[str, str | None, LoadingOptions], Dataset]] =
     "wds": load_web_shards,
     "hfds": load_hugging_face,
     "torch": load_torchvision,
+    "npz": load_npz,
 }
-"""In files, as `READER/NAME`; from the name and a root."""
+"""As `READER/NAME`; from the name and a root."""
 
 
 def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | None = None) -> Dataset:
@@ -235,7 +362,8 @@ def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | N
             10,000 test images); `fashion_mnist_rest` (the 48,000 training images that are not in `embedded`, with the
             embedded test images: what a teacher of embedded students may be trained on); `cifar10` or `cifar100`;
             `image_folder` or `tar` (ImageNet, or images of these layouts); `wds/NAME` (WebDataset shards on a disk);
-            `hfds/NAME` (Hugging Face's); `torch/NAME` (torchvision's, by timm's name).
+            `hfds/NAME` (Hugging Face's); `torch/NAME` (torchvision's, by timm's name); `npz/NAME` (the
+            arrays of NAME.npz, in memory).
         root: Folder of the data set. Fashion-MNIST is downloaded there if it is not and there is internet. Not used by
             `embedded`.
         loading: How images in files are loaded.

@@ -350,6 +350,23 @@ def write_idx(folder: Path) -> None:
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(range(count)))
 
 
+def write_npz(folder: Path) -> None:
+    """Arrays of images, compressed and not, one file with names of classes."""
+    arrays = {f"{part}_images": np.arange(192, dtype=np.uint8).reshape(3, 8, 8) for part in ("train", "val", "test")}
+    arrays |= {f"{part}_labels": np.array([[0], [1], [1]]) for part in ("train", "val", "test")}
+    np.savez(folder / "plain.npz", **arrays)
+    np.savez_compressed(folder / "packed.npz", class_names=np.array(["a", "b"]), **arrays)
+
+
+def read_npz(path: Path) -> None:
+    """Load arrays and look at all images."""
+    dataset = load_dataset(f"npz/{path.stem}", str(path.parent))
+    for part in (dataset.train, dataset.test):
+        batch = part.batch(torch.arange(len(part)), CPU)
+        assert batch.images.isfinite().all()
+        assert 0 <= int(batch.target.min()) <= int(batch.target.max()) < part.num_classes
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipes and files of run directories.
 
@@ -423,7 +440,7 @@ MUTATORS = {
     ".safetensors": mutators.mutate_safetensors,
     **dict.fromkeys((".json", ".jsonl"), mutators.mutate_json_file),
     **dict.fromkeys(IMAGES, mutators.mutate_image),
-    ".pth": mutators.mutate_zip,
+    **dict.fromkeys((".pth", ".npz"), mutators.mutate_zip),
     ".tar": mutators.mutate_tar,
     ".yaml": mutators.mutate_yaml,
     "": mutators.mutate_idx,
@@ -444,6 +461,7 @@ READERS = {
     "class tars": Reader(write_class_tars, ("*.tar",), lambda path: decode_all("tar", path.parent)),
     "WebDataset shards": Reader(write_shards, ("*.tar", "*.json"), lambda path: decode_all("wds/fuzz", path.parent)),
     "IDX": Reader(write_idx, ("FashionMNIST/raw/*",), lambda path: load_dataset("fashion_mnist", str(path.parents[2]))),
+    ".npz": Reader(write_npz, ("*.npz",), read_npz),
     "recipe": Reader(write_recipes, ("*.yaml",), read_recipe),
     "fidelity.json": Reader(write_fidelity, ("*.json",), read_fidelity),
     "run directory": Reader(write_run, ("*.json", "*.jsonl"), read_run),

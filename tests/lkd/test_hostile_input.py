@@ -52,6 +52,7 @@ from tests.hostile_input.readers import (
     read_pool,
     tiny_training,
     write_losses,
+    write_npz,
     write_pool,
     write_shards,
 )
@@ -368,6 +369,27 @@ def test_tars_in_tars_and_classes_have_an_end(tmp_path) -> None:
             add_member(tar, "0.cls", b"99999999999")
     with pytest.raises(UserError, match="label 99,999,999,999 of a training image"):
         load_dataset("wds/x", str(tmp_path))
+
+
+def test_arrays_claim_no_more_than_the_file_holds(tmp_path, no_evil) -> None:
+    """A header may say any shape, a directory of an archive any size: nothing is allocated for them."""
+    write_npz(tmp_path)
+    with zipfile.ZipFile(tmp_path / "plain.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    shape, claimed = b"(3, 8, 8), }", b"(3, 8, 800000000000), }"
+    body = members["train_images.npy"]
+    assert shape in body
+    body = body.replace(shape + b" " * (len(claimed) - len(shape)), claimed)
+    with zipfile.ZipFile(tmp_path / "evil.npz", "w") as archive:
+        for name, content in (members | {"train_images.npy": body}).items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=r"evil\.npz: cannot be read.*train_images\.npy claims uint8"):
+        load_dataset("npz/evil", str(tmp_path))
+    for content in PICKLES:
+        with zipfile.ZipFile(tmp_path / "evil.npz", "w") as archive:
+            archive.writestr("train_images.npy", content)
+        with pytest.raises(UserError, match=r"evil\.npz: cannot be read"):
+            load_dataset("npz/evil", str(tmp_path))
 
 
 @pytest.mark.parametrize(("width", "height"), [(2**31 - 1, 1), (65_500, 65_500), (8193, 8193), (2**31 - 1, 2**31 - 1)])

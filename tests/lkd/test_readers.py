@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,3 +151,74 @@ def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
     refuse(r"train\.tar: 0\.jpg lies in no class folder", name="tar")
     (tmp_path / "train.tar").unlink()
     refuse(r"neither train\.tar nor train/CLASS\.tar", name="tar")
+
+
+def make_arrays(**changed) -> dict[str, np.ndarray]:
+    """Arrays of two classes, with validation images; a changed one that is None is left out."""
+    rng = np.random.default_rng(0)
+    arrays: dict = {}
+    for part, count in (("train", 6), ("val", 4), ("test", 3)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 5, 7, 3), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(count, dtype=np.uint8).reshape(-1, 1) % 2
+    return {key: value for key, value in (arrays | changed).items() if value is not None}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_as_they_are(save, tmp_path) -> None:
+    arrays = make_arrays(class_names=np.array(["cat", "dog"]))
+    save(tmp_path / "pets.npz", **arrays)
+    dataset = load("npz/pets", tmp_path)
+    images = np.concatenate([arrays["train_images"], arrays["val_images"]])
+    assert torch.equal(dataset.train.images, torch.from_numpy(images).movedim(-1, 1))
+    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert torch.equal(dataset.test.images, torch.from_numpy(arrays["test_images"]).movedim(-1, 1))
+    assert (dataset.name, dataset.test.class_names) == ("npz/pets", ("cat", "dog"))
+    assert np.allclose(dataset.test.mean, (images / 255).mean((0, 1, 2)))
+    assert np.allclose(dataset.test.std, (images / 255).std((0, 1, 2)))
+    grey = {key: value[..., 0] for key, value in arrays.items() if "images" in key}
+    flat = {key: value[:, 0].astype(np.int64) for key, value in arrays.items() if "labels" in key}
+    save(tmp_path / "grey.npz", **grey, **flat)
+    dataset = load("npz/grey", tmp_path)
+    assert torch.equal(dataset.train.images[:, 0], torch.from_numpy(images[..., 0]))
+    assert dataset.train.class_names == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_labels": None}, "no test_labels, only test_images"),
+        ({"train_images": np.zeros((6, 5, 7, 3))}, r"train_images is float64, \[6, 5, 7, 3\]"),
+        ({"train_images": np.zeros((6, 35), np.uint8)}, r"train_images is uint8, \[6, 35\]"),
+        ({"train_images": np.zeros((0, 5, 7, 3), np.uint8)}, r"train_images is uint8, \[0, 5"),
+        ({"test_images": np.zeros((3, 5, 7), np.uint8)}, "not all of one shape"),
+        ({"train_images": np.zeros((6, 5, 7, 3), np.uint8), "val_images": None}, "same value everywhere"),
+        ({"train_labels": np.zeros((6, 14), np.int64)}, r"train_labels is int64, \[6, 14\]"),
+        ({"train_labels": np.zeros(6)}, "train_labels is float64"),
+        ({"train_labels": np.zeros(5, np.int64)}, r"train_labels is int64, \[5\]"),
+        ({"train_labels": np.array([0, 1, -1, 0, 0, 0])}, "train_labels has -1"),
+        ({"train_labels": np.full(6, 2**62)}, f"train_labels has {2**62}"),
+        ({"train_labels": np.full(6, 3)}, r"1 of 4 classes \(first 2\)"),
+        ({"test_labels": np.full(3, 2)}, "label 2 of 2 classes"),
+        ({"class_names": np.array(["cat"])}, "label 1 of 1 classes"),
+        ({"class_names": np.array([1, 2])}, "class_names is int64"),
+        ({"class_names": np.array(["cat", 1], object)}, r"class_names\.npy holds pickled objects"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_one_line(changed: dict, message: str, tmp_path) -> None:
+    np.savez(tmp_path / "pets.npz", **make_arrays(**changed))
+    with pytest.raises(UserError, match=rf"data\.root: .*pets\.npz: .*{message}") as caught:
+        load("npz/pets", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_that_are_not_there_are_one_line(tmp_path) -> None:
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "one.npz").write_bytes(b"\x93NUMPY\x01\0")
+    for name, message in (("pets", "no such file"), ("text", "cannot be read"), ("one", "cannot be read")):
+        with pytest.raises(UserError, match=rf"data\.root: .*{name}\.npz: {message}"):
+            load(f"npz/{name}", tmp_path)
+    for name, message in (("npz", r"nearest: npz/NAME"), ("npz/" + "x" * 300, "no such file")):
+        with pytest.raises(UserError, match=message):
+            load(name, tmp_path)
+    with pytest.raises(UserError, match=r"data\.root: missing"):
+        load_dataset("npz/pets", None)
