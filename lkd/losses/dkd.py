@@ -6,7 +6,7 @@ from torch.nn.functional import log_softmax
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_options, cross_entropies, label_of, widen
-from lkd.losses.loss import DistillationLoss, Progress, Terms
+from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
 
 
 class DKDLoss(DistillationLoss):
@@ -26,7 +26,7 @@ class DKDLoss(DistillationLoss):
             ImageNet in the authors' recipes.
         temperature: τ.
         warmup: Part of the training over which the teacher's terms are ramped up from 0, in [0, 1]. Where `progress` is
-            not given they have their full weight.
+            not given they have their full weight, as at 1.
 
     Raises:
         ValueError: If an option is out of range.
@@ -39,14 +39,25 @@ class DKDLoss(DistillationLoss):
         check_options(temperature, task=task, alpha=alpha, beta=beta, warmup=warmup)
         self.task, self.alpha, self.beta, self.temperature, self.warmup = task, alpha, beta, temperature, warmup
 
+    def ramp(self, progress: Progress) -> float | Tensor:
+        """The part of the teacher's terms that counts at this progress, in [0, 1]."""
+        part = read_progress(progress)
+        if not self.warmup:
+            return 1.0
+        part = part / self.warmup
+        return part.clamp(max=1) if isinstance(part, Tensor) else min(part, 1.0)
+
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
+        """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD).
+
+        Raises:
+            ValueError: If `progress` is not in [0, 1].
+        """
         label = label_of(target)
         (binary_s, other_s), (binary_t, other_t) = (
             decouple(widen(outputs.logits) / self.temperature, label) for outputs in (student, teacher)
         )
-        ramp = 1.0 if progress is None or self.warmup == 0 else min(progress / self.warmup, 1.0)
-        scale = ramp * self.temperature**2
+        scale = self.ramp(progress) * self.temperature**2
         return {
             "task": self.task * cross_entropies(student.logits, target).mean(),
             "target_class": scale * self.alpha * (binary_t.exp() * (binary_t - binary_s)).sum(1).mean(),

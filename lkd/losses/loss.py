@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lkd.core.errors import UserError
@@ -15,6 +16,36 @@ if TYPE_CHECKING:  # a loss in a loop of its own must not wait for the readers o
 Progress = float | Tensor | None
 Terms = dict[str, Tensor]
 """Name → scalar; their sum is the loss."""
+
+
+def read_progress(progress: Progress) -> float | Tensor:
+    """How far the training is; 1, its end, where that is not given.
+
+    A tensor on an accelerator is not looked at, which would wait for the device, nor is anything that is traced.
+
+    Raises:
+        ValueError: If it is not in [0, 1].
+    """
+    if progress is None:
+        return 1.0
+    if torch.compiler.is_compiling() or (isinstance(progress, Tensor) and is_hidden(progress)):
+        return progress
+    if not 0 <= progress <= 1:
+        raise ValueError(
+            f"progress: {float(progress):g} is not in [0, 1]; give the steps done over those of the whole training"
+        )
+    return progress
+
+
+def is_hidden(tensor: Tensor) -> bool:
+    """Whether a tensor's value is on an accelerator, or not there, as of a tensor that is mapped over or traced."""
+    if tensor.device.type != "cpu":
+        return True
+    try:
+        tensor.item()
+    except RuntimeError:
+        return True
+    return False
 
 
 class DistillationLoss(nn.Module):
@@ -41,7 +72,8 @@ class DistillationLoss(nn.Module):
             student: The student's outputs.
             teacher: The teacher's outputs for the same images.
             target: Class indices [B] or distributions [B, C].
-            progress: How far the training is, in [0, 1], if that is known: a number or a 0-dimensional tensor.
+            progress: How far the training is, in [0, 1]: a number or a 0-dimensional tensor. A loss that reads it is as
+                at 1 where it is not given.
         """
         raise NotImplementedError
 

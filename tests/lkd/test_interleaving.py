@@ -80,6 +80,8 @@ def test_a_replayed_loss_is_in_steps_and_survives_its_file(tmp_path) -> None:
             assert found(student, teacher, target, progress) == expected
     with pytest.raises(ValueError, match="progress: None; a replayed loss must be told"):
         loaded(student, teacher, target)
+    with pytest.raises(ValueError, match="progress: "):
+        loaded(student, teacher, target, 1.5)
     for starts in ([0, 0.5], [0.1, 0.2, 0.3], [0, 0.5, 0.5]):
         with pytest.raises(ValueError, match="do not increase from 0, one for each of 3 losses"):
             ReplayedLoss(losses, starts)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkd.core.outputs import Outputs
-from lkd.losses import DecoupledLoss, GenericLoss, KDLoss, LearnedLoss
+from lkd.losses import DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
 from lkd.losses.dkd import DKDLoss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss, reference_logits
@@ -111,6 +111,31 @@ def test_every_form_starts_where_it_says() -> None:
     mixture = 0.3 * (teacher / 2.5).softmax(1) + 0.7 * nn.functional.one_hot(target, 5)
     divergence = nn.functional.kl_div(student.log_softmax(1), mixture, reduction="batchmean")
     torch.testing.assert_close(total(GenericLoss(**start), student, teacher, target), divergence)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        wander(DecoupledLoss()),
+        wander(GenericLoss()),
+        wander(FeatureLoss()),
+        wander(build_learned_loss("logits", {"normalize_gradient": True})),
+        DKDLoss(),
+    ],
+    ids=["decoupled", "generic", "features", "learned", "dkd"],
+)
+def test_without_progress_every_part_of_a_loss_is_as_at_the_end_and_outside_of_a_training_it_is_refused(loss) -> None:
+    student, teacher = (Outputs(3 * x, {"stage": x[:, :, None, None]}) for x in torch.randn(2, 9, 5))
+    target = torch.randint(5, (9,))
+    ask = lambda *progress: sum(loss(student, teacher, target, *progress).values())  # noqa: E731
+    assert torch.equal(ask(), ask(1.0))
+    assert not torch.equal(ask(), ask(0.0))
+    assert torch.equal(ask(torch.tensor(0.25)), ask(0.25))
+    for progress in (-1e-3, 1.001, math.nan, 7, torch.tensor(1.5), torch.tensor(math.nan)):
+        with pytest.raises(ValueError, match=r"progress: .* is not in \[0, 1\]"):
+            ask(progress)
+    mapped = torch.func.vmap(ask)(torch.tensor([0.25, 1.0]))  # a value that is not there is not looked at
+    torch.testing.assert_close(mapped, torch.stack([ask(0.25), ask(1.0)]))
 
 
 def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:

@@ -58,7 +58,7 @@ class LogitForm(DistillationLoss):
     def weights_and_temperatures(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
     ) -> tuple[Tensor, Tensor]:
-        """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B], at a progress, or else at 0."""
+        """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B], at a progress, or else at 1."""
         weight, temperature, *_ = self.set_balance(
             networks.read_logits(student_logits, teacher_logits, target), progress
         )
@@ -91,7 +91,7 @@ class DecoupledLoss(LogitForm):
         maximal_temperature: Upper bound of τ.
         maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
         warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
-            given they have their full weight.
+            given they have their full weight, as at 1.
         conditioning: What the network sees besides the teacher: some of progress, state.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
 
@@ -123,7 +123,7 @@ class DecoupledLoss(LogitForm):
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
-        if progress is None or not self.warmup:
+        if not self.warmup:
             return torch.ones_like(like[0])
         return networks.as_progress(progress, like).div(self.warmup).clamp(max=1)
 

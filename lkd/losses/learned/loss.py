@@ -16,7 +16,7 @@ from lkd.losses.functions import Stages, full_precision
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.logits import CrossEntropyLoss
-from lkd.losses.loss import DistillationLoss, Progress, Terms
+from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A scale for a loss over logits that its own weights cannot change.
@@ -104,7 +104,12 @@ class LearnedLoss(DistillationLoss):
         return LearnedLoss(kept, self.normalize_gradient)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute every part's terms; a `UserError` if a part reads features and a network gives none."""
+        """Compute every part's terms, at progress 1 where it is not given.
+
+        Raises:
+            UserError: If a part reads features and a network gives none.
+            ValueError: If `progress` is not in [0, 1].
+        """
         terms = {}
         for name, part in self.parts.items():
             # A part without weights, such as cross-entropy, has no scale of its own.
@@ -146,10 +151,10 @@ class ReplayedLoss(DistillationLoss):
         return stages
 
     def at(self, progress: Progress) -> LearnedLoss:
-        """The loss in charge at this progress; a `ValueError` if that is None."""
+        """The loss in charge at this progress; a `ValueError` if that is None or not in [0, 1]."""
         if progress is None:
             raise ValueError("progress: None; a replayed loss must be told how far the training is, in [0, 1]")
-        loss: LearnedLoss = self.losses[max(bisect_right(self.starts, float(progress)) - 1, 0)]
+        loss: LearnedLoss = self.losses[bisect_right(self.starts, read_progress(float(progress))) - 1]
         return loss
 
     def leave_out_features(self) -> "ReplayedLoss":
@@ -157,7 +162,7 @@ class ReplayedLoss(DistillationLoss):
         return ReplayedLoss([loss.leave_out_features() for loss in self.losses], self.starts)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the terms of the loss in charge; a `ValueError` if progress is None."""
+        """Compute the terms of the loss in charge; a `ValueError` if progress is None or not in [0, 1]."""
         return self.at(progress).forward(student, teacher, target, progress)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, one_hot
 
 from lkd.losses.functions import widen
-from lkd.losses.loss import Progress
+from lkd.losses.loss import Progress, read_progress
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the networks see.
@@ -61,7 +61,7 @@ def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequ
     """What is seen of each sample, in [−1, 1], [B, inputs].
 
     The teacher's probability of the target and its entropy over log C; with `state` also the student's, and the
-    squashed KL divergence between the two; with `progress` how far the training is, 0 where it is not given.
+    squashed KL divergence between the two; with `progress` how far the training is, 1 where it is not given.
     """
     student, teacher, target = logs
     columns = [  # their order is that in which gradients are summed, to the bit
@@ -92,8 +92,8 @@ def class_inputs(logs: LogProbabilities) -> Tensor:
 
 
 def as_progress(progress: Progress, like: Tensor) -> Tensor:
-    """Progress as a scalar tensor."""
-    return torch.as_tensor(0.0 if progress is None else progress, dtype=like.dtype, device=like.device)
+    """Progress as a scalar tensor, 1 where it is not given; a `ValueError` if it is not in [0, 1]."""
+    return torch.as_tensor(read_progress(progress), dtype=like.dtype, device=like.device)
 
 
 def squashed_divergence(student: Tensor, teacher: Tensor) -> Tensor:
