@@ -18,7 +18,14 @@ class DataRecipe:
         meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
             the test split.
         split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
-        label_noise: Fraction of the training labels that are flipped on purpose. Meta-validation keeps its true labels.
+        label_noise: Fraction of the training labels that are flipped on purpose.
+        label_noise_kind: symmetric, to any other class; pairs, to one partner of each class, with which a weak network
+            confuses it most; or by_student, to the class that a weak network errs to, on images that it is unsure of
+            (docs/data.md).
+        meta_validation_noise: Fraction of the meta-validation labels that are flipped, by the same kind. Test labels
+            stay as they are.
+        imbalance: Training images of the first class over those of the last; between them they fall exponentially. 1
+            for no long tail. Where a class has too few images, there are fewer than `train_size`.
         augmentation: none, flip_and_crop (2 pixels of padding), flip_and_crop_4 (4 pixels: the literature's for CIFAR);
             from files none (the centre), random_resized_crop (with flips), or rand_augment (the same and RandAugment).
         augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over N augmentations of
@@ -41,6 +48,9 @@ class DataRecipe:
     meta_validation_size: ranges.PositiveInt = 4000
     split_seed: int = 0
     label_noise: ranges.ClosedUnitInterval = 0.0
+    label_noise_kind: Literal["symmetric", "pairs", "by_student"] = "symmetric"
+    meta_validation_noise: ranges.ClosedUnitInterval = 0.0
+    imbalance: ranges.AtLeastOne = 1.0
     augmentation: str = "none"
     augmentation_seeds: ranges.NonNegativeInt = 0
     repeats: ranges.PositiveInt = 1

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     NonNegativeInt = int
     PositiveInt = int
     ZeroOrAtLeast8 = int
+    AtLeastOne = float
     ClosedUnitInterval = float
     FractionBelowOne = float
     NonNegativeFloat = float
@@ -23,6 +24,7 @@ else:
     ClosedUnitInterval = ranged.ClosedUnitInterval
     AtLeast2, AtLeast4, AtLeast8 = (ranged.restricted_number_type(f"AtLeast{n}", int, (">=", n)) for n in (2, 4, 8))
     ZeroOrAtLeast8 = ranged.restricted_number_type("ZeroOrAtLeast8", int, [("==", 0), (">=", 8)], join="or")
+    AtLeastOne = ranged.restricted_number_type("AtLeastOne", float, (">=", 1))
     ZeroOrAtLeast1 = ranged.restricted_number_type("ZeroOrAtLeast1", float, [("==", 0), (">=", 1)], join="or")
     FractionBelowOne = ranged.restricted_number_type("FractionBelowOne", float, [(">=", 0), ("<", 1)])
     PositiveFraction = ranged.restricted_number_type("PositiveFraction", float, [(">", 0), ("<=", 1)])

@@ -2,8 +2,9 @@
 
 from lkd.data.batches import Batches
 from lkd.data.images import Batch, Dataset, ImageSet
+from lkd.data.label_noise import flip_labels
 from lkd.data.readers import DATASETS, load_dataset
-from lkd.data.splits import flip_labels, split_training_images
+from lkd.data.splits import split_training_images
 
 __all__ = [
     "DATASETS",

@@ -1,4 +1,4 @@
-"""Training images split into *train* and *meta-validation*; labels flipped on purpose."""
+"""Training images split into *train* and *meta-validation*."""
 
 import hashlib
 from typing import NamedTuple
@@ -25,7 +25,9 @@ class Splits(NamedTuple):
     fingerprint: str
 
 
-def split_training_images(images: ImageSet, train_size: int, meta_validation_size: int, seed: int) -> Splits:
+def split_training_images(
+    images: ImageSet, train_size: int, meta_validation_size: int, seed: int, imbalance: float = 1.0
+) -> Splits:
     """Split stratified by class, disjoint, a function of the seed alone.
 
     Args:
@@ -34,19 +36,24 @@ def split_training_images(images: ImageSet, train_size: int, meta_validation_siz
             meta-validation leaves.
         meta_validation_size: Images for meta-validation.
         seed: Of the draw.
+        imbalance: Images of the first class over those of the last one, for training; see `draw_long_tail`.
 
     Raises:
         UserError: If the sizes are impossible.
     """
     train_size = train_size or len(images) - meta_validation_size
-    if train_size < 1 or meta_validation_size < 1 or train_size + meta_validation_size > len(images):
+    if train_size < 1 or train_size + meta_validation_size > len(images):
         raise UserError(
             f"data.train_size + data.meta_validation_size: {train_size} + {meta_validation_size} do not fit "
-            f"into the {len(images)} training images (each must be at least 1)"
+            f"into the {len(images)} training images (at least 1 must be left to train on)"
         )
     order = interleave_classes(images.labels, images.num_classes, seed)
     # Interleaved classes: any contiguous piece is as balanced as the data are.
-    validation, train = order[:meta_validation_size], order[meta_validation_size : meta_validation_size + train_size]
+    validation, rest = order[:meta_validation_size], order[meta_validation_size:]
+    if imbalance == 1:
+        train = rest[:train_size]
+    else:
+        train = rest[draw_long_tail(images.labels[rest], images.num_classes, train_size, imbalance)]
     digest = hashlib.sha256()
     for part in (images.index[train], images.index[validation]):
         digest.update(part.sort().values.numpy().tobytes())
@@ -65,11 +72,22 @@ def interleave_classes(labels: Tensor, num_classes: int, seed: int) -> Tensor:
     return shuffled[rank[shuffled].argsort(stable=True)]
 
 
-def flip_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
-    """Give a fraction of the labels another class, drawn uniformly from the others; [N] → [N]."""
-    generator = seeded_generator(seed, 3)
-    flipped = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
-    shift = torch.randint(1, num_classes, (len(flipped),), generator=generator)
-    noisy = labels.clone()
-    noisy[flipped] = (labels[flipped] + shift) % num_classes
-    return noisy
+def draw_long_tail(labels: Tensor, num_classes: int, size: int, imbalance: float) -> Tensor:
+    """Draw a long tail (Cui et al., CVPR 2019): from class to class the images fall exponentially.
+
+    Args:
+        labels: [N]; of each class the first are taken.
+        num_classes: Number of classes.
+        size: Images in all, up to rounding; fewer where a class has not so many as its share would be.
+        imbalance: Images of the first class over those of the last.
+
+    Returns:
+        Positions, ascending.
+    """
+    shares = imbalance ** -torch.linspace(0, 1, num_classes, dtype=torch.float64)
+    available = torch.bincount(labels, minlength=num_classes)
+    there = available > 0
+    scale = min(float((available / shares)[there].min()), size / float(shares[there].sum()))
+    counts = (scale * shares).round().long().clamp(min=1)
+    members = [(labels == label).nonzero().flatten()[:count] for label, count in enumerate(counts.tolist())]
+    return torch.cat(members).sort().values

@@ -24,7 +24,8 @@ MOST_IMAGES, MOST_CLASSES = 1 << 32, 1 << 24  # what an index may name: tables o
 # Fields that change neither what the teacher is nor how an image of some index and augmentation seed looks.
 OF_NO_EFFECT = {
     *("path", "name", "pretrained", "cache"),
-    *("root", "train_size", "meta_validation_size", "split_seed", "label_noise", "augmentation_seeds"),
+    *("root", "train_size", "meta_validation_size", "split_seed", "augmentation_seeds"),
+    *("label_noise", "label_noise_kind", "meta_validation_noise", "imbalance"),
     *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "read_timeout", "packed"),
 }
 

@@ -21,8 +21,9 @@ from lkd.core.errors import UserError, first_line
 from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
+from lkd.data.label_noise import add_label_noise
 from lkd.data.readers import load_dataset
-from lkd.data.splits import flip_labels, split_training_images
+from lkd.data.splits import split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
@@ -56,7 +57,7 @@ class Images:
 
 
 def prepare_images(settings: DataRecipe, given: Objects = NOTHING) -> Images:
-    """Load, split, and flip labels of the training part if the settings say so.
+    """Load, split, and flip labels if the settings say so; never those of the test part.
 
     Raises:
         UserError: If the data set or the sizes are not good.
@@ -69,14 +70,18 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING) -> Images:
             settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
         )
         dataset = load_dataset(settings.name, settings.root, loading)
-    if meta_validation:
+    if meta_validation and settings.imbalance == 1:
         train, fingerprint = dataset.train, settings.name
     else:
-        sizes = settings.train_size, settings.meta_validation_size, settings.split_seed
-        train, meta_validation, fingerprint = split_training_images(dataset.train, *sizes)
+        size = 0 if meta_validation else settings.meta_validation_size
+        train, split_off, fingerprint = split_training_images(
+            dataset.train, settings.train_size, size, settings.split_seed, settings.imbalance
+        )
+        meta_validation = meta_validation or split_off
         fingerprint = f"{settings.name}/{fingerprint}" if whole else fingerprint
-    labels = flip_labels(train.labels, settings.label_noise, train.num_classes, settings.split_seed)
-    return Images(dataset.name, train.relabel(labels), meta_validation, dataset.test, fingerprint, settings)
+    noise = settings.label_noise_kind, (settings.label_noise, settings.meta_validation_noise), settings.split_seed
+    train, meta_validation = add_label_noise(train, meta_validation, *noise)
+    return Images(dataset.name, train, meta_validation, dataset.test, fingerprint, settings)
 
 
 def build_batches(

@@ -1,5 +1,6 @@
 """Data sets in memory, splits and batches."""
 
+import dataclasses
 import shutil
 import struct
 
@@ -10,12 +11,12 @@ import torch
 from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.core.random import draw_uniform, seeded_generator
-from lkd.data import Batches, flip_labels, load_dataset, split_training_images
+from lkd.data import Batches, flip_labels, label_noise, load_dataset, split_training_images
 from lkd.data.augment import flip_and_crop
 from lkd.data.embedded import ARCHIVE
 from lkd.data.readers import read_embedded_archive
 from lkd.training.build import prepare_images
-from tests.lkd.tiny_images import write_cifar
+from tests.lkd.tiny_images import write_cifar, write_image_folder
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,58 @@ def test_flipped_labels_are_wrong_and_uniform() -> None:
     assert (clean.train.labels != noised.train.labels).float().mean() == pytest.approx(0.4)
     assert torch.equal(clean.meta_validation.labels, noised.meta_validation.labels), "meta-validation is left alone"
     assert clean.fingerprint == noised.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "pairs", "by_student"])
+def test_label_noise_of_every_kind(kind: str) -> None:
+    noise = {"label_noise": 0.4, "label_noise_kind": kind, "meta_validation_noise": 0.25}
+    sizes = {"train_size": 1000, "meta_validation_size": 400}
+    clean, noisy, again = (prepare_images(DataRecipe(**sizes, **fields)) for fields in ({}, noise, noise))
+    flips = set()
+    for part, flipped in (("train", 400), ("meta_validation", 100), ("test", 0)):
+        before, after = getattr(clean, part).labels, getattr(noisy, part).labels
+        changed = before != after
+        assert changed.sum() == flipped, part
+        assert torch.equal(after, getattr(again, part).labels), part
+        flips |= set(zip(before[changed].tolist(), after[changed].tolist(), strict=True))
+    assert (len(flips) == 10) == (kind == "pairs"), "one partner of each class, the same in both parts"
+    assert clean.fingerprint == noisy.fingerprint
+
+
+def test_noise_by_student_is_where_a_network_errs(embedded) -> None:
+    names = embedded.train.class_names
+    noise = {"label_noise": 0.2, "label_noise_kind": "by_student"}
+    clean, noisy = (prepare_images(DataRecipe(train_size=2000, **fields)).train for fields in ({}, noise))
+    flipped = torch.bincount(clean.labels[clean.labels != noisy.labels], minlength=10)
+    assert flipped[names.index("Shirt")] > 3 * flipped[names.index("Trouser")]
+    to = noisy.labels[(clean.labels != noisy.labels) & (clean.labels == names.index("Sneaker"))]
+    assert set(torch.bincount(to, minlength=10).topk(2).indices.tolist()) == {5, 9}, "sandals and boots"
+
+
+def test_noise_of_images_in_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(label_noise, "MOST_DECODED", 12)
+    root = write_image_folder(tmp_path)
+    recipe = DataRecipe("image_folder", root, 0, 8, image_size=24, meta_validation_noise=0.5)
+    clean = prepare_images(dataclasses.replace(recipe, meta_validation_noise=0.0))
+    for kind in ("pairs", "by_student"):
+        noisy = prepare_images(dataclasses.replace(recipe, label_noise=0.5, label_noise_kind=kind))
+        assert (noisy.train.labels != clean.train.labels).sum() == round(0.5 * len(clean.train))
+        assert (noisy.meta_validation.labels != clean.meta_validation.labels).sum() == 4
+
+
+def test_a_long_tail(embedded) -> None:
+    recipe = DataRecipe(train_size=1000, meta_validation_size=1000)
+    even = prepare_images(recipe)
+    for size, most in ((1000, 245), (4000, 979), (0, 1100), (11_000, 1100)):
+        images = prepare_images(dataclasses.replace(recipe, train_size=size, imbalance=10.0))
+        counts = torch.bincount(images.train.labels)
+        assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+        assert (counts[0], counts[-1]) == (most, round(most / 10))
+        assert torch.equal(images.meta_validation.index, even.meta_validation.index)
+        assert not set(images.train.index.tolist()) & set(images.meta_validation.index.tolist())
+        assert torch.equal(images.test.labels, even.test.labels)
+        assert images.fingerprint != even.fingerprint
+    assert abs(len(prepare_images(dataclasses.replace(recipe, imbalance=10.0)).train) - 1000) < 10
 
 
 def test_batches_are_a_function_of_the_step(embedded) -> None:

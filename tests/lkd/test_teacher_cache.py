@@ -37,7 +37,9 @@ def in_files(tmp_path: Path) -> DataRecipe:
     """A data set in files; one cannot be decoded."""
     root = Path(write_image_folder(tmp_path / "images"))
     (root / "train" / "n00000002" / "5.JPEG").write_bytes(b"no picture")
-    return DataRecipe("image_folder", str(root), 0, 4, 0, 0.0, "random_resized_crop", 2, image_size=32)
+    return DataRecipe(
+        "image_folder", str(root), 0, 4, augmentation="random_resized_crop", augmentation_seeds=2, image_size=32
+    )
 
 
 @pytest.mark.parametrize(("where", "augmented"), [("memory", True), ("memory", False), ("files", True)])

@@ -280,7 +280,8 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     """The published number of a row's protocol, if there is one and the recipe changes nothing about it."""
     loss = row["loss"]["name"] if isinstance(row["loss"], dict) else row["loss"]
     epochs = split_method(row["loss"], recipe.train)[1].epochs
-    if balance_of(row["loss"]) or recipe.data.label_noise or recipe.teacher.random_answers or loss not in LOSSES:
+    changed = recipe.data.label_noise or recipe.data.imbalance != 1 or recipe.teacher.random_answers
+    if balance_of(row["loss"]) or changed or loss not in LOSSES:
         return None
     teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
     return find_published(recipe.data.name, teacher, row["student"], epochs, loss)

@@ -290,6 +290,7 @@ def name_apart(paths: Sequence[Path]) -> list[str]:
 
 BUNDLED = ("embedded", "fashion_mnist", "fashion_mnist_unseen", "fashion_mnist_rest", "cifar10", "cifar100")
 DATA = ("name", "train_size", "meta_validation_size", "split_seed", "label_noise", "root")
+DATA_UNLESS = {"label_noise_kind": "symmetric", "meta_validation_noise": 0, "imbalance": 1}  # key → what says nothing
 PLACES = ("run_dir", "wandb.name", "resume")  # differ between any two runs, and decide nothing
 
 
@@ -336,8 +337,10 @@ def find_differences(runs: Sequence[RunRecord]) -> tuple[list[list[str]], list[l
 
 
 def identify_data(run: RunRecord) -> dict[str, str]:
-    """What must be equal for two runs' figures to be comparable: data set, split, label noise."""
+    """What must be equal for two runs' figures to be comparable: data set, split, label noise, long tail."""
     found = {key: run.settings.get(f"data.{key}") for key in DATA}
+    unusual = {key: run.settings.get(f"data.{key}") for key in DATA_UNLESS}
+    found |= {key: value for key, value in unusual.items() if value != DATA_UNLESS[key]}
     if found["name"] in BUNDLED:
         del found["root"]
     return {key: str(value) for key, value in found.items() if value is not None}
@@ -364,9 +367,13 @@ def describe_data(run: RunRecord) -> str:
             words.append(f"{'all' if data[key] == '0' else data[key]} {what} images")
     if "split_seed" in data:
         words.append(f"split seed {data['split_seed']}")
-    noise = run.settings.get("data.label_noise")
-    if isinstance(noise, int | float) and noise:
-        words.append(f"{noise:.0%} of the training labels flipped")
+    for key, what in (("label_noise", "training"), ("meta_validation_noise", "meta-validation")):
+        noise = run.settings.get(f"data.{key}")
+        if isinstance(noise, int | float) and noise:
+            kind = data.get("label_noise_kind")
+            words.append(f"{noise:.0%} of the {what} labels flipped{f' ({kind})' if kind else ''}")
+    if "imbalance" in data:
+        words.append(f"a long tail, {data['imbalance']} to 1")
     return ", ".join(words)
 
 
