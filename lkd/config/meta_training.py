@@ -71,7 +71,7 @@ class MetaSettings:
         batches: The outer loss looks at meta-validation images (different), or at the rollout's own training images
             (same).
         students_per_step: Students whose hypergradients are averaged for each update: drawn from the pool, or, where
-            the loss alternates with their training, trained side by side.
+            the loss alternates with their training, trained side by side. Worlds take turns; 0 for one in each world.
         rollout_steps: K, the student's steps in one rollout. Where the loss alternates, its last steps before each
             update.
         initial_rollout_steps: K at the first outer step, from which it grows evenly to `rollout_steps`; 0 for no
@@ -88,7 +88,12 @@ class MetaSettings:
             smoothed_error (a sigmoid of the margin in place of the error's step).
         outer_batch_size: Images of one outer loss.
         learning_rate: Of Adam on the loss network's weights, at the start; annealed to zero by a cosine.
-        clip_norm: Hypergradients are scaled down to this norm; 0 turns it off.
+        clip_norm: The average of the hypergradients is scaled down to this norm; 0 turns it off.
+        clip_each: Each student's hypergradient is scaled down to this norm before they are averaged: those of
+            different worlds differ a hundredfold; 0 turns it off.
+        hide_trust: Part of the rollouts in which a loss that reads trust (`Trust`) is not told it, so that it learns to
+            do without; the student's own accuracy is hidden in as many, independently.
+        start: The loss to start from, a file; fresh networks if left out. `loss` then has no say.
         exploding_norm: A hypergradient whose norm is more than so many times the median of the latest ones is left
             out; 0 leaves out only those that are not finite.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
@@ -98,6 +103,9 @@ class MetaSettings:
         reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
             meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
             0 for no look: the last loss is saved.
+        reference: Loss that looks at reuse are compared with, trained with the same students once, before the first
+            look: a name, or {name: ..., ...}. A loss's regret is its students' cross-entropy at the best temperature
+            less the reference's, the mean over the worlds. None if left out.
         reuse_students: Fresh students of each architecture at a look; their mean is what counts.
         reuse_epochs: Epochs of such a training, with the whole schedule of `train`; each costs reuse_epochs /
             train.epochs trainings. 0 for as many as `train` has.
@@ -110,7 +118,7 @@ class MetaSettings:
     outer_steps: ranges.PositiveInt = 30
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
-    students_per_step: ranges.PositiveInt = 2
+    students_per_step: ranges.NonNegativeInt = 2
     rollout_steps: ranges.PositiveInt = 100
     initial_rollout_steps: ranges.NonNegativeInt = 0
     rollout_epochs: ranges.PositiveInt = 13
@@ -121,10 +129,14 @@ class MetaSettings:
     outer_batch_size: ranges.PositiveInt = 1000
     learning_rate: ranges.NonNegativeFloat = 0.05
     clip_norm: ranges.NonNegativeFloat = 1.0
+    clip_each: ranges.NonNegativeFloat = 0.0
+    hide_trust: ranges.ClosedUnitInterval = 0.2
+    start: str | None = None
     exploding_norm: ranges.ZeroOrAtLeast1 = 100.0
     kind: str = "logits"
     loss: dict[str, Any] = field(default_factory=dict)
     reuse_every: ranges.NonNegativeInt = 10
+    reference: dict[str, Any] | str | None = None
     reuse_students: ranges.PositiveInt = 3
     reuse_epochs: ranges.NonNegativeInt = 0
     reuse_patience: ranges.NonNegativeInt = 0
@@ -138,12 +150,35 @@ class MetaSettings:
 
 
 @dataclass
+class DrawRecipe:
+    """Worlds that are drawn at random.
+
+    Args:
+        worlds: How many.
+        seed: Of the draws.
+        of: Names of the listed worlds that they are variations of; all if left out.
+        values: Field, as in data.label_noise → what is drawn for it: one of a list; or a number of a range,
+            {low: 0.0, high: 0.6}, evenly, or evenly in its logarithm with `log: true`; whole if both bounds are.
+    """
+
+    worlds: ranges.NonNegativeInt = 0
+    seed: int = 0
+    of: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class MetaTrainRecipe(StudentRecipe):
     """Learn a loss (RUN_DIR/loss.lkd.safetensors).
 
     A pool is built in the run directory first, unless `pool_dir` names one.
 
+    A world is images with their noise, a teacher with its faults, a student and its training. Without `worlds` and
+    `draw` the recipe is the only one. Processes of a torchrun job share the worlds among them.
+
     Args:
+        worlds: Name → what differs from the recipe in `data`, `teacher`, `student` and `train` of this world.
+        draw: Further worlds, drawn at random.
         students: Networks to learn with instead of `student`, in turn; each has a pool of its own. The loss is learned
             for their training.
         pool: The pool to build, and how students are drawn.
@@ -151,6 +186,8 @@ class MetaTrainRecipe(StudentRecipe):
         meta: The outer loop.
     """
 
+    worlds: dict[str, Any] = field(default_factory=dict)
+    draw: DrawRecipe = field(default_factory=DrawRecipe)
     students: list[ModelRecipe] = field(default_factory=list)
     pool: PoolSettings = field(default_factory=PoolSettings)
     pool_dir: str | None = None

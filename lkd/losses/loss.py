@@ -12,6 +12,7 @@ from lkd.core.outputs import Outputs
 
 if TYPE_CHECKING:  # a loss in a loop of its own must not wait for the readers of images
     from lkd.data.images import ImageSet
+    from lkd.losses.learned.trust import Trust
 
 Progress = float | Tensor | None
 Terms = dict[str, Tensor]
@@ -55,10 +56,13 @@ class DistillationLoss(nn.Module):
         teacher_stages: The teacher's stages whose features the loss reads.
         needs_index: Whether it must know which image is which: then training calls `enroll` once and gives `forward`
             the batch's `index`.
+        reads_trust: Whether it is told what is measured of teacher, labels and student (`Trust`): then training calls
+            `set_trust` before the first step, and `update_trust` some twenty times.
     """
 
     teacher_stages: tuple[str, ...] = ()
     needs_index: bool = False
+    reads_trust: bool = False
 
     @property
     def own_teacher(self) -> Callable[[Any], Outputs] | None:
@@ -79,6 +83,12 @@ class DistillationLoss(nn.Module):
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Learn identity and class of each training image, [N]; called once, where `needs_index`."""
+
+    def set_trust(self, trust: "Trust") -> None:
+        """Be told, before the first step, what was measured; where `reads_trust`."""
+
+    def update_trust(self, student: nn.Module) -> None:
+        """Measure the student's own accuracy anew; where `reads_trust`."""
 
     def begin_epoch(
         self,

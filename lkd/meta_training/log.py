@@ -114,7 +114,7 @@ def log_row(
         "outer/hypergradient_norm": result.norm,
         "outer/clipped": float(result.clipped),
         "outer/left_out": float(len(result.left_out)),
-        **{key: sum(balance[key] for balance in balances) / len(balances) for key in balances[0]},
+        **average_rows(balances),
         "outer/progress_least": min(ages),
         "outer/progress_most": max(ages),
         **{
@@ -128,6 +128,13 @@ def log_row(
         latest = list(estimator.audits.values())[-1]
         row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
     return row
+
+
+def average_rows(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the rows that have it."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [row[key] for row in rows if key in row] for key in found}
+    return {key: sum(column) / len(column) for key, column in columns.items()}
 
 
 def is_logged(step: int, outer_steps: int) -> bool:

@@ -7,13 +7,15 @@ The paper's axes (how students are sampled, which images the outer loss sees, ho
 interleaved) are options of the recipe.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
-from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main, share_out
+from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, deferred_interrupts
@@ -33,33 +35,19 @@ from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.outer_loop import AUDITED, OuterLoop
 from lkd.meta_training.reuse import FIGURES, Reuse
 from lkd.meta_training.rollouts import OBJECTIVES
-from lkd.models.files import save_network
-from lkd.pool.pool import (
-    Pool,
-    World,
-    build_pools,
-    count_pool_trainings,
-    drop_superseded_pools,
-    list_snapshots,
-    open_pools,
-    renew_pools,
+from lkd.meta_training.worlds import (
+    OpenedWorld,
+    build_loss_networks,
+    name_world,
+    open_given_pools,
+    open_worlds,
+    prepare_worlds,
 )
+from lkd.models.files import save_network
+from lkd.pool.pool import Pool, build_pools, count_pool_trainings, drop_superseded_pools, list_snapshots, renew_pools
 from lkd.pool.sampling import build_age_weights, check_sampling
 from lkd.tracking.run import Run
-from lkd.training.build import (
-    NOTHING,
-    Images,
-    LossBuilder,
-    Objects,
-    build_batches,
-    choose_student,
-    introduce_network,
-    introduce_teacher,
-    open_teacher,
-    prepare_images,
-    prepare_learned_loss,
-    prepare_teacher,
-)
+from lkd.training.build import NOTHING, Images, Objects, build_batches
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
 from meta import ESTIMATORS
@@ -81,25 +69,21 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     check_settings(recipe)
-    images = prepare_images(recipe.data, given)
-    check_meta_validation(images)
-    students = [choose_student(model, images.train, given) for model in recipe.students or [recipe.student]]
-    pools = open_pools(students, images, Path(recipe.pool_dir)) if recipe.pool_dir else []
-    check_schedule(recipe, images, pools)
-    opened = open_teacher(recipe.teacher, images.train, given)
-    loss = prepare_learned_loss(recipe.meta.kind, recipe.meta.loss, students, opened, images, recipe.seed)
-    draws, losses = bool(recipe.meta.alternation_start), LossBuilder(recipe.pool.loss, opened, images)
-    readers = [loss, *(losses.build(student, recipe.seed) for student in students if draws)]
-    run.say(*(introduce_network("student", student, images, run.device) for student in students))
-    run.say(introduce_teacher(opened, images, run.device))
-    stages = dict.fromkeys(stage for reader in readers for stage in reader.teacher_stages)
-    teacher = prepare_teacher(opened, images, run.device, tuple(stages))
-    worlds = [World(images, teacher, student, recipe.train, recipe.seed, run.device) for student in students]
-    if draws and not pools:
-        pools = build_pools(worlds, recipe.pool, losses.build, run.path / "pool", run)
+    opened = open_worlds(recipe, run, given)
+    pools = open_given_pools(recipe, opened)
+    for each in opened:
+        check_meta_validation(each.images)
+    check_schedules(recipe, opened, pools)
+    loss = build_loss_networks(recipe, opened)
+    worlds = prepare_worlds(opened, loss, run)
+    if recipe.meta.alternation_start and not pools:
+        pools = build_pools(worlds, recipe.pool, [each.pool_loss.build for each in opened], run.path / "pool", run)
         keep_pool(run)
     run.say(f"learned loss: {sum(p.numel() for p in loss.parameters()):,} parameters")
-    loop, reuse = OuterLoop(worlds, pools, loss, recipe.meta, recipe.pool), Reuse(worlds, recipe.meta, run)
+    loop, reuse = (
+        OuterLoop(worlds, pools, loss, recipe.meta, recipe.pool),
+        Reuse(worlds, recipe.meta, run, [each.reference for each in opened]),
+    )
     training_seconds = learn(loop, reuse, run)
     path = run.path / f"loss{SUFFIX}"
     if is_main():
@@ -239,7 +223,6 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     build_age_weights(recipe.pool)
     check_choice("meta.estimator", meta.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", meta.objective, OBJECTIVES)
-    share_out(meta.students_per_step, "meta.students_per_step")
     if meta.batches == "same" and (recipe.data.mixup or recipe.data.cutmix):
         raise UserError(
             "meta.batches: same would score students on mixed images, which have no label; leave out data.mixup and "
@@ -257,6 +240,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
         )
     if meta.reuse_patience and not meta.reuse_every:
         raise UserError(f"meta.reuse_patience: {meta.reuse_patience} needs looks at reuse; set meta.reuse_every")
+    if meta.interleaving != "before" and (recipe.worlds or recipe.draw.worlds):
+        raise UserError(f"meta.interleaving: {meta.interleaving} trains in one world; leave out worlds and draw")
     if meta.interleaving != "before" and meta.students_per_step < len(recipe.students):
         raise UserError(
             f"meta.students_per_step: {meta.students_per_step} leaves out some of the {len(recipe.students)} students "
@@ -281,6 +266,16 @@ def check_meta_validation(images: Images) -> None:
         named = ", ".join([*missing[:5], "..."] if len(missing) > 5 else missing)
         classes = f"{len(missing)} of {part.num_classes} classes ({named})"
         raise UserError(f"data.meta_validation_size: {len(part)} images have none of {classes}; take more")
+
+
+def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> None:
+    """Check each world's schedule; see `check_schedule`."""
+    for number, each in enumerate(opened):
+        own = replace(recipe, data=each.recipe.data, train=each.recipe.train)
+        try:
+            check_schedule(own, each.images, pools[number : number + 1])
+        except UserError as error:
+            raise name_world(error, each.world.name) from error
 
 
 def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> None:

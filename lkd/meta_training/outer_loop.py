@@ -1,5 +1,6 @@
 """The outer loop, a step at a time: draw students, roll them out, differentiate their outer loss, update the loss."""
 
+import copy
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from lkd.core.errors import refuse_exhaustion
 from lkd.core.random import draw_positions, draw_seed, seeded_generator
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.learned.trust import TrustFigures, measure_own_accuracy
 from lkd.meta_training.log import check_rows, measure_balance, read_clock
 from lkd.meta_training.online_student import OnlineStudent, Point, check_points, copy_state
 from lkd.meta_training.rollouts import (
@@ -30,8 +32,9 @@ from lkd.meta_training.rollouts import (
     half_cosine,
     list_inner_batches,
 )
-from lkd.pool.pool import Pool, World
+from lkd.pool.pool import Pool, PoolStudent, World
 from lkd.pool.sampling import build_age_weights
+from lkd.training.build import Images
 from lkd.training.optimizer import restore_optimizer
 from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, Problem, Tensors, outer_step
 from meta.optim import Averaged, Optimizer
@@ -47,7 +50,7 @@ class OuterLoop:
     that have met share the students of a step, each a block of numbers, and end it with the same loss.
 
     Args:
-        worlds: Where rollouts happen, in turn; all have the first one's images, teacher, training, seed and device.
+        worlds: Where rollouts happen, in turn; all have the first one's seed and device.
         pools: Where students come from: one for each world; none if the loss only alternates.
         loss: The loss to learn.
         settings: The outer loop's.
@@ -73,12 +76,14 @@ class OuterLoop:
         self.worlds, self.pools, self.settings, self.draws = worlds, pools, settings, draws
         self.seed, self.device = worlds[0].seed, worlds[0].device
         self.loss = loss.to(self.device)
+        self.losses = [share_parameters(self.loss) for _ in worlds]  # each is told its own world's trust
         self.networks = [world.student.build(self.seed, self.device).train() for world in worlds]
         self.age_weights = build_age_weights(draws)
         self.estimator: Estimator = Audited() if settings.estimator == AUDITED else ESTIMATORS[settings.estimator]
         self.optimizer = torch.optim.Adam(self.loss.parameters(), settings.learning_rate)
         self.guard = OuterGuard(settings.exploding_norm)
-        self.numbers = share_out(settings.students_per_step, "meta.students_per_step")
+        self.students_per_step = settings.students_per_step or len(worlds)
+        self.numbers = share_out(self.students_per_step, "meta.students_per_step")
         self.own: dict[int, OnlineStudent] = {}
         if settings.interleaving != "before":
             for n in self.numbers:
@@ -128,7 +133,7 @@ class OuterLoop:
         """The hypergradient of each of this process's students."""
         differentiate = self.differentiate_online_student if self.alternates else self.differentiate_pool_student
         hypergradients = []
-        for number in range(self.settings.students_per_step):
+        for number in range(self.students_per_step):
             if number in self.numbers:
                 try:
                     hypergradients.append(differentiate(number))
@@ -143,14 +148,20 @@ class OuterLoop:
         """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
         problem = self.build_problem(number)
         hypergradient = self.estimator(problem)
-        state, network = problem.state, self.networks[self.choose_world(number)[1]]
+        place = self.choose_world(number)[1]
+        state, network, name = problem.state, self.networks[place], self.worlds[place].name
         batch = problem.inner_batches[0]
-        self.balances.append(measure_balance(self.loss, network, state.parameters, state.buffers, batch))
-        return hypergradient
+        row = measure_balance(self.losses[place], network, state.parameters, state.buffers, batch)
+        if name:
+            own = {key.removeprefix("loss/"): value for key, value in row.items() if key.startswith("loss/")}
+            own |= {"outer_value": float(hypergradient.outer_value), "hypergradient_norm": float(hypergradient.norm)}
+            row |= {f"world/{name}/{key}": value for key, value in own.items()}
+        self.balances.append(row)
+        return clip(hypergradient, self.settings.clip_each) if self.settings.clip_each else hypergradient
 
     def choose_world(self, number: int) -> tuple[int, int]:
         """How many students were drawn before this one in its world, and which world that is."""
-        return divmod(self.step * self.settings.students_per_step + number, len(self.worlds))
+        return divmod(self.step * self.students_per_step + number, len(self.worlds))
 
     def build_problem(self, number: int) -> Problem:
         """Draw a student, the batches of its rollout and that of its outer loss: what the estimator is given."""
@@ -162,7 +173,9 @@ class OuterLoop:
         state = student.state if self.draws.restore_momentum else student.state._replace(optimizer={})
         seed = int(torch.randint(2**62, (), generator=generator))
         torch.manual_seed(seed)  # of dropout
-        images = world.images
+        images, loss = world.images, self.losses[place]
+        if loss.reads_trust:
+            self.tell_trust(place, student, generator)
         batches = build_rollout_batches(
             images.train, world.train, steps, settings.rollout_epochs, seed, images.settings, self.device
         )
@@ -170,12 +183,12 @@ class OuterLoop:
         inner_batches = list_inner_batches(batches, world.teacher, student.progress, steps, stages)
         optimizer: Optimizer = build_inner_optimizer(world.train, student.learning_rate, settings.annealing, steps)
         return Problem(
-            partial(compute_inner_loss, network, self.loss),
+            partial(compute_inner_loss, network, loss),
             self.outer_loss(network),
             state,
             {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
             inner_batches,
-            self.draw_outer_batch(inner_batches, generator),
+            self.draw_outer_batch(inner_batches, generator, images),
             Averaged(optimizer, settings.average) if settings.average else optimizer,
         )
 
@@ -185,11 +198,23 @@ class OuterLoop:
         grown = first + round((last - first) * self.step / max(self.settings.alternation_start - 1, 1))
         return self.guard.shorten(grown)
 
-    def draw_outer_batch(self, inner_batches: list[InnerBatch], generator: torch.Generator) -> Batch:
+    def tell_trust(self, place: int, student: PoolStudent, generator: torch.Generator) -> None:
+        """Tell a world's loss what is known there and of this student, or, at times, nothing of one or of both."""
+        world, network, loss = self.worlds[place], self.networks[place], self.losses[place]
+        hidden = torch.rand(2, generator=generator) < self.settings.hide_trust
+        figures = TrustFigures() if hidden[0] else world.trust.figures
+        if world.trust.looks and not hidden[1]:
+            network.load_state_dict({**student.state.parameters, **student.state.buffers})
+            figures = figures._replace(own_accuracy=measure_own_accuracy(network, world.trust.looks))
+        loss.tell(figures)
+
+    def draw_outer_batch(
+        self, inner_batches: list[InnerBatch], generator: torch.Generator, images: Images | None = None
+    ) -> Batch:
         """Images for the outer loss: of meta-validation, or those that the rollout was trained on."""
         size = self.settings.outer_batch_size
         if self.settings.batches == "different":
-            part = self.worlds[0].images.meta_validation
+            part = (images or self.worlds[0].images).meta_validation
             return part.batch(draw_positions(len(part), size, generator), self.device)
         columns = [torch.cat(column) for column in zip(*(batch for batch, _, _ in inner_batches), strict=True)]
         positions = draw_positions(len(columns[0]), size, generator).to(self.device)
@@ -255,6 +280,20 @@ class OuterLoop:
             self.estimator.load_state_dict(state["estimator"])
         for number, own in self.own.items():
             own.training.load_state_dict(state["own"][number])
+
+
+def share_parameters(loss: LearnedLoss) -> LearnedLoss:
+    """A copy that has the same parameters, but buffers of its own."""
+    return copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
+
+
+def clip(hypergradient: Hypergradient, largest: float) -> Hypergradient:
+    """The hypergradient, scaled down to a norm; one that is not finite stays as it is, to be left out."""
+    scale = (largest / hypergradient.norm).clamp(max=1.0)
+    if not torch.isfinite(hypergradient.norm):
+        return hypergradient
+    grads = {name: scale.to(grad) * grad for name, grad in hypergradient.grads.items()}
+    return hypergradient._replace(grads=grads, norm=scale * hypergradient.norm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,24 +1,25 @@
 """Judge a loss by its use: fresh students trained with it frozen, scored on meta-validation."""
 
 import copy
-import dataclasses
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lkd.config.meta_training import MetaSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import is_main, share_from_main
+from lkd.core.distributed import count_processes, gather_objects, is_main, own_rank, share_from_main
 from lkd.core.interrupt import StopRequest
 from lkd.core.random import draw_seed
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.loss import DistillationLoss
-from lkd.meta_training.log import check_rows
+from lkd.meta_training.log import average_rows, check_rows
 from lkd.meta_training.online_student import Point, assemble_loss, check_points
 from lkd.pool.pool import World
 from lkd.tracking.run import Run
+from lkd.training.build import LossBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
 from lkd.training.training import DivergedError
@@ -33,19 +34,25 @@ class Reuse:
 
     Each look trains `meta.reuse_students` fresh students in each world, the same in all looks, so that losses are
     compared in pairs. The score is the mean cross-entropy at the best temperature; the first of the best wins.
-    Processes that have met share each training.
+    Processes that have met share each training; of several worlds each does its own.
 
     Args:
         worlds: What students are trained in.
         settings: How often, how many, how long.
         run: The run; a look that was stopped goes on from the checkpoints in its folder `look`.
+        references: Of each world, what builds the loss that looks are compared with; none for no comparison.
     """
 
-    def __init__(self, worlds: list[World], settings: MetaSettings, run: Run) -> None:
+    def __init__(
+        self, worlds: list[World], settings: MetaSettings, run: Run, references: Sequence[LossBuilder | None] = ()
+    ) -> None:
         self.settings, self.run = settings, run
-        whole, epochs = worlds[0].train, settings.reuse_epochs or worlds[0].train.epochs
-        self.worlds = [dataclasses.replace(world, train=shorten(whole, epochs)) for world in worlds]
-        self.cost = settings.reuse_students * len(worlds) * epochs / whole.epochs
+        lengths = [settings.reuse_epochs or world.train.epochs for world in worlds]
+        self.worlds = [replace(w, train=shorten(w.train, epochs)) for w, epochs in zip(worlds, lengths, strict=True)]
+        shares = [epochs / world.train.epochs for world, epochs in zip(worlds, lengths, strict=True)]
+        self.cost = settings.reuse_students * sum(shares)
+        self.references = [builder.build for builder in references if builder]
+        self.reference: list[float] = []
         self.rows: list[dict[str, float]] = []
         self.best: list[Point] = []
 
@@ -57,7 +64,7 @@ class Reuse:
     @property
     def trainings(self) -> float:
         """The cost of all looks, in units of one whole training."""
-        return len(self.rows) * self.cost
+        return (len(self.rows) + bool(self.reference)) * self.cost
 
     def is_due(self, step: int) -> bool:
         """Whether to look at the loss before this outer step: the initial one, every so often, and the last one."""
@@ -77,28 +84,54 @@ class Reuse:
         Raises:
             Interrupted: If `stop` was asked for; the look goes on later.
         """
-        assembled, folder = assemble_loss(networks, points), self.run.path / LOOK / f"step-{step:06d}"
-        students = [(world, number) for world in self.worlds for number in range(self.settings.reuse_students)]
-        figures = share_from_main(
-            [
-                self.train_student(world, number, assembled, folder / f"student-{place:03d}", stop)
-                for place, (world, number) in enumerate(students)
-            ]
-        )
-        mean = {name: sum(row[name] for row in figures) / len(figures) for name in FIGURES}
+        if self.references and not self.reference:
+            builders = zip(self.references, self.worlds, strict=True)
+            losses = [build(world.student, world.seed) for build, world in builders]
+            self.reference = [row[SCORE] for row in self.train_students(losses, "reference", stop)]
+        assembled = assemble_loss(networks, points)
+        figures = self.train_students([assembled] * len(self.worlds), f"step-{step:06d}", stop)
+        mean = average_rows(figures)
         if math.isnan(mean[SCORE]):  # a student that was finite until its last step
             mean[SCORE] = math.inf
+        if self.reference:
+            mean["regret"] = mean[SCORE] - sum(self.reference) / len(self.reference)
+        for place, world in enumerate(self.worlds if self.worlds[0].name else []):
+            mean |= {f"world/{world.name}/{name}": figures[place][name] for name in FIGURES}
+            if self.reference:
+                mean[f"world/{world.name}/regret"] = figures[place][SCORE] - self.reference[place]
         self.rows.append({"step": step, **mean})
         if self.best_row["step"] == step:
             self.best = [(start, copy.deepcopy(state)) for start, state in points]
         return self.rows[-1]
 
+    def train_students(
+        self, losses: Sequence[DistillationLoss], look: str, stop: StopRequest
+    ) -> list[dict[str, float]]:
+        """Train the fresh students of each world with its loss; each world's mean figures."""
+        shared, count = not self.worlds[0].name, self.settings.reuse_students
+        own: dict[int, dict[str, float]] = {}
+        for place, (world, loss) in enumerate(zip(self.worlds, losses, strict=True)):
+            if not shared and place % count_processes() != own_rank():
+                continue
+            folder = self.run.path / LOOK / look
+            rows = [
+                self.train_student(
+                    world, number, copy.deepcopy(loss), folder / f"student-{place * count + number:03d}", stop, shared
+                )
+                for number in range(count)
+            ]
+            own[place] = average_rows(rows)
+        if shared:
+            own = share_from_main(own)
+        found = {place: row for part in gather_objects(own) for place, row in part.items()}
+        return [found[place] for place in range(len(self.worlds))]
+
     def train_student(
-        self, world: World, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest
+        self, world: World, number: int, loss: DistillationLoss, folder: Path, stop: StopRequest, shared: bool
     ) -> dict[str, float]:
         """Train one fresh student with the frozen loss; its figures on meta-validation, the worst if it diverges."""
-        training = world.start(loss, draw_seed(world.seed, 7, number), shared=True)
-        checkpoints = Checkpoints(folder, world.train, self.run.say)
+        training = world.start(loss, draw_seed(world.seed, 7, number), shared)
+        checkpoints = Checkpoints(folder, world.train, self.run.say, shared)
         checkpoints.resume_training(training)
         try:
             for _ in run_steps(training, training.total_steps, stop, checkpoints):
@@ -106,7 +139,8 @@ class Reuse:
         except DivergedError:
             return {SCORE: float("inf"), "top1": 0.0}
         checkpoints.save_training(training)
-        return evaluate(training.result, world.images.meta_validation, world.device, shared=True)
+        figures = evaluate(training.result, world.images.meta_validation, world.device, shared=shared)
+        return {name: figures[name] for name in FIGURES}
 
     def forget_checkpoints(self) -> None:
         """Delete the checkpoints of looks: those that were finished are in the outer loop's."""
@@ -115,11 +149,12 @@ class Reuse:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on."""
-        return {"rows": self.rows, "best": self.best}
+        return {"rows": self.rows, "best": self.best, "reference": self.reference}
 
     def load_state_dict(self, state: dict[str, Any], networks: LearnedLoss) -> None:
         """Go on from what `state_dict` returned; the best weights are of these networks."""
         self.rows = check_rows(state["rows"], FIGURES)
+        self.reference = [float(score) for score in state["reference"]]
         self.best = check_points(state["best"], networks)
 
 
@@ -127,4 +162,4 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     """A training of fewer epochs whose warm-up and milestones shrink in proportion."""
     milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
     warmup = round(train.warmup_epochs * epochs / train.epochs)
-    return dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_epochs=warmup)
+    return replace(train, epochs=epochs, milestones=milestones, warmup_epochs=warmup)

@@ -7,8 +7,8 @@ is kept too, is *our reconstruction*.
 import copy
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from lkd.config.meta_training import PoolContents, PoolSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import is_main, wait_for_all
+from lkd.core.distributed import count_processes, own_rank, wait_for_all
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
+from lkd.losses.learned.trust import Trust
 from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
@@ -45,6 +46,8 @@ class World:
         train: Their whole training.
         seed: Of all that is drawn.
         device: Where tensors go.
+        name: What it is called among several; "" for the only one.
+        trust: What was measured of teacher and labels, for losses that read it.
     """
 
     images: Images
@@ -53,9 +56,13 @@ class World:
     train: TrainRecipe
     seed: int
     device: torch.device
+    name: str = ""
+    trust: Trust = field(default_factory=Trust)
 
     def start(self, loss: DistillationLoss, seed: int, shared: bool = False) -> Training:
         """A fresh training; see `start_training`."""
+        if loss.reads_trust:
+            loss.set_trust(self.trust)
         return start_training(self.student, self.images, loss, self.teacher, self.train, seed, self.device, shared)
 
 
@@ -201,11 +208,17 @@ BuildLoss = Callable[[StudentBuilder, int], DistillationLoss]
 
 
 def build_pool(
-    world: World, settings: PoolContents, build_loss: BuildLoss, folder: Path, run: Run, first: int = 0
+    world: World,
+    settings: PoolContents,
+    build_loss: BuildLoss,
+    folder: Path,
+    run: Run,
+    first: int = 0,
+    shared: bool = True,
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
 
-    A student that diverges is kept at the ages before. Processes that have met share each training.
+    A student that diverges is kept at the ages before.
 
     Args:
         world: What students are trained in.
@@ -214,6 +227,7 @@ def build_pool(
         folder: Where the pool goes, or is gone on with.
         run: The run.
         first: Number of the first training: equal numbers give equal initial weights and batches.
+        shared: Whether the processes that have met share each training; else this one does it alone.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM; finished students stay, and the one in training goes on later.
@@ -232,8 +246,8 @@ def build_pool(
             if number in done:
                 continue
             seed = world.seed + 1000 * (number + 1)
-            training = world.start(build_loss(world.student, seed), seed, shared=True)
-            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", world.train, run.say)
+            training = world.start(build_loss(world.student, seed), seed, shared)
+            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", world.train, run.say, shared)
             checkpoints.resume_training(training)
             for step in list_snapshots(settings, training.total_steps):
                 try:
@@ -245,13 +259,14 @@ def build_pool(
                     run.say(f"warning: student {number} of the pool has no ages after this: {error}")
                     break
                 name = f"student-{number:03d}-step-{step:06d}.safetensors"
-                if training.step == step and is_main():  # else it was written before the checkpoint
+                if training.step == step and checkpoints.writes:  # else it was written before the checkpoint
                     write_student(folder / name, training)
                 index["students"].append({"file": name, "training": number, "progress": step / training.total_steps})
-            if is_main():
+            if checkpoints.writes:
                 write_json(folder / INDEX, index)
                 checkpoints.remove()
-    wait_for_all()
+    if shared:
+        wait_for_all()
     return Pool(folder, index)
 
 
@@ -278,23 +293,38 @@ def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
 LIVE = "live"  # the folder of renewed pools
 
 
-def list_folders(count: int, folder: Path) -> list[Path]:
-    """Where each pool is: the folder itself if there is one, else numbered ones in it."""
-    return [folder / str(number) for number in range(count)] if count > 1 else [folder]
+def list_folders(worlds: Sequence[World], folder: Path) -> list[Path]:
+    """Where each pool is: the folder itself if there is one, else in it, by the world's name or number."""
+    if len(worlds) == 1:
+        return [folder]
+    return [folder / (world.name or str(number)) for number, world in enumerate(worlds)]
 
 
-def open_pools(students: list[StudentBuilder], images: Images, folder: Path) -> list[Pool]:
-    """Open the pool of each student's architecture; see `open_pool`."""
-    places = list_folders(len(students), folder)
-    return [open_pool(place, images, student.architecture) for place, student in zip(places, students, strict=True)]
+def open_pools(worlds: Sequence[World], folder: Path) -> list[Pool]:
+    """Open the pool of each world; see `open_pool`."""
+    places = zip(worlds, list_folders(worlds, folder), strict=True)
+    return [open_pool(place, world.images, world.student.architecture) for world, place in places]
 
 
 def build_pools(
-    worlds: list[World], settings: PoolContents, build_loss: BuildLoss, folder: Path, run: Run, first: int = 0
+    worlds: list[World],
+    settings: PoolContents,
+    build_losses: Sequence[BuildLoss],
+    folder: Path,
+    run: Run,
+    first: int = 0,
 ) -> list[Pool]:
-    """Build the pool of each world, or finish it; see `build_pool`."""
-    places = zip(worlds, list_folders(len(worlds), folder), strict=True)
-    return [build_pool(world, settings, build_loss, place, run, first) for world, place in places]
+    """Build the pool of each world, or finish it; see `build_pool`.
+
+    Processes that have met share each training where there is one set of images; worlds with a name are shared out.
+    """
+    shared = not worlds[0].name
+    places = list_folders(worlds, folder)
+    for number in range(len(worlds)):
+        if shared or number % count_processes() == own_rank():
+            build_pool(worlds[number], settings, build_losses[number], places[number], run, first, shared)
+    wait_for_all()
+    return open_pools(worlds, folder)
 
 
 def renew_pools(
@@ -322,10 +352,11 @@ def renew_pools(
         return first_pools
     folder = run.path / LIVE / name_renewal(outer_step - since)
     if since:
-        return open_pools([world.student for world in worlds], worlds[0].images, folder)
+        return open_pools(worlds, folder)
     frozen = copy.deepcopy(loss).requires_grad_(False)
     first = renewals * settings.students
-    return build_pools(worlds, settings, lambda student, seed: copy.deepcopy(frozen), folder, run, first)
+    builders = [lambda student, seed: copy.deepcopy(frozen)] * len(worlds)
+    return build_pools(worlds, settings, builders, folder, run, first)
 
 
 def drop_superseded_pools(settings: PoolSettings, outer_step: int, run: Run) -> None:

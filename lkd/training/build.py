@@ -30,6 +30,7 @@ from lkd.losses.build import attach_features, build_loss, find_feature_parts, is
 from lkd.losses.functions import Stages
 from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
+from lkd.losses.learned.trust import Trust, TrustFigures, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models.build import adapt_given, describe, find_stages, format_description
 from lkd.models.build import build as build_network
@@ -190,6 +191,16 @@ def ask_anew(
     fast = (train.compile, train.channels_last) if train else ()
     reliable, random = Teacher(teacher.network.to(device), *fast), teacher.settings.random_answers
     return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
+
+
+def measure_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> Trust:
+    """What there is to know of teacher and labels, of answers such as the training gets; a cache knows it already."""
+    if teacher.settings.cache:
+        known = read_cache(Path(teacher.settings.cache)).header.get("trust")
+        figures = TrustFigures(*known) if known else TrustFigures()
+        looks = Trust.choose_looks(images.meta_validation, device)
+        return Trust(figures, looks)
+    return measure_trust(ask_anew(teacher, images, device), images.train, images.meta_validation, device)
 
 
 def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:

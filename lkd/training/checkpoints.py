@@ -25,9 +25,11 @@ class Checkpoints:
         folder: A folder of their own.
         recipe: How many are kept, and after how many steps the next one is due.
         say: Told what is wrong with a damaged one.
+        shared: Whether the processes that have met share the training; else this one writes and reads by itself.
     """
 
-    def __init__(self, folder: Path, recipe: TrainRecipe, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, recipe: TrainRecipe, say: Callable[[str], None], shared: bool = True) -> None:
+        self.shared, self.writes = shared, is_main() or not shared
         self.folder, self.every, self.kept, self.say = folder, recipe.checkpoint_every, recipe.checkpoints_kept, say
 
     def list(self) -> "dict[int, Path]":
@@ -39,7 +41,7 @@ class Checkpoints:
 
         So do those of later steps, which a run leaves that went on from an earlier one than the newest.
         """
-        if not is_main():
+        if not self.writes:
             return
         save_checkpoint(self.folder / f"{step:09d}.safetensors", tree)
         files = self.list()
@@ -49,7 +51,8 @@ class Checkpoints:
 
     def load(self) -> Any:
         """What `read_newest` gives the main process. All processes must ask."""
-        return share_from_main(self.read_newest() if is_main() else None)
+        newest = self.read_newest() if self.writes else None
+        return share_from_main(newest) if self.shared else newest
 
     def read_newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that is not damaged; None if there are none, or it is the first one that is damaged.
@@ -95,7 +98,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Delete them: nobody will go on from here."""
-        if is_main():
+        if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -31,6 +31,7 @@ from lkd.training.build import (
     build_batches,
     introduce_network,
     introduce_teacher,
+    measure_teacher,
     prepare_teacher,
 )
 from lkd.training.checkpoints import Checkpoints, run_steps
@@ -61,6 +62,11 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
     run.say(introduce_network("student", parts.student, images, run.device))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
+    if loss.reads_trust:
+        known = order_labels(images, labelled_size)[: labelled_size or None]
+        trust = measure_teacher(parts.teacher, replace(images, train=images.train.select(known)), run.device)
+        loss.set_trust(trust)
+        run.say(str(trust))
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)
     training = start_training(
         parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
@@ -196,6 +202,18 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     return figures | {SHARE + name: share for name, share in shares.items()}
 
 
+def order_labels(images: Images, labelled_size: int) -> Tensor:
+    """Positions of the training images, those that keep their labels first, [N].
+
+    Raises:
+        UserError: If there are not so many images.
+    """
+    train = images.train
+    if labelled_size > len(train):
+        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
+    return interleave_classes(train.labels, train.num_classes, images.settings.split_seed)
+
+
 def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:
     """Semi-supervised: keep the labels of some training images, give the others the teacher's most probable class.
 
@@ -211,11 +229,9 @@ def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunctio
         UserError: If there are not so many images.
     """
     train = images.train
-    if labelled_size > len(train):
-        raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
     if not labelled_size:
         return images
-    unlabelled = interleave_classes(train.labels, train.num_classes, images.settings.split_seed)[labelled_size:]
+    unlabelled = order_labels(images, labelled_size)[labelled_size:]
     labels = train.labels.clone()
     place_of = {int(index): place for place, index in zip(unlabelled.tolist(), train.index[unlabelled], strict=True)}
     for batch in train.batches(unlabelled.split(500), device):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lkd.balance.balancing import Balancing
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import any_process, gather_objects
+from lkd.core.distributed import any_process, copy_buffers_from_main, gather_objects
 from lkd.core.errors import UserError, refuse_exhaustion
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
@@ -29,6 +29,7 @@ from lkd.training.throughput import StepClock
 Watch = Callable[[tuple[Batch, Any, float]], None]  # batch, the teacher's outputs or None, progress
 LESS_MEMORY = "a smaller train.batch_size or more train.accumulation"
 NAMED = 5  # images in a message
+LOOKS = 20  # at the student's own accuracy, for a loss that reads it
 
 
 class DivergedError(UserError):
@@ -73,6 +74,7 @@ class Training:
         self.loss = loss.to(batches.device)
         self.teacher = loss.own_teacher or teacher
         self.step, self.total_steps = 0, recipe.epochs * batches.steps_per_epoch
+        self.looks = {look * self.total_steps // LOOKS for look in range(LOOKS)}
         trained: list[Tensor] = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(trained, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
@@ -119,6 +121,10 @@ class Training:
         epoch, place = divmod(self.step, self.batches.steps_per_epoch)
         if not place:
             self.loss.begin_epoch(epoch, self.student, self.batches.images, self.teacher, self.progress)
+        if self.loss.reads_trust and self.step in self.looks:
+            if self.shared:  # else the running statistics of BatchNorm, and so what is seen, would differ
+                copy_buffers_from_main(self.student)
+            self.loss.update_trust(self.student)
         self.clock.start()
         batch = self.batches.at(self.step)
         if self.recipe.channels_last:
@@ -190,7 +196,7 @@ class Training:
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.module.state_dict() if self.average else {},
-            "loss": self.loss.state_dict(),
+            "loss": self.loss.state_dict() | dict(self.loss.named_buffers()),  # those too that no file keeps
             "balance": self.balance.state_dict() if self.balance else {},
             "optimizer": self.optimizer.state_dict(),
             "random": gather_objects(state) if self.shared else [state],  # of every process that has a part
@@ -202,7 +208,9 @@ class Training:
         self.student.load_state_dict(state["student"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
-        self.loss.load_state_dict(state["loss"])
+        self.loss.load_state_dict({name: state["loss"][name] for name in self.loss.state_dict()})
+        for name, buffer in self.loss.named_buffers():
+            buffer.copy_(state["loss"][name])
         if self.balance:
             self.balance.load_state_dict(state["balance"])
         restore_optimizer(self.optimizer, state["optimizer"])

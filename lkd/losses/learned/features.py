@@ -76,6 +76,7 @@ def draw_projection(channels: int, size: int, role: str) -> Tensor:
     return torch.from_numpy(orthonormal.T if size < channels else orthonormal).float()
 
 
+SEEN = ("progress", "state", "answer", "context")  # kinds of conditioning
 COMPARISONS = ("places", "images", "channels")
 WIDTH = 0.2  # of the Gaussian that the pairing starts at, in relative depth
 
@@ -105,7 +106,7 @@ class FeatureLoss(DistillationLoss):
         deepest: How many of each network's last stages take part.
         grid: Height and width to which attention maps are averaged.
         channels: Dimensions to which channels are projected.
-        conditioning: What is seen besides the teacher's logits: some of progress, state.
+        conditioning: What is seen besides the teacher's logits: some of progress, state, answer, context.
         lipschitz: Bound of each network's Lipschitz constant; 0 sets none.
 
     Raises:
@@ -131,7 +132,7 @@ class FeatureLoss(DistillationLoss):
         for name, value in (("deepest", deepest), ("grid", grid), ("channels", channels)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not at least 1")
-        self.conditioning = options["conditioning"] = networks.check_conditioning(conditioning)
+        self.conditioning = options["conditioning"] = networks.check_conditioning(conditioning, SEEN)
         self.architecture = options
         self.log_factor = networks.log_of_factor(maximal_factor)
         self.maximal_weight, self.deepest, self.grid, self.channels = maximal_weight, deepest, grid, channels

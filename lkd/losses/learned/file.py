@@ -12,6 +12,7 @@ from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+from lkd.losses.learned.trust import Trust
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss
 
@@ -62,6 +63,7 @@ class LossFile(NamedTuple):
             with torch.device("meta"):  # a header can name any size: nothing of it is made
                 loss = build_loss_from(self.header["architecture"])
             loss.load_state_dict({name: tensor.clone() for name, tensor in self.tensors.items()}, assign=True)
+            loss.set_trust(Trust())  # its buffer is not in the file
         except UserError as error:
             raise UserError(f"{self.path}: {error}: learn it again") from error
         except MALFORMED as error:

@@ -10,9 +10,11 @@ from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
 from lkd.losses.functions import cross_entropies, full_precision, label_of
 from lkd.losses.learned import networks
-from lkd.losses.learned.networks import CONDITIONING, LogProbabilities, Perceptron
+from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LogProbabilities, Perceptron
+from lkd.losses.learned.trust import UNKNOWN
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
+UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -30,6 +32,18 @@ class LogitForm(DistillationLoss):
         self.log_factor = networks.log_of_factor(options["maximal_factor"])
         self.maximal_temperature: float = options["maximal_temperature"]
         self.architecture = options
+        self.register_buffer("trust", torch.full((4,), UNKNOWN), persistent=False)
+
+    trust: Tensor
+
+    @property
+    def reads_trust(self) -> bool:  # type: ignore[override]
+        """Whether the form sees any of the figures of `TrustFigures`."""
+        return not set(TRUST_CONDITIONING).isdisjoint(self.conditioning)
+
+    def see(self, logs: LogProbabilities, progress: Progress) -> Tensor:
+        """What the networks see of each sample, [B, inputs]."""
+        return networks.sample_inputs(logs, progress, self.conditioning, self.trust)
 
     def build_sample_network(self, outputs: int) -> Perceptron:
         """A network over what is seen of a sample whose first two outputs start at the initial α and τ."""
@@ -68,11 +82,13 @@ class LogitForm(DistillationLoss):
 class DecoupledLoss(LogitForm):
     """Decoupled distillation (DKD, arXiv 2203.08679) whose three weights a small network sets for each sample.
 
-    For sample i, a network sees up to six numbers and sets α, τ and β; the loss is the mean of
+    For sample i, a network sees a few numbers and sets α, τ and β; the loss is the mean of
     2 (1 − αᵢ) · CE(student, target) + 2 αᵢ · τᵢ² · (TCKD + βᵢ · NCKD), both divergences at temperature τᵢ: of the
-    target class against the rest, and among the other classes. The six numbers are the student's and the teacher's
-    probability of the target, both entropies over log C, the squashed KL divergence at τ = 1, and the training's
-    progress. With α = 1/2 it is DKD as its authors weigh it, at home at DKD's learning rates. With β = 1 − the
+    target class against the rest, and among the other classes. The numbers are by default the student's and the
+    teacher's probability of the target, both entropies over log C, the squashed KL divergence at τ = 1, and the
+    training's progress; see `networks.sample_inputs` for the others. With α = 1/2 it is DKD as its authors weigh it, at
+    home at DKD's learning rates. With `calibration` the network also sets a κᵢ in (0, 1): the teacher's logits are
+    divided by Tᵏ, with T its best temperature on meta-validation, where that is known. With β = 1 − the
     teacher's probability of the target at τ it is twice (1 − α) · CE + α · KD; with β = 1 or more, what the teacher
     knows of the other classes counts on samples that it is sure of too. Of dense targets the most probable class is the
     target class.
@@ -92,7 +108,8 @@ class DecoupledLoss(LogitForm):
         maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
         warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
             given they have their full weight, as at 1.
-        conditioning: What the network sees besides the teacher: some of progress, state.
+        conditioning: What the network sees besides the teacher: some of progress, state, answer, context, calibration,
+            agreement, own_accuracy; the last three are of `Trust`.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
 
     Raises:
@@ -114,12 +131,18 @@ class DecoupledLoss(LogitForm):
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.warmup = warmup
-        self.body = self.build_sample_network(3)
+        self.calibrates = "calibration" in self.conditioning
+        self.body = self.build_sample_network(3 + self.calibrates)
+        if self.calibrates:
+            self.body.head.bias.data[3] = UNCALIBRATED
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
-        """The α, τ and β of each sample, all [B]."""
-        free = self.body(networks.sample_inputs(logs, progress, self.conditioning))
-        return *self.bound_balance(free[:, :2]), (self.log_factor * free[:, 2].tanh()).exp()
+        """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
+        free = self.body(self.see(logs, progress))
+        own = torch.ones_like(free[:, 0])
+        if self.calibrates:
+            own = (free[:, 3].sigmoid() * self.trust[2].log().nan_to_num(0.0)).exp()
+        return *self.bound_balance(free[:, :2]), (self.log_factor * free[:, 2].tanh()).exp(), own
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
@@ -131,11 +154,10 @@ class DecoupledLoss(LogitForm):
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         with full_precision(student.logits):
             logs = networks.read_logits(student.logits, teacher.logits, target)
-            weight, temperature, factor = self.set_balance(logs, progress)
+            weight, temperature, factor, own = self.set_balance(logs, progress)
             label = label_of(target)
-            (binary_s, other_s), (binary_t, other_t) = (
-                decouple(logits / temperature.unsqueeze(1), label) for logits in (logs.student, logs.teacher)
-            )
+            binary_s, other_s = decouple(logs.student / temperature.unsqueeze(1), label)
+            binary_t, other_t = decouple(logs.teacher / (temperature * own).unsqueeze(1), label)
             scale = 2 * self.ramp(progress, weight) * weight * temperature.square()
             return {
                 "task": (2 * (1 - weight) * cross_entropies(student.logits, target)).mean(),
@@ -165,7 +187,7 @@ class GenericLoss(LogitForm):
         initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
         maximal_temperature: Upper bound of τ.
         maximal_factor: Upper bound of g, greater than 1.
-        conditioning: What is seen of a sample besides the teacher: some of progress, state. The class's own student
+        conditioning: As of `DecoupledLoss`. The class's own student
             logit is always seen.
         lipschitz: Bound of each network's Lipschitz constant; 0 sets none.
 
@@ -190,7 +212,7 @@ class GenericLoss(LogitForm):
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α and τ of each sample's target, both [B]."""
-        return self.bound_balance(self.balance(networks.sample_inputs(logs, progress, self.conditioning)))
+        return self.bound_balance(self.balance(self.see(logs, progress)))
 
     def mix_target(self, logs: LogProbabilities, progress: Progress = None) -> Tensor:
         """The target q, [B, C]."""
@@ -200,9 +222,7 @@ class GenericLoss(LogitForm):
     def weigh_classes(self, logs: LogProbabilities, progress: Progress) -> Tensor:
         """The g of every class, [B, C]."""
         classes = networks.class_inputs(logs)
-        samples = (
-            networks.sample_inputs(logs, progress, self.conditioning).unsqueeze(1).expand(-1, classes.shape[1], -1)
-        )
+        samples = self.see(logs, progress).unsqueeze(1).expand(-1, classes.shape[1], -1)
         return (self.log_factor * self.classes(torch.cat([classes, samples], 2)).tanh().squeeze(2)).exp()
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:

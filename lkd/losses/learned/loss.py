@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import Stages, full_precision
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.forms import FORMS
+from lkd.losses.learned.forms import FORMS, LogitForm
+from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
 
@@ -86,12 +88,47 @@ class LearnedLoss(DistillationLoss):
         super().__init__()
         self.parts = nn.ModuleDict(dict(parts))
         self.normalize_gradient = normalize_gradient
+        self.looks: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def teacher_stages(self) -> tuple[str, ...]:  # type: ignore[override]  # they are known once a part is attached
         """The teacher's stages that the parts read."""
         parts: Any = self.parts.values()
         return tuple(dict.fromkeys(stage for part in parts for stage in part.teacher_stages))
+
+    @property
+    def reads_trust(self) -> bool:  # type: ignore[override]
+        """Whether a part does."""
+        return any(part.reads_trust for part in self.forms())
+
+    def forms(self) -> list[LogitForm]:
+        """The parts over logits that have weights."""
+        return [part for part in self.parts.values() if isinstance(part, LogitForm)]
+
+    def set_trust(self, trust: Trust) -> None:
+        """Be told what was measured; see `measure_trust`."""
+        self.looks = trust.looks
+        self.tell(trust.figures)
+
+    def tell(self, figures: TrustFigures) -> None:
+        """Give the parts these figures.
+
+        Raises:
+            UserError: If one is out of its range.
+        """
+        for name, value in figures._asdict().items():
+            bound = math.inf if name == "temperature" else 1.0
+            if value < 0 or value > bound or (name == "temperature" and value == 0):
+                raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if bound > 1 else '[0, 1]'}, nor NaN")
+        for part in self.forms():
+            part.trust = torch.tensor(figures, device=next(part.parameters()).device)
+
+    def update_trust(self, student: nn.Module) -> None:
+        """Measure the student's own accuracy anew, on the meta-validation images of `set_trust`, if there are any."""
+        if self.looks:
+            accuracy = measure_own_accuracy(student, self.looks)
+            for part in self.forms():
+                part.trust[3] = accuracy
 
     def at(self, progress: Progress) -> "LearnedLoss":
         """The loss in charge at this progress: itself."""
@@ -149,6 +186,21 @@ class ReplayedLoss(DistillationLoss):
         """The teacher's stages whose features the losses read."""
         stages: tuple[str, ...] = self.losses[0].teacher_stages
         return stages
+
+    @property
+    def reads_trust(self) -> bool:  # type: ignore[override]
+        """Whether the losses do."""
+        return bool(self.losses[0].reads_trust)
+
+    def set_trust(self, trust: Trust) -> None:
+        """Let each loss be told what was measured."""
+        for loss in self.losses:
+            loss.set_trust(trust)
+
+    def update_trust(self, student: nn.Module) -> None:
+        """Let each loss measure the student's own accuracy anew."""
+        for loss in self.losses:
+            loss.update_trust(student)
 
     def at(self, progress: Progress) -> LearnedLoss:
         """The loss in charge at this progress; a `ValueError` if that is None or not in [0, 1]."""

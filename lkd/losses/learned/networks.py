@@ -18,6 +18,8 @@ from lkd.losses.loss import Progress, read_progress
 # What the networks see.
 
 CONDITIONING = ("progress", "state")
+KNOWN_CONDITIONING = (*CONDITIONING, "answer", "context", "calibration", "agreement", "own_accuracy")
+TRUST_CONDITIONING = ("calibration", "agreement", "own_accuracy")
 # Input of a sample → the kind of conditioning that it belongs to; the teacher's are always seen.
 SAMPLE_INPUTS: dict[str, str | None] = {
     "student target probability": "state",
@@ -25,7 +27,23 @@ SAMPLE_INPUTS: dict[str, str | None] = {
     "student entropy": "state",
     "teacher entropy": None,
     "KL": "state",
+    "student answer probability": "answer",
+    "teacher answer probability": "answer",
+    "inner product": "answer",
+    "calibrated target probability": "calibration",
+    "calibrated answer probability": "calibration",
+}
+BATCH_INPUTS: dict[str, str] = {
     "progress": "progress",
+    "validation agreement": "agreement",
+    "training agreement": "agreement",
+    "agreement difference": "agreement",
+    "agreement known": "agreement",
+    "best temperature": "calibration",
+    "calibration known": "calibration",
+    "own accuracy": "own_accuracy",
+    "teacher's lead": "own_accuracy",
+    "own accuracy known": "own_accuracy",
 }
 CLASS_INPUTS = 7  # of each class: see `class_inputs`
 
@@ -45,35 +63,76 @@ def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
     return LogProbabilities(student, log_softmax(widen(teacher_logits.detach()), 1), dense.to(student.dtype))
 
 
-def check_conditioning(conditioning: Sequence[str]) -> list[str]:
-    """The kinds of conditioning, in the order of `CONDITIONING`; a `ValueError` if one is unknown."""
-    if isinstance(conditioning, str) or set(conditioning) - set(CONDITIONING):
-        raise ValueError(f"conditioning: {conditioning!r} is not a list of some of {', '.join(CONDITIONING)}")
-    return [kind for kind in CONDITIONING if kind in conditioning]
+def check_conditioning(conditioning: Sequence[str], known: Sequence[str] = KNOWN_CONDITIONING) -> list[str]:
+    """The kinds of conditioning, in the order of `known`; a `ValueError` if one is not of these."""
+    if isinstance(conditioning, str) or set(conditioning) - set(known):
+        raise ValueError(f"conditioning: {conditioning!r} is not a list of some of {', '.join(known)}")
+    return [kind for kind in known if kind in conditioning]
 
 
 def name_sample_inputs(conditioning: Sequence[str]) -> list[str]:
     """Names of the columns of `sample_inputs`."""
-    return [name for name, kind in SAMPLE_INPUTS.items() if kind is None or kind in conditioning]
+    own = [name for name, kind in SAMPLE_INPUTS.items() if kind is None or kind in conditioning]
+    batch = [name for name, kind in BATCH_INPUTS.items() if kind in conditioning]
+    return own + batch + ([f"mean of {name}" for name in own] if "context" in conditioning else [])
 
 
-def sample_inputs(logs: LogProbabilities, progress: Progress, conditioning: Sequence[str]) -> Tensor:
+def sample_inputs(
+    logs: LogProbabilities, progress: Progress, conditioning: Sequence[str], trust: Tensor | None = None
+) -> Tensor:
     """What is seen of each sample, in [−1, 1], [B, inputs].
 
-    The teacher's probability of the target and its entropy over log C; with `state` also the student's, and the
-    squashed KL divergence between the two; with `progress` how far the training is, 1 where it is not given.
+    Of the sample itself: the teacher's probability of the target and its entropy over log C; with `state` also the
+    student's, and the squashed KL divergence between the two; with `answer` the student's and the teacher's probability
+    of the teacher's answer, and the inner product of both distributions; with `calibration` the probabilities that the
+    teacher gives to the target and to its answer at its best temperature. Of the batch: with `progress` how far the
+    training is; with `agreement`, `calibration` and `own_accuracy` what `trust` says, 0 where that is unknown, and
+    whether it is known; with `context` the means of all that is seen of the samples themselves.
+
+    Args:
+        logs: The logits, the teacher's as it is to be read.
+        progress: How far the training is; 1 where it is not given.
+        conditioning: What is seen.
+        trust: `TrustFigures` as a tensor, [4]; needed by `TRUST_CONDITIONING`.
     """
     student, teacher, target = logs
-    columns = [  # their order is that in which gradients are summed, to the bit
-        (target * student.exp()).sum(1),
-        (target * teacher.exp()).sum(1),
-        -(student.exp() * student).sum(1) / math.log(student.shape[1]),
-        -(teacher.exp() * teacher).sum(1) / math.log(student.shape[1]),
-        squashed_divergence(student, teacher),
-        as_progress(progress, student).expand(student.shape[0]),
-    ]
+    columns: dict[str, Tensor] = {  # their order is that in which gradients are summed, to the bit
+        "student target probability": (target * student.exp()).sum(1),
+        "teacher target probability": (target * teacher.exp()).sum(1),
+        "student entropy": -(student.exp() * student).sum(1) / math.log(student.shape[1]),
+        "teacher entropy": -(teacher.exp() * teacher).sum(1) / math.log(student.shape[1]),
+        "KL": squashed_divergence(student, teacher),
+    }
+    if "answer" in conditioning:
+        highest, answer = teacher.max(1, keepdim=True)
+        columns["student answer probability"] = student.gather(1, answer).exp().squeeze(1)
+        columns["teacher answer probability"] = highest.exp().squeeze(1)
+        columns["inner product"] = (student.exp() * teacher.exp()).sum(1)
+    if "calibration" in conditioning and trust is not None:
+        calibrated = log_softmax(teacher / trust[2].nan_to_num(1.0), 1)
+        columns["calibrated target probability"] = (target * calibrated.exp()).sum(1)
+        columns["calibrated answer probability"] = calibrated.amax(1).exp()
     chosen = name_sample_inputs(conditioning)
-    return 2 * torch.stack([c for name, c in zip(SAMPLE_INPUTS, columns, strict=True) if name in chosen], 1) - 1
+    own = 2 * torch.stack([column for name, column in columns.items() if name in chosen], 1) - 1
+    seen = [own]
+    if "progress" in conditioning:
+        seen.append((2 * as_progress(progress, student) - 1).expand(len(own), 1))
+    if "agreement" in conditioning and trust is not None:
+        validation, training = trust[0], trust[1]
+        figures = torch.stack([2 * validation - 1, 2 * training - 1, validation - training])
+        seen.append(fill_unknown(figures).to(own).expand(len(own), 4))
+    if "calibration" in conditioning and trust is not None:
+        seen.append(fill_unknown(squash(trust[2:3].log())).to(own).expand(len(own), 2))
+    if "own_accuracy" in conditioning and trust is not None:
+        seen.append(fill_unknown(torch.stack([2 * trust[3] - 1, trust[0] - trust[3]])).to(own).expand(len(own), 3))
+    if "context" in conditioning:
+        seen.append(own.mean(0).expand(len(own), -1))
+    return torch.cat(seen, 1)
+
+
+def fill_unknown(figures: Tensor) -> Tensor:
+    """Figures with 0 for those that are NaN, and at the end whether the first one is known, as 1 or −1; [n + 1]."""
+    return torch.cat([figures.nan_to_num(0.0), 2 * figures[:1].isfinite().to(figures) - 1])
 
 
 def class_inputs(logs: LogProbabilities) -> Tensor:

@@ -1,0 +1,94 @@
+"""The worlds of a meta-training: what its recipe lists, and what it has drawn."""
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+from lkd.config.meta_training import DrawRecipe, MetaTrainRecipe
+from lkd.config.parse import is_nested, make_recipe, merge
+from lkd.config.parts import StudentRecipe
+from lkd.core.errors import UserError
+
+PARTS = ("data", "teacher", "student", "train")
+
+
+def expand_worlds(recipe: MetaTrainRecipe) -> dict[str, StudentRecipe]:
+    """Name → data, teacher, student and training of each world: those listed, then those drawn; empty without any.
+
+    Raises:
+        UserError: If a world differs in something else, a value is not good, or a range to draw from is empty.
+    """
+    differences = {name: check_world(name, content) for name, content in recipe.worlds.items()}
+    differences |= draw_worlds(recipe.draw, differences)
+    if not differences:
+        return {}
+    if recipe.students:
+        raise UserError("students: a recipe with worlds names the student in each world; leave it out")
+    whole = dataclasses.asdict(recipe)
+    shared = {part: whole[part] for part in PARTS}
+    expanded = {}
+    for name, content in differences.items():
+        parts = make_recipe(StudentRecipe, merge(shared, content), f"worlds.{name}")
+        kept = {part: getattr(parts, part) for part in PARTS}
+        expanded[name] = StudentRecipe(seed=recipe.seed, device=recipe.device, **kept)
+    return expanded
+
+
+def check_world(name: str, content: Any) -> dict[str, Any]:
+    """What a world differs in."""
+    if not is_nested(content) or not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(
+            f"worlds.{name}: {content!r} is not a mapping of data, teacher, student and train, of a name of letters, "
+            "digits, - and _"
+        )
+    if unknown := sorted(content.keys() - set(PARTS)):
+        raise UserError(f"worlds.{name}: unknown key {unknown[0]!r}; a world differs in {', '.join(PARTS)}")
+    return dict(content)
+
+
+def draw_worlds(draw: DrawRecipe, listed: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The worlds that are drawn, a function of the seed: each is a listed one, drawn too, with other values."""
+    if not draw.worlds:
+        return {}
+    bases = draw.of or list(listed)
+    if unknown := [name for name in bases if name not in listed]:
+        raise UserError(f"draw.of: there is no world {unknown[0]!r}; there are {', '.join(listed) or 'none'}")
+    drawn = {}
+    for number in range(draw.worlds):
+        chance = random.Random(f"{draw.seed}/{number}")
+        content = listed[chance.choice(bases)] if bases else {}
+        for field, values in draw.values.items():
+            content = merge(content, nest(field, draw_value(field, values, chance)))
+        drawn[f"drawn-{number:02}"] = check_world(f"drawn-{number:02}", content)
+    return drawn
+
+
+def draw_value(field: str, values: Any, chance: random.Random) -> Any:
+    """One of a list, or a number of a range; it stays as it is if neither is given.
+
+    Raises:
+        UserError: If there is nothing to draw from.
+    """
+    if isinstance(values, list) and values:
+        return chance.choice(values)
+    if isinstance(values, dict) and values.keys() <= {"low", "high", "log"}:
+        low, high = (
+            float(bound) if isinstance(bound := values.get(k), int | float) else math.nan for k in ("low", "high")
+        )
+        log = values.get("log", False)
+        if -math.inf < low <= high < math.inf and (low > 0 or not log):
+            whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+            value = math.exp(chance.uniform(math.log(low), math.log(high))) if log else chance.uniform(low, high)
+            return round(value) if whole else float(f"{value:.4g}")
+    raise UserError(
+        f"draw.values.{field}: nothing can be drawn from {values!r}; give a list of values, or "
+        "{low: ..., high: ..., log: true or false} with low of at most high, positive where log"
+    )
+
+
+def nest(field: str, value: Any) -> dict[str, Any]:
+    """`{"a": {"b": value}}` for `"a.b"`."""
+    for key in reversed(field.split(".")):
+        value = {key: value}
+    return dict(value)

@@ -1,0 +1,163 @@
+"""Trust: what is measured of teacher, labels and student, so that a learned loss knows whom to believe (ours)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lkd.core.errors import UserError
+from lkd.core.random import draw_positions, seeded_generator
+from lkd.data.images import Batch, ImageSet
+from lkd.losses.functions import find_best_temperature
+
+MEASURED = 10_000  # images of each part that the teacher is asked about, at most
+LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
+COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
+UNKNOWN = float("nan")
+
+Part = ImageSet | Iterable[tuple[Tensor, Tensor]]
+"""Images and labels: an image set, or batches of (images, labels), such as a DataLoader."""
+
+
+class TrustFigures(NamedTuple):
+    """What a learned loss is told; NaN for what is not known.
+
+    Attributes:
+        validation_agreement: Part of the meta-validation images to which the teacher gives their label, in [0, 1].
+        training_agreement: The same of the training images.
+        temperature: That of the teacher's logits at which their cross-entropy on meta-validation is least.
+        own_accuracy: Part of some meta-validation images to which the student gives their label, now.
+    """
+
+    validation_agreement: float = UNKNOWN
+    training_agreement: float = UNKNOWN
+    temperature: float = UNKNOWN
+    own_accuracy: float = UNKNOWN
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What is measured once, before a training, and what the student's own accuracy is measured on.
+
+    Attributes:
+        figures: Of the teacher and the labels.
+        looks: Batches of (images, labels), at most `LOOKED_AT` images in all; none if they are not known.
+    """
+
+    figures: TrustFigures = field(default_factory=TrustFigures)
+    looks: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def choose_looks(cls, validation: Part, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """What `looks` is to be: the first images, or random ones of an image set."""
+        looks: list[tuple[Tensor, Tensor]] = []
+        left = LOOKED_AT
+        for batch in read_part(validation, device, LOOKED_AT):
+            looks.append((batch.images[:left], batch.target[:left]))
+            left -= len(looks[-1][0])
+        return tuple(looks)
+
+    def __str__(self) -> str:
+        validation, training, temperature, _ = self.figures
+        if validation != validation:
+            return "trust: unknown; the loss goes by what each batch shows"
+        return (
+            f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
+            f"training labels; its best temperature is {temperature:.2f}"
+        )
+
+
+@torch.no_grad()
+def measure_trust(
+    teacher: Callable[[Any], Any], train: Part | None, validation: Part | None, device: torch.device | None = None
+) -> Trust:
+    """Measure how far a teacher is to be trusted, without augmentation.
+
+    Args:
+        teacher: What the training asks: a `TeacherFunction` where the parts are image sets, else a network, from
+            images to logits or to `Outputs`. A network is asked in eval mode, and its mode is restored.
+        train: The training images, with the labels that the student is trained on. Unknown if None.
+        validation: Meta-validation images, disjoint from those. Unknown if None or empty.
+        device: Where image sets are put; by default the CPU.
+
+    Returns:
+        The figures, each over at most 10,000 images: of an image set drawn at random, of batches the first ones.
+
+    Raises:
+        UserError: If a part that is given has no labels, or the teacher has another number of classes.
+    """
+    place = device or torch.device("cpu")
+    if validation is None or (isinstance(validation, ImageSet) and not len(validation)):
+        return Trust()
+    logits, target = ask("validation", teacher, validation, place)
+    temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
+    training = UNKNOWN if train is None else agree(*ask("train", teacher, train, place))
+    figures = TrustFigures(agree(logits, target), training, temperature)
+    return Trust(figures, Trust.choose_looks(validation, place))
+
+
+def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
+    """The first batches of a part, or random ones of an image set, until there are so many images."""
+    if isinstance(part, ImageSet):
+        positions = draw_positions(len(part), min(count, len(part)), seeded_generator(len(part), 11))
+        yield from part.batches(positions.sort().values.split(500), device)
+        return
+    seen = 0
+    for images, labels in part:
+        if seen >= count:
+            return
+        seen += len(images)
+        yield Batch(images, labels, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
+
+
+def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher's logits for a part, float32 [N, C], and the labels, [N]."""
+    rows = []
+    with evaluating(teacher):
+        for batch in read_part(part, device, MEASURED):
+            answers = teacher(batch if isinstance(part, ImageSet) else batch.images)
+            logits = answers if isinstance(answers, Tensor) else answers.logits
+            target = batch.target.argmax(1) if batch.target.is_floating_point() else batch.target
+            rows.append((logits.float(), target.to(logits.device)))
+    if not rows:
+        raise UserError(f"measure_trust: {name} has no images with labels; give some, or None where there are none")
+    logits, target = (torch.cat(column)[:MEASURED] for column in zip(*rows, strict=True))
+    if int(target.max()) >= logits.shape[1] or int(target.min()) < 0:
+        found = f"{int(target.min())} to {int(target.max())}"
+        raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
+    return logits, target
+
+
+@contextmanager
+def evaluating(network: Callable[[Any], Any]) -> Iterator[None]:
+    """A network in eval mode, if it is one; its mode is restored."""
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def agree(logits: Tensor, target: Tensor) -> float:
+    """Part of the rows whose largest logit is the target's."""
+    return (logits.argmax(1) == target).double().mean().item()
+
+
+@torch.no_grad()
+def measure_own_accuracy(student: nn.Module, looks: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Part of these images to which a student gives their label, in eval mode."""
+    right = count = 0
+    with evaluating(student):
+        for images, labels in looks:
+            answers = student(images.to(next(student.parameters()).device))
+            logits = answers if isinstance(answers, Tensor) else answers.logits
+            right += int((logits.argmax(1) == labels.to(logits.device)).sum())
+            count += len(labels)
+    return right / count

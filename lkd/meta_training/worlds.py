@@ -1,0 +1,124 @@
+"""From a recipe to the worlds that a loss is learned in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lkd.config.meta_training import MetaTrainRecipe
+from lkd.config.parts import StudentRecipe
+from lkd.config.worlds import expand_worlds
+from lkd.core.errors import UserError
+from lkd.losses.learned.loss import LearnedLoss
+from lkd.pool.pool import Pool, World, open_pools
+from lkd.tracking.run import Run
+from lkd.training.build import (
+    Images,
+    LossBuilder,
+    Objects,
+    OpenedTeacher,
+    ask_anew,
+    choose_student,
+    introduce_network,
+    introduce_teacher,
+    measure_teacher,
+    open_teacher,
+    prepare_images,
+    prepare_learned_loss,
+    prepare_teacher,
+)
+
+
+@dataclass(frozen=True)
+class OpenedWorld:
+    """A world whose files have been read, before any work.
+
+    Attributes:
+        recipe: Its own data, teacher, student and training.
+        world: The world; its teacher is asked anew.
+        teacher: The teacher's network.
+        pool_loss: Builds the loss that its pool is trained with.
+        reference: Builds the loss that looks at reuse are compared with, if there is one.
+    """
+
+    recipe: StudentRecipe
+    world: World
+    teacher: OpenedTeacher
+    pool_loss: LossBuilder
+    reference: LossBuilder | None
+
+    @property
+    def images(self) -> Images:
+        """The images."""
+        return self.world.images
+
+
+def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[OpenedWorld]:
+    """Read the files of all worlds: of those that the recipe lists and draws, or one for each of its students.
+
+    Raises:
+        UserError: If a world is not good; its message starts with the world's name.
+    """
+    listed = expand_worlds(recipe)
+    opened: list[OpenedWorld] = []
+    for name, each in (listed or {"": recipe}).items():
+        try:
+            images = prepare_images(each.data, given)
+            teacher = open_teacher(each.teacher, images.train, given)
+            pool_loss = LossBuilder(recipe.pool.loss, teacher, images)
+            reference = LossBuilder(recipe.meta.reference, teacher, images) if recipe.meta.reference else None
+            for model in recipe.students or [each.student]:
+                student = choose_student(model, images.train, given)
+                answers = ask_anew(teacher, images, run.device)
+                world = World(images, answers, student, each.train, recipe.seed, run.device, name)
+                opened.append(OpenedWorld(each, world, teacher, pool_loss, reference))
+        except UserError as error:
+            raise name_world(error, name) from error
+    if listed and recipe.meta.kind != "logits":
+        raise UserError(f"meta.kind: {recipe.meta.kind} over several worlds is not learned: take logits")
+    return opened
+
+
+def name_world(error: UserError, name: str) -> UserError:
+    """The error, which says of which world it is."""
+    return UserError(f"worlds.{name}: {error}" if name else str(error))
+
+
+def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> LearnedLoss:
+    """The loss that is to be learned: fresh networks, or those of a file."""
+    first = opened[0]
+    students = [each.world.student for each in opened] if not first.world.name else [first.world.student]
+    if recipe.meta.start is None:
+        return prepare_learned_loss(
+            recipe.meta.kind, recipe.meta.loss, students, first.teacher, first.images, recipe.seed
+        )
+    loss = LossBuilder(recipe.meta.start, first.teacher, first.images).build(first.world.student, recipe.seed)
+    if not isinstance(loss, LearnedLoss):
+        raise UserError(f"meta.start: {recipe.meta.start} is a {type(loss).__name__}, not one learned loss")
+    return loss.requires_grad_(True)
+
+
+def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -> list[World]:
+    """The worlds with teachers as fast as they get, and with what is measured of them; says what they are."""
+    prepared: list[World] = []
+    for each in opened:
+        world, first = each.world, not prepared or bool(each.world.name)
+        run.say(
+            f"{world.name}: " * bool(world.name) + introduce_network("student", world.student, world.images, run.device)
+        )
+        if first:
+            run.say(f"{world.name}: " * bool(world.name) + introduce_teacher(each.teacher, world.images, run.device))
+            readers = [loss, each.pool_loss.build(world.student, world.seed)]
+            readers += [each.reference.build(world.student, world.seed)] if each.reference else []
+            stages = dict.fromkeys(stage for reader in readers for stage in reader.teacher_stages)
+            answers = prepare_teacher(each.teacher, world.images, run.device, tuple(stages))
+            trust = world.trust
+            if any(reader.reads_trust for reader in readers):
+                trust = measure_teacher(each.teacher, world.images, run.device)
+                run.say(f"{world.name}: " * bool(world.name) + str(trust))
+        prepared.append(replace(world, teacher=answers, trust=trust))
+    return prepared
+
+
+def open_given_pools(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> list[Pool]:
+    """The pools that the recipe names; none if they are yet to be built."""
+    return open_pools([each.world for each in opened], Path(recipe.pool_dir)) if recipe.pool_dir else []
