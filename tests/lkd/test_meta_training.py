@@ -224,7 +224,7 @@ class FeaturePart(DistillationLoss):
 
 def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(monkeypatch) -> None:
     networks = LearnedLoss({"logits": DecoupledLoss(), "features": FeaturePart()})
-    monkeypatch.setattr("lkd.meta_training.meta_train.prepare_learned_loss", lambda *_: networks)
+    monkeypatch.setattr("lkd.meta_training.worlds.prepare_learned_loss", lambda *_: networks)
     path = run_recipe(tiny_recipe(SMALL, interleaving="both", outer_steps=2, reuse_every=2))
     assert all(row["weights/features"] > 0 for row in read_provenance(path)["curve"])
 
