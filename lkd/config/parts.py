@@ -94,6 +94,7 @@ class TeacherRecipe:
             weights get them in the normalisation that they were trained with.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
+        logit_scale: Factor of the teacher's logits: above 1 it is more confident than it was trained to be.
         cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked.
     """
 
@@ -103,6 +104,7 @@ class TeacherRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     image_size: ranges.ZeroOrAtLeast8 = 0
     random_answers: ranges.ClosedUnitInterval = 0.0
+    logit_scale: ranges.PositiveFloat = 1.0
     cache: str | None = None
 
 

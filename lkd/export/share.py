@@ -65,6 +65,7 @@ def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
         "augmentation": data.get("augmentation"),
         "teacher": teacher.get("name") or Path(str(teacher.get("path"))).name,
         "teacher's random answers": teacher.get("random_answers") or None,
+        "factor of the teacher's logits": teacher.get("logit_scale"),
         "students": ", ".join(str(student.get("name")) for student in students),
         "outer steps": meta.get("outer_steps"),
         "rollout steps": meta.get("rollout_steps"),

@@ -27,16 +27,22 @@ class Teacher:
         network: The network; put into eval mode.
         compiled: Whether it goes through torch.compile.
         channels_last: Whether its weights lie in memory with the channels last.
+        logit_scale: Factor of its logits.
     """
 
-    def __init__(self, network: nn.Module, compiled: bool = False, channels_last: bool = False) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(
+        self, network: nn.Module, compiled: bool = False, channels_last: bool = False, logit_scale: float = 1.0
+    ) -> None:
+        self.network, self.logit_scale = network.eval().requires_grad_(False), logit_scale
         self.forward = build_forward(self.network, compiled, channels_last)
 
     @torch.no_grad()  # not inference_mode: it is no faster here, and its tensors cannot be saved for a loss's backward
     def __call__(self, batch: Batch) -> Outputs:
         """Answer a batch."""
-        return self.forward(batch.images)
+        outputs = self.forward(batch.images)
+        if self.logit_scale == 1:
+            return outputs
+        return Outputs(self.logit_scale * outputs.logits.float(), outputs.features)
 
 
 class TabulatedTeacher:

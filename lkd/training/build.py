@@ -188,8 +188,9 @@ def ask_anew(
     teacher: OpenedTeacher, images: Images, device: torch.device, train: TrainRecipe | None = None
 ) -> TeacherFunction:
     """The teacher, asked for every batch; as reliable as its settings, and as fast as those of the training say."""
-    fast = (train.compile, train.channels_last) if train else ()
-    reliable, random = Teacher(teacher.network.to(device), *fast), teacher.settings.random_answers
+    fast = (train.compile, train.channels_last) if train else (False, False)
+    reliable = Teacher(teacher.network.to(device), *fast, teacher.settings.logit_scale)
+    random = teacher.settings.random_answers
     return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
 
 
@@ -267,7 +268,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
     random = settings.random_answers
     wrong = f", but answers at random on {random:.0%} of the images" if random else ""
-    return f"{described}, {top1:.2f} % on meta-validation{wrong}"
+    scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
+    return f"{described}, {top1:.2f} % on meta-validation{wrong}{scale}"
 
 
 def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
@@ -333,9 +335,11 @@ class LossBuilder:
 
     def copy_teacher(self) -> nn.Module:
         """The network of a teacher that is trained along with the student, if it is a plain network."""
-        if self.teacher.settings.cache or self.teacher.settings.random_answers:
+        settings = self.teacher.settings
+        if settings.cache or settings.random_answers or settings.logit_scale != 1:
             raise UserError(
-                "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache and random_answers"
+                "loss 'influence_weighted': teacher_rate trains the teacher: leave teacher.cache, random_answers and "
+                "logit_scale"
             )
         return copy_module(self.teacher.network, "teacher")
 

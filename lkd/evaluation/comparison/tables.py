@@ -280,7 +280,8 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     """The published number of a row's protocol, if there is one and the recipe changes nothing about it."""
     loss = row["loss"]["name"] if isinstance(row["loss"], dict) else row["loss"]
     epochs = split_method(row["loss"], recipe.train)[1].epochs
-    changed = recipe.data.label_noise or recipe.data.imbalance != 1 or recipe.teacher.random_answers
+    data, taught_by = recipe.data, recipe.teacher
+    changed = data.label_noise or data.imbalance != 1 or taught_by.random_answers or taught_by.logit_scale != 1
     if balance_of(row["loss"]) or changed or loss not in LOSSES:
         return None
     teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
