@@ -50,7 +50,7 @@ class Distilled:
             one that returns `Outputs`.
         path: Its file, in the run directory.
         history: For each epoch its step and its figures on meta-validation: top1 and top5 in percent, cross_entropy,
-            calibrated_cross_entropy, ...
+            calibrated_cross_entropy, ... Empty if there are no meta-validation images.
     """
 
     student: nn.Module
@@ -64,13 +64,13 @@ class Distilled:
 
     @property
     def last(self) -> dict[str, float]:
-        """Figures of the last epoch."""
-        return self.history[-1]
+        """Figures of the last epoch, if there are any."""
+        return self.history[-1] if self.history else {}
 
     @property
     def best(self) -> dict[str, float]:
-        """Figures of the epoch with the highest top1."""
-        return max(self.history, key=lambda row: row["top1"])
+        """Figures of the epoch with the highest top1, if there are any."""
+        return max(self.history, key=lambda row: row["top1"], default={})
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def distill(
             function `loss(student, teacher, target, progress) -> {term: scalar}`, or one scalar; `progress` may be left
             out, and of a module a copy is used.
         meta_validation_set: What the student is scored on after every epoch, as `train_set`. By default a tenth of the
-            given images is split off, by class and `split_seed`, or `meta_validation_size` of them.
+            given images is split off, by class and `split_seed`, or `meta_validation_size` of them; 0 for none,
+            no scores, and the last weights.
         run_dir: Where config, log, checkpoints and the student's file go.
         seed: Of initial weights (of names and functions) and of the order of the batches.
         resume: "never", or "auto": go on with the run in `run_dir` if there is one, to the same bits. Give the same
@@ -349,7 +350,7 @@ def name_images(
     if unread:
         raise UserError(f"{min(unread)}: is of data sets by name; lkd.read_images has options for given images")
     content = [describe_images(train)]
-    sizes = {"train_size": 0, "meta_validation_size": len(train) // META_VALIDATION_SHARE}
+    sizes = {"train_size": 0, "meta_validation_size": max(1, len(train) // META_VALIDATION_SHARE)}
     taken = {name: options[name] for name in sizes if name in options}
     if meta_validation_set is not None:
         if taken:

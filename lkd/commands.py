@@ -40,7 +40,7 @@ from lkd.training.evaluate import evaluate as evaluate_network
 def teacher(recipe: config.TrainTeacherRecipe) -> None:
     """`lkd teacher`."""
     with open_run(recipe, "teacher") as run:
-        images = prepare_images(recipe.data)
+        images = prepare_images(recipe.data, scored=False)
         train_teacher(choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run)
 
 
@@ -61,7 +61,7 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     """`lkd evaluate`."""
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint)
-    images = prepare_images(recipe.data)
+    images = prepare_images(recipe.data, scored=recipe.split != "test")
     check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else images.meta_validation
     figures = evaluate_network(network.to(device), part, device)

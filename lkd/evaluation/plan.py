@@ -393,7 +393,7 @@ def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
         UserError: If the data set is named with a root and is not good, or is neither there nor known.
     """
     if data.root is not None or data.name == "embedded":
-        train = prepare_images(data).train
+        train = prepare_images(data, scored=False).train
         count, classes, shape = len(train), train.num_classes, train.image_shape
         decoded = isinstance(train.images, ImageFiles)
     elif data.name in KNOWN:

@@ -63,7 +63,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = place_of(choose_device(recipe.device))
-    images = prepare_images(recipe.data)
+    images = prepare_images(recipe.data, scored=False)
     check_top_k(recipe.top_k, images.train.num_classes)
     opened = open_teacher(recipe.teacher, images.train)
     student = choose_student(recipe.student, images.train)

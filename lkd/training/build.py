@@ -57,12 +57,19 @@ class Images:
     settings: DataRecipe = dataclasses.field(default_factory=DataRecipe)
 
 
-def prepare_images(settings: DataRecipe, given: Objects = NOTHING) -> Images:
+def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool = True) -> Images:
     """Load, split, and flip labels if the settings say so; never those of the test part.
+
+    `scored`: whether meta-validation is needed; else there may be no images of it.
 
     Raises:
         UserError: If the data set or the sizes are not good.
     """
+    if scored and not settings.meta_validation_size:
+        raise UserError(
+            "data.meta_validation_size: 0 leaves nothing to evaluate on, which only lkd distill and lkd teacher "
+            "can do without: give at least 1"
+        )
     whole, meta_validation = given.get(settings.name, (None, None))
     if whole:
         dataset = Dataset(settings.name, whole, whole.select(torch.arange(0)))
@@ -265,11 +272,14 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
         return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
     name, shape = teacher.architecture["name"], images.train.image_shape
     described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
-    top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
+    reached = ""
+    if len(images.meta_validation):
+        top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
+        reached = f", {top1:.2f} % on meta-validation"
     random = settings.random_answers
     wrong = f", but answers at random on {random:.0%} of the images" if random else ""
     scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
-    return f"{described}, {top1:.2f} % on meta-validation{wrong}{scale}"
+    return f"{described}{reached}{wrong}{scale}"
 
 
 def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
@@ -322,6 +332,8 @@ class LossBuilder:
         if callable(self.specification):
             return wrap_loss(copy_module(self.specification, "loss"))
         if self.inner:
+            if not self.images.settings.meta_validation_size:
+                raise UserError("data.meta_validation_size: 0; influence_weighted measures on it: give at least 1")
             own = self.copy_teacher() if self.settings.teacher_rate else None
             inner = self.inner.build(student, seed)
             return InfluenceWeightedLoss(inner, self.images.meta_validation, self.settings, own)
@@ -423,7 +435,7 @@ def build_given(recipe: DistillRecipe, given: Objects) -> Parts:
     Raises:
         UserError: If one of them is not good, or they do not fit.
     """
-    images = prepare_images(recipe.data, given)
+    images = prepare_images(recipe.data, given, scored=False)
     student = choose_student(recipe.student, images.train, given)
     teacher = open_teacher(recipe.teacher, images.train, given)
     loss = prepare_loss(find(recipe.loss, given), student, teacher, images, recipe.seed)

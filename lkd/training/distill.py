@@ -1,4 +1,4 @@
-"""Train a network to the end: checkpoints, log, meta-validation after every epoch."""
+"""Train a network to the end: checkpoints, log, meta-validation after every epoch if there is any."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,8 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
         labelled_size: Training images whose labels are known; 0 for all.
 
     Returns:
-        The student's file; its provenance holds the meta-validation figures of the last and of the best epoch.
+        The student's file, with the last weights; its provenance holds the meta-validation figures of the last and of
+        the best epoch, or None.
     """
     images, loss = parts.images, parts.loss
     run.say(introduce_network("student", parts.student, images, run.device))
@@ -109,14 +110,14 @@ def start_training(
 
 
 def train_to_the_end(training: Training, images: Images, student: StudentBuilder, run: Run, role: str) -> Path:
-    """Train, evaluating after every epoch; resume from the run's checkpoint if there is one.
+    """Train, evaluating after every epoch if there is meta-validation; resume from the run's checkpoint if it has one.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
-    steps = training.batches.steps_per_epoch
+    steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     reports, shown = 0, ""
     seen: list[Seen] = []
@@ -144,7 +145,7 @@ def train_to_the_end(training: Training, images: Images, student: StudentBuilder
                     lately.start(training.step)
             speed = epoch.read(training.step)
             looked = describe_batch(training, seen.pop()) if seen else {}
-            figures = evaluate(training.result, images.meta_validation, run.device, shared=True)
+            figures = evaluate(training.result, images.meta_validation, run.device, shared=True) if scored else {}
             history.append({"step": training.step, **figures})
             run.tracker.log(
                 training.step,
@@ -155,17 +156,21 @@ def train_to_the_end(training: Training, images: Images, student: StudentBuilder
                 **looked,
                 **speed,
             )
-            shown = f", top1 {figures['top1']:.2f}, lr {training.learning_rate:.4f}"
+            reached = f", top1 {figures['top1']:.2f}" if scored else ""
+            shown = f"{reached}, lr {training.learning_rate:.4f}"
             bar.set_postfix_str(format_throughput(speed) + shown)
             checkpoints.save_training(training, history=history)
     path = run.path / f"{role}.safetensors"
-    results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])}
+    results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])} if scored else None
     if is_main():
         provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
         save_network(path, training.result, student.architecture, provenance)
-        run.tracker.keep(role, path, **results["last"])
-        top1 = {name: row["top1"] for name, row in results.items()}
-        run.say(f"{path}: {top1['last']:.2f} % on meta-validation (best epoch {top1['best']:.2f} %)")
+        run.tracker.keep(role, path, **history[-1])
+        if results:
+            top1 = {name: row["top1"] for name, row in results.items()}
+            run.say(f"{path}: {top1['last']:.2f} % on meta-validation (best epoch {top1['best']:.2f} %)")
+        else:
+            run.say(f"{path}: the last weights, not evaluated: data.meta_validation_size is 0")
     return path
 
 

@@ -67,6 +67,12 @@ def assert_same_bits(*networks: "nn.Module | Path") -> None:
     assert digest(dict(sorted(first.items()))) == digest(dict(sorted(second.items())))
 
 
+def test_a_student_without_meta_validation_images(images, teacher) -> None:
+    result = lkd.distill(build_cnn, teacher, images.train, meta_validation_size=0, **TINY)
+    assert (result.history, result.last, result.best) == ([], {}, {})
+    assert result.path.is_file()
+
+
 def test_objects_names_and_the_command_line_give_the_same_bits(images, teacher) -> None:
     words = [f"--{group}.{name}={SIZES[name]}" for group, name in (("data", n) for n in SIZES)]
     assert main(["distill", "--run_dir", "cli", *words, "--train.epochs", "2", "--train.batch_size", "50"]) == 0

@@ -13,6 +13,7 @@ import pytest
 from lkd.cli import main
 from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.core.files import read_json
+from lkd.models.files import load_network
 from tests.processes import Command
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,34 @@ def test_the_path_from_teacher_and_pool_to_reuse(capsys) -> None:
     assert f"{last:.4f}" in measured, "evaluate must give the figure that training logged"
     assert {"config.json", "environment.json", "log.jsonl", "output.txt"} <= {p.name for p in Path("d").iterdir()}
     assert read_json(Path("d/environment.json"))["versions"]["torch"]
+
+
+def test_without_meta_validation_images_the_last_weights_are_kept(capsys) -> None:
+    none = [*TINY, "--data.meta_validation_size", "0"]
+    for command, role in (("teacher", "teacher"), ("distill", "student")):
+        assert main([command, "--run_dir", role, *none]) == 0
+        assert "not evaluated: data.meta_validation_size is 0" in capsys.readouterr().out
+        assert load_network(Path(role, f"{role}.safetensors"))[1]["provenance"]["meta_validation"] is None
+        log = Path(role, "log.jsonl").read_text()
+        assert "learning_rate" in log
+        assert "meta_validation/" not in log
+    assert main(["distill", "--run_dir", "student", *none, "--resume", "auto"]) == 0
+    assert main(["report", "student", "teacher"]) == 0
+    assert main(["evaluate", "--checkpoint", "student/student.safetensors", *none[:2], *none[-2:]]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("meta-train", "pool", "compare", "fidelity", "influence"),
+        *("evaluate --split meta_validation", "distill --loss.name influence_weighted"),
+    ],
+)
+def test_what_needs_meta_validation_images_says_so(words: str, capsys) -> None:
+    assert main([*words.split(), "--data.train_size", "200", "--data.meta_validation_size", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "data.meta_validation_size: 0" in error
+    assert error.count("\n") == 1
 
 
 def test_an_interrupted_run_resumes_to_the_same_student() -> None:

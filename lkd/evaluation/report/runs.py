@@ -199,10 +199,14 @@ class RunRecord:
         return f"{median_high(values):,.0f}" if values else ABSENT
 
     @property
+    def epochs(self) -> Curve | None:
+        """A curve of what is logged at the end of every epoch."""
+        return self.log.curves.get("meta_validation/top1") or self.log.curves.get("learning_rate")
+
+    @property
     def time_shares(self) -> dict[str, float]:
         """Part of the steps' time by part; the mean over epochs, or over what was logged before the first one ended."""
-        epochs = self.log.curves.get("meta_validation/top1")
-        shares = {}
+        epochs, shares = self.epochs, {}
         for name, curve in self.log.curves.items():
             if name.startswith("time_share/") and curve.finite:
                 ended = [place for place in curve.finite if epochs and curve.steps[place] in epochs.steps]
@@ -513,7 +517,7 @@ def tabulate_trainings(runs: Sequence[RunRecord]) -> Table:
         calibrated = run.log.curves.get("meta_validation/calibrated_cross_entropy")
         figures = [*last_and_best(top1, max, "{:.2f}"), *last_and_best(calibrated, min, "{:.4f}")]
         loss = describe_loss(run.recipe.get("loss")) if run.command == "distill" else "cross_entropy"
-        done = f"{len(top1) if top1 else 0} of {run.settings.get('train.epochs', ABSENT)}"
+        done = f"{len(run.epochs) if run.epochs else 0} of {run.settings.get('train.epochs', ABSENT)}"
         rows.append([run.label, run.network, loss, *figures, done, run.duration, run.state])
     return [[*header, "epochs", "time", "state"], *rows]
 
