@@ -11,7 +11,7 @@ from lkd.losses.dkd import decouple
 from lkd.losses.functions import cross_entropies, full_precision, label_of
 from lkd.losses.learned import networks
 from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LogProbabilities, Perceptron
-from lkd.losses.learned.trust import UNKNOWN
+from lkd.losses.learned.trust import TrustFigures
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
@@ -32,7 +32,7 @@ class LogitForm(DistillationLoss):
         self.log_factor = networks.log_of_factor(options["maximal_factor"])
         self.maximal_temperature: float = options["maximal_temperature"]
         self.architecture = options
-        self.register_buffer("trust", torch.full((4,), UNKNOWN), persistent=False)
+        self.register_buffer("trust", torch.tensor(TrustFigures()), persistent=False)
 
     trust: Tensor
 
@@ -108,8 +108,8 @@ class DecoupledLoss(LogitForm):
         maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
         warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
             given they have their full weight, as at 1.
-        conditioning: What the network sees besides the teacher: some of progress, state, answer, context, calibration,
-            agreement, own_accuracy; the last three are of `Trust`.
+        conditioning: What the network sees besides the teacher: some of progress, state, answer, context, and, of
+            `Trust`, calibration, agreement, images_per_class, own_accuracy.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
 
     Raises:

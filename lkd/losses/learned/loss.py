@@ -117,9 +117,9 @@ class LearnedLoss(DistillationLoss):
             UserError: If one is out of its range.
         """
         for name, value in figures._asdict().items():
-            bound = math.inf if name == "temperature" else 1.0
-            if value < 0 or value > bound or (name == "temperature" and value == 0):
-                raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if bound > 1 else '[0, 1]'}, nor NaN")
+            positive = name in ("temperature", "images_per_class")
+            if value < 0 or (value in (0, math.inf) if positive else value > 1):
+                raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if positive else '[0, 1]'}, nor NaN")
         for part in self.forms():
             part.trust = torch.tensor(figures, device=next(part.parameters()).device)
 
@@ -128,7 +128,7 @@ class LearnedLoss(DistillationLoss):
         if self.looks:
             accuracy = measure_own_accuracy(student, self.looks)
             for part in self.forms():
-                part.trust[3] = accuracy
+                part.trust[-1] = accuracy
 
     def at(self, progress: Progress) -> "LearnedLoss":
         """The loss in charge at this progress: itself."""

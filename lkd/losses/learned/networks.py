@@ -18,8 +18,8 @@ from lkd.losses.loss import Progress, read_progress
 # What the networks see.
 
 CONDITIONING = ("progress", "state")
-KNOWN_CONDITIONING = (*CONDITIONING, "answer", "context", "calibration", "agreement", "own_accuracy")
-TRUST_CONDITIONING = ("calibration", "agreement", "own_accuracy")
+TRUST_CONDITIONING = ("calibration", "agreement", "images_per_class", "own_accuracy")
+KNOWN_CONDITIONING = (*CONDITIONING, "answer", "context", *TRUST_CONDITIONING)
 # Input of a sample → the kind of conditioning that it belongs to; the teacher's are always seen.
 SAMPLE_INPUTS: dict[str, str | None] = {
     "student target probability": "state",
@@ -41,6 +41,8 @@ BATCH_INPUTS: dict[str, str] = {
     "agreement known": "agreement",
     "best temperature": "calibration",
     "calibration known": "calibration",
+    "images per class": "images_per_class",
+    "images per class known": "images_per_class",
     "own accuracy": "own_accuracy",
     "teacher's lead": "own_accuracy",
     "own accuracy known": "own_accuracy",
@@ -86,16 +88,18 @@ def sample_inputs(
     student's, and the squashed KL divergence between the two; with `answer` the student's and the teacher's probability
     of the teacher's answer, and the inner product of both distributions; with `calibration` the probabilities that the
     teacher gives to the target and to its answer at its best temperature. Of the batch: with `progress` how far the
-    training is; with `agreement`, `calibration` and `own_accuracy` what `trust` says, 0 where that is unknown, and
-    whether it is known; with `context` the means of all that is seen of the samples themselves.
+    training is; with each kind of `TRUST_CONDITIONING` what `trust` says, 0 where that is unknown, and whether it is
+    known; with `context` the means of all that is seen of the samples themselves.
 
     Args:
         logs: The logits, the teacher's as it is to be read.
         progress: How far the training is; 1 where it is not given.
         conditioning: What is seen.
-        trust: `TrustFigures` as a tensor, [4]; needed by `TRUST_CONDITIONING`.
+        trust: `TrustFigures` as a tensor, [5]; all unknown if left out.
     """
     student, teacher, target = logs
+    told = torch.full((5,), float("nan")) if trust is None else trust
+    validation, training, temperature, images, accuracy = told.to(student).unbind()
     columns: dict[str, Tensor] = {  # their order is that in which gradients are summed, to the bit
         "student target probability": (target * student.exp()).sum(1),
         "teacher target probability": (target * teacher.exp()).sum(1),
@@ -108,8 +112,8 @@ def sample_inputs(
         columns["student answer probability"] = student.gather(1, answer).exp().squeeze(1)
         columns["teacher answer probability"] = highest.exp().squeeze(1)
         columns["inner product"] = (student.exp() * teacher.exp()).sum(1)
-    if "calibration" in conditioning and trust is not None:
-        calibrated = log_softmax(teacher / trust[2].nan_to_num(1.0), 1)
+    if "calibration" in conditioning:
+        calibrated = log_softmax(teacher / temperature.nan_to_num(1.0), 1)
         columns["calibrated target probability"] = (target * calibrated.exp()).sum(1)
         columns["calibrated answer probability"] = calibrated.amax(1).exp()
     chosen = name_sample_inputs(conditioning)
@@ -117,14 +121,16 @@ def sample_inputs(
     seen = [own]
     if "progress" in conditioning:
         seen.append((2 * as_progress(progress, student) - 1).expand(len(own), 1))
-    if "agreement" in conditioning and trust is not None:
-        validation, training = trust[0], trust[1]
-        figures = torch.stack([2 * validation - 1, 2 * training - 1, validation - training])
-        seen.append(fill_unknown(figures).to(own).expand(len(own), 4))
-    if "calibration" in conditioning and trust is not None:
-        seen.append(fill_unknown(squash(trust[2:3].log())).to(own).expand(len(own), 2))
-    if "own_accuracy" in conditioning and trust is not None:
-        seen.append(fill_unknown(torch.stack([2 * trust[3] - 1, trust[0] - trust[3]])).to(own).expand(len(own), 3))
+    figures = {
+        "agreement": [2 * validation - 1, 2 * training - 1, validation - training],
+        "calibration": [squash(temperature.log())],
+        "images_per_class": [squash((images / 100).log() / 2)],
+        "own_accuracy": [2 * accuracy - 1, validation - accuracy],
+    }
+    for kind, column in figures.items():
+        if kind in conditioning:
+            filled = fill_unknown(torch.stack(column))
+            seen.append(filled.expand(len(own), len(filled)))
     if "context" in conditioning:
         seen.append(own.mean(0).expand(len(own), -1))
     return torch.cat(seen, 1)

@@ -29,12 +29,14 @@ class TrustFigures(NamedTuple):
         validation_agreement: Part of the meta-validation images to which the teacher gives their label, in [0, 1].
         training_agreement: The same of the training images.
         temperature: That of the teacher's logits at which their cross-entropy on meta-validation is least.
+        images_per_class: Training images with a label, over the number of classes.
         own_accuracy: Part of some meta-validation images to which the student gives their label, now.
     """
 
     validation_agreement: float = UNKNOWN
     training_agreement: float = UNKNOWN
     temperature: float = UNKNOWN
+    images_per_class: float = UNKNOWN
     own_accuracy: float = UNKNOWN
 
 
@@ -61,12 +63,12 @@ class Trust:
         return tuple(looks)
 
     def __str__(self) -> str:
-        validation, training, temperature, _ = self.figures
+        validation, training, temperature, images, _ = self.figures
         if validation != validation:
             return "trust: unknown; the loss goes by what each batch shows"
         return (
             f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
-            f"training labels; its best temperature is {temperature:.2f}"
+            f"training labels; its best temperature is {temperature:.2f}; {images:.0f} images a class"
         )
 
 
@@ -95,8 +97,17 @@ def measure_trust(
     logits, target = ask("validation", teacher, validation, place)
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
     training = UNKNOWN if train is None else agree(*ask("train", teacher, train, place))
-    figures = TrustFigures(agree(logits, target), training, temperature)
+    count = count_images(train)
+    figures = TrustFigures(agree(logits, target), training, temperature, count / logits.shape[1])
     return Trust(figures, Trust.choose_looks(validation, place))
+
+
+def count_images(part: Part | None) -> float:
+    """How many images there are: of a DataLoader, in its dataset; NaN where it is not known."""
+    try:
+        return float(len(getattr(part, "dataset", part) if not isinstance(part, ImageSet) else part))  # type: ignore[arg-type]
+    except TypeError:
+        return UNKNOWN
 
 
 def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
