@@ -177,7 +177,8 @@ class MetaTrainRecipe(StudentRecipe):
     `draw` the recipe is the only one. Processes of a torchrun job share the worlds among them.
 
     Args:
-        worlds: Name → what differs from the recipe in `data`, `teacher`, `student` and `train` of this world.
+        worlds: Name → what differs from the recipe in `data`, `teacher`, `student` and `train` of this world; with
+            `of: NAME` what differs from another listed one.
         draw: Further worlds, drawn at random.
         students: Networks to learn with instead of `student`, in turn; each has a pool of its own. The loss is learned
             for their training.

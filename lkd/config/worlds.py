@@ -19,7 +19,7 @@ def expand_worlds(recipe: MetaTrainRecipe) -> dict[str, StudentRecipe]:
     Raises:
         UserError: If a world differs in something else, a value is not good, or a range to draw from is empty.
     """
-    differences = {name: check_world(name, content) for name, content in recipe.worlds.items()}
+    differences = {name: find_differences(name, recipe.worlds) for name in recipe.worlds}
     differences |= draw_worlds(recipe.draw, differences)
     if not differences:
         return {}
@@ -33,6 +33,16 @@ def expand_worlds(recipe: MetaTrainRecipe) -> dict[str, StudentRecipe]:
         kept = {part: getattr(parts, part) for part in PARTS}
         expanded[name] = StudentRecipe(seed=recipe.seed, device=recipe.device, **kept)
     return expanded
+
+
+def find_differences(name: str, worlds: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a listed world differs in; `of` names another one whose differences it has too, where it has none itself."""
+    if name in above or name not in worlds:
+        raise UserError(f"worlds.{above[-1]}.of: {name!r} is not another world; there are {', '.join(worlds)}")
+    content = dict(worlds[name]) if is_nested(worlds[name]) else worlds[name]
+    base = content.pop("of", None) if isinstance(content, dict) else None
+    own = check_world(name, content)
+    return own if base is None else merge(find_differences(str(base), worlds, (*above, name)), own)
 
 
 def check_world(name: str, content: Any) -> dict[str, Any]:
