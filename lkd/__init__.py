@@ -2,7 +2,7 @@
 
 *Our reconstruction* of Ran, Huang, Yang, PLOS ONE 20(6): e0325599, 2025.
 
-loss = lkd.load_loss("fashion.lkd.safetensors")
+loss = lkd.load_loss("universal", trust=lkd.measure_trust(teacher, train_loader, validation_loader))
 sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward()
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Outputs", "UserError", "distill", "load_loss", "meta_train", "read_images", "save_loss"]
+__all__ = ["Outputs", "UserError", "distill", "load_loss", "measure_trust", "meta_train", "read_images", "save_loss"]
 
 if TYPE_CHECKING:
     from lkd.api import distill, meta_train
@@ -20,23 +20,27 @@ if TYPE_CHECKING:
     from lkd.data.arrays import read_images
     from lkd.losses.learned.file import save_loss
     from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
+    from lkd.losses.learned.trust import Trust, measure_trust
 
 HOMES = {
     "Outputs": "lkd.core.outputs",
     "UserError": "lkd.core.errors",
     "distill": "lkd.api",
+    "measure_trust": "lkd.losses.learned.trust",
     "meta_train": "lkd.api",
     "read_images": "lkd.data.arrays",
     "save_loss": "lkd.losses.learned.file",
 }
 
 
-def load_loss(path: str | Path) -> "LearnedLoss | ReplayedLoss":
+def load_loss(path: str | Path, trust: "Trust | None" = None) -> "LearnedLoss | ReplayedLoss":
     """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
 
     Args:
-        path: A `*.lkd.safetensors` file; or where it is to be fetched from, `hf://owner/repository/file` or
-            `wandb://entity/project/artifact:version`.
+        path: The name of a loss that the package carries, `"universal"`; a `*.lkd.safetensors` file; or where it is to
+            be fetched from, `hf://owner/repository/file` or `wandb://entity/project/artifact:version`.
+        trust: What `lkd.measure_trust` found, for a loss that reads it; without it such a loss goes by what batches
+            show.
 
     Returns:
         An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
@@ -49,7 +53,7 @@ def load_loss(path: str | Path) -> "LearnedLoss | ReplayedLoss":
     from lkd.losses.learned.file import load_loss as load
     from lkd.tracking.remote import fetch_named
 
-    return load(fetch_named(str(path)))
+    return load(fetch_named(str(path)), trust)
 
 
 def __getattr__(name: str) -> Any:

@@ -143,6 +143,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def find_pretrained(name: str) -> Path | None:
+    """The file of a learned loss that the package carries, by its name; None if there is none of it."""
+    return {path.name.removesuffix(".lkd.safetensors"): path for path in list_pretrained()}.get(name)
+
+
+def list_pretrained() -> list[Path]:
+    """The files of learned losses that the package carries."""
+    return sorted((PACKAGE / "losses" / "pretrained").glob("*.lkd.safetensors"))
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lkd.core.errors import UserError, check_choice
+from lkd.core.files import find_pretrained
 from lkd.losses.dkd import DKDLoss
 from lkd.losses.features import AttentionTransferLoss, FitNetLoss, PairedLoss, RKDLoss, SimilarityPreservingLoss
 from lkd.losses.functions import Stages
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.file import SUFFIX, load_loss
+from lkd.losses.learned.file import PRETRAINED, SUFFIX, load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from lkd.losses.loss import DistillationLoss
@@ -48,12 +49,13 @@ def build_loss(
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(
-            f"loss: {specification!r} has no `name` (one of {', '.join(sorted(LOSSES))}, or a *{SUFFIX} path)"
+            f"loss: {specification!r} has no `name` (one of {', '.join([*PRETRAINED, *sorted(LOSSES)])}, "
+            f"or a *{SUFFIX} path)"
         )
     if is_learned(name):
         return attach_features(load_loss(name), name, options, student_stages, teacher_stages)
     if not name.startswith(TORCHDISTILL):
-        check_choice("loss", name, LOSSES)
+        check_choice("loss", name, [*PRETRAINED, *LOSSES])
     try:
         if name == "logit_standardization":
             return standardize_inner(options)
@@ -74,8 +76,8 @@ def reads_features(specification: str | dict[str, Any]) -> bool:
 
 
 def is_learned(name: str) -> bool:
-    """Whether a loss's name is that of a learned-loss file."""
-    return name.endswith(".safetensors") or Path(name).is_file()
+    """Whether a loss's name is that of a learned-loss file, or of one that the package carries."""
+    return name.endswith(".safetensors") or find_pretrained(name) is not None or Path(name).is_file()
 
 
 def find_feature_parts(loss: DistillationLoss) -> list[FeatureLoss]:

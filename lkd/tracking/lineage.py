@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lkd.core.errors import UserError
-from lkd.core.files import PACKAGE, flatten, hash_file, refusing_malformed
+from lkd.core.files import PACKAGE, find_pretrained, flatten, hash_file, refusing_malformed
 from lkd.core.tensor_files import read_result, write_result
 from lkd.tracking.remote import fetch, is_remote
 
@@ -62,7 +62,7 @@ def list_sources(recipe: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The files and folders that a recipe names: field → (kind, name)."""
     sources, flat = {}, flatten(recipe)
     for field, name in flat.items():
-        is_file = str(name).endswith(".safetensors") or is_remote(str(name))
+        is_file = str(name).endswith(".safetensors") or is_remote(str(name)) or find_pretrained(str(name))
         kind = FIELDS.get(field.rpartition(".")[2], "loss" if is_file else None)
         if isinstance(name, str) and kind and not (kind == "teacher" and flat.get("teacher.pretrained")):
             sources[field] = (kind, name)
@@ -76,7 +76,13 @@ def find_used(recipe: dict[str, Any]) -> list[Entry]:
     if teacher.get("pretrained"):
         found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
     for kind, name in list_sources(recipe).values():
-        path = EMBEDDED_TEACHER if name == "embedded" else fetch(name) if is_remote(name) else name
+        path = (
+            EMBEDDED_TEACHER
+            if name == "embedded"
+            else fetch(name)
+            if is_remote(name)
+            else find_pretrained(name) or name
+        )
         found[kind, name] = identify(kind, path, None if path == name else name)
     return list(found.values())
 

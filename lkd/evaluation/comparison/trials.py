@@ -22,7 +22,7 @@ from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import hash_file, write_json
+from lkd.core.files import find_pretrained, hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import hold_lease, own_device
 from lkd.models.teacher import TeacherFunction
@@ -263,8 +263,8 @@ def hash_identity(identity: dict[str, Any]) -> str:
 
 
 def hash_content(path: str) -> str | None:
-    """The hash of a file, None where there is none of that name."""
-    file = Path(path)
+    """The hash of a file, or of a learned loss that the package carries, None where there is none of that name."""
+    file = find_pretrained(path) or Path(path)
     return hash_file(file) if file.is_file() else None
 
 

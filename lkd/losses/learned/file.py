@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lkd.core.errors import UserError
-from lkd.core.files import MALFORMED
+from lkd.core.files import MALFORMED, find_pretrained, hash_file
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS
@@ -18,6 +18,7 @@ from lkd.losses.loss import DistillationLoss
 
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
+PRETRAINED: dict[str, str] = {}  # name → sha256 of the file in lkd/losses/pretrained
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}
 
@@ -51,8 +52,15 @@ class LossFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> "LossFile":
-        """Read a file; a `UserError` if it is missing, truncated, not a learned loss, or of a newer format."""
-        return cls(Path(path), *read_tensors(Path(path), KIND, VERSION))
+        """Read a file, or one that the package carries, by its name.
+
+        Raises:
+            UserError: If it is missing, truncated, not a learned loss, of a newer format, or not what the package had.
+        """
+        own = find_pretrained(str(path))
+        if own and hash_file(own) != PRETRAINED.get(str(path)):
+            raise UserError(f"{own}: is not the file that came with the package: install the package anew")
+        return cls(own or Path(path), *read_tensors(own or Path(path), KIND, VERSION))
 
     def build(self) -> LearnedLoss | ReplayedLoss:
         """The loss, frozen; a `UserError` if weights and architecture do not fit."""
@@ -72,11 +80,12 @@ class LossFile(NamedTuple):
         return loss.float().requires_grad_(False).eval()
 
 
-def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
+def load_loss(path: str | Path, trust: Trust | None = None) -> LearnedLoss | ReplayedLoss:
     """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
 
     Args:
-        path: A `*.lkd.safetensors` file.
+        path: A `*.lkd.safetensors` file, or the name of one that the package carries, as in `"universal"`.
+        trust: What `measure_trust` found, for a loss that reads it; without it such a loss goes by what batches show.
 
     Returns:
         An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
@@ -86,7 +95,10 @@ def load_loss(path: str | Path) -> LearnedLoss | ReplayedLoss:
     Raises:
         UserError: If the file is missing, truncated, not a learned loss, or of a newer format.
     """
-    return LossFile.read(path).build()
+    loss = LossFile.read(path).build()
+    if trust is not None:
+        loss.set_trust(trust)
+    return loss
 
 
 def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
