@@ -16,6 +16,7 @@ from lkd.export.cache import cache_answers
 from lkd.export.export import export as export_network
 from lkd.export.export import pack_dataset
 from lkd.export.share import pull_loss, push_loss
+from lkd.losses.learned.trust import Trust
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
 from lkd.models.teacher import load_teacher_network
@@ -28,6 +29,7 @@ from lkd.training.build import (
     choose_student,
     introduce_network,
     introduce_teacher,
+    measure_teacher,
     open_teacher,
     prepare_images,
     prepare_teacher,
@@ -119,11 +121,12 @@ def pool(recipe: config.PoolRecipe) -> None:
         student = choose_student(recipe.student, images.train)
         taught_by = open_teacher(recipe.teacher, images.train)
         losses = LossBuilder(recipe.pool.loss, taught_by, images)
-        stages = losses.build(student, recipe.seed).teacher_stages
+        pool_loss = losses.build(student, recipe.seed)
         run.say(introduce_network("student", student, images, run.device))
         run.say(introduce_teacher(taught_by, images, run.device))
-        answers = prepare_teacher(taught_by, images, run.device, stages)
-        world = World(images, answers, student, recipe.train, recipe.seed, run.device)
+        answers = prepare_teacher(taught_by, images, run.device, pool_loss.teacher_stages)
+        trust = measure_teacher(taught_by, images, run.device) if pool_loss.reads_trust else Trust()
+        world = World(images, answers, student, recipe.train, recipe.seed, run.device, trust=trust)
         built = build_pool(world, recipe.pool, losses.build, run.path / "pool", run)
         keep_pool(run)
         run.say(f"{built.folder}: {len(built)} students; use it with lkd meta-train --pool_dir {built.folder}")

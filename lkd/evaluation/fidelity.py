@@ -125,6 +125,11 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     teacher = world.answers(device, tuple(stages))
     student = builder.build(recipe.seed, place).train()
     start = open_pool(pool_folder, images, builder.architecture).read(draw.student, student)
+    student.load_state_dict({**start.state.parameters, **start.state.buffers})
+    for loss in losses.values():
+        if loss.reads_trust:
+            loss.set_trust(world.measure(device))
+            loss.update_trust(student)
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
     batches = build_rollout_batches(

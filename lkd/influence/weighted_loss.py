@@ -13,6 +13,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.images import ImageSet
 from lkd.influence.influence import measure_influence
+from lkd.losses.learned.trust import Trust
 from lkd.losses.loss import DistillationLoss, Progress
 from lkd.models.teacher import TeacherFunction
 
@@ -113,7 +114,7 @@ class InfluenceWeightedLoss(DistillationLoss):
         self.loss = loss
         self.meta_validation = meta_validation
         self.settings = settings
-        self.teacher_stages = loss.teacher_stages
+        self.teacher_stages, self.reads_trust = loss.teacher_stages, loss.reads_trust
         self.teacher = teacher.requires_grad_(True) if teacher else None
         self.known = load_weights(Path(settings.weights)) if settings.weights else None
 
@@ -122,6 +123,14 @@ class InfluenceWeightedLoss(DistillationLoss):
         """The teacher that is trained along, if there is one: it is to be asked in the place of the frozen one."""
         network = self.teacher
         return None if network is None else lambda batch: network.eval()(batch.images)
+
+    def set_trust(self, trust: Trust) -> None:
+        """Let the loss be told what was measured."""
+        self.loss.set_trust(trust)
+
+    def update_trust(self, student: nn.Module) -> None:
+        """Let the loss measure the student's own accuracy anew."""
+        self.loss.update_trust(student)
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Lay out the weights of the training images, all 1 or the file's.

@@ -25,11 +25,13 @@ from lkd.core.errors import UserError
 from lkd.core.files import find_pretrained, hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import hold_lease, own_device
+from lkd.losses.learned.trust import Trust
 from lkd.models.teacher import TeacherFunction
 from lkd.training.build import (
     Images,
     OpenedTeacher,
     choose_student,
+    measure_teacher,
     open_teacher,
     prepare_images,
     prepare_loss,
@@ -275,6 +277,13 @@ class World:
     images: Images
     teacher: OpenedTeacher
     prepared: dict[tuple[str, tuple[str, ...]], TeacherFunction] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Trust] = dataclasses.field(default_factory=dict)
+
+    def measure(self, device: str) -> Trust:
+        """What losses are told that read trust."""
+        if device not in self.measured:
+            self.measured[device] = measure_teacher(self.teacher, self.images, torch.device(device))
+        return self.measured[device]
 
     def answers(self, device: str, stages: tuple[str, ...]) -> TeacherFunction:
         """What answers the losses that read these stages."""
@@ -361,6 +370,8 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     started = time.perf_counter()
     cost = Cost(place)
     balance = build_balance(balance_of(trial.loss), loss)
+    if loss.reads_trust:
+        loss.set_trust(world.measure(device))
     labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
     training = start_training(student, labelled, loss, teacher, train, trial.seed, place, balance=balance)
     weights: list[float] = []
