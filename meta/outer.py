@@ -99,17 +99,17 @@ def _average(
         torch.cat([h.outer_value.to(like).reshape(1), *(h.grads[name].to(like).flatten() for name in parameters)])
         for h in hypergradients
     ]
-    size = 1 + sum(parameter.numel() for parameter in parameters.values())
-    total = torch.stack(rows).sum(0) if rows else like.new_zeros(size)
-    squares = sum(float(row[1:].square().sum()) for row in rows)
-    total = torch.cat([total, total.new_tensor([squares, len(rows)])])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    count = int(total[-1].item())
-    mean = total[:-1] / max(1, count)
-    value, *flat = mean[:-1].split([1, *(parameter.numel() for parameter in parameters.values())])
+        # Gathered, not reduced: the sum is then taken in one order, whatever the number of processes.
+        parts: list[list[Tensor]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, [row.cpu() for row in rows])
+        rows = [row.to(like) for part in parts for row in part]
+    if not rows:
+        return float("nan"), {}, 0, float("nan")
+    squares = sum(float(row[1:].square().sum()) for row in rows)
+    value, *flat = torch.stack(rows).mean(0).split([1, *(parameter.numel() for parameter in parameters.values())])
     grads = {n: entry.view_as(p).to(p) for (n, p), entry in zip(parameters.items(), flat, strict=True)}
-    return value.item(), grads, count, mean[-1].item()
+    return value.item(), grads, len(rows), squares / len(rows)
 
 
 def _find_faults(hypergradient: Hypergradient, bound: float) -> list[str]:

@@ -15,11 +15,13 @@ from lkd.losses.dkd import DKDLoss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss, reference_logits
 from lkd.losses.learned.networks import Perceptron, read_logits
+from lkd.losses.learned.trust import TrustFigures
 from meta import ESTIMATORS, Problem, State, call_module, verify
 from meta.optim import SGD
 from tests.lkd.test_invariances import wander
 
-CONDITIONING = [["progress", "state"], ["progress"], ["state"], []]
+ALL = ["progress", "state", "answer", "context", "calibration", "agreement", "images_per_class", "own_accuracy"]
+CONDITIONING = [ALL, ["progress", "state"], ["progress"], ["state"], []]
 
 
 def total(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float | None = 0.3) -> Tensor:
@@ -54,6 +56,8 @@ def batches(draw):
 def test_every_form_keeps_its_invariants(batch, form, conditioning, normalize, lipschitz, seed) -> None:
     options = {"form": form, "conditioning": conditioning, "lipschitz": lipschitz, "normalize_gradient": normalize}
     loss = wander(build_learned_loss("logits", options), seed=seed)
+    if seed % 2:
+        loss.tell(TrustFigures(0.7, 0.5, 3.0, 40.0, 0.2))
     student, teacher, target = batch
     value, slope = total(loss, *batch).detach(), gradient(loss, *batch)
     assert torch.isfinite(slope).all()
@@ -79,6 +83,9 @@ def test_conditioning_says_what_is_seen(form: str, conditioning: list[str]) -> N
     assert ((weight > 0) & (weight < 1) & (temperature > 1) & (temperature < part.maximal_temperature)).all()
     moved, _ = part.weights_and_temperatures(other, teacher, target, 0.5)
     assert torch.equal(weight, moved) == ("state" not in conditioning)
+    part.trust = torch.tensor(TrustFigures(0.7, 0.5, 3.0, 40.0, 0.2))
+    told, _ = part.weights_and_temperatures(student, teacher, target, 0.5)
+    assert torch.equal(weight, told) == (not part.reads_trust)
     assert part.architecture["conditioning"] == conditioning
     with pytest.raises(ValueError, match=r"conditioning: .*weather.* is not a list of some of progress, state"):
         FORMS[form](conditioning=["weather"])

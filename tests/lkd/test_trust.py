@@ -1,0 +1,191 @@
+"""Trust: measured rightly, told to the loss, renewed while a student trains, and never a part of a loss's file."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lkd
+from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import digest
+from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
+from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
+from lkd.training.build import measure_teacher, open_teacher, prepare_images
+from tests.lkd.parts import prepare_teacher, start_training
+from tests.lkd.test_invariances import wander
+
+SEEN = ["progress", "state", "answer", "context", "calibration", "agreement", "images_per_class", "own_accuracy"]
+DATA = DataRecipe(train_size=200, meta_validation_size=150)
+CPU = torch.device("cpu")
+TRUST = TrustFigures(0.7, 0.5, 3.0, 40.0, 0.2)
+
+
+def build_loss() -> LearnedLoss:
+    torch.manual_seed(0)
+    return wander(build_learned_loss("logits", {"conditioning": SEEN})).float()
+
+
+def total(loss: nn.Module, student, teacher, target, progress=0.5) -> torch.Tensor:
+    return sum(loss(Outputs(student, {}), Outputs(teacher, {}), target, progress).values())
+
+
+class Table(nn.Module):
+    """A teacher that reads its logits off the images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_their_temperature() -> None:
+    logits = 3 * torch.randn(300, 4)
+    labels = torch.distributions.Categorical(logits=logits / 2.5).sample()  # calibrated at 2.5
+    wrong = torch.where(torch.rand(300) < 0.3, (labels + 1) % 4, labels)
+    images = logits[:, None, None]
+    parts = [DataLoader(TensorDataset(images, y), 70, drop_last=False) for y in (wrong, labels)]
+    trust = lkd.measure_trust(Table(), *parts)
+    agreed = [(logits.argmax(1) == y).double().mean().item() for y in (labels, wrong)]
+    assert trust.figures[:2] == pytest.approx(agreed)
+    assert trust.figures.temperature == pytest.approx(2.5, rel=0.3)
+    assert trust.figures.images_per_class == 75
+    assert math.isnan(trust.figures.own_accuracy)
+    scaled = measure_trust(lambda x: 4 * Table()(x), *parts)
+    assert scaled.figures.temperature == pytest.approx(4 * trust.figures.temperature, rel=1e-3)
+    assert measure_own_accuracy(Sequential(Table()), trust.looks) == pytest.approx(agreed[0])
+    assert f"{agreed[0]:.1%}" in str(trust)
+    assert "unknown" in str(measure_trust(Table(), parts[0], None))
+
+
+class Sequential(nn.Sequential):
+    """A student with a parameter, which says where it is."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.place = nn.Parameter(torch.zeros(1))
+
+
+def test_of_a_teacher_that_answers_at_random_what_the_training_gets_is_measured() -> None:
+    images = prepare_images(DATA)
+    figures = [
+        measure_teacher(open_teacher(TeacherRecipe(random_answers=share), images.train), images, CPU).figures
+        for share in (0.0, 0.9)
+    ]
+    assert figures[0].validation_agreement > 0.85
+    assert max(figures[1][:2]) < 0.4
+    assert figures[1].temperature > 2 * figures[0].temperature
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (TRUST._replace(validation_agreement=1.2), "validation_agreement 1.2 is not in [0, 1]"),
+        (TRUST._replace(own_accuracy=-0.1), "own_accuracy -0.1 is not in [0, 1]"),
+        (TRUST._replace(temperature=0.0), "temperature 0.0 is not in (0, ∞)"),
+        (TRUST._replace(images_per_class=math.inf), "images_per_class inf is not in (0, ∞)"),
+    ],
+)
+def test_figures_out_of_range_are_refused(figures: TrustFigures, message: str) -> None:
+    with pytest.raises(lkd.UserError) as error:
+        build_loss().set_trust(Trust(figures))
+    assert message in str(error.value)
+
+
+def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
+    images = torch.randn(6, 1, 1, 3)
+    with pytest.raises(lkd.UserError, match="validation has labels 0 to 7, the teacher has 3 classes"):
+        measure_trust(Table(), None, [(images, torch.tensor([0, 1, 2, 7, 1, 0]))])
+    with pytest.raises(lkd.UserError, match="train has no images with labels"):
+        measure_trust(Table(), [], [(images, torch.tensor([0, 1, 2, 2, 1, 0]))])
+
+
+@pytest.mark.parametrize("classes", [2, 10, 21_841])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_any_batch_any_classes_any_scale_known_or_not(classes: int, size: int, scale: float) -> None:
+    for dense in (False, True):
+        for figures in (TRUST, TrustFigures()):
+            loss = build_loss()
+            loss.tell(figures)
+            student, teacher = 3 * torch.randn(2, size, classes)
+            target = torch.randn(size, classes).softmax(1) if dense else torch.randint(classes, (size,))
+            student.requires_grad_()
+            total(loss, student, scale * teacher, target).backward()
+            assert student.grad.isfinite().all()
+            assert student.grad.abs().sum() > 0
+
+
+def test_the_gradient_is_that_of_a_function_of_the_whole_batch() -> None:
+    loss = build_loss().double()
+    loss.tell(TRUST)
+    teacher, target = 2 * torch.randn(4, 5, dtype=torch.float64), torch.randint(5, (4,))
+    student = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: total(loss, s, teacher, target), student)
+    assert torch.autograd.gradgradcheck(lambda s: total(loss, s, teacher, target), student)
+
+
+def test_a_part_of_a_batch_sees_its_own_context() -> None:
+    """What several processes, or parts of a batch, change: an eighth of a batch has noisier means."""
+    loss = build_loss()
+    loss.tell(TRUST)
+    student, teacher, target = 2 * torch.randn(256, 10), 2 * torch.randn(256, 10), torch.randint(10, (256,))
+    whole = total(loss, student, teacher, target)
+    parts = [total(loss, *each) for each in zip(student.chunk(8), teacher.chunk(8), target.chunk(8), strict=True)]
+    mean = torch.stack(parts).mean().item()
+    assert mean == pytest.approx(whole.item(), rel=0.05)
+    assert mean != whole.item()
+
+
+def test_a_file_holds_no_trust(tmp_path: Path) -> None:
+    loss = build_loss()
+    loss.set_trust(Trust(TRUST))
+    lkd.save_loss(tmp_path / "x.lkd.safetensors", loss, {})
+    loaded = lkd.load_loss(tmp_path / "x.lkd.safetensors")
+    assert loaded.reads_trust
+    student, teacher, target = torch.randn(4, 5), torch.randn(4, 5), torch.randint(5, (4,))
+    assert total(loaded, student, teacher, target) != total(loss, student, teacher, target)
+    loaded = lkd.load_loss(tmp_path / "x.lkd.safetensors", trust=Trust(TRUST))
+    assert torch.equal(total(loaded, student, teacher, target), total(loss, student, teacher, target))
+
+
+def test_own_accuracy_is_renewed_and_a_training_goes_on_to_the_same_bits() -> None:
+    images = prepare_images(DATA)
+    opened = open_teacher(TeacherRecipe(), images.train)
+    trust = measure_teacher(opened, images, CPU)
+    teacher = prepare_teacher(TeacherRecipe(), DATA, images, CPU)
+    train = TrainRecipe(epochs=6, batch_size=50, learning_rate=0.1)
+
+    def begin():
+        loss = build_loss().requires_grad_(False)
+        loss.set_trust(trust)
+        return start_training(ModelRecipe("tiny_cnn"), images.train, loss, teacher, train, DATA, 0, CPU)
+
+    whole, stopped = begin(), begin()
+    seen = []
+    while whole.step < whole.total_steps:
+        whole.run_step()
+        seen.append(float(whole.loss.parts["logits"].trust[-1]))
+    assert len(set(seen)) > 4, "the student's own accuracy was never measured anew"
+    assert seen[0] == pytest.approx(measure_own_accuracy(begin().student, trust.looks))
+    for _ in range(11):
+        stopped.run_step()
+    resumed = begin()
+    resumed.load_state_dict(stopped.state_dict())
+    while resumed.step < resumed.total_steps:
+        resumed.run_step()
+    assert digest(resumed.student.state_dict()) == digest(whole.student.state_dict())
+
+
+def test_distilling_measures_trust_and_says_so(tmp_path: Path, capsys) -> None:
+    lkd.save_loss(tmp_path / "x.lkd.safetensors", build_loss(), {})
+    from lkd.cli import main
+
+    words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1", "--loss"]
+    assert main(["distill", *words, str(tmp_path / "x.lkd.safetensors"), "--run_dir", str(tmp_path / "r")]) == 0
+    assert "trust: the teacher agrees with" in capsys.readouterr().out
+    images = prepare_images(replace(DATA, meta_validation_size=100))
+    expected = measure_teacher(open_teacher(TeacherRecipe(), images.train), images, CPU)
+    assert str(expected) in (tmp_path / "r" / "output.txt").read_text()

@@ -1,0 +1,108 @@
+"""Meta-training over many worlds: listed, drawn, shared out among processes, gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lkd.config import MetaTrainRecipe
+from lkd.config.meta_training import DrawRecipe
+from lkd.config.worlds import expand_worlds
+from lkd.core.errors import UserError
+from lkd.core.tensor_files import digest, load_checkpoint
+from lkd.losses.learned.file import read_provenance
+from tests.lkd.test_resume import kill_when_there, run
+from tests.processes import META, POOL, TINY, start_job
+
+WORLDS = {"clean": {}, "flipped": {"data": {"label_noise": 0.4}}, "bad": {"teacher": {"random_answers": 0.6}}}
+WORLDS |= {"tiny": {"of": "flipped", "student": {"name": "tiny_cnn"}, "train": {"batch_size": 40}}}
+LOSS = "{conditioning: [progress, state, answer, context, calibration, agreement, images_per_class, own_accuracy]}"
+WORDS = ["meta-train", *TINY, *POOL, *META, "--pool.students", "1", "--worlds", json.dumps(WORLDS)]
+WORDS += ["--meta.students_per_step", "0", "--meta.clip_each", "1", "--meta.exploding_norm", "0", "--meta.loss", LOSS]
+WORDS += ["--meta.reference", "cross_entropy", "--meta.reuse_every", "4", "--meta.estimator", "first_order"]
+
+
+def expand(listed: dict, **draw):
+    return expand_worlds(MetaTrainRecipe(worlds=listed, draw=DrawRecipe(**draw)))
+
+
+def test_a_world_has_what_the_recipe_has_but_for_what_differs() -> None:
+    recipe = MetaTrainRecipe(worlds=WORLDS)
+    recipe.data.train_size = 123
+    expanded = expand_worlds(recipe)
+    assert list(expanded) == list(WORLDS)
+    assert {world.data.train_size for world in expanded.values()} == {123}
+    assert (expanded["tiny"].data.label_noise, expanded["tiny"].student.name) == (0.4, "tiny_cnn")
+    assert expanded["tiny"].train.batch_size == 40
+    assert expanded["flipped"].student.name == "small_cnn"
+    assert expand_worlds(MetaTrainRecipe()) == {}
+
+
+def test_worlds_are_drawn_within_their_ranges_and_of_the_seed_alone() -> None:
+    values = {
+        "data.label_noise": {"low": 0.1, "high": 0.6},
+        "teacher.logit_scale": {"low": 0.25, "high": 4, "log": True},
+    }
+    values |= {"train.batch_size": {"low": 20, "high": 60}, "student.name": ["tiny_cnn", "small_cnn"]}
+    drawn = [list(expand({"a": {}}, worlds=20, seed=seed, values=values).values())[1:] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    noise = [world.data.label_noise for world in drawn[0]]
+    assert len(set(noise)) == 20
+    assert min(noise) >= 0.1
+    assert max(noise) <= 0.6
+    assert sum(world.teacher.logit_scale < 1 for world in drawn[0]) in range(4, 17), "not even in the logarithm"
+    assert {world.student.name for world in drawn[0]} == {"tiny_cnn", "small_cnn"}
+    assert all(isinstance(world.train.batch_size, int) for world in drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("worlds", "draw", "message"),
+    [
+        ({"a": {"of": "b"}}, {}, "worlds.a.of: 'b' is not another world; there are a"),
+        ({"a": {"of": "b"}, "b": {"of": "a"}}, {}, "is not another world"),
+        ({"a": {"pool": {}}}, {}, "worlds.a: unknown key 'pool'; a world differs in data, teacher, student, train"),
+        ({"a": {"data": {"label_nois": 1}}}, {}, "unknown key 'worlds.a.data.label_nois'; nearest: data.label_noise"),
+        ({"a": 3}, {}, "worlds.a: 3 is not a mapping"),
+        ({"a": {}}, {"worlds": 1, "of": ["c"]}, "draw.of: there is no world 'c'; there are a"),
+        ({"a": {}}, {"worlds": 1, "values": {"data.label_noise": []}}, "draw.values.data.label_noise: nothing can be"),
+        ({"a": {}}, {"worlds": 1, "values": {"train.epochs": {"low": 3, "high": 2}}}, "draw.values.train.epochs: noth"),
+        ({"a": {}}, {"worlds": 1, "values": {"seed": [1]}}, "worlds.drawn-00: unknown key 'seed'"),
+    ],
+)
+def test_worlds_that_are_none_are_refused(worlds: dict, draw: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        expand(worlds, **draw)
+    assert message in str(error.value)
+
+
+def read_loop(run_dir: str) -> dict:
+    return load_checkpoint(Path(run_dir, "checkpoints/000000004.safetensors"))["loop"]
+
+
+def test_worlds_are_learned_in_by_one_process_or_two_killed_or_not_to_the_same_bits(unused_tcp_port: int) -> None:
+    job = start_job([*WORDS, "--run_dir", "two"], unused_tcp_port)
+    run([*WORDS, "--run_dir", "one"])
+    assert [process.wait() for process in job] == [0, 0], Path("output-0.txt").read_text()
+    kill_when_there([*WORDS, "--run_dir", "killed"], "checkpoints/000000002*", 0.0)
+    run([*WORDS, "--run_dir", "killed", "--resume", "auto"])
+    one, two, killed = (read_loop(name) for name in ("one", "two", "killed"))
+    for part in ("loss", "optimizer"):
+        assert digest(one[part]) == digest(two[part]) == digest(killed[part])
+    row = one["history"][-1]
+    assert row["world/flipped/hypergradient_norm"] > 0
+    assert row["outer/hypergradient_norm"] <= 1, "each world's hypergradient was to be clipped"
+    assert 0 < row["world/bad/weight"] < 1
+    looks = [read_provenance(f"{name}/loss.lkd.safetensors")["reuse"] for name in ("one", "two", "killed")]
+    assert looks[0] == looks[1] == looks[2]
+    last = looks[0][-1]
+    regrets = [last[f"world/{name}/regret"] for name in WORLDS]
+    assert last["regret"] == pytest.approx(sum(regrets) / 4)
+
+
+def test_a_world_that_does_not_fit_is_named_before_any_work(capsys) -> None:
+    from lkd.cli import main
+
+    worlds = {"good": {}, "wrong": {"teacher": {"path": "nowhere.safetensors"}}}
+    assert main([*WORDS, "--worlds", json.dumps(worlds), "--run_dir", "r"]) == 2
+    assert "worlds.wrong: " in capsys.readouterr().err
+    assert not list(Path("r").glob("pool/*"))
