@@ -101,20 +101,20 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
     """The worlds with teachers as fast as they get, and with what is measured of them; says what they are."""
     prepared: list[World] = []
     for each in opened:
-        world, first = each.world, not prepared or bool(each.world.name)
-        run.say(
-            f"{world.name}: " * bool(world.name) + introduce_network("student", world.student, world.images, run.device)
-        )
-        if first:
-            run.say(f"{world.name}: " * bool(world.name) + introduce_teacher(each.teacher, world.images, run.device))
+        world = each.world
+        name = f"{world.name}: " if world.name else ""
+        run.say(name + introduce_network("student", world.student, world.images, run.device))
+        if name or not prepared:  # else only the students differ
             readers = [loss, each.pool_loss.build(world.student, world.seed)]
             readers += [each.reference.build(world.student, world.seed)] if each.reference else []
+            reads_trust = any(reader.reads_trust for reader in readers)
+            if not (name and reads_trust):  # else trust says more, and asks the teacher less
+                run.say(name + introduce_teacher(each.teacher, world.images, run.device))
             stages = dict.fromkeys(stage for reader in readers for stage in reader.teacher_stages)
             answers = prepare_teacher(each.teacher, world.images, run.device, tuple(stages))
-            trust = world.trust
-            if any(reader.reads_trust for reader in readers):
-                trust = measure_teacher(each.teacher, world.images, run.device)
-                run.say(f"{world.name}: " * bool(world.name) + str(trust))
+            trust = measure_teacher(each.teacher, world.images, run.device, answers) if reads_trust else world.trust
+            if reads_trust:
+                run.say(f"{name}{trust}")
         prepared.append(replace(world, teacher=answers, trust=trust))
     return prepared
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from lkd.losses.build import attach_features, build_loss, find_feature_parts, is
 from lkd.losses.functions import Stages
 from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
-from lkd.losses.learned.trust import Trust, TrustFigures, measure_trust
+from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models.build import adapt_given, describe, find_stages, format_description
 from lkd.models.build import build as build_network
@@ -201,14 +201,28 @@ def ask_anew(
     return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
 
 
-def measure_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> Trust:
-    """What there is to know of teacher and labels, of answers such as the training gets; a cache knows it already."""
+def measure_teacher(
+    teacher: OpenedTeacher, images: Images, device: torch.device, answers: TeacherFunction | None = None
+) -> Trust:
+    """What there is to know of teacher and labels; a cache knows of the teacher already.
+
+    Args:
+        teacher: The teacher.
+        images: The images, with the labels that are known.
+        device: Where it runs.
+        answers: What answers the training, if that is there already: it may have its answers at hand.
+    """
     if teacher.settings.cache:
         known = read_cache(Path(teacher.settings.cache)).header.get("trust")
-        figures = TrustFigures(*known) if known else TrustFigures()
         looks = Trust.choose_looks(images.meta_validation, device)
-        return Trust(figures, looks)
-    return measure_trust(ask_anew(teacher, images, device), images.train, images.meta_validation, device)
+        return Trust(TrustFigures(*known) if known else TrustFigures(), looks)
+    anew = ask_anew(teacher, images, device)
+    trust = measure_trust(anew, None, images.meta_validation, device)
+    if not trust.looks:
+        return trust
+    agreement = measure_agreement(answers or anew, images.train, device)
+    per_class = len(images.train) / images.train.num_classes
+    return replace(trust, figures=trust.figures._replace(training_agreement=agreement, images_per_class=per_class))
 
 
 def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:

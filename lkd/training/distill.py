@@ -65,7 +65,7 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     if loss.reads_trust:
         known = order_labels(images, labelled_size)[: labelled_size or None]
-        trust = measure_teacher(parts.teacher, replace(images, train=images.train.select(known)), run.device)
+        trust = measure_teacher(parts.teacher, replace(images, train=images.train.select(known)), run.device, teacher)
         loss.set_trust(trust)
         run.say(str(trust))
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)

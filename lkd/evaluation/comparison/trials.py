@@ -282,7 +282,9 @@ class World:
     def measure(self, device: str) -> Trust:
         """What losses are told that read trust."""
         if device not in self.measured:
-            self.measured[device] = measure_teacher(self.teacher, self.images, torch.device(device))
+            self.measured[device] = measure_teacher(
+                self.teacher, self.images, torch.device(device), self.answers(device, ())
+            )
         return self.measured[device]
 
     def answers(self, device: str, stages: tuple[str, ...]) -> TeacherFunction:

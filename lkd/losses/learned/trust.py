@@ -96,10 +96,16 @@ def measure_trust(
         return Trust()
     logits, target = ask("validation", teacher, validation, place)
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
-    training = UNKNOWN if train is None else agree(*ask("train", teacher, train, place))
+    training = UNKNOWN if train is None else measure_agreement(teacher, train, place)
     count = count_images(train)
     figures = TrustFigures(agree(logits, target), training, temperature, count / logits.shape[1])
     return Trust(figures, Trust.choose_looks(validation, place))
+
+
+@torch.no_grad()
+def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.device) -> float:
+    """Part of at most 10,000 training images to which the teacher gives their label; see `measure_trust`."""
+    return agree(*ask("train", teacher, part, device))
 
 
 def count_images(part: Part | None) -> float:
