@@ -111,8 +111,9 @@ class MetaSettings:
             train.epochs trainings. 0 for as many as `train` has.
         reuse_patience: Looks without a better loss after which meta-training ends; 0 for never.
         checkpoint_every: Outer steps between checkpoints.
-        picture_every: Outer steps between two pictures of the loss (RUN_DIR/pictures, W&B, trackio); 0 for none. Of a
-            run of over 100 times as many steps a multiple: there are 100 pictures at most.
+        picture_every: Outer steps between two pictures of the loss (RUN_DIR/pictures, W&B, trackio), and one of the
+            loss that a look chose; 0 for none. Of a run of over 100 times as many steps a multiple: there are 100
+            pictures at most.
     """
 
     outer_steps: ranges.PositiveInt = 30

@@ -14,9 +14,9 @@ from lkd.core.tensor_files import read_tensors
 from lkd.evaluation.inspection import STAGES, TEMPERATURES, inspect_loss
 from lkd.export.share import describe_training
 from lkd.losses.build import build_loss, is_learned
-from lkd.losses.learned.file import KIND, SUFFIX, VERSION
+from lkd.losses.learned.file import KIND, SUFFIX, VERSION, mark_unlearned, was_learned
 from lkd.losses.logits import KDLoss
-from lkd.meta_training.log import EXTENT, plt, save_figure
+from lkd.meta_training.log import EXTENT, find_kept_row, plt, save_figure
 from lkd.tracking.remote import fetch_named
 
 
@@ -36,7 +36,7 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
         raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")
     file = describe_file(Path(name)) if is_learned(name) else None
     described = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
-    title = Path(name).name if file else name + described
+    title = mark_unlearned(Path(name).name, file["learned"]) if file else name + described
     plain = Path(name).name.removesuffix(SUFFIX)
     folder = Path(recipe.out) if recipe.out else (Path(name).parent if file else Path()) / f"{plain}-inspection"
     report = inspect_loss(loss, kd, recipe.num_classes, recipe.seed)
@@ -53,15 +53,16 @@ def describe_file(path: Path) -> dict[str, Any]:
     """
     header = read_tensors(path, KIND, VERSION)[1]
     provenance = header.get("provenance") or {}
-    curve, reuse = provenance.get("curve") or [{}], provenance.get("reuse") or []
+    kept, reuse = find_kept_row(provenance.get("curve") or [], provenance.get("kept_step")), provenance.get("reuse")
     return {
         "path": str(path),
         "bytes": path.stat().st_size,
         "sha256": hash_file(path),
         "format_version": header["format_version"],
         "trained_with": describe_training(provenance) if "recipe" in provenance else None,
-        "fresh_students": min(reuse, key=lambda row: row["calibrated_cross_entropy"], default=None),
-        "gradient_shares": {k.removeprefix("share/"): v for k, v in curve[-1].items() if k.startswith("share/")},
+        "learned": was_learned(header),
+        "fresh_students": min(reuse or [], key=lambda row: row["calibrated_cross_entropy"], default=None),
+        "gradient_shares": {k.removeprefix("share/"): v for k, v in kept.items() if k.startswith("share/")},
     }
 
 
@@ -287,10 +288,10 @@ def format_shares(report: dict[str, Any], file: dict[str, Any] | None) -> str:
     """How much each term pulls."""
     columns = {describe_progress(row["progress"]): row["shares"] for row in report["shares"]}
     if logged := (file or {}).get("gradient_shares"):
-        columns["last logged*"] = logged
+        columns["as logged*"] = logged
     rows = [[term, *(shares.get(term, 0.0) for shares in columns.values())] for term in report["shares"][0]["shares"]]
     title = "Share of each term in the gradient at the student's outputs (made-up ones)"
-    note = "\n  * of real students, at the last outer step of meta-training" if logged else ""
+    note = "\n  * of real students, at the outer step that began with this loss, or the last one" if logged else ""
     return format_table(title, rows, list(columns), ".3f") + note
 
 

@@ -16,12 +16,12 @@ from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison.compare import submit
-from lkd.evaluation.comparison.tables import format_figure, write_results
+from lkd.evaluation.comparison.tables import UNLEARNED, format_figure, name_method, write_results
 from lkd.evaluation.comparison.trials import pick_options, plan_report, plan_tuning, trial_path
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
-from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
-from lkd.meta_training.log import plot_learned_loss, plt, save_figure
+from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, load_loss, mark_unlearned, read_provenance
+from lkd.meta_training.log import find_kept_row, plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
 from lkd.training.build import choose_student, introduce_network, introduce_teacher, open_teacher, prepare_images
@@ -179,7 +179,8 @@ def summarize(tables: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
         for row in table:
             if row["method"] == "learned":
                 over_ce = f"{row['last'][0] - last[row['student'], 'CE']:+.2f}"
-                rows.append([NAMES[setting], row["student"], format_figure(row["difference"], True), over_ce])
+                name = mark_unlearned(NAMES[setting], row["learned"])
+                rows.append([name, row["student"], format_figure(row["difference"], True), over_ce])
     return rows
 
 
@@ -188,7 +189,7 @@ def list_table(table: list[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             row["student"],
-            row["method"],
+            name_method(row),
             format_figure(row["last"]),
             format_figure(row["best"]),
             "" if row["method"] == "KD" else format_figure(row["difference"], True),
@@ -256,13 +257,15 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         setting: write_results(compare, picks[setting], run.path / setting)
         for setting, compare in compare_recipes.items()
     }
-    curves = {setting: read_provenance(loss_path(run.path, setting))["curve"] for setting in SETTINGS}
-    plot_meta_training(curves, run.path / "meta-training.png")
+    learned = {setting: read_provenance(loss_path(run.path, setting)) for setting in SETTINGS}
+    plot_meta_training({setting: found["curve"] for setting, found in learned.items()}, run.path / "meta-training.png")
     for setting, pick in picks.items():
         kd: Any = build_loss(pick["KD"])
-        learned: Any = load_loss(loss_path(run.path, setting))
-        label = f"KD({kd.weight:g}, {kd.temperature:g})"
-        plot_learned_loss(learned, kd, label, run.path / setting / "learned-loss.png")
+        loss: Any = load_loss(loss_path(run.path, setting))
+        label, name = f"KD({kd.weight:g}, {kd.temperature:g})", "learned"
+        if not learned[setting].get("learned", True):
+            name = NOT_LEARNED
+        plot_learned_loss(loss, kd, label, run.path / setting / "learned-loss.png", name)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
@@ -294,11 +297,14 @@ def describe_job(label: str, result: dict[str, Any]) -> str | None:
     """One line about a learned loss; tuning trials are silent."""
     if "path" not in result:
         return None
-    curve = read_provenance(result["path"])["curve"]
-    weight, temperature = ([row[f"loss/{name}"] for row in curve] for name in ("weight", "temperature"))
+    provenance = read_provenance(result["path"])
+    if not provenance.get("learned", True):
+        return f"{label}: {UNLEARNED} ({result['seconds']:.0f} s)"
+    rows = provenance["curve"][0], find_kept_row(provenance["curve"], provenance.get("kept_step"))
+    weight, temperature = ([row[f"loss/{name}"] for row in rows] for name in ("weight", "temperature"))
     return (
         f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
-        f"{weight[0]:.2f} → {weight[-1]:.2f}, temperature {temperature[0]:.1f} → {temperature[-1]:.1f}"
+        f"{weight[0]:.2f} → {weight[1]:.2f}, temperature {temperature[0]:.1f} → {temperature[1]:.1f}"
     )
 
 

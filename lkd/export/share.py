@@ -8,7 +8,7 @@ from typing import Any
 from lkd.config.training import PullRecipe, PushRecipe
 from lkd.core.files import hash_file, replaced_atomically, write_text
 from lkd.core.tensor_files import read_tensors
-from lkd.losses.learned.file import KIND, VERSION, load_loss, read_provenance
+from lkd.losses.learned.file import KIND, NOT_LEARNED, VERSION, load_loss, read_provenance, was_learned
 from lkd.tracking.remote import HubReference, fetch, parse_reference, upload, upload_artifact
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -54,6 +54,7 @@ def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
     data, teacher, meta = (recipe.get(name, {}) for name in ("data", "teacher", "meta"))
     students = recipe.get("students") or [recipe.get("student", {})]
     facts = {
+        "learned": None if was_learned({"provenance": provenance}) else f"{NOT_LEARNED}: the initial loss was the best",
         "data": data.get("name"),
         "training images": data.get("train_size"),
         "meta-validation images": data.get("meta_validation_size"),

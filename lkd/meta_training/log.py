@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lkd.core.files import replaced_atomically
+from lkd.losses.learned.file import NOT_LEARNED
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.learned.shares import SATURATED, balance_surface, find_saturated, gradient_shares, gradient_surface
 from lkd.losses.logits import KDLoss
@@ -147,20 +148,38 @@ def is_pictured(step: int, outer_steps: int, every: int) -> bool:
     return bool(every) and step % (every * -(-outer_steps // (every * PICTURES))) == 0
 
 
-def show_loss(loss: LearnedLoss, step: int, run: Run) -> None:
-    """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture."""
+def show_loss(loss: LearnedLoss, step: int, run: Run, kept: str = "") -> None:
+    """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture.
+
+    Args:
+        loss: The loss.
+        step: Outer steps taken.
+        run: The run.
+        kept: What to call the loss that is kept, whose picture has a name of its own.
+    """
     if "logits" not in loss.parts:
         return
-    path = run.path / "pictures" / f"learned-loss-{step:05}.png"
-    plot_learned_loss(loss, KDLoss(0.5, 4.0), "KD(0.5, 4)", path)
-    run.tracker.show(step, "learned_loss", path)
+    path = run.path / "pictures" / ("kept-loss.png" if kept else f"learned-loss-{step:05}.png")
+    over_logits = copy.deepcopy(loss.leave_out_features()).cpu()
+    plot_learned_loss(over_logits, KDLoss(0.5, 4.0), "KD(0.5, 4)", path, kept or "learned")
+    run.tracker.show(step, "kept_loss" if kept else "learned_loss", path)
+
+
+def find_kept_row(curve: Sequence[dict[str, Any]], kept_step: int | None) -> dict[str, Any]:
+    """The row of the log that was measured with the loss that is kept, that after so many outer steps.
+
+    A step is measured before its update: it is the next one's. After the last step, or where it is not said which loss
+    is kept, it is the last row; an empty one if there is none.
+    """
+    rows = [row for row in curve if kept_step is not None and row["step"] > kept_step] or [*curve[-1:]]
+    return rows[0] if rows else {}
 
 
 def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str]:
     """Which loss is saved, that of the best look's row, and whether it is worth more than a guess among the classes."""
     lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
     if best["step"] == 0:
-        lines[0] += ": the initial one; none that was learned is better on meta-validation"
+        lines[0] += f": the initial one; {NOT_LEARNED}: no later one is better on meta-validation"
     if not best["calibrated_cross_entropy"] < WORTH * math.log(classes):
         entropies = f"{best['calibrated_cross_entropy']:.4g} of {math.log(classes):.4g}"
         lines.append(
@@ -203,16 +222,18 @@ def save_figure(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_learned_loss(loss: LearnedLoss, kd: KDLoss, kd_label: str, path: Path, progress: float = 0.5) -> None:
+def plot_learned_loss(
+    loss: LearnedLoss, kd: KDLoss, kd_label: str, path: Path, name: str = "learned", progress: float = 0.5
+) -> None:
     """Draw the learned loss's gradient at the student's target logit beside KD's, and its weight and temperature."""
     weight, temperature = balance_surface(loss, progress)
     learned, hand_made = gradient_surface(loss, progress), gradient_surface(kd, progress)
     bound = max(float(learned.abs().max()), float(hand_made.abs().max()))
     panels: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
-        ("learned: gradient at the target logit", learned, {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}),
+        (f"{name}: gradient at the target logit", learned, {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}),
         (f"{kd_label}: gradient at the target logit", hand_made, {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}),
-        ("learned: weight of the teacher, α", weight, {"cmap": "viridis", "vmin": 0, "vmax": 1}),
-        ("learned: temperature, τ", temperature, {"cmap": "viridis", "vmin": 1}),
+        (f"{name}: weight of the teacher, α", weight, {"cmap": "viridis", "vmin": 0, "vmax": 1}),
+        (f"{name}: temperature, τ", temperature, {"cmap": "viridis", "vmin": 1}),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     for axis, (title, surface, style) in zip(axes, panels, strict=True):

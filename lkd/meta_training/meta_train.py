@@ -20,10 +20,11 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import digest
-from lkd.losses.learned.file import SUFFIX, save_loss
+from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, save_loss
 from lkd.meta_training.log import (
     describe_reuse,
     describe_saturation,
+    find_kept_row,
     is_logged,
     is_pictured,
     log_row,
@@ -191,16 +192,23 @@ def save_results(
         run.say(f"{place}: {figures['top1']:.2f} % on meta-validation")
     pool_trainings = count_pool_trainings(loop.draws, pools, min(loop.step, loop.settings.alternation_start))
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
+    kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
+    learned = kept > 0 or not reuse.rows
     provenance = run.provenance() | {
         "split": images.fingerprint,
+        "learned": learned,
+        "kept_step": kept,
         "curve": loop.history,
         "reuse": reuse.rows,
         "hypergradients": loop.guard.summarize(),
         "seconds": round(loop.seconds, 1),
         **cost,
     }
-    save_loss(path, assemble_loss(loop.loss, reuse.best or loop.points), provenance)
-    run.tracker.keep("loss", path, **loop.history[-1])
+    loss = assemble_loss(loop.loss, reuse.best or loop.points)
+    save_loss(path, loss, provenance)
+    run.tracker.keep("loss", path, **find_kept_row(loop.history, kept), learned=learned)
+    if reuse.rows and loop.settings.picture_every:
+        show_loss(loss.at(0.5), loop.step, run, f"after outer step {kept}" if learned else NOT_LEARNED)
     for line in loop.guard.report():
         run.say(line)
     if reuse.rows:

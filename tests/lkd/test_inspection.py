@@ -150,7 +150,7 @@ def test_a_form_s_own_balance_is_shown_over_progress() -> None:
 
 
 def test_a_learned_file_is_reported_on(capsys) -> None:
-    path = run_recipe(tiny_recipe(run_dir="m", kind="both", reuse_every=3))
+    path = run_recipe(tiny_recipe(run_dir="m", kind="both", reuse_every=3, picture_every=3))
     assert main(["inspect", "--loss", str(path)]) == 0
     printed = capsys.readouterr().out
     folder = Path("m/loss-inspection")
@@ -161,7 +161,7 @@ def test_a_learned_file_is_reported_on(capsys) -> None:
     origin = file["trained_with"]
     assert (origin["students"], origin["teacher"], origin["outer steps"]) == ("small_cnn", "embedded", 3)
     assert (origin["training images"], origin["meta-validation images"]) == (200, 100)
-    for words in ("meta-validation images", "estimator", "audited", "% top-1", "last logged", "Features"):
+    for words in ("meta-validation images", "estimator", "audited", "% top-1", "as logged", "Features"):
         assert words in printed
     assert report["parameters"] == sum(p.numel() for p in load_loss(path).parameters())
     picture = imread(folder / "inspection.png")[..., :3]

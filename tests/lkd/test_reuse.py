@@ -1,19 +1,27 @@
-"""The best loss by reuse is saved, not the last one."""
+"""The best loss by reuse is saved, not the last one; one that nothing taught is not called learned."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from lkd.config import TrainRecipe
+from lkd.config import CompareRecipe, DataRecipe, InspectRecipe, TrainRecipe
+from lkd.core.files import read_json
 from lkd.core.interrupt import StopRequest
 from lkd.core.random import draw_seed
+from lkd.evaluation.comparison.compare import compare
+from lkd.evaluation.comparison.tables import UNLEARNED
+from lkd.evaluation.inspection_report import describe_file, inspect_recipe
+from lkd.evaluation.report.page import build_page
+from lkd.evaluation.report.runs import read_runs, tabulate_learned
+from lkd.export.share import write_card
 from lkd.losses import ReplayedLoss
-from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.losses.learned.file import NOT_LEARNED, load_loss, read_provenance
 from lkd.meta_training.online_student import copy_state
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.meta_training.reuse import Reuse, shorten
-from lkd.tracking.run import Run
+from lkd.tracking.run import Run, open_run
 from lkd.training.evaluate import evaluate
 from lkd.training.training import DivergedError, Training
 from tests.lkd.meta_recipes import CPU, YOUNG, build_loss_networks, open_world, run_recipe, tiny_recipe
@@ -51,6 +59,43 @@ def test_the_loss_of_the_best_look_is_saved(monkeypatch, scores, best: int) -> N
     saved = load_loss(path).state_dict()
     assert all(torch.equal(tensor, seen[best][name]) for name, tensor in saved.items())
     assert max(seen) == 5
+    provenance = read_provenance(path)
+    assert (provenance["learned"], provenance["kept_step"]) == (best > 0, best)
+    assert (path.parent / "pictures" / "kept-loss.png").exists()
+
+
+def test_a_loss_that_nothing_taught_is_nowhere_called_learned(monkeypatch, capsys) -> None:
+    script_scores(monkeypatch, [1, 2, 3])
+    path = run_recipe(tiny_recipe(YOUNG, run_dir="m", outer_steps=4, rollout_steps=1, reuse_every=2))
+    curve = read_provenance(path)["curve"]
+    first, last = ({k: v for k, v in row.items() if k.startswith("share/")} for row in (curve[0], curve[-1]))
+    file = describe_file(path)
+    assert not file["learned"]
+    assert file["gradient_shares"] == {name.removeprefix("share/"): value for name, value in first.items()}
+    assert first != last
+    text, _ = inspect_recipe(InspectRecipe(str(path)))
+    assert text.startswith(f"{path.name} ({NOT_LEARNED})")
+    assert NOT_LEARNED in write_card(path, "hf://owner/losses/loss.lkd.safetensors")
+
+    methods = {"learned": str(path), "KD": "kd"}
+    shared = {"data": DataRecipe(train_size=200, meta_validation_size=100), "train": TrainRecipe(epochs=1)}
+    monkeypatch.setattr("lkd.evaluation.comparison.compare.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
+    recipe = CompareRecipe(run_dir="c", methods=methods, seeds=1, workers=1, **shared)
+    with open_run(recipe, "compare") as run:
+        compare(recipe, run)
+    assert f"methods.learned: {UNLEARNED}" in capsys.readouterr().out
+    for name in ("table.txt", "table.tex"):
+        assert f"learned ({NOT_LEARNED})" in Path("c", name).read_text()
+    assert read_json(Path("c/result.json"))["figures"]["learned_learned"] == 0
+
+    runs = read_runs(["m", "c"])
+    (row,) = tabulate_learned(runs[:1])[1:]
+    assert any(NOT_LEARNED in cell for cell in row)
+    assert f"{curve[0]['loss/weight']:.3g} → {curve[0]['loss/weight']:.3g}" in row
+    page = build_page(runs)
+    assert f"learned ({NOT_LEARNED})" in page
+    assert f"kept by m ({NOT_LEARNED})" in page
+    assert "learned by m" not in page
 
 
 def test_patience_ends_meta_training(monkeypatch) -> None:

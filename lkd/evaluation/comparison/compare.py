@@ -13,7 +13,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import write_json
 from lkd.core.tensor_files import drop_damaged
 from lkd.core.workers import LeaseWatch, finish_all, start_workers
-from lkd.evaluation.comparison.tables import figures_of, format_options, write_results
+from lkd.evaluation.comparison.tables import UNLEARNED, figures_of, format_options, write_results
 from lkd.evaluation.comparison.trials import (
     Row,
     Trial,
@@ -29,6 +29,7 @@ from lkd.evaluation.comparison.trials import (
     run_trial,
     split_method,
     trial_path,
+    was_method_learned,
 )
 from lkd.tracking.run import Run, evidence
 from lkd.training.build import LossBuilder, choose_student, introduce_network, introduce_teacher
@@ -46,6 +47,8 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     students = [choose_student(student, world.images.train) for student in recipe.students]
     run.say(*(introduce_network("student", student, world.images, run.device) for student in students))
     run.say(introduce_teacher(world.teacher, world.images, run.device))
+    unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
+    run.say(*(f"methods.{label}: {UNLEARNED}" for label in unlearned))
     with start_workers(recipe.workers, run.device) as workers:
         finish_trials(recipe, plan_tuning(recipe), run, workers, "tune")
         picks = pick_options(recipe, run.path)

@@ -22,6 +22,7 @@ from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.core.tensor_files import read_result
 from lkd.evaluation.comparison.trials import Method, Row, balance_of, plan_report, plan_tuning, split_method, trial_path
 from lkd.losses.build import LOSSES
+from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
 from lkd.meta_training.log import save_figure
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import shorten_paths
@@ -41,7 +42,7 @@ def plot_table(table: list[Row], baseline: str, path: Path) -> None:
         rows = [row for row in table if row["student"] == student]
         draw_accuracies(left, rows, baseline)
         draw_differences(right, [row for row in rows if row["method"] != baseline], methods, baseline)
-        left.set_yticks(range(len(methods)), methods)
+        left.set_yticks(range(len(methods)), [name_method(row) for row in rows])
         left.set_ylim(len(methods) - 0.5, -0.5)
         left.set_title(f"{student}: test accuracy, last epoch", fontsize=10)
         right.set_title(f"{student}: difference to {baseline}, same seeds", fontsize=10)
@@ -53,6 +54,11 @@ def plot_table(table: list[Row], baseline: str, path: Path) -> None:
     axes[-1][0].set_xlabel(f"%; mean ± standard error, {seeds} seed{'s' * (seeds > 1)}")
     axes[-1][1].set_xlabel("points; mean and 95 % interval; dots: seeds")
     save_figure(figure, path)
+
+
+def name_method(row: Row) -> str:
+    """The method's label, with a word if its loss was not learned."""
+    return mark_unlearned(row["method"], row["learned"])
 
 
 def draw_accuracies(axis: Axes, rows: list[Row], baseline: str) -> None:
@@ -92,7 +98,8 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
         One row for each method and student: `last`, `best` and `difference` (last, to the baseline, seed by seed), each
         (mean, standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
         `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
-        (None where it was not measured); `loss_parameters`; `loss`.
+        (None where it was not measured); `loss_parameters`; `loss`; `learned` (None of a
+        hand-made one).
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
@@ -108,6 +115,7 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
                 "student": student,
                 "method": method,
                 "loss": trials[0]["loss"],
+                "learned": trials[0].get("learned"),
                 "seeds": len(seeds),
                 "last": mean_and_error([row["last"]["top1"] for row in trials]),
                 "best": mean_and_error([row["best"]["top1"] for row in trials]),
@@ -131,7 +139,7 @@ def list_lines(table: list[Row], baseline: str) -> list[list[str]]:
         lines.append(
             {
                 "student": row["student"],
-                "method": row["method"],
+                "method": name_method(row),
                 "last epoch %": format_figure(row["last"]),
                 "best epoch %": format_figure(row["best"]),
                 f"last − {baseline}": format_figure(row["difference"], True) if compared else "",
@@ -180,7 +188,7 @@ def list_rows(table: list[Row]) -> list[Row]:
     """The table's numbers, unrounded; nothing where there is none."""
     records = []
     for row in table:
-        record = {name: row[name] for name in ("student", "method")}
+        record = {name: row[name] for name in ("student", "method", "learned")}
         for name in ("last", "best", "difference"):
             record |= {name: row[name][0], f"{name}_se": row[name][1]}
         record |= {"interval_low": row["interval"][0], "interval_high": row["interval"][1]}
@@ -288,6 +296,9 @@ def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
     return find_published(recipe.data.name, teacher, row["student"], epochs, loss)
 
 
+UNLEARNED = f"{NOT_LEARNED}: no look at reuse was better than the initial loss, which is what its file holds."
+
+
 def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row], rows: list[Row]) -> list[str]:
     """What a reader of the table must know."""
     notes = [
@@ -307,6 +318,8 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         if short:
             notes.append(f"Less than the budget, because there is no more to choose from: {', '.join(short)}.")
         notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
+    unlearned = [row["method"] for row in table if row["learned"] is False]
+    notes += [f"  {label}: {UNLEARNED}" for label in dict.fromkeys(unlearned)]
     sources = {row["published"]["source"]: None for row in table if row["published"]}
     notes += [f"Published, students trained on all training images: {source}" for source in sources]
     diverged = [f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row]
@@ -321,6 +334,8 @@ def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
         key = figure_key(row["method"]) + ("" if row["student"] == first else f"_{figure_key(row['student'])}")
         minus = f"{key}_minus_{figure_key(baseline)}"
         figures[f"{key}_accuracy"], figures[f"{key}_se"] = row["last"]
+        if row["learned"] is False:
+            figures[f"{key}_learned"] = 0
         figures[minus] = row["difference"][0]
         figures[f"{minus}_low"], figures[f"{minus}_high"] = row["interval"]
     return {key: round(value, 4) for key, value in figures.items() if not math.isnan(value)}

@@ -25,8 +25,11 @@ from lkd.core.errors import UserError
 from lkd.core.files import find_pretrained, hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import hold_lease, own_device
+from lkd.losses.build import is_learned
+from lkd.losses.learned.file import LossFile, was_learned
 from lkd.losses.learned.trust import Trust
 from lkd.models.teacher import TeacherFunction
+from lkd.tracking.remote import fetch_named
 from lkd.training.build import (
     Images,
     OpenedTeacher,
@@ -264,6 +267,12 @@ def hash_identity(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def was_method_learned(method: Method) -> bool | None:
+    """Whether a method's learned loss is another than its meta-training began with; None of a hand-made loss."""
+    name = method["name"] if isinstance(method, dict) else method
+    return was_learned(LossFile.read(fetch_named(name)).header) if is_learned(name) else None
+
+
 def hash_content(path: str) -> str | None:
     """The hash of a file, or of a learned loss that the package carries, None where there is none of that name."""
     file = find_pretrained(path) or Path(path)
@@ -404,6 +413,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         "best_step": best.get("step", 0),
         "seconds": time.perf_counter() - started,
         "steps_per_second": training.step / cost.seconds,
+        "learned": was_method_learned(trial.loss),
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
         "peak_mib": cost.peak_mib,
     }

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 
 from lkd.core.errors import UserError
-from lkd.evaluation.report.runs import RESULTS, Curve, RunRecord, describe_loss, find_near, read_dict, simplify, thin
+from lkd.evaluation.report.runs import (
+    RESULTS,
+    Curve,
+    RunRecord,
+    describe_loss,
+    find_near,
+    read_dict,
+    read_header,
+    simplify,
+    thin,
+)
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.losses.build import build_loss, is_learned, reads_features
-from lkd.losses.learned.file import load_loss
+from lkd.losses.learned.file import NOT_LEARNED, load_loss, was_learned
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
 from lkd.losses.loss import DistillationLoss
@@ -136,12 +146,13 @@ def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
     """Name and specification of the losses of a run; of methods that a comparison tunes, those that it picked."""
     if run.command == "meta-train":
         path = run.path / RESULTS[run.command]
-        return [(f"learned by {run.label}", str(path))] if path.is_file() else []
+        name = f"learned by {run.label}" if was_learned(read_header(path)) else f"kept by {run.label} ({NOT_LEARNED})"
+        return [(name, str(path))] if path.is_file() else []
     losses = [run.recipe.get("loss")] if run.command == "distill" else []
     if run.command == "compare" and isinstance(run.recipe.get("methods"), dict):
         chosen = run.recipe["methods"] | read_dict(run.path / "picks.json")
         losses = [method for method in chosen.values() if not (isinstance(method, dict) and "grid" in method)]
-    return [(describe_loss(loss), loss) for loss in losses]
+    return [(describe_loss(loss, run.path), loss) for loss in losses]
 
 
 def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:

@@ -17,6 +17,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
 from lkd.evaluation.comparison.tables import format_figure, format_options
+from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned, was_learned
 from lkd.tracking.lineage import list_sources
 from lkd.tracking.run import shorten_paths
 from lkd.tracking.tracker import read_rows
@@ -315,9 +316,16 @@ def format_value(value: Any) -> str:
     return simple if isinstance(simple, str) else json.dumps(simple, ensure_ascii=False)
 
 
-def describe_loss(loss: Any) -> str:
-    """A loss in a few words: its name, or its file, and its options."""
-    return format_options(simplify(loss)) if isinstance(loss, str | dict) else ABSENT
+def describe_loss(loss: Any, folder: Path = Path()) -> str:
+    """A loss in a few words: its name, or its file, and its options, and whether that was not learned.
+
+    `folder` is where its run is, near which its file is looked for.
+    """
+    if not isinstance(loss, str | dict):
+        return ABSENT
+    name = loss.get("name") if isinstance(loss, dict) else loss
+    path = find_near(name, folder) if isinstance(name, str) else None
+    return mark_unlearned(format_options(simplify(loss)), path is None or was_learned(read_header(path)))
 
 
 def list_settings(run: RunRecord) -> dict[str, str]:
@@ -449,6 +457,7 @@ def describe_header(header: dict[str, Any]) -> list[str]:
         f"{len(students)} students" if students else None,
         f"{last:.2f} % on meta-validation" if isinstance(last, float) else None,
         f"{max(reused):.2f} % at best when reused" if reused else None,
+        None if was_learned(header) else NOT_LEARNED,
         f"commit {commit}" if commit else None,
     ]
     return [str(fact) for fact in facts if fact]
@@ -486,10 +495,11 @@ def read_comparison(path: Path) -> tuple[Sequence[str], Table]:
         last, best, difference = ((numbers[key], numbers[f"{key}_se"]) for key in ("last", "best", "difference"))
         low, high = numbers["interval_low"], numbers["interval_high"]
         texts = [format_figure(last), format_figure(best), format_figure(difference, signed=True)]
+        method = mark_unlearned(row["method"], row.get("learned") != "False")
         texts.append("" if math.isnan(low) else f"[{low:+.2f}, {high:+.2f}]".replace("-", "−"))
         if difference == (0, 0):  # to itself
             texts[2:] = ["baseline", ""]
-        rows.append([row["student"], row["method"], *texts, row["seeds"], row["tuned_over"]])
+        rows.append([row["student"], method, *texts, row["seeds"], row["tuned_over"]])
     return COLUMNS, rows
 
 
@@ -516,29 +526,40 @@ def tabulate_trainings(runs: Sequence[RunRecord]) -> Table:
         top1 = run.log.curves.get("meta_validation/top1")
         calibrated = run.log.curves.get("meta_validation/calibrated_cross_entropy")
         figures = [*last_and_best(top1, max, "{:.2f}"), *last_and_best(calibrated, min, "{:.4f}")]
-        loss = describe_loss(run.recipe.get("loss")) if run.command == "distill" else "cross_entropy"
+        loss = describe_loss(run.recipe.get("loss"), run.path) if run.command == "distill" else "cross_entropy"
         done = f"{len(run.epochs) if run.epochs else 0} of {run.settings.get('train.epochs', ABSENT)}"
         rows.append([run.label, run.network, loss, *figures, done, run.duration, run.state])
     return [[*header, "epochs", "time", "state"], *rows]
 
 
 def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
-    """A header and a row for each meta-training: its loss when reused on fresh students, and how it changed."""
-    header = ["run", "students", "reuse: calibrated CE first", "best", "last", "top-1 at best %", "outer value"]
+    """A header and a row for each meta-training: its loss when reused on fresh students, and what became of it.
+
+    The figures that change are those of the initial and of the kept loss, the best so far.
+    """
+    header = ["run", "students", "reuse: calibrated CE first", "best", "last", "top-1 at best %", "loss kept"]
     rows = []
     for run in runs:
         reuse, top1 = (run.log.curves.get(f"reuse/{name}") for name in ("calibrated_cross_entropy", "top1"))
         last, best = last_and_best(reuse, min, "{:.4f}")
         first = f"{reuse.values[0]:.4f}" if reuse else ABSENT
-        at_best = ABSENT
+        at_best, kept = ABSENT, reuse.steps[0] if reuse else None
         if reuse and top1 and reuse.finite:
-            step = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
-            at_best = f"{top1.values[top1.steps.index(step)]:.2f}" if step in top1.steps else ABSENT
+            kept = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
+            at_best = f"{top1.values[top1.steps.index(kept)]:.2f}" if kept in top1.steps else ABSENT
         curves = [run.log.curves.get(name) for name in ("outer/value", "loss/weight", "loss/temperature")]
-        changes = [f"{curve.values[0]:.3g} → {curve.values[-1]:.3g}" if curve else ABSENT for curve in curves]
+        changes = [f"{curve.values[0]:.3g} → {value_after(curve, kept):.3g}" if curve else ABSENT for curve in curves]
         done = f"{curves[0].steps[-1]} of {run.settings.get('meta.outer_steps', ABSENT)}" if curves[0] else ABSENT
-        rows.append([run.label, run.network, first, best, last, at_best, *changes, done, run.duration, run.state])
-    return [[*header, "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
+        whose = {None: "the last", 0: f"the initial one: {NOT_LEARNED}"}.get(kept, f"after step {kept}")
+        reused = [first, best, last, at_best, whose]
+        rows.append([run.label, run.network, *reused, *changes, done, run.duration, run.state])
+    return [[*header, "outer value", "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
+
+
+def value_after(curve: Curve, kept: int | None) -> float:
+    """What was logged of the loss after so many outer steps: at the next one, or at the last. See `find_kept_row`."""
+    later = (value for step, value in zip(curve.steps, curve.values, strict=True) if kept is not None and step > kept)
+    return next(later, curve.values[-1])
 
 
 def last_and_best(curve: Curve | None, best: Callable[..., int], form: str) -> tuple[str, str]:

@@ -29,7 +29,8 @@ def save_loss(path: str | Path, loss: LearnedLoss | ReplayedLoss, provenance: di
     Args:
         path: The file; by custom it ends in `.lkd.safetensors`.
         loss: The loss, or its course over a training.
-        provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON.
+        provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON. `learned`
+            is false of a loss that is what its meta-training began with: no look at reuse found a better one.
     """
     first: Any = loss.losses[0] if isinstance(loss, ReplayedLoss) else loss
     parts = {
@@ -113,6 +114,20 @@ def build_loss_from(architecture: dict[str, Any]) -> LearnedLoss | ReplayedLoss:
             parts[name] = PARTS[part["class"]](**part["arguments"])
         losses.append(LearnedLoss(parts, architecture.get("normalize_gradient", False)))
     return ReplayedLoss(losses, starts) if starts else losses[0]
+
+
+NOT_LEARNED = "not learned"
+
+
+def was_learned(header: dict[str, Any]) -> bool:
+    """Whether a loss is another than its meta-training began with, by what its file says."""
+    provenance = header.get("provenance")
+    return not (isinstance(provenance, dict) and provenance.get("learned") is False)
+
+
+def mark_unlearned(name: str, learned: bool | None) -> str:
+    """A loss's name, with a word if it was not learned; None is a hand-made one."""
+    return f"{name} ({NOT_LEARNED})" if learned is False else name
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
