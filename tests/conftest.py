@@ -31,6 +31,25 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 @pytest.fixture
+def universal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of a loss that sees all there is to see, as one that the package carries: `universal`."""
+    from lkd.core import files
+    from lkd.losses.learned.file import PRETRAINED, save_loss
+    from lkd.losses.learned.loss import build_learned_loss
+    from lkd.losses.learned.networks import KNOWN_CONDITIONING
+
+    loss = build_learned_loss("logits", {"conditioning": list(KNOWN_CONDITIONING)})
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    path = tmp_path / "package" / "losses" / "pretrained" / "universal.lkd.safetensors"
+    save_loss(path, loss, {})
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "package")
+    monkeypatch.setitem(PRETRAINED, "universal", files.hash_file(path))
+    return path
+
+
+@pytest.fixture
 def unused_tcp_port() -> int:
     """A port of this host that nobody listens on."""
     with socket.socket() as probe:

@@ -133,7 +133,8 @@ class InspectRecipe:
     """Say what a loss does, without training anything (OUT/inspection.json, OUT/inspection.png).
 
     Args:
-        loss: The path of a learned-loss file; or, to compare, a loss name or {name: ..., ...} (see docs/losses.md).
+        loss: The path of a learned-loss file, or the name of one that the package carries; or, to compare, a loss name
+            or {name: ..., ...} (see docs/losses.md).
         out: Where the files go; NAME-inspection beside the loss's file, or in this folder for a named loss, if left
             out.
         kd_weight: Weight of the teacher in the KD that the loss is drawn beside, in [0, 1].

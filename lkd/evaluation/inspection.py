@@ -1,6 +1,7 @@
 """What a loss does, found out without a training."""
 
 import copy
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ from torch.nn.functional import one_hot
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import Stages
 from lkd.losses.learned.features import COMPARISONS, FeatureLoss, relative_depths
-from lkd.losses.learned.forms import DecoupledLoss
+from lkd.losses.learned.forms import DecoupledLoss, LogitForm
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
-from lkd.losses.learned.networks import read_logits
+from lkd.losses.learned.networks import TRUST_CONDITIONING, read_logits
 from lkd.losses.learned.shares import confidence_grid, gradient_shares, gradient_surface
+from lkd.losses.learned.trust import Trust, TrustFigures, agree
 from lkd.losses.logits import CrossEntropyLoss, KDLoss
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
@@ -277,10 +279,128 @@ def read_own_balance(loss: DistillationLoss, states: States, progress: float) ->
     part = parts_at(loss, progress).get("logits")
     if part is None:
         return {}
-    logs = read_logits(states.student, states.teacher, states.target)
-    own = dict(zip(("weight", "temperature", "factor"), part.set_balance(logs, progress), strict=False))
+    own = set_own(part, states, progress)
     ramp = {"ramp": float(part.ramp(progress, own["weight"]))} if isinstance(part, DecoupledLoss) else {}
     return {name: float(values.mean()) for name, values in own.items()} | ramp
+
+
+def set_own(part: LogitForm, states: "States | MadeUpBatch", progress: float) -> dict[str, Tensor]:
+    """What a form sets of each sample: `weight`, `temperature` and, where it has one, `factor`, and κ, `calibration`.
+
+    κ only where the teacher's best temperature is known.
+    """
+    logs = read_logits(states.student, states.teacher, states.target)
+    weight, temperature, *rest = part.set_balance(logs, progress)
+    own = {"weight": weight, "temperature": temperature} | dict(zip(("factor",), rest, strict=False))
+    best = part.trust[2].log()
+    if isinstance(part, DecoupledLoss) and part.calibrates and best.isfinite() and best:
+        own["calibration"] = rest[1].log() / best
+    return own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a form that is told trust, or sees the means over a batch, sets in made-up worlds.
+
+SAMPLES, NUMBERS = 4000, 1_000_000  # at most, of a batch; of many classes 200 samples all the same
+TYPICAL_TEMPERATURE = 2.0  # of a teacher that was trained to the end
+TYPICAL_IMAGES = 400.0  # per class
+CASES = {  # whether student and label agree, student and teacher, teacher and label
+    "all agree": (True, True, True),
+    "teacher = label, student not": (False, False, True),
+    "student = label, teacher not": (True, False, False),
+    "teacher = student, label not": (False, True, False),
+    "all differ": (False, False, False),
+}
+# Share of wrong labels, and how often teacher and student are right.
+TYPICAL_WORLD = (0.2, 0.8, 0.6)  # in which all cases are met
+WORLDS = {
+    "good": (0.0, 0.9, 0.6),
+    "wrong labels": (0.4, 0.9, 0.6),
+    "wrong teacher": (0.0, 0.5, 0.6),
+}
+TEACHER_ACCURACIES = tuple(step / 10 for step in range(2, 10))
+OWN_ACCURACIES = (0.4, 0.8)
+WRONG_LABELS = (0.0, 0.4)
+
+
+class MadeUpBatch(NamedTuple):
+    """Logits of student and teacher in a made-up world, [N, C], the labels, and what would be measured there."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+    figures: TrustFigures
+
+
+def draw_batch(
+    wrong_labels: float, teacher_accuracy: float, student_accuracy: float, num_classes: int, seed: int
+) -> MadeUpBatch:
+    """Draw a batch, in float64, of a world with such a share of wrong labels and such a teacher and student.
+
+    Each network sees the true class through normal noise of its own, just weak enough for its accuracy, and answers
+    with the probabilities that follow: it is sure where it may be. The teacher's logits are then
+    `TYPICAL_TEMPERATURE` times as large. Wrong labels are random.
+    """
+    generator, count = torch.Generator().manual_seed(seed), max(200, min(SAMPLES, NUMBERS // num_classes))
+    truth = torch.randint(num_classes, (count, 1), generator=generator)
+
+    def answer(accuracy: float) -> Tensor:
+        noise = torch.randn(count, num_classes, dtype=torch.float64, generator=generator)
+        needed = noise.scatter(1, truth, -math.inf).amax(1, keepdim=True) - noise.gather(1, truth)
+        signal = needed.quantile(accuracy).clamp_min(0.1)
+        return signal * noise.scatter_add(1, truth, signal.expand(count, 1))
+
+    student, teacher = answer(student_accuracy), TYPICAL_TEMPERATURE * answer(teacher_accuracy)
+    wrong = torch.rand(count, 1, generator=generator) < wrong_labels
+    others = truth + torch.randint(1, num_classes, (count, 1), generator=generator)
+    true, target = truth.squeeze(1), truth.where(~wrong, others % num_classes).squeeze(1)
+    agreements = agree(teacher, true), agree(teacher, target)
+    figures = TrustFigures(*agreements, TYPICAL_TEMPERATURE, TYPICAL_IMAGES, agree(student, true))
+    return MadeUpBatch(student, teacher, target, figures)
+
+
+@torch.no_grad()
+def describe_choices(loss: DistillationLoss, num_classes: int, seed: int) -> dict[str, Any]:
+    """What a form sets in made-up worlds: means over their samples of what `set_own` gives.
+
+    Returns:
+        `agreement`, in `TYPICAL_WORLD` at three progresses, and `context`, in each of `WORLDS` halfway, told what would
+        be measured there and not: for each column and each of `CASES` the means, None where it is not met. `trust`, of
+        a form that reads it: over `TEACHER_ACCURACIES` the means over the batch, for each share of wrong labels and
+        accuracy of the student, told and not.
+    """
+
+    def set_means(batch: MadeUpBatch, told: bool, progress: float = 0.5) -> dict[str, dict[str, float | None]]:
+        loss.set_trust(Trust(batch.figures if told else TrustFigures()))
+        own = set_own(parts_at(loss, progress)["logits"], batch, progress)
+        answers, advice = batch.student.argmax(1), batch.teacher.argmax(1)
+        compared = torch.stack([answers == batch.target, answers == advice, advice == batch.target], 1)
+        chosen = {case: (compared == torch.tensor(pairs)).all(1) for case, pairs in CASES.items()}
+        chosen["the whole batch"] = torch.ones_like(batch.target, dtype=torch.bool)
+        return {
+            case: {name: float(values[rows].mean()) if rows.any() else None for name, values in own.items()}
+            for case, rows in chosen.items()
+        }
+
+    reads_trust = loss.reads_trust
+    tellings = {"told": True, "not told": False} if reads_trust else {"": False}
+    typical = draw_batch(*TYPICAL_WORLD, num_classes, seed)
+    worlds = {name: draw_batch(*world, num_classes, seed) for name, world in WORLDS.items()}
+    lines = []
+    for wrong_labels, own_accuracy in itertools.product(WRONG_LABELS, OWN_ACCURACIES) if reads_trust else ():
+        batches = [draw_batch(wrong_labels, teacher, own_accuracy, num_classes, seed) for teacher in TEACHER_ACCURACIES]
+        for told in (True, False):
+            means = [set_means(batch, told)["the whole batch"] for batch in batches]
+            lines.append({"wrong_labels": wrong_labels, "own_accuracy": own_accuracy, "told": told, "means": means})
+    return {
+        "agreement": {f"progress {p:g}": set_means(typical, reads_trust, p) for p in FIELD_PROGRESS},
+        "context": {
+            f"{name}, {telling}".rstrip(", "): set_means(batch, told)
+            for name, batch in worlds.items()
+            for telling, told in tellings.items()
+        },
+        "trust": {"teacher_accuracies": TEACHER_ACCURACIES, "lines": lines} if reads_trust else None,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,6 +460,7 @@ def inspect_loss(
     Returns:
         A tree that JSON can hold: `parts`, `parameters`, `kd` and `num_classes`; `field` (see `describe_field`) and
         `balance` (`imply_balance`), each None for a loss that only reads features; `own_balance` (`read_own_balance`);
+        `choices` (`describe_choices`), None for a loss that reads neither trust nor the context of a batch;
         `shares`, each term's of the gradient (`gradient_shares`), and `pairing` of features (`describe_pairing`).
     """
     kd = kd or KDLoss()
@@ -351,6 +472,8 @@ def inspect_loss(
     own = [{"progress": p, **read_own_balance(precise, states, p)} for p in FIT_PROGRESS] if over_logits else []
     student, teacher, target = (x[::SPARSE] for x in states[:3])
     outputs = add_features(student, teacher, seed)
+    conditioning = getattr(parts_at(loss, 0.0).get("logits"), "conditioning", ())
+    sees_worlds = not {"context", *TRUST_CONDITIONING}.isdisjoint(conditioning)
     return {
         "parts": {
             name: {"form": type(part).__name__, "options": getattr(part, "architecture", {})}
@@ -363,5 +486,6 @@ def inspect_loss(
         "balance": imply_balance(LogitView(precise, seed), states) if over_logits else None,
         "own_balance": [row for row in own if len(row) > 1],
         "shares": [{"progress": p, "shares": gradient_shares(precise, *outputs, target, p)} for p in FIELD_PROGRESS],
+        "choices": describe_choices(copy.deepcopy(precise), num_classes, seed) if sees_worlds else None,
         "pairing": describe_pairing(loss),
     }

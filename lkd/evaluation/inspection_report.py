@@ -10,11 +10,10 @@ from tabulate import tabulate
 from lkd.config.evaluation import InspectRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import hash_file, write_json
-from lkd.core.tensor_files import read_tensors
 from lkd.evaluation.inspection import STAGES, TEMPERATURES, inspect_loss
 from lkd.export.share import describe_training
 from lkd.losses.build import build_loss, is_learned
-from lkd.losses.learned.file import KIND, SUFFIX, VERSION, mark_unlearned, was_learned
+from lkd.losses.learned.file import SUFFIX, LossFile, mark_unlearned, was_learned
 from lkd.losses.logits import KDLoss
 from lkd.meta_training.log import EXTENT, find_kept_row, plt, save_figure
 from lkd.tracking.remote import fetch_named
@@ -34,7 +33,7 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     name = options.pop("name")
     if loss.needs_index:
         raise UserError(f"loss {name!r} keeps a memory of every training image; it cannot be inspected without them")
-    file = describe_file(Path(name)) if is_learned(name) else None
+    file = describe_file(name) if is_learned(name) else None
     described = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
     title = mark_unlearned(Path(name).name, file["learned"]) if file else name + described
     plain = Path(name).name.removesuffix(SUFFIX)
@@ -45,13 +44,13 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     return format_inspection(report, file, title), folder
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size, hash and format of a learned-loss file, and what it says that it was trained with, if it does.
+def describe_file(name: str) -> dict[str, Any]:
+    """Size, hash and format of a learned loss's file, and what it says that it was trained with, if it does.
 
     Raises:
         UserError: As `load_loss`.
     """
-    header = read_tensors(path, KIND, VERSION)[1]
+    path, _, header = LossFile.read(name)
     provenance = header.get("provenance") or {}
     kept, reuse = find_kept_row(provenance.get("curve") or [], provenance.get("kept_step")), provenance.get("reuse")
     return {
@@ -67,7 +66,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The picture: the gradient field, the balance that is implied, and how stages are paired.
+# The picture: the gradient field, the balance that is implied, what is set in made-up worlds, how stages are paired.
 
 COLORS = plt.get_cmap("viridis")
 STYLE: Any = {
@@ -78,8 +77,10 @@ STYLE: Any = {
 
 def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
     """Draw what `inspect_loss` found of the loss of this name."""
-    learned = (report["pairing"] or {}).get("learned")
-    rows = 2 * (report["field"] is not None) + (learned is not None)
+    learned, choices = (report["pairing"] or {}).get("learned"), report["choices"] or {}
+    tables = {title: choices[key] for key, title in CHOICES.items() if choices}
+    trust = choices.get("trust")
+    rows = 2 * (report["field"] is not None) + len(tables) + (trust is not None) + (learned is not None)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
         figure.suptitle(f"What {name} does to a student, found out without a training", fontsize=13)
@@ -87,6 +88,10 @@ def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
         if report["field"] is not None:
             draw_field(bands.pop(0), report)
             draw_balance(bands.pop(0), report)
+        for title, table in tables.items():
+            draw_choices(bands.pop(0), table, title)
+        if trust is not None:
+            draw_trust(bands.pop(0), trust)
         if learned is not None:
             draw_pairing(bands.pop(0), learned)
         save_figure(figure, path)
@@ -166,6 +171,60 @@ def draw_over_progress(axis: Axes, rows: list[dict[str, Any]], key: str, title: 
     axis.set(title=title, xlabel="progress of the training", xlim=(0, 1))
 
 
+CHOICES = {
+    "agreement": "What it sets of a sample by who agrees with whom, and when",
+    "context": (
+        "What it sets of a sample by the batch that it is in (40 % of the labels wrong; teacher wrong on half) and by "
+        "what it is told, halfway"
+    ),
+}
+SYMBOLS = {
+    "weight": "α, the teacher's weight",
+    "temperature": "τ, the temperature",
+    "factor": "β, factor of the other classes",
+    "calibration": "κ, the teacher is calibrated by Tᵏ",
+}
+
+
+def draw_choices(band: Any, table: dict[str, Any], title: str) -> None:
+    """A map for each of α, τ, β and κ: rows are who agrees with whom."""
+    columns = list(table.values())
+    cases = list(columns[0])
+    names = [name for name in SYMBOLS if any(name in rows["the whole batch"] for rows in columns)]
+    band.suptitle(f"{title}. Means over samples of made-up worlds")
+    axes = band.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        shown = np.array([[rows[case].get(name) for rows in columns] for case in cases], float)
+        axis.imshow(shown, cmap="viridis", aspect="auto")
+        middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+        for (row, column), value in np.ndenumerate(shown):
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if value < middle else "k")
+        axis.set_xticks(range(len(table)), [column.replace(" ", "\n") for column in table], fontsize=8)
+        axis.set_yticks(range(len(cases)), cases, fontsize=8)
+        axis.set_title(SYMBOLS[name])
+
+
+def draw_trust(band: Any, trust: dict[str, Any]) -> None:
+    """α, τ, β and κ over how often the teacher is right."""
+    band.suptitle(
+        "What it sets over trust, halfway; means over whole made-up batches. Lines: told what would be measured there, "
+        "dotted: not told"
+    )
+    names = [name for name in SYMBOLS if any(name in line["means"][0] for line in trust["lines"])]
+    axes = band.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        for number, line in enumerate(trust["lines"]):
+            values = np.array([means.get(name) for means in line["means"]], float)
+            right, own = 1 - line["wrong_labels"], line["own_accuracy"]
+            label = f"{right:.0%} of the labels right, student at {own:.0%}" if line["told"] else None
+            style = "-" if line["told"] else ":"
+            axis.plot(trust["teacher_accuracies"], values, style, color=f"C{number // 2}", marker="o", label=label)
+        axis.set(title=SYMBOLS[name], xlabel="teacher's agreement with meta-validation labels", xlim=(0, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    band.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
+
+
 def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
     """Which stages are matched, and each comparison's weight."""
     names = [f"{stage}\ndepth {depth:.2f}" for stage, depth in learned[0]["student"].items()]
@@ -209,6 +268,7 @@ def format_inspection(report: dict[str, Any], file: dict[str, Any] | None, name:
     sections = [
         format_identity(report, file, name),
         *([format_field(report), format_balance(report)] if report["field"] else []),
+        *(format_choices(report["choices"]) if report["choices"] else []),
         format_shares(report, file),
         *([format_pairing(report["pairing"])] if report["pairing"] else []),
     ]
@@ -261,6 +321,18 @@ def format_balance(report: dict[str, Any]) -> str:
     headers = ["w_ce", "w_kd", "share", "as good", "τ", "as good", "R²", *(OWN[key] for key in extra)]
     title = "Implied balance: its gradient at the logits as w_ce · cross-entropy + w_kd · KD(τ)"
     return format_table(title, rows, headers, ("", *[".2f"] * 4, ".1f", "", ".3f", *[".2f"] * len(extra)))
+
+
+def format_choices(choices: dict[str, Any]) -> list[str]:
+    """The α that it sets in made-up worlds."""
+    tables = []
+    for key, title in CHOICES.items():
+        columns = choices[key]
+        rows = [
+            [case, *(column[case]["weight"] for column in columns.values())] for case in next(iter(columns.values()))
+        ]
+        tables.append(format_table(f"{title}: α", rows, list(columns), ".2f"))
+    return tables
 
 
 def format_fit(fit: dict[str, Any]) -> list[Any]:

@@ -35,6 +35,7 @@ from lkd.losses.build import build_loss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.file import read_provenance, save_loss
 from lkd.losses.learned.forms import FORMS
+from lkd.losses.learned.networks import KNOWN_CONDITIONING
 from lkd.meta_training.log import describe_reuse
 from lkd.meta_training.meta_train import learn
 from lkd.meta_training.online_student import assemble_loss
@@ -62,9 +63,11 @@ SIZE = 16  # of crops
 
 
 def write_losses(folder: Path) -> None:
-    """A learned loss of every form, one over features, one that is replayed."""
+    """A learned loss of every form, one that sees all there is, one over features, one that is replayed."""
     for name, form in FORMS.items():
         save_loss(folder / f"{name}.lkd.safetensors", LearnedLoss({"logits": form(hidden=3)}), {"seed": 1})
+    told = LearnedLoss({"logits": FORMS["decoupled"](hidden=3, conditioning=KNOWN_CONDITIONING)})
+    save_loss(folder / "told.lkd.safetensors", told, {})
     both = LearnedLoss({"logits": FORMS["decoupled"](hidden=3), "features": FeatureLoss(hidden=2)}, True)
     save_loss(folder / "both.lkd.safetensors", both, {"recipe": {"meta": {"kind": "both"}}, "curve": [{"step": 1}]})
     replayed = ReplayedLoss([LearnedLoss({"logits": FORMS["generic"](hidden=2)}) for _ in range(3)], [0.0, 0.3, 0.6])

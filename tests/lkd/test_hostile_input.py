@@ -189,14 +189,31 @@ def test_what_is_too_long_or_nested_too_deeply_is_refused_before_it_is_read(tmp_
         lkd.load_loss(tmp_path / "l")
 
 
-@pytest.mark.parametrize("arguments", [{"hidden": 10**9}, {"hidden": "x"}, {"hidden": 3, "conditioning": 7}])
-def test_a_loss_of_any_size_is_refused_before_it_is_made(arguments: dict, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden": 10**9}, "do not fit"),
+        ({"hidden": "x"}, "do not fit"),
+        ({"hidden": 3, "conditioning": 7}, "do not fit"),
+        ({"hidden": 3, "conditioning": [["state"]]}, "do not fit"),
+        (
+            {"hidden": 3, "conditioning": ["state", "mood"]},
+            "'mood'. is not a list of some of progress.*: if a newer lkd",
+        ),
+        ({"hidden": 3, "mood": 1}, "unexpected keyword argument 'mood': if a newer lkd wrote it, update lkd"),
+        ({"hidden": 3, "conditioning": ["progress", "state", "agreement"]}, "size mismatch for parts.logits.body"),
+    ],
+)
+def test_a_loss_of_any_size_or_of_a_newer_package_is_refused_before_it_is_made(
+    arguments: dict, message: str, tmp_path
+) -> None:
     write_losses(tmp_path)
     weights, header = read_tensors(tmp_path / "decoupled.lkd.safetensors", KIND, VERSION)
     header["architecture"]["parts"]["logits"]["arguments"] = arguments
     write_tensors(tmp_path / "l", weights, KIND, VERSION, {key: header[key] for key in ("architecture", "provenance")})
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match=message) as error:
         lkd.load_loss(tmp_path / "l")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from lkd.config import InspectRecipe
 from lkd.core.outputs import Outputs
 from lkd.evaluation.inspection import (
     STAGES,
+    TYPICAL_TEMPERATURE,
+    WORLDS,
     States,
     describe_field,
     describe_pairing,
+    draw_batch,
     draw_states,
     find_rest,
     fit_balance,
@@ -30,8 +33,10 @@ from lkd.evaluation.inspection_report import inspect_recipe
 from lkd.losses import CrossEntropyLoss, DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.dkd import DKDLoss
+from lkd.losses.functions import find_best_temperature
 from lkd.losses.learned.file import load_loss, save_loss
 from lkd.losses.learned.loss import ReplayedLoss, build_learned_loss
+from lkd.losses.learned.trust import TrustFigures
 from lkd.models import build
 from lkd.models.small import StagedNetwork
 from tests.lkd.meta_recipes import run_recipe, tiny_recipe
@@ -183,6 +188,50 @@ def test_a_named_loss_is_inspected_to_compare(capsys) -> None:
     assert "does not say what it was trained with" in text
     assert folder == Path("here")
     assert Path("here/inspection.json").exists()
+
+
+def test_a_made_up_batch_is_of_the_world_that_it_is_to_be_of() -> None:
+    batch = draw_batch(0.3, 0.9, 0.6, 10, 0)
+    figures = batch.figures
+    assert (figures.validation_agreement, figures.own_accuracy) == (pytest.approx(0.9, abs=2e-3), pytest.approx(0.6))
+    assert figures.training_agreement == pytest.approx(0.7 * 0.9 + 0.3 * 0.1 / 9, abs=0.03)
+    clean = draw_batch(0.0, 0.9, 0.6, 10, 0)
+    assert torch.equal(clean.teacher, batch.teacher)
+    assert find_best_temperature(clean.teacher, clean.target, 0.1, 10.0) == pytest.approx(TYPICAL_TEMPERATURE, rel=0.1)
+    assert len(draw_batch(0.3, 0.9, 0.6, 21_841, 0).target) == 200
+
+
+def test_what_is_set_in_made_up_worlds_is_what_the_form_sets() -> None:
+    conditioning = ["state", "context", "agreement", "calibration"]
+    loss = wander(build_learned_loss("logits", {"conditioning": conditioning}))
+    choices = inspect_loss(loss.float())["choices"]
+    part, batch = loss.double().parts["logits"], draw_batch(*WORLDS["wrong labels"], 10, 0)
+    for column, figures in (("told", batch.figures), ("not told", TrustFigures())):
+        loss.tell(figures)
+        answers = [batch.student.argmax(1), batch.teacher.argmax(1)]
+        weight = part.weights_and_temperatures(*batch[:3], 0.5)[0].detach()
+        chosen = (answers[0] == batch.target) & (answers[1] != batch.target)
+        found = choices["context"][f"wrong labels, {column}"]
+        assert found["student = label, teacher not"]["weight"] == pytest.approx(float(weight[chosen].mean()))
+        assert found["the whole batch"]["weight"] == pytest.approx(float(weight.mean()))
+        assert ("calibration" in found["all differ"]) == (column == "told")
+    lines = choices["trust"]["lines"]
+    told, hidden = ([means["weight"] for means in line["means"]] for line in lines[:2])
+    assert np.ptp(told) != pytest.approx(np.ptp(hidden)), "it was told how good the teacher is, and it was not"
+    assert inspect_loss(build_learned_loss("logits", {}))["choices"] is None
+    two = inspect_loss(build_learned_loss("logits", {"form": "generic", "conditioning": ["context"]}), num_classes=2)
+    assert two["choices"]["agreement"]["progress 0"]["all differ"] == {"weight": None, "temperature": None}
+    assert (two["choices"]["trust"], list(two["choices"]["context"])) == (None, list(WORLDS))
+
+
+def test_a_loss_that_the_package_carries_is_inspected_by_its_name(universal: Path, capsys) -> None:
+    assert main(["inspect", "universal", "--num_classes", "2"]) == 0
+    assert "wrong teacher, not told" in capsys.readouterr().out
+    report = json.loads(Path("universal-inspection/inspection.json").read_text())
+    assert report["file"]["path"] == str(universal)
+    picture = imread("universal-inspection/inspection.png")[..., :3]
+    for band in np.array_split(picture, 5):
+        assert (band < 0.5).any(2).mean() > 0.01, "something is drawn in every band"
 
 
 @pytest.fixture

@@ -77,7 +77,10 @@ class LossFile(NamedTuple):
             raise UserError(f"{self.path}: {error}: learn it again") from error
         except MALFORMED as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.path}: its weights and its architecture do not fit: {reason}") from error
+            raise UserError(
+                f"{self.path}: its weights and its architecture do not fit: {reason}: if a newer lkd wrote it, update "
+                "lkd, else replace the file"
+            ) from error
         return loss.float().requires_grad_(False).eval()
 
 
