@@ -22,6 +22,8 @@ train() {
 train glyphs-weak --data.name npz/glyphs --data.meta_validation_size 8000 --data.train_size 400 --train.epochs 20
 train fashion-weak --data.name fashion_mnist_rest --data.meta_validation_size 2000 --data.train_size 250 \
     --train.epochs 40
+train fashion-fair --data.name fashion_mnist_rest --data.meta_validation_size 2000 --data.train_size 400 \
+    --train.epochs 40
 train fashion-mid --data.name fashion_mnist_rest --data.meta_validation_size 2000 --data.train_size 1000 \
     --train.epochs 20
 train glyphs-mid --data.name npz/glyphs --data.meta_validation_size 8000 --data.train_size 2000 --train.epochs 10
