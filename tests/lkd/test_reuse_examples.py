@@ -13,6 +13,7 @@ import yaml
 import lkd
 from lkd.losses.learned.file import load_loss, save_loss
 from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.learned.trust import Trust, TrustFigures
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -117,6 +118,26 @@ def test_a_loss_compiled_and_exported_is_the_same_loss(form: str, tmp_path) -> N
     assert differences.keys() == {"compiled", "exported"}
     assert max(differences.values()) < 1e-5
     assert (tmp_path / "l.pt2").stat().st_size > 1000
+
+
+def test_trust_is_a_buffer_of_a_loss_compiled_or_exported(universal: Path, tmp_path) -> None:
+    from compile_and_export import LogitLoss, draw_inputs, export
+
+    loss, graphs = LogitLoss(lkd.load_loss("universal", Trust(TrustFigures(0.7, 0.5, 3.0, 40.0, 0.2)))), []
+    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    export(loss, tmp_path / "l.pt2", classes=10)
+    exported = torch.export.load(tmp_path / "l.pt2").module()
+    buffers = [module.get_buffer("loss.parts.logits.trust") for module in (loss, exported)]
+    inputs, seen = draw_inputs(5, 10), set()
+    for own_accuracy in (0.2, 0.5, 0.9):
+        for buffer in buffers:
+            buffer[-1] = own_accuracy  # as `update_trust` does
+        expected = loss(*inputs).detach()
+        torch.testing.assert_close(torch.stack([compiled(*inputs), exported(*inputs)]), expected.expand(2))
+        seen.add(float(expected))
+    loss.loss.set_trust(Trust())
+    torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+    assert (len(seen), len(graphs)) == (3, 1), "it sees the accuracy, and is compiled once"
 
 
 def test_an_exported_loss_needs_no_lkd(loss_file: str, tmp_path, monkeypatch) -> None:

@@ -120,7 +120,7 @@ def sample_inputs(
     own = 2 * torch.stack([column for name, column in columns.items() if name in chosen], 1) - 1
     seen = [own]
     if "progress" in conditioning:
-        seen.append((2 * as_progress(progress, student) - 1).expand(len(own), 1))
+        seen.append((2 * as_progress(progress, student) - 1).expand(own.shape[0], 1))
     figures = {
         "agreement": [2 * validation - 1, 2 * training - 1, validation - training],
         "calibration": [squash(temperature.log())],
@@ -130,9 +130,9 @@ def sample_inputs(
     for kind, column in figures.items():
         if kind in conditioning:
             filled = fill_unknown(torch.stack(column))
-            seen.append(filled.expand(len(own), len(filled)))
+            seen.append(filled.expand(own.shape[0], len(filled)))
     if "context" in conditioning:
-        seen.append(own.mean(0).expand(len(own), -1))
+        seen.append(own.mean(0).expand(own.shape[0], -1))
     return torch.cat(seen, 1)
 
 
