@@ -60,7 +60,7 @@ def run(loss_file: str, out: Path, classes: int = 100, backend: str = "inductor"
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
+    parser.add_argument("loss", help="a learned loss: a *.lkd.safetensors file or a name")
     parser.add_argument("out", type=Path, help="the file to write (*.pt2)")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")

@@ -8,6 +8,8 @@ from lkd.data import load_dataset
 from lkd.models.teacher import load_teacher_network
 
 NUM_CLASSES = 10
+LOSS = "universal"  # what the examples train with if no file is given
+LOOKS = 20  # how often a loss measures its student in a training
 
 
 class Teacher(nn.Module):
@@ -22,9 +24,10 @@ class Teacher(nn.Module):
 
 
 def load_images(split: str, count: int) -> TensorDataset:
-    """Normalised images [N, 1, 28, 28] and labels [N]; `split` is train or test."""
-    images = getattr(load_dataset("embedded"), split)
-    return TensorDataset(images.normalize(images.images[:count]), images.labels[:count])
+    """Normalised images [N, 1, 28, 28] and labels [N]; `split` is train, validation (the last for training) or test."""
+    images = getattr(load_dataset("embedded"), "test" if split == "test" else "train")
+    part = slice(-count, None) if split == "validation" else slice(count)
+    return TensorDataset(images.normalize(images.images[part]), images.labels[part])
 
 
 def build_student() -> nn.Module:

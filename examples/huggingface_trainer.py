@@ -1,16 +1,27 @@
-"""A learned loss in Hugging Face's Trainer: `python examples/huggingface_trainer.py LOSS.lkd.safetensors`."""
+"""A learned loss in Hugging Face's Trainer: `python examples/huggingface_trainer.py [LOSS.lkd.safetensors]`."""
 
 import argparse
 import tempfile
 from typing import Any
 
 import torch
-from fashion import NUM_CLASSES, Teacher, load_images
+from fashion import LOOKS, LOSS, NUM_CLASSES, Teacher, load_images
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 import lkd
+
+
+class TrustCallback(TrainerCallback):
+    """Lets a loss measure the student's own accuracy, twenty times a training."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.loss = loss
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
+        if state.global_step % max(1, state.max_steps // LOOKS) == 0:
+            self.loss.update_trust(model)
 
 
 class DistillationTrainer(Trainer):
@@ -18,14 +29,16 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: From `pixel_values` to logits, or to an output that has `logits`.
-        loss_file: The learned loss.
+        loss_name: The learned loss.
+        trust: What was measured of teacher and labels.
         arguments: Trainer's own.
     """
 
-    def __init__(self, *, teacher: nn.Module, loss_file: str, **arguments: Any) -> None:
+    def __init__(self, *, teacher: nn.Module, loss_name: str, trust: Any = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        self.learned = lkd.load_loss(loss_file).to(self.args.device)
+        self.learned = lkd.load_loss(loss_name, trust).to(self.args.device)
+        self.add_callback(TrustCallback(self.learned))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its batch: Trainer averages accumulated ones
 
     def compute_loss(
@@ -50,14 +63,17 @@ def measure(prediction: Any) -> dict[str, float]:
     return {"accuracy": 100 * float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
 
 
-def run(loss_file: str, images: int = 4000, epochs: int = 3, accumulation: int = 1) -> DistillationTrainer:
+def run(loss_name: str = LOSS, images: int = 4000, epochs: int = 3, accumulation: int = 1) -> DistillationTrainer:
     shape = {"num_channels": 1, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
     student = ResNetForImageClassification(ResNetConfig(layer_type="basic", num_labels=NUM_CLASSES, **shape))
-    test: TensorDataset = load_images("test", 2000)
+    train, validation, test = load_images("train", images), load_images("validation", 1000), load_images("test", 2000)
+    teacher = Teacher()
+    trust = lkd.measure_trust(teacher, *(DataLoader(part, batch_size=500) for part in (train, validation)))
     with tempfile.TemporaryDirectory() as folder:
         trainer = DistillationTrainer(
-            teacher=Teacher(),
-            loss_file=loss_file,
+            teacher=teacher,
+            loss_name=loss_name,
+            trust=trust,
             model=student,
             args=TrainingArguments(
                 output_dir=folder,
@@ -73,7 +89,7 @@ def run(loss_file: str, images: int = 4000, epochs: int = 3, accumulation: int =
                 disable_tqdm=True,
                 use_cpu=True,
             ),
-            train_dataset=load_images("train", images),
+            train_dataset=train,
             eval_dataset=test,
             data_collator=collate,
             compute_metrics=measure,
@@ -84,7 +100,7 @@ def run(loss_file: str, images: int = 4000, epochs: int = 3, accumulation: int =
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
+    parser.add_argument("loss", nargs="?", default=LOSS, help="a learned loss: a *.lkd.safetensors file or a name")
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     print(f"test accuracy: {run(arguments.loss, epochs=arguments.epochs).evaluate()['eval_accuracy']:.1f} %")

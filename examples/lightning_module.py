@@ -1,14 +1,15 @@
-"""A learned loss in Lightning: `python examples/lightning_module.py LOSS.lkd.safetensors`.
+"""A learned loss in Lightning: `python examples/lightning_module.py [LOSS.lkd.safetensors]`.
 
 A callback does what must not be forgotten around the loss: the teacher, a part of the module, is put into eval mode,
-and the loss's terms are logged.
+the loss measures the student now and then, and its terms are logged.
 """
 
 import argparse
+from typing import Any
 
 import lightning
 import torch
-from fashion import Teacher, build_student, load_images, measure_accuracy
+from fashion import LOOKS, LOSS, Teacher, build_student, load_images, measure_accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,10 +19,12 @@ import lkd
 class Distillation(lightning.LightningModule):
     """A student trained by a learned loss, and the teacher that it imitates."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, loss_file: str, learning_rate: float = 0.1) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, loss_name: str, trust: Any = None, learning_rate: float = 0.1
+    ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(False)
-        self.loss = lkd.load_loss(loss_file)
+        self.loss = lkd.load_loss(loss_name, trust)
         self.learning_rate = learning_rate
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
@@ -40,18 +43,24 @@ class Distillation(lightning.LightningModule):
 
 
 class DistillationCallback(lightning.Callback):
-    """Keeps the teacher in eval mode, and logs the loss's terms."""
+    """Keeps the teacher in eval mode, lets the loss measure the student, and logs the loss's terms."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         module.teacher.eval()
         module.loss.eval()
 
+    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+        if trainer.global_step % max(1, trainer.estimated_stepping_batches // LOOKS) == 0:
+            module.loss.update_trust(module.student)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         module.log_dict({f"loss/{name}": value for name, value in outputs.items()}, on_step=False, on_epoch=True)
 
 
-def run(loss_file: str, images: int = 4000, epochs: int = 3) -> nn.Module:
-    module = Distillation(build_student(), Teacher(), loss_file)
+def run(loss_name: str = LOSS, images: int = 4000, epochs: int = 3) -> nn.Module:
+    teacher, batches = Teacher(), DataLoader(load_images("train", images), batch_size=64, shuffle=True)
+    trust = lkd.measure_trust(teacher, batches, DataLoader(load_images("validation", 1000), batch_size=500))
+    module = Distillation(build_student(), teacher, loss_name, trust)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -61,13 +70,13 @@ def run(loss_file: str, images: int = 4000, epochs: int = 3) -> nn.Module:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(load_images("train", images), batch_size=64, shuffle=True))
+    trainer.fit(module, batches)
     return module.student
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
+    parser.add_argument("loss", nargs="?", default=LOSS, help="a learned loss: a *.lkd.safetensors file or a name")
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     print(f"test accuracy: {measure_accuracy(run(arguments.loss, epochs=arguments.epochs)):.1f} %")

@@ -1,14 +1,16 @@
-"""A learned loss as a task of timm's (`timm.task`): `python examples/timm_task.py LOSS.lkd.safetensors`.
+"""A learned loss as a task of timm's (`timm.task`): `python examples/timm_task.py [LOSS.lkd.safetensors]`.
 
 `LearnedLossTask` stands where `LogitDistillationTask` does, and inherits from it what is not the loss: the teacher by
-name or module and its normalisation, DDP, torch.compile, EMA, checkpoints. The loop sets `progress`.
+name or module and its normalisation, DDP, torch.compile, EMA, checkpoints. The loop sets `progress`, and lets the
+loss measure the student now and then.
 """
 
 import argparse
+from typing import Any
 
 import timm
 import torch
-from fashion import NUM_CLASSES, Teacher, load_images, measure_accuracy
+from fashion import LOOKS, LOSS, NUM_CLASSES, Teacher, load_images, measure_accuracy
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,9 +25,11 @@ class LearnedLossTask(LogitDistillationTask):
         progress: How far the training is, in [0, 1]; the loop sets it before every step.
     """
 
-    def __init__(self, student_model: nn.Module, teacher_model: nn.Module | str, loss_file: str, **options) -> None:
+    def __init__(
+        self, student_model: nn.Module, teacher_model: nn.Module | str, loss_name: str, trust: Any = None, **options
+    ) -> None:
         super().__init__(student_model, teacher_model, criterion=nn.CrossEntropyLoss(), **options)
-        self.learned = lkd.load_loss(loss_file).to(self.device)
+        self.learned = lkd.load_loss(loss_name, trust).to(self.device)
         self.progress = 0.0
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -36,15 +40,21 @@ class LearnedLossTask(LogitDistillationTask):
         return {"loss": sum(terms.values()), "output": logits, **terms}
 
 
-def run(loss_file: str, images: int = 4000, epochs: int = 3, student: str = "mobilenetv3_small_050") -> nn.Module:
-    model = timm.create_model(student, num_classes=NUM_CLASSES, in_chans=1)
-    task = LearnedLossTask(model, Teacher(), loss_file, device=torch.device("cpu"), verbose=False)
+def run(
+    loss_name: str = LOSS, images: int = 4000, epochs: int = 3, student: str = "mobilenetv3_small_050"
+) -> nn.Module:
+    model, teacher = timm.create_model(student, num_classes=NUM_CLASSES, in_chans=1), Teacher()
     batches = DataLoader(load_images("train", images), batch_size=64, shuffle=True)
+    trust = lkd.measure_trust(teacher, batches, DataLoader(load_images("validation", 1000), batch_size=500))
+    task = LearnedLossTask(model, teacher, loss_name, trust, device=torch.device("cpu"), verbose=False)
+    steps = epochs * len(batches)
     optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=3e-3)
     task.train()
     for epoch in range(epochs):
-        for step, (inputs, target) in enumerate(batches):
-            task.progress = (epoch + step / len(batches)) / epochs
+        for step, (inputs, target) in enumerate(batches, epoch * len(batches)):
+            if step % max(1, steps // LOOKS) == 0:
+                task.learned.update_trust(model)
+            task.progress = step / steps
             optimizer.zero_grad()
             task(inputs, target)["loss"].backward()
             optimizer.step()
@@ -53,7 +63,7 @@ def run(loss_file: str, images: int = 4000, epochs: int = 3, student: str = "mob
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loss", help="a learned loss (*.lkd.safetensors)")
+    parser.add_argument("loss", nargs="?", default=LOSS, help="a learned loss: a *.lkd.safetensors file or a name")
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     print(f"test accuracy: {measure_accuracy(run(arguments.loss, epochs=arguments.epochs)):.1f} %")

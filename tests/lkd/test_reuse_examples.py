@@ -4,15 +4,18 @@ import ast
 import re
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 import lkd
 from lkd.losses.learned.file import load_loss, save_loss
 from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.learned.networks import KNOWN_CONDITIONING
 from lkd.losses.learned.trust import Trust, TrustFigures
 
 ROOT = Path(__file__).parents[2]
@@ -35,24 +38,25 @@ NEEDS = {"lightning_module": "lightning", "huggingface_trainer": "transformers"}
 def loss_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("loss") / "small.lkd.safetensors"
     torch.manual_seed(0)
-    save_loss(path, build_learned_loss("logits", {}), {})
+    save_loss(path, build_learned_loss("logits", {"conditioning": list(KNOWN_CONDITIONING)}), {})
     return str(path)
 
 
 @pytest.fixture
-def progress_seen(monkeypatch) -> list[float]:
-    """What the examples' losses are told of the progress, while the teacher must be in eval mode."""
+def told(monkeypatch) -> list[tuple[float, Tensor]]:
+    """What the examples' losses are told of progress and trust, while the teacher must be in eval mode."""
     import fashion
 
-    seen: list[float] = []
+    seen: list[tuple[float, Tensor]] = []
 
-    def load_watched(path):
-        loss = load_loss(path)
+    def load_watched(path, trust=None):
+        loss = load_loss(path, trust)
         loss.register_forward_pre_hook(watch, with_kwargs=True)
         return loss
 
     def watch(loss, arguments, named) -> None:
-        seen.append({**named, **dict(zip(NAMES, arguments, strict=False))}["progress"])
+        progress = {**named, **dict(zip(NAMES, arguments, strict=False))}["progress"]
+        seen.append((progress, loss.parts["logits"].trust.clone()))
 
     answer = fashion.Teacher.forward
 
@@ -67,7 +71,7 @@ def progress_seen(monkeypatch) -> list[float]:
 
 
 @pytest.mark.parametrize("name", LEAST)
-def test_an_example_trains_a_student_with_the_loss(name: str, loss_file: str, progress_seen: list[float]) -> None:
+def test_an_example_trains_a_student_with_the_loss(name: str, loss_file: str, told: list[tuple[float, Tensor]]) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     from fashion import measure_accuracy
@@ -75,15 +79,22 @@ def test_an_example_trains_a_student_with_the_loss(name: str, loss_file: str, pr
     torch.manual_seed(0)
     result = import_module(name).run(loss_file, images=IMAGES, epochs=EPOCHS)
     expected = [step / STEPS for step in range(STEPS)]
-    assert progress_seen == pytest.approx(expected)
+    progress, trust = zip(*told, strict=True)
+    assert progress == pytest.approx(expected)
+    assert torch.stack(trust).isfinite().all()
+    assert trust[0][0] > 0.85, "the teacher's agreement with meta-validation labels"
+    renewed = sum(not torch.equal(before, now) for before, now in pairwise(trust))
+    assert 10 <= renewed <= 20, "the student's own accuracy"
     accuracy = result.evaluate()["eval_accuracy"] if name == "huggingface_trainer" else measure_accuracy(result)
     assert accuracy > LEAST[name]
 
 
-def test_trainer_averages_accumulated_losses(loss_file: str) -> None:
+def test_trainer_averages_accumulated_losses_of_a_file_that_reads_no_trust() -> None:
     pytest.importorskip("transformers")
     from huggingface_trainer import run
 
+    loss_file = "plain.lkd.safetensors"
+    save_loss(loss_file, build_learned_loss("logits", {}), {})
     logged = []
     for accumulation in (1, 4):
         torch.manual_seed(0)
@@ -153,7 +164,7 @@ def test_an_exported_loss_needs_no_lkd(loss_file: str, tmp_path, monkeypatch) ->
 
 
 def test_the_plain_example_is_short() -> None:
-    assert len((ROOT / "examples" / "plain_pytorch.py").read_text().splitlines()) <= 30
+    assert len((ROOT / "examples" / "plain_pytorch.py").read_text().splitlines()) <= 36
 
 
 def sections() -> list[tuple[str, str]]:

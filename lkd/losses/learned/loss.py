@@ -124,8 +124,8 @@ class LearnedLoss(DistillationLoss):
             part.trust = torch.tensor(figures, device=next(part.parameters()).device)
 
     def update_trust(self, student: nn.Module) -> None:
-        """Measure the student's own accuracy anew, on the meta-validation images of `set_trust`, if there are any."""
-        if self.looks:
+        """Measure the student's own accuracy anew, on the meta-validation images of `set_trust`, if it is read."""
+        if self.looks and self.reads_trust:
             accuracy = measure_own_accuracy(student, self.looks)
             for part in self.forms():
                 part.trust[-1] = accuracy
