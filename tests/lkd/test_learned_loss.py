@@ -1,5 +1,7 @@
 """From a recipe to a learned loss, its file, and each part's share of the gradient."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import KDLoss
+from lkd.losses.build import build_loss
 from lkd.losses.learned.file import save_loss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss
@@ -49,6 +52,16 @@ def test_every_form_survives_its_file(tmp_path, form: str, normalize: bool, clas
     for name, value in loss(*call).items():
         assert torch.equal(loaded(*call)[name], value), name
     assert loaded.parts["logits"].architecture == loss.parts["logits"].architecture
+
+
+def test_a_loss_that_the_package_carries_is_found_by_its_name_and_must_be_whole(universal: Path) -> None:
+    named, direct = lkd.load_loss("universal").state_dict(), lkd.load_loss(universal).state_dict()
+    assert all(torch.equal(named[name], direct[name]) for name in direct)
+    with pytest.raises(UserError, match="loss: unknown name 'universl'; nearest: universal"):
+        build_loss("universl")
+    universal.write_bytes(universal.read_bytes() + b" ")
+    with pytest.raises(UserError, match="is not the file that came with the package: install the package anew"):
+        lkd.load_loss("universal")
 
 
 @pytest.mark.parametrize(
