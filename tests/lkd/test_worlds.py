@@ -1,16 +1,26 @@
 """Meta-training over many worlds: listed, drawn, shared out among processes, gone on with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lkd.config import MetaTrainRecipe
 from lkd.config.meta_training import DrawRecipe
+from lkd.config.parse import merge, parse_recipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import digest, load_checkpoint
-from lkd.losses.learned.file import read_provenance
+from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.meta_training.meta_train import meta_train
+from lkd.models.build import build
+from lkd.models.files import save_network
+from lkd.tracking.run import open_run
+from tests.lkd.test_configs import ROOT
+from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.test_resume import kill_when_there, run
 from tests.processes import META, POOL, TINY, start_job
 
@@ -106,3 +116,29 @@ def test_a_world_that_does_not_fit_is_named_before_any_work(capsys) -> None:
     assert main([*WORDS, "--worlds", json.dumps(worlds), "--run_dir", "r"]) == 2
     assert "worlds.wrong: " in capsys.readouterr().err
     assert not list(Path("r").glob("pool/*"))
+
+
+def test_the_recipe_of_the_universal_loss_runs() -> None:
+    """On small parts of everything, with teachers that know nothing."""
+    recipe = parse_recipe("meta-train", [str(ROOT / "configs/universal.yaml"), "--device", "cpu", "--run_dir", "r"])
+    recipe.data.root = write_fashion_mnist(Path.cwd())
+    labels = torch.arange(100).repeat(6).numpy()
+    images = torch.randint(256, (600, 32, 32), dtype=torch.uint8).numpy()
+    parts = {"train_images": images, "train_labels": labels, "test_images": images[:100], "test_labels": labels[:100]}
+    np.savez(Path(recipe.data.root, "glyphs.npz"), **parts)
+    for path in {world.teacher.path for world in expand_worlds(recipe).values()} - {"embedded"}:
+        architecture = {"name": "tiny_cnn", "num_classes": 100 if "glyphs" in path else 10, "in_chans": 1}
+        Path(path).parent.mkdir(parents=True)
+        save_network(Path(path), build(**architecture), architecture, {})
+    for name, world in recipe.worlds.items():
+        sizes = {"train_size": 100, "meta_validation_size": 400 if name.startswith("glyphs") else 60}
+        recipe.worlds[name] = merge(world, {"data": sizes, "train": {"epochs": 1, "batch_size": 20}})
+    recipe.draw.values["train.batch_size"] = [10, 20]
+    recipe.pool.students = recipe.pool.snapshots = 1
+    recipe.pool.max_age = 0.0
+    recipe.meta = replace(recipe.meta, outer_steps=1, rollout_steps=1, outer_batch_size=50, reuse_every=0)
+    with open_run(recipe, "meta-train", quiet=True) as run:
+        path = meta_train(recipe, run)
+    provenance = read_provenance(path)
+    assert provenance["hypergradients"]["counted"] == 16
+    assert load_loss(path).reads_trust
