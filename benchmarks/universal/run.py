@@ -22,9 +22,11 @@ from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_recipe, merge
 from lkd.config.parts import StudentRecipe
 from lkd.config.worlds import expand_worlds
+from lkd.core.files import write_json
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
-from lkd.evaluation.comparison.trials import Method, Trial, run_trial, trial_path
+from lkd.evaluation.comparison.trials import Method, Trial, open_world, run_trial, trial_path
+from lkd.losses.learned.trust import TrustFigures
 
 HERE = Path(__file__).parent
 FIGURES = ("top1", "calibrated_cross_entropy")
@@ -60,14 +62,22 @@ def main() -> int:
             finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", title)
 
         finish([(r, t) for name, w in worlds.items() for r, t in plan_rates(cells / name, w, rates)], "rates")
-        planned = []
+        planned, recipes = [], {}
         for name, world in worlds.items():
             recipe = build_recipe(cells / name, world, pick_rate(cells / name, world, rates))
-            student = recipe.students[0]
+            recipes[name], student = recipe, recipe.students[0]
             planned += [(recipe, Trial(a, m, student, s, True)) for a, m in arms.items() for s in range(options.seeds)]
         finish(planned, "arms")
+        measured = {name: workers.submit(measure, recipe) for name, recipe in recipes.items()}
+        trust = {name: list(job.result()) for name, job in measured.items()}
+    write_json(options.run_dir / "trust.json", trust)
     write_rows(options.run_dir / "rows.csv", planned)
     return 0
+
+
+def measure(recipe: CompareRecipe) -> TrustFigures:
+    """What a loss is told in this world."""
+    return open_world(recipe).measure("cpu").figures
 
 
 def read_worlds(path: Path, data: Path) -> tuple[dict[str, StudentRecipe], list[float]]:
