@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lkd.config import ranges
-from lkd.config.meta_training import MetaSettings, PoolContents, PoolSettings
+from lkd.config.meta_training import DrawRecipe, MetaSettings, PoolContents, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
 
 
@@ -160,6 +160,8 @@ class PlanRecipe(StudentRecipe):
     for ImageNet-1k.
 
     Args:
+        worlds: Worlds that a loss is learned in (meta-training); each is planned, and their hours are summed.
+        draw: Further worlds, drawn at random (meta-training).
         students: Networks to learn a loss with instead of `student` (meta-training).
         loss: What distillation trains with; a learned-loss file that is not there yet is planned as the default one.
         balance: What weighs its terms (distillation); checked, its own backward passes are not counted.
@@ -176,6 +178,8 @@ class PlanRecipe(StudentRecipe):
         out: Folder for plan.json and plan.txt; none are written without.
     """
 
+    worlds: dict[str, Any] = field(default_factory=dict)
+    draw: DrawRecipe = field(default_factory=DrawRecipe)
     students: list[ModelRecipe] = field(default_factory=list)
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import PlanRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe
+from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError
 from lkd.core.files import flatten, write_json, write_text
 from lkd.core.outputs import Outputs
@@ -33,6 +34,7 @@ from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.meta_train import check_settings
 from lkd.meta_training.outer_loop import AUDITED
 from lkd.meta_training.rollouts import OBJECTIVES, build_inner_optimizer, compute_inner_loss, compute_outer_logits
+from lkd.meta_training.worlds import name_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
@@ -164,17 +166,26 @@ class World:
         recipe: The recipe; its networks without their weights.
         meta: Its outer loop, if it has one.
         pool: Its pool, if it has one.
+        loss: What its trainings are counted with.
         images: Shapes and classes, no images.
         count: Training images.
         decoded: Whether each image is decoded when a batch needs it.
+        name: What it is called among several.
     """
 
     recipe: PlanRecipe
     meta: MetaSettings
     pool: PoolSettings
+    loss: dict[str, Any] | str
     images: Images
     count: int
     decoded: bool
+    name: str = ""
+
+    @property
+    def part_of_batch(self) -> int:
+        """Images of a batch on each GPU."""
+        return self.recipe.train.batch_size // self.recipe.gpus
 
     def make_batch(self, size: int) -> Batch:
         """A batch of zeros."""
@@ -300,47 +311,40 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
     Raises:
         UserError: If the recipe is not good.
     """
-    is_learned = recipe.meta is not None or recipe.pool is not None
-    world = open_world(recipe, is_learned)
-    recipe, train = world.recipe, recipe.train
-    if not 1 <= train.batch_size <= world.count:
-        raise UserError(f"train.batch_size: {train.batch_size} is not between 1 and the {world.count} training images")
-    steps = train.epochs * (world.count // train.batch_size)
-    models = (recipe.students or [recipe.student]) if is_learned else [recipe.student]
-    loss = world.pool.loss if is_learned else recipe.loss
-    size = train.batch_size // recipe.gpus
-    counted = [count_step(world, model, loss, size) for model in models]
-    totals = [sum(step.seconds.values()) for step in counted]
-    training = steps * mean(totals) / recipe.efficiency / HOUR
-    named = loss if isinstance(loss, str) else str(loss.get("name"))
+    is_learned = bool(recipe.meta or recipe.pool or recipe.worlds or recipe.draw.worlds)
+    trainings = count_trainings(open_worlds(recipe, is_learned))
+    first, trained = trainings[0], sum(each.hours for each in trainings)
     result: dict[str, Any] = {
         "command": "meta-train" if is_learned else "distill",
-        "teacher": recipe.teacher.name,
-        "student": ", ".join(model.name for model in models),
-        "loss": "the default learned loss, not there yet" if is_missing(loss) else named,
-        "precision": choose_precision(recipe),
-        "epochs": train.epochs,
-        "batch_size": train.batch_size,
-        "steps": steps,
-        "parameters": counted[0].parameters,
+        "teacher": join(each.world.recipe.teacher.name for each in trainings),
+        "student": join(each.model.name for each in trainings),
+        "loss": name_loss(first.world.loss),
+        "precision": join(choose_precision(each.world.recipe) for each in trainings),
+        "epochs": span(each.world.recipe.train.epochs for each in trainings),
+        "batch_size": span(each.world.recipe.train.batch_size for each in trainings),
+        "steps": span(each.steps for each in trainings),
+        "parameters": first.step.parameters,
         "step": {
-            part: {"gflops_an_image": counted[0].flops[part] / size / 1e9, "share": seconds / totals[0]}
-            for part, seconds in counted[0].seconds.items()
+            part: {
+                "gflops_an_image": first.step.flops[part] / first.world.part_of_batch / 1e9,
+                "share": seconds / sum(first.step.seconds.values()),
+            }
+            for part, seconds in first.step.seconds.items()
         },
-        "memory_gigabytes": {"a step of training": max(step.peak for step in counted) / 1e9},
-        "hours": {"training": training},
-        "gpu": {"count": recipe.gpus, **GPUS[recipe.gpu]._asdict()},
+        "memory_gigabytes": {"a step of training": max(each.step.peak for each in trainings) / 1e9},
+        "hours": {"training": trained},
+        "gpu": {"count": first.world.recipe.gpus, **GPUS[recipe.gpu]._asdict()},
         "efficiency": recipe.efficiency,
-        "images": world.count,
-        "images_per_second": steps * train.batch_size / (training * HOUR),
+        "images": span(each.world.count for each in trainings),
+        "images_per_second": sum(each.seen for each in trainings) / (trained * HOUR),
     }
-    if world.decoded:
+    if any(each.world.decoded for each in trainings):
         result["decoded_images_per_second"] = recipe.cores * recipe.decode_rate
     if is_learned:
-        add_outer_loop(result, world, models, training)
+        add_outer_loop(result, trainings)
     elif not recipe.teacher.cache:
-        result["cache"] = plan_cache(world, counted[0].seconds["teacher"] / totals[0] * training)
-    result["gpu_hours"] = sum(result["hours"].values()) * recipe.gpus
+        result["cache"] = plan_cache(first.world, result["step"]["teacher"]["share"] * trained)
+    result["gpu_hours"] = sum(result["hours"].values()) * first.world.recipe.gpus
     result["warnings"] = find_warnings(result)
     if recipe.out:
         write_json(Path(recipe.out) / "plan.json", result)
@@ -348,7 +352,91 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
     return result
 
 
-def open_world(recipe: PlanRecipe, is_learned: bool) -> World:
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training: in a world, of one of its students."""
+
+    world: World
+    model: ModelRecipe
+    step: Counted
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        train = self.world.recipe.train
+        return train.epochs * (self.world.count // train.batch_size)
+
+    @property
+    def seen(self) -> int:
+        """Images of all steps."""
+        return self.steps * self.world.recipe.train.batch_size
+
+    @property
+    def hours(self) -> float:
+        """Hours of the whole training."""
+        return self.steps * sum(self.step.seconds.values()) / self.world.recipe.efficiency / HOUR
+
+    def describe(self) -> dict[str, Any]:
+        """What sets a world apart."""
+        recipe = self.world.recipe
+        named = {"student": self.model.name, "teacher": recipe.teacher.name, "images": self.world.count}
+        return named | {"batch_size": recipe.train.batch_size, "steps": self.steps, "hours": float(f"{self.hours:.4g}")}
+
+
+def count_trainings(worlds: Sequence[World]) -> list[PlannedTraining]:
+    """Count the step of each world's students; worlds whose steps are the same share the count."""
+    steps: dict[str, Counted] = {}
+    trainings = []
+    for world in worlds:
+        for model in world.recipe.students or [world.recipe.student]:
+            key = identify_step(world, model)
+            if key not in steps:
+                steps[key] = count_step(world, model, world.loss, world.part_of_batch)
+            trainings.append(PlannedTraining(world, model, steps[key]))
+    return trainings
+
+
+def identify_step(world: World, model: ModelRecipe) -> str:
+    """What two worlds share if a step of theirs takes the same."""
+    train, shapes = world.recipe.train, world.images.train
+    batch = train.batch_size, train.accumulation, train.precision, bool(train.ema_decay), bool(train.momentum)
+    return repr((model, world.recipe.teacher, batch, shapes.image_shape, shapes.num_classes))
+
+
+def name_loss(loss: dict[str, Any] | str) -> str:
+    """A loss in a few words."""
+    named = loss if isinstance(loss, str) else str(loss.get("name"))
+    return "the default learned loss, not there yet" if is_missing(loss) else named
+
+
+def join(names: Iterable[str | None]) -> str:
+    """Names, each once."""
+    return ", ".join(dict.fromkeys(map(str, names)))
+
+
+def span(numbers: Iterable[int]) -> int | str:
+    """A number that all have, or the least and the largest in words."""
+    found = sorted(set(numbers))
+    return found[0] if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+
+
+def open_worlds(recipe: PlanRecipe, is_learned: bool) -> list[World]:
+    """The worlds that a meta-training's recipe lists and draws, or the recipe as the only one; see `open_world`."""
+    if not is_learned:
+        return [open_world(recipe, False)]
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(MetaTrainRecipe)}
+    parts = {"meta": recipe.meta or MetaSettings(), "pool": recipe.pool or PoolSettings()}
+    worlds = []
+    for name, each in (expand_worlds(MetaTrainRecipe(**fields | parts)) or {"": recipe}).items():
+        own = replace(recipe, data=each.data, teacher=each.teacher, student=each.student, train=each.train)
+        try:
+            worlds.append(open_world(own, True, name))
+        except UserError as error:
+            raise name_world(error, name) from error
+    return worlds
+
+
+def open_world(recipe: PlanRecipe, is_learned: bool, name: str = "") -> World:
     """Check a recipe, count its images, and name the networks whose weights a plan does not read.
 
     Raises:
@@ -371,19 +459,22 @@ def open_world(recipe: PlanRecipe, is_learned: bool) -> World:
         check_settings(MetaTrainRecipe(**fields | {"meta": meta, "pool": pool}))
     else:
         build_balance(recipe.balance, DistillationLoss())
-    name, options = teacher.name, teacher.options
-    if not name:
+    network, options = teacher.name, teacher.options
+    if not network:
         architecture = load_teacher_network(teacher.path)[1]["architecture"]
-        name, options = architecture["name"], architecture.get("options") or {}
-    options = {} if name in OWN_NETWORKS else options
+        network, options = architecture["name"], architecture.get("options") or {}
+    options = {} if network in OWN_NETWORKS else options
     untrained = replace(
         recipe,
         gpus=gpus,
-        teacher=TeacherRecipe(path="random", name=name, options=options, cache=teacher.cache),
+        teacher=TeacherRecipe(path="random", name=network, options=options, cache=teacher.cache),
         student=replace(recipe.student, pretrained=False),
         students=[replace(model, pretrained=False) for model in recipe.students],
     )
-    return World(untrained, meta, pool, *count_images(recipe.data))
+    images, count, decoded = count_images(recipe.data)
+    if not 1 <= train.batch_size <= count:
+        raise UserError(f"train.batch_size: {train.batch_size} is not between 1 and the {count} training images")
+    return World(untrained, meta, pool, pool.loss if is_learned else recipe.loss, images, count, decoded, name)
 
 
 def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
@@ -393,7 +484,8 @@ def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
         UserError: If the data set is named with a root and is not good, or is neither there nor known.
     """
     if data.root is not None or data.name == "embedded":
-        train = prepare_images(data, scored=False).train
+        clean = replace(data, label_noise=0.0, meta_validation_noise=0.0)  # wrong labels change no count
+        train = prepare_images(clean, scored=False).train
         count, classes, shape = len(train), train.num_classes, train.image_shape
         decoded = isinstance(train.images, ImageFiles)
     elif data.name in KNOWN:
@@ -408,38 +500,46 @@ def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
     return Images(data.name, part, part, part, "", data), count, decoded
 
 
-def add_outer_loop(plan: dict[str, Any], world: World, models: Sequence[ModelRecipe], training: float) -> None:
-    """Add what a meta-training does besides trainings of so many hours: hypergradients, pools, looks at reuse.
+def add_outer_loop(plan: dict[str, Any], trainings: Sequence[PlannedTraining]) -> None:
+    """Add what a meta-training does besides trainings: hypergradients, pools, looks at reuse.
 
     An audited estimator is first_order as long as that is right, and else adjoint: both are counted.
     """
-    meta, pool, train = world.meta, world.pool, world.recipe.train
+    first = trainings[0].world
+    meta, pool = first.meta, first.pool
     plan["rollout"] = {}
     for name in ("first_order", "adjoint") if meta.estimator == AUDITED else (meta.estimator,):
-        counted = [count_hypergradient(world, model, name) for model in models]
+        keys = [identify_step(each.world, each.model) for each in trainings]
+        distinct = dict(zip(keys, trainings, strict=True))
+        found = {key: count_hypergradient(each.world, each.model, name) for key, each in distinct.items()}
+        counted = [found[key] for key in keys]
         plan["rollout"][name] = {
             "gflops": mean(each.flops[name] for each in counted) / 1e9,
-            "seconds": mean(each.seconds[name] for each in counted) / world.recipe.efficiency,
+            "seconds": mean(each.seconds[name] for each in counted) / first.recipe.efficiency,
         }
         plan["memory_gigabytes"][f"a hypergradient by {name}"] = max(each.peak for each in counted) / 1e9
     with torch.device("meta"):
-        plan["parameters"]["loss"] = sum(parameter.numel() for parameter in build_loss_networks(world).parameters())
+        plan["parameters"]["loss"] = sum(parameter.numel() for parameter in build_loss_networks(first).parameters())
     drawn = meta.alternation_start  # outer steps that draw from a pool
-    built = 0 if world.recipe.pool_dir or not drawn else 1
+    built = 0 if first.recipe.pool_dir or not drawn else 1
     built += max(drawn - 1, 0) // pool.refresh_every if pool.sampling == "live" else 0
-    looks = 1 + -(-meta.outer_steps // meta.reuse_every) if meta.reuse_every else 0
-    reused = (meta.reuse_epochs or train.epochs) / train.epochs
+    looks = 1 + bool(meta.reference) - (-meta.outer_steps // meta.reuse_every) if meta.reuse_every else 0
+    epochs = [each.world.recipe.train.epochs for each in trainings]
+    reused = [each.hours * (meta.reuse_epochs or e) / e for each, e in zip(trainings, epochs, strict=True)]
     seconds = [rollout["seconds"] for rollout in plan["rollout"].values()]
+    students, whole = meta.students_per_step or len(trainings), plan["hours"]["training"]
     plan["loss"] = f"learned: {meta.kind}, {meta.loss.get('form', 'decoupled')}"
     plan["precision"] += "; rollouts float32"
-    plan["hours_of_one_training"] = training
+    plan["hours_of_one_training"] = whole / len(trainings)
     plan["hours"] = {
-        "outer steps": meta.outer_steps * meta.students_per_step * seconds[0] / HOUR,
-        "pool": built * pool.students * pool.max_age * len(models) * training,
-        "reuse": looks * reused * len(models) * training,
-        "own students": meta.students_per_step * training if meta.interleaving != "before" else 0.0,
+        "outer steps": meta.outer_steps * students * seconds[0] / HOUR,
+        "pool": built * pool.students * pool.max_age * whole,
+        "reuse": looks * meta.reuse_students * sum(reused),
+        "own students": students * whole / len(trainings) if meta.interleaving != "before" else 0.0,
     }
-    rate = meta.rollout_steps * train.batch_size / min(seconds)
+    if first.name:
+        plan["worlds"] = {each.world.name: each.describe() for each in trainings}
+    rate = meta.rollout_steps * mean(each.world.recipe.train.batch_size for each in trainings) / min(seconds)
     plan["images_per_second"] = max(plan["images_per_second"], rate)
 
 
@@ -483,9 +583,13 @@ def find_warnings(plan: dict[str, Any]) -> list[str]:
 def format_plan(plan: dict[str, Any]) -> str:
     """One line for each thing that a plan says."""
     rows = []
-    for name, value in flatten(plan | {"warnings": None}).items():
+    for name, value in flatten(plan | {"worlds": None, "warnings": None}).items():
         if value is not None:
             text = value if isinstance(value, str) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
             rows.append((name.replace(".", " ").replace("_", " "), text))
+    rows += [
+        (f"world {name}", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in world.items()))
+        for name, world in plan.get("worlds", {}).items()
+    ]
     rows += [("WARNING", warning) for warning in plan["warnings"]]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)

@@ -250,7 +250,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
         raise UserError(f"meta.reuse_patience: {meta.reuse_patience} needs looks at reuse; set meta.reuse_every")
     if meta.interleaving != "before" and (recipe.worlds or recipe.draw.worlds):
         raise UserError(f"meta.interleaving: {meta.interleaving} trains in one world; leave out worlds and draw")
-    if meta.interleaving != "before" and meta.students_per_step < len(recipe.students):
+    if meta.interleaving != "before" and 0 < meta.students_per_step < len(recipe.students):
         raise UserError(
             f"meta.students_per_step: {meta.students_per_step} leaves out some of the {len(recipe.students)} students "
             f"that {trained} trains side by side; take at least as many"

@@ -172,10 +172,31 @@ def test_a_meta_training_is_the_sum_of_its_parts() -> None:
     training = found["hours_of_one_training"]
     assert found["command"] == "meta-train"
     assert found["hours"]["pool"] == pytest.approx(5 * 0.4 * training)
-    assert found["hours"]["reuse"] == pytest.approx(3 * 2 / 8 * training), "looks before step 0 and 4, and after step 6"
+    looks = 3  # before step 0 and 4, and after step 6
+    assert found["hours"]["reuse"] == pytest.approx(looks * 3 * 2 / 8 * training), "three students in each"
     assert found["hours"]["outer steps"] == pytest.approx(6 * 3 * found["rollout"]["first_order"]["seconds"] / 3600)
     assert found["gpu_hours"] == pytest.approx(sum(found["hours"].values()))
     assert "a hypergradient by first_order" in found["memory_gigabytes"]
+
+
+def test_the_plan_of_several_worlds_is_the_sum_of_each() -> None:
+    worlds = "{few: {data: {train_size: 6000}, train: {epochs: 9}}, tiny: {student: {name: tiny_cnn}}}"
+    words = "--meta.outer_steps 6 --meta.rollout_steps 2 --meta.reuse_every 6 --meta.reuse_students 1 --train.epochs 8 "
+    words += "--meta.students_per_step 0 --meta.estimator first_order --pool.students 2 --pool.max_age 0.5"
+    small = "--meta.rollout_steps 2 --meta.estimator first_order"
+    alone = [
+        plan(*small.split(), *own.split())
+        for own in ("--data.train_size 6000 --train.epochs 9", "--student.name tiny_cnn --train.epochs 8")
+    ]
+    found = plan(*words.split(), "--worlds", worlds, "--meta.reference", "kd")
+    hours = [each["hours_of_one_training"] for each in alone]
+    assert [world["hours"] for world in found["worlds"].values()] == pytest.approx(hours, rel=1e-3)
+    assert [world["steps"] for world in found["worlds"].values()] == [each["steps"] for each in alone]
+    assert found["hours"]["pool"] == pytest.approx(2 * 0.5 * sum(hours))
+    assert found["hours"]["reuse"] == pytest.approx((2 + 1) * sum(hours)), "two looks, and the reference's"
+    outer = 6 * sum(each["rollout"]["first_order"]["seconds"] for each in alone) / 3600
+    assert found["hours"]["outer steps"] == pytest.approx(outer), "one student in each world"
+    assert main(["plan", *SMALL, "--worlds", "{far: {data: {name: npz/far}}}"]) == 2
 
 
 @pytest.mark.parametrize(
