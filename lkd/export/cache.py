@@ -37,11 +37,14 @@ from lkd.training.build import (
     choose_cached_seeds,
     choose_student,
     identify_answers,
+    identify_labels,
     introduce_teacher,
+    measure_teacher,
     open_teacher,
     prepare_images,
     prepare_loss,
 )
+from lkd.training.distill import select_labelled
 from lkd.training.training import build_autocast, check_inputs
 
 
@@ -79,9 +82,13 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     needed = count * bytes_of_answer(images.train.num_classes, recipe.top_k)
     hint = "take another disk, fewer data.augmentation_seeds, or a top_k"
     check_free_space("teacher.cache", cache.folder, needed, f"{count:,} answers", hint)
-    if not (cache.folder / INDEX).is_file():
+    known = select_labelled(images, recipe.labelled_size)
+    if cache.header.get("trust_of") != (labels := identify_labels(known)):
         live = dataclasses.replace(opened, settings=dataclasses.replace(recipe.teacher, cache=None))
-        header = cache.header | {"teacher": introduce_teacher(live, images, device)}
+        trust = measure_teacher(live, known, device)
+        print(trust)
+        measured = {"teacher": introduce_teacher(live, images, device), "trust": trust.figures.to_json()}
+        header = cache.header | measured | {"trust_of": labels}
         write_tensors(cache.folder / INDEX, {"index": cache.index}, INDEX_KIND, VERSION, header)
     with tqdm(total=count // job.size, desc="cache", unit="image", disable=None) as bar:
         for seed, shard in own:

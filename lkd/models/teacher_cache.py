@@ -98,7 +98,8 @@ class CacheFolder:
     Attributes:
         folder: Where it lies.
         index: The images' index, int64, [N], ascending.
-        header: `made_with` (of `identify`), `top_k`, `shard_size`, `num_classes`, and `teacher`, a line about it.
+        header: `made_with` (of `identify`), `top_k`, `shard_size`, `num_classes`, and `teacher`, a line about it. What
+            was measured of the teacher is in `trust`, with a hash of the labels, `trust_of`; older caches lack it.
     """
 
     folder: Path

@@ -18,6 +18,8 @@ from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError, first_line
+from lkd.core.files import refusing_malformed
+from lkd.core.tensor_files import digest
 from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
@@ -213,9 +215,7 @@ def measure_teacher(
         answers: What answers the training, if that is there already: it may have its answers at hand.
     """
     if teacher.settings.cache:
-        known = read_cache(Path(teacher.settings.cache)).header.get("trust")
-        looks = Trust.choose_looks(images.meta_validation, device)
-        return Trust(TrustFigures(*known) if known else TrustFigures(), looks)
+        return read_trust(Path(teacher.settings.cache), images, device)
     anew = ask_anew(teacher, images, device)
     trust = measure_trust(anew, None, images.meta_validation, device)
     if not trust.looks:
@@ -223,6 +223,21 @@ def measure_teacher(
     agreement = measure_agreement(answers or anew, images.train, device)
     per_class = len(images.train) / images.train.num_classes
     return replace(trust, figures=trust.figures._replace(training_agreement=agreement, images_per_class=per_class))
+
+
+def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
+    """What a cache knows of its teacher and these images' labels; unknown if it was measured of others, or never."""
+    header, looks = read_cache(cache).header, Trust.choose_looks(images.meta_validation, device)
+    if header.get("trust_of") != identify_labels(images):
+        reason = f"as {cache} was made {'with other labels' if 'trust_of' in header else 'before it was measured'}"
+        return Trust(looks=looks, reason=f"{reason} (lkd cache with this recipe adds it)")
+    with refusing_malformed(cache, "teacher cache"):
+        return Trust(TrustFigures.from_json(header["trust"]), looks)
+
+
+def identify_labels(images: Images) -> str:
+    """A hash of which images are trained and measured on, and of their labels."""
+    return digest([[part.index, part.labels] for part in (images.train, images.meta_validation)])
 
 
 def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:

@@ -64,8 +64,7 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     if loss.reads_trust:
-        known = order_labels(images, labelled_size)[: labelled_size or None]
-        trust = measure_teacher(parts.teacher, replace(images, train=images.train.select(known)), run.device, teacher)
+        trust = measure_teacher(parts.teacher, select_labelled(images, labelled_size), run.device, teacher)
         loss.set_trust(trust)
         run.say(str(trust))
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)
@@ -217,6 +216,13 @@ def order_labels(images: Images, labelled_size: int) -> Tensor:
     if labelled_size > len(train):
         raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
     return interleave_classes(train.labels, train.num_classes, images.settings.split_seed)
+
+
+def select_labelled(images: Images, labelled_size: int) -> Images:
+    """Without the training images whose labels are not known; 0 where all are."""
+    if not labelled_size:
+        return images
+    return replace(images, train=images.train.select(order_labels(images, labelled_size)[:labelled_size]))
 
 
 def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunction, device: torch.device) -> Images:

@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lkd
+from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.outputs import Outputs
-from lkd.core.tensor_files import digest
+from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
+from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.build import measure_teacher, open_teacher, prepare_images
 from tests.lkd.parts import prepare_teacher, start_training
 from tests.lkd.test_invariances import wander
@@ -179,10 +181,32 @@ def test_own_accuracy_is_renewed_and_a_training_goes_on_to_the_same_bits() -> No
     assert digest(resumed.student.state_dict()) == digest(whole.student.state_dict())
 
 
+def test_a_cache_holds_the_trust_of_its_teacher_in_the_labels_that_it_was_made_with(tmp_path: Path, capsys) -> None:
+    words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--data.label_noise", "0.3"]
+    words += ["--data.augmentation", "flip_and_crop", "--data.augmentation_seeds", "1", "--train.epochs", "1"]
+    words += ["--labelled_size", "120", "--loss", str(tmp_path / "x.lkd.safetensors")]
+    lkd.save_loss(tmp_path / "x.lkd.safetensors", build_loss(), {})
+    cached, old = ["--teacher.cache", str(tmp_path / "cache")], tmp_path / "cache" / INDEX
+    assert main(["cache", *words, *cached]) == 0
+
+    def distil(name: str, *more: str) -> str:
+        assert main(["distill", *words, *more, "--run_dir", str(tmp_path / name)]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trust: "))
+
+    told = distil("live")
+    assert "agrees with" in told
+    assert distil("cached", *cached) == told
+    other = distil("other", *cached, "--data.label_noise", "0.1")
+    assert other.startswith("trust: unknown, as ")
+    tensors, header = read_tensors(old, INDEX_KIND, VERSION)
+    write_tensors(old, tensors, INDEX_KIND, VERSION, {k: header[k] for k in header if not k.startswith("trust")})
+    assert distil("old", *cached).startswith("trust: unknown, as ")
+    assert main(["cache", *words, *cached]) == 0
+    assert distil("anew", *cached) == told
+
+
 def test_distilling_measures_trust_and_says_so(tmp_path: Path, capsys) -> None:
     lkd.save_loss(tmp_path / "x.lkd.safetensors", build_loss(), {})
-    from lkd.cli import main
-
     words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1", "--loss"]
     assert main(["distill", *words, str(tmp_path / "x.lkd.safetensors"), "--run_dir", str(tmp_path / "r")]) == 0
     assert "trust: the teacher agrees with" in capsys.readouterr().out

@@ -40,7 +40,7 @@ from lkd.training.build import (
     prepare_loss,
     prepare_teacher,
 )
-from lkd.training.distill import label_by_teacher, start_training
+from lkd.training.distill import label_by_teacher, select_labelled, start_training
 from lkd.training.evaluate import evaluate, guess
 from lkd.training.training import DivergedError
 
@@ -286,15 +286,15 @@ class World:
     images: Images
     teacher: OpenedTeacher
     prepared: dict[tuple[str, tuple[str, ...]], TeacherFunction] = dataclasses.field(default_factory=dict)
-    measured: dict[str, Trust] = dataclasses.field(default_factory=dict)
+    measured: dict[tuple[str, int], Trust] = dataclasses.field(default_factory=dict)
 
-    def measure(self, device: str) -> Trust:
-        """What losses are told that read trust."""
-        if device not in self.measured:
-            self.measured[device] = measure_teacher(
-                self.teacher, self.images, torch.device(device), self.answers(device, ())
-            )
-        return self.measured[device]
+    def measure(self, device: str, labelled_size: int = 0) -> Trust:
+        """What losses are told that read trust, of so many images whose labels are known; 0 for all."""
+        key = device, labelled_size
+        if key not in self.measured:
+            known, place = select_labelled(self.images, labelled_size), torch.device(device)
+            self.measured[key] = measure_teacher(self.teacher, known, place, self.answers(device, ()))
+        return self.measured[key]
 
     def answers(self, device: str, stages: tuple[str, ...]) -> TeacherFunction:
         """What answers the losses that read these stages."""
@@ -382,7 +382,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     cost = Cost(place)
     balance = build_balance(balance_of(trial.loss), loss)
     if loss.reads_trust:
-        loss.set_trust(world.measure(device))
+        loss.set_trust(world.measure(device, recipe.labelled_size))
     labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
     training = start_training(student, labelled, loss, teacher, train, trial.seed, place, balance=balance)
     weights: list[float] = []

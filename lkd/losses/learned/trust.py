@@ -39,6 +39,15 @@ class TrustFigures(NamedTuple):
     images_per_class: float = UNKNOWN
     own_accuracy: float = UNKNOWN
 
+    def to_json(self) -> dict[str, float | None]:
+        """For a file; None for what is not known."""
+        return {name: value if value == value else None for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, float | None]) -> "TrustFigures":
+        """What `to_json` returned."""
+        return cls(*(UNKNOWN if (value := content[name]) is None else float(value) for name in cls._fields))
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -47,10 +56,12 @@ class Trust:
     Attributes:
         figures: Of the teacher and the labels.
         looks: Batches of (images, labels), at most `LOOKED_AT` images in all; none if they are not known.
+        reason: Why the figures are unknown, if there is something to say.
     """
 
     figures: TrustFigures = field(default_factory=TrustFigures)
     looks: tuple[tuple[Tensor, Tensor], ...] = field(default=(), repr=False)
+    reason: str = ""
 
     @classmethod
     def choose_looks(cls, validation: Part, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -65,7 +76,7 @@ class Trust:
     def __str__(self) -> str:
         validation, training, temperature, images, _ = self.figures
         if validation != validation:
-            return "trust: unknown; the loss goes by what each batch shows"
+            return f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows"
         return (
             f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
             f"training labels; its best temperature is {temperature:.2f}; {images:.0f} images a class"
