@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def summarize_cost(
 # ----------------------------------------------------------------------------------------------------------------------
 # What is logged of an outer step.
 
+SCORE = "calibrated_cross_entropy"  # of looks at reuse: ranks like accuracy, but is less noisy
 SHARE = "share/"
 WORTH = 0.99  # of the cross-entropy of guessing: what a student has learned anything below
 ROWS = 1000  # of a log, and of the curve that checkpoints carry along, at most
@@ -175,17 +176,29 @@ def find_kept_row(curve: Sequence[dict[str, Any]], kept_step: int | None) -> dic
     return rows[0] if rows else {}
 
 
-def describe_reuse(best: dict[str, float], steps: int, classes: int) -> list[str]:
-    """Which loss is saved, that of the best look's row, and whether it is worth more than a guess among the classes."""
+def describe_reuse(best: dict[str, float], steps: int, classes: Mapping[str, int]) -> list[str]:
+    """Which loss is saved, that of the best look's row, and whether it is worth more than a guess.
+
+    Args:
+        best: The row.
+        steps: Outer steps taken.
+        classes: Name → number of classes of each world; "" for the only one.
+    """
     lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
     if best["step"] == 0:
         lines[0] += f": the initial one; {NOT_LEARNED}: no later one is better on meta-validation"
-    if not best["calibrated_cross_entropy"] < WORTH * math.log(classes):
-        entropies = f"{best['calibrated_cross_entropy']:.4g} of {math.log(classes):.4g}"
-        lines.append(
-            "warning: students that are trained with it know no more than a guess (calibrated cross-entropy "
-            f"{entropies}): lower train.learning_rate"
-        )
+    if "regret" in best:
+        regrets = {name: best[f"world/{name}/regret"] for name in classes if f"world/{name}/regret" in best}
+        worst = max(regrets, key=regrets.__getitem__, default="")
+        named = f", the worst {regrets[worst]:+.4f} in {worst}" if regrets else ""
+        lines.append(f"regret, its calibrated cross-entropy less meta.reference's: mean {best['regret']:+.4f}{named}")
+    for name, count in classes.items():
+        reached, guessed = best[f"world/{name}/{SCORE}" if name else SCORE], math.log(count)
+        if not reached < WORTH * guessed:
+            lines.append(
+                f"warning: {name and f'{name}: '}students that are trained with it know no more than a guess "
+                f"(calibrated cross-entropy {reached:.4g} of {guessed:.4g}): lower train.learning_rate"
+            )
     return lines
 
 

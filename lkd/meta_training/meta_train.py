@@ -34,7 +34,7 @@ from lkd.meta_training.log import (
 )
 from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.outer_loop import AUDITED, OuterLoop
-from lkd.meta_training.reuse import FIGURES, Reuse
+from lkd.meta_training.reuse import Reuse
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.meta_training.worlds import (
     OpenedWorld,
@@ -132,7 +132,7 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
             while True:
                 if reuse.is_due(loop.step):
                     row = reuse.look(loop.step, loop.loss, loop.points, stop)
-                    run.tracker.log(loop.step, **{f"reuse/{name}": row[name] for name in FIGURES})
+                    run.tracker.log(loop.step, **{f"reuse/{name}": row[name] for name in row if name != "step"})
                     save()
                     reuse.forget_checkpoints()
                 if loop.step == settings.outer_steps or reuse.is_exhausted():
@@ -212,7 +212,7 @@ def save_results(
     for line in loop.guard.report():
         run.say(line)
     if reuse.rows:
-        run.say(*describe_reuse(reuse.best_row, loop.step, images.train.num_classes))
+        run.say(*describe_reuse(reuse.best_row, loop.step, {w.name: w.images.train.num_classes for w in loop.worlds}))
     run.say(f"cost: {cost['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
     run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
 
@@ -277,10 +277,11 @@ def check_meta_validation(images: Images) -> None:
 
 
 def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> None:
-    """Check each world's schedule; see `check_schedule`."""
+    """Check each world's own settings and schedule; see `check_settings` and `check_schedule`."""
     for number, each in enumerate(opened):
         own = replace(recipe, data=each.recipe.data, train=each.recipe.train)
         try:
+            check_settings(own)
             check_schedule(own, each.images, pools[number : number + 1])
         except UserError as error:
             raise name_world(error, each.world.name) from error

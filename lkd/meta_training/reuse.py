@@ -15,7 +15,7 @@ from lkd.core.interrupt import StopRequest
 from lkd.core.random import draw_seed
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.loss import DistillationLoss
-from lkd.meta_training.log import average_rows, check_rows
+from lkd.meta_training.log import SCORE, average_rows, check_rows
 from lkd.meta_training.online_student import Point, assemble_loss, check_points
 from lkd.pool.pool import World
 from lkd.tracking.run import Run
@@ -24,7 +24,6 @@ from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
 from lkd.training.training import DivergedError
 
-SCORE = "calibrated_cross_entropy"  # ranks like accuracy, but is less noisy
 FIGURES = (SCORE, "top1")
 LOOK = "look"  # the folder of a look's checkpoints
 
@@ -153,7 +152,8 @@ class Reuse:
 
     def load_state_dict(self, state: dict[str, Any], networks: LearnedLoss) -> None:
         """Go on from what `state_dict` returned; the best weights are of these networks."""
-        self.rows = check_rows(state["rows"], FIGURES)
+        scores = [f"world/{world.name}/{SCORE}" for world in self.worlds if world.name]
+        self.rows = check_rows(state["rows"], [*FIGURES, *scores])
         self.reference = [float(score) for score in state["reference"]]
         self.best = check_points(state["best"], networks)
 

@@ -1,7 +1,9 @@
 """Train a network to the end: checkpoints, log, meta-validation after every epoch if there is any."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,21 +59,23 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
 
     Returns:
         The student's file, with the last weights; its provenance holds the meta-validation figures of the last and of
-        the best epoch, or None.
+        the best epoch, or None, and trust where the loss reads it.
     """
     images, loss = parts.images, parts.loss
     run.say(introduce_network("student", parts.student, images, run.device))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
+    told = {}
     if loss.reads_trust:
         trust = measure_teacher(parts.teacher, select_labelled(images, labelled_size), run.device, teacher)
         loss.set_trust(trust)
         run.say(str(trust))
+        told = {"trust": trust.figures.to_json()}
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)
     training = start_training(
         parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
     )
-    return train_to_the_end(training, labelled, parts.student, run, "student")
+    return train_to_the_end(training, labelled, parts.student, run, "student", told)
 
 
 def train_teacher(student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run) -> Path:
@@ -108,8 +112,17 @@ def start_training(
     return Training(network, loss, teacher, batches, train, balance)
 
 
-def train_to_the_end(training: Training, images: Images, student: StudentBuilder, run: Run, role: str) -> Path:
+def train_to_the_end(
+    training: Training,
+    images: Images,
+    student: StudentBuilder,
+    run: Run,
+    role: str,
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Train, evaluating after every epoch if there is meta-validation; resume from the run's checkpoint if it has one.
+
+    `known`: what else the file's provenance is to say.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
@@ -163,6 +176,7 @@ def train_to_the_end(training: Training, images: Images, student: StudentBuilder
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])} if scored else None
     if is_main():
         provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
+        provenance |= known
         save_network(path, training.result, student.architecture, provenance)
         run.tracker.keep(role, path, **history[-1])
         if results:

@@ -178,7 +178,7 @@ def go_on(folder: Path) -> None:
         run.tracker.finish()
     assemble_loss(loop.loss, reuse.best or loop.points)
     loop.guard.report()
-    describe_reuse(reuse.best_row, loop.step, world.images.train.num_classes)
+    describe_reuse(reuse.best_row, loop.step, {"": world.images.train.num_classes})
 
 
 def write_meta_checkpoint(folder: Path) -> None:

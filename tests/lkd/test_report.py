@@ -178,6 +178,33 @@ def test_surfaces_are_the_losses_or_say_why_there_are_none(copies: Path) -> None
         assert not record["panels"]
 
 
+def test_worlds_have_a_line_each_and_the_worst_regret_of_the_kept_loss_comes_first(copies: Path) -> None:
+    worlds = [f"world-{number}" for number in range(45)]
+    shutil.copytree("learned", "worlds")
+    Path("worlds/log.jsonl").write_text("")
+    for step, kept in ((0, 0.9), (10, 0.4), (20, 0.5)):
+        regrets = {f"reuse/world/{name}/regret": number - step for number, name in enumerate(worlds)}
+        scores = {f"reuse/world/{name}/calibrated_cross_entropy": 1.0 for name in worlds}
+        mean = {"reuse/calibrated_cross_entropy": kept, "reuse/regret": 0.25}
+        drawn = {f"world/{name}/outer_value": 2.0 for name in worlds[step:]}
+        append_rows(Path("worlds"), json.dumps({"step": step, **mean, **regrets, **scores, **drawn}))
+    page = build("worlds", "learned")
+    charts = {chart["name"]: chart for section in page.data["sections"] for chart in section["charts"]}
+    lines = {one["world"]: one for one in charts["worlds: reuse/regret"]["series"]}
+    assert list(lines) == worlds
+    assert lines["world-7"]["values"] == [7, -3, -13]
+    outer = {one["world"]: one for one in charts["worlds: outer_value"]["series"]}
+    assert outer["world-30"]["steps"] == [0, 10, 20]
+    assert all(outer[name]["line"] == lines[name]["line"] for name in worlds)
+    assert not any("world/" in name for name in charts)
+    place = page.rows.index(page.row("mean"))
+    assert page.rows[place - 1][1] == "regret of the loss after outer step 10"
+    assert page.rows[place][1:3] == ["+0.2500", "0.4000"]
+    assert [row[:2] for row in page.rows[place + 1 : place + 46]] == [
+        [name, f"{number - 10:+.4f}"] for number, name in reversed(list(enumerate(worlds)))
+    ]
+
+
 def test_runs_over_different_data_are_apart(copies: Path) -> None:
     shutil.copytree("kd", "noisy")
     change_recipe("noisy", data=read_json(Path("kd/config.json"))["recipe"]["data"] | {"label_noise": 0.4})

@@ -11,13 +11,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lkd
 from lkd.cli import main
-from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors, write_tensors
+from lkd.evaluation.comparison.trials import Trial, run_trial
+from lkd.evaluation.report.page import build_page
+from lkd.evaluation.report.runs import read_runs
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.build import measure_teacher, open_teacher, prepare_images
+from lkd.training.distill import select_labelled
 from tests.lkd.parts import prepare_teacher, start_training
 from tests.lkd.test_invariances import wander
 
@@ -213,3 +217,21 @@ def test_distilling_measures_trust_and_says_so(tmp_path: Path, capsys) -> None:
     images = prepare_images(replace(DATA, meta_validation_size=100))
     expected = measure_teacher(open_teacher(TeacherRecipe(), images.train), images, CPU)
     assert str(expected) in (tmp_path / "r" / "output.txt").read_text()
+    header = read_tensors(tmp_path / "r" / "student.safetensors", "network", 1)[1]
+    assert TrustFigures.from_json(header["provenance"]["trust"])[:4] == expected.figures[:4]
+    assert str(expected) in build_page(read_runs([str(tmp_path / "r")]))
+
+
+def test_a_trial_says_what_its_loss_was_told_of_the_labels_that_are_known(tmp_path: Path) -> None:
+    lkd.save_loss(tmp_path / "x.lkd.safetensors", build_loss(), {})
+    data, train = replace(DATA, label_noise=0.4), TrainRecipe(epochs=1, batch_size=50)
+    recipe = CompareRecipe(data=data, train=train, labelled_size=100)
+    rows = {
+        name: run_trial(recipe, Trial(name, name, ModelRecipe("tiny_cnn"), 0, False), tmp_path / "row.json")
+        for name in (str(tmp_path / "x.lkd.safetensors"), "kd")
+    }
+    learned, kd = rows.values()
+    known = select_labelled(images := prepare_images(data), 100)
+    expected = measure_teacher(open_teacher(TeacherRecipe(), images.train), known, CPU)
+    assert TrustFigures.from_json(learned["trust"])[:4] == expected.figures[:4]
+    assert "trust" not in kd

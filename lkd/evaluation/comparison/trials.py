@@ -381,8 +381,9 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     started = time.perf_counter()
     cost = Cost(place)
     balance = build_balance(balance_of(trial.loss), loss)
-    if loss.reads_trust:
-        loss.set_trust(world.measure(device, recipe.labelled_size))
+    trust = world.measure(device, recipe.labelled_size) if loss.reads_trust else None
+    if trust:
+        loss.set_trust(trust)
     labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
     training = start_training(student, labelled, loss, teacher, train, trial.seed, place, balance=balance)
     weights: list[float] = []
@@ -417,6 +418,8 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
         "peak_mib": cost.peak_mib,
     }
+    if trust:
+        row["trust"] = trust.figures.to_json()
     if weights:
         row["balance_weights"] = weights
     if diverged_at is not None:

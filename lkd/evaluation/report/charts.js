@@ -1,6 +1,8 @@
 "use strict";
 // Line charts in SVG. Text from runs only ever goes through textContent and attributes.
-const WIDTH = 320, HEIGHT = 170, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
+const LEFT = 46, TOP = 8, BOTTOM = 20;
+const SMALL = {width: 320, height: 170, right: 8};
+const NAME = 9;  // height of a line's name: those of worlds have one
 
 function make(tag, attributes = {}, ...children) {
   const svg = ["svg", "path", "line", "text", "circle", "g"].includes(tag);
@@ -64,48 +66,65 @@ function trace(xs, ys, toX, toY, fits) {
   return [path, lone];
 }
 
+// Names beside the ends of lines, moved apart where these are close.
+function nameLines(svg, ends, edge, bottom) {
+  ends.sort((a, b) => a.y - b.y);
+  const places = ends.map(end => end.y);
+  for (let n = 1; n < places.length; n++) places[n] = Math.max(places[n], places[n - 1] + NAME);
+  for (let n = places.length - 1, limit = bottom; n >= 0; n--, limit = places[n + 1] - NAME) places[n] = Math.min(places[n], limit);
+  ends.forEach(({y, name, color}, n) => svg.append(make("path", {class: `leader ${color}`, d: `M${edge} ${y}L${edge + 12} ${places[n]}`}),
+    make("text", {class: `name ${color}`, x: edge + 14, y: places[n] + 3}, name)));
+}
+
 function drawChart(figure, chart, state, axis, labels, lineOf) {
+  const named = chart.series[0].world !== undefined;
+  const size = named ? {width: 600, height: Math.max(250, NAME * chart.series.length + 40), right: 120} : SMALL;
+  const {width, height, right: margin} = size;
+  const nameOf = one => one.world ?? labels[one.run];
   const series = chart.series.filter(one => !state.off.has(one.run));
   const xOf = one => state.clock ? one.seconds.map(seconds => seconds === null ? null : seconds / 60) : one.steps;
   const fits = value => !state.logarithmic || value > 0;
   const strange = series.filter(one => one.strange);
   const prefix = `${chart.group}/`;  // which the heading above says
   const caption = make("figcaption", {}, chart.name.startsWith(prefix) ? chart.name.slice(prefix.length) : chart.name);
-  const notes = strange.map(one => `${labels[one.run]}: ${one.strange} of ${one.total} not finite`);
+  const notes = strange.map(one => `${nameOf(one)}: ${one.strange} of ${one.total} not finite`);
   if (notes.length) caption.append(make("span", {class: "note"}, notes.join("; ")));
-  const svg = make("svg", {class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
+  const svg = make("svg", {class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `${chart.name} over ${axis}: ` +
-      series.map(one => `${labels[one.run]} ends at ${format(one.values.at(-1))}`).join(", ")});
+      series.map(one => `${nameOf(one)} ends at ${format(one.values.at(-1))}`).join(", ")});
   figure.replaceChildren(caption, svg);
   const across = extent(series.map(xOf), () => true), up = extent(series.map(one => one.values), fits);
   if (!across || !up) {
     const reason = series.length ? "no value that can be drawn" : "all of its runs are switched off";
-    svg.append(make("text", {x: WIDTH / 2, y: HEIGHT / 2, "text-anchor": "middle"}, reason));
+    svg.append(make("text", {x: width / 2, y: height / 2, "text-anchor": "middle"}, reason));
     return;
   }
   const [left, right] = across[0] === across[1] ? [across[0] - 1, across[1] + 1] : across;
   const [low, high] = widen(up, state.logarithmic);
   const scale = state.logarithmic ? Math.log10 : value => value;
-  const toX = x => LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT);
-  const toY = y => HEIGHT - BOTTOM - (scale(y) - scale(low)) / (scale(high) - scale(low)) * (HEIGHT - TOP - BOTTOM);
+  const toX = x => LEFT + (x - left) / (right - left) * (width - LEFT - margin);
+  const toY = y => height - BOTTOM - (scale(y) - scale(low)) / (scale(high) - scale(low)) * (height - TOP - BOTTOM);
   for (const value of ticks(low, high, state.logarithmic)) {
-    svg.append(make("line", {class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: toY(value), y2: toY(value)}),
+    svg.append(make("line", {class: "grid", x1: LEFT, x2: width - margin, y1: toY(value), y2: toY(value)}),
       make("text", {x: LEFT - 4, y: toY(value) + 3, "text-anchor": "end"}, format(value)));
   }
   for (const value of ticks(left, right, false)) {
-    svg.append(make("text", {x: toX(value), y: HEIGHT - 6, "text-anchor": "middle"}, format(value)));
+    svg.append(make("text", {x: toX(value), y: height - 6, "text-anchor": "middle"}, format(value)));
   }
+  const lookOf = one => lineOf(named ? one.line : one.run), ends = [];
   for (const one of series) {
-    const [path, lone] = trace(xOf(one), one.values, toX, toY, fits), look = lineOf(one.run);
+    const [path, lone] = trace(xOf(one), one.values, toX, toY, fits), look = lookOf(one), last = one.values.at(-1);
     svg.append(make("path", {class: `line ${look.color}`, "stroke-dasharray": look.dash, d: path, "data-run": one.run}));
     for (const [x, y] of lone) svg.append(make("circle", {class: `point ${look.color}`, cx: x, cy: y, r: 2.5}));
+    if (named && last !== null && fits(last)) ends.push({y: toY(last), name: one.world, color: look.color});
   }
-  watch(figure, svg, series, xOf, state.clock ? "minute" : axis, labels, lineOf, [left, right], toX);
+  nameLines(svg, ends, width - margin, height - BOTTOM);
+  watch(figure, svg, series, xOf, state.clock ? "minute" : axis, nameOf, lookOf, [left, right], toX, size);
 }
 
 // A cursor with the values at the nearest step of each run.
-function watch(figure, svg, series, xOf, axis, labels, lineOf, [left, right], toX) {
-  const cursor = make("line", {class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden"});
+function watch(figure, svg, series, xOf, axis, nameOf, lookOf, [left, right], toX, {width, height, right: margin}) {
+  const cursor = make("line", {class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden"});
   const tip = make("div", {class: "tip", hidden: ""});
   svg.append(cursor);
   figure.append(tip);
@@ -113,7 +132,7 @@ function watch(figure, svg, series, xOf, axis, labels, lineOf, [left, right], to
     value !== null && (best < 0 || Math.abs(value - x) < Math.abs(xs[best] - x)) ? place : best, -1);
   const show = event => {
     const box = svg.getBoundingClientRect();
-    const inside = ((event.clientX - box.left) / box.width * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT);
+    const inside = ((event.clientX - box.left) / box.width * width - LEFT) / (width - LEFT - margin);
     const x = left + Math.min(Math.max(inside, 0), 1) * (right - left);
     const found = series.map(one => ({one, xs: xOf(one), place: nearest(xOf(one), x)})).filter(({place}) => place >= 0);
     if (!found.length) return;
@@ -124,8 +143,8 @@ function watch(figure, svg, series, xOf, axis, labels, lineOf, [left, right], to
     cursor.setAttribute("x2", toX(at));
     cursor.setAttribute("visibility", "visible");
     tip.replaceChildren(make("div", {}, `${axis} ${format(at)}`), ...found.map(({one, xs, place}) => make("div", {},
-      make("b", {class: lineOf(one.run).color}, format(one.values[place])),
-      ` ${labels[one.run]}${xs[place] === at ? "" : ` (at ${format(xs[place])})`}`)));
+      make("b", {class: lookOf(one).color}, format(one.values[place])),
+      ` ${nameOf(one)}${xs[place] === at ? "" : ` (at ${format(xs[place])})`}`)));
     tip.hidden = false;
     tip.style.left = inside < 0.5 ? "auto" : "0";
     tip.style.right = inside < 0.5 ? "0" : "auto";

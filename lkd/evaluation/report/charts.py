@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from lkd.losses.loss import DistillationLoss
 
 STEPPED = {"distill": "step", "teacher": "step", "pool": "step", "meta-train": "outer step"}  # command → its step
 FIRST = ("meta_validation", "reuse", "outer", "loss", "share", "training")  # groups, in this order
+WORLD = re.compile(r"(reuse/)?world/([\w-]+)/(\w+)")  # what is logged of one world
 POINTS, LEAST, MOST = 100_000, 30, 1000  # of a page, and of one curve
 
 
@@ -48,7 +50,8 @@ def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -
     for number, group in enumerate(groups):
         for axis in dict.fromkeys(STEPPED.values()):
             runs = [run for run in group if STEPPED.get(run.command) == axis]
-            names = sorted(dict.fromkeys(name for run in runs for name in run.log.curves), key=rank)
+            every = dict.fromkeys(name for run in runs for name in run.log.curves)
+            names = sorted((name for name in every if not WORLD.fullmatch(name)), key=rank)
             series = {
                 name: [
                     {"run": places[run.label], **describe_curve(run.log.curves[name], run.log.start, points)}
@@ -58,8 +61,22 @@ def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -
                 for name in names
             }
             charts = [{"group": group_of(name), "name": name, "series": series[name]} for name in names]
+            charts += [chart for run in runs for chart in list_world_charts(run, places[run.label], points)]
             sections += [{"data": number, "axis": axis, "charts": charts}] if charts else []
     return sections
+
+
+def list_world_charts(run: RunRecord, place: int, points: int) -> list[dict[str, Any]]:
+    """Of each metric that a meta-training logs by world one chart, with a line for each world, the same in all."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, int] = {}
+    for name, curve in run.log.curves.items():
+        if match := WORLD.fullmatch(name):
+            looks, world, metric = match.groups("")
+            line = lines.setdefault(world, len(lines))
+            series = {"run": place, "world": world, "line": line, **describe_curve(curve, run.log.start, points)}
+            found.setdefault(f"{looks}{metric}", []).append(series)
+    return [{"group": "worlds", "name": f"{run.label}: {metric}", "series": each} for metric, each in found.items()]
 
 
 def group_of(name: str) -> str:

@@ -25,6 +25,7 @@ from lkd.evaluation.report.runs import (
     RunRecord,
     describe_data,
     find_differences,
+    find_trust,
     format_value,
     group_by_data,
     list_dicts,
@@ -36,6 +37,7 @@ from lkd.evaluation.report.runs import (
     read_runs,
     tabulate_learned,
     tabulate_trainings,
+    tabulate_worlds,
     trace_recipe,
 )
 
@@ -163,6 +165,7 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
             ages.setdefault(entry.get("training"), []).append(float(entry["progress"]))
     return {
         "figures": [(key, f"{value:.6g}" if isinstance(value, float) else value) for key, value in figures.items()],
+        "trust": find_trust(run),
         "tables": tables,
         "text": text.read_text(errors="replace") if not tables and text.is_file() else "",
         "pool": list(ages.values()),
@@ -190,6 +193,8 @@ def list_tables(run: RunRecord) -> list[dict[str, Any]]:
         rows = [list(image.values()) for image in images]
         chosen = rows if len(rows) <= 2 * EXTREMES else [*rows[:EXTREMES], *rows[-EXTREMES:]]
         return [make_table(list(images[0]), chosen, above=f"Most helpful first, most harmful last, of {len(rows):,}.")]
+    if run.command == "meta-train" and (worlds := tabulate_worlds(run)):
+        return [make_table(worlds[0], worlds[1:], title="Worlds")]
     if run.command == "compare" and table.is_file():
         return [make_table(*read_comparison(table), notes=read_notes(run.path / "table.txt"))]
     if run.command == "compare":  # no means before all trainings are there

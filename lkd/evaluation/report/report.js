@@ -1,7 +1,7 @@
 // The page: a legend that switches runs on and off in all charts. What is off is in the address: #off=0,2
 const data = JSON.parse(document.getElementById("data").textContent);
 const labels = data.runs.map(run => run.label);
-const DASHES = ["none", "6 3", "2 2", "8 2 2 2"];
+const DASHES = ["none", "6 3", "2 2", "8 2 2 2", "1 3", "12 3"];
 const state = {off: new Set(), clock: false, logarithmic: false};
 const figures = [];
 
@@ -53,7 +53,7 @@ function buildCurves(host) {
     details.open = group !== "throughput";
     details.addEventListener("toggle", redraw);
     for (const chart of charts.filter(chart => chart.group === group)) {
-      const figure = make("figure", {"data-metric": chart.name});
+      const figure = make("figure", {"data-metric": chart.name, class: chart.series[0].world === undefined ? "" : "worlds"});
       figures.push({figure, chart, axis});
       grid.append(figure);
     }

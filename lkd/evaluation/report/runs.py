@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from lkd.core.files import flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
 from lkd.evaluation.comparison.tables import format_figure, format_options
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned, was_learned
+from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.tracking.lineage import list_sources
 from lkd.tracking.run import shorten_paths
 from lkd.tracking.tracker import read_rows
@@ -554,6 +556,44 @@ def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
         reused = [first, best, last, at_best, whose]
         rows.append([run.label, run.network, *reused, *changes, done, run.duration, run.state])
     return [[*header, "outer value", "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
+
+
+def tabulate_worlds(run: RunRecord) -> Table:
+    """A header, the mean, and a row for each world of a meta-training: what fresh students reached with the kept loss.
+
+    The worst regret is first; without a reference loss the worlds are as they were logged. Empty without worlds.
+    """
+    score, curves = "calibrated_cross_entropy", run.log.curves
+    reuse = curves.get(f"reuse/{score}")
+    names = [match[1] for key in curves if (match := re.fullmatch(rf"reuse/world/([^/]+)/{score}", key))]
+    if not names or not reuse or not reuse.finite:
+        return []
+    kept = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
+
+    def read_figures(place: str) -> list[float]:
+        found = [curves.get(f"reuse/{place}{metric}") for metric in ("regret", score, "top1")]
+        return [curve.values[curve.steps.index(kept)] if curve and kept in curve.steps else math.nan for curve in found]
+
+    figures = {name: read_figures(f"world/{name}/") for name in names}
+    order = sorted(figures, key=lambda name: -figures[name][0]) if "reuse/regret" in curves else names
+    rows = []
+    for name, row in [("mean", read_figures("")), *((name, figures[name]) for name in order)]:
+        forms = zip(("{:+.4f}", "{:.4f}", "{:.2f}"), row, strict=True)
+        rows.append([name, *(ABSENT if math.isnan(value) else form.format(value) for form, value in forms)])
+    return [["world", f"regret of the loss after outer step {kept}", "calibrated CE", "top-1 %"], *rows]
+
+
+def find_trust(run: RunRecord) -> str:
+    """What a run's losses were told of teacher and labels, in one line; empty if they were not, or it is not done."""
+    headers = [read_part(read_header(run.path / RESULTS["distill"]), "provenance")] if run.command == "distill" else []
+    if run.command == "compare":
+        headers = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
+    for told in (read_part(header, "trust") for header in headers):
+        try:
+            return str(Trust(TrustFigures.from_json(told)))
+        except (LookupError, TypeError, ValueError):  # none there, or damaged
+            continue
+    return ""
 
 
 def value_after(curve: Curve, kept: int | None) -> float:
