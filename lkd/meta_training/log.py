@@ -176,17 +176,21 @@ def find_kept_row(curve: Sequence[dict[str, Any]], kept_step: int | None) -> dic
     return rows[0] if rows else {}
 
 
-def describe_reuse(best: dict[str, float], steps: int, classes: Mapping[str, int]) -> list[str]:
+def describe_reuse(
+    best: dict[str, float], steps: int, classes: Mapping[str, int], start: str | None = None
+) -> list[str]:
     """Which loss is saved, that of the best look's row, and whether it is worth more than a guess.
 
     Args:
         best: The row.
         steps: Outer steps taken.
         classes: Name → number of classes of each world; "" for the only one.
+        start: The learned loss that it started from; None for fresh networks.
     """
     lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
     if best["step"] == 0:
-        lines[0] += f": the initial one; {NOT_LEARNED}: no later one is better on meta-validation"
+        initial = f"the start, {start}, is kept" if start else f"the initial one; {NOT_LEARNED}"
+        lines[0] += f": {initial}: no later one is better on meta-validation"
     if "regret" in best:
         regrets = {name: best[f"world/{name}/regret"] for name in classes if f"world/{name}/regret" in best}
         worst = max(regrets, key=regrets.__getitem__, default="")

@@ -193,7 +193,8 @@ def save_results(
     pool_trainings = count_pool_trainings(loop.draws, pools, min(loop.step, loop.settings.alternation_start))
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
     kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
-    learned = kept > 0 or not reuse.rows
+    start = loop.settings.start
+    learned = kept > 0 or not reuse.rows or start is not None
     provenance = run.provenance() | {
         "split": images.fingerprint,
         "learned": learned,
@@ -212,7 +213,8 @@ def save_results(
     for line in loop.guard.report():
         run.say(line)
     if reuse.rows:
-        run.say(*describe_reuse(reuse.best_row, loop.step, {w.name: w.images.train.num_classes for w in loop.worlds}))
+        classes = {world.name: world.images.train.num_classes for world in loop.worlds}
+        run.say(*describe_reuse(reuse.best_row, loop.step, classes, start))
     run.say(f"cost: {cost['cost_in_trainings']:.1f} student trainings of {training_seconds:.0f} s")
     run.say(f"{path}: reuse it with lkd.load_loss({str(path)!r})")
 

@@ -19,6 +19,7 @@ from lkd.meta_training.meta_train import meta_train
 from lkd.models.build import build
 from lkd.models.files import save_network
 from lkd.tracking.run import open_run
+from tests.lkd.meta_recipes import SMALL, run_recipe, tiny_recipe
 from tests.lkd.test_configs import ROOT
 from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.test_resume import kill_when_there, run
@@ -142,3 +143,21 @@ def test_the_recipe_of_the_universal_loss_runs() -> None:
     provenance = read_provenance(path)
     assert provenance["hypergradients"]["counted"] == 16
     assert load_loss(path).reads_trust
+
+
+def test_a_start_is_gone_on_from_and_kept_where_nothing_is_better() -> None:
+    recipe = tiny_recipe(SMALL, outer_steps=2, reuse_every=2, learning_rate=0.0, loss={"hidden": 3})
+    first = run_recipe(recipe)
+    for rate, kept in ((0.0, True), (0.3, None)):
+        run_dir = f"adapted-{rate}"
+        path = run_recipe(
+            tiny_recipe(SMALL, run_dir, outer_steps=2, reuse_every=2, learning_rate=rate, start=str(first))
+        )
+        before, after = load_loss(first).state_dict(), load_loss(path).state_dict()
+        assert before.keys() == after.keys(), "the networks are those of the start"
+        said = f"the start, {first}, is kept" in Path(run_dir, "output.txt").read_text()
+        assert said == (digest(before) == digest(after))
+        assert kept in (None, said)
+        assert read_provenance(path)["learned"]
+    with pytest.raises(UserError, match="nowhere"):
+        run_recipe(tiny_recipe(SMALL, "wrong", start="nowhere.safetensors"))
