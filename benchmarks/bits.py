@@ -201,7 +201,7 @@ def import_package(root: Path) -> None:
     """Import the package of a checkout, and what it needs, on one thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # workers take as many threads as there are cores
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # one worker by default
     sys.path[0] = str(root)  # in the place of benchmarks/, also in a comparison's workers
     for name in ("torch", "torchvision", "timm", "safetensors.torch", "scipy.stats", "matplotlib.figure"):
         importlib.import_module(name)

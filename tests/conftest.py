@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # workers' threads would spin for cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # else a worker for each core
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
 

@@ -152,17 +152,18 @@ def preload_workers(module: str) -> None:
 
 
 @contextmanager
-def start_workers(count: int, device: Any = None) -> Iterator[ProcessPoolExecutor]:
+def start_workers(count: int, device: Any = None, threads: int = 0) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes; unfinished work is dropped on leaving by an exception.
 
     Args:
         count: How many; 0 means one for every CPU core, or for every GPU.
         device: Where they will work: `cuda` without a number for all GPUs.
+        threads: CPU threads of each; see `count_threads`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or count_gpus(str(device)) or cores
     executor = ProcessPoolExecutor(
-        count, CONTEXT, initializer=prepare_worker, initargs=(max(1, cores // count), CONTEXT.Value("i", 0))
+        count, CONTEXT, initializer=prepare_worker, initargs=(count_threads(threads), CONTEXT.Value("i", 0))
     )
     try:
         yield executor
@@ -179,8 +180,16 @@ def start_workers(count: int, device: Any = None) -> Iterator[ProcessPoolExecuto
     executor.shutdown()
 
 
+def count_threads(threads: int) -> int:
+    """CPU threads of a worker, by a recipe's `threads`: 0 is one.
+
+    It decides digits, as sums are taken in another order. So it must not depend on how many workers there are.
+    """
+    return threads or 1
+
+
 def prepare_worker(threads: int, counter: Any) -> None:
-    """Leave Ctrl-C to the parent, go when it goes, share the cores, take a number."""
+    """Leave Ctrl-C to the parent, go when it goes, take threads and a number."""
     global worker_number
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -13,7 +13,7 @@ from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.core.tensor_files import drop_damaged, read_result, write_result
-from lkd.core.workers import finish_all, own_device, start_workers
+from lkd.core.workers import count_threads, finish_all, own_device, start_workers
 from lkd.evaluation.comparison.compare import finish_trials
 from lkd.evaluation.comparison.trials import (
     Trial,
@@ -93,6 +93,7 @@ def find_students(pool: list[dict[str, Any]], age: float, total_steps: int) -> l
 def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> Path:
     """Where a draw's result lies: named by all that decides it."""
     names = {label: loss.get("name") if isinstance(loss, dict) else loss for label, loss in recipe.losses.items()}
+    threads = count_threads(recipe.threads)
     identity = {
         "format": ROW_FORMAT,
         "draw": draw,
@@ -105,6 +106,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
         "train": dataclasses.asdict(recipe.train),
         "pool": hash_content(str(pool / INDEX)),
         "seed": recipe.seed,
+        **({"threads": threads} if threads != 1 else {}),
     }
     name = f"{draw.annealing}-K{draw.steps}-age{draw.age:g}-draw{draw.number}-{hash_identity(identity)}.json"
     return folder / "rollouts" / name
@@ -155,7 +157,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
             for objective, scores in values.items():
                 value = float(OBJECTIVES[objective](logits, outer_batch.target))
                 scores[label] = value if math.isfinite(value) else math.inf  # it diverged
-    row = {**draw._asdict(), "progress": start.progress, "values": values}
+    row = {**draw._asdict(), "progress": start.progress, "threads": torch.get_num_threads(), "values": values}
     write_result(path, row)
     return row
 
@@ -189,7 +191,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     pool = pool or make_pool(recipe, world, student, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
-    with start_workers(recipe.workers, run.device) as workers:
+    with start_workers(recipe.workers, run.device, recipe.threads) as workers:
         trainings = plan_trainings(recipe)
         finish_trials(as_comparison(recipe), trainings, run, workers, "full trainings")
         draws = {
@@ -211,7 +213,12 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
 def as_comparison(recipe: FidelityRecipe) -> CompareRecipe:
     """The full trainings as a comparison's, so that they are run and kept as those are."""
     return CompareRecipe(
-        data=recipe.data, teacher=recipe.teacher, train=recipe.train, methods=recipe.losses, students=[recipe.student]
+        data=recipe.data,
+        teacher=recipe.teacher,
+        train=recipe.train,
+        methods=recipe.losses,
+        students=[recipe.student],
+        threads=recipe.threads,
     )
 
 

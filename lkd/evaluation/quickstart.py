@@ -14,10 +14,10 @@ from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
-from lkd.core.workers import finish_all, start_workers
+from lkd.core.workers import count_threads, finish_all, start_workers
 from lkd.evaluation.comparison.compare import submit
 from lkd.evaluation.comparison.tables import UNLEARNED, format_figure, name_method, write_results
-from lkd.evaluation.comparison.trials import pick_options, plan_report, plan_tuning, trial_path
+from lkd.evaluation.comparison.trials import describe_other_threads, pick_options, plan_report, plan_tuning, trial_path
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, load_loss, mark_unlearned, read_provenance
@@ -79,6 +79,7 @@ def share_fields(recipe: QuickstartRecipe, setting: str) -> dict[str, Any]:
     return {
         "seed": recipe.seed,
         "device": recipe.device,
+        "threads": recipe.threads,
         "train": dataclasses.replace(train, epochs=2) if recipe.short else train,
         "data": DataRecipe(train_size=size, meta_validation_size=size, label_noise=values.get("label_noise", 0.0)),
         "teacher": TeacherRecipe(random_answers=values.get("random_answers", 0.0)),
@@ -234,13 +235,15 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     )
     phases: dict[str, float] = {}
     device = str(run.device)
-    with start_workers(recipe.workers) as workers:
+    with start_workers(recipe.workers, threads=recipe.threads) as workers:
         jobs: dict[Future[Any], str] = {
             workers.submit(learn_in_worker, meta_recipe(recipe, setting, run.path)): setting
             for setting in SETTINGS
             if not loss_path(run.path, setting).exists()
         }
         for setting, compare in compare_recipes.items():
+            paths = [trial_path(compare, trial, run.path / setting) for trial in plan_tuning(compare)]
+            run.say(*describe_other_threads(paths))
             jobs |= submit(compare, plan_tuning(compare), run.path / setting, workers, device)
         finish_all(jobs, describe_job, "learn losses, tune KD")
         phases["learn_and_tune"] = time.time() - started
@@ -278,7 +281,12 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     result = evidence(
         "lkd quickstart" + (" --short" if recipe.short else ""),
         run.provenance()["environment"],
-        figures_of(tables) | {"seeds": recipe.seeds, "seconds_total": round(sum(phases.values()), 1)},
+        figures_of(tables)
+        | {
+            "seeds": recipe.seeds,
+            "threads": count_threads(recipe.threads),
+            "seconds_total": round(sum(phases.values()), 1),
+        },
     )
     write_json(run.path / "result.json", result)
     run.tracker.log(0, **result["figures"])

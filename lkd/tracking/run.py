@@ -21,7 +21,7 @@ from lkd.tracking.tracker import Tracker
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
-MAY_DIFFER_ON_RESUME = {  # what does not change results
+MAY_DIFFER_ON_RESUME = {  # what does not change results; threads change their last digits
     *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join"),
     *("data.root", "data.workers", "data.read_timeout"),
     *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json, write_json
+from lkd.core.workers import start_workers
 from lkd.evaluation.comparison.compare import check_methods, compare
 from lkd.evaluation.comparison.tables import (
     find_published,
@@ -55,7 +57,7 @@ def _one_process(monkeypatch) -> None:
     """No worker processes: starting them takes longer than their work."""
 
     @contextmanager
-    def start_thread(count: int, device: object):
+    def start_thread(count: int, device: object, threads: int):
         with ThreadPoolExecutor(1) as executor:
             yield executor
 
@@ -234,6 +236,35 @@ def test_published_numbers_stand_beside_ours_only_where_the_whole_protocol_is_th
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Trials: their place, their cost, their results.
+
+
+def test_workers_have_the_threads_that_are_asked_for_however_many_they_are(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    given = []
+    monkeypatch.setattr(
+        "lkd.core.workers.ProcessPoolExecutor",
+        lambda *_, initargs, **__: given.append(initargs[0]) or ThreadPoolExecutor(),
+    )
+    for count, threads in ((1, 0), (2, 0), (4, 0), (1, 2), (4, 2)):
+        with start_workers(count, threads=threads):
+            pass
+    assert given == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_the_number_of_threads_is_part_of_a_trial_and_stands_in_its_results(capsys) -> None:
+    learned = {"methods": {"CE": "cross_entropy"}, "baseline": "CE", "seeds": 1, "train": TrainRecipe(epochs=1)}
+    for threads, said in ((1, ""), (2, "1 with 1"), (3, "1 with 1, 1 with 2"), (1, "")):
+        with open_run(tiny_recipe(threads=threads, resume="auto", **learned), "compare") as run:
+            compare(tiny_recipe(threads=threads, **learned), run)
+        printed = capsys.readouterr().out
+        assert ("are not used" in printed) == bool(said)
+        assert said in printed
+        assert read_json(run.path / "result.json")["figures"]["threads"] == threads
+        assert f"CPU threads of each training: {threads}." in (run.path / "table.txt").read_text()
+    assert sorted(read_json(path)["threads"] for path in run.path.glob("cells/*.json")) == [1, 2, 3]
+    trial = Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=True)
+    assert trial_path(tiny_recipe(), trial, Path()) == trial_path(tiny_recipe(threads=1), trial, Path())
 
 
 def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:

@@ -27,7 +27,7 @@ def test_the_figures_file_is_complete(quickstart: Path) -> None:
         for student in ("seen", "unseen")
         for suffix in ("", "_noisy", "_bad_teacher")
     ]
-    assert set(result["figures"]) == {*names, *(f"{name}_se" for name in names), "seeds", "seconds_total"}
+    assert set(result["figures"]) == {*names, *(f"{name}_se" for name in names), "seeds", "threads", "seconds_total"}
     assert all(0 <= result["figures"][name] <= 100 for name in names)
     table = (quickstart / "clean" / "table.txt").read_text()
     assert f"{result['figures']['learned_seen']:.2f} ± " in table

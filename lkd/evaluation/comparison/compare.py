@@ -20,6 +20,7 @@ from lkd.evaluation.comparison.trials import (
     World,
     balance_of,
     check_tuning,
+    describe_other_threads,
     expand_grid,
     open_world,
     pick_options,
@@ -49,7 +50,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     run.say(introduce_teacher(world.teacher, world.images, run.device))
     unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
     run.say(*(f"methods.{label}: {UNLEARNED}" for label in unlearned))
-    with start_workers(recipe.workers, run.device) as workers:
+    with start_workers(recipe.workers, run.device, recipe.threads) as workers:
         finish_trials(recipe, plan_tuning(recipe), run, workers, "tune")
         picks = pick_options(recipe, run.path)
         finish_trials(recipe, plan_report(recipe, picks), run, workers, "train")
@@ -110,6 +111,7 @@ def finish_trials(
     """
     paths = {trial_path(recipe, trial, run.path): trial for trial in trials}
     drop_damaged(paths, run.say)
+    run.say(*describe_other_threads(paths))
     watch = LeaseWatch()
     told = False
     while missing := [path for path in paths if not path.exists()]:

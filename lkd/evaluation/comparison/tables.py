@@ -98,7 +98,7 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
         One row for each method and student: `last`, `best` and `difference` (last, to the baseline, seed by seed), each
         (mean, standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
         `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
-        (None where it was not measured); `loss_parameters`; `loss`; `learned` (None of a
+        (None where it was not measured); `threads`, `loss_parameters`; `loss`; `learned` (None of a
         hand-made one).
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
@@ -122,6 +122,7 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
                 "difference": (0.0, 0.0) if method == baseline else mean_and_error(differences),
                 "interval": confidence_interval(differences),
                 "differences": differences,
+                "threads": trials[0].get("threads"),
                 "steps_per_second": statistics.median(row["steps_per_second"] for row in trials),
                 "loss_parameters": trials[0]["loss_parameters"],
                 "peak_mib": statistics.median(peaks) if peaks else None,
@@ -192,7 +193,9 @@ def list_rows(table: list[Row]) -> list[Row]:
         for name in ("last", "best", "difference"):
             record |= {name: row[name][0], f"{name}_se": row[name][1]}
         record |= {"interval_low": row["interval"][0], "interval_high": row["interval"][1]}
-        record |= {n: row[n] for n in ("seeds", "tuned_over", "steps_per_second", "loss_parameters", "peak_mib")}
+        record |= {
+            n: row[n] for n in ("seeds", "tuned_over", "threads", "steps_per_second", "loss_parameters", "peak_mib")
+        }
         published = row["published"] or {}
         record |= {"published": published.get("accuracy"), "published_source": published.get("source")}
         records.append({name: None if value != value else value for name, value in record.items()})
@@ -210,7 +213,11 @@ def list_trials(rows: list[Row]) -> list[Row]:
             | {f"test_{name}": f"{row[name]['top1']:.4f}" for name in ("last", "best")}
             | {"meta_validation_last": f"{row['meta_validation']['top1']:.4f}", "best_step": row["best_step"]}
             | {"diverged_at": row.get("diverged_at", ""), "seconds": f"{row['seconds']:.1f}"}
-            | {"steps_per_second": f"{row['steps_per_second']:.2f}", "loss_parameters": row["loss_parameters"]}
+            | {
+                "threads": row.get("threads", ""),
+                "steps_per_second": f"{row['steps_per_second']:.2f}",
+                "loss_parameters": row["loss_parameters"],
+            }
             | {"peak_mib": "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"}
         )
     return records
@@ -306,6 +313,7 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         "difference by Student's t. Best: the epoch that is best on meta-validation.",
         "Cost: medians over seeds; steps/s and peak memory of the training steps alone, evaluation left out, on a "
         "machine shared by all workers; peak above what images, teacher and loss take.",
+        f"CPU threads of each training: {', '.join(sorted({str(row.get('threads', 'not written')) for row in rows}))}.",
     ]
     tuned = {row["method"]: row["tuned_over"] for row in table}
     if any(tuned.values()):
@@ -330,6 +338,8 @@ def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
     """The figures of `result.json`: test accuracy, percent, last epoch; the first student's have no student's name."""
     first = table[0]["student"]
     figures: dict[str, float] = {"methods": len({row["method"] for row in table}), "seeds": table[0]["seeds"]}
+    if table[0]["threads"]:
+        figures["threads"] = table[0]["threads"]
     for row in table:
         key = figure_key(row["method"]) + ("" if row["student"] == first else f"_{figure_key(row['student'])}")
         minus = f"{key}_minus_{figure_key(baseline)}"

@@ -3,13 +3,15 @@
 import ctypes
 import dataclasses
 import gc
+import glob
 import hashlib
 import itertools
 import json
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import find_pretrained, hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
-from lkd.core.workers import hold_lease, own_device
+from lkd.core.workers import count_threads, hold_lease, own_device
 from lkd.losses.build import is_learned
 from lkd.losses.learned.file import LossFile, was_learned
 from lkd.losses.learned.trust import Trust
@@ -233,7 +235,10 @@ class Trial:
 
 
 def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
-    """Where a trial's result lies: named by all that decides it, so that a changed recipe never finds an old result."""
+    """Where a trial's result lies: named by all that decides it, so that a changed recipe never finds an old result.
+
+    The number of threads, unless it is one, is the name's end, so that `describe_other_threads` finds the others.
+    """
     train = dataclasses.asdict(split_method(trial.loss, recipe.train)[1])
     learned = hash_content(trial.loss["name"] if isinstance(trial.loss, dict) else trial.loss)
     weights = hash_content(str(trial.loss.get("weights"))) if isinstance(trial.loss, dict) else None
@@ -250,7 +255,20 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
         identity["balance"] = balance_of(trial.loss)
     kind = "report" if trial.reported else "tune"
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
-    return folder / "cells" / f"{kind}-{label}-{trial.student.name}-seed{trial.seed}-{hash_identity(identity)}.json"
+    threads = count_threads(recipe.threads)
+    end = hash_identity(identity) + (f"-threads{threads}" if threads != 1 else "")
+    return folder / "cells" / f"{kind}-{label}-{trial.student.name}-seed{trial.seed}-{end}.json"
+
+
+def describe_other_threads(paths: Iterable[Path]) -> list[str]:
+    """A line where results that are missing are there with other numbers of threads: those are not read."""
+    found: Counter[int] = Counter()
+    for path in paths:
+        stem = re.sub(r"-threads\d+$", "", path.stem)
+        others = [] if path.exists() else path.parent.glob(f"{glob.escape(stem)}*.json")
+        found.update(int(other.stem.removeprefix(f"{stem}-threads")) if other.stem != stem else 1 for other in others)
+    counts = ", ".join(f"{count} with {threads}" for threads, count in sorted(found.items()))
+    return [f"threads: trainings with another number, which decides digits, are not used: {counts}"] if found else []
 
 
 def identify_world(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
@@ -413,6 +431,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         "meta_validation": figures,
         "best_step": best.get("step", 0),
         "seconds": time.perf_counter() - started,
+        "threads": torch.get_num_threads(),
         "steps_per_second": training.step / cost.seconds,
         "learned": was_method_learned(trial.loss),
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
