@@ -552,7 +552,8 @@ def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
         curves = [run.log.curves.get(name) for name in ("outer/value", "loss/weight", "loss/temperature")]
         changes = [f"{curve.values[0]:.3g} → {value_after(curve, kept):.3g}" if curve else ABSENT for curve in curves]
         done = f"{curves[0].steps[-1]} of {run.settings.get('meta.outer_steps', ABSENT)}" if curves[0] else ABSENT
-        whose = {None: "the last", 0: f"the initial one: {NOT_LEARNED}"}.get(kept, f"after step {kept}")
+        initial = "the start" if run.settings.get("meta.start") else f"the initial one: {NOT_LEARNED}"
+        whose = {None: "the last", 0: initial}.get(kept, f"after step {kept}")
         reused = [first, best, last, at_best, whose]
         rows.append([run.label, run.network, *reused, *changes, done, run.duration, run.state])
     return [[*header, "outer value", "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
