@@ -126,9 +126,12 @@ class LearnedLoss(DistillationLoss):
     def update_trust(self, student: nn.Module) -> None:
         """Measure the student's own accuracy anew, on the meta-validation images of `set_trust`, if it is read."""
         if self.looks and self.reads_trust:
-            accuracy = measure_own_accuracy(student, self.looks)
-            for part in self.forms():
-                part.trust[-1] = accuracy
+            self.tell_accuracy(measure_own_accuracy(student, self.looks))
+
+    def tell_accuracy(self, accuracy: float) -> None:
+        """Give the parts the student's own accuracy."""
+        for part in self.forms():
+            part.trust[-1] = accuracy
 
     def at(self, progress: Progress) -> "LearnedLoss":
         """The loss in charge at this progress: itself."""
@@ -198,9 +201,11 @@ class ReplayedLoss(DistillationLoss):
             loss.set_trust(trust)
 
     def update_trust(self, student: nn.Module) -> None:
-        """Let each loss measure the student's own accuracy anew."""
-        for loss in self.losses:
-            loss.update_trust(student)
+        """Measure the student's own accuracy anew, once for all losses."""
+        if self.losses[0].looks and self.reads_trust:
+            accuracy = measure_own_accuracy(student, self.losses[0].looks)
+            for loss in self.losses:
+                loss.tell_accuracy(accuracy)
 
     def at(self, progress: Progress) -> LearnedLoss:
         """The loss in charge at this progress; a `ValueError` if that is None or not in [0, 1]."""
