@@ -25,7 +25,7 @@ from lkd.config.worlds import expand_worlds
 from lkd.core.files import write_json
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
-from lkd.evaluation.comparison.trials import Method, Trial, open_world, run_trial, trial_path
+from lkd.evaluation.comparison.trials import Method, Trial, open_inputs, run_trial, trial_path
 from lkd.losses.learned.trust import TrustFigures
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def main() -> int:
 
 def measure(recipe: CompareRecipe) -> TrustFigures:
     """What a loss is told in this world."""
-    return open_world(recipe).measure("cpu").figures
+    return open_inputs(recipe).measure("cpu").figures
 
 
 def read_worlds(path: Path, data: Path) -> tuple[dict[str, StudentRecipe], list[float]]:

@@ -17,11 +17,11 @@ from lkd.core.workers import count_threads, finish_all, own_device, start_worker
 from lkd.evaluation.comparison.compare import finish_trials
 from lkd.evaluation.comparison.trials import (
     Trial,
-    World,
+    TrialInputs,
     hash_content,
     hash_identity,
-    identify_world,
-    open_world,
+    identify_inputs,
+    open_inputs,
     trial_path,
 )
 from lkd.evaluation.fidelity_results import list_objectives, write_results
@@ -33,8 +33,7 @@ from lkd.meta_training.rollouts import (
     compute_outer_logits,
     list_inner_batches,
 )
-from lkd.pool.pool import INDEX, Pool, build_pool, open_pool
-from lkd.pool.pool import World as PoolWorld
+from lkd.pool.pool import INDEX, Pool, World, build_pool, open_pool
 from lkd.tracking.run import Run
 from lkd.training.build import (
     LossBuilder,
@@ -101,7 +100,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
         "objectives": list_objectives(recipe),
         "outer_batch_size": recipe.outer_batch_size,
         "rollout_epochs": recipe.rollout_epochs,
-        **identify_world(recipe),
+        **identify_inputs(recipe),
         "student": dataclasses.asdict(recipe.student),
         "train": dataclasses.asdict(recipe.train),
         "pool": hash_content(str(pool / INDEX)),
@@ -116,21 +115,21 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     """Roll out every loss of one draw, as meta-training does, and write `values[objective][loss label]`."""
     device = own_device(device)
     place = torch.device(device)
-    world = open_world(recipe)
-    images = world.images
+    inputs = open_inputs(recipe)
+    images = inputs.images
     builder = choose_student(recipe.student, images.train)
     losses = {
-        label: prepare_loss(loss, builder, world.teacher, images, recipe.seed).to(place)
+        label: prepare_loss(loss, builder, inputs.teacher, images, recipe.seed).to(place)
         for label, loss in recipe.losses.items()
     }
     stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
-    teacher = world.answers(device, tuple(stages))
+    teacher = inputs.answers(device, tuple(stages))
     student = builder.build(recipe.seed, place).train()
     start = open_pool(pool_folder, images, builder.architecture).read(draw.student, student)
     student.load_state_dict({**start.state.parameters, **start.state.buffers})
     for loss in losses.values():
         if loss.reads_trust:
-            loss.set_trust(world.measure(device))
+            loss.set_trust(inputs.measure(device))
             loss.update_trust(student)
     generator = seeded_generator(recipe.seed, 6, draw.number)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -179,16 +178,16 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         UserError: If the recipe, the data, the teacher or the pool is not good.
         Interrupted: On Ctrl-C or SIGTERM; finished trainings and rollouts stay.
     """
-    world = open_world(recipe)
-    images = world.images
+    inputs = open_inputs(recipe)
+    images = inputs.images
     total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
     student = choose_student(recipe.student, images.train)
-    check_recipe(recipe, world, student, total_steps)
+    check_recipe(recipe, inputs, student, total_steps)
     pool = open_pool(Path(recipe.pool_dir), images, student.architecture) if recipe.pool_dir else None
     check_ages(recipe, pool, total_steps)
     run.say(introduce_network("student", student, images, run.device))
-    run.say(introduce_teacher(world.teacher, images, run.device))
-    pool = pool or make_pool(recipe, world, student, run)
+    run.say(introduce_teacher(inputs.teacher, images, run.device))
+    pool = pool or make_pool(recipe, inputs, student, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
     with start_workers(recipe.workers, run.device, recipe.threads) as workers:
@@ -231,15 +230,15 @@ def plan_trainings(recipe: FidelityRecipe) -> list[Trial]:
     ]
 
 
-def make_pool(recipe: FidelityRecipe, world: World, student: StudentBuilder, run: Run) -> Pool:
+def make_pool(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder, run: Run) -> Pool:
     """Build the pool in the run directory."""
-    losses = LossBuilder(recipe.pool.loss, world.teacher, world.images)
-    teacher = world.answers(str(run.device), losses.build(student, recipe.seed).teacher_stages)
-    trained_in = PoolWorld(world.images, teacher, student, recipe.train, recipe.seed, run.device)
+    losses = LossBuilder(recipe.pool.loss, inputs.teacher, inputs.images)
+    teacher = inputs.answers(str(run.device), losses.build(student, recipe.seed).teacher_stages)
+    trained_in = World(inputs.images, teacher, student, recipe.train, recipe.seed, run.device)
     return build_pool(trained_in, recipe.pool, losses.build, run.path / "pool", run)
 
 
-def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, total_steps: int) -> None:
+def check_recipe(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder, total_steps: int) -> None:
     """Check everything but the ages, before any training.
 
     Raises:
@@ -252,7 +251,7 @@ def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, 
     for objective in list_objectives(recipe):
         check_choice("objectives", objective, OBJECTIVES)
     build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
-    check_losses(recipe, world, student)
+    check_losses(recipe, inputs, student)
     for steps in recipe.rollout_lengths:
         longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)
         if "constant" in recipe.annealing and steps > longest:
@@ -263,7 +262,7 @@ def check_recipe(recipe: FidelityRecipe, world: World, student: StudentBuilder, 
             )
 
 
-def check_losses(recipe: FidelityRecipe, world: World, student: StudentBuilder) -> None:
+def check_losses(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder) -> None:
     """Check the losses to rank.
 
     Raises:
@@ -277,7 +276,7 @@ def check_losses(recipe: FidelityRecipe, world: World, student: StudentBuilder) 
             for key in ("grid", "train"):
                 if isinstance(specification, dict) and key in specification:
                     raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
-            loss = prepare_loss(specification, student, world.teacher, world.images, recipe.seed)
+            loss = prepare_loss(specification, student, inputs.teacher, inputs.images, recipe.seed)
             if loss.needs_index or any(p.requires_grad for p in loss.parameters()):
                 raise UserError(
                     "has parts that are trained along with the student, which a student of the pool has not; "

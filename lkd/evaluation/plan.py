@@ -159,7 +159,7 @@ def count_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class World:
+class PlannedWorld:
     """What the steps of a recipe meet.
 
     Attributes:
@@ -209,7 +209,7 @@ class Counted(NamedTuple):
     parameters: dict[str, int]
 
 
-def count_step(world: World, model: ModelRecipe, loss: dict[str, Any] | str, size: int) -> Counted:
+def count_step(world: PlannedWorld, model: ModelRecipe, loss: dict[str, Any] | str, size: int) -> Counted:
     """Take two steps of a training with batches of this size; the second one, with momentum there, is counted."""
     train, shapes, precision = world.recipe.train, world.images.train, choose_precision(world.recipe)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bfloat16")
@@ -245,7 +245,7 @@ def count_step(world: World, model: ModelRecipe, loss: dict[str, Any] | str, siz
     return Counted(counter.flops, counter.seconds, counter.peak + average, parameters)
 
 
-def count_hypergradient(world: World, model: ModelRecipe, estimator: str) -> Counted:
+def count_hypergradient(world: PlannedWorld, model: ModelRecipe, estimator: str) -> Counted:
     """Count short rollouts, and follow the line through them to the recipe's length."""
     length = world.meta.rollout_steps
     short, long = (min(length, each) for each in LENGTHS)
@@ -255,7 +255,9 @@ def count_hypergradient(world: World, model: ModelRecipe, estimator: str) -> Cou
     return Counted({estimator: flops}, {estimator: seconds}, max(peaks), {})
 
 
-def count_rollout(world: World, model: ModelRecipe, estimator: str, length: int) -> tuple[float, float, int, int]:
+def count_rollout(
+    world: PlannedWorld, model: ModelRecipe, estimator: str, length: int
+) -> tuple[float, float, int, int]:
     """FLOPs and seconds of one hypergradient in float32; peaks of the teacher's answers and of the estimator, bytes."""
     meta, train, shapes = world.meta, world.recipe.train, world.images.train
     counter = OperationCounter(GPUS[world.recipe.gpu], "float32")
@@ -283,7 +285,7 @@ def count_rollout(world: World, model: ModelRecipe, estimator: str, length: int)
     return counter.flops[estimator], counter.seconds[estimator], teacher_peak, counter.peak
 
 
-def build_loss_networks(world: World) -> DistillationLoss:
+def build_loss_networks(world: PlannedWorld) -> DistillationLoss:
     """The loss networks that a meta-training learns."""
     recipe, shapes = world.recipe, world.images.train
     students = [choose_student(model, shapes) for model in recipe.students or [recipe.student]]
@@ -356,7 +358,7 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
 class PlannedTraining:
     """One training: in a world, of one of its students."""
 
-    world: World
+    world: PlannedWorld
     model: ModelRecipe
     step: Counted
 
@@ -383,7 +385,7 @@ class PlannedTraining:
         return named | {"batch_size": recipe.train.batch_size, "steps": self.steps, "hours": float(f"{self.hours:.4g}")}
 
 
-def count_trainings(worlds: Sequence[World]) -> list[PlannedTraining]:
+def count_trainings(worlds: Sequence[PlannedWorld]) -> list[PlannedTraining]:
     """Count the step of each world's students; worlds whose steps are the same share the count."""
     steps: dict[str, Counted] = {}
     trainings = []
@@ -396,7 +398,7 @@ def count_trainings(worlds: Sequence[World]) -> list[PlannedTraining]:
     return trainings
 
 
-def identify_step(world: World, model: ModelRecipe) -> str:
+def identify_step(world: PlannedWorld, model: ModelRecipe) -> str:
     """What two worlds share if a step of theirs takes the same."""
     train, shapes = world.recipe.train, world.images.train
     batch = train.batch_size, train.accumulation, train.precision, bool(train.ema_decay), bool(train.momentum)
@@ -420,7 +422,7 @@ def span(numbers: Iterable[int]) -> int | str:
     return found[0] if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
-def open_worlds(recipe: PlanRecipe, is_learned: bool) -> list[World]:
+def open_worlds(recipe: PlanRecipe, is_learned: bool) -> list[PlannedWorld]:
     """The worlds that a meta-training's recipe lists and draws, or the recipe as the only one; see `open_world`."""
     if not is_learned:
         return [open_world(recipe, False)]
@@ -436,7 +438,7 @@ def open_worlds(recipe: PlanRecipe, is_learned: bool) -> list[World]:
     return worlds
 
 
-def open_world(recipe: PlanRecipe, is_learned: bool, name: str = "") -> World:
+def open_world(recipe: PlanRecipe, is_learned: bool, name: str = "") -> PlannedWorld:
     """Check a recipe, count its images, and name the networks whose weights a plan does not read.
 
     Raises:
@@ -474,7 +476,7 @@ def open_world(recipe: PlanRecipe, is_learned: bool, name: str = "") -> World:
     images, count, decoded = count_images(recipe.data)
     if not 1 <= train.batch_size <= count:
         raise UserError(f"train.batch_size: {train.batch_size} is not between 1 and the {count} training images")
-    return World(untrained, meta, pool, pool.loss if is_learned else recipe.loss, images, count, decoded, name)
+    return PlannedWorld(untrained, meta, pool, pool.loss if is_learned else recipe.loss, images, count, decoded, name)
 
 
 def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
@@ -543,7 +545,7 @@ def add_outer_loop(plan: dict[str, Any], trainings: Sequence[PlannedTraining]) -
     plan["images_per_second"] = max(plan["images_per_second"], rate)
 
 
-def plan_cache(world: World, hours: float) -> dict[str, Any]:
+def plan_cache(world: PlannedWorld, hours: float) -> dict[str, Any]:
     """Size of a cache of the teacher's answers (`lkd cache`) to N augmentations of every image, and what it saves.
 
     Filling it takes N epochs of the teacher, as a training of N epochs would: from the epoch after on it saves the

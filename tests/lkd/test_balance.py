@@ -11,7 +11,7 @@ from lkd.balance.rules import DTOKDBalance, DynamicBalance, Moment
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.evaluation.comparison.compare import check_methods
-from lkd.evaluation.comparison.trials import Trial, balance_of, expand_grid, open_world, split_method, trial_path
+from lkd.evaluation.comparison.trials import Trial, balance_of, expand_grid, open_inputs, split_method, trial_path
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
@@ -160,7 +160,7 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
     wrong = {"name": "kd", "balance": {"name": "dynamic", "grwth": 1.0}}
     recipe = CompareRecipe(methods={"A": wrong}, baseline="A")
     with pytest.raises(UserError, match=r"methods\.A: balance 'dynamic': .*'grwth'"):
-        check_methods(recipe, open_world(recipe))
+        check_methods(recipe, open_inputs(recipe))
 
 
 @pytest.mark.parametrize(

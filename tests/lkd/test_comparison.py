@@ -35,7 +35,7 @@ from lkd.evaluation.comparison.trials import (
     Trial,
     choose_points,
     expand_grid,
-    open_world,
+    open_inputs,
     pick_options,
     plan_report,
     plan_tuning,
@@ -157,7 +157,7 @@ def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their
 def test_a_mistake_is_one_line_before_any_training(changes: dict, named: str) -> None:
     recipe = tiny_recipe(**changes)
     with pytest.raises(UserError, match=named):
-        check_methods(recipe, open_world(recipe))
+        check_methods(recipe, open_inputs(recipe))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

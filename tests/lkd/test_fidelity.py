@@ -15,7 +15,7 @@ from lkd.config import DataRecipe, FidelityRecipe, PoolSettings, TrainRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
-from lkd.evaluation.comparison.trials import open_world
+from lkd.evaluation.comparison.trials import open_inputs
 from lkd.evaluation.fidelity import check_ages, check_recipe
 from lkd.evaluation.fidelity_results import Setting, SettingFidelity, average_ages, recommend, write_results
 from lkd.tracking.run import open_run
@@ -172,7 +172,7 @@ def small_recipe(**changes) -> FidelityRecipe:
 
 
 def check(recipe: FidelityRecipe, total_steps: int = 100) -> None:
-    world = open_world(recipe)
+    world = open_inputs(recipe)
     check_recipe(recipe, world, choose_student(recipe.student, world.images.train), total_steps)
     check_ages(recipe, None, total_steps)
 

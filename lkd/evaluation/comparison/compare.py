@@ -17,12 +17,12 @@ from lkd.evaluation.comparison.tables import UNLEARNED, figures_of, format_optio
 from lkd.evaluation.comparison.trials import (
     Row,
     Trial,
-    World,
+    TrialInputs,
     balance_of,
     check_tuning,
     describe_other_threads,
     expand_grid,
-    open_world,
+    open_inputs,
     pick_options,
     plan_report,
     plan_tuning,
@@ -43,11 +43,11 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     Returns:
         The table's rows.
     """
-    world = open_world(recipe)
-    check_methods(recipe, world)
-    students = [choose_student(student, world.images.train) for student in recipe.students]
-    run.say(*(introduce_network("student", student, world.images, run.device) for student in students))
-    run.say(introduce_teacher(world.teacher, world.images, run.device))
+    inputs = open_inputs(recipe)
+    check_methods(recipe, inputs)
+    students = [choose_student(student, inputs.images.train) for student in recipe.students]
+    run.say(*(introduce_network("student", student, inputs.images, run.device) for student in students))
+    run.say(introduce_teacher(inputs.teacher, inputs.images, run.device))
     unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
     run.say(*(f"methods.{label}: {UNLEARNED}" for label in unlearned))
     with start_workers(recipe.workers, run.device, recipe.threads) as workers:
@@ -63,7 +63,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe, world: World) -> None:
+def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
 
     Raises:
@@ -79,9 +79,9 @@ def check_methods(recipe: CompareRecipe, world: World) -> None:
         for point in expand_grid(method):
             loss, train = split_method(point, recipe.train)
             try:
-                losses = LossBuilder(loss, world.teacher, world.images)
+                losses = LossBuilder(loss, inputs.teacher, inputs.images)
                 for student in recipe.students:
-                    built = losses.build(choose_student(student, world.images.train), recipe.seed)
+                    built = losses.build(choose_student(student, inputs.images.train), recipe.seed)
                 build_balance(balance_of(point), built)
                 build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
             except UserError as error:

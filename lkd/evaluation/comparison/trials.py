@@ -245,7 +245,7 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
     identity = {
         "format": ROW_FORMAT,
         "cell": dataclasses.asdict(trial) | ({"loss": learned} if learned else {}),
-        **identify_world(recipe),
+        **identify_inputs(recipe),
         "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
         **({"weights": weights} if weights else {}),
@@ -271,7 +271,7 @@ def describe_other_threads(paths: Iterable[Path]) -> list[str]:
     return [f"threads: trainings with another number, which decides digits, are not used: {counts}"] if found else []
 
 
-def identify_world(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
+def identify_inputs(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
     """Images and teacher as they decide a result: not where the images lie, and a teacher by its file's content."""
     teacher = {"path": hash_content(recipe.teacher.path) or recipe.teacher.path}
     return {
@@ -298,7 +298,7 @@ def hash_content(path: str) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class TrialInputs:
     """Images and teacher, opened once a process for all its trials."""
 
     images: Images
@@ -322,16 +322,16 @@ class World:
         return self.prepared[key]
 
 
-def open_world(recipe: CompareRecipe | FidelityRecipe) -> World:
+def open_inputs(recipe: CompareRecipe | FidelityRecipe) -> TrialInputs:
     """The images and the teacher of a recipe."""
     return open_once(*(json.dumps(dataclasses.asdict(part)) for part in (recipe.data, recipe.teacher)))
 
 
 @lru_cache(maxsize=8)
-def open_once(data: str, teacher: str) -> World:
-    """The world of two recipes, given as JSON."""
+def open_once(data: str, teacher: str) -> TrialInputs:
+    """The inputs of two recipes, given as JSON."""
     images = prepare_images(DataRecipe(**json.loads(data)))
-    return World(images, open_teacher(TeacherRecipe(**json.loads(teacher)), images.train))
+    return TrialInputs(images, open_teacher(TeacherRecipe(**json.loads(teacher)), images.train))
 
 
 def plan_tuning(recipe: CompareRecipe) -> list[Trial]:
@@ -390,16 +390,16 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     """
     device = own_device(device)
     place = torch.device(device)
-    world = open_world(recipe)
-    images = world.images
+    inputs = open_inputs(recipe)
+    images = inputs.images
     specification, train = split_method(trial.loss, recipe.train)
     student = choose_student(trial.student, images.train)
-    loss = prepare_loss(specification, student, world.teacher, images, trial.seed)
-    teacher = world.answers(device, loss.teacher_stages)
+    loss = prepare_loss(specification, student, inputs.teacher, images, trial.seed)
+    teacher = inputs.answers(device, loss.teacher_stages)
     started = time.perf_counter()
     cost = Cost(place)
     balance = build_balance(balance_of(trial.loss), loss)
-    trust = world.measure(device, recipe.labelled_size) if loss.reads_trust else None
+    trust = inputs.measure(device, recipe.labelled_size) if loss.reads_trust else None
     if trust:
         loss.set_trust(trust)
     labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
