@@ -10,7 +10,7 @@ from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
 from lkd.losses.functions import cross_entropies, full_precision, label_of
 from lkd.losses.learned import networks
-from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LogProbabilities, Perceptron
+from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LinearPerceptron, LogProbabilities, Perceptron
 from lkd.losses.learned.trust import TrustFigures
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
@@ -45,7 +45,7 @@ class LogitForm(DistillationLoss):
         """What the networks see of each sample, [B, inputs]."""
         return networks.sample_inputs(logs, progress, self.conditioning, self.trust)
 
-    def build_sample_network(self, outputs: int) -> Perceptron:
+    def build_sample_network(self, outputs: int, linear: bool = False) -> Perceptron | LinearPerceptron:
         """A network over what is seen of a sample whose first two outputs start at the initial α and τ."""
         options = self.architecture
         weight, temperature, highest = (
@@ -56,7 +56,13 @@ class LogitForm(DistillationLoss):
         if not 1 < temperature < highest:
             raise ValueError(f"initial_temperature: {temperature} is not between 1 and maximal_temperature {highest}")
         inputs = len(networks.name_sample_inputs(self.conditioning))
-        network = Perceptron(inputs, options["hidden"], outputs, options["lipschitz"])
+        if linear and options["lipschitz"]:
+            raise ValueError(f"lipschitz: {options['lipschitz']} does not go with linear: true, which has no bound")
+        network = (
+            LinearPerceptron(inputs, options["hidden"], outputs)
+            if linear
+            else Perceptron(inputs, options["hidden"], outputs, options["lipschitz"])
+        )
         network.head.bias.data[:2] = torch.logit(torch.tensor([weight, (temperature - 1) / (highest - 1)]))
         return network
 
@@ -111,6 +117,7 @@ class DecoupledLoss(LogitForm):
         conditioning: What the network sees besides the teacher: some of progress, state, answer, context, and, of
             `Trust`, calibration, agreement, images_per_class, own_accuracy.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
+        linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
 
     Raises:
         ValueError: If an option is out of range.
@@ -126,13 +133,14 @@ class DecoupledLoss(LogitForm):
         warmup: float = 0.6,
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
+        linear: bool = False,
     ) -> None:
         super().__init__(locals())
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.warmup = warmup
         self.calibrates = "calibration" in self.conditioning
-        self.body = self.build_sample_network(3 + self.calibrates)
+        self.body = self.build_sample_network(3 + self.calibrates, linear)
         if self.calibrates:
             self.body.head.bias.data[3] = UNCALIBRATED
 

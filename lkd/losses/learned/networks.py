@@ -38,14 +38,14 @@ BATCH_INPUTS: dict[str, str] = {
     "validation agreement": "agreement",
     "training agreement": "agreement",
     "agreement difference": "agreement",
-    "agreement known": "agreement",
+    "agreement unknown": "agreement",
     "best temperature": "calibration",
-    "calibration known": "calibration",
+    "calibration unknown": "calibration",
     "images per class": "images_per_class",
-    "images per class known": "images_per_class",
+    "images per class unknown": "images_per_class",
     "own accuracy": "own_accuracy",
     "teacher's lead": "own_accuracy",
-    "own accuracy known": "own_accuracy",
+    "own accuracy unknown": "own_accuracy",
 }
 CLASS_INPUTS = 7  # of each class: see `class_inputs`
 
@@ -89,7 +89,7 @@ def sample_inputs(
     of the teacher's answer, and the inner product of both distributions; with `calibration` the probabilities that the
     teacher gives to the target and to its answer at its best temperature. Of the batch: with `progress` how far the
     training is; with each kind of `TRUST_CONDITIONING` what `trust` says, 0 where that is unknown, and whether it is
-    known; with `context` the means of all that is seen of the samples themselves.
+    unknown; with `context` the means of all that is seen of the samples themselves.
 
     Args:
         logs: The logits, the teacher's as it is to be read.
@@ -137,8 +137,8 @@ def sample_inputs(
 
 
 def fill_unknown(figures: Tensor) -> Tensor:
-    """Figures with 0 for those that are NaN, and at the end whether the first one is known, as 1 or −1; [n + 1]."""
-    return torch.cat([figures.nan_to_num(0.0), 2 * figures[:1].isfinite().to(figures) - 1])
+    """Figures with 0 for those that are NaN, and at the end 1 if the first one is unknown, else 0; [n + 1]."""
+    return torch.cat([figures.nan_to_num(0.0), figures[:1].isnan().to(figures)])
 
 
 def class_inputs(logs: LogProbabilities) -> Tensor:
@@ -251,6 +251,40 @@ class Perceptron(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network, in the dtype of its weights."""
         return super().forward(x.to(self.head.weight.dtype))
+
+
+class LinearPerceptron(nn.Module):
+    """A perceptron with a linear map of its inputs added, which starts at zero.
+
+    Many inputs are the same for all samples of a world. Under Adam, whose steps are of one size, they would soon drive
+    the hidden layers where tanh is flat, and the network would answer the same in every world. So the linear map learns
+    what is linear, and the hidden layer's weights act over the square root of the number of inputs: what an equal step
+    of all of them changes does not grow with it as fast.
+
+    Args:
+        inputs: Number of inputs.
+        hidden: Width of the hidden layers.
+        outputs: Number of outputs.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.perceptron = Perceptron(inputs, hidden, outputs)
+        self.scale = inputs**-0.5
+        first: nn.Linear = self.perceptron[0]  # type: ignore[assignment]
+        first.weight.data /= self.scale
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.perceptron.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the network, in the dtype of its weights."""
+        x = x.to(self.head.weight.dtype)
+        return self.perceptron(self.scale * x) + self.linear(x)
 
 
 def log_of_factor(factor: float) -> float:
