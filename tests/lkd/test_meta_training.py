@@ -329,3 +329,14 @@ def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: floa
     lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, {"": 10})
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def test_the_kept_loss_is_said_with_its_mean_regret_and_its_worst_world() -> None:
+    regrets, scores = {"easy": -0.2, "hard": 0.1}, {"easy": 0.3, "hard": 4.61}
+    best = {"step": 20, "calibrated_cross_entropy": 2.5, "regret": -0.05}
+    best |= {f"world/{name}/regret": regret for name, regret in regrets.items()}
+    best |= {f"world/{name}/calibrated_cross_entropy": score for name, score in scores.items()}
+    _, regret, guess = describe_reuse(best, 30, {"easy": 10, "hard": 100})
+    assert "-0.0500" in regret
+    assert regret.endswith("+0.1000 in hard")
+    assert guess.startswith("warning: hard: "), "4.61 is a guess among 100 classes, 2.5 in the mean none"
