@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lkd.cli import main
 from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.core.files import read_json
 from lkd.models.files import load_network
+from lkd.training.training import Training
 from tests.processes import Command
 
 ROOT = Path(__file__).parents[2]
@@ -156,11 +158,22 @@ def test_what_needs_meta_validation_images_says_so(words: str, capsys) -> None:
     assert error.count("\n") == 1
 
 
+def slow_down() -> None:
+    """Let every step take a moment, so that a signal finds the run at work however fast the machine is."""
+    run_step = Training.run_step
+
+    def run_slowly(training: Training, *watch):
+        time.sleep(0.05)
+        return run_step(training, *watch)
+
+    Training.run_step = run_slowly
+
+
 def test_an_interrupted_run_resumes_to_the_same_student() -> None:
     """Stopped by Ctrl-C at whatever step it is, and gone on with: the same bits as a run that nobody disturbed."""
     words = ["distill", *TINY, "--train.epochs", "30", "--train.batch_size", "20"]
     assert main([*words, "--run_dir", "whole"]) == 0
-    command = Command([*words, "--run_dir", "cut", "--threads", "1"])
+    command = Command([*words, "--run_dir", "cut", "--threads", "1"], prepare=slow_down)
     log = Path("cut/log.jsonl")
     command.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 3)
     command.send_signal(signal.SIGINT)
@@ -169,8 +182,6 @@ def test_an_interrupted_run_resumes_to_the_same_student() -> None:
     assert command.text.rstrip().endswith("--resume auto")
     assert not Path("cut/student.safetensors").exists()
     assert main([*words, "--run_dir", "cut", "--threads", "1", "--resume", "auto"]) == 0
-    from lkd.models.files import load_network
-
     whole, cut = (load_network(Path(name, "student.safetensors"))[0].state_dict() for name in ("whole", "cut"))
     assert all((whole[name] == cut[name]).all() for name in whole)
 
