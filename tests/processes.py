@@ -120,6 +120,7 @@ def run_command(
 
     if group:
         os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a comparison may have started the server first
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
