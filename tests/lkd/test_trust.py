@@ -58,6 +58,9 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     assert trust.figures[:2] == pytest.approx(agreed)
     assert trust.figures.temperature == pytest.approx(2.5, rel=0.3)
     assert trust.figures.images_per_class == 75
+    assert math.isnan(measure_trust(Table(), list(parts[0]), parts[1]).figures.images_per_class), (
+        "batches are no images"
+    )
     assert math.isnan(trust.figures.own_accuracy)
     scaled = measure_trust(lambda x: 4 * Table()(x), *parts)
     assert scaled.figures.temperature == pytest.approx(4 * trust.figures.temperature, rel=1e-3)

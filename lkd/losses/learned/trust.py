@@ -120,9 +120,10 @@ def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.d
 
 
 def count_images(part: Part | None) -> float:
-    """How many images there are: of a DataLoader, in its dataset; NaN where it is not known."""
+    """How many images there are: of a DataLoader, in its dataset; NaN where it is not known, as of a list of batches."""
+    whole: Any = part if isinstance(part, ImageSet) else getattr(part, "dataset", None)
     try:
-        return float(len(getattr(part, "dataset", part) if not isinstance(part, ImageSet) else part))  # type: ignore[arg-type]
+        return float(len(whole))
     except TypeError:
         return UNKNOWN
 
