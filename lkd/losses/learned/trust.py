@@ -120,7 +120,7 @@ def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.d
 
 
 def count_images(part: Part | None) -> float:
-    """How many images there are: of a DataLoader, in its dataset; NaN where it is not known, as of a list of batches."""
+    """How many images there are: of a DataLoader, in its dataset; NaN where that is not known, as of a list."""
     whole: Any = part if isinstance(part, ImageSet) else getattr(part, "dataset", None)
     try:
         return float(len(whole))
