@@ -1,6 +1,6 @@
 """From the rows of `run.py` to tables, a picture and result.json.
 
-python benchmarks/universal/report.py RUN_DIR OUT [--adapted CSV]
+python benchmarks/universal/report.py RUN_DIR OUT
 """
 
 import argparse
@@ -8,6 +8,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,25 @@ import matplotlib.pyplot as plt
 import yaml
 from tabulate import tabulate
 
-from lkd.core.files import environment, hash_file, write_json, write_text
+from lkd.core.files import PACKAGE, environment, hash_file, write_json, write_text
 from lkd.core.statistics import mean_and_error
+from lkd.losses.learned.file import read_provenance
 from lkd.losses.learned.trust import TrustFigures
 from lkd.tracking.run import evidence
 
 HERE = Path(__file__).parent
-CE, UNIVERSAL, UNTRAINED, UNKNOWN, RULE = "cross-entropy", "universal", "not learned", "trust unknown", "rule"
-Accuracies = dict[str, dict[str, dict[int, float]]]
+ARMS = yaml.safe_load((HERE / "arms.yaml").read_text())
+CE, TUNED, UNIVERSAL, UNTRAINED, UNKNOWN, RULE = (
+    "cross-entropy",
+    "tuned",
+    "universal",
+    "not learned",
+    "trust unknown",
+    "rule",
+)
+HAND_MADE = (*ARMS["arms"], TUNED)
+NOISY_VALIDATION = "greek-noisy-validation"
+Worlds = dict[str, dict[str, dict[int, float]]]
 """World → arm → seed → test accuracy, percent."""
 
 
@@ -41,89 +53,117 @@ def choose_by_rule(trust: TrustFigures) -> str:
     return "DKD ramp"
 
 
-def read_rows(folder: Path) -> Accuracies:
+def read_rows(folder: Path) -> Worlds:
     """The test accuracies of a run."""
-    found: Accuracies = defaultdict(lambda: defaultdict(dict))
+    found: Worlds = defaultdict(lambda: defaultdict(dict))
     with (folder / "rows.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             found[row["world"]][row["arm"]][int(row["seed"])] = float(row["top1"])
     return found
 
 
-def add_rule(found: Accuracies, folder: Path) -> None:
+def add_rule(found: Worlds, folder: Path) -> None:
     """The rows of the arm that the rule takes in each world."""
     for name, trust in json.loads((folder / "trust.json").read_text()).items():
         if name in found:
             found[name][RULE] = found[name][choose_by_rule(TrustFigures(*trust))]
 
 
-def difference(world: dict[str, dict[int, float]], arm: str, other: str) -> tuple[float, float]:
-    """Paired over the seeds that both have: mean and standard error."""
-    seeds = world[arm].keys() & world[other].keys()
-    return mean_and_error([world[arm][seed] - world[other][seed] for seed in sorted(seeds)])
+def compare(world: dict[str, dict[int, float]], arm: str, other: str) -> tuple[float, float]:
+    """An arm less another, paired over the seeds that both have: mean and standard error."""
+    seeds = sorted(world[arm].keys() & world[other].keys())
+    return mean_and_error([world[arm][seed] - world[other][seed] for seed in seeds])
 
 
-def find_best(world: dict[str, dict[int, float]], arms: list[str]) -> str:
-    """The arm with the highest mean on the test split: chosen by what is reported, which favours it."""
-    return max((arm for arm in arms if arm in world), key=lambda arm: statistics.fmean(world[arm].values()))
-
-
-def summarize(found: Accuracies, arms: dict[str, Any]) -> dict[str, float]:
-    """The figures of result.json."""
-    grid = [f"grid {json.dumps(arm)[1:-1]}" for arm in arms["grid"]]
-    hand_made = [*arms["arms"], *grid]
-    gains = {name: difference(world, UNIVERSAL, find_best(world, hand_made)) for name, world in found.items()}
-    fixed = max(arms["fixed"], key=lambda arm: statistics.fmean(mean_of(world, arm) for world in found.values()))
-
-    def mean_gain(other: str) -> float:
-        return statistics.fmean(difference(w, UNIVERSAL, other)[0] for w in found.values() if other in w)
-
-    over_ce = {name: difference(world, UNIVERSAL, CE) for name, world in found.items()}
-    unknown = [difference(world, UNKNOWN, CE) for world in found.values() if UNKNOWN in world]
-    figures = {
-        "worlds_held_out": len(found),
-        "seeds": min(len(world[UNIVERSAL]) for world in found.values()),
-        "worst_gap": min(gain for gain, _ in gains.values()),
-        "mean_gain": statistics.fmean(gain for gain, _ in gains.values()),
-        "mean_gain_over_best_fixed": mean_gain(fixed),
-        "mean_gain_over_untrained": mean_gain(UNTRAINED),
-        "mean_gain_over_rule": mean_gain(RULE),
-        "minus_ce_worst": min(mean + 2 * error for mean, error in over_ce.values()),
-        "minus_ce_lowest_mean": min(mean for mean, _ in over_ce.values()),
-        "cost_to_user_in_trainings": 0,
-    }
-    if unknown:
-        figures["minus_ce_worst_trust_unknown"] = min(mean + 2 * error for mean, error in unknown)
-    return figures
-
-
-def mean_of(world: dict[str, dict[int, float]], arm: str) -> float:
+def mean(world: dict[str, dict[int, float]], arm: str) -> float:
     """An arm's mean accuracy in a world."""
     return statistics.fmean(world[arm].values())
 
 
-def tabulate_worlds(found: Accuracies, arms: dict[str, Any]) -> str:
+def find_best(world: dict[str, dict[int, float]]) -> str:
+    """The hand-made arm with the highest mean on the test split: chosen by what is reported, which favours it."""
+    return max((arm for arm in HAND_MADE if arm in world), key=lambda arm: mean(world, arm))
+
+
+def find_best_fixed(found: Worlds) -> str:
+    """The one hand-made loss that is best over all worlds, with hindsight."""
+    return max(ARMS["fixed"], key=lambda arm: statistics.fmean(mean(world, arm) for world in found.values()))
+
+
+def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
+    """The figures of result.json."""
+    gains = [compare(world, UNIVERSAL, find_best(world))[0] for world in found.values()]
+    over_ce = {name: compare(world, UNIVERSAL, CE) for name, world in found.items()}
+
+    def gain(other: str) -> float:
+        return statistics.fmean(compare(world, UNIVERSAL, other)[0] for world in found.values())
+
+    others = sorted({arm for world in found.values() for arm in world if arm.startswith(f"{UNIVERSAL}, meta seed")})
+    figures: dict[str, Any] = {
+        "worlds_held_out": len(found),
+        "data_sets_held_out": len({name.split("-")[0] for name in found}),
+        "seeds": min(len(world[UNIVERSAL]) for world in found.values()),
+        "meta_seeds": 1 + len(others),
+        "file_sha256": hash_file(PACKAGE / "losses/pretrained/universal.lkd.safetensors"),
+        "worst_gap": min(gains),
+        "mean_gain": statistics.fmean(gains),
+        "mean_gain_over_best_fixed": gain(find_best_fixed(found)),
+        "mean_gain_over_untrained": gain(UNTRAINED),
+        "mean_gain_over_rule": gain(RULE),
+        "minus_ce_worst": min(each + 2 * error for each, error in over_ce.values()),
+        "minus_ce_lowest_mean": min(each for each, _ in over_ce.values()),
+        "minus_ce_noisy_validation": over_ce[NOISY_VALIDATION][0],
+        "cost_to_user_in_trainings": 0,
+    }
+    for arm in others:
+        own = [compare(world, arm, find_best(world))[0] for world in found.values() if arm in world]
+        figures[f"mean_gain_{arm.rsplit(maxsplit=1)[1]}"] = statistics.fmean(own)
+    if unknown := [compare(world, UNKNOWN, CE) for world in found.values() if UNKNOWN in world]:
+        figures["minus_ce_worst_trust_unknown"] = min(each + 2 * error for each, error in unknown)
+    if adapted := [world for world in found.values() if "adapted" in world]:
+        each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
+        figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
+        kept = [read_provenance(path) for path in folder.glob("adapted/*/loss.lkd.safetensors")]
+        figures["adapted_cost_in_trainings"] = max(one["cost"]["cost_in_trainings"] for one in kept)
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+
+
+def tabulate_worlds(found: Worlds) -> str:
     """A row for each world: accuracies, and the universal loss's gains."""
-    grid = [f"grid {json.dumps(arm)[1:-1]}" for arm in arms["grid"]]
-    shown = [*arms["arms"], RULE, UNTRAINED, UNIVERSAL]
+    shown = [*HAND_MADE, RULE, UNTRAINED, UNIVERSAL]
     rows = []
     for name, world in found.items():
-        best = find_best(world, [*arms["arms"], *grid])
-        cells = [f"{mean_of(world, arm):.1f}" if arm in world else "" for arm in shown]
-        gains = ["{:+.2f} ± {:.2f}".format(*difference(world, UNIVERSAL, other)) for other in (best, CE)]
-        rows.append([name, *cells, f"{best.removeprefix('grid ')} {mean_of(world, best):.1f}", *gains])
-    heads = ["world", *shown, "best hand-made, with hindsight", "universal − best", "universal − cross-entropy"]
-    return tabulate(rows, heads, tablefmt="github")
+        best = find_best(world)
+        cells = [f"{mean(world, arm):.1f}" if arm in world else "" for arm in shown]
+        gains = ["{:+.2f} ± {:.2f}".format(*compare(world, UNIVERSAL, other)) for other in (best, CE)]
+        rows.append([name, *cells, best, *gains])
+    means = [statistics.fmean(mean(world, arm) for world in found.values()) for arm in shown]
+    gaps = [
+        statistics.fmean(compare(w, UNIVERSAL, o)[0] for w, o in pair)
+        for pair in ([(world, find_best(world)) for world in found.values()], [(world, CE) for world in found.values()])
+    ]
+    rows.append(["mean", *(f"{each:.1f}" for each in means), "", *(f"{gap:+.2f}" for gap in gaps)])
+    heads = ["world", *shown, "best hand-made", "universal − best", "universal − cross-entropy"]
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
-def draw_regrets(found: Accuracies, arms: dict[str, Any], path: Path) -> None:
+def tabulate_arms(found: Worlds, arms: Sequence[str], other: str) -> str:
+    """A row for each world that has any of these arms: each less another."""
+    rows = [
+        [name, f"{mean(world, other):.1f}"]
+        + ["{:+.2f} ± {:.2f}".format(*compare(world, arm, other)) if arm in world else "" for arm in arms]
+        for name, world in found.items()
+        if any(arm in world for arm in arms)
+    ]
+    return tabulate(rows, ["world", other, *(f"{arm} −" for arm in arms)], tablefmt="github", disable_numparse=True)
+
+
+def draw_regrets(found: Worlds, path: Path) -> None:
     """A dot for each world and arm: accuracy less that of the best hand-made loss of the world."""
-    grid = [f"grid {json.dumps(arm)[1:-1]}" for arm in arms["grid"]]
-    shown = [*arms["arms"], RULE, UNTRAINED, UNIVERSAL]
+    shown = [*HAND_MADE, RULE, UNTRAINED, UNIVERSAL]
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for place, arm in enumerate(shown):
-        worlds = [world for world in found.values() if arm in world]
-        gaps = [mean_of(world, arm) - mean_of(world, find_best(world, [*arms["arms"], *grid])) for world in worlds]
+        gaps = [mean(world, arm) - mean(world, find_best(world)) for world in found.values() if arm in world]
         spread = [place + 0.5 * (number / max(len(gaps) - 1, 1) - 0.5) for number in range(len(gaps))]
         axis.scatter(spread, gaps, s=18, color="tab:red" if arm == UNIVERSAL else "tab:blue", alpha=0.7)
         axis.hlines(statistics.fmean(gaps), place - 0.3, place + 0.3, color="black")
@@ -140,17 +180,21 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    arms = yaml.safe_load((HERE / "arms.yaml").read_text())
     found = read_rows(options.run_dir)
     add_rule(found, options.run_dir)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "table.md", tabulate_worlds(found, arms) + "\n")
-    draw_regrets(found, arms, options.out / "regrets.png")
+    changed = [arm for arm in ARMS["changed"] if any(arm in world for world in found.values())]
+    seeds = sorted({arm for world in found.values() for arm in world if arm.startswith(f"{UNIVERSAL}, meta seed")})
+    tables = [
+        tabulate_worlds(found),
+        tabulate_arms(found, [UNKNOWN], CE),
+        tabulate_arms(found, [*changed, *seeds], UNIVERSAL),
+    ]
+    write_text(options.out / "table.md", "\n\n".join(tables) + "\n")
+    draw_regrets(found, options.out / "regrets.png")
     command = "python benchmarks/universal/run.py DATA RUN_DIR && python benchmarks/universal/report.py RUN_DIR OUT"
-    file = Path(__file__).parents[2] / "lkd/losses/pretrained/universal.lkd.safetensors"
-    saved = evidence(command, environment(), summarize(found, arms))
-    write_json(options.out / "result.json", saved | {"file_sha256": hash_file(file)})
-    print((options.out / "table.md").read_text())
+    write_json(options.out / "result.json", evidence(command, environment(), summarize(found, options.run_dir)))
+    print("\n\n".join(tables))
     return 0
 
 

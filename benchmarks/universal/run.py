@@ -1,20 +1,25 @@
 """Is one loss for everybody as good as the best of each world? Train every arm in every world, and keep all figures.
 
-python benchmarks/universal/run.py DATA RUN_DIR [--only REGEX] [--seeds 4] [--workers 2] [--loss NAME=FILE ...]
+python benchmarks/universal/run.py DATA RUN_DIR [--only WORLDS] [--arms ARMS] [--seeds 4] [--loss NAME=FILE ...]
 
-DATA holds the data sets and teachers (README.md). Goes on with an interrupted run in RUN_DIR. The learning rate of each
-world is picked on meta-validation with cross-entropy; the test split is read once a training, for the rows.
+DATA holds the data sets and teachers (README.md). Goes on with an interrupted run in RUN_DIR; rows of several calls go
+to one RUN_DIR/rows.csv. The learning rate of each world is picked on meta-validation with cross-entropy, and the arm
+`tuned` is the best of a grid of hand-made losses there. The test split is read once a training, for the rows.
 """
 
 import argparse
 import csv
 import json
 import re
-from concurrent.futures import Future
-from dataclasses import replace
+import statistics
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import yaml
 
 from lkd.config.evaluation import CompareRecipe
@@ -25,11 +30,39 @@ from lkd.config.worlds import expand_worlds
 from lkd.core.files import write_json
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
-from lkd.evaluation.comparison.trials import Method, Trial, open_inputs, run_trial, trial_path
-from lkd.losses.learned.trust import TrustFigures
+from lkd.evaluation.comparison import trials
+from lkd.evaluation.comparison.trials import Method, Trial, TrialInputs, open_inputs, run_trial, trial_path
+from lkd.losses.learned.trust import Trust, TrustFigures
+from lkd.meta_training.meta_train import meta_train
+from lkd.tracking.run import open_run
 
 HERE = Path(__file__).parent
-FIGURES = ("top1", "calibrated_cross_entropy")
+COLUMNS = ("world", "arm", "seed", "learning_rate", "top1", "calibrated_cross_entropy", "meta_validation_top1")
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained, and in which worlds.
+
+    Attributes:
+        loss: The loss; see `place`.
+        worlds: A pattern of the worlds' names.
+        known: So many of the meta-validation images have known labels; all if None.
+        added: Whether those are trained on too.
+        told: Whether the loss is told what was measured of the teacher.
+        recipe: Of the meta-training that makes the loss in each world, if one does.
+    """
+
+    loss: Method
+    worlds: str = "."
+    known: int | None = None
+    added: bool = False
+    told: bool = True
+    recipe: str = ""
+
+
+Planned = list[tuple[CompareRecipe, Trial, Arm]]
 
 
 def main() -> int:
@@ -37,42 +70,101 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--worlds", type=Path, default=HERE / "worlds.yaml", help="another list of worlds")
-    parser.add_argument("--only", default=".", help="worlds whose names match")
-    parser.add_argument("--arms", default=".", help="arms whose names match")
+    parser.add_argument("--only", default=".", help="worlds whose whole names match")
+    parser.add_argument("--arms", default=".*", help="arms whose whole names match")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--loss", action="append", default=[], metavar="NAME=FILE", help="a learned loss, as another arm"
-    )
+    parser.add_argument("--loss", action="append", default=[], metavar="NAME=FILE", help="a learned loss, as an arm")
+    parser.add_argument("--meta_validation", action="store_true", help="never read the test split, as for choices")
     options = parser.parse_args()
     worlds, rates = read_worlds(options.worlds, options.data)
-    worlds = {name: world for name, world in worlds.items() if re.search(options.only, name)}
-    arms = read_arms() | dict(each.split("=", 1) for each in options.loss)
-    arms = {name: arm for name, arm in arms.items() if re.search(options.arms, name)}
+    worlds = {name: world for name, world in worlds.items() if re.fullmatch(options.only, name)}
+    arms, grid = read_arms()
+    arms |= {name: Arm(path) for name, path in (each.split("=", 1) for each in options.loss)}
+    arms = {name: arm for name, arm in arms.items() if re.fullmatch(options.arms, name)}
     cells = options.run_dir.resolve()
     with start_workers(options.workers) as workers:
-
-        def finish(planned: list[tuple[CompareRecipe, Trial]], title: str) -> None:
-            jobs: dict[Future[Any], str] = {}
-            for recipe, trial in planned:
-                path = trial_path(recipe, trial, Path(recipe.run_dir))
-                if not path.exists():
-                    name = f"{Path(recipe.run_dir).name}: {trial.method}, seed {trial.seed}"
-                    jobs[workers.submit(run_trial, recipe, trial, path)] = name
-            finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", title)
-
-        finish([(r, t) for name, w in worlds.items() for r, t in plan_rates(cells / name, w, rates)], "rates")
-        planned, recipes = [], {}
-        for name, world in worlds.items():
-            recipe = build_recipe(cells / name, world, pick_rate(cells / name, world, rates))
-            recipes[name], student = recipe, recipe.students[0]
-            planned += [(recipe, Trial(a, m, student, s, True)) for a, m in arms.items() for s in range(options.seeds)]
-        finish(planned, "arms")
+        finish(workers, [trial for name, world in worlds.items() for trial in plan_rates(cells / name, world, rates)])
+        recipes = {
+            name: build_recipe(cells / name, world, pick_rate(cells / name, world, rates))
+            for name, world in worlds.items()
+        }
+        if re.fullmatch(options.arms, TUNED):
+            finish(workers, [trial for recipe in recipes.values() for trial in plan_grid(recipe, grid)])
+        learn_losses(workers, recipes, arms)
+        planned: Planned = []
+        for name, recipe in recipes.items():
+            own = {label: arm for label, arm in arms.items() if re.search(arm.worlds, name)}
+            if re.fullmatch(options.arms, TUNED):
+                own[TUNED] = Arm(pick_tuned(recipe, grid))
+            for label, arm in own.items():
+                loss = place(arm.loss, cells, name)
+                trial = Trial(label, loss, recipe.students[0], 0, not options.meta_validation)
+                planned += [(recipe, replace(trial, seed=seed), arm) for seed in range(options.seeds)]
+        finish(workers, planned)
         measured = {name: workers.submit(measure, recipe) for name, recipe in recipes.items()}
         trust = {name: list(job.result()) for name, job in measured.items()}
-    write_json(options.run_dir / "trust.json", trust)
+    told = options.run_dir / "trust.json"
+    write_json(told, (json.loads(told.read_text()) if told.exists() else {}) | trust)
     write_rows(options.run_dir / "rows.csv", planned)
     return 0
+
+
+def finish(workers: Executor, planned: Planned) -> None:
+    """Run those trainings that no call has run yet."""
+    jobs: dict[Future[Any], str] = {}
+    for recipe, trial, arm in planned:
+        path = trial_path(recipe, trial, Path(recipe.run_dir))
+        if not path.exists():
+            name = f"{Path(recipe.run_dir).name}: {trial.method}, seed {trial.seed}"
+            jobs[workers.submit(train, recipe, trial, arm, path)] = name
+    finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", "trainings")
+
+
+def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str, Any]:
+    """A training, with other images or without trust if the arm says so."""
+    inputs = open_inputs(recipe)
+    images = inputs.images
+    if arm.known is not None or arm.added:
+        known = images.meta_validation.select(torch.arange(arm.known or len(images.meta_validation)))
+        images = replace(images, meta_validation=known)
+    if arm.added:
+        pairs = [(getattr(images.train, name), getattr(images.meta_validation, name)) for name in ARRAYS]
+        both = {name: torch.cat(pair) for name, pair in zip(ARRAYS, pairs, strict=True)}
+        images = replace(images, train=replace(images.train, **both))
+    changed = inputs if images is inputs.images else TrialInputs(images, inputs.teacher)
+    if not arm.told:
+        changed = replace(inputs, measured={("cpu", 0): Trust()})
+    with mock.patch.object(trials, "open_inputs", return_value=changed):
+        return run_trial(recipe, trial, path)
+
+
+ARRAYS = ("images", "labels", "index")  # of an image set
+
+
+def learn_losses(workers: Executor, recipes: dict[str, CompareRecipe], arms: dict[str, Arm]) -> None:
+    """Make the losses that arms have in each world by a meta-training of its own."""
+    jobs: dict[Future[Any], str] = {}
+    for label, arm in arms.items():
+        for name, recipe in recipes.items():
+            folder = Path(place(arm.loss, Path(recipe.run_dir).parent, name)).parent if arm.recipe else Path()
+            if arm.recipe and re.search(arm.worlds, name) and not (folder / "loss.lkd.safetensors").exists():
+                jobs[workers.submit(learn, recipe, arm.recipe, folder)] = f"{name}: {label}"
+    finish_all(jobs, lambda name, seconds: f"  {name}: {seconds}", "meta-trainings")
+
+
+def learn(recipe: CompareRecipe, path: str, folder: Path) -> str:
+    """A meta-training in a world."""
+    content = yaml.safe_load((HERE.parents[1] / path).read_text())
+    own = make_recipe(MetaTrainRecipe, content | {"run_dir": str(folder), "resume": "auto", "device": "cpu"})
+    own.data, own.teacher, own.student, own.train = recipe.data, recipe.teacher, recipe.students[0], recipe.train
+    with open_run(own, "meta-train") as run:
+        return str(meta_train(own, run))
+
+
+def place(loss: Method, run_dir: Path, world: str) -> Any:
+    """The loss, with the run's folder and the world in the places of {run} and {world} in a file's name."""
+    return loss.format(run=run_dir, world=world) if isinstance(loss, str) else loss
 
 
 def measure(recipe: CompareRecipe) -> TrustFigures:
@@ -88,46 +180,79 @@ def read_worlds(path: Path, data: Path) -> tuple[dict[str, StudentRecipe], list[
     return expand_worlds(recipe), content["learning_rates"]
 
 
-def read_arms() -> dict[str, Method]:
-    """The hand-made arms, those of the grid by their options."""
+def read_arms() -> tuple[dict[str, Arm], list[Method]]:
+    """The arms, and the hand-made losses of the grid."""
     content = yaml.safe_load((HERE / "arms.yaml").read_text())
-    grid = {f"grid {json.dumps(arm)[1:-1]}": arm for arm in content["grid"]}
-    return content["arms"] | grid
+    arms = {name: Arm(loss) for name, loss in content["arms"].items()}
+    return arms | {name: Arm(**options) for name, options in content["changed"].items()}, content["grid"]
 
 
 def build_recipe(folder: Path, world: StudentRecipe, rate: float) -> CompareRecipe:
     """A comparison in this world at this learning rate."""
     recipe = CompareRecipe(run_dir=str(folder), device="cpu", data=world.data, teacher=world.teacher)
     recipe.students, recipe.train = [world.student], replace(world.train, learning_rate=rate)
+    recipe.evaluate_every = world.train.epochs  # at the end only: the last weights are what is reported
     return recipe
 
 
-def plan_rates(folder: Path, world: StudentRecipe, rates: list[float]) -> list[tuple[CompareRecipe, Trial]]:
-    """Cross-entropy at each rate, two seeds, scored on meta-validation."""
-    method = [{"name": "cross_entropy", "train": {"learning_rate": rate}} for rate in rates]
+def plan_rates(folder: Path, world: StudentRecipe, rates: list[float]) -> Planned:
+    """Cross-entropy at each rate, two seeds, scored on meta-validation; none if there is one rate."""
+    if len(rates) == 1:
+        return []
+    methods = [{"name": "cross_entropy", "train": {"learning_rate": rate}} for rate in rates]
     recipe = build_recipe(folder, world, rates[0])
-    return [(recipe, Trial("rate", each, world.student, seed, False)) for each in method for seed in (100, 101)]
+    arms = [(method, seed) for method in methods for seed in (100, 101)]
+    return [(recipe, Trial("rate", method, world.student, seed, False), Arm(method)) for method, seed in arms]
+
+
+def plan_grid(recipe: CompareRecipe, grid: list[Method]) -> Planned:
+    """Each hand-made loss of the grid once, scored on meta-validation."""
+    return [(recipe, Trial("grid", loss, recipe.students[0], 100, False), Arm(loss)) for loss in grid]
 
 
 def pick_rate(folder: Path, world: StudentRecipe, rates: list[float]) -> float:
     """The rate at which cross-entropy has the highest accuracy on meta-validation."""
-    scores = dict.fromkeys(rates, 0.0)
-    for recipe, trial in plan_rates(folder, world, rates):
-        row = read_result(trial_path(recipe, trial, folder))
-        scores[trial.loss["train"]["learning_rate"]] += row["meta_validation"]["top1"]  # type: ignore[index]
-    return max(scores, key=lambda rate: scores[rate])
+    if not (planned := plan_rates(folder, world, rates)):
+        return rates[0]
+    return max(rates, key=lambda rate: score(planned, lambda loss: loss["train"]["learning_rate"] == rate))
 
 
-def write_rows(path: Path, planned: list[tuple[CompareRecipe, Trial]]) -> None:
-    """A row for every training."""
+def pick_tuned(recipe: CompareRecipe, grid: list[Method]) -> Method:
+    """The loss of the grid with the highest accuracy on meta-validation."""
+    planned = plan_grid(recipe, grid)
+    return max(grid, key=lambda one: score(planned, lambda loss: loss == one))
+
+
+def score(planned: Planned, chosen: Callable[[Any], bool]) -> float:
+    """Mean accuracy on meta-validation of the trainings with a chosen loss."""
+    paths = [trial_path(recipe, trial, Path(recipe.run_dir)) for recipe, trial, _ in planned if chosen(trial.loss)]
+    return statistics.fmean(read_result(path)["meta_validation"]["top1"] for path in paths)
+
+
+def write_rows(path: Path, planned: Planned) -> None:
+    """A row for every training, of earlier calls too."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = {identify(row): row for row in csv.DictReader(file)}
+    for recipe, trial, _ in planned:
+        cell = read_result(trial_path(recipe, trial, Path(recipe.run_dir)))
+        own = (Path(recipe.run_dir).name, trial.method, trial.seed, recipe.train.learning_rate)
+        test = cell.get("last", {})
+        figures = (test.get("top1"), test.get("calibrated_cross_entropy"), cell["meta_validation"]["top1"])
+        told = ("" if figure is None else f"{figure:.6g}" for figure in figures)
+        row = dict(zip(COLUMNS, (*own, *told), strict=True))
+        row |= {"loss": json.dumps(trial.loss), "seconds": f"{cell['seconds']:.1f}"}
+        rows[identify(row)] = row
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["world", "arm", "seed", "learning_rate", *FIGURES, "meta_validation_top1", "seconds"])
-        for recipe, trial in planned:
-            row = read_result(trial_path(recipe, trial, Path(recipe.run_dir)))
-            figures = [f"{row['last'][name]:.6g}" for name in FIGURES]
-            own = Path(recipe.run_dir).name, trial.method, trial.seed, recipe.train.learning_rate
-            writer.writerow([*own, *figures, f"{row['meta_validation']['top1']:.6g}", f"{row['seconds']:.1f}"])
+        writer = csv.DictWriter(file, [*COLUMNS, "loss", "seconds"])
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(rows.items()))
+
+
+def identify(row: dict[str, Any]) -> tuple[str, ...]:
+    """World, arm and seed of a row."""
+    return row["world"], row["arm"], f"{int(row['seed']):02d}"
 
 
 if __name__ == "__main__":
