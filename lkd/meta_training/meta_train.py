@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
-from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main
+from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main, share_out
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, deferred_interrupts
@@ -71,6 +71,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     """
     check_settings(recipe)
     opened = open_worlds(recipe, run, given)
+    share_out(recipe.meta.students_per_step or len(opened), "meta.students_per_step")  # before any long work
     pools = open_given_pools(recipe, opened)
     for each in opened:
         check_meta_validation(each.images)
