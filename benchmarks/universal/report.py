@@ -58,7 +58,8 @@ def read_rows(folder: Path) -> Worlds:
     found: Worlds = defaultdict(lambda: defaultdict(dict))
     with (folder / "rows.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            found[row["world"]][row["arm"]][int(row["seed"])] = float(row["top1"])
+            if row["top1"]:  # not those that were scored on meta-validation alone
+                found[row["world"]][row["arm"]][int(row["seed"])] = float(row["top1"])
     return found
 
 

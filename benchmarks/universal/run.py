@@ -2,17 +2,18 @@
 
 python benchmarks/universal/run.py DATA RUN_DIR [--only WORLDS] [--arms ARMS] [--seeds 4] [--loss NAME=FILE ...]
 
-DATA holds the data sets and teachers (README.md). Goes on with an interrupted run in RUN_DIR; rows of several calls go
-to one RUN_DIR/rows.csv. The learning rate of each world is picked on meta-validation with cross-entropy, and the arm
-`tuned` is the best of a grid of hand-made losses there. The test split is read once a training, for the rows.
+DATA holds the data sets and teachers (README.md). Every training is a row of RUN_DIR/rows.csv, and none is done twice:
+a call goes on with what earlier ones left, also from a rows.csv that is all that was kept. The learning rate of each
+world is picked on meta-validation with cross-entropy, and the arm `tuned` is the best of a grid of hand-made losses
+there. The test split is read once a training, for the rows.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,11 @@ from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import open_run
 
 HERE = Path(__file__).parent
-COLUMNS = ("world", "arm", "seed", "learning_rate", "top1", "calibrated_cross_entropy", "meta_validation_top1")
-TUNED = "tuned"
+COLUMNS = (
+    *("world", "arm", "seed", "learning_rate", "top1", "calibrated_cross_entropy", "meta_validation_top1"),
+    *("seconds", "loss", "cell"),
+)
+RATE, GRID, TUNED = "rate", "grid", "tuned"
 
 
 @dataclass(frozen=True)
@@ -82,43 +86,95 @@ def main() -> int:
     arms, grid = read_arms()
     arms |= {name: Arm(path) for name, path in (each.split("=", 1) for each in options.loss)}
     arms = {name: arm for name, arm in arms.items() if re.fullmatch(options.arms, name)}
-    cells = options.run_dir.resolve()
+    folder = options.run_dir.resolve()
+    record = Record(folder)
     with start_workers(options.workers) as workers:
-        finish(workers, [trial for name, world in worlds.items() for trial in plan_rates(cells / name, world, rates)])
+        record.finish(
+            workers, [each for name, world in worlds.items() for each in plan_rates(folder / name, world, rates)]
+        )
         recipes = {
-            name: build_recipe(cells / name, world, pick_rate(cells / name, world, rates))
+            name: build_recipe(folder / name, world, pick_rate(record, folder / name, world, rates))
             for name, world in worlds.items()
         }
-        if re.fullmatch(options.arms, TUNED):
-            finish(workers, [trial for recipe in recipes.values() for trial in plan_grid(recipe, grid)])
+        tuned = bool(re.fullmatch(options.arms, TUNED))
+        if tuned:
+            record.finish(workers, [each for recipe in recipes.values() for each in plan_grid(recipe, grid)])
         learn_losses(workers, recipes, arms)
         planned: Planned = []
         for name, recipe in recipes.items():
             own = {label: arm for label, arm in arms.items() if re.search(arm.worlds, name)}
-            if re.fullmatch(options.arms, TUNED):
-                own[TUNED] = Arm(pick_tuned(recipe, grid))
-            for label, arm in own.items():
-                loss = place(arm.loss, cells, name)
-                trial = Trial(label, loss, recipe.students[0], 0, not options.meta_validation)
-                planned += [(recipe, replace(trial, seed=seed), arm) for seed in range(options.seeds)]
-        finish(workers, planned)
+            own |= {TUNED: Arm(pick_tuned(record, recipe, grid))} if tuned else {}
+            for seed, (label, arm) in itertools.product(range(options.seeds), own.items()):
+                loss = place(arm.loss, folder, name)
+                trial = Trial(label, loss, recipe.students[0], seed, not options.meta_validation)
+                planned.append((recipe, trial, arm))
+        record.finish(workers, sorted(planned, key=lambda each: each[1].seed))
         measured = {name: workers.submit(measure, recipe) for name, recipe in recipes.items()}
         trust = {name: list(job.result()) for name, job in measured.items()}
     told = options.run_dir / "trust.json"
     write_json(told, (json.loads(told.read_text()) if told.exists() else {}) | trust)
-    write_rows(options.run_dir / "rows.csv", planned)
     return 0
 
 
-def finish(workers: Executor, planned: Planned) -> None:
-    """Run those trainings that no call has run yet."""
-    jobs: dict[Future[Any], str] = {}
-    for recipe, trial, arm in planned:
-        path = trial_path(recipe, trial, Path(recipe.run_dir))
-        if not path.exists():
-            name = f"{Path(recipe.run_dir).name}: {trial.method}, seed {trial.seed}"
-            jobs[workers.submit(train, recipe, trial, arm, path)] = name
-    finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", "trainings")
+class Record:
+    """All trainings that were ever done: a row each, by the name of their cell.
+
+    Args:
+        folder: Where rows.csv is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "rows.csv"
+        self.rows: dict[str, dict[str, str]] = {}
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = {row["cell"]: row for row in csv.DictReader(file)}
+
+    def finish(self, workers: Executor, planned: Planned) -> None:
+        """Do those trainings that are not done, and add their rows."""
+        jobs: dict[Future[Any], str] = {}
+        left = [each for each in planned if name_cell(*each) not in self.rows]
+        for recipe, trial, arm in left:
+            path = trial_path(recipe, trial, Path(recipe.run_dir))
+            if not path.exists():
+                name = f"{Path(recipe.run_dir).name}: {trial.method}, seed {trial.seed}"
+                jobs[workers.submit(train, recipe, trial, arm, path)] = name
+        finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", "trainings")
+        for recipe, trial, arm in left:
+            cell = read_result(trial_path(recipe, trial, Path(recipe.run_dir)))
+            test = cell.get("last", {})
+            figures = (test.get("top1"), test.get("calibrated_cross_entropy"), cell["meta_validation"]["top1"])
+            told = ("" if figure is None else f"{figure:.6g}" for figure in figures)
+            own = Path(recipe.run_dir).name, trial.method, str(trial.seed), str(recipe.train.learning_rate), *told
+            name = name_cell(recipe, trial, arm)
+            ends = f"{cell['seconds']:.1f}", json.dumps(trial.loss).replace(str(self.path.parent), "{run}"), name
+            row = dict(zip(COLUMNS, (*own, *ends), strict=True))
+            self.rows = {cell: kept for cell, kept in self.rows.items() if describe(kept) != describe(row)}
+            self.rows[name] = row  # in the place of one of another file of the same name
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows, in order."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = sorted(self.rows.values(), key=lambda row: (row["world"], row["arm"], int(row["seed"]), row["cell"]))
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def score(self, planned: Planned) -> float:
+        """Mean accuracy of trainings on meta-validation."""
+        return statistics.fmean(float(self.rows[name_cell(*each)]["meta_validation_top1"]) for each in planned)
+
+
+def describe(row: dict[str, str]) -> list[str]:
+    """What a row is of."""
+    return [row[name] for name in ("world", "arm", "seed", "loss")]
+
+
+def name_cell(recipe: CompareRecipe, trial: Trial, _: Arm) -> str:
+    """A training's name: its world, and what decides its result."""
+    return f"{Path(recipe.run_dir).name}/{trial_path(recipe, trial, Path()).stem}"
 
 
 def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str, Any]:
@@ -202,57 +258,25 @@ def plan_rates(folder: Path, world: StudentRecipe, rates: list[float]) -> Planne
     methods = [{"name": "cross_entropy", "train": {"learning_rate": rate}} for rate in rates]
     recipe = build_recipe(folder, world, rates[0])
     arms = [(method, seed) for method in methods for seed in (100, 101)]
-    return [(recipe, Trial("rate", method, world.student, seed, False), Arm(method)) for method, seed in arms]
+    return [(recipe, Trial(RATE, method, world.student, seed, False), Arm(method)) for method, seed in arms]
+
+
+def pick_rate(record: Record, folder: Path, world: StudentRecipe, rates: list[float]) -> float:
+    """The rate at which cross-entropy has the highest accuracy on meta-validation."""
+    if not (planned := plan_rates(folder, world, rates)):
+        return rates[0]
+    of = {rate: [each for each in planned if each[1].loss["train"]["learning_rate"] == rate] for rate in rates}  # type: ignore[index]
+    return max(rates, key=lambda rate: record.score(of[rate]))
 
 
 def plan_grid(recipe: CompareRecipe, grid: list[Method]) -> Planned:
     """Each hand-made loss of the grid once, scored on meta-validation."""
-    return [(recipe, Trial("grid", loss, recipe.students[0], 100, False), Arm(loss)) for loss in grid]
+    return [(recipe, Trial(GRID, loss, recipe.students[0], 100, False), Arm(loss)) for loss in grid]
 
 
-def pick_rate(folder: Path, world: StudentRecipe, rates: list[float]) -> float:
-    """The rate at which cross-entropy has the highest accuracy on meta-validation."""
-    if not (planned := plan_rates(folder, world, rates)):
-        return rates[0]
-    return max(rates, key=lambda rate: score(planned, lambda loss: loss["train"]["learning_rate"] == rate))
-
-
-def pick_tuned(recipe: CompareRecipe, grid: list[Method]) -> Method:
+def pick_tuned(record: Record, recipe: CompareRecipe, grid: list[Method]) -> Method:
     """The loss of the grid with the highest accuracy on meta-validation."""
-    planned = plan_grid(recipe, grid)
-    return max(grid, key=lambda one: score(planned, lambda loss: loss == one))
-
-
-def score(planned: Planned, chosen: Callable[[Any], bool]) -> float:
-    """Mean accuracy on meta-validation of the trainings with a chosen loss."""
-    paths = [trial_path(recipe, trial, Path(recipe.run_dir)) for recipe, trial, _ in planned if chosen(trial.loss)]
-    return statistics.fmean(read_result(path)["meta_validation"]["top1"] for path in paths)
-
-
-def write_rows(path: Path, planned: Planned) -> None:
-    """A row for every training, of earlier calls too."""
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = {identify(row): row for row in csv.DictReader(file)}
-    for recipe, trial, _ in planned:
-        cell = read_result(trial_path(recipe, trial, Path(recipe.run_dir)))
-        own = (Path(recipe.run_dir).name, trial.method, trial.seed, recipe.train.learning_rate)
-        test = cell.get("last", {})
-        figures = (test.get("top1"), test.get("calibrated_cross_entropy"), cell["meta_validation"]["top1"])
-        told = ("" if figure is None else f"{figure:.6g}" for figure in figures)
-        row = dict(zip(COLUMNS, (*own, *told), strict=True))
-        row |= {"loss": json.dumps(trial.loss), "seconds": f"{cell['seconds']:.1f}"}
-        rows[identify(row)] = row
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "loss", "seconds"])
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(rows.items()))
-
-
-def identify(row: dict[str, Any]) -> tuple[str, ...]:
-    """World, arm and seed of a row."""
-    return row["world"], row["arm"], f"{int(row['seed']):02d}"
+    return max(grid, key=lambda loss: record.score(plan_grid(recipe, [loss])))
 
 
 if __name__ == "__main__":
