@@ -28,7 +28,7 @@ from lkd.training.evaluate import evaluate
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "teacher_cache"
 CPU = torch.device("cpu")
-DATA = DataRecipe(augmentation="flip_and_crop", augmentation_seeds=4)
+DATA = DataRecipe(train_size=4000, meta_validation_size=4000, augmentation="flip_and_crop", augmentation_seeds=4)
 TRAIN = TrainRecipe(epochs=8)
 METHODS = {"live": None, "full": 0, "top_3": 3, "top_1": 1}
 SEEDS = range(3)

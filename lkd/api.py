@@ -22,6 +22,7 @@ from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
+from lkd.data.splits import choose_meta_validation_size
 from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.meta_training.meta_train import meta_train as learn_loss
@@ -32,7 +33,6 @@ from lkd.tracking.tracker import read_log
 from lkd.training.build import build_given, copy_module
 from lkd.training.distill import distill as distill_student
 
-META_VALIDATION_SHARE = 10  # of given images one in so many is meta-validation, unless the caller says otherwise
 FILES = (".safetensors", ".pth", ".pt")
 HASH_LENGTH = 12
 
@@ -350,7 +350,7 @@ def name_images(
     if unread:
         raise UserError(f"{min(unread)}: is of data sets by name; lkd.read_images has options for given images")
     content = [describe_images(train)]
-    sizes = {"train_size": 0, "meta_validation_size": max(1, len(train) // META_VALIDATION_SHARE)}
+    sizes = {"train_size": 0, "meta_validation_size": choose_meta_validation_size(len(train))}
     taken = {name: options[name] for name in sizes if name in options}
     if meta_validation_set is not None:
         if taken:

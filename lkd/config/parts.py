@@ -16,7 +16,8 @@ class DataRecipe:
         root: Folder of the data set's files (not for `embedded`).
         train_size: Images to train on; 0 takes all that meta-validation leaves.
         meta_validation_size: Images that tuning and the outer loop look at; disjoint from the training images and from
-            the test split. 0, for `lkd distill` and `lkd teacher`: nothing is evaluated, and the last weights are kept.
+            the test split; a tenth of the data set's training images if left out. 0, for `lkd distill` and
+            `lkd teacher`: nothing is evaluated, and the last weights are kept.
         split_seed: Seed of the split, of flipped labels and of a teacher's random answers.
         label_noise: Fraction of the training labels that are flipped on purpose.
         label_noise_kind: symmetric, to any other class; pairs, to one partner of each class, with which a weak network
@@ -44,8 +45,8 @@ class DataRecipe:
 
     name: str = "embedded"
     root: str | None = None
-    train_size: ranges.NonNegativeInt = 4000
-    meta_validation_size: ranges.NonNegativeInt = 4000
+    train_size: ranges.NonNegativeInt = 0
+    meta_validation_size: ranges.NonNegativeInt | None = None
     split_seed: int = 0
     label_noise: ranges.ClosedUnitInterval = 0.0
     label_noise_kind: Literal["symmetric", "pairs", "by_student"] = "symmetric"

@@ -10,6 +10,13 @@ from lkd.core.errors import UserError
 from lkd.core.random import seeded_generator
 from lkd.data.images import ImageSet
 
+META_VALIDATION_SHARE = 10  # one image in so many is meta-validation, unless a size is given
+
+
+def choose_meta_validation_size(count: int) -> int:
+    """Meta-validation images of so many training images, where nobody says how many."""
+    return max(1, count // META_VALIDATION_SHARE)
+
 
 class Splits(NamedTuple):
     """Two disjoint parts of the training images.

@@ -29,6 +29,7 @@ from lkd.core.files import flatten, write_json, write_text
 from lkd.core.outputs import Outputs
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
+from lkd.data.splits import choose_meta_validation_size
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.meta_train import check_settings
@@ -492,7 +493,8 @@ def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
         decoded = isinstance(train.images, ImageFiles)
     elif data.name in KNOWN:
         count, classes, channels, pixels = KNOWN[data.name]
-        count, decoded = data.train_size or count - data.meta_validation_size, not pixels
+        size, decoded = data.meta_validation_size, not pixels
+        count = data.train_size or count - (choose_meta_validation_size(count) if size is None else size)
         shape = channels, pixels or data.image_size, pixels or data.image_size
     else:
         raise UserError(f"data.root: missing; without it only {', '.join(KNOWN)} can be planned, not {data.name}")

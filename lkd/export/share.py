@@ -56,7 +56,7 @@ def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
     facts = {
         "learned": None if was_learned({"provenance": provenance}) else f"{NOT_LEARNED}: the initial loss was the best",
         "data": data.get("name"),
-        "training images": data.get("train_size"),
+        "training images": data.get("train_size") or ("all" if data else None),
         "meta-validation images": data.get("meta_validation_size"),
         "label noise": data.get("label_noise"),
         "kind of label noise": data.get("label_noise_kind") if data.get("label_noise") else None,

@@ -25,7 +25,7 @@ from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.label_noise import add_label_noise
 from lkd.data.readers import load_dataset
-from lkd.data.splits import split_training_images
+from lkd.data.splits import choose_meta_validation_size, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
@@ -67,7 +67,7 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
     Raises:
         UserError: If the data set or the sizes are not good.
     """
-    if scored and not settings.meta_validation_size:
+    if scored and settings.meta_validation_size == 0:
         raise UserError(
             "data.meta_validation_size: 0 leaves nothing to evaluate on, which only lkd distill and lkd teacher "
             "can do without: give at least 1"
@@ -80,10 +80,12 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
             settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
         )
         dataset = load_dataset(settings.name, settings.root, loading)
+    if settings.meta_validation_size is None:
+        settings = replace(settings, meta_validation_size=choose_meta_validation_size(len(dataset.train)))
     if meta_validation and settings.imbalance == 1:
         train, fingerprint = dataset.train, settings.name
     else:
-        size = 0 if meta_validation else settings.meta_validation_size
+        size = 0 if meta_validation else settings.meta_validation_size or 0
         train, split_off, fingerprint = split_training_images(
             dataset.train, settings.train_size, size, settings.split_seed, settings.imbalance
         )
@@ -311,6 +313,12 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     return f"{described}{reached}{wrong}{scale}"
 
 
+def introduce_images(images: Images) -> str:
+    """Say how many images a training sees."""
+    counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
+    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes"
+
+
 def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
     """Say which network this is that will be trained."""
     network, pretrained = student.build(0, device), student.architecture["pretrained"]
@@ -361,7 +369,7 @@ class LossBuilder:
         if callable(self.specification):
             return wrap_loss(copy_module(self.specification, "loss"))
         if self.inner:
-            if not self.images.settings.meta_validation_size:
+            if self.images.settings.meta_validation_size == 0:
                 raise UserError("data.meta_validation_size: 0; influence_weighted measures on it: give at least 1")
             own = self.copy_teacher() if self.settings.teacher_rate else None
             inner = self.inner.build(student, seed)

@@ -31,6 +31,7 @@ from lkd.training.build import (
     Parts,
     StudentBuilder,
     build_batches,
+    introduce_images,
     introduce_network,
     introduce_teacher,
     measure_teacher,
@@ -62,6 +63,7 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
         the best epoch, or None, and trust where the loss reads it.
     """
     images, loss = parts.images, parts.loss
+    run.say(introduce_images(images))
     run.say(introduce_network("student", parts.student, images, run.device))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
@@ -84,6 +86,7 @@ def train_teacher(student: StudentBuilder, images: Images, train: TrainRecipe, s
     Returns:
         The teacher's file.
     """
+    run.say(introduce_images(images))
     run.say(introduce_network("teacher", student, images, run.device))
     training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
     return train_to_the_end(training, images, student, run, "teacher")
