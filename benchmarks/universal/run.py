@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,13 +26,21 @@ import yaml
 from lkd.config.evaluation import CompareRecipe
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_recipe, merge
-from lkd.config.parts import StudentRecipe
+from lkd.config.parts import DataRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.worlds import expand_worlds
-from lkd.core.files import write_json
+from lkd.core.files import flatten, write_json
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import finish_all, start_workers
 from lkd.evaluation.comparison import trials
-from lkd.evaluation.comparison.trials import Method, Trial, TrialInputs, open_inputs, run_trial, trial_path
+from lkd.evaluation.comparison.trials import (
+    Method,
+    Trial,
+    TrialInputs,
+    hash_content,
+    hash_identity,
+    open_inputs,
+    run_trial,
+)
 from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import open_run
@@ -135,13 +143,13 @@ class Record:
         jobs: dict[Future[Any], str] = {}
         left = [each for each in planned if name_cell(*each) not in self.rows]
         for recipe, trial, arm in left:
-            path = trial_path(recipe, trial, Path(recipe.run_dir))
+            path = locate(recipe, trial, arm)
             if not path.exists():
                 name = f"{Path(recipe.run_dir).name}: {trial.method}, seed {trial.seed}"
                 jobs[workers.submit(train, recipe, trial, arm, path)] = name
         finish_all(jobs, lambda name, row: f"  {name}: {row['seconds']:.0f} s", "trainings")
         for recipe, trial, arm in left:
-            cell = read_result(trial_path(recipe, trial, Path(recipe.run_dir)))
+            cell = read_result(locate(recipe, trial, arm))
             test = cell.get("last", {})
             figures = (test.get("top1"), test.get("calibrated_cross_entropy"), cell["meta_validation"]["top1"])
             told = ("" if figure is None else f"{figure:.6g}" for figure in figures)
@@ -172,9 +180,25 @@ def describe(row: dict[str, str]) -> list[str]:
     return [row[name] for name in ("world", "arm", "seed", "loss")]
 
 
-def name_cell(recipe: CompareRecipe, trial: Trial, _: Arm) -> str:
-    """A training's name: its world, and what decides its result."""
-    return f"{Path(recipe.run_dir).name}/{trial_path(recipe, trial, Path()).stem}"
+def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
+    """A training's name: its world, its arm, its seed, and a hash of all that decides its result.
+
+    Of the recipe what differs from the defaults, so that an option that comes new to recipes changes no name.
+    """
+    learned = trial.loss if isinstance(trial.loss, str) else ""
+    world = {**asdict(recipe.data), "teacher": asdict(recipe.teacher), "train": asdict(recipe.train)}
+    plain = {**asdict(DataRecipe()), "teacher": asdict(TeacherRecipe()), "train": asdict(TrainRecipe())}
+    own = {key: value for key, value in flatten(world).items() if flatten(plain).get(key) != value}
+    own |= {"root": "", "teacher.path": hash_content(recipe.teacher.path) or recipe.teacher.path}
+    loss = hash_content(learned) or trial.loss
+    identity = [own, asdict(trial.student), loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
+    label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
+    return f"{Path(recipe.run_dir).name}/{label}-{trial.seed}-{hash_identity({'all': identity})}"
+
+
+def locate(recipe: CompareRecipe, trial: Trial, arm: Arm) -> Path:
+    """Where a training's result is put."""
+    return Path(recipe.run_dir) / "cells" / f"{Path(name_cell(recipe, trial, arm)).name}.json"
 
 
 def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str, Any]:
