@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lkd.config.meta_training import MetaTrainRecipe
-from lkd.config.parse import make_recipe
+from lkd.config.parse import make_plain, make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
+from lkd.core.files import expand_home
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
@@ -26,8 +27,8 @@ from lkd.data.splits import choose_meta_validation_size
 from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.meta_training.meta_train import meta_train as learn_loss
-from lkd.models.build import GIVEN
-from lkd.models.files import KIND, VERSION, load_network
+from lkd.models.build import GIVEN, load_plain_state_dict
+from lkd.models.files import KIND, VERSION, fit_to_images, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
 from lkd.training.build import build_given, copy_module
@@ -152,12 +153,13 @@ def distill(
     recipe.loss = name_loss(loss, given)
     recipe.data = name_images(train_set, meta_validation_set, recipe.data, options, given)
     with open_library_run(recipe, "distill", quiet) as run:
-        path = distill_student(build_given(recipe, given), recipe.train, recipe.seed, run, recipe.labelled_size)
+        parts = build_given(recipe, given)
+        path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size)
         wait_for_all()
         make = given.get(recipe.student.name)
-        trained = make() if make else load_network(path)[0]
+        trained = make() if make else fit_to_images(str(path), *load_network(path), parts.images.train)
         if make:
-            trained.load_state_dict(read_tensors(path, KIND, VERSION)[0])
+            load_plain_state_dict(trained, read_tensors(path, KIND, VERSION)[0])
         rows = [row for row in read_log(Path(recipe.run_dir) / "log.jsonl") if "meta_validation/top1" in row]
     prefix = "meta_validation/"
     history = [{key.removeprefix(prefix): row[key] for key in row if key == "step" or prefix in key} for row in rows]
@@ -266,7 +268,7 @@ def read_options(
     for name, value in options.items():
         check_choice("option", name, known | places.keys())
         (values if name in known else values.setdefault(places[name], {}))[name] = value
-    for name in ("run_dir", "device", "root", "packed"):
+    for name in ("run_dir", "device", "root", "packed", "class_map"):
         for part in (values, values.get("data", {})):
             if isinstance(part.get(name), Path | torch.device):
                 part[name] = str(part[name])
@@ -316,7 +318,7 @@ def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
         return make_recipe(TeacherRecipe, teacher, "teacher")
     if not isinstance(teacher, str | Path):
         raise UserError(f"teacher: {teacher!r} is neither a name, a file, a dict nor a torch.nn.Module")
-    name = str(teacher)
+    name = expand_home(str(teacher))
     is_file = isinstance(teacher, Path) or name == "embedded" or name.endswith(FILES) or Path(name).is_file()
     return TeacherRecipe(path=name) if is_file else TeacherRecipe(name=name, pretrained=True)
 
@@ -324,7 +326,7 @@ def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
 def name_loss(loss: Any, given: dict[str, Any]) -> Any:
     """The loss as a recipe has it."""
     if not callable(loss):
-        return str(loss) if isinstance(loss, Path) else loss
+        return make_plain(str(loss) if isinstance(loss, Path) else loss)
     content = list_tensors(loss, "loss") if isinstance(loss, nn.Module) else describe_function(loss)
     return name_object(getattr(loss, "__name__", type(loss).__name__), content, loss, given)
 
@@ -346,7 +348,7 @@ def name_images(
             raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
         return dataclasses.replace(recipe, name=train_set)
     train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
-    unread = {"root", "image_size", "workers", "damaged_limit", "packed"} & set(options)
+    unread = {"root", "image_size", "workers", "damaged_limit", "packed", "class_map"} & set(options)
     if unread:
         raise UserError(f"{min(unread)}: is of data sets by name; lkd.read_images has options for given images")
     content = [describe_images(train)]

@@ -19,6 +19,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.losses.learned.trust import Trust
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
+from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
 from lkd.tracking.run import choose_device, open_run
@@ -66,6 +67,7 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     images = prepare_images(recipe.data, scored=recipe.split != "test")
     check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else images.meta_validation
+    network = fit_to_images(recipe.checkpoint, network, header, images.train)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
     print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")

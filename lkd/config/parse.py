@@ -15,7 +15,7 @@ from jsonargparse import typing as ranged
 
 from lkd.config import COMMANDS, POSITIONAL
 from lkd.core.errors import UserError
-from lkd.core.files import MALFORMED
+from lkd.core.files import MALFORMED, expand_home
 
 Recipe = TypeVar("Recipe")
 
@@ -82,7 +82,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{trail}: base: {bases!r} is not a file name or a list of file names")
-    below = [layer for base in bases for layer in read_layers(path.parent / base, (*above, path))]
+    below = [layer for base in bases for layer in read_layers(path.parent / expand_home(base), (*above, path))]
     return [*below, (path, content)]
 
 
@@ -95,7 +95,7 @@ def pop_additions(path: Path, content: dict[str, Any]) -> dict[Path, dict[str, A
     named = content.pop("with", {})
     if not is_nested(named) or not is_nested(*named.values()):
         raise UserError(f"{path}: with: {named!r} is not a mapping of recipe files to keys and values")
-    additions = {path.parent / str(name): values for name, values in named.items()}
+    additions = {path.parent / expand_home(str(name)): values for name, values in named.items()}
     for other in additions:
         if not other.is_file():
             raise UserError(f"{path}: with: there is no file {other}; names are relative to the file that says them")
@@ -145,6 +145,26 @@ def check_plain(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_NESTED:
             raise ValueError(f"line {event.start_mark.line + 1}: it is nested more than {MOST_NESTED} deep")
+    check_unique(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def check_unique(node: yaml.Node | None) -> None:
+    """Check that no mapping has a key twice, of which the second would wipe the first.
+
+    Raises:
+        ValueError: If one has; names both lines.
+    """
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise ValueError(f"lines {seen[name]} and {line}: the key {name!r} is there twice; put both into one")
+            seen[name] = line
+            check_unique(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            check_unique(value)
 
 
 def merge(below: dict[Any, Any], over: dict[Any, Any]) -> dict[Any, Any]:
@@ -167,6 +187,24 @@ def usage(recipe: type, field: str | None) -> str:
     if field is None:
         return "[RECIPE.yaml ...]"
     return f"{field.upper().removesuffix('S')} ..." if takes_list(recipe, field) else field.upper()
+
+
+def check_words(words: list[str]) -> None:
+    """Check the mappings among the words of a command line as those of a recipe are.
+
+    Raises:
+        UserError: If one has a key twice.
+    """
+    for word in words:
+        _, equals, value = word.partition("=")
+        text = value if word.startswith("--") and equals else word
+        if text.lstrip().startswith(("{", "[")):
+            try:
+                check_plain(text)
+            except yaml.YAMLError:
+                continue  # jsonargparse says more of it: where it belongs, and what is accepted
+            except ValueError as error:
+                raise UserError(f"{text[:100]}: {error}") from error
 
 
 def takes_list(recipe: type, field: str) -> bool:
@@ -194,12 +232,12 @@ def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
 def split_files(words: list[str]) -> tuple[list[Path], list[str]]:
     """The recipe files among the words, which come before the options or after `--config`; and the options."""
     leading = list(takewhile(lambda word: not word.startswith("-"), words))
-    paths, options = [Path(word) for word in leading], []
+    paths, options = [Path(expand_home(word)) for word in leading], []
     rest = iter(words[len(leading) :])
     for word in rest:
         name, equals, value = word.partition("=")
         if name == "--config":
-            paths.append(Path(value if equals else next(rest, "")))
+            paths.append(Path(expand_home(value if equals else next(rest, ""))))
         else:
             options.append(word)
     return paths, options
@@ -273,12 +311,16 @@ def instantiate(kind: type[Recipe], parser: ArgumentParser, parse: Callable[[], 
 
 
 def make_plain(value: Any) -> Any:
-    """Numbers of the types that carry ranges as the plain numbers that files hold, in a recipe and all its parts."""
+    """A recipe, or a part of one, with plain numbers for the types that carry ranges, and paths without `~`."""
     if dataclasses.is_dataclass(value):
         for name, inner in vars(value).items():
             setattr(value, name, make_plain(inner))
     elif isinstance(value, list):
         return [make_plain(inner) for inner in value]
+    elif isinstance(value, dict):
+        return {key: make_plain(inner) for key, inner in value.items()}
+    elif isinstance(value, str):
+        return expand_home(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         return int(value) if isinstance(value, int) else float(value)
     return value
@@ -319,6 +361,7 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     paths, options = split_files(fill_field(words, recipe, field) if field else words)
     contents = [word for read in read_recipes(paths) for word in ("--config", json.dumps(read, default=str))]
+    check_words(options)
     expanded = contents + complete_switches(options, {f"--{key}" for key in known_keys(parser, bool)})
     try:
         return instantiate(recipe, parser, lambda: parser.parse_args(expanded))

@@ -41,6 +41,8 @@ class DataRecipe:
             Damaged images are skipped and named in the log.
         read_timeout: Seconds after which a run stops that waits for an image in a file to be read; 0 waits for ever.
         packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
+        class_map: File that numbers the classes: a name a line, the first is class 0 (timm's class_map). Without it
+            class folders are sorted as text, as torchvision does (0, 1, 10, 2), where timm sorts 0, 1, 2, 10.
     """
 
     name: str = "embedded"
@@ -62,6 +64,7 @@ class DataRecipe:
     damaged_limit: ranges.ClosedUnitInterval = 0.001
     read_timeout: ranges.NonNegativeFloat = 600.0
     packed: str | None = None
+    class_map: str | None = None
 
 
 @dataclass
@@ -129,7 +132,8 @@ class TrainRecipe:
         accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
             that do not fit in memory. BatchNorm sees a part at a time.
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
-            then evaluated and saved in the student's place; 0 for none.
+            then evaluated and saved in the student's place; 0 for none. It is warmed up as timm does: after t steps it
+            is at most 1 − t^(−2/3), so that a short training does not keep its initial weights.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
         compile: Run the student through torch.compile, and in `lkd distill` the teacher too. The first step then waits
             for the compiler; evaluation does not use it.

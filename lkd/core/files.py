@@ -22,6 +22,14 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, A
 """What taking the content of a damaged file apart can raise."""
 
 
+def expand_home(text: str) -> str:
+    """A path with the user's folder in the place of `~`; any other text as it is, and a name on a reader's side too."""
+    reader, slash, rest = text.partition("/")
+    if rest.startswith("~/") and reader.isalnum():
+        return f"{reader}/{os.path.expanduser(rest)}"
+    return os.path.expanduser(text) if text == "~" or (text.startswith("~") and slash) else text
+
+
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it replaces `path`, on failure it goes.

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lkd.core.errors import DamagedFileError, UserError, first_line
-from lkd.core.files import parse_json, read_json, refusing_malformed, replaced_atomically, write_json
+from lkd.core.files import expand_home, parse_json, read_json, refusing_malformed, replaced_atomically, write_json
 
 HEADER_KEY, DIGEST_KEY = "lkd", "content_hash"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
@@ -30,6 +30,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: in
         version: Format version of that kind.
         header: JSON content.
     """
+    path = Path(expand_home(str(path)))
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"kind": kind, "format_version": version, **header}
     content[DIGEST_KEY] = hash_content(json.dumps(content), plain)
@@ -62,6 +63,7 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
     Raises:
         UserError: If the file is missing, damaged, of another kind or of a newer format.
     """
+    path = Path(expand_home(str(path)))
     if not os.path.isfile(path):  # unlike Path's, it does not raise at a name that is too long
         raise UserError(f"{path}: no such file (expected a {kind})")
     check_header_size(path)

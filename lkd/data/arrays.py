@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lkd.core.errors import UserError
-from lkd.data.image_files import LoadingOptions
+from lkd.data.image_files import LoadingOptions, to_8_bits
 from lkd.data.images import ImageSet, measure
 from lkd.data.readers import wrap_images
-from lkd.data.sources import MEAN, STD, LabelledSource, wrap_source
+from lkd.data.sources import MEAN, STD, LabelledSource, check_class_names, wrap_source
 
 MEMORY_LIMIT = 2**33  # bytes of images that are read into memory
 READ_TWICE = 16  # images that are read twice, to find a transform that is random
@@ -123,7 +123,10 @@ def read_item(dataset: Any, position: int) -> tuple[Tensor, int]:
         raise UserError(f"read_images: item {position} of this {kinds[0]} is a {kinds[1]}, not (image, label)")
     image, label = item
     if not isinstance(image, Tensor):
-        pixels = torch.from_numpy(np.array(image))
+        try:
+            pixels = torch.from_numpy(np.array(image if getattr(image, "mode", "F") == "F" else to_8_bits(image)))
+        except ValueError as error:
+            raise UserError(f"read_images: image {position}: {error}") from error
         image = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
     try:
         return image, int(label)
@@ -147,8 +150,14 @@ def read_labels(dataset: Any) -> list[int]:
 
 def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[str, ...]:
     """The classes' names: the dataset's own, or else numbers."""
-    largest = int(labels.max())
+    least, largest = int(labels.min()), int(labels.max())
     names = tuple(str(name) for name in getattr(source, "classes", ()))
+    check_class_names(names, "read_images")
+    if least and num_classes is None and (not names or largest >= len(names)):
+        raise UserError(
+            f"read_images: labels go from {least} to {largest}, so class 0 would be empty: count from 0 (labels - "
+            f"{least}), or give num_classes={largest + 1} if classes without images are meant"
+        )
     count = num_classes or max(len(names), largest + 1)
     if largest >= count or count < 2:
         raise UserError(f"read_images: label {largest} is none of {count} classes; at least 2 are needed")

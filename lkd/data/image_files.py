@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,6 +22,7 @@ LEAST_SEEN = 10_000  # a fraction of fewer images means little
 MOST_PIXELS = 1 << 26  # of an image, 200 MB decoded: a file of a few bytes can claim thousands of millions
 MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is scaled up, and the longer one with it
 OF_TORCHVISION = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF; the latter is 0 where 0 is white
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
 
 
@@ -87,16 +89,42 @@ def decode(content: Tensor, name: str) -> Tensor:
     Raises:
         DamagedImageError: If it is no image, half of one, or too large.
     """
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(content.numpy().data), formats=FORMATS) as image:
             check_size(*image.size)
             pixels = decode_by_torchvision(content) if image.format in OF_TORCHVISION else None
-            return pil_to_tensor(image.convert("RGB")) if pixels is None else pixels
+            return to_rgb(image) if pixels is None else pixels
     except Exception as error:  # Pillow's readers let out whatever their parsers raise
         reason = " ".join(str(error).split(" <")[0].split())  # without the address of an object
         raise DamagedImageError(f"{name}: cannot be decoded ({reason})") from error
+
+
+def to_rgb(image: Any) -> Tensor:
+    """Pixels of a Pillow image of any mode as RGB: uint8, [3, H, W]; see `to_8_bits`."""
+    return pil_to_tensor(to_8_bits(image).convert("RGB"))
+
+
+def to_8_bits(image: Any) -> Any:
+    """A Pillow image of 8 bits a channel, where Pillow's own conversion would cut grey values off at 255.
+
+    16-bit grey (12 of TIFF's) is scaled by its largest value. Palettes are looked up, and transparency is dropped.
+
+    Raises:
+        ValueError: If its numbers have no range that says what is black and what is white.
+    """
+    if image.mode in ("P", "PA"):
+        return image.convert("RGB")
+    is_short = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not is_short:
+        if image.mode in ("I", "F"):
+            kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+            raise ValueError(f"its pixels are {kind}, whose black and white are not known: save 8 or 16 bits of grey")
+        return image.convert("L") if image.mode == "1" else image
+    tags = getattr(image, "tag_v2", {})
+    bits, photometric = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC, 1)
+    values = np.asarray(image, dtype=np.float64) / (2 ** int(bits[0]) - 1)
+    grey = (255 * (values if photometric else 1 - values)).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey)
 
 
 def check_size(width: int, height: int) -> None:

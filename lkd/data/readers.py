@@ -6,6 +6,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -14,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.transforms.functional import pil_to_tensor
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import MALFORMED
 from lkd.data.embedded import ARCHIVE, ARCHIVE_HASH
-from lkd.data.image_files import FileSource, ImageSource, LoadingOptions
+from lkd.data.image_files import DamagedImageError, FileSource, ImageSource, LoadingOptions, to_rgb
 from lkd.data.images import Dataset, ImageSet, measure
 from lkd.data.sources import (
     MOST_NAMED,
@@ -49,7 +49,7 @@ class InMemory(NamedTuple):
         std: Standard deviation of each channel.
     """
 
-    read: Callable[..., Any]
+    read: Any
     folder: str
     source: str | None
     mean: tuple[float, ...]
@@ -286,7 +286,10 @@ class TorchvisionSource(ImageSource):
 
     def load(self, position: int) -> Tensor:
         """Take an image; see `ImageSource`."""
-        return pil_to_tensor(self.images[position][0].convert("RGB"))
+        try:
+            return to_rgb(self.images[position][0])
+        except ValueError as error:
+            raise DamagedImageError(f"{self.names[position]}: {error}") from error
 
 
 def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
@@ -380,3 +383,46 @@ def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | N
     if not (rest and reader in NAMED_READERS):
         check_choice("data.name", name, [*DATASETS, *FILE_READERS, *(f"{known}/NAME" for known in NAMED_READERS)])
     return NAMED_READERS[reader](rest, root, loading)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of the classes, which decides what a teacher's logits mean.
+
+MOST_LISTED = 1 << 24  # bytes of a class map
+
+
+def apply_class_map(dataset: Dataset, path: Path) -> Dataset:
+    """Number the classes as a file lists them: timm's `class_map`, a name a line, the first is class 0.
+
+    Classes whose names are plain numbers because nothing names them (of shards and arrays) are named in their order.
+
+    Raises:
+        UserError: If the file is missing, or its names are not those of the classes, each once.
+    """
+    try:
+        lines = path.read_bytes()[:MOST_LISTED].decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"data.class_map: {path}: {reason}; give a text file with a class name a line") from error
+    names, classes = tuple(line.strip() for line in lines if line.strip()), dataset.train.class_names
+    if classes == tuple(map(str, range(len(names)))) and set(names) != set(classes):
+        place = dict(zip(classes, range(len(classes)), strict=True))
+    else:
+        place = {name: number for number, name in enumerate(names)}
+        wrong = [*(set(classes) ^ place.keys()), *(name for name in names if names.count(name) > 1)]
+        if wrong:
+            raise UserError(
+                f"data.class_map: {path}: lists {len(names)} classes, the data have {len(classes)}; {min(wrong)!r} is "
+                "not once in both: list every class once"
+            )
+    number = torch.tensor([place[name] for name in classes])
+    renumber = lambda part: replace(part, labels=number[part.labels], class_names=names)  # noqa: E731
+    return replace(dataset, train=renumber(dataset.train), test=renumber(dataset.test))
+
+
+def sort_as_timm(classes: Sequence[str]) -> list[str] | None:
+    """The classes in timm's order, by numbers and without case; None if they are in it, or not sorted as text."""
+    from timm.utils.misc import natural_key
+
+    theirs = sorted(classes, key=natural_key)
+    return theirs if list(classes) == sorted(classes) != theirs else None

@@ -1,6 +1,7 @@
 """Image folders, tar files, WebDataset shards and Hugging Face data sets: images that are found one by one."""
 
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,8 +22,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which t
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg"
 TARS = "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar"
-SHARDS = "*train*.tar and *val*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
-SHARD_SPLITS = {"train": ("train",), "val": ("validation", "val")}
+SHARDS = "*-train-*.tar and *-val-*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
+SHARD_SPLITS = {"train": ("train", "training"), "val": ("validation", "val", "valid")}  # as whole words of a name
+# What systems and programs leave beside people's own folders; and all that begins with a dot.
+HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found", "$RECYCLE.BIN")
 TEST_SPLITS = ("validation", "val", "test")  # of Hugging Face's; the first that there is
 MOST_NESTED = 3  # tars in tars
 SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
@@ -54,6 +57,7 @@ def build_dataset(
     Raises:
         UserError: If a part has no images, or a class has none to train on.
     """
+    check_class_names(classes, "data.root")
     for part, labelled in zip(("training", "validation"), parts, strict=True):
         if not labelled.labels:
             raise UserError(f"data.root: {place} holds no {part} images")
@@ -66,6 +70,18 @@ def build_dataset(
             "add some, or remove the classes"
         )
     return Dataset(name, *(wrap_source(*part, classes, loading) for part in zip(("train", "val"), parts, strict=True)))
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder that it lies in, is none of the user's own: no image and no class."""
+    return any(part.startswith(".") or part in HIDDEN for part in Path(path).parts if part != "..")
+
+
+def check_class_names(classes: Sequence[str], place: str) -> None:
+    """Check that no class is a folder of the system's, whose number shifts all labels behind it."""
+    hidden = [name for name in classes if is_hidden(name)]
+    if hidden:
+        raise UserError(f"{place}: the class {hidden[0]!r} is a hidden folder, no class: remove it")
 
 
 def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], loading: LoadingOptions) -> ImageSet:
@@ -117,7 +133,8 @@ def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
 def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
     """Names of the folders in `root/part`, sorted."""
     folder = root / part
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = tuple(sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)))
     if not names:
         raise UserError(f"data.root: {str(root)!r} holds no {part}/CLASS/ folders; expected {FOLDERS}")
     return names
@@ -130,7 +147,7 @@ def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
         for label, name in enumerate(classes)
         if (folder / name).is_dir()
         for file in sorted(os.listdir(folder / name))
-        if file.lower().endswith(SUFFIXES)
+        if file.lower().endswith(SUFFIXES) and not is_hidden(file)
     ]
     return LabelledSource(FileSource(folder, [name for name, _ in found]), [label for _, label in found])
 
@@ -201,7 +218,7 @@ def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name!r} is sparse")
             read = member.offset_data
-            if not member.isfile():
+            if not member.isfile() or is_hidden(member.name):
                 continue
             if member.name.endswith(".tar"):
                 inner = tar.extractfile(member)
@@ -259,7 +276,9 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
             class has no training images.
     """
     folder = check_root(root, SHARDS)
-    train, val = (read_shards(find_shards(folder, part)) for part in SHARD_SPLITS)
+    paths = {part: find_shards(folder, part) for part in SHARD_SPLITS}
+    check_apart(folder, paths)
+    train, val = map(read_shards, paths.values())
     largest = max(train.labels, default=0)
     if largest >= max(len(train.labels), MOST_NAMED):
         raise UserError(
@@ -289,10 +308,29 @@ def find_shards(root: Path, part: str) -> list[Path]:
                 raise UserError(f"data.root: {root / missing[0]}: no such shard, but {info.name} names it")
             if named:
                 return [root / name for name in named]
-    paths = sorted(root.glob(f"*{part}*.tar")) or sorted(root.glob(f"{part}*/*.tar"))
+    found = [path for pattern in ("*.tar", "*/*.tar") for path in root.glob(pattern) if not is_hidden(path.name)]
+    paths = sorted(path for path in found if path.parent == root and names_split(path.stem, part))
+    paths = paths or sorted(path for path in found if path.parent != root and names_split(path.parent.name, part))
     if not paths:
         raise UserError(f"data.root: {str(root)!r} holds no {part} shards; expected {SHARDS}")
     return paths
+
+
+def names_split(name: str, part: str) -> bool:
+    """Whether a whole word of a name is one of a split's: `festival-train-0` is of train, not of val."""
+    return not set(re.findall("[a-z]+", name.lower())).isdisjoint(SHARD_SPLITS[part])
+
+
+def check_apart(root: Path, paths: dict[str, list[Path]]) -> None:
+    """Check that no shard is in both splits, or twice in one: its images would be trained on and tested with."""
+    seen: set[Path] = set()
+    for path in (path.resolve() for each in paths.values() for path in each):
+        if path in seen:
+            raise UserError(
+                f"data.root: {root}: the shard {path.name} is named twice, for training and validation or in one list: "
+                "name each once, in _info.json or by one whole word of its name, train or val"
+            )
+        seen.add(path)
 
 
 def is_within(name: str) -> bool:

@@ -17,6 +17,7 @@ from lkd.influence.influence import Influence, measure_influence
 from lkd.influence.weighted_loss import save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.meta_training.log import plt, save_figure
+from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
@@ -66,7 +67,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     teacher = prepare_teacher(open_teacher(recipe.teacher, images.train), images, run.device) if is_taught else None
     started = time.perf_counter()
     parts = images.train, images.meta_validation
-    network = network.to(run.device)
+    network = fit_to_images(recipe.checkpoint, network, header, images.train).to(run.device)
     found = measure_influence(network, loss, teacher, *parts, run.device, recipe.influence, seed=recipe.seed)
     seconds = time.perf_counter() - started
     weights = weigh_examples(found.scores, recipe.influence)

@@ -14,7 +14,7 @@ from lkd.config.training import DistillRecipe, VarianceRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_mapping, write_json
 from lkd.meta_training.log import plt, save_figure
-from lkd.models.files import load_network
+from lkd.models.files import fit_to_images, load_network
 from lkd.tracking.run import choose_device
 from lkd.training.build import build, build_batches, check_network, prepare_teacher
 
@@ -70,6 +70,7 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     teacher = prepare_teacher(parts.teacher, parts.images, device, loss.teacher_stages)
     train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
     batches = build_batches(parts.images.train, train, distilled.data, 1, device)
+    student = fit_to_images(str(folder / "student.safetensors"), student, header, parts.images.train)
     student = student.to(device).eval().requires_grad_(True)
     parameters = list(student.parameters())
     pairs = []

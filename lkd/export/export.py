@@ -180,7 +180,26 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         written[name] = Exported(path, difference)
     rows = {name: {"file": each.path.name, "difference": each.difference} for name, each in written.items()}
     write_json(folder / "export.json", {"exported": rows, "shape": list(images.shape[1:]), **header})
+    write_configuration(header, folder)
     return written
+
+
+def write_configuration(header: dict[str, Any], folder: Path) -> None:
+    """Write `config.json`: timm's `pretrained_cfg`, of a timm network that says how its images are prepared.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it and the weights beside it.
+    """
+    architecture = header["architecture"]
+    if architecture["name"] in OWN_NETWORKS or "input" not in header:
+        return
+    configuration = {
+        "architecture": architecture["name"].partition(".")[0],
+        "num_classes": architecture["num_classes"],
+        "label_names": header["classes"],
+        "model_args": {"in_chans": architecture["in_chans"], **(architecture.get("options") or {})},
+        "pretrained_cfg": dict(header["input"]),
+    }
+    write_json(folder / "config.json", configuration)
 
 
 def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:

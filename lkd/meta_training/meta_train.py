@@ -189,7 +189,7 @@ def save_results(
         student, place = loop.own[0].training.student, run.path / "student.safetensors"
         figures = evaluate(student, images.meta_validation, run.device)
         provenance = run.provenance() | {"meta_validation": {"last": figures}}
-        save_network(place, student, loop.worlds[0].student.architecture, provenance)
+        save_network(place, student, loop.worlds[0].student.architecture, provenance, images.train)
         run.say(f"{place}: {figures['top1']:.2f} % on meta-validation")
     pool_trainings = count_pool_trainings(loop.draws, pools, min(loop.step, loop.settings.alternation_start))
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)

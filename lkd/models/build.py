@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lkd.core.errors import UserError, check_choice, first_line
 from lkd.core.files import MALFORMED
 from lkd.core.outputs import Outputs
+from lkd.data.images import ImageSet
 from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.small import SMALL_NETWORKS
 
@@ -37,6 +38,7 @@ class AdaptedInput(nn.Module):
         super().__init__()
         self.network = network
         self.size = size
+        self.wanted = wanted
         mean, std, own_mean, own_std = (torch.tensor(part).view(-1, 1, 1) for part in (*given, *wanted))
         self.register_buffer("scale", std / own_std, persistent=False)
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
@@ -53,6 +55,26 @@ class AdaptedInput(nn.Module):
 def adapt_input(network: nn.Module, given: Statistics, wanted: Statistics, size: int = 0) -> nn.Module:
     """The network as it is, or adapted if what it wants differs from what it is given."""
     return AdaptedInput(network, given, wanted, size).train(network.training) if size or given != wanted else network
+
+
+def adapt_pretrained(network: nn.Module, images: ImageSet, size: int = 0) -> nn.Module:
+    """A network of timm's pretrained weights, seeing images in the normalisation that these were trained with.
+
+    Of images of another number of channels than three, for which timm sums the first layer's weights, it is the mean.
+
+    Raises:
+        UserError: If it is not known what the images were normalised with.
+    """
+    configuration, (channels, *_), given = unwrap(network).pretrained_cfg, images.image_shape, (images.mean, images.std)
+    parts = configuration["mean"], configuration["std"]
+    mean, std = (tuple(p) if len(p) == channels else (sum(p) / len(p),) * channels for p in parts)
+    pixels, unsaid = images.images, given == ((0.0,) * channels, (1.0,) * channels)
+    if unsaid and isinstance(pixels, Tensor) and len(pixels) and not 0 <= pixels.min() <= pixels.max() <= 1:
+        raise UserError(
+            "read_images: mean, std: the images are not in [0, 1], so they are normalised already, and a network "
+            "with timm's pretrained weights wants its own normalisation: say which mean and std they have"
+        )
+    return adapt_input(network, given, (mean, std), size)
 
 
 class TimmNetwork(nn.Module):
@@ -121,9 +143,12 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
         raise UserError(f"{role}: this {name} has no parameters")
     try:
         with running_dry(network) as device:
-            answer = network(torch.zeros(2, *image_shape, device=device))
+            images = torch.zeros(2, *image_shape, device=device)
+            answer = network(images)
     except Exception as error:
         raise UserError(f"{role}: this {name} fails on images {[2, *image_shape]}: {first_line(error)}") from error
+    if images._version and role == "student":  # a teacher is given a copy
+        raise UserError(f"{role}: this {name} writes into its input, which others see too: let it work on a copy")
     logits = getattr(answer, "logits", answer)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
     if found != [2, num_classes]:
@@ -199,14 +224,29 @@ def build(
     return network
 
 
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network as its own library made it."""
-    return network.model if isinstance(network, TimmNetwork | LogitNetwork) else network
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's weights
+
+
+def unwrap(network: Any) -> Any:
+    """The network as its own library made it, without what ours, torch.compile and DataParallel put around it."""
+    if isinstance(network, AdaptedInput):
+        return unwrap(network.network)
+    if isinstance(network, TimmNetwork | LogitNetwork):
+        return unwrap(network.model)
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(network.module)
+    return unwrap(network._orig_mod) if hasattr(network, "_orig_mod") else network
 
 
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The network's own weights under its library's names: a timm student loads with `timm.create_model`."""
-    return unwrap(network).state_dict()
+    return {name.replace(COMPILED, ""): tensor for name, tensor in unwrap(network).state_dict().items()}
+
+
+def load_plain_state_dict(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `plain_state_dict` gave, of a network or of a copy that is not compiled, or is."""
+    own = unwrap(network)
+    own.load_state_dict({name: state[name.replace(COMPILED, "")] for name in own.state_dict()})
 
 
 def describe(

@@ -1,5 +1,7 @@
 """A trained network as one safetensors file that says what it is."""
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.tensor_files import read_tensors, write_tensors
-from lkd.models.build import GIVEN, build, plain_state_dict, unwrap
+from lkd.data.augment import SHORTER_SIDE
+from lkd.data.image_files import ImageFiles
+from lkd.data.images import ImageSet
+from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
 
 KIND, VERSION = "network", 1
 MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file
 
 
-def save_network(path: Path, network: nn.Module, architecture: dict[str, Any], provenance: dict[str, Any]) -> None:
+def save_network(
+    path: Path,
+    network: nn.Module,
+    architecture: dict[str, Any],
+    provenance: dict[str, Any],
+    images: ImageSet | None = None,
+) -> None:
     """Write a network's weights, under its library's own names.
 
     Args:
@@ -26,16 +37,75 @@ def save_network(path: Path, network: nn.Module, architecture: dict[str, Any], p
         network: The network.
         architecture: Keyword arguments of `build`.
         provenance: What it was trained with and what it reached; JSON.
+        images: What it was trained on: the file then says how they are prepared, and the classes' names.
     """
     header = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
+    if images is not None:
+        header |= {"input": describe_input(network, images), "classes": list(images.class_names)}
     write_tensors(path, plain_state_dict(network), KIND, VERSION, header)
+
+
+def describe_input(network: nn.Module, images: ImageSet) -> dict[str, Any]:
+    """How images are prepared for a network, in the words of timm's `pretrained_cfg`."""
+    mean, std = network.wanted if isinstance(network, AdaptedInput) else (images.mean, images.std)
+    is_cut = isinstance(images.images, ImageFiles)
+    return {
+        "input_size": list(images.image_shape),
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bilinear",
+        "crop_pct": 1 / SHORTER_SIDE if is_cut else 1.0,
+        "crop_mode": "center",
+    }
+
+
+def check_description(header: dict[str, Any], architecture: dict[str, Any]) -> None:
+    """Check what a file says of a network's images and classes, if it does."""
+    if "input" in header:
+        for name in ("mean", "std"):
+            values = header["input"][name]
+            if len(values) != architecture["in_chans"] or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"input: {name} {values} is not a number for each channel")
+        if min(header["input"]["std"]) <= 0:
+            raise ValueError(f"input: std {header['input']['std']} is not positive")
+    names = header.get("classes")
+    if names is not None and (len(names) != architecture["num_classes"] or not all(isinstance(n, str) for n in names)):
+        raise ValueError(f"classes: {len(names)} names of {architecture['num_classes']} classes")
+
+
+def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images: ImageSet, size: int = 0) -> nn.Module:
+    """The network of a file, asked about images that may be normalised otherwise than those that it was trained on.
+
+    Where the file's classes have other names than the images', a warning says so.
+
+    Args:
+        path: The file, for messages.
+        network: The network.
+        header: The file's.
+        images: The images.
+        size: Height and width that images are scaled to for it; 0 for none.
+
+    Raises:
+        UserError: If the classes are the same in another order.
+    """
+    theirs, ours = tuple(header.get("classes") or ()), images.class_names
+    numbers = tuple(map(str, range(len(ours))))
+    if theirs != ours and len(theirs) == len(ours) and numbers not in (theirs, ours):
+        first = next(number for number, name in enumerate(ours) if name != theirs[number])
+        line = f"{path}: class {first} is {theirs[first]!r} in the file, {ours[first]!r} in the data"
+        if set(theirs) == set(ours):
+            raise UserError(f"{line}: the same classes in another order; give data.class_map, a file of the order")
+        logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
+    given = images.mean, images.std
+    own = header.get("input")
+    return adapt_input(network, given, (tuple(own["mean"]), tuple(own["std"])) if own else given, size)
 
 
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Read a network that `save_network` wrote, in eval mode.
 
     Returns:
-        The network and the header (`architecture`, `provenance`).
+        The network and the header (`architecture`, `provenance`; `input` and `classes`, if they were written).
 
     Raises:
         UserError: If the file is missing, damaged, not a network, or its weights do not fit its architecture.
@@ -52,6 +122,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         check_size(path, architecture, tensors)
         network = build(**architecture)
         unwrap(network).load_state_dict(tensors)
+        check_description(header, architecture)
     return network.eval(), header | {"architecture": architecture}
 
 

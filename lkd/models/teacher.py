@@ -12,8 +12,9 @@ from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.data.images import Batch, ImageSet
-from lkd.models.build import adapt_input, build, build_forward
-from lkd.models.files import load_network
+from lkd.data.readers import IN_MEMORY
+from lkd.models.build import adapt_input, adapt_pretrained, build, build_forward
+from lkd.models.files import fit_to_images, load_network
 from lkd.models.published_weights import EFFICIENTNET_LITE, load_crd_checkpoint, load_efficientnet_checkpoint
 
 TeacherFunction = Callable[[Batch], Outputs]
@@ -35,11 +36,18 @@ class Teacher:
     ) -> None:
         self.network, self.logit_scale = network.eval().requires_grad_(False), logit_scale
         self.forward = build_forward(self.network, compiled, channels_last)
+        self.writes: bool | None = None  # into its input, which the student is to see as it was; not known yet
 
     @torch.no_grad()  # not inference_mode: it is no faster here, and its tensors cannot be saved for a loss's backward
     def __call__(self, batch: Batch) -> Outputs:
         """Answer a batch."""
-        outputs = self.forward(batch.images)
+        images = batch.images if self.writes is False else batch.images.clone()
+        before = images._version
+        outputs = self.forward(images)
+        changed = images._version != before
+        if changed and self.writes is False:
+            raise UserError("teacher: it has written into its input, which it did not before: it must not")
+        self.writes = changed or bool(self.writes)
         if self.logit_scale == 1:
             return outputs
         return Outputs(self.logit_scale * outputs.logits.float(), outputs.features)
@@ -111,7 +119,11 @@ class UnreliableTeacher:
 
 def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """Load a teacher's file; `embedded` is the one that the package carries."""
-    return load_network(TEACHER if path == "embedded" else Path(path))
+    if path != "embedded":
+        return load_network(Path(path))
+    network, header = load_network(TEACHER)
+    known = IN_MEMORY["fashion_mnist"]
+    return network, {"input": {"mean": known.mean, "std": known.std}, "classes": known.read.classes} | header
 
 
 def load_teacher(
@@ -159,13 +171,11 @@ def load_teacher(
                 f"teacher.path: {path} holds a {architecture['name']}, not the {name} of teacher.name: give the file "
                 f"of a {name}, or teacher.pretrained true for timm's weights"
             )
-    given = wanted = images.mean, images.std
-    if architecture["in_chans"] == 3 and (pretrained or name in EFFICIENTNET_LITE):
-        import timm
-
-        configuration = timm.get_pretrained_cfg(name)
-        wanted = tuple(configuration.mean), tuple(configuration.std)
-    return adapt_input(network.eval(), given, wanted, image_size), architecture
+        return fit_to_images(path, network, header, images, image_size), architecture
+    if pretrained or name in EFFICIENTNET_LITE:
+        return adapt_pretrained(network.eval(), images, image_size), architecture
+    given = images.mean, images.std
+    return adapt_input(network.eval(), given, given, image_size), architecture
 
 
 def build_pretrained(architecture: dict[str, Any]) -> nn.Module:

@@ -24,7 +24,7 @@ from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.label_noise import add_label_noise
-from lkd.data.readers import load_dataset
+from lkd.data.readers import apply_class_map, load_dataset, sort_as_timm
 from lkd.data.splits import choose_meta_validation_size, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
@@ -34,7 +34,7 @@ from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
-from lkd.models.build import adapt_given, describe, find_stages, format_description
+from lkd.models.build import adapt_given, adapt_pretrained, describe, find_stages, format_description
 from lkd.models.build import build as build_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
@@ -80,6 +80,8 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
             settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
         )
         dataset = load_dataset(settings.name, settings.root, loading)
+        if settings.class_map:
+            dataset = apply_class_map(dataset, Path(settings.class_map))
     if settings.meta_validation_size is None:
         settings = replace(settings, meta_validation_size=choose_meta_validation_size(len(dataset.train)))
     if meta_validation and settings.imbalance == 1:
@@ -154,7 +156,8 @@ def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHIN
     }
     make = given.get(model.name)
     if make is None:
-        return StudentBuilder(architecture, partial(build_network, **architecture))
+        plain = partial(build_network, **architecture)
+        return StudentBuilder(architecture, (lambda: adapt_pretrained(plain(), images)) if model.pretrained else plain)
     return StudentBuilder(architecture, lambda: adapt_given(make(), "student", images.num_classes, images.image_shape))
 
 
@@ -303,14 +306,49 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
         return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
     name, shape = teacher.architecture["name"], images.train.image_shape
     described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
-    reached = ""
+    reached, top1 = "", None
     if len(images.meta_validation):
         top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
         reached = f", {top1:.2f} % on meta-validation"
     random = settings.random_answers
     wrong = f", but answers at random on {random:.0%} of the images" if random else ""
     scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
-    return f"{described}{reached}{wrong}{scale}"
+    return f"{described}{reached}{wrong}{scale}{explain_doubts(top1, images, settings)}"
+
+
+def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
+    """Warnings of a teacher that knows no more than a guess, or whose classes may be numbered in another order.
+
+    Each is left out where meta-validation speaks against it, by twice the standard error.
+
+    Args:
+        top1: Its accuracy on meta-validation, in percent; None if there is none.
+        images: The images.
+        settings: How it is asked.
+    """
+    labels, classes = images.meta_validation.labels, images.train.class_names
+
+    def may_be(share: float) -> bool:
+        return top1 is None or top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels))
+
+    doubts = []
+    if settings.path == "random":
+        return ""
+    if top1 is not None and may_be(1 / len(classes)):
+        doubts.append(
+            "it is no better than chance: has it other classes, another order of them (data.class_map), or another "
+            "image size (teacher.image_size)?"
+        )
+    theirs = None if images.settings.class_map else sort_as_timm(classes)
+    if theirs:
+        alike = torch.tensor([own == other for own, other in zip(classes, theirs, strict=True)])
+        if may_be(float(alike[labels].float().mean()) if len(labels) else 0):
+            number = int(alike.int().argmin())
+            doubts.append(
+                f"class {number} is {classes[number]!r}, as text is sorted (torchvision's order), in timm's order it "
+                f"is {theirs[number]!r}: if the teacher has that one, give data.class_map"
+            )
+    return "".join(f"; warning: {doubt}" for doubt in doubts)
 
 
 def introduce_images(images: Images) -> str:

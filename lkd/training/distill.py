@@ -180,7 +180,7 @@ def train_to_the_end(
     if is_main():
         provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
         provenance |= known
-        save_network(path, training.result, student.architecture, provenance)
+        save_network(path, training.result, student.architecture, provenance, images.train)
         run.tracker.keep(role, path, **history[-1])
         if results:
             top1 = {name: row["top1"] for name, row in results.items()}

@@ -80,7 +80,7 @@ class Training:
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
         self.autocast = build_autocast(recipe, batches.device)
-        self.average = ModelEmaV3(student, recipe.ema_decay) if recipe.ema_decay else None
+        self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.clock = StepClock(batches.device)
         self.computation: Any = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
         self.shared = batches.part[1] > 1
@@ -153,7 +153,7 @@ class Training:
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.average:
-            self.average.update(self.student)
+            self.average.update(self.student, self.step)
         self.clock.lap("student")
         return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 

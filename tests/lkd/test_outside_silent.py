@@ -1,9 +1,35 @@
 """What users of other projects ran into without a word: each is right here, or one line says what is wrong."""
 
-import pytest
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
 
-from lkd.config import DataRecipe
-from lkd.training.build import prepare_images
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import lkd
+from lkd import api
+from lkd.cli import main
+from lkd.config import DataRecipe, ExportRecipe, ModelRecipe, TeacherRecipe
+from lkd.config.parse import parse_recipe
+from lkd.core.errors import UserError
+from lkd.data.arrays import read_images
+from lkd.data.image_files import DamagedImageError, as_bytes, decode
+from lkd.data.images import ImageSet
+from lkd.data.readers import load_dataset
+from lkd.export.export import export
+from lkd.losses.learned.loss import build_learned_loss
+from lkd.models.build import LogitNetwork, adapt_given, adapt_pretrained, build, unwrap
+from lkd.models.files import fit_to_images, load_network, save_network
+from lkd.models.teacher import Teacher, load_teacher
+from lkd.training.build import Images, choose_student, explain_doubts, prepare_images
 from tests.lkd.tiny_images import write_image_folder
 
 
@@ -14,3 +40,431 @@ def test_all_images_are_trained_on_by_default(name: str, tmp_path) -> None:
     images = prepare_images(DataRecipe(name, root, image_size=24))
     count = {"embedded": 12_000, "image_folder": 40}[name]
     assert (len(images.train), len(images.meta_validation)) == (count * 9 // 10, count // 10)
+
+
+def encode(image: Image.Image, form: str) -> torch.Tensor:
+    """An image as a file's bytes."""
+    image.save(file := io.BytesIO(), form)
+    return as_bytes(file.getvalue())
+
+
+RAMP = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+
+
+@pytest.mark.outside(1)
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_16_bits_of_grey_are_scaled(form: str) -> None:
+    pixels = decode(encode(Image.fromarray(RAMP), form), "ramp").float()
+    assert pixels.shape == (3, 4, 256)
+    torch.testing.assert_close(pixels[0], torch.from_numpy(RAMP / 257.0).float(), atol=0.51, rtol=0)
+
+
+@pytest.mark.outside(1)
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_without_a_range_are_refused(kind: type) -> None:
+    with pytest.raises(DamagedImageError, match="black and white"):
+        decode(encode(Image.fromarray(RAMP.astype(kind)), "TIFF"), "ramp")
+
+
+@pytest.mark.outside(1)
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [*((mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")), ("CMYK", "TIFF"), ("CMYK", "JPEG")],
+)
+def test_every_other_mode_keeps_what_is_seen(mode: str, form: str) -> None:
+    grey = Image.fromarray((RAMP // 257).astype(np.uint8))
+    image = grey.point(lambda value: 255 * (value > 127)).convert("1") if mode == "1" else grey.convert(mode)
+    found = decode(encode(image, form), mode).float().mean(0)
+    expected = torch.from_numpy(np.array(grey)).float()
+    assert (found - (255.0 * (expected > 127) if mode == "1" else expected)).abs().max() < 9
+
+
+@pytest.mark.outside(1)
+def test_white_may_be_zero() -> None:
+    file = io.BytesIO()
+    Image.fromarray(RAMP).save(file, "TIFF", tiffinfo={262: 0})
+    ramp = decode(as_bytes(file.getvalue()), "ramp").float()
+    assert ramp[0, 0, 0] > 250 > 5 > ramp[0, -1, -1]
+
+
+@pytest.mark.outside(1)
+@pytest.mark.parametrize("mode", ["P", "I;16", "1"])
+def test_pillow_images_from_python_are_what_is_seen(mode: str) -> None:
+    seen = Image.fromarray((RAMP // 257).astype(np.uint8)).convert("RGB").quantize(256) if mode == "P" else None
+    image = seen or (Image.fromarray(RAMP) if mode == "I;16" else Image.fromarray(RAMP > 32767))
+    images = read_images([(image, 0), (image, 1)], mean=None, std=None).images
+    assert images.dtype == torch.uint8
+    assert images[0, 0, 0, 0] < 5 < 250 < images[0, 0, -1, -1]
+
+
+@pytest.mark.outside(1)
+def test_16_bits_of_a_torchvision_data_set() -> None:
+    class Deep(torch.utils.data.Dataset):
+        targets = (0, 1)
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, position: int) -> tuple:
+            return Image.fromarray(RAMP.repeat(64, 0)), position
+
+    files = read_images(Deep(), image_size=32).images
+    assert 100 < files.load(0).float().mean() < 155
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def draw(size: int = 8) -> bytes:
+    Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def write_shard(path: Path, *labels: int) -> None:
+    samples = [(f"{number}.png", draw()) for number in range(len(labels))]
+    write_tar(path, dict(samples) | {f"{number}.cls": b"%d" % label for number, label in enumerate(labels)})
+
+
+@pytest.mark.outside(2)
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("festival-train-0", "festival-val-0"), ("constrained-train-0", "constrained-val-0"), ("a_TRAIN_0", "a_Val_0")],
+)
+def test_shards_are_of_a_split_by_whole_words(train: str, val: str, tmp_path) -> None:
+    write_shard(tmp_path / f"{train}.tar", 0, 1, 0, 1)
+    write_shard(tmp_path / f"{val}.tar", 1)
+    dataset = load_dataset("wds/x", str(tmp_path))
+    assert (len(dataset.train), len(dataset.test)) == (4, 1)
+
+
+@pytest.mark.outside(2)
+def test_folders_of_shards_are_of_a_split_by_whole_words(tmp_path) -> None:
+    write_shard(tmp_path / "train" / "valley-0.tar", 0, 1)
+    write_shard(tmp_path / "val" / "0.tar", 1)
+    write_shard(tmp_path / "valuable" / "0.tar", 0, 1, 1)
+    dataset = load_dataset("wds/x", str(tmp_path))
+    assert (len(dataset.train), len(dataset.test)) == (2, 1)
+
+
+@pytest.mark.outside(2)
+@pytest.mark.parametrize("named", ["both splits", "twice", "by its name"])
+def test_a_shard_is_in_one_split(named: str, tmp_path) -> None:
+    for name in ("a", "b") if named != "by its name" else ("train-val-0", "train-1", "val-1"):
+        write_shard(tmp_path / f"{name}.tar", 0, 1)
+    if named != "by its name":
+        splits = {"train": ["a.tar", "b.tar" if named == "both splits" else "a.tar"], "val": ["b.tar"]}
+        info = {"splits": {part: {"filenames": files} for part, files in splits.items()}}
+        (tmp_path / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"data\.root"):
+        load_dataset("wds/x", str(tmp_path))
+
+
+@pytest.mark.outside(3)
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "#recycle"])
+@pytest.mark.parametrize("kind", ["image_folder", "tar"])
+def test_hidden_folders_are_no_classes(kind: str, hidden: str, tmp_path) -> None:
+    names = [f"{part}/{folder}/1.png" for part in ("train", "val") for folder in (hidden, "ant", "bee")]
+    names += ["train/ant/._1.png"]
+    for name in names if kind == "image_folder" else ():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(draw())
+    for part in ("train", "val") if kind == "tar" else ():
+        members = {f"./{name.removeprefix(part + '/')}": draw() for name in names if name.startswith(part)}
+        write_tar(tmp_path / f"{part}.tar", {**members, "__MACOSX/ant/._1.png": b"x"})
+    dataset = load_dataset(kind, str(tmp_path))
+    assert dataset.train.class_names == ("ant", "bee")
+    assert dataset.train.labels.tolist() == dataset.test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.outside(3)
+def test_hidden_files_of_shards_are_no_images(tmp_path) -> None:
+    write_shard(tmp_path / "val-0.tar", 0)
+    members = {"1.png": draw(), "1.cls": b"0", "2.png": draw(), "2.cls": b"1"}
+    write_tar(tmp_path / "train-0.tar", members | {"__MACOSX/._1.png": b"x", "._2.png": b"x", "._2.cls": b"x"})
+    assert load_dataset("wds/x", str(tmp_path)).train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.outside(3)
+def test_hidden_folders_of_a_torchvision_data_set_are_refused() -> None:
+    class Pictures(list):
+        classes = (".ipynb_checkpoints", "ant", "bee")
+
+    with pytest.raises(UserError, match="ipynb_checkpoints"):
+        read_images(Pictures([(torch.zeros(1, 4, 4, dtype=torch.uint8), label) for label in (1, 2)]), mean=[0], std=[1])
+
+
+@pytest.mark.outside(4)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1\ntrain: {epochs: 2}\nrun_dir: r\ntrain: {batch_size: 5}\n",
+        "train:\n  epochs: 2\n  batch_size: 5\n  epochs: 1\n",
+        "methods:\n  - {name: kd, weight: 1, name: dkd}\n",
+        '{"seed": 1, "train": {}, "seed": 2}',
+    ],
+)
+def test_a_key_twice_is_an_error_with_both_lines(text: str, tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml: .*lines \d and \d: the key '(train|epochs|name|seed)'"):
+        parse_recipe("distill", ["recipe.yaml"])
+
+
+@pytest.mark.outside(4)
+@pytest.mark.parametrize("words", [["--loss", "{name: kd, weight: 1, name: dkd}"], ["--loss={name: kd, name: dkd}"]])
+def test_a_key_twice_on_the_command_line(words: list[str]) -> None:
+    with pytest.raises(UserError, match="'name'"):
+        parse_recipe("distill", words)
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.mark.outside(5)
+def test_a_users_folder_in_every_path_of_a_recipe(home: Path) -> None:
+    (home / "base.yaml").write_text("data: {root: ~/images}\nloss: {name: ~/loss.lkd.safetensors}\n")
+    Path("recipe.yaml").write_text('base: "~/base.yaml"\nrun_dir: ~/run\n')
+    words = [
+        "--teacher.path",
+        "~/t.pth",
+        "--teacher.cache=~/cache",
+        "--data.packed",
+        "~/packed",
+        "--data.name",
+        "hfds/~/x",
+    ]
+    for recipe in (
+        parse_recipe("distill", ["recipe.yaml", *words]),
+        parse_recipe("distill", ["--config=~/../recipe.yaml", *words]),
+    ):
+        found = [recipe.run_dir, recipe.data.root, recipe.loss["name"], recipe.teacher.path, recipe.teacher.cache]
+        assert found == [f"{home}/{name}" for name in ("run", "images", "loss.lkd.safetensors", "t.pth", "cache")]
+        assert (recipe.data.packed, recipe.data.name) == (f"{home}/packed", f"hfds/{home}/x")
+    assert parse_recipe("distill", ["--wandb.name", "a~b"]).wandb.name == "a~b"
+    other = parse_recipe("export", ["--checkpoint", "~/s.safetensors", "--out_dir", "~/out"])
+    assert (other.checkpoint, other.out_dir) == (f"{home}/s.safetensors", f"{home}/out")
+
+
+@pytest.mark.outside(5)
+def test_a_users_folder_in_python(home: Path) -> None:
+    lkd.save_loss("~/l.lkd.safetensors", build_learned_loss("logits", {}), {})
+    assert lkd.load_loss("~/l.lkd.safetensors") is not None
+    save_network(
+        Path("~/t.safetensors"), build("tiny_cnn", 10, 1), {"name": "tiny_cnn", "num_classes": 10, "in_chans": 1}, {}
+    )
+    given: dict = {}
+    assert api.name_teacher("~/t.safetensors", given).path == f"{home}/t.safetensors"
+    assert api.name_loss({"name": "~/l.lkd.safetensors"}, given) == {"name": f"{home}/l.lkd.safetensors"}
+    assert not Path("~").exists()
+
+
+@pytest.mark.outside(6)
+def test_class_folders_of_numbers_and_a_class_map(tmp_path) -> None:
+    for part, number in ((part, number) for part in ("train", "val") for number in range(12)):
+        (folder := tmp_path / part / str(number)).mkdir(parents=True)
+        (folder / "1.png").write_bytes(draw())
+    assert load_dataset("image_folder", str(tmp_path)).train.class_names[2] == "10", "as torchvision's ImageFolder"
+    (tmp_path / "classes.txt").write_text("".join(f"{number}\n" for number in range(12)))
+    recipe = DataRecipe("image_folder", str(tmp_path), meta_validation_size=0, class_map=str(tmp_path / "classes.txt"))
+    images = prepare_images(recipe, scored=False)
+    files = [images.train.images.name(slot) for slot in range(12)]
+    assert [int(name.split("/")[0]) for name in files] == images.train.labels.tolist()
+    assert images.test.class_names[2] == "2"
+    (tmp_path / "classes.txt").write_text("0\n1\n")
+    with pytest.raises(UserError, match=r"data\.class_map"):
+        prepare_images(recipe, scored=False)
+
+
+@pytest.mark.outside(6)
+@pytest.mark.parametrize(("top1", "warned"), [(9.0, ["chance", "order"]), (16.0, ["order"]), (95.0, [])])
+def test_a_teacher_that_may_have_another_order_is_doubted(top1: float, warned: list[str]) -> None:
+    names = tuple(sorted(map(str, range(12))))
+    labels = torch.arange(12).repeat(100)
+    part = ImageSet(torch.zeros(1200, 1, 1, 1), labels, torch.arange(1200), names, (0.0,), (1.0,))
+    said = explain_doubts(top1, Images("x", part, part, part, ""), TeacherRecipe(path="t.pth"))
+    assert [word for word in ("chance", "order it") if word in said] == [
+        word.replace("order", "order it") for word in warned
+    ]
+
+
+@pytest.mark.outside(7)
+def test_labels_from_one_are_said() -> None:
+    images, labels = torch.randint(0, 256, (12, 1, 4, 4)).to(torch.uint8), torch.arange(12) % 3
+    with pytest.raises(UserError, match="class 0"):
+        read_images((images, labels + 1))
+    named = torch.utils.data.TensorDataset(images, labels + 1)
+    named.classes = ["a", "b", "c"]
+    with pytest.raises(UserError, match="class 0"):
+        read_images(named)
+    assert read_images((images, labels + 1), num_classes=4).num_classes == 4
+
+
+class Writing(nn.Module):
+    """A network that normalises its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.sub_(0.5).flatten(1))
+
+
+def make_pixels(count: int = 30, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(0, 256, (count, channels, 4, 4)).to(torch.uint8), torch.arange(count) % 3
+
+
+@pytest.mark.outside(8)
+def test_a_teacher_that_writes_into_its_input_leaves_the_students_alone() -> None:
+    images = read_images(make_pixels())
+    batch = images.batch(torch.arange(5), torch.device("cpu"))
+    before = batch.images.clone()
+    teacher = Teacher(LogitNetwork(Writing()))
+    first, second = teacher(batch).logits, teacher(batch).logits
+    assert torch.equal(batch.images, before)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.outside(8)
+def test_a_student_that_writes_into_its_input_is_refused() -> None:
+    with pytest.raises(UserError, match="student: this Writing"):
+        adapt_given(Writing(), "student", 3, (1, 4, 4))
+
+
+def distill_tiny(student, teacher=None, **options) -> "lkd.api.Distilled":
+    teacher = teacher or nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    options = {"epochs": 1, "batch_size": 9, "quiet": True, "device": "cpu", "loss": "kd"} | options
+    return lkd.distill(student, teacher, make_pixels(), **options)
+
+
+@pytest.mark.outside(9)
+def test_a_slow_average_of_a_short_training_is_trained() -> None:
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    start = student[1].weight.detach().clone()
+    fast, slow = (
+        distill_tiny(student, run_dir=f"d{d}", ema_decay=d, epochs=5).student[1].weight for d in (0.0, 0.9999)
+    )
+    assert (slow - start).norm() > 0.1 * (fast - start).norm()
+
+
+@pytest.mark.outside(10)
+@pytest.mark.parametrize("compiled", ["whole", "part", "parallel"])
+def test_a_compiled_students_file_is_the_plain_networks(compiled: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "disable", True, raising=False)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    if compiled == "part":
+        student = nn.Sequential(nn.Flatten(), torch.compile(nn.Linear(16, 3), backend="eager"))
+    else:
+        whole = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        student = torch.compile(whole, backend="eager") if compiled == "whole" else nn.DataParallel(whole)
+    result = distill_tiny(student)
+    plain.load_state_dict(load_file(result.path))
+    images = torch.randn(4, 1, 4, 4)
+    torch.testing.assert_close(plain(images), result.student(images))
+
+
+def write_pixels(path: Path, channels: int = 3, names: tuple[str, ...] = ("a", "b", "c"), shift: int = 0) -> DataRecipe:
+    generator = np.random.default_rng(shift)
+    arrays = {}
+    for part in ("train", "test"):
+        arrays[f"{part}_images"] = generator.integers(shift, 256, (60, 32, 32, channels), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(60) % 3
+    np.savez(path, **arrays, class_names=np.array(names))
+    return DataRecipe(f"npz/{path.stem}", str(path.parent))
+
+
+@pytest.mark.outside(12)
+def test_a_file_is_used_in_its_own_normalisation(tmp_path) -> None:
+    """On images that are normalised otherwise its answers are the same."""
+    own = prepare_images(write_pixels(tmp_path / "own.npz")).train
+    other = dataclasses.replace(own, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    architecture = {"name": "tiny_cnn", "num_classes": 3, "in_chans": 3}
+    network = build(**architecture).eval()
+    save_network(tmp_path / "t.safetensors", network, architecture, {}, own)
+    expected = network(own.batch(torch.arange(9), torch.device("cpu")).images).logits
+    for images in (own, other):
+        loaded, _ = load_teacher(images, str(tmp_path / "t.safetensors"))
+        found = loaded(images.batch(torch.arange(9), torch.device("cpu")).images).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.outside(12)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pretrained_student_is_fed_its_own_normalisation(channels: int, tmp_path, monkeypatch) -> None:
+    images = prepare_images(write_pixels(tmp_path / "own.npz", channels)).train
+    made = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: made(name, **options | {"pretrained": False}))
+    model = ModelRecipe("test_vit.r160_in1k", pretrained=True, options={"img_size": 32})
+    student = choose_student(model, images).build(0, torch.device("cpu")).eval()
+    cfg = timm.get_pretrained_cfg(model.name)
+    mean, std = (torch.tensor(values[:channels]).view(-1, 1, 1) for values in (cfg.mean, cfg.std))
+    pixels = images.images[:4] / 255
+    expected = unwrap(student)((pixels - mean) / std)
+    torch.testing.assert_close(student(images.normalize(images.images[:4])).logits, expected, rtol=1e-3, atol=1e-4)
+    architecture = {"name": model.name, "num_classes": 3, "in_chans": channels, "options": model.options}
+    save_network(tmp_path / "s.safetensors", student, architecture, {}, images)
+    network, header = load_network(tmp_path / "s.safetensors")
+    assert header["input"]["mean"] == pytest.approx(cfg.mean[:channels])
+    again = fit_to_images("s", network, header, images)(images.normalize(images.images[:4])).logits
+    torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.outside(12)
+def test_normalised_pixels_that_do_not_say_how_are_not_normalised_twice() -> None:
+    images = read_images((torch.randn(6, 3, 32, 32), torch.arange(6) % 3))
+    network = build("test_vit", 3, options={"img_size": 32})
+    with pytest.raises(UserError, match="mean, std"):
+        adapt_pretrained(network, images)
+
+
+@pytest.mark.outside(12)
+def test_an_exported_student_is_one_of_timms(tmp_path) -> None:
+    images = prepare_images(write_pixels(tmp_path / "own.npz")).train
+    architecture = {"name": "test_resnet", "num_classes": 3, "in_chans": 3, "options": {}}
+    network = build(**architecture).eval()
+    provenance = {"image_shape": list(images.image_shape)}
+    save_network(tmp_path / "s.safetensors", network, architecture, provenance, images)
+    export(ExportRecipe(str(tmp_path / "s.safetensors"), str(tmp_path / "out"), ["safetensors"]))
+    read = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(read(pixels), network(pixels).logits)
+    found = timm.data.resolve_data_config(model=read)
+    assert (found["mean"], found["std"]) == (pytest.approx(images.mean), pytest.approx(images.std))
+    assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 32, 32), "bilinear", 1.0)
+    assert list(read.pretrained_cfg["label_names"]) == ["a", "b", "c"]
+
+
+@pytest.mark.outside(12)
+def test_a_trained_students_file_says_how_to_use_it() -> None:
+    words = "--data.train_size 50 --data.meta_validation_size 20 --train.epochs 1 --train.batch_size 25 --loss kd"
+    assert main(["distill", *words.split(), "--student.name", "tiny_cnn", "--device", "cpu"]) == 0
+    header = load_network(Path("runs/run/student.safetensors"))[1]
+    assert header["classes"][:2] == ["T-shirt/top", "Trouser"]
+    assert header["input"] == {
+        **{"input_size": [1, 28, 28], "mean": [0.286], "std": [0.353]},
+        **{"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
+    }
+
+
+@pytest.mark.outside(13)
+def test_a_teachers_file_of_other_classes_is_said(tmp_path, caplog) -> None:
+    own = prepare_images(write_pixels(tmp_path / "own.npz")).train
+    architecture = {"name": "tiny_cnn", "num_classes": 3, "in_chans": 3}
+    save_network(tmp_path / "t.safetensors", build(**architecture), architecture, {}, own)
+    file = str(tmp_path / "t.safetensors")
+    load_teacher(own, file)
+    load_teacher(dataclasses.replace(own, class_names=("0", "1", "2")), file)
+    assert not caplog.records, "the same names, and names that nobody gave"
+    load_teacher(dataclasses.replace(own, class_names=("a", "b", "d")), file)
+    assert "class 2 is 'c' in the file, 'd' in the data" in caplog.text
+    with pytest.raises(UserError, match=r"data\.class_map"):
+        load_teacher(dataclasses.replace(own, class_names=("a", "c", "b")), file)
