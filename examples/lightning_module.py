@@ -5,11 +5,13 @@ the loss measures the student now and then, and its terms are logged.
 """
 
 import argparse
+import math
 from typing import Any
 
 import lightning
 import torch
 from fashion import LOOKS, LOSS, Teacher, build_student, load_images, measure_accuracy
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -29,7 +31,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
-        progress = self.global_step / self.trainer.estimated_stepping_batches
+        progress = measure_progress(self.trainer)
         with torch.no_grad():
             teacher_outputs = lkd.Outputs(self.teacher(images), {})
         terms = self.loss(lkd.Outputs(self.student(images), {}), teacher_outputs, target, progress)
@@ -37,27 +39,46 @@ class Distillation(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.SGD(self.student.parameters(), self.learning_rate, momentum=0.9)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        half_cosine = lambda step: (1 + math.cos(math.pi * measure_progress(self.trainer))) / 2  # noqa: E731
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, half_cosine)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def measure_progress(trainer: lightning.Trainer) -> float:
+    """How far a training is, in [0, 1]: by steps, or by time where `max_time` ends it."""
+    steps = trainer.estimated_stepping_batches  # infinite, or -1 of a stream, where no number of steps ends it
+    done = [trainer.global_step / steps if steps > 0 else 0.0]
+    for timer in trainer.callbacks:
+        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
+            elapsed = timer.time_elapsed()
+            done.append(elapsed / max(elapsed + left, 1e-9))
+    return min(1.0, max(done))
 
 
 class DistillationCallback(lightning.Callback):
     """Keeps the teacher in eval mode, lets the loss measure the student, and logs the loss's terms."""
+
+    looks = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.looks = 0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         module.teacher.eval()
         module.loss.eval()
 
     def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
-        if trainer.global_step % max(1, trainer.estimated_stepping_batches // LOOKS) == 0:
+        if measure_progress(trainer) * LOOKS >= self.looks:
+            self.looks = int(measure_progress(trainer) * LOOKS) + 1
             module.loss.update_trust(module.student)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        module.log_dict({f"loss/{name}": value for name, value in outputs.items()}, on_step=False, on_epoch=True)
+        terms = {name: value for name, value in outputs.items() if name != "loss"}  # "loss" is divided by accumulation
+        logged = {f"loss/{name}": value for name, value in terms.items()} | {"loss": sum(terms.values())}
+        module.log_dict(logged, on_step=False, on_epoch=True)
 
 
-def run(loss_name: str = LOSS, images: int = 4000, epochs: int = 3) -> nn.Module:
+def run(loss_name: str = LOSS, images: int = 4000, epochs: int = 3, **options: Any) -> nn.Module:
     teacher, batches = Teacher(), DataLoader(load_images("train", images), batch_size=64, shuffle=True)
     trust = lkd.measure_trust(teacher, batches, DataLoader(load_images("validation", 1000), batch_size=500))
     module = Distillation(build_student(), teacher, loss_name, trust)
@@ -69,6 +90,7 @@ def run(loss_name: str = LOSS, images: int = 4000, epochs: int = 3) -> nn.Module
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, batches)
     return module.student

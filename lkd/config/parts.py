@@ -128,7 +128,8 @@ class TrainRecipe:
         decay_rate: Factor at every milestone (multistep, step), or the power (poly).
         warmup_epochs: Linear warm-up.
         precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; or auto,
-            which is bfloat16 on a GPU. Rollouts of meta-training are in float32.
+            which is bfloat16 on a GPU that has it (NVIDIA's from compute capability 8.0 on; T4 and V100 only emulate
+            it). Rollouts of meta-training are in float32.
         accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
             that do not fit in memory. BatchNorm sees a part at a time.
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is

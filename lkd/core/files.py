@@ -186,7 +186,7 @@ def find_differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
             yield key, first.get(key), second.get(key)
 
 
-PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy")
+PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetensors", "numpy", "pillow", "torchcodec")
 
 
 def environment() -> dict[str, Any]:

@@ -132,6 +132,28 @@ def log_row(
     return row
 
 
+def describe_audit(estimator: Estimator, step: int, said: str) -> str:
+    """What the latest audit of an audited estimator says, in words; "" if there is none, or only that again.
+
+    Args:
+        estimator: The estimator.
+        step: The outer step.
+        said: What was said last.
+    """
+    if not (isinstance(estimator, Audited) and estimator.audits):
+        return ""
+    latest = list(estimator.audits.values())[-1]
+    if math.isnan(latest.cosine):
+        return ""
+    verdict = "adjoint, which is exact, takes over" if estimator.exact else "first_order is kept"
+    line = (
+        f"{verdict}: by an audit its hypergradient's cosine with the exact one is {latest.cosine:.3f} (from -1 to 1; "
+        f"under {estimator.threshold:g} adjoint takes over), its norm {latest.norm_ratio:.3g} times as large (1 is "
+        "equal; the loss is learned by Adam, to which a constant factor is none)"
+    )
+    return "" if verdict in said else f"outer step {step}: {line}"
+
+
 def average_rows(rows: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each figure over the rows that have it."""
     found = dict.fromkeys(key for row in rows for key in row)

@@ -22,6 +22,7 @@ from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import digest
 from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, save_loss
 from lkd.meta_training.log import (
+    describe_audit,
     describe_reuse,
     describe_saturation,
     find_kept_row,
@@ -117,7 +118,7 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
             loop.load_state_dict(saved["loop"])
             reuse.load_state_dict(saved["reuse"], loop.loss)
             training_seconds = float(saved["training_seconds"])
-            warned = any(describe_saturation(row) for row in loop.history)
+            warned, audit_said = any(describe_saturation(row) for row in loop.history), ""
 
     def save() -> None:
         check_identical(loop)
@@ -146,6 +147,8 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
                     run.tracker.log(loop.step, **row)
                 for line in loop.warnings:
                     run.say(line)
+                if audit := describe_audit(loop.estimator, loop.step, audit_said):
+                    run.say(audit_said := audit)
                 if is_main() and is_pictured(loop.step, settings.outer_steps, settings.picture_every):
                     show_loss(loop.loss, loop.step, run)
                 warning = describe_saturation(row)

@@ -15,7 +15,7 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.config.parts import RunRecipe
 from lkd.core.distributed import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.core.errors import UserError
-from lkd.core.files import create_json, environment, find_differences, read_json, read_mapping, write_json
+from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
@@ -119,17 +119,21 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         new = create_json(path / "config.json", config) if joined else not (path / "config.json").exists()
         if not new:
             check_resumable(path, config, "auto" if joined else recipe.resume)
-        if new or not joined:
-            write_json(path / "config.json", config)
-            write_json(path / "environment.json", environment())
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
+        surroundings = environment() | {"threads": torch.get_num_threads(), "device": describe_device(device)}
+        notes = describe_precision(recipe, device) + ([] if new else describe_changes(path, surroundings))
+        if new or not joined:
+            write_json(path / "config.json", config)
+            write_json(path / "environment.json", surroundings)
         handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler()]
         with ExitStack() as opened:
             for handler in (logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True), *handlers):
                 logging.getLogger("lkd").addHandler(handler)
                 opened.callback(handler.close)
                 opened.callback(logging.getLogger("lkd").removeHandler, handler)
+            for note in notes:
+                logging.getLogger("lkd").warning("%s", note)
             try:
                 tracker = Tracker(path, None if joined else recipe, config)
                 opened.callback(tracker.finish)
@@ -155,6 +159,41 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
     for key, before, now in find_differences(saved.get("recipe"), config["recipe"]):
         if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME:
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")
+
+
+def describe_changes(path: Path, now: dict[str, Any]) -> list[str]:
+    """A line where what decides digits, and is no part of the recipe, is not what the run was begun with."""
+    file = path / "environment.json"
+    before = read_mapping(file) if file.exists() else {}
+    changes = [
+        f"{key.removeprefix('versions.')} {new} (before {old})"
+        for key, old, new in find_differences(before, now)
+        if key in flatten(before)
+    ]
+    return [f"warning: {path} goes on with {', '.join(changes)}: its last digits may differ"] if changes else []
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's type, and which GPU it is."""
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def describe_precision(recipe: RunRecipe, device: torch.device) -> list[str]:
+    """A line where the GPU only emulates bfloat16, and the recipe leaves the choice or asks for it."""
+    precision = getattr(getattr(recipe, "train", None), "precision", "float32")
+    if precision == "float32" or not emulates_bfloat16(device):
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    chosen = "auto is float32 here" if precision == "auto" else "bfloat16 is slow here"
+    return [
+        f"train.precision: {chosen}: this GPU, of compute capability {major}.{minor}, only emulates bfloat16 (8.0 has "
+        "it); float32 and bfloat16 can be asked for"
+    ]
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether this is a GPU of NVIDIA's without bfloat16 of its own, as T4 and V100: emulated, it is slow."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def forget_unstarted(path: Path) -> None:

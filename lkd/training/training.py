@@ -23,6 +23,7 @@ from lkd.losses.functions import widen
 from lkd.losses.loss import DistillationLoss
 from lkd.models.build import build_forward
 from lkd.models.teacher import TeacherFunction
+from lkd.tracking.run import emulates_bfloat16
 from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from lkd.training.throughput import StepClock
 
@@ -285,7 +286,8 @@ def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss
 
 def build_autocast(recipe: TrainRecipe, device: torch.device) -> Callable[[], torch.autocast]:
     """The context that student and teacher compute in."""
-    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+    on_gpu = device.type == "cuda" and not emulates_bfloat16(device)
+    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and on_gpu)
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
 
 

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import math
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from torch import nn
 import lkd
 from lkd import api
 from lkd.cli import main
-from lkd.config import DataRecipe, ExportRecipe, ModelRecipe, TeacherRecipe
+from lkd.config import CompareRecipe, DataRecipe, DistillRecipe, ExportRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.errors import UserError
 from lkd.data.arrays import read_images
@@ -26,10 +30,14 @@ from lkd.data.images import ImageSet
 from lkd.data.readers import load_dataset
 from lkd.export.export import export
 from lkd.losses.learned.loss import build_learned_loss
+from lkd.meta_training.log import describe_audit
 from lkd.models.build import LogitNetwork, adapt_given, adapt_pretrained, build, unwrap
 from lkd.models.files import fit_to_images, load_network, save_network
 from lkd.models.teacher import Teacher, load_teacher
+from lkd.tracking.run import describe_precision, open_run
 from lkd.training.build import Images, choose_student, explain_doubts, prepare_images
+from lkd.training.training import build_autocast
+from meta.audit import Audit, Audited
 from tests.lkd.tiny_images import write_image_folder
 
 
@@ -468,3 +476,80 @@ def test_a_teachers_file_of_other_classes_is_said(tmp_path, caplog) -> None:
     assert "class 2 is 'c' in the file, 'd' in the data" in caplog.text
     with pytest.raises(UserError, match=r"data\.class_map"):
         load_teacher(dataclasses.replace(own, class_names=("a", "c", "b")), file)
+
+
+@pytest.mark.outside(14)
+@pytest.mark.parametrize(("capability", "bfloat16"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_only_where_the_gpu_has_it(capability: tuple[int, int], bfloat16: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    device = torch.device("cuda")
+    assert build_autocast(TrainRecipe(), device).keywords["enabled"] == bfloat16
+    assert build_autocast(TrainRecipe(precision="bfloat16"), device).keywords["enabled"]
+    said = describe_precision(DistillRecipe(), device)
+    assert bfloat16 == (not said)
+    assert bfloat16 or all(word in said[0] for word in ("train.precision", "float32", "bfloat16", "7."))
+
+
+@pytest.mark.outside(15)
+@pytest.mark.parametrize("command", ["distill", "meta-train", "compare"])
+def test_what_decides_digits_is_said_where_a_run_goes_on(command: str) -> None:
+    kind = {"distill": DistillRecipe, "meta-train": MetaTrainRecipe, "compare": CompareRecipe}[command]
+    recipe = kind(run_dir="r", resume="auto", device="cpu", threads=1)
+    for again in (False, True, True):
+        with open_run(recipe, command):
+            pass
+        said = Path("r/output.txt").read_text() if Path("r/output.txt").exists() else ""
+        assert ("threads 1 (before 3)" in said and "torch " in said and "pillow " in said) == again
+        environment = json.loads(Path("r/environment.json").read_text())
+        environment["versions"] |= {"torch": "1.0", "pillow": "1.0"}
+        Path("r/environment.json").write_text(json.dumps(environment | {"threads": 3}))
+        recipe = dataclasses.replace(recipe, **({"join": True} if command == "compare" else {}))
+
+
+@pytest.mark.outside(16)
+def test_an_audit_is_said_in_words() -> None:
+    estimator = Audited()
+    assert describe_audit(estimator, 1, "") == ""
+    estimator.audits[0] = Audit(0.996, 75.0, 0.1, {})
+    said = describe_audit(estimator, 1, "")
+    assert all(word in said for word in ("cosine", "0.996", "0.99", "75 times", "1 is equal", "first_order is kept"))
+    assert describe_audit(estimator, 2, said) == "", "once"
+    estimator.exact = True
+    assert "adjoint" in describe_audit(estimator, 3, said)
+
+
+@pytest.fixture
+def example():
+    pytest.importorskip("lightning")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import lightning_module
+
+    return lightning_module
+
+
+@pytest.mark.outside(17)
+def test_lightning_logs_the_whole_loss_whatever_is_accumulated(example, monkeypatch) -> None:
+    lkd.save_loss("l.lkd.safetensors", build_learned_loss("logits", {}), {})
+    logged, losses, step = [], [], example.Distillation.training_step
+
+    def watched(module, batch, number):
+        result = step(module, batch, number)
+        losses.append(float(result["loss"]))
+        return result
+
+    monkeypatch.setattr(example.Distillation, "training_step", watched)
+    monkeypatch.setattr(example.Distillation, "log_dict", lambda module, values, **_: logged.append(dict(values)))
+    example.run("l.lkd.safetensors", images=256, epochs=1, accumulate_grad_batches=2)
+    assert [float(row["loss"]) for row in logged] == pytest.approx(losses)
+
+
+@pytest.mark.outside(17)
+@pytest.mark.parametrize(
+    ("steps", "seconds", "progress"), [(math.inf, 4, 0.4), (20, 4, 0.4), (10, 1, 0.5), (-1, 3, 0.3)]
+)
+def test_lightning_progress_is_of_time_too(example, steps: float, seconds: float, progress: float) -> None:
+    timer = example.Timer({"seconds": 10})
+    timer.time_elapsed = lambda stage=None: seconds
+    timer.time_remaining = lambda stage=None: 10 - seconds
+    trainer = SimpleNamespace(global_step=5, estimated_stepping_batches=steps, callbacks=[timer])
+    assert example.measure_progress(trainer) == pytest.approx(progress)
