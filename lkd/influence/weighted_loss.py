@@ -122,7 +122,7 @@ class InfluenceWeightedLoss(DistillationLoss):
     def own_teacher(self) -> TeacherFunction | None:
         """The teacher that is trained along, if there is one: it is to be asked in the place of the frozen one."""
         network = self.teacher
-        return None if network is None else lambda batch: network.eval()(batch.images)
+        return None if network is None else lambda batch: network.eval()(batch.images.clone())
 
     def set_trust(self, trust: Trust) -> None:
         """Let the loss be told what was measured."""
