@@ -134,12 +134,12 @@ def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
                 if label is not None:
                     add_member(tar, f"{number}.cls", label)
 
+    write(b"0", part="val")
     write(b"0", None, None)
     refuse(r"train-0\.tar: 1\.jpg has no label.* \(2 of its 3 images\)")
     write(b"0", b"dog")
     refuse(r"train-0\.tar: 1\.cls holds b'dog'")
     write(b"0", b"3")
-    write(b"0", part="val")
     refuse(r"2 of the 4 classes have no training images in .* \(1, 2\)")
     write(b"0", b"1")
     write(b"2", part="val")
