@@ -39,7 +39,7 @@ def save_network(
         provenance: What it was trained with and what it reached; JSON.
         images: What it was trained on: the file then says how they are prepared, and the classes' names.
     """
-    header = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
+    header: dict[str, Any] = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
     if images is not None:
         header |= {"input": describe_input(network, images), "classes": list(images.class_names)}
     write_tensors(path, plain_state_dict(network), KIND, VERSION, header)
