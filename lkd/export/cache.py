@@ -29,7 +29,7 @@ from lkd.models.teacher_cache import (
     open_part,
     read_cache,
 )
-from lkd.tracking.run import choose_device
+from lkd.tracking.run import choose_device, describe_changes, describe_surroundings
 from lkd.training.build import (
     Images,
     OpenedTeacher,
@@ -71,7 +71,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     opened = open_teacher(recipe.teacher, images.train)
     student = choose_student(recipe.student, images.train)
     check_stages(prepare_loss(recipe.loss, student, opened, images, recipe.seed).teacher_stages)
-    cache, teacher = prepare_cache(recipe, opened, images), ask_anew(opened, images, device, recipe.train)
+    cache, teacher = prepare_cache(recipe, opened, images, device), ask_anew(opened, images, device, recipe.train)
     places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
     job = read_job()
     own = places[job.rank :: job.size]
@@ -122,7 +122,7 @@ def drop_damaged_index(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images) -> CacheFolder:
+def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images, device: torch.device) -> CacheFolder:
     """The cache, begun or to be begun.
 
     Raises:
@@ -135,6 +135,7 @@ def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images) ->
         "top_k": recipe.top_k,
         "shard_size": recipe.shard_size,
         "num_classes": images.train.num_classes,
+        "surroundings": describe_surroundings(device) | {"precision": recipe.train.precision},
     }
     index = images.train.index.sort().values
     drop_damaged_index(folder / INDEX)
@@ -148,6 +149,9 @@ def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images) ->
                 )
         if not torch.equal(cache.index, index):
             raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
+        before = cache.header.get("surroundings")
+        for line in describe_changes(folder, before if isinstance(before, dict) else {}, header["surroundings"]):
+            print(line)
     else:
         cache = CacheFolder(folder, index, header)
     return cache

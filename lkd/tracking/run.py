@@ -5,7 +5,7 @@ import fcntl
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -121,8 +121,11 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
             check_resumable(path, config, "auto" if joined else recipe.resume)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        surroundings = environment() | {"threads": torch.get_num_threads(), "device": describe_device(device)}
-        notes = describe_precision(recipe, device) + ([] if new else describe_changes(path, surroundings))
+        surroundings = describe_surroundings(device)
+        before: dict[str, Any] = {}
+        with suppress(UserError):  # it is not there, or damaged: nothing to compare with
+            before = {} if new else read_mapping(path / "environment.json")
+        notes = describe_precision(recipe, device) + describe_changes(path, before, surroundings)
         if new or not joined:
             write_json(path / "config.json", config)
             write_json(path / "environment.json", surroundings)
@@ -161,21 +164,20 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")
 
 
-def describe_changes(path: Path, now: dict[str, Any]) -> list[str]:
-    """A line where what decides digits, and is no part of the recipe, is not what the run was begun with."""
-    file = path / "environment.json"
-    before = read_mapping(file) if file.exists() else {}
+def describe_surroundings(device: torch.device) -> dict[str, Any]:
+    """What decides digits and is no part of a recipe: versions, platform, threads, the device."""
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return environment() | {"threads": torch.get_num_threads(), "device": f"{device.type}{gpu}"}
+
+
+def describe_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line where the surroundings are not those that a run, or a cache, was begun with."""
     changes = [
         f"{key.removeprefix('versions.')} {new} (before {old})"
         for key, old, new in find_differences(before, now)
         if key in flatten(before)
     ]
     return [f"warning: {path} goes on with {', '.join(changes)}: its last digits may differ"] if changes else []
-
-
-def describe_device(device: torch.device) -> str:
-    """The device's type, and which GPU it is."""
-    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def describe_precision(recipe: RunRecipe, device: torch.device) -> list[str]:

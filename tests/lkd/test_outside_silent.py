@@ -506,6 +506,14 @@ def test_what_decides_digits_is_said_where_a_run_goes_on(command: str) -> None:
         recipe = dataclasses.replace(recipe, **({"join": True} if command == "compare" else {}))
 
 
+@pytest.mark.outside(15)
+def test_what_decides_digits_is_said_where_a_cache_goes_on(capsys) -> None:
+    words = ["--data.train_size", "20", "--data.meta_validation_size", "20", "--teacher.cache", "c", "--device", "cpu", "--threads", "1"]
+    for precision, said in (("float32", False), ("float32", False), ("bfloat16", True)):
+        assert main(["cache", *words, "--train.precision", precision]) == 0
+        assert ("precision bfloat16 (before float32)" in capsys.readouterr().out) == said
+
+
 @pytest.mark.outside(16)
 def test_an_audit_is_said_in_words() -> None:
     estimator = Audited()
