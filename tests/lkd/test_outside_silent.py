@@ -508,9 +508,9 @@ def test_what_decides_digits_is_said_where_a_run_goes_on(command: str) -> None:
 
 @pytest.mark.outside(15)
 def test_what_decides_digits_is_said_where_a_cache_goes_on(capsys) -> None:
-    words = ["--data.train_size", "20", "--data.meta_validation_size", "20", "--teacher.cache", "c", "--device", "cpu", "--threads", "1"]
+    words = "cache --data.train_size 20 --data.meta_validation_size 20 --teacher.cache c --device cpu --threads 1"
     for precision, said in (("float32", False), ("float32", False), ("bfloat16", True)):
-        assert main(["cache", *words, "--train.precision", precision]) == 0
+        assert main([*words.split(), "--train.precision", precision]) == 0
         assert ("precision bfloat16 (before float32)" in capsys.readouterr().out) == said
 
 
