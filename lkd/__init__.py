@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Outputs", "UserError", "distill", "load_loss", "measure_trust", "meta_train", "read_images", "save_loss"]
+__all__ = [
+    "Outputs",
+    "UserError",
+    "distill",
+    "load_loss",
+    "measure_trust",
+    "meta_train",
+    "read_images",
+    "register",
+    "save_loss",
+]
 
 if TYPE_CHECKING:
     from lkd.api import distill, meta_train
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
     from lkd.losses.learned.file import save_loss
     from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
     from lkd.losses.learned.trust import Trust, measure_trust
+    from lkd.models.build import register
 
 HOMES = {
     "Outputs": "lkd.core.outputs",
@@ -29,6 +40,7 @@ HOMES = {
     "measure_trust": "lkd.losses.learned.trust",
     "meta_train": "lkd.api",
     "read_images": "lkd.data.arrays",
+    "register": "lkd.models.build",
     "save_loss": "lkd.losses.learned.file",
 }
 

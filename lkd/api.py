@@ -19,6 +19,7 @@ from lkd.config.training import DistillRecipe
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import expand_home
+from lkd.core.plugins import import_plugins
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
@@ -136,7 +137,7 @@ def distill(
         quiet: No lines, no progress bars.
         **options: The recipe's: of the training (epochs, batch_size, learning_rate, ...: `lkd.config.TrainRecipe`), of
             the images (augmentation, train_size, label_noise, mixup, ...: `lkd.config.DataRecipe`), balance,
-            labelled_size, threads.
+            labelled_size, report_test, threads.
 
     Returns:
         The trained student, and what it reached.
@@ -146,7 +147,7 @@ def distill(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     run_options = {"run_dir": run_dir, "seed": seed, "resume": resume, "device": device, "wandb": wandb}
-    recipe = read_options(DistillRecipe, ("balance", "labelled_size"), run_options, options)
+    recipe = read_options(DistillRecipe, ("balance", "labelled_size", "report_test"), run_options, options)
     given: dict[str, Any] = {}
     recipe.student = name_student(student, given)
     recipe.teacher = name_teacher(teacher, given)
@@ -154,7 +155,7 @@ def distill(
     recipe.data = name_images(train_set, meta_validation_set, recipe.data, options, given)
     with open_library_run(recipe, "distill", quiet) as run:
         parts = build_given(recipe, given)
-        path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size)
+        path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size, recipe.report_test)
         wait_for_all()
         make = given.get(recipe.student.name)
         trained = make() if make else fit_to_images(str(path), *load_network(path), parts.images.train)
@@ -272,6 +273,7 @@ def read_options(
         for part in (values, values.get("data", {})):
             if isinstance(part.get(name), Path | torch.device):
                 part[name] = str(part[name])
+    import_plugins(values.get("plugins"))
     if isinstance(values["wandb"], str):
         values["wandb"] = {"mode": values["wandb"]}
     return make_recipe(kind, values)

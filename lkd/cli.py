@@ -1,6 +1,7 @@
 """The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from lkd import __version__
 from lkd.config.parse import COMMANDS, parse_recipe
 from lkd.core.errors import BAD_PLACE, FULL_DISK, UserError, explain_failed_write
+from lkd.core.plugins import import_plugins
 
 SIDE_BY_SIDE = ("compare", "fidelity", "quickstart")  # commands that train in several processes
 
@@ -16,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for a mistake that the user can mend; 130 after Ctrl-C; 143 after SIGTERM, where training was saved.
+        0; 2 for a mistake that the user can mend; 130 after Ctrl-C; 143 after SIGTERM, where training was saved; 141
+        where whoever reads what is printed has gone.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
@@ -26,10 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lkd {__version__}")
         return 0
     try:
-        return run_command(words[0], words[1:])
+        code = run_command(words[0], words[1:])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"lkd: error: {make_printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads what is printed has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno in FULL_DISK:
             line = explain_failed_write(error.filename or "run_dir", error)
@@ -79,6 +87,7 @@ def run_command(command: str, words: list[str]) -> int:
         from lkd.core.workers import preload_workers
 
         preload_workers("lkd.commands")
+    import_plugins(getattr(recipe, "plugins", None))
     from lkd import commands
     from lkd.core.distributed import read_job
     from lkd.core.interrupt import Interrupted

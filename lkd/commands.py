@@ -1,6 +1,14 @@
 """What each command does with its recipe: open the run, do the work, say where the result is."""
 
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from lkd import config
+from lkd.config.parse import make_recipe
+from lkd.core.files import replaced_atomically
 from lkd.evaluation.comparison.compare import compare as compare_methods
 from lkd.evaluation.dashboard import make_dashboard
 from lkd.evaluation.fidelity import measure_fidelity
@@ -38,19 +46,23 @@ from lkd.training.build import (
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
+from lkd.training.predict import format_prediction, write_csv
+from lkd.training.predict import predict as predict_pictures
 
 
 def teacher(recipe: config.TrainTeacherRecipe) -> None:
     """`lkd teacher`."""
     with open_run(recipe, "teacher") as run:
         images = prepare_images(recipe.data, scored=False)
-        train_teacher(choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run)
+        train_teacher(
+            choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run, recipe.report_test
+        )
 
 
 def distill(recipe: config.DistillRecipe) -> None:
     """`lkd distill`."""
     with open_run(recipe, "distill") as run:
-        distill_student(build(recipe), recipe.train, recipe.seed, run, recipe.labelled_size)
+        distill_student(build(recipe), recipe.train, recipe.seed, run, recipe.labelled_size, recipe.report_test)
 
 
 def influence(recipe: config.InfluenceRecipe) -> None:
@@ -63,8 +75,9 @@ def influence(recipe: config.InfluenceRecipe) -> None:
 def evaluate(recipe: config.EvaluateRecipe) -> None:
     """`lkd evaluate`."""
     device = choose_device(recipe.device)
-    network, header = load_teacher_network(recipe.checkpoint)
-    images = prepare_images(recipe.data, scored=recipe.split != "test")
+    network, header = load_teacher_network(recipe.checkpoint, recipe.name)
+    data = choose_data(recipe, header["provenance"])
+    images = prepare_images(data, scored=recipe.split != "test")
     check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else images.meta_validation
     network = fit_to_images(recipe.checkpoint, network, header, images.train)
@@ -73,6 +86,34 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
+
+
+def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> config.DataRecipe:
+    """The images to evaluate on: those that the file was trained with, but for what the recipe says."""
+    trained = {} if recipe.checkpoint == "embedded" else (provenance.get("recipe") or {}).get("data") or {}
+    known = {field.name for field in dataclasses.fields(config.DataRecipe)}
+    saved = {key: value for key, value in trained.items() if key in known and value is not None}
+    if "name" in recipe.data and recipe.data["name"] != saved.get("name"):
+        saved = {key: saved[key] for key in ("image_size",) if key in saved}  # the rest is of other images
+    data = make_recipe(config.DataRecipe, saved | recipe.data, "data")
+    if recipe.split != "test":
+        return data
+    clean: dict[str, Any] = {"label_noise": 0.0, "meta_validation_noise": 0.0, "imbalance": 1.0}
+    return dataclasses.replace(data, train_size=0, meta_validation_size=0, **clean)
+
+
+def predict(recipe: config.PredictRecipe) -> None:
+    """`lkd predict`."""
+    found = predict_pictures(recipe, partial(print, file=sys.stderr))
+    if recipe.out:
+        with replaced_atomically(Path(recipe.out)) as temporary, temporary.open("w", newline="") as file:
+            count = write_csv(found, file)
+        print(f"{recipe.out}: {count:,} pictures")
+    elif any(Path(name).is_dir() for name in recipe.pictures):
+        write_csv(found, sys.stdout)
+    else:
+        for prediction in found:
+            print(format_prediction(prediction))
 
 
 def export(recipe: config.ExportRecipe) -> None:
@@ -124,7 +165,7 @@ def pool(recipe: config.PoolRecipe) -> None:
         taught_by = open_teacher(recipe.teacher, images.train)
         losses = LossBuilder(recipe.pool.loss, taught_by, images)
         pool_loss = losses.build(student, recipe.seed)
-        run.say(introduce_network("student", student, images, run.device))
+        run.say(introduce_network("student", student, images, run.device, recipe.train))
         run.say(introduce_teacher(taught_by, images, run.device))
         answers = prepare_teacher(taught_by, images, run.device, pool_loss.teacher_stages)
         trust = measure_teacher(taught_by, images, run.device) if pool_loss.reads_trust else Trust()

@@ -23,6 +23,7 @@ from lkd.config.training import (
     InfluenceSettings,
     InfluenceWeightedLossSettings,
     PackRecipe,
+    PredictRecipe,
     PullRecipe,
     PushRecipe,
     TrainTeacherRecipe,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (DistillRecipe, "train a student with a learned or a hand-made loss"),
     "influence": (InfluenceRecipe, "which training images help a network, and which harm it"),
     "evaluate": (EvaluateRecipe, "measure a teacher's or a student's file"),
+    "predict": (PredictRecipe, "what a trained network sees in pictures: classes and probabilities"),
     "cache": (CacheRecipe, "keep a teacher's answers, for trainings that do not ask it"),
     "pack": (PackRecipe, "decode all images of a data set once, for faster loading"),
     "variance": (VarianceRecipe, "how noisy a student's gradient is for each share of the teacher"),
@@ -56,4 +58,5 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 
 # Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
-POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs"}
+# Of two fields the first takes one word.
+POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs", "predict": "checkpoint pictures"}

@@ -186,6 +186,8 @@ def usage(recipe: type, field: str | None) -> str:
     """What may come before the options: recipe files, or values of a field."""
     if field is None:
         return "[RECIPE.yaml ...]"
+    if " " in field:
+        return " ".join(usage(recipe, part) for part in field.split())
     return f"{field.upper().removesuffix('S')} ..." if takes_list(recipe, field) else field.upper()
 
 
@@ -222,6 +224,9 @@ def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
     options = words[len(leading) :]
     if not leading:
         return options
+    first, _, rest = field.partition(" ")
+    if rest:
+        return [f"--{first}", leading[0], *fill_field([*leading[1:], *options], recipe, rest)]
     if takes_list(recipe, field):
         return [f"--{field}", json.dumps(leading), *options]
     if len(leading) > 1:

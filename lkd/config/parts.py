@@ -43,6 +43,8 @@ class DataRecipe:
         packed: Folder of images in files that `lkd pack` has decoded and scaled down; then no file is decoded.
         class_map: File that numbers the classes: a name a line, the first is class 0 (timm's class_map). Without it
             class folders are sorted as text, as torchvision does (0, 1, 10, 2), where timm sorts 0, 1, 2, 10.
+        evaluation_batch_size: Images at a time in evaluation and in the teacher's first answers; fewer take less
+            memory.
     """
 
     name: str = "embedded"
@@ -65,6 +67,7 @@ class DataRecipe:
     read_timeout: ranges.NonNegativeFloat = 600.0
     packed: str | None = None
     class_map: str | None = None
+    evaluation_batch_size: ranges.PositiveInt = 500
 
 
 @dataclass
@@ -72,15 +75,19 @@ class ModelRecipe:
     """Which network.
 
     Args:
-        name: A timm model name (with its tag, as in resnet50.tv_in1k), a CIFAR network (resnet32x4, wrn_40_2, ...), or
-            small_resnet, small_cnn, tiny_cnn, small_mobilenet.
+        name: A timm model name (with its tag, as in resnet50.tv_in1k), a CIFAR network (resnet32x4, wrn_40_2, ...),
+            small_resnet, small_cnn, tiny_cnn, small_mobilenet, a torchvision name, or one that `plugins` registers.
         pretrained: Start from timm's pretrained weights.
-        options: Further arguments of timm.create_model, such as {act_layer: relu}.
+        options: Further arguments of timm.create_model, such as {act_layer: relu}. A network of a fixed image size gets
+            the images' as img_size.
+        path: Start from the weights in this file, of any that `teacher.path` takes; a classifier of another number of
+            classes starts anew.
     """
 
     name: str = "small_cnn"
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
 
 
 @dataclass
@@ -88,14 +95,15 @@ class TeacherRecipe:
     """Which teacher.
 
     Args:
-        path: File written by `lkd teacher`; or a checkpoint (.pth) of RepDistiller or mdistiller, or of
-            EfficientNet-Lite (docs/networks.md); or `embedded`, the
-            teacher that the package carries; or `random`, the untrained network `name` (to try a recipe).
-        name: The network that the file holds; needed by .pth checkpoints, `pretrained` and `random`.
+        path: File written by `lkd teacher`; or a checkpoint of another program: timm's, torchvision's or your own
+            training script's, RepDistiller's (docs/networks.md); or `embedded`, the teacher that the package carries;
+            or `random`, the untrained network `name` (to try a recipe).
+        name: The network that the file holds; needed by files of other programs, `pretrained` and `random`.
         pretrained: The teacher is timm's `name` with the weights of its tag, as in resnet34.tv_in1k; no file is read.
-        options: Further arguments of timm.create_model, for `pretrained` and `random`.
-        image_size: Height and width that the student's images are scaled to for the teacher; 0 for no scaling. timm's
-            weights get them in the normalisation that they were trained with.
+        options: Further arguments of timm.create_model, for `pretrained`, `random` and files of other programs.
+        image_size: Height and width that the student's images are scaled to for the teacher; 0 for no scaling, or, of a
+            network that takes one size only, for that one. timm's weights get them in the normalisation that they were
+            trained with.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
         logit_scale: Factor of the teacher's logits: above 1 it is more confident than it was trained to be.
@@ -198,6 +206,7 @@ class RunRecipe:
             one, however many they are: the number decides digits.
         wandb: Weights & Biases.
         trackio: Project of trackio's local dashboard that metrics go to as well; none if left out.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
     run_dir: str = "runs/run"
@@ -207,6 +216,7 @@ class RunRecipe:
     threads: ranges.NonNegativeInt = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)
     trackio: str | None = None
+    plugins: str | None = None
 
 
 @dataclass

@@ -15,12 +15,14 @@ class TrainTeacherRecipe(RunRecipe):
         data: Training and meta-validation images.
         model: The network.
         train: The training.
+        report_test: Measure the last weights on the test split, once, at the end.
     """
 
     run_dir: str = "runs/teacher"
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(default_factory=lambda: ModelRecipe(name="small_resnet"))
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    report_test: bool = False
 
 
 @dataclass
@@ -32,11 +34,13 @@ class DistillRecipe(StudentRecipe):
         balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
             docs/balance.md); without it the loss is the sum of its terms.
         labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
+        report_test: Measure the last weights on the test split, once, at the end.
     """
 
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     balance: dict[str, Any] | str | None = None
     labelled_size: ranges.NonNegativeInt = 0
+    report_test: bool = False
 
 
 @dataclass
@@ -44,15 +48,49 @@ class EvaluateRecipe:
     """Measure a teacher's or a student's file.
 
     Args:
-        checkpoint: File written by `lkd teacher` or `lkd distill`, or `embedded`.
+        checkpoint: File written by `lkd teacher` or `lkd distill`, or by another program; or `embedded`.
+        name: The network that the file holds; needed by files of other programs.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         split: test, or meta_validation.
-        data: The images.
+        data: The images, as of `lkd distill` (data.name, data.root, ...); what is left out is as the file says that it
+            was trained. Of the test split no sizes are read.
         device: cpu, cuda or auto.
     """
 
     checkpoint: str = "embedded"
+    name: str | None = None
+    plugins: str | None = None
     split: Literal["test", "meta_validation"] = "test"
-    data: DataRecipe = field(default_factory=DataRecipe)
+    data: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+
+
+@dataclass
+class PredictRecipe:
+    """Say what a trained network sees in pictures: the most probable classes by name, with their probabilities.
+
+    A folder makes it CSV: `lkd predict student.safetensors photos/ > photos.csv`.
+
+    Args:
+        checkpoint: File written by `lkd distill` or `lkd teacher`, or by another program; or `embedded`.
+        pictures: Files, and folders of them.
+        name: The network that the file holds; needed by files of other programs.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
+        top_k: Classes of each picture.
+        image_size: Height and width of the input; 0 for that of the training images, which the file names.
+        batch_size: Pictures at a time.
+        out: File of CSV to write; without it lines are printed.
+        device: cpu, cuda or auto.
+    """
+
+    checkpoint: str = "runs/student/student.safetensors"
+    pictures: list[str] = field(default_factory=list)
+    name: str | None = None
+    plugins: str | None = None
+    top_k: ranges.PositiveInt = 5
+    image_size: ranges.ZeroOrAtLeast8 = 0
+    batch_size: ranges.PositiveInt = 50
+    out: str | None = None
     device: str = "auto"
 
 
@@ -62,6 +100,7 @@ class VarianceRecipe:
 
     Args:
         run_dir: Run directory of a finished `lkd distill`.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         samples: Mini-batches of training images: half predict, half measure.
         batch_size: Images of a mini-batch.
         horizon: 1 / (learning rate · strong convexity): how much bias costs against noise.
@@ -69,6 +108,7 @@ class VarianceRecipe:
     """
 
     run_dir: str = "runs/student"
+    plugins: str | None = None
     samples: ranges.AtLeast4 = 100
     batch_size: ranges.PositiveInt = 10
     horizon: ranges.NonNegativeFloat = 0.0
@@ -80,7 +120,9 @@ class ExportRecipe:
     """Write a student in the formats that others read; every file is read back and its logits compared (OUT_DIR).
 
     Args:
-        checkpoint: File written by `lkd distill` or `lkd teacher`.
+        checkpoint: File written by `lkd distill` or `lkd teacher`, or by another program.
+        name: The network that the file holds; needed by files of other programs.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         out_dir: Where the files go: student.pth, student.safetensors, student.onnx, student.pt2, export.json.
         formats: Some of timm (a state dict for `timm.create_model(..., checkpoint_path=)`), safetensors (the same
             weights), onnx (needs the `export` extra), torch_export.
@@ -89,6 +131,8 @@ class ExportRecipe:
     """
 
     checkpoint: str = "runs/student/student.safetensors"
+    name: str | None = None
+    plugins: str | None = None
     out_dir: str = "runs/export"
     formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
     image_size: ranges.ZeroOrAtLeast8 = 0

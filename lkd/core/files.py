@@ -191,13 +191,15 @@ PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetenso
 
 def environment() -> dict[str, Any]:
     """Versions, platform and the source's commit."""
-    git = subprocess.run(
-        ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    words = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "platform": platform.platform(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
     }
 
 

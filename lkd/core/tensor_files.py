@@ -78,8 +78,8 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
     if check and written is not None and written != hash_content(json.dumps(header), tensors):
         raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     if not isinstance(header, dict) or header.get("kind") != kind:
-        found = header.get("kind") if isinstance(header, dict) else "a safetensors file of another program"
-        raise UserError(f"{path}: is not a {kind} but {found}")
+        found = f"a {header.get('kind')}" if isinstance(header, dict) else "weights that another program saved"
+        raise UserError(f"{path}: holds {found}; a {kind} that lkd wrote is expected here")
     if not isinstance(header.get("format_version"), int) or header["format_version"] > version:
         raise UserError(
             f"{path}: format version {header.get('format_version')} of a {kind} is newer than the {version} "

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lkd.core.errors import UserError
 from lkd.core.interrupt import Interrupted, deferred_interrupts
+from lkd.core.plugins import import_plugins
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leases: who does which piece of work, among processes and hosts that share a folder. The lease of a result is a file
@@ -152,19 +153,21 @@ def preload_workers(module: str) -> None:
 
 
 @contextmanager
-def start_workers(count: int, device: Any = None, threads: int = 0) -> Iterator[ProcessPoolExecutor]:
+def start_workers(
+    count: int, device: Any = None, threads: int = 0, plugins: str | None = None
+) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes; unfinished work is dropped on leaving by an exception.
 
     Args:
         count: How many; 0 means one for every CPU core, or for every GPU.
         device: Where they will work: `cuda` without a number for all GPUs.
         threads: CPU threads of each; see `count_threads`.
+        plugins: File of Python that each runs first.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or count_gpus(str(device)) or cores
-    executor = ProcessPoolExecutor(
-        count, CONTEXT, initializer=prepare_worker, initargs=(count_threads(threads), CONTEXT.Value("i", 0))
-    )
+    own = (count_threads(threads), CONTEXT.Value("i", 0), plugins)
+    executor = ProcessPoolExecutor(count, CONTEXT, initializer=prepare_worker, initargs=own)
     try:
         yield executor
     except BaseException:
@@ -188,8 +191,8 @@ def count_threads(threads: int) -> int:
     return threads or 1
 
 
-def prepare_worker(threads: int, counter: Any) -> None:
-    """Leave Ctrl-C to the parent, go when it goes, take threads and a number."""
+def prepare_worker(threads: int, counter: Any, plugins: str | None) -> None:
+    """Leave Ctrl-C to the parent, go when it goes, take threads and a number, run the user's file."""
     global worker_number
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -199,6 +202,7 @@ def prepare_worker(threads: int, counter: Any) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    import_plugins(plugins)
 
 
 def leave_with_parent() -> None:

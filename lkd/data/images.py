@@ -40,6 +40,7 @@ class ImageSet:
         class_names: Name of each class.
         mean: Per-channel mean of the pixels scaled to [0, 1].
         std: Per-channel standard deviation of the pixels scaled to [0, 1].
+        at_once: How many are in memory at a time where a network only answers: in evaluation and in teachers' tables.
 
     `mean` and `std` are what uint8 pixels are normalised with, and what float32 images have been.
     """
@@ -50,6 +51,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    at_once: int = 500
 
     def __len__(self) -> int:
         return len(self.labels)

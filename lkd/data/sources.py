@@ -19,15 +19,20 @@ from lkd.data.images import Dataset, ImageSet
 from lkd.data.packed import open_packed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg"
-TARS = "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/, test/; or val/ with a list of files and classes)"
+TARS = (
+    "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar (or "
+    "validation, test)"
+)
 SHARDS = "*-train-*.tar and *-val-*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
 SHARD_SPLITS = {"train": ("train", "training"), "val": ("validation", "val", "valid")}  # as whole words of a name
 # What systems and programs leave beside people's own folders; and all that begins with a dot.
 HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found", "$RECYCLE.BIN")
 TEST_SPLITS = ("validation", "val", "test")  # of Hugging Face's; the first that there is
+TEST_FOLDERS = ("val", "validation", "valid", "test")  # the first that there is
 MOST_NESTED = 3  # tars in tars
+MOST_DIGITS, MOST_NAME = 18, 200  # of a class index, and letters of a class's name, in a shard
 SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
 MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
 
@@ -94,7 +99,7 @@ def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], l
 
 def number_classes(names: Iterable[str], classes: tuple[str, ...], place: str) -> list[int]:
     """The label of each class name."""
-    labels = {name: label for label, name in enumerate(classes)}
+    labels, names = {name: label for label, name in enumerate(classes)}, list(names)
     for name in names:
         if name not in labels:
             raise UserError(f"data.root: {place}: {name!r} is none of the {len(classes)} classes that are trained on")
@@ -118,16 +123,42 @@ def check_root(root: str | None, layout: str) -> Path:
 
 
 def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
-    """Find the images of `root/train/CLASS/` and `root/val/CLASS/`; the classes are those of `train`, sorted.
+    """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, in folders in these too.
+
+    The classes are those of `train`, sorted. `val` may be called `validation` or `test`, and may hold images beside a
+    list of their classes, as Tiny-ImageNet's does.
 
     Raises:
         UserError: If the folder is missing or laid out otherwise, or a class has no training images.
     """
     folder = check_root(root, FOLDERS)
-    classes, tested = (list_class_folders(folder, part) for part in ("train", "val"))
-    number_classes(tested, classes, f"{folder}/val")
-    parts = [find_images(folder / part, classes) for part in ("train", "val")]
+    classes = list_class_folders(folder, "train")
+    part = next((name for name in TEST_FOLDERS if (folder / name).is_dir()), TEST_FOLDERS[0])
+    tested = read_annotations(folder / part, classes)
+    if tested is None:
+        number_classes(list_class_folders(folder, part), classes, f"{folder}/{part}")
+        tested = find_images(folder / part, classes)
+    parts = [find_images(folder / "train", classes), tested]
     return build_dataset("image_folder", parts, classes, loading, f"{folder} ({', '.join(SUFFIXES)})")
+
+
+def read_annotations(folder: Path, classes: tuple[str, ...]) -> LabelledSource | None:
+    """The images of a folder whose classes a list in it says, `FILE CLASS ...` a line; None if there is no list."""
+    lists = sorted([*folder.glob("*annotations*.txt"), *folder.glob("*.csv")])
+    if len(lists) != 1:
+        return None
+    try:
+        rows = [re.split(r"[\t,; ]+", line) for line in lists[0].read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.root: {lists[0]}: cannot be read: {error}") from error
+    places = [("images/" if (folder / "images").is_dir() else "") + row[0] for row in rows]
+    pairs = [
+        (place, row[1])
+        for place, row in zip(places, rows, strict=True)
+        if len(row) > 1 and place.lower().endswith(SUFFIXES)
+    ]
+    labels = number_classes((name for _, name in pairs), classes, str(lists[0]))
+    return LabelledSource(FileSource(folder, [place for place, _ in pairs]), labels)
 
 
 def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
@@ -141,15 +172,21 @@ def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
 
 
 def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
-    """List the images of one part, class by class."""
+    """List the images of one part, class by class, those in folders of a class too."""
     found = [
         (f"{name}/{file}", label)
         for label, name in enumerate(classes)
-        if (folder / name).is_dir()
-        for file in sorted(os.listdir(folder / name))
+        for file in sorted(list_files(folder / name))
         if file.lower().endswith(SUFFIXES) and not is_hidden(file)
     ]
     return LabelledSource(FileSource(folder, [name for name, _ in found]), [label for _, label in found])
+
+
+def list_files(folder: Path) -> Iterator[str]:
+    """Files in a folder and in folders in it, by their path in it."""
+    for path, _, files in os.walk(folder):
+        within = os.path.relpath(path, folder)
+        yield from files if within == "." else (f"{within}/{file}" for file in files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,7 +274,8 @@ def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
             images.
     """
     folder = check_root(root, TARS)
-    (train, train_names), (val, val_names) = (find_class_images(folder, part) for part in ("train", "val"))
+    test = next((name for name in TEST_FOLDERS if any(folder.glob(f"{name}.tar")) or (folder / name).is_dir()), "val")
+    (train, train_names), (val, val_names) = (find_class_images(folder, part) for part in ("train", test))
     classes = tuple(sorted(set(train_names)))
     parts = [
         LabelledSource(source, number_classes(names, classes, f"{folder}: {part}"))
@@ -278,7 +316,8 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
     folder = check_root(root, SHARDS)
     paths = {part: find_shards(folder, part) for part in SHARD_SPLITS}
     check_apart(folder, paths)
-    train, val = map(read_shards, paths.values())
+    read = [read_shards(found) for found in paths.values()]
+    train, val, names = number_labels(read[0], read[1], folder)
     largest = max(train.labels, default=0)
     if largest >= max(len(train.labels), MOST_NAMED):
         raise UserError(
@@ -288,7 +327,27 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
     beyond = [label for label in val.labels if label > largest]
     if beyond:
         raise UserError(f"data.root: {folder}: label {beyond[0]} of a validation image is none of the training images'")
-    return build_dataset(f"wds/{name}", (train, val), tuple(map(str, range(1 + largest))), loading, str(folder))
+    classes = names or tuple(map(str, range(1 + largest)))
+    return build_dataset(f"wds/{name}", (train, val), classes, loading, str(folder))
+
+
+def number_labels(
+    train: "Labelled", val: "Labelled", folder: Path
+) -> tuple[LabelledSource, LabelledSource, tuple[str, ...]]:
+    """Labels as numbers, and the classes' names where labels are names; these are numbered in their order.
+
+    Raises:
+        UserError: If some are names and others numbers, or a validation image is of another class.
+    """
+    kinds = {type(label) for _, labels in (train, val) for label in labels}
+    if kinds == {int, str}:
+        raise UserError(f"data.root: {folder}: some labels are numbers, others names: write all alike")
+    names = tuple(sorted({str(label) for label in train[1]})) if str in kinds else ()
+    parts = [
+        LabelledSource(source, number_classes(map(str, labels), names, f"{folder}: {part}") if names else labels)  # type: ignore[arg-type]
+        for part, (source, labels) in (("train", train), ("val", val))
+    ]
+    return parts[0], parts[1], names
 
 
 def find_shards(root: Path, part: str) -> list[Path]:
@@ -338,13 +397,17 @@ def is_within(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
-def read_shards(paths: list[Path]) -> LabelledSource:
-    """Index shards: where each image is, and its label."""
+Label = int | str
+Labelled = tuple[ImageSource, list[Label]]
+
+
+def read_shards(paths: list[Path]) -> Labelled:
+    """Index shards: where each image is, and its label, a number or a class's name."""
     members: list[tuple[int, Member]] = []
-    labels: list[int] = []
+    labels: list[Label] = []
     for number, path in enumerate(paths):
         images: dict[str, Member] = {}
-        label_of: dict[str, int] = {}
+        label_of: dict[str, Label] = {}
         for member in index_tar(path):
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
@@ -353,8 +416,13 @@ def read_shards(paths: list[Path]) -> LabelledSource:
                 if key in images:
                     raise UserError(f"data.root: {path}: {member.name} is the second image of one sample: rename it")
                 images[key] = member
-            elif extension in ("cls", "json") and (label := read_label(path, member)) is not None:
-                label_of[key] = label
+            elif extension.lower() not in ("cls", "json") or (label := read_label(path, member)) is None:
+                continue
+            elif label_of.setdefault(key, label) != label:
+                raise UserError(
+                    f"data.root: {path}: {member.name} says label {label!r}, another file of that sample "
+                    f"{label_of[key]!r}: correct one"
+                )
         without = [member.name for key, member in images.items() if key not in label_of]
         if without:
             raise UserError(
@@ -363,18 +431,29 @@ def read_shards(paths: list[Path]) -> LabelledSource:
             )
         members += [(number, member) for member in images.values()]
         labels += [label_of[key] for key in images]
-    return LabelledSource(TarSource(paths, members), labels)
+    return TarSource(paths, members), labels
 
 
-def read_label(path: Path, member: Member) -> int | None:
-    """The label in a `.cls` or `.json` member; None if a `.json` has none."""
+def read_label(path: Path, member: Member) -> Label | None:
+    """The label in a `.cls` or `.json` member, a number or a class's name; None if a `.json` has none."""
     content = np.fromfile(path, np.uint8, min(member.size, SMALL), offset=member.start).tobytes()
     with suppress(ValueError):
-        value = parse_json(content)
+        text = content.decode().strip()
+        is_name = member.name.lower().endswith(".cls") and text[:1] not in ("{", "[", '"')
+        value = text if is_name else parse_json(text)
         label = value.get("label") if isinstance(value, dict) else value
-        if label is None or (type(label) is int and label >= 0):
+        if isinstance(label, str) and label.isascii() and label.isdigit():
+            label = int(label[:MOST_DIGITS])
+        if label is None or (type(label) is int and label >= 0) or (isinstance(label, str) and is_class_name(label)):
             return label
-    raise UserError(f"data.root: {path}: {member.name} holds {content[:40]!r}, not a class index (0, 1, ...)")
+    raise UserError(
+        f"data.root: {path}: {member.name} holds {content[:40]!r}, neither a class index nor a class's name"
+    )
+
+
+def is_class_name(text: str) -> bool:
+    """Whether a text is a name: one line of letters, and no number."""
+    return 0 < len(text) <= MOST_NAME and text.isprintable() and any(letter.isalpha() for letter in text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,8 +475,11 @@ class HuggingFaceSource(ImageSource):
         self.names = [f"{title}, row {position}" for position in range(len(table))]
 
     def read(self, position: int) -> Tensor:
-        """The bytes of a row's image; none if the table lacks them."""
-        return as_bytes(self.table[position][self.column]["bytes"] or b"")
+        """The bytes of a row's image, or of the file that it names; none if it has neither."""
+        image = self.table[position][self.column]
+        if image["bytes"] is None and image["path"]:
+            return torch.from_numpy(np.fromfile(image["path"], np.uint8))
+        return as_bytes(image["bytes"] or b"")
 
 
 def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> Dataset:

@@ -190,7 +190,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     pool = pool or make_pool(recipe, inputs, student, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all
     started = time.perf_counter()
-    with start_workers(recipe.workers, run.device, recipe.threads) as workers:
+    with start_workers(recipe.workers, run.device, recipe.threads, recipe.plugins) as workers:
         trainings = plan_trainings(recipe)
         finish_trials(as_comparison(recipe), trainings, run, workers, "full trainings")
         draws = {

@@ -471,8 +471,8 @@ def open_world(recipe: PlanRecipe, is_learned: bool, name: str = "") -> PlannedW
         recipe,
         gpus=gpus,
         teacher=TeacherRecipe(path="random", name=network, options=options, cache=teacher.cache),
-        student=replace(recipe.student, pretrained=False),
-        students=[replace(model, pretrained=False) for model in recipe.students],
+        student=replace(recipe.student, pretrained=False, path=None),
+        students=[replace(model, pretrained=False, path=None) for model in recipe.students],
     )
     images, count, decoded = count_images(recipe.data)
     if not 1 <= train.batch_size <= count:

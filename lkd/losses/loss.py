@@ -109,20 +109,37 @@ class DistillationLoss(nn.Module):
         """
 
 
+ON_LABELS = (  # losses of torch and timm that take logits and labels
+    "CrossEntropyLoss", "MultiMarginLoss", "LabelSmoothingCrossEntropy", "SoftTargetCrossEntropy"
+)  # fmt: skip
+
+
 class WrappedLoss(DistillationLoss):
-    """A user's module or function, which may leave out `progress` and may return one tensor."""
+    """A user's module or function, which may leave out `progress` and may return one tensor.
+
+    Raises:
+        UserError: If it takes neither (student, teacher, target) nor, as one of `ON_LABELS`, (logits, labels).
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
         self.teacher_stages = tuple(getattr(function, "teacher_stages", ()))
         self.needs_index = bool(getattr(function, "needs_index", False))
+        self.reads_trust = bool(getattr(function, "reads_trust", False))
         called = function.forward if isinstance(function, nn.Module) else function
         parameters = inspect.signature(called).parameters.values()
         places = [
             p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
         ]
         takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        self.on_labels = type(function).__name__ in ON_LABELS and len(places) == 2
+        if len(places) < 3 and not takes_any and not self.on_labels:
+            takes = ", ".join(p.name for p in places) or "nothing"
+            raise UserError(
+                f"loss: {getattr(function, '__name__', type(function).__name__)} takes ({takes}); a loss takes "
+                "(student, teacher, target) or (student, teacher, target, progress), where student.logits is [B, C]"
+            )
         self.by_place = takes_any or len([p for p in places if p.name != "index"]) > 3
         self.by_name = not self.by_place and any(p.name == "progress" for p in parameters)
 
@@ -131,13 +148,29 @@ class WrappedLoss(DistillationLoss):
         function: Any = self.function
         function.enroll(index, labels)
 
+    def set_trust(self, trust: "Trust") -> None:
+        """Tell it what was measured."""
+        function: Any = self.function
+        function.set_trust(trust)
+
+    def update_trust(self, student: nn.Module) -> None:
+        """Let it measure the student."""
+        function: Any = self.function
+        function.update_trust(student)
+
+    def begin_epoch(self, epoch: int, student: nn.Module, *rest: Any) -> None:
+        """Let it look at the student, if it does."""
+        if hasattr(self.function, "begin_epoch"):
+            self.function.begin_epoch(epoch, student, *rest)
+
     def forward(
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, **identity: Tensor
     ) -> Terms:
         """Compute the terms; one tensor is the term `loss`."""
         places = (progress,) if self.by_place else ()
         names = {"progress": progress} if self.by_name else {}
-        terms = self.function(student, teacher, target, *places, **names, **identity)
+        inputs = (student.logits, target) if self.on_labels else (student, teacher, target, *places)
+        terms = self.function(*inputs, **names, **identity)
         if isinstance(terms, Tensor):
             return {"loss": terms}
         if not isinstance(terms, dict):
@@ -148,9 +181,10 @@ class WrappedLoss(DistillationLoss):
 
 
 def wrap_loss(loss: Callable[..., Any]) -> DistillationLoss:
-    """A loss of this project from a user's: a `DistillationLoss` is one, anything else is wrapped.
+    """A loss of this project from a user's: one of ours is one, anything else is wrapped.
 
     Args:
         loss: `loss(student, teacher, target, progress) -> {term: scalar} or scalar`; `progress` may be left out.
     """
-    return loss if isinstance(loss, DistillationLoss) else WrappedLoss(loss)
+    is_ours = isinstance(loss, DistillationLoss) and type(loss).__module__.startswith("lkd.")
+    return loss if isinstance(loss, DistillationLoss) and (is_ours or loss.own_teacher) else WrappedLoss(loss)

@@ -135,10 +135,10 @@ class Reuse:
         try:
             for _ in run_steps(training, training.total_steps, stop, checkpoints):
                 pass
+            checkpoints.save_training(training)
+            figures = evaluate(training.result, world.images.meta_validation, world.device, shared=shared)
         except DivergedError:
             return {SCORE: float("inf"), "top1": 0.0}
-        checkpoints.save_training(training)
-        figures = evaluate(training.result, world.images.meta_validation, world.device, shared=shared)
         return {name: figures[name] for name in FIGURES}
 
     def forget_checkpoints(self) -> None:

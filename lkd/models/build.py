@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
-from lkd.core.errors import UserError, check_choice, first_line
+from lkd.core.errors import UserError, check_choice, first_line, refuse_exhaustion
 from lkd.core.files import MALFORMED
 from lkd.core.outputs import Outputs
 from lkd.data.images import ImageSet
@@ -99,9 +99,92 @@ class TimmNetwork(nn.Module):
         """Compute logits and stage features; `images` is [B, in_chans, H, W]."""
         model: Any = self.model
         last, intermediates = model.forward_intermediates(images)
-        return Outputs(model.forward_head(last), dict(zip(self.stage_names, intermediates, strict=True)))
+        logits = take_logits(model.forward_head(last))
+        return Outputs(logits, dict(zip(self.stage_names, intermediates, strict=True)))
 
 
+def take_logits(answer: Any) -> Any:
+    """The logits of what a network gives: its `logits`, or the first of several outputs (others are auxiliary)."""
+    if isinstance(answer, dict) and "logits" in answer:
+        return answer["logits"]
+    answer = getattr(answer, "logits", answer)
+    return answer[0] if isinstance(answer, tuple | list) and answer else answer
+
+
+def count_outputs(network: nn.Module, images: Tensor) -> int:
+    """How many outputs a network gives in the mode that it is in, of which the logits are one."""
+    model = unwrap(network)
+    answer = call_aside(model, images)
+    return len(answer) if isinstance(answer, tuple | list) and not isinstance(answer, Outputs) else 1
+
+
+def call_aside(network: nn.Module, images: Tensor) -> Any:
+    """What a network gives, without a change of its buffers."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return torch.func.functional_call(network, buffers, (images,))
+
+
+def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, int], size: int) -> list[str]:
+    """Check by a dry run, forward and backward in train mode, that a network can be trained; it stays as it is.
+
+    Args:
+        network: The network, returning `Outputs`.
+        role: What it is, for messages.
+        image_shape: Channels, height, width.
+        size: Images that it sees at a time.
+
+    Returns:
+        Lines about what a user may not expect: of several outputs one is trained; and `no gradient: NAME, ...`, which
+        parameters the logits do not depend on.
+
+    Raises:
+        UserError: If it fails, or has two heads that two losses are for.
+    """
+    name = type(unwrap(network)).__name__
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        return []  # nothing of it can be replaced for a while
+    trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+    before = {key: parameter.grad for key, parameter in trained.items()}
+    modes = [(module, module.training) for module in network.modules()]
+    device = next(network.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            network.train()
+            images = torch.zeros(min(size, 2), *image_shape, device=device)
+            outputs: Outputs = call_aside(network, images)
+            several = count_outputs(network, images)
+            for parameter in trained.values():
+                parameter.grad = None
+            if trained:
+                outputs.logits.sum().backward()
+            unused = [key for key, parameter in trained.items() if parameter.grad is None]
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise UserError(f"{role}: this {name} cannot be trained on such images: {first_line(error)}") from error
+        raise UserError(
+            f"train.batch_size: BatchNorm of this {name} would see one value of a channel, as {size} image of "
+            f"{list(image_shape)} is computed at a time: take a larger batch, less train.accumulation, fewer "
+            "processes, or larger images"
+        ) from error
+    except (*MALFORMED, NotImplementedError) as error:
+        refuse_exhaustion(error, role, "a smaller network")
+        raise UserError(f"{role}: this {name} cannot be trained on such images: {first_line(error)}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+        for key, parameter in trained.items():
+            parameter.grad = before[key]
+    if several > 1 and hasattr(unwrap(network), "head_dist"):
+        raise UserError(
+            f"{role}: this {name} gives a class head and a distillation head in train mode, which need a loss each: "
+            "call its set_distilled_training(False), and the mean of both is trained"
+        )
+    lines = [f"{role}: of {several} outputs in train mode the logits are trained, the others not"] * (several > 1)
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    return [*lines, *([f"{NO_GRADIENT}{', '.join(unused[:5])}{more}"] if unused else [])]
+
+
+NO_GRADIENT = "no gradient reaches these parameters from the logits: "
 GIVEN = "object/"  # what the name of a network starts with that was given as an object: no name builds it
 
 
@@ -109,7 +192,7 @@ class LogitNetwork(nn.Module):
     """A network that gives logits alone, returning `Outputs` without features.
 
     Args:
-        model: Maps images [B, C, H, W] to logits [B, classes], or to an object that has them as `logits`.
+        model: Maps images [B, C, H, W] to logits [B, classes], or to what `take_logits` finds them in.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -119,15 +202,15 @@ class LogitNetwork(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """Compute logits; `images` is [B, C, H, W]."""
         answer = self.model(images)
-        return Outputs(getattr(answer, "logits", answer), {})
+        return answer if isinstance(answer, Outputs) else Outputs(take_logits(answer), {})
 
 
 def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """Make a network return `Outputs`, and check by a dry run that it fits the images.
 
     Args:
-        network: Returns logits, or an object that has them as `logits`, or `Outputs`; of a timm model, features are
-            read too.
+        network: Returns logits, or an object that has them as `logits`, or several outputs of which they are the first,
+            or `Outputs`; of a timm model, features are read too.
         role: What it is, for messages.
         num_classes: Of the images.
         image_shape: Channels, height, width.
@@ -149,7 +232,7 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
         raise UserError(f"{role}: this {name} fails on images {[2, *image_shape]}: {first_line(error)}") from error
     if images._version and role == "student":  # a teacher is given a copy
         raise UserError(f"{role}: this {name} writes into its input, which others see too: let it work on a copy")
-    logits = getattr(answer, "logits", answer)
+    logits = take_logits(answer)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
     if found != [2, num_classes]:
         raise UserError(
@@ -158,8 +241,12 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
         )
     if isinstance(answer, Outputs):
         return network
-    is_timm = all(hasattr(network, part) for part in ("forward_intermediates", "forward_head", "feature_info"))
-    return TimmNetwork(network) if is_timm else LogitNetwork(network)
+    return TimmNetwork(network) if is_timm(network) else LogitNetwork(network)
+
+
+def is_timm(network: nn.Module) -> bool:
+    """Whether a network gives features as timm's do."""
+    return all(hasattr(network, part) for part in ("forward_intermediates", "forward_head", "feature_info"))
 
 
 @contextmanager
@@ -175,7 +262,43 @@ def running_dry(network: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
+REGISTERED: dict[str, Callable[..., nn.Module]] = {}
+"""Networks of a user's own, by name."""
+
+
+def register(name: str, builder: Callable[..., nn.Module]) -> None:
+    """Give a network of one's own a name, for recipes and for the files of its weights.
+
+    On the command line, in a file of Python that `--plugins FILE` names. The file of a student never makes anybody
+    import code: who evaluates or exports it names the same file.
+
+    Args:
+        name: The name.
+        builder: `builder(num_classes, in_chans, **options)` gives a module from images [B, in_chans, H, W] to logits,
+            to an object that has them as `logits`, or to `lkd.Outputs`, whose features losses over features read;
+            `options` are those of the recipe.
+
+    Raises:
+        UserError: If the name is another network's.
+    """
+    import timm
+
+    if name in OWN_NETWORKS or timm.is_model(name.partition(".")[0]) or "/" in name:
+        raise UserError(f"lkd.register: {name!r} is the name of another network, or has a '/': take another name")
+    if not callable(builder):
+        raise UserError(f"lkd.register: what builds {name!r} is a {type(builder).__name__}, not a function")
+    REGISTERED[name] = builder
+
+
+def wrap_registered(name: str, network: Any) -> nn.Module:
+    """A registered network, returning `Outputs`, whatever it returns itself."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"what is registered as {name!r} builds a {type(network).__name__}, not a torch.nn.Module")
+    return TimmNetwork(network) if is_timm(network) else LogitNetwork(network)
+
+
 OWN_NETWORKS = {**SMALL_NETWORKS, **CIFAR_NETWORKS}
+TORCHVISION = "torchvision/"  # before the name of a network of torchvision's where timm has one of that name, too
 # Options of timm.create_model that read other files or the internet: no recipe and no file of a stranger may set them.
 REACHING_OUT = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict")
 
@@ -187,12 +310,13 @@ def build(
 
     Args:
         name: A timm model name, with its pretrained tag if it matters (`resnet50.tv_in1k`), one of the literature's
-            CIFAR networks (`resnet32x4`, `wrn_40_2`, ...: `CIFAR_NETWORKS`), or one of the quickstart's
-            (`small_resnet`, `small_cnn`, `tiny_cnn`, `small_mobilenet`).
+            CIFAR networks (`resnet32x4`, `wrn_40_2`, ...: `CIFAR_NETWORKS`), one of the quickstart's
+            (`small_resnet`, `small_cnn`, `tiny_cnn`, `small_mobilenet`), one that was registered (`register`), or one
+            of torchvision's (`googlenet`; `torchvision/NAME` where timm has a NAME, too), which gives logits alone.
         num_classes: Number of classes.
         in_chans: Channels of the input images.
         pretrained: Load timm's pretrained weights of that tag.
-        options: Further keyword arguments of `timm.create_model`, say `{"act_layer": "relu"}`.
+        options: Further keyword arguments of `timm.create_model`, say `{"act_layer": "relu"}`, or of what builds it.
 
     Returns:
         A module whose forward maps images [B, in_chans, H, W] to `Outputs`.
@@ -200,28 +324,79 @@ def build(
     Raises:
         UserError: If the name is unknown, or pretrained weights or options are asked of a network that has none.
     """
-    if name in OWN_NETWORKS:
-        if pretrained or options:
-            raise UserError(f"model {name!r} takes neither `pretrained` nor `options`: it is not one of timm's")
-        return OWN_NETWORKS[name](num_classes, in_chans)
-    import timm
-
-    reaching_out = sorted(set(options or {}) & {*REACHING_OUT, "pretrained"})
+    known, options = check_name(name)[0], options or {}
+    if pretrained and (known in OWN_NETWORKS or known in REGISTERED or known.startswith(TORCHVISION)):
+        raise UserError(f"model {name!r} has no `pretrained` weights: it is not one of timm's; give a file as `path`")
+    if options and known in OWN_NETWORKS:
+        raise UserError(f"model {name!r} takes no `options`: it is not one of timm's")
+    if known in OWN_NETWORKS:
+        return OWN_NETWORKS[known](num_classes, in_chans)
+    reaching_out = sorted(set(options) & {*REACHING_OUT, "pretrained", "weights", "weights_backbone"})
     if reaching_out:
-        raise UserError(f"model {name!r}: option {reaching_out[0]} is not taken; weights come from a file of their own")
-    architecture, _, tag = name.partition(".")
-    check_choice("model", architecture, [*timm.list_models(), *OWN_NETWORKS])
-    if tag:
-        check_choice(f"pretrained tag of {architecture}", name, timm.list_pretrained(f"{architecture}.*"))
-    try:
-        model = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(options or {})
+        raise UserError(
+            f"model {name!r}: option {reaching_out[0]} is not taken; weights are read from the file that "
+            "teacher.path or student.path names, or fetched by `pretrained`"
         )
-        network = TimmNetwork(model)
+    try:
+        network: nn.Module
+        if known in REGISTERED:
+            network = wrap_registered(name, REGISTERED[known](num_classes, in_chans, **options))
+        elif known.startswith(TORCHVISION):
+            network = LogitNetwork(create_torchvision(known.removeprefix(TORCHVISION), num_classes, in_chans, options))
+        else:
+            import timm
+
+            network = TimmNetwork(
+                timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
+            )
     except (*MALFORMED, OSError) as error:
-        raise UserError(f"model {name!r} cannot be built with {options or {}}: {first_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be built with {options}: {first_line(error)}") from error
     logging.getLogger("timm").setLevel(logging.WARNING)
     return network
+
+
+def check_name(name: str) -> list[str]:
+    """What a name may stand for, the first that is meant first: a registered network, ours, timm's, torchvision's.
+
+    Raises:
+        UserError: If it stands for nothing.
+    """
+    if name in REGISTERED or name in OWN_NETWORKS:
+        return [name]
+    import timm
+    import torchvision
+
+    architecture, _, tag = name.partition(".")
+    classifiers = torchvision.models.list_models(torchvision.models)
+    found = [name] if timm.is_model(architecture) else []
+    if name.removeprefix(TORCHVISION) in classifiers:
+        found.append(TORCHVISION + name.removeprefix(TORCHVISION))
+    if not found:
+        check_choice(
+            "model (one's own is registered in a file that --plugins names)",
+            architecture,
+            [*REGISTERED, *timm.list_models(), *OWN_NETWORKS, *classifiers],
+        )
+    if tag:
+        check_choice(f"pretrained tag of {architecture}", name, timm.list_pretrained(f"{architecture}.*"))
+    return found
+
+
+def create_torchvision(name: str, num_classes: int, in_chans: int, options: dict[str, Any]) -> nn.Module:
+    """One of torchvision's classifiers, untrained; its first convolution takes the images' channels."""
+    import torchvision
+
+    given = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # else they warn of a change
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **given, **options)
+    if in_chans == 3:
+        return network
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            old: Any = module
+            shape = old.kernel_size, old.stride, old.padding
+            network.set_submodule(path, nn.Conv2d(in_chans, old.out_channels, *shape, bias=old.bias is not None))
+            return network
+    raise ValueError("it has no convolution that could take other channels than three")
 
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's weights
@@ -291,6 +466,56 @@ def format_description(role: str, description: dict[str, Any]) -> str:
         f"{role}: {description['architecture']}, {description['parameters']:,} parameters, "
         f"{description['flops'] / 1e6:,.1f} MFLOPs an image, {'/'.join(description['activations'])}, "
         f"pretrained tag {description['pretrained_tag']}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks of a fixed image size.
+
+
+def find_fixed_size(network: nn.Module, options: dict[str, Any] | None = None) -> int:
+    """Height and width of the only images that a network takes; 0 if it takes any."""
+    model: Any = unwrap(network)
+    configuration, options = getattr(model, "pretrained_cfg", None) or {}, options or {}
+    if options.get("dynamic_img_size"):
+        return 0
+    size = options.get("img_size") or getattr(model, "image_size", 0)  # the latter: torchvision's ViT
+    if configuration.get("fixed_input_size"):
+        size = size or configuration["input_size"][-1]
+    return size if isinstance(size, int) else 0
+
+
+def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Options with which a network of a fixed image size takes these images.
+
+    Raises:
+        UserError: If it takes no other size than its own.
+    """
+    import timm
+
+    known = check_name(name)[0]
+    if "img_size" in options or known in OWN_NETWORKS or known in REGISTERED or known.startswith(TORCHVISION):
+        return options
+    configuration, size = timm.get_pretrained_cfg(name, allow_unregistered=True), image_shape[1:]
+    if not configuration or not configuration.fixed_input_size or configuration.input_size[1:] == size:
+        return options
+    patch = options.get("patch_size") or next((int(part[5:]) for part in name.split("_") if part[:5] == "patch"), 1)
+    whole = tuple(patch * -(-side // patch) for side in size)
+    choices: list[dict[str, Any]] = [{"img_size": size[0] if size[0] == size[1] else list(size)}]
+    if whole != size:  # its patches would leave out a part of the image, unless it is padded
+        choices = [{"img_size": max(whole), "dynamic_img_size": True, "dynamic_img_pad": True}]
+    for more in choices:
+        try:
+            network = build(name, 2, image_shape[0], options=options | more)
+            with running_dry(network):
+                network(torch.zeros(1, *image_shape))
+            return options | more
+        except (UserError, *MALFORMED) as error:
+            reason = first_line(error)
+    own = configuration.input_size[-1]
+    raise UserError(
+        f"model {name!r}: takes images of {own}×{own}, these are {size[0]}×{size[1]} ({reason}): give data.image_size "
+        f"{own} for images in files, options of its own, or another network"
     )
 
 

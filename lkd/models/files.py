@@ -18,6 +18,7 @@ from lkd.data.augment import SHORTER_SIDE
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
+from lkd.models.foreign_weights import is_foreign, load_foreign_network
 
 KIND, VERSION = "network", 1
 MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file
@@ -101,25 +102,48 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
     return adapt_input(network, given, (tuple(own["mean"]), tuple(own["std"])) if own else given, size)
 
 
-def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a network that `save_network` wrote, in eval mode.
+def load_network(
+    path: Path, name: str | None = None, options: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a network that `save_network` or another program wrote, in eval mode.
+
+    Args:
+        path: The file.
+        name: Which network it holds; files of other programs do not say it.
+        options: Further arguments that a network of another program was built with.
 
     Returns:
-        The network and the header (`architecture`, `provenance`; `input` and `classes`, if they were written).
+        The network and the header: `architecture` and `provenance`; of a file of another program the latter is empty,
+        and `taken` says where in the file the weights are; of others `input` and `classes`, if they were written.
 
     Raises:
         UserError: If the file is missing, damaged, not a network, or its weights do not fit its architecture.
     """
+    if is_foreign(path):
+        if name is None:
+            raise UserError(
+                f"{path}: was written by another program, and does not say which network its weights are of: give the "
+                "name, as in resnet50 (teacher.name, student.name; --name of evaluate, predict, export)"
+            )
+        network, architecture, taken = load_foreign_network(path, name, options)
+        return network, {"architecture": architecture, "provenance": {}, "taken": taken}
     tensors, header = read_tensors(path, KIND, VERSION)
     with refusing_malformed(path, KIND):
-        name = str(header["architecture"]["name"])
-        if name.startswith(GIVEN):
+        held = str(header["architecture"]["name"])
+        if held.startswith(GIVEN):
             raise UserError(
-                f"{path}: holds the weights of a {name.removeprefix(GIVEN).split('@')[0]} of the caller's own, which "
+                f"{path}: holds the weights of a {held.removeprefix(GIVEN).split('@')[0]} of the caller's own, which "
                 "no name builds: build it, and load them by load_state_dict(safetensors.torch.load_file(path))"
             )
         architecture = {"in_chans": 3} | header["architecture"] | {"pretrained": False}
         check_size(path, architecture, tensors)
+        if name not in (None, architecture["name"]):
+            raise UserError(
+                f"{path}: holds a {architecture['name']}, not the {name} of the recipe: leave the name out, or give "
+                f"the file of a {name}, or `pretrained` for timm's weights"
+            )
+        if options and options != architecture.get("options"):
+            raise UserError(f"teacher.options, student.options: {options} do not apply to {path}, which has its own")
         network = build(**architecture)
         unwrap(network).load_state_dict(tensors)
         check_description(header, architecture)

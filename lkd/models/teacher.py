@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.core.errors import UserError, check_choice
+from lkd.core.errors import UserError, check_choice, refuse_exhaustion
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.data.images import Batch, ImageSet
 from lkd.data.readers import IN_MEMORY
-from lkd.models.build import adapt_input, adapt_pretrained, build, build_forward
+from lkd.models.build import adapt_pretrained, build, build_forward, find_fixed_size
 from lkd.models.files import fit_to_images, load_network
-from lkd.models.published_weights import EFFICIENTNET_LITE, load_crd_checkpoint, load_efficientnet_checkpoint
+from lkd.models.foreign_weights import EFFICIENTNET_LITE
 
+SMALLER_PARTS = "a smaller data.evaluation_batch_size"
 TeacherFunction = Callable[[Batch], Outputs]
 """From a batch to a teacher's outputs."""
 
@@ -60,7 +61,7 @@ class TabulatedTeacher:
         teacher: The teacher.
         images: The images that it will be asked about.
         device: Where the table lies.
-        batch_size: Images at a time while it is made.
+        batch_size: Images at a time while it is made; None for the image set's `at_once`.
         stages: The features that are kept beside the logits.
     """
 
@@ -69,13 +70,17 @@ class TabulatedTeacher:
         teacher: TeacherFunction,
         images: ImageSet,
         device: torch.device,
-        batch_size: int = 500,
+        batch_size: int | None = None,
         stages: tuple[str, ...] = (),
     ) -> None:
         rows = []
-        for batch in images.batches(torch.arange(len(images)).split(batch_size), device):
-            outputs = teacher(batch)
-            rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
+        try:
+            for batch in images.batches(torch.arange(len(images)).split(batch_size or images.at_once), device):
+                outputs = teacher(batch)
+                rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
+        except (MemoryError, RuntimeError) as error:
+            refuse_exhaustion(error, "teacher", SMALLER_PARTS)
+            raise
         index, self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
         self.features = dict(zip(stages, features, strict=True))
         self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
@@ -117,11 +122,13 @@ class UnreliableTeacher:
         return torch.randperm(num_classes, generator=generator)
 
 
-def load_teacher_network(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a teacher's file; `embedded` is the one that the package carries."""
+def load_teacher_network(
+    path: str, name: str | None = None, options: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a teacher's file, see `load_network`; `embedded` is the one that the package carries."""
     if path != "embedded":
-        return load_network(Path(path))
-    network, header = load_network(TEACHER)
+        return load_network(Path(path), name, options)
+    network, header = load_network(TEACHER, name, options)
     known = IN_MEMORY["fashion_mnist"]
     return network, {"input": {"mean": known.mean, "std": known.std}, "classes": known.read.classes} | header
 
@@ -146,12 +153,11 @@ def load_teacher(
     """
     if pretrained and path != "embedded":
         raise UserError(f"teacher.path: {path} and teacher.pretrained exclude each other: give one")
-    if name is None and (pretrained or path == "random" or path.endswith((".pth", ".pt"))):
+    if name is None and (pretrained or path == "random"):
         what = "pretrained" if pretrained else path
         raise UserError(f"teacher.name: missing; {what} needs the network's name, as in resnet32x4")
-    if options and not (pretrained or path == "random"):
-        raise UserError(f"teacher.options: {options} do not apply to a file, which says what it holds")
     architecture: dict[str, Any] = {"name": name, "options": options or {}}
+    header: dict[str, Any] = {}
     if pretrained:
         network = build_pretrained(architecture)
     elif path == "random":
@@ -159,23 +165,14 @@ def load_teacher(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = build(**architecture)
-    elif path.endswith((".pth", ".pt")):
-        load = load_efficientnet_checkpoint if name in EFFICIENTNET_LITE else load_crd_checkpoint
-        network, num_classes = load(Path(path), str(name))
-        architecture |= {"num_classes": num_classes, "in_chans": 3, "pretrained": False}
     else:
-        network, header = load_teacher_network(path)
-        architecture = header["architecture"]
-        if name not in (None, architecture["name"]):
-            raise UserError(
-                f"teacher.path: {path} holds a {architecture['name']}, not the {name} of teacher.name: give the file "
-                f"of a {name}, or teacher.pretrained true for timm's weights"
-            )
-        return fit_to_images(path, network, header, images, image_size), architecture
-    if pretrained or name in EFFICIENTNET_LITE:
-        return adapt_pretrained(network.eval(), images, image_size), architecture
-    given = images.mean, images.std
-    return adapt_input(network.eval(), given, given, image_size), architecture
+        network, header = load_teacher_network(path, name, options)
+        architecture = header["architecture"] | {"taken": header.get("taken", "")}
+    size = image_size or find_fixed_size(network, architecture.get("options"))
+    size = 0 if images.image_shape[1:] == (size, size) else size
+    if pretrained or (name in EFFICIENTNET_LITE and "input" not in header):
+        return adapt_pretrained(network.eval(), images, size), architecture
+    return fit_to_images(path, network.eval(), header, images, size), architecture
 
 
 def build_pretrained(architecture: dict[str, Any]) -> nn.Module:

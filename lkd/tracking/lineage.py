@@ -14,8 +14,11 @@ from lkd.tracking.remote import fetch, is_remote
 
 LINEAGE = "lineage.json"
 EMBEDDED_TEACHER = PACKAGE / "data" / "embedded" / "teacher.safetensors"
-FIELDS = {  # last part of a recipe's field that names a file → its kind
+FIELDS = {  # a recipe's field that names a file, or its last part → its kind
     "path": "teacher",
+    "student.path": "network",
+    "model.path": "network",
+    "plugins": "code",
     "cache": "cache",
     "pool_dir": "pool",
     "checkpoint": "network",
@@ -29,7 +32,7 @@ class Entry:
     """A file or folder that a run used or made.
 
     Attributes:
-        kind: teacher, pool, loss, student, network, cache, weights or fidelity.
+        kind: teacher, pool, loss, student, network, cache, weights, fidelity or code.
         name: File name, or what names a network without a file.
         sha256: Of its content: of a folder, of its files' names and sizes and of its JSON files; None without a file.
         path: Where it is; None without a file.
@@ -63,7 +66,7 @@ def list_sources(recipe: dict[str, Any]) -> dict[str, tuple[str, str]]:
     sources, flat = {}, flatten(recipe)
     for field, name in flat.items():
         is_file = str(name).endswith(".safetensors") or is_remote(str(name)) or find_pretrained(str(name))
-        kind = FIELDS.get(field.rpartition(".")[2], "loss" if is_file else None)
+        kind = FIELDS.get(field) or FIELDS.get(field.rpartition(".")[2], "loss" if is_file else None)
         if isinstance(name, str) and kind and not (kind == "teacher" and flat.get("teacher.pretrained")):
             sources[field] = (kind, name)
     return sources

@@ -16,14 +16,15 @@ from lkd.config.parts import RunRecipe
 from lkd.core.distributed import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.core.errors import UserError
 from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
+from lkd.core.plugins import hash_plugins
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
 MAY_DIFFER_ON_RESUME = {  # what does not change results; threads change their last digits
-    *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join"),
-    *("data.root", "data.workers", "data.read_timeout"),
+    *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "plugins", "report_test"),
+    *("data.root", "data.workers", "data.read_timeout", "data.evaluation_batch_size"),
     *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
 }
 
@@ -108,7 +109,9 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
     """Open a run directory in the process that owns it; see `open_run`."""
     path = Path(recipe.run_dir)
     joined = isinstance(recipe, CompareRecipe) and recipe.join
-    config = {"command": command, "recipe": dataclasses.asdict(recipe)}
+    config: dict[str, Any] = {"command": command, "recipe": dataclasses.asdict(recipe)}
+    if recipe.plugins:
+        config["plugins"] = hash_plugins(recipe.plugins)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
@@ -159,6 +162,8 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         raise UserError(
             f"run_dir: {path} holds a run of `lkd {saved.get('command')}`, not of `lkd {config['command']}`"
         )
+    if saved.get("plugins") != config.get("plugins"):
+        raise UserError(f"plugins: is not the file that the run in {path} was begun with; a resumed run keeps its code")
     for key, before, now in find_differences(saved.get("recipe"), config["recipe"]):
         if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME:
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")

@@ -17,6 +17,7 @@ from lkd.balance.balancing import Balancing, build_balance
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
+from lkd.core.distributed import count_processes
 from lkd.core.errors import UserError, first_line
 from lkd.core.files import refusing_malformed
 from lkd.core.tensor_files import digest
@@ -34,8 +35,20 @@ from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
-from lkd.models.build import adapt_given, adapt_pretrained, describe, find_stages, format_description
+from lkd.models.build import (
+    adapt_given,
+    adapt_input,
+    adapt_pretrained,
+    check_trainable,
+    describe,
+    find_stages,
+    fit_image_size,
+    format_description,
+    plain_state_dict,
+    unwrap,
+)
 from lkd.models.build import build as build_network
+from lkd.models.files import load_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
@@ -95,7 +108,8 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
         fingerprint = f"{settings.name}/{fingerprint}" if whole else fingerprint
     noise = settings.label_noise_kind, (settings.label_noise, settings.meta_validation_noise), settings.split_seed
     train, meta_validation = add_label_noise(train, meta_validation, *noise)
-    return Images(dataset.name, train, meta_validation, dataset.test, fingerprint, settings)
+    sets = (replace(part, at_once=settings.evaluation_batch_size) for part in (train, meta_validation, dataset.test))
+    return Images(dataset.name, *sets, fingerprint, settings)
 
 
 def build_batches(
@@ -122,10 +136,12 @@ class StudentBuilder:
     Attributes:
         architecture: Keyword arguments of `lkd.models.build`; the name of a caller's own network holds a hash.
         make: Builds a network that returns `Outputs`.
+        started: Which weights it starts from, in words; "" for random ones.
     """
 
     architecture: dict[str, Any]
     make: Callable[[], nn.Module]
+    started: str = ""
 
     @property
     def name(self) -> str:
@@ -156,9 +172,40 @@ def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHIN
     }
     make = given.get(model.name)
     if make is None:
+        if model.path:
+            return start_from_file(model, architecture, images)
+        architecture["options"] = fit_image_size(model.name, model.options, images.image_shape)
         plain = partial(build_network, **architecture)
         return StudentBuilder(architecture, (lambda: adapt_pretrained(plain(), images)) if model.pretrained else plain)
     return StudentBuilder(architecture, lambda: adapt_given(make(), "student", images.num_classes, images.image_shape))
+
+
+def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: ImageSet) -> StudentBuilder:
+    """What builds students that start from the weights in `model.path`.
+
+    Raises:
+        UserError: If the file is not good, or not of this network.
+    """
+    if model.pretrained:
+        raise UserError(f"student.path: {model.path} and student.pretrained exclude each other: give one")
+    path = Path(str(model.path))
+    saved, header = load_network(path, model.name, model.options)
+    architecture |= {key: header["architecture"].get(key) or architecture[key] for key in ("name", "options")}
+    start, given, own = plain_state_dict(saved), (images.mean, images.std), header.get("input")
+    wanted = (tuple(own["mean"]), tuple(own["std"])) if own and len(own["mean"]) == len(images.mean) else given
+
+    def make() -> nn.Module:
+        network = build_network(**architecture)
+        fresh = plain_state_dict(network)
+        fitting = {key: tensor for key, tensor in start.items() if fresh[key].shape == tensor.shape}
+        unwrap(network).load_state_dict(fresh | fitting)
+        return adapt_input(network, given, wanted)
+
+    shapes = {key: tensor.shape for key, tensor in plain_state_dict(build_network(**architecture)).items()}
+    anew = [key for key, tensor in start.items() if shapes[key] != tensor.shape]
+    taken = f" ({header['taken']}*)" if header.get("taken") else ""
+    said = f", starts from {path}{taken}" + (f", anew: {', '.join(anew)}" if anew else "")
+    return StudentBuilder(architecture, make, said)
 
 
 @dataclass(frozen=True)
@@ -313,7 +360,10 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     random = settings.random_answers
     wrong = f", but answers at random on {random:.0%} of the images" if random else ""
     scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
-    return f"{described}{reached}{wrong}{scale}{explain_doubts(top1, images, settings)}"
+    taken = f", from {teacher.architecture['taken']}*" if teacher.architecture.get("taken") else ""
+    size = getattr(teacher.network, "size", 0)
+    seen = f", sees the images as {size}×{size}" if size else ""
+    return f"{described}{taken}{reached}{wrong}{scale}{seen}{explain_doubts(top1, images, settings)}"
 
 
 def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
@@ -357,10 +407,21 @@ def introduce_images(images: Images) -> str:
     return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes"
 
 
-def introduce_network(role: str, student: StudentBuilder, images: Images, device: torch.device) -> str:
-    """Say which network this is that will be trained."""
+def introduce_network(
+    role: str, student: StudentBuilder, images: Images, device: torch.device, train: TrainRecipe | None = None
+) -> str:
+    """Say which network this is that will be trained, after a dry run of a step of this training.
+
+    Raises:
+        UserError: If it cannot be trained so.
+    """
     network, pretrained = student.build(0, device), student.architecture["pretrained"]
-    return format_description(role, describe(network, student.name, images.train.image_shape, pretrained))
+    shape = images.train.image_shape
+    line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
+    if train is None:
+        return line
+    size = max(1, train.batch_size // (count_processes() * train.accumulation))
+    return "\n".join([line, *check_trainable(network, role, shape, size)])
 
 
 Specification = dict[str, Any] | str | Callable[..., Any]

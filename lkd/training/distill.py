@@ -48,7 +48,9 @@ SHARE = "share/"
 Seen = tuple[Batch, Outputs | None, float]  # batch, teacher's outputs, progress
 
 
-def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size: int = 0) -> Path:
+def distill(
+    parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size: int = 0, report_test: bool = False
+) -> Path:
     """Train a student with any loss.
 
     Args:
@@ -57,6 +59,7 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
         seed: Of initial weights and of the order of the batches.
         run: The run.
         labelled_size: Training images whose labels are known; 0 for all.
+        report_test: Whether the last weights are measured on the test split, once, at the end.
 
     Returns:
         The student's file, with the last weights; its provenance holds the meta-validation figures of the last and of
@@ -64,7 +67,7 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
     """
     images, loss = parts.images, parts.loss
     run.say(introduce_images(images))
-    run.say(introduce_network("student", parts.student, images, run.device))
+    run.say(introduce_network("student", parts.student, images, run.device, train))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
@@ -77,19 +80,21 @@ def distill(parts: Parts, train: TrainRecipe, seed: int, run: Run, labelled_size
     training = start_training(
         parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
     )
-    return train_to_the_end(training, labelled, parts.student, run, "student", told)
+    return train_to_the_end(training, labelled, parts.student, run, "student", told, report_test)
 
 
-def train_teacher(student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run) -> Path:
+def train_teacher(
+    student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run, report_test: bool = False
+) -> Path:
     """Train a teacher: a student of cross-entropy.
 
     Returns:
         The teacher's file.
     """
     run.say(introduce_images(images))
-    run.say(introduce_network("teacher", student, images, run.device))
+    run.say(introduce_network("teacher", student, images, run.device, train))
     training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
-    return train_to_the_end(training, images, student, run, "teacher")
+    return train_to_the_end(training, images, student, run, "teacher", report_test=report_test)
 
 
 def start_training(
@@ -122,14 +127,18 @@ def train_to_the_end(
     run: Run,
     role: str,
     known: Mapping[str, Any] = MappingProxyType({}),
+    report_test: bool = False,
 ) -> Path:
     """Train, evaluating after every epoch if there is meta-validation; resume from the run's checkpoint if it has one.
 
-    `known`: what else the file's provenance is to say.
+    `known`: what else the file's provenance is to say. `report_test`: read the test split, once, at the end.
 
     Raises:
+        UserError: If there is no test split to read.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
+    if report_test and not len(images.test):
+        raise UserError("report_test: images that are given from Python have no test split; evaluate the student there")
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
@@ -177,9 +186,10 @@ def train_to_the_end(
             checkpoints.save_training(training, history=history)
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])} if scored else None
+    tested = evaluate(training.result, images.test, run.device, shared=True) if report_test else None
     if is_main():
         provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
-        provenance |= known
+        provenance |= {**known, **({"test": tested} if tested else {})}
         save_network(path, training.result, student.architecture, provenance, images.train)
         run.tracker.keep(role, path, **history[-1])
         if results:
@@ -187,6 +197,9 @@ def train_to_the_end(
             run.say(f"{path}: {top1['last']:.2f} % on meta-validation (best epoch {top1['best']:.2f} %)")
         else:
             run.say(f"{path}: the last weights, not evaluated: data.meta_validation_size is 0")
+        if tested:
+            run.tracker.log(training.step, **{f"test/{name}": value for name, value in tested.items()})
+            run.say(f"test split, read once: top1 {tested['top1']:.2f} %, cross-entropy {tested['cross_entropy']:.4f}")
     return path
 
 
@@ -262,6 +275,6 @@ def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunctio
     unlabelled = order_labels(images, labelled_size)[labelled_size:]
     labels = train.labels.clone()
     place_of = {int(index): place for place, index in zip(unlabelled.tolist(), train.index[unlabelled], strict=True)}
-    for batch in train.batches(unlabelled.split(500), device):
+    for batch in train.batches(unlabelled.split(train.at_once), device):
         labels[[place_of[int(index)] for index in batch.index]] = teacher(batch).logits.argmax(1).cpu()
     return replace(images, train=train.relabel(labels))

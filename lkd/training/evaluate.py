@@ -3,37 +3,58 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lkd.core.distributed import copy_buffers_from_main, count_processes, gather_rows, own_rank
+from lkd.core.errors import refuse_exhaustion
 from lkd.data.images import ImageSet
 from lkd.losses.functions import expected_calibration_error, find_best_temperature
+from lkd.models.teacher import SMALLER_PARTS
+from lkd.training.training import NAMED, BrokenInputError, DivergedError
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 500, shared: bool = False
+    network: nn.Module, images: ImageSet, device: torch.device, batch_size: int | None = None, shared: bool = False
 ) -> dict[str, float]:
     """Evaluate a network that returns `Outputs`, in eval mode; its mode is restored. Every image counts once.
 
+    `batch_size`: images at a time; None for the image set's `at_once`.
     `shared`: whether the processes that have met share the images; all must ask then.
 
     Returns:
         `top1` and `top5` in percent, `cross_entropy`, `calibrated_cross_entropy` (at the best temperature),
         `temperature` (that one), and `calibration_error` in percent; the same in all processes that share the images.
+
+    Raises:
+        DivergedError: If a logit is not finite, and all pixels are.
+        BrokenInputError: If a pixel is not finite.
+        UserError: If there is no memory left.
     """
     training = network.training
     network.eval()
     if shared:
         copy_buffers_from_main(network)
     own = torch.arange(own_rank(), len(images), count_processes()) if shared else torch.arange(len(images))
-    answers = [(network(batch.images).logits, batch.target) for batch in images.batches(own.split(batch_size), device)]
-    logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    rows, broken = [], [own[:0].to(device)]
+    try:
+        for batch in images.batches(own.split(batch_size or images.at_once), device):
+            logits = network(batch.images).logits
+            rows.append((logits, batch.target))
+            if not bool(logits.isfinite().all()):
+                broken.append(batch.index[~batch.images.flatten(1).isfinite().all(1)])
+    except (MemoryError, RuntimeError) as error:
+        refuse_exhaustion(error, "evaluation", SMALLER_PARTS)
+        raise
+    finally:
+        network.train(training)
+    logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    unusable = torch.cat(broken)
     if shared:
-        logits, target = gather_rows(logits), gather_rows(target)
+        logits, target, unusable = gather_rows(logits), gather_rows(target), gather_rows(unusable)
     logits = logits.float()
-    network.train(training)
+    check_answers(logits, unusable)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)
     temperature = find_best_temperature(logits, target)
     return {
@@ -44,6 +65,28 @@ def evaluate(
         "temperature": temperature,
         "calibration_error": 100 * expected_calibration_error(logits.softmax(1), target),
     }
+
+
+def check_answers(logits: Tensor, unusable: Tensor) -> None:
+    """Check that logits are finite.
+
+    Args:
+        logits: Of all images.
+        unusable: Index of images whose pixels are not finite.
+
+    Raises:
+        BrokenInputError: If there are such images.
+        DivergedError: If a logit is not finite all the same.
+    """
+    if len(unusable):
+        named = ", ".join(map(str, unusable[:NAMED].tolist())) + (", ..." if len(unusable) > NAMED else "")
+        raise BrokenInputError(f"evaluation: pixels of {len(unusable)} images are not finite (images {named})")
+    wrong = int((~logits.isfinite().all(1)).sum())
+    if wrong:
+        raise DivergedError(
+            f"evaluation: the logits of {wrong} of {len(logits)} images are not finite, their pixels are: the network "
+            "has diverged (lower train.learning_rate), or its weights are damaged"
+        )
 
 
 def guess(images: ImageSet) -> dict[str, float]:

@@ -21,7 +21,7 @@ from lkd.data.batches import Batches
 from lkd.data.images import Batch
 from lkd.losses.functions import widen
 from lkd.losses.loss import DistillationLoss
-from lkd.models.build import build_forward
+from lkd.models.build import NO_GRADIENT, build_forward, check_trainable
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import emulates_bfloat16
 from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer
@@ -89,7 +89,9 @@ class Training:
             if recipe.sync_batchnorm:
                 self.computation.student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             own_gpu = [batches.device] if batches.device.type == "cuda" else None
-            self.computation = DistributedDataParallel(self.computation, own_gpu)
+            lines = check_trainable(student, "student", batches.images.image_shape, 2)
+            unused = any(line.startswith(NO_GRADIENT) for line in lines)
+            self.computation = DistributedDataParallel(self.computation, own_gpu, find_unused_parameters=unused)
 
     @property
     def progress(self) -> float:
@@ -131,8 +133,12 @@ class Training:
         if self.recipe.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         self.clock.lap("data")
-        with self.autocast():
-            teacher = self.teacher(batch) if self.teacher else None
+        try:
+            with self.autocast():
+                teacher = self.teacher(batch) if self.teacher else None
+        except (MemoryError, RuntimeError) as error:
+            refuse_exhaustion(error, f"step {self.step}: teacher", LESS_MEMORY)
+            raise
         teacher = widen_outputs(keep_stages(teacher, self.loss.teacher_stages)) if teacher else None
         self.clock.lap("teacher")
         if watch:

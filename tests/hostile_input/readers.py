@@ -42,7 +42,7 @@ from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.reuse import Reuse
 from lkd.models import build, teacher_cache
 from lkd.models.files import load_network, save_network
-from lkd.models.published_weights import load_crd_checkpoint
+from lkd.models.foreign_weights import load_foreign_network
 from lkd.pool.pool import INDEX, open_pool, write_student
 from lkd.pool.sampling import check_sampling
 from lkd.tracking.run import Run, check_resumable
@@ -453,7 +453,7 @@ MUTATORS = {
 READERS = {
     "learned loss": Reader(write_losses, ("*.safetensors",), read_loss),
     "network": Reader(write_networks, ("*.safetensors",), read_network),
-    "foreign checkpoint": Reader(write_foreign, ("*.pth",), lambda path: load_crd_checkpoint(path, "resnet8")),
+    "foreign checkpoint": Reader(write_foreign, ("*.pth",), lambda path: load_foreign_network(path, "resnet8")),
     "training checkpoint": Reader(write_checkpoint, ("checkpoints/*.safetensors",), read_checkpoint),
     "meta-training checkpoint": Reader(write_meta_checkpoint, ("checkpoints/*.safetensors",), read_meta_checkpoint),
     "pool": Reader(write_pool, ("pool/index.json", "pool/*.safetensors"), read_pool),

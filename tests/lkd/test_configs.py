@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lkd.cli import main
 from lkd.config.parse import parse_recipe
@@ -67,6 +68,7 @@ SMALL = {
     ],
     "inspect": [],
     "evaluate": [],
+    "predict": [],
     "variance": ["--samples", "4"],
     "export": [],
     "dashboard": [],
@@ -189,6 +191,8 @@ def test_every_recipe_that_the_readme_does_not_run_runs(recipe: str, fashion_roo
 def test_every_command_in_the_readme_runs(fashion_root: str, monkeypatch) -> None:
     """In the README's own order, one after another: later commands use the files of earlier ones."""
     (Path.cwd() / "configs").symlink_to(ROOT / "configs")
+    Path("photos").mkdir()
+    Image.new("L", (28, 28), 9).save("photos/dark.png")
     commands = readme_commands()
     assert len(commands) >= 6
     for line in commands:

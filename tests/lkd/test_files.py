@@ -53,7 +53,7 @@ def write_header(path: Path, version: int = VERSION, network: str = "DecoupledLo
         (lambda path: path.write_text("hello"), "not a safetensors file"),
         (lambda path: path.write_bytes(path.with_name("good").read_bytes()[:100]), "damaged or not a safetensors file"),
         (lambda path: path.write_bytes(path.with_name("good").read_bytes()[:-1]), "damaged or not a safetensors file"),
-        (lambda path: save_network(path, build("tiny_cnn", 10, 1), {}, {}), "is not a learned loss but network"),
+        (lambda path: save_network(path, build("tiny_cnn", 10, 1), {}, {}), "holds a network; a learned loss"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "another program"),
         (lambda path: write_header(path, VERSION + 1), "is newer than"),
         (lambda path: write_header(path, hidden=4), "do not fit"),

@@ -31,7 +31,7 @@ from lkd.influence.weighted_loss import load_weights
 from lkd.losses.learned.file import KIND, VERSION
 from lkd.models import build
 from lkd.models.files import load_network, save_network
-from lkd.models.published_weights import load_crd_checkpoint
+from lkd.models.foreign_weights import load_foreign_network
 from lkd.pool.pool import INDEX
 from lkd.training.checkpoints import Checkpoints
 from tests.hostile_input import worker
@@ -107,15 +107,15 @@ def test_pickles_are_refused_not_run(tmp_path, no_evil) -> None:
     for content in PICKLES:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"teacher\.pth"):
-            load_crd_checkpoint(path, "resnet8")
+            load_foreign_network(path, "resnet8")
     torch.save({"model": Payload()}, path)
     with pytest.raises(UserError, match="cannot be read as a checkpoint of weights only"):
-        load_crd_checkpoint(path, "resnet8")
+        load_foreign_network(path, "resnet8")
     torch.save({"model": {"w": torch.zeros(1000)}}, path)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/1", bytes(10**7))
     with pytest.raises(UserError, match=r"in memory, but torch\.save compresses nothing"):
-        load_crd_checkpoint(path, "resnet8")
+        load_foreign_network(path, "resnet8")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lkd.core.errors import UserError
 from lkd.models import build, describe, plain_state_dict
 from lkd.models.build import format_description
 from lkd.models.cifar import CIFAR_NETWORKS, shuffle_channels
-from lkd.models.published_weights import load_crd_checkpoint, shapes_of
+from lkd.models.foreign_weights import load_foreign_network, trim
 from lkd.models.small import SMALL_NETWORKS
 from meta import call_module
 
@@ -59,7 +59,10 @@ def test_sizes_names_and_stages(name: str) -> None:
     assert len(sides) >= 3
     assert sides == sorted(sides, reverse=True)
     if name in PUBLISHED:
-        shapes = {rename(name, key): shape for key, shape in shapes_of(network.state_dict()).items()}
+        shapes = {
+            rename(name, key): shape
+            for key, shape in trim({key: tuple(value.shape) for key, value in network.state_dict().items()}).items()
+        }
         digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()[:12]
         assert (sum(p.numel() for p in network.parameters()), digest) == PUBLISHED[name]
 
@@ -121,8 +124,8 @@ def write_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
 
 def check_loading(path: Path, name: str) -> None:
     state = write_checkpoint(path, name)
-    network, num_classes = load_crd_checkpoint(path, name)
-    assert num_classes == 100
+    network, architecture, _ = load_foreign_network(path, name)
+    assert architecture["num_classes"] == 100
     for key, value in network.state_dict().items():
         assert "num_batches" in key or torch.equal(value, state[rename(name, key)])
 
@@ -130,15 +133,15 @@ def check_loading(path: Path, name: str) -> None:
 def test_a_checkpoint_with_a_command_line_in_it_loads(tmp_path) -> None:
     state = build("resnet8", 10).state_dict()
     torch.save({"opt": argparse.Namespace(lr=0.05), "model": state}, tmp_path / "resnet8_last.pth")
-    assert load_crd_checkpoint(tmp_path / "resnet8_last.pth", "resnet8")[1] == 10
+    assert load_foreign_network(tmp_path / "resnet8_last.pth", "resnet8")[1]["num_classes"] == 10
     torch.save({key: value for key, value in state.items() if "num_batches" not in key}, tmp_path / "plain.pth")
-    load_crd_checkpoint(tmp_path / "plain.pth", "resnet8")
+    load_foreign_network(tmp_path / "plain.pth", "resnet8")
 
 
 def test_crds_checkpoints_are_loaded_and_others_refused_in_one_line(tmp_path) -> None:
     def refuse(name: str, file: str, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
-            load_crd_checkpoint(tmp_path / file, name)
+            load_foreign_network(tmp_path / file, name)
         assert "\n" not in str(caught.value)
 
     check_loading(tmp_path / "a.pth", "resnet20")
@@ -150,7 +153,7 @@ def test_crds_checkpoints_are_loaded_and_others_refused_in_one_line(tmp_path) ->
     torch.save({"model": {"w": torch.zeros(())}}, tmp_path / "c.pth")
     refuse("resnet8", "c.pth", "holds no resnet8: 'conv1.weight' is missing")
     torch.save([1, 2], tmp_path / "d.pth")
-    refuse("resnet8", "d.pth", "holds no state dict")
+    refuse("resnet8", "d.pth", "holds no weights")
     (tmp_path / "e.pth").write_bytes(b"nothing")
     refuse("resnet8", "e.pth", "cannot be read")
 

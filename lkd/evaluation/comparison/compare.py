@@ -46,11 +46,11 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     inputs = open_inputs(recipe)
     check_methods(recipe, inputs)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]
-    run.say(*(introduce_network("student", student, inputs.images, run.device) for student in students))
+    run.say(*(introduce_network("student", student, inputs.images, run.device, recipe.train) for student in students))
     run.say(introduce_teacher(inputs.teacher, inputs.images, run.device))
     unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
     run.say(*(f"methods.{label}: {UNLEARNED}" for label in unlearned))
-    with start_workers(recipe.workers, run.device, recipe.threads) as workers:
+    with start_workers(recipe.workers, run.device, recipe.threads, recipe.plugins) as workers:
         finish_trials(recipe, plan_tuning(recipe), run, workers, "tune")
         picks = pick_options(recipe, run.path)
         finish_trials(recipe, plan_report(recipe, picks), run, workers, "train")

@@ -242,9 +242,13 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
     train = dataclasses.asdict(split_method(trial.loss, recipe.train)[1])
     learned = hash_content(trial.loss["name"] if isinstance(trial.loss, dict) else trial.loss)
     weights = hash_content(str(trial.loss.get("weights"))) if isinstance(trial.loss, dict) else None
+    cell = dataclasses.asdict(trial) | ({"loss": learned} if learned else {})
+    start = cell["student"].pop("path")
+    if start:
+        cell["student"]["path"] = hash_content(start)
     identity = {
         "format": ROW_FORMAT,
-        "cell": dataclasses.asdict(trial) | ({"loss": learned} if learned else {}),
+        "cell": cell,
         **identify_inputs(recipe),
         "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
@@ -415,11 +419,11 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
             with cost.measured():
                 for _ in range((left - 1) % every + 1):
                     training.run_step()
+            figures = {"step": training.step, **evaluate(training.result, images.meta_validation, place)}
         except DivergedError:
             diverged_at = training.step
             figures = {"step": training.step, **guess(images.meta_validation)}
             break
-        figures = {"step": training.step, **evaluate(training.result, images.meta_validation, place)}
         if training.balance:
             weights.append(training.balance.weight)
         if figures["top1"] > best["top1"]:

@@ -132,7 +132,7 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
     """The first batches of a part, or random ones of an image set, until there are so many images."""
     if isinstance(part, ImageSet):
         positions = draw_positions(len(part), min(count, len(part)), seeded_generator(len(part), 11))
-        yield from part.batches(positions.sort().values.split(500), device)
+        yield from part.batches(positions.sort().values.split(part.at_once), device)
         return
     seen = 0
     for images, labels in part:
