@@ -93,6 +93,9 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
     trained = {} if recipe.checkpoint == "embedded" else (provenance.get("recipe") or {}).get("data") or {}
     known = {field.name for field in dataclasses.fields(config.DataRecipe)}
     saved = {key: value for key, value in trained.items() if key in known and value is not None}
+    for folder in ("root", "packed"):  # of another machine: the file says their last part only
+        if folder in saved and not Path(saved[folder]).is_dir():
+            del saved[folder]
     if "name" in recipe.data and recipe.data["name"] != saved.get("name"):
         saved = {key: saved[key] for key in ("image_size",) if key in saved}  # the rest is of other images
     data = make_recipe(config.DataRecipe, saved | recipe.data, "data")

@@ -108,8 +108,10 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
         fingerprint = f"{settings.name}/{fingerprint}" if whole else fingerprint
     noise = settings.label_noise_kind, (settings.label_noise, settings.meta_validation_noise), settings.split_seed
     train, meta_validation = add_label_noise(train, meta_validation, *noise)
-    sets = (replace(part, at_once=settings.evaluation_batch_size) for part in (train, meta_validation, dataset.test))
-    return Images(dataset.name, *sets, fingerprint, settings)
+    train, meta_validation, test = (
+        replace(part, at_once=settings.evaluation_batch_size) for part in (train, meta_validation, dataset.test)
+    )
+    return Images(dataset.name, train, meta_validation, test, fingerprint, settings)
 
 
 def build_batches(

@@ -131,10 +131,11 @@ def read_input(network: torch.nn.Module, header: dict[str, Any], recipe: Predict
     timms: dict[str, Any] = getattr(unwrap(network), "pretrained_cfg", None) or {}
     known = IN_MEMORY.get("fashion_mnist" if data in ("embedded", *FASHION) else data)
     own = header.get("input") or (timms if not provenance else {})
-    mean, std = (known.mean, known.std) if known else (MEAN, STD)
-    mean, std = own.get("mean", mean), own.get("std", std)
-    if len(mean) != channels:  # of colours, for grey pictures
-        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+    statistics: list[Sequence[float]] = [own.get("mean", known.mean if known else MEAN)]
+    statistics.append(own.get("std", known.std if known else STD))
+    if len(statistics[0]) != channels:  # of colours, for grey pictures
+        statistics = [[sum(values) / len(values)] * channels for values in statistics]
+    mean, std = statistics
     shape = (
         own.get("input_size") or provenance.get("image_shape") or ([channels, 28, 28] if known else [channels, 0, 0])
     )
