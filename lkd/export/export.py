@@ -38,16 +38,24 @@ class Logits(nn.Module):
         return logits
 
 
+def is_timms(name: str) -> bool:
+    """Whether a network is one of timm's: neither ours, nor registered, nor torchvision's."""
+    import timm
+
+    return name not in OWN_NETWORKS and timm.is_model(name.partition(".")[0])
+
+
 def write_timm(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
     """A state dict that `timm.create_model(name, checkpoint_path=...)` loads.
 
     Raises:
         UserError: If the network is not one of timm's.
     """
-    name = architecture["name"]
-    if name in OWN_NETWORKS:
-        raise UserError(f"formats: timm has no {name}; take safetensors, onnx or torch_export")
     import timm
+
+    name = architecture["name"]
+    if not is_timms(name):
+        raise UserError(f"formats: timm has no {name}; take safetensors, onnx or torch_export")
 
     path = folder / "student.pth"
     with replaced_atomically(path) as temporary:
@@ -161,7 +169,7 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         check_choice("formats", name, FORMATS)
     if not recipe.formats:
         raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
-    network, header = load_network(Path(recipe.checkpoint))
+    network, header = load_network(Path(recipe.checkpoint), recipe.name)
     images = draw_images(header, recipe)
     model = Logits(network).eval()
     with torch.no_grad():
@@ -190,7 +198,7 @@ def write_configuration(header: dict[str, Any], folder: Path) -> None:
     `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it and the weights beside it.
     """
     architecture = header["architecture"]
-    if architecture["name"] in OWN_NETWORKS or "input" not in header:
+    if not is_timms(architecture["name"]) or "input" not in header:
         return
     configuration = {
         "architecture": architecture["name"].partition(".")[0],
