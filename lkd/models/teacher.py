@@ -13,7 +13,8 @@ from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.data.images import Batch, ImageSet
 from lkd.data.readers import IN_MEMORY
-from lkd.models.build import adapt_pretrained, build, build_forward, find_fixed_size
+from lkd.models.build import adapt_pretrained, build, build_forward
+from lkd.models.dry_run import find_fixed_size
 from lkd.models.files import fit_to_images, load_network
 from lkd.models.foreign_weights import EFFICIENTNET_LITE
 

@@ -39,15 +39,14 @@ from lkd.models.build import (
     adapt_given,
     adapt_input,
     adapt_pretrained,
-    check_trainable,
     describe,
     find_stages,
-    fit_image_size,
     format_description,
     plain_state_dict,
     unwrap,
 )
 from lkd.models.build import build as build_network
+from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache

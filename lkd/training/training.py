@@ -21,7 +21,8 @@ from lkd.data.batches import Batches
 from lkd.data.images import Batch
 from lkd.losses.functions import widen
 from lkd.losses.loss import DistillationLoss
-from lkd.models.build import NO_GRADIENT, build_forward, check_trainable
+from lkd.models.build import build_forward
+from lkd.models.dry_run import NO_GRADIENT, check_trainable
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import emulates_bfloat16
 from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer

@@ -16,7 +16,8 @@ from torch import nn
 
 from lkd.cli import main
 from lkd.core.errors import UserError
-from lkd.models.build import build, check_trainable, fit_image_size
+from lkd.models.build import build
+from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
 from lkd.models.foreign_weights import load_foreign_network
 from lkd.training.training import Training
