@@ -112,13 +112,13 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
     """
     settings, worlds, first_pools = loop.settings, loop.worlds, loop.pools
     checkpoints = Checkpoints(run.path / "checkpoints", worlds[0].train, run.say)
-    training_seconds, warned, saved = 0.0, False, checkpoints.load()
+    training_seconds, warned, audit_said, saved = 0.0, False, "", checkpoints.load()
     if saved is not None:
         with refusing_malformed(checkpoints.folder, "folder of checkpoints of this meta-training"):
             loop.load_state_dict(saved["loop"])
             reuse.load_state_dict(saved["reuse"], loop.loss)
             training_seconds = float(saved["training_seconds"])
-            warned, audit_said = any(describe_saturation(row) for row in loop.history), ""
+            warned = any(describe_saturation(row) for row in loop.history)
 
     def save() -> None:
         check_identical(loop)
