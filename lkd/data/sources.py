@@ -79,7 +79,7 @@ def build_dataset(
 
 def is_hidden(path: str) -> bool:
     """Whether a file, or a folder that it lies in, is none of the user's own: no image and no class."""
-    return any(part.startswith(".") or part in HIDDEN for part in Path(path).parts if part != "..")
+    return any(part in HIDDEN or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
 
 
 def check_class_names(classes: Sequence[str], place: str) -> None:
