@@ -287,19 +287,20 @@ def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
 def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
     """The images of one part and their classes' names, sorted by class and name."""
     whole = root / f"{part}.tar"
-    paths = [whole] if whole.is_file() else sorted((root / part).glob("*.tar"))
+    found = sorted(path for path in (root / part).glob("*.tar") if not is_hidden(path.name))
+    paths = [whole] if whole.is_file() else found
     if not paths:
         raise UserError(f"data.root: {str(root)!r} holds neither {part}.tar nor {part}/CLASS.tar; expected {TARS}")
-    found: list[tuple[str, int, Member]] = []
+    images: list[tuple[str, int, Member]] = []
     for number, path in enumerate(paths):
         for member in index_tar(path):
             if member.name.lower().endswith(SUFFIXES):
                 name = Path(member.name).parent.name or ("" if path == whole else path.stem)
                 if not name:
                     raise UserError(f"data.root: {path}: {member.name} lies in no class folder; expected {TARS}")
-                found.append((name, number, member))
-    found.sort(key=lambda entry: (entry[0], entry[2].name))
-    return TarSource(paths, [(number, member) for _, number, member in found]), [name for name, _, _ in found]
+                images.append((name, number, member))
+    images.sort(key=lambda entry: (entry[0], entry[2].name))
+    return TarSource(paths, [(number, member) for _, number, member in images]), [name for name, _, _ in images]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,7 +368,8 @@ def find_shards(root: Path, part: str) -> list[Path]:
                 raise UserError(f"data.root: {root / missing[0]}: no such shard, but {info.name} names it")
             if named:
                 return [root / name for name in named]
-    found = [path for pattern in ("*.tar", "*/*.tar") for path in root.glob(pattern) if not is_hidden(path.name)]
+    found = [path for pattern in ("*.tar", "*/*.tar") for path in root.glob(pattern)]
+    found = [path for path in found if not is_hidden(path.relative_to(root).as_posix())]
     paths = sorted(path for path in found if path.parent == root and names_split(path.stem, part))
     paths = paths or sorted(path for path in found if path.parent != root and names_split(path.parent.name, part))
     if not paths:

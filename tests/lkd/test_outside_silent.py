@@ -191,6 +191,14 @@ def test_hidden_folders_are_no_classes(kind: str, hidden: str, tmp_path) -> None
 
 
 @pytest.mark.outside(3)
+def test_hidden_tars_are_no_classes(tmp_path) -> None:
+    for part, name in ((part, name) for part in ("train", "val") for name in ("ant", "bee")):
+        write_tar(tmp_path / part / f"{name}.tar", {"1.png": draw()})
+        (tmp_path / part / f"._{name}.tar").write_bytes(b"x")
+    assert load_dataset("tar", str(tmp_path)).train.class_names == ("ant", "bee")
+
+
+@pytest.mark.outside(3)
 def test_hidden_files_of_shards_are_no_images(tmp_path) -> None:
     write_shard(tmp_path / "val-0.tar", 0)
     members = {"1.png": draw(), "1.cls": b"0", "2.png": draw(), "2.cls": b"1"}
