@@ -168,7 +168,7 @@ def load_teacher(
             network = build(**architecture)
     else:
         network, header = load_teacher_network(path, name, options)
-        architecture = header["architecture"] | {"taken": header.get("taken", "")}
+        architecture = header["architecture"] | {"taken": header.get("taken", ""), "is_input_said": "input" in header}
     size = image_size or find_fixed_size(network, architecture.get("options"))
     size = 0 if images.image_shape[1:] == (size, size) else size
     if pretrained or (name in EFFICIENTNET_LITE and "input" not in header):

@@ -364,6 +364,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     taken = f", from {teacher.architecture['taken']}*" if teacher.architecture.get("taken") else ""
     size = getattr(teacher.network, "size", 0)
     seen = f", sees the images as {size}×{size}" if size else ""
+    if not teacher.architecture.get("is_input_said", True):
+        seen += ", normalised as the student does, since its file does not say how"
     return f"{described}{taken}{reached}{wrong}{scale}{seen}{explain_doubts(top1, images, settings)}"
 
 

@@ -35,7 +35,7 @@ from lkd.models.build import LogitNetwork, adapt_given, adapt_pretrained, build,
 from lkd.models.files import fit_to_images, load_network, save_network
 from lkd.models.teacher import Teacher, load_teacher
 from lkd.tracking.run import describe_precision, open_run
-from lkd.training.build import Images, choose_student, explain_doubts, prepare_images
+from lkd.training.build import Images, choose_student, explain_doubts, introduce_teacher, open_teacher, prepare_images
 from lkd.training.training import build_autocast
 from meta.audit import Audit, Audited
 from tests.lkd.tiny_images import write_image_folder
@@ -411,6 +411,18 @@ def test_a_file_is_used_in_its_own_normalisation(tmp_path) -> None:
         loaded, _ = load_teacher(images, str(tmp_path / "t.safetensors"))
         found = loaded(images.batch(torch.arange(9), torch.device("cpu")).images).logits
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.outside(12)
+def test_a_file_that_does_not_say_its_normalisation_is_said(tmp_path) -> None:
+    images = prepare_images(write_pixels(tmp_path / "own.npz"))
+    architecture = {"name": "tiny_cnn", "num_classes": 3, "in_chans": 3}
+    for name, part in (("old", None), ("new", images.train)):
+        save_network(tmp_path / f"{name}.safetensors", build(**architecture), architecture, {}, part)
+        teacher = open_teacher(TeacherRecipe(str(tmp_path / f"{name}.safetensors")), images.train)
+        assert ("normalised as the student" in introduce_teacher(teacher, images, torch.device("cpu"))) == (
+            name == "old"
+        )
 
 
 @pytest.mark.outside(12)
