@@ -121,22 +121,22 @@ class ExportRecipe:
 
     Args:
         checkpoint: File written by `lkd distill` or `lkd teacher`, or by another program.
-        name: The network that the file holds; needed by files of other programs.
-        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         out_dir: Where the files go: student.pth, student.safetensors, student.onnx, student.pt2, export.json.
         formats: Some of timm (a state dict for `timm.create_model(..., checkpoint_path=)`), safetensors (the same
             weights), onnx (needs the `export` extra), torch_export.
         image_size: Height and width of the input; 0 for that of the training images, which the file names.
         tolerance: Largest difference of a logit, over the largest logit, between the file and the network.
+        name: The network that the file holds; needed by files of other programs.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
     checkpoint: str = "runs/student/student.safetensors"
-    name: str | None = None
-    plugins: str | None = None
     out_dir: str = "runs/export"
     formats: list[str] = field(default_factory=lambda: ["safetensors", "torch_export"])
     image_size: ranges.ZeroOrAtLeast8 = 0
     tolerance: ranges.NonNegativeFloat = 1e-4
+    name: str | None = None
+    plugins: str | None = None
 
 
 @dataclass
