@@ -138,14 +138,14 @@ def check_plain(text: str) -> None:
     Raises:
         ValueError: If it has aliases, of which a few lines can stand for any amount of memory, or is nested deeply.
     """
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    depth, loader = 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_NESTED:
             raise ValueError(f"line {event.start_mark.line + 1}: it is nested more than {MOST_NESTED} deep")
-    check_unique(yaml.compose(text, Loader=yaml.SafeLoader))
+    check_unique(yaml.compose(text, Loader=loader))
 
 
 def check_unique(node: yaml.Node | None) -> None:
