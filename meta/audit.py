@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from meta.checks import NotTwiceDifferentiableError
+from meta.checks import NotTwiceDifferentiableError, check_inputs
 from meta.estimators.adjoint import adjoint
 from meta.estimators.first_order import first_order
 from meta.problem import Estimator, Hypergradient, Problem
@@ -26,7 +26,8 @@ class Audit(NamedTuple):
         cosine: Cosine between the two at the best radius.
         norm_ratio: Norm of the first-order hypergradient over that of the exact one, at the best radius.
         radius: The best radius.
-        cosines: The cosine at every radius tried.
+        cosines: The cosine at every radius tried; 0 where the estimate vanishes or is not finite and the exact one is
+            neither, NaN where the exact one says nothing.
     """
 
     cosine: float
@@ -56,16 +57,19 @@ def audit(
         NotTwiceDifferentiableError: The inner loss allows no exact hypergradient.
         ValueError: The inputs make no bi-level problem.
     """
+    check_inputs(problem)
     batches, last = tree_map(lambda leaf: _head(leaf, examples), (list(problem.inner_batches), problem.outer_batch))
     problem = replace(problem, inner_batches=batches, outer_batch=last)
     generators = read_generators(problem.state.parameters)
     with replaying(generators):
         exact = adjoint(problem)
+    known = exact.fault is None and float(exact.norm) > 0
     cosines, ratios = {}, {}
     for radius in radii:
         with replaying(generators):
             estimate = first_order(problem, radius=radius, central=central)
-        cosines[radius] = cosine_similarity(estimate.grads, exact.grads)
+        cosine = cosine_similarity(estimate.grads, exact.grads)
+        cosines[radius] = 0.0 if known and not math.isfinite(cosine) else cosine
         ratios[radius] = (estimate.norm / exact.norm).item()
     best = max(cosines, key=lambda radius: cosines[radius])
     return Audit(cosines[best], ratios[best], best, cosines)
@@ -178,10 +182,16 @@ def horizon(
         noise: Relative size of the disturbance of every inner parameter; the default is some float32 roundings.
         threshold: Cosine that a length has to reach.
         seed: Seed of the disturbance.
+
+    Raises:
+        ValueError: The inputs make no bi-level problem, or a length is not one of its rollout's.
     """
+    check_inputs(problem)
     longest = len(problem.inner_batches)
     doubled = {longest, *(2**power for power in range((longest - 1).bit_length()))}
     tried = sorted(doubled if lengths is None else lengths)
+    if not tried or not 1 <= tried[0] <= tried[-1] <= longest:
+        raise ValueError(f"lengths: {tried} are not between 1 and the rollout's {longest} steps")
     generator = torch.Generator().manual_seed(seed)
     state = problem.state
     shifted = {

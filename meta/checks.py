@@ -1,17 +1,31 @@
 """What can be wrong with a bi-level problem, said in one clear line."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from meta.problem import Problem
-from meta.tensors import Tensors
+from meta.tensors import State, Tensors
 
 
 class NotTwiceDifferentiableError(ValueError):
     """An operation of the inner loss has no second derivative."""
+
+
+class UnusedError(ValueError):
+    """Outer parameters that neither the inner loss nor the optimiser uses.
+
+    Attributes:
+        names: Their names.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = sorted(names)
+        super().__init__(f"outer parameters that the inner loss never uses: {_listing(self.names)}")
 
 
 def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
@@ -22,12 +36,35 @@ def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
         needs_hyper: Whether there must be outer parameters.
 
     Raises:
-        ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, or trees that do not
-            match.
+        ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, something that is no
+            tensor, or trees that do not match.
     """
-    state, hyper = problem.state, problem.hyper
-    if len(problem.inner_batches) == 0:
+    state, hyper, batches = problem.state, problem.hyper, problem.inner_batches
+    if not isinstance(batches, Sequence | Tensor):
+        raise ValueError(
+            f"inner_batches is a {type(batches).__name__}: give a list of K batches, such as "
+            "list(itertools.islice(loader, K))"
+        )
+    if len(batches) == 0:
         raise ValueError("a rollout needs at least one inner batch (K = 0 has no hypergradient)")
+    if not isinstance(state, State):
+        raise ValueError(f"state is a {type(state).__name__}: give State(parameters, buffers, optimizer)")
+    slots = {f"optimiser slot {slot!r}": tensors for slot, tensors in state.optimizer.items()}
+    trees = {"inner parameter": state.parameters, "buffer": state.buffers, "outer parameter": hyper, **slots}
+    for kind, tensors in trees.items():
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"the {kind}s are a {type(tensors).__name__}: give a dict, name → tensor")
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{kind} {name!r} is a {type(value).__name__}: make it a tensor, torch.tensor(value)")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on, and nothing can be differentiated in it: leave it")
+    for kind, leaves in (*trees.items(), ("inner batch", batches), ("outer batch", problem.outer_batch)):
+        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(leaves)):
+            raise ValueError(
+                f"a tensor of the {kind} was made under torch.inference_mode(), and autograd takes none: make it under "
+                "torch.no_grad(), or clone() it outside"
+            )
     groups = [("inner", state.parameters), *([("outer", hyper)] if needs_hyper or hyper else [])]
     for kind, tensors in groups:
         if not tensors:
@@ -52,12 +89,16 @@ def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
                 )
 
 
-def check_scalar(kind: str, loss: Tensor) -> None:
+def check_scalar(kind: str, loss: Any) -> None:
     """Check that a loss is a scalar that autograd can differentiate.
 
     Raises:
-        ValueError: It is not zero-dimensional, or it is detached from every graph.
+        ValueError: It is no tensor, not zero-dimensional, or detached from every graph.
     """
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"the {kind} loss is a {type(loss).__name__}: return a scalar tensor with its graph (no .item())"
+        )
     if loss.dim() != 0:
         raise ValueError(f"the {kind} loss must be a scalar, but has shape {tuple(loss.shape)}")
     if not loss.requires_grad:
@@ -68,9 +109,41 @@ def check_scalar(kind: str, loss: Tensor) -> None:
 
 
 def check_used(unused: Iterable[str]) -> None:
-    """Raise a ValueError that names the outer parameters that neither the inner loss nor the optimiser used, if any."""
+    """Raise an `UnusedError` that names the outer parameters that neither inner loss nor optimiser used, if any."""
     if unused := list(unused):
-        raise ValueError(f"outer parameters that the inner loss never uses: {_listing(unused)}")
+        raise UnusedError(unused)
+
+
+def check_differences(problem: Problem, radius: float) -> None:
+    """Check that differences of gradients at this radius do not drown in the roundings of the parameters.
+
+    Raises:
+        ValueError: A parameter is of less than float32, or the radius is no length.
+    """
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius: {radius} is not a positive number")
+    for kind, tensors in (("inner", problem.state.parameters), ("outer", problem.hyper)):
+        for name, tensor in tensors.items():
+            if torch.finfo(tensor.dtype).eps > 1e-6:
+                raise ValueError(
+                    f"{kind} parameter {name!r} is of type {tensor.dtype}, too coarse for differences of gradients: "
+                    "keep it in float32 and let autocast compute in less, or take the estimator 'adjoint'"
+                )
+
+
+def check_step(before: Tensors, after: Tensors) -> None:
+    """Check that a step left every parameter its shape.
+
+    Raises:
+        ValueError: It did not: a setting of the optimiser is of a shape that is not the parameter's.
+    """
+    for name, tensor in after.items():
+        if tensor.shape != before[name].shape:
+            raise ValueError(
+                f"the inner step turns the parameter {name!r} of shape {tuple(before[name].shape)} into one of shape "
+                f"{tuple(tensor.shape)}: a learned setting of the optimiser has to be 0-dimensional, or of a shape "
+                "that broadcasts to the parameter's"
+            )
 
 
 def find_unused(losses: Sequence[Tensor], leaves: Tensors) -> list[str]:

@@ -42,13 +42,15 @@ def solve_conjugate_gradient(
 
     Args:
         apply_hessian: The product with H.
-        start: The right-hand side.
+        start: The right-hand side; where it is zero, so is the solution.
         iterations: At most.
         tolerance: Relative residual at which it is done.
     """
     solution = [torch.zeros_like(entry) for entry in start]
     residual, direction = start, start
     first = energy = dot(residual, residual)
+    if first == 0:
+        return Solution(solution, 0, 0.0, float("nan"))
     curvatures = []
     for _ in range(iterations):
         product = apply_hessian(direction)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -14,7 +15,7 @@ InnerLoss = Callable[[Tensors, Tensors, Tensors, Any], tuple[Tensor, Tensors]]
 """`inner_loss(parameters, buffers, hyper, batch) -> (scalar loss, buffers after)`; it writes to none of these."""
 
 OuterLoss = Callable[[Tensors, Tensors, Any], Tensor]
-"""`outer_loss(parameters, buffers, batch) -> scalar loss`; pure."""
+"""`outer_loss(parameters, buffers, batch) -> scalar loss`; pure. For `evolution` a number will do."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Problem:
         outer_loss: The loss at the end of the rollout.
         state: Where the rollout starts; it is never written to.
         hyper: The outer parameters.
-        inner_batches: One batch a step.
+        inner_batches: One batch a step: a list, no iterator and no DataLoader, since steps are taken again.
         outer_batch: The outer loss's batch.
         optimizer: The inner optimiser, or a function of `hyper` that returns one: then its settings are learned too.
     """
@@ -41,7 +42,7 @@ class Problem:
 
     def evaluate(self, end: State) -> Tensor:
         """Return the outer loss at the end of a rollout: of the averaged parameters, where there is an average."""
-        return self.outer_loss(evaluation_parameters(end), end.buffers, self.outer_batch)
+        return torch.as_tensor(self.outer_loss(evaluation_parameters(end), end.buffers, self.outer_batch))
 
 
 class Hypergradient(NamedTuple):
@@ -55,6 +56,7 @@ class Hypergradient(NamedTuple):
         adjoint_norms: For estimators that walk back: the norm of d(outer loss)/d(inner parameters) at every state of
             the walk, the last state first.
         fault: If something was not finite, the first such tensor, such as `inner step 4: gradient of 'conv.weight'`.
+            Where there is none, the outer value and all of `grads` are finite.
     """
 
     outer_value: Tensor

@@ -1,13 +1,13 @@
 """Inner training: K steps of an inner optimiser, and the trajectory they leave."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs, check_scalar, check_twice_differentiable
+from meta.checks import check_inputs, check_scalar, check_step, check_twice_differentiable
 from meta.optim import Optimizer, build_optimizer
 from meta.problem import Problem
 from meta.randomness import read_generators
@@ -24,6 +24,32 @@ class Derivatives(NamedTuple):
     parameters: Tensors
     hyper: Tensors
     buffers: Tensors
+
+
+def take_inner_loss(
+    problem: Problem, parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: Any
+) -> tuple[Tensor, Tensors]:
+    """Call the inner loss; return it and the buffers after it.
+
+    Raises:
+        ValueError: It does not return a scalar that depends on the parameters, and the buffers.
+    """
+    returned = problem.inner_loss(parameters, buffers, hyper, batch)
+    if not (isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        raise ValueError(
+            "inner_loss has to return (loss, buffers), the buffers as a dict, {} where there are none; it returned "
+            f"{describe_return(returned)}"
+        )
+    loss, updated = returned
+    check_scalar("inner", loss)
+    return loss, dict(updated)
+
+
+def describe_return(returned: Any) -> str:
+    """What a function returned, in words."""
+    if isinstance(returned, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in returned)})"
+    return f"a {type(returned).__name__}"
 
 
 def rollout(problem: Problem) -> State:
@@ -87,8 +113,7 @@ def differentiate(
     outer = {name: tensor.detach().requires_grad_(hyper) for name, tensor in problem.hyper.items()}
     inner_targets, outer_targets = inner if parameters else {}, outer if hyper else {}
     with torch.enable_grad():
-        loss, buffers = problem.inner_loss(inner, state.buffers, outer, batch)
-        check_scalar("inner", loss)
+        loss, buffers = take_inner_loss(problem, inner, state.buffers, outer, batch)
         targets = [*inner_targets.values(), *outer_targets.values()]
         found = torch.autograd.grad(loss, targets, create_graph=twice, allow_unused=True)
     inner_gradients = drop_missing(inner_targets, found[: len(inner_targets)])
@@ -119,15 +144,15 @@ def unroll(problem: Problem, optimizer: Optimizer, first_step: int = 0) -> tuple
     """
     state, losses = problem.state, []
     for index, batch in enumerate(problem.inner_batches, start=first_step):
-        loss, buffers = problem.inner_loss(state.parameters, state.buffers, problem.hyper, batch)
-        check_scalar("inner", loss)
+        loss, buffers = take_inner_loss(problem, state.parameters, state.buffers, problem.hyper, batch)
         found = torch.autograd.grad(loss, list(state.parameters.values()), create_graph=True, allow_unused=True)
         gradients = drop_missing(state.parameters, found)
         if not gradients:
             raise ValueError("the inner loss does not depend on any inner parameter that it was given")
         if index == 0:
             check_twice_differentiable(gradients.values())
-        state = optimizer.update(state, gradients, index)._replace(buffers=detach(buffers))
+        before, state = state, optimizer.update(state, gradients, index)._replace(buffers=detach(buffers))
+        check_step(before.parameters, state.parameters)
         losses.append(loss)
     return state, losses
 
@@ -139,7 +164,9 @@ def drop_missing(targets: Tensors, gradients: Sequence[Tensor | None]) -> Tensor
 
 @torch.no_grad()
 def _step(optimizer: Optimizer, state: State, derivatives: Derivatives, index: int) -> State:
-    return optimizer.update(state, derivatives.parameters, index)._replace(buffers=derivatives.buffers)
+    after = optimizer.update(state, derivatives.parameters, index)._replace(buffers=derivatives.buffers)
+    check_step(state.parameters, after.parameters)
+    return after
 
 
 def _strip(step: Step, back: WayBack, reads_values: bool) -> Step:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meta.checks import check_differences, check_inputs
 from meta.estimators.first_order import walk_trajectory
 from meta.optim import Optimizer, PerStep, from_torch, read_slots
 from meta.problem import Hypergradient, InnerLoss, OuterLoss, Problem
@@ -91,6 +92,8 @@ class Tape:
         problem = Problem(
             inner_loss, outer_loss, steps[0].before, as_leaves(self.hyper), batches, outer_batch, recorded
         )
+        check_inputs(problem)
+        check_differences(problem, radius)
         return walk_trajectory(Trajectory(steps, end), problem, recorded, radius=radius, central=central)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from meta.checks import check_inputs
 from meta.problem import Estimator, Problem
 from meta.rollout import rollout
 from meta.tensors import Tensors, global_norm
@@ -18,7 +19,7 @@ class Verification(NamedTuple):
     Attributes:
         estimated: Hypergradient · direction, one entry per direction.
         measured: Central difference of the outer objective along the same directions.
-        relative_error: ‖estimated − measured‖ / ‖measured‖.
+        relative_error: ‖estimated − measured‖ / ‖measured‖; 0 where both vanish.
     """
 
     estimated: Tensor
@@ -43,6 +44,7 @@ def verify(
         step_size: Distance from `hyper` to either side, in units of max(1, ‖hyper‖).
         seed: Seed of the directions and of the random numbers that the losses draw.
     """
+    check_inputs(problem)
     names = ("state", "hyper", "inner_batches", "outer_batch")
     problem = replace(problem, **{name: tree_map(_to_float64, getattr(problem, name)) for name in names})
     hyper = problem.hyper
@@ -64,8 +66,9 @@ def verify(
             measured.append((ahead - behind) / (2 * distance))
             estimated.append(sum(((grads[name] * direction[name]).sum() for name in hyper), torch.zeros_like(ahead)))
     estimates, measurements = torch.stack(estimated), torch.stack(measured)
-    error = torch.linalg.vector_norm(estimates - measurements) / torch.linalg.vector_norm(measurements)
-    return Verification(estimates, measurements, error.item())
+    error = torch.linalg.vector_norm(estimates - measurements)
+    relative = error / torch.linalg.vector_norm(measurements) if error != 0 else error
+    return Verification(estimates, measurements, relative.item())
 
 
 def _to_float64(leaf: Any) -> Any:

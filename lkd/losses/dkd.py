@@ -5,7 +5,7 @@ from torch import Tensor, logsumexp
 from torch.nn.functional import log_softmax
 
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import check_options, cross_entropies, label_of, widen
+from lkd.losses.functions import check_batch, check_options, cross_entropies, label_of, widen
 from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
 
 
@@ -53,6 +53,7 @@ class DKDLoss(DistillationLoss):
         Raises:
             ValueError: If `progress` is not in [0, 1].
         """
+        target = check_batch(student, teacher, target)
         label = label_of(target)
         (binary_s, other_s), (binary_t, other_t) = (
             decouple(widen(outputs.logits) / self.temperature, label) for outputs in (student, teacher)

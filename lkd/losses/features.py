@@ -29,11 +29,21 @@ class PairedLoss(DistillationLoss):
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the term `task` and one for each weight."""
+        """Compute the term `task` and one for each weight.
+
+        Raises:
+            UserError: If the teacher's features are of other images, or the target is not one.
+        """
+        target = functions.check_target(student.logits, target)
         with functions.full_precision(student.logits):
             maps = [
                 (functions.as_map(student.features[s]), functions.as_map(teacher.features[t])) for s, t in self.pairs
             ]
+            if apart := [(len(ours), len(theirs)) for ours, theirs in maps if len(ours) != len(theirs)]:
+                raise UserError(
+                    f"loss: the student's features are of {apart[0][0]} images, the teacher's of {apart[0][1]}; both "
+                    "have to see the same"
+                )
             distances = self.measure(maps)
         terms = {"task": self.task * functions.cross_entropies(student.logits, target).mean()}
         return terms | {name: weight * distances[name] for name, weight in self.weights.items()}

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, log_softmax, normalize
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, log_softmax
 
 from lkd.core.errors import UserError
+from lkd.core.outputs import Outputs
+from lkd.losses.loss import is_hidden
 
 Stages = dict[str, tuple[int, ...]]  # stage name → shape of its feature for one image: (c, h, w), or tokens (n, c)
 Pairs = list[tuple[str, str]]  # of a student's stage and a teacher's
@@ -22,6 +24,9 @@ Chosen = list[list[str]] | None  # [[student stage, teacher stage], ...], or the
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Over logits: float32, log space, one value a sample.
+
+
+NO_LABEL = torch.iinfo(torch.int64).min  # torch passes over −100 unless told of another
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
@@ -45,10 +50,67 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def check_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Check a target against the student's logits, [B, C]; return class indices as int64, distributions as given.
+
+    Labels on an accelerator are not looked at, which would wait for the device; there the loss fails on a wrong one.
+
+    Raises:
+        UserError: If there are not two classes, or the target is neither class indices [B] nor distributions [B, C].
+    """
+    batch, classes = logits.shape[:1], logits.shape[1] if logits.ndim > 1 else 0
+    if classes < 2:
+        raise UserError(
+            f"loss: the student's logits are {list(logits.shape)}; a softmax needs [images, classes] with two classes "
+            "or more: give a network of one logit two"
+        )
+    if target.is_floating_point():
+        if target.shape != logits.shape:
+            raise UserError(
+                f"loss: the target is {target.dtype} of shape {list(target.shape)}; distributions are as the logits, "
+                f"{list(logits.shape)}, and class indices are integers"
+            )
+        return target
+    if target.shape != (*batch, *logits.shape[2:]) or target.is_complex() or target.dtype == torch.bool:
+        raise UserError(
+            f"loss: the target is {target.dtype} of shape {list(target.shape)}; give class indices {list(batch)}, or "
+            f"distributions {list(logits.shape)} of floats, as of one-hot labels `target.float()`"
+        )
+    target = target.long()
+    if target.numel() and not torch.compiler.is_compiling():
+        lowest, highest = target.amin(), target.amax()
+        if not is_hidden(lowest) and not 0 <= int(lowest) <= int(highest) < classes:
+            raise UserError(
+                f"loss: the target has labels from {int(lowest)} to {int(highest)}; those of {classes} classes go from "
+                f"0 to {classes - 1}: leave out images without a label"
+            )
+    return target
+
+
+def check_batch(student: Outputs, teacher: Outputs | None, target: Tensor) -> Tensor:
+    """Check that student, teacher and target speak of the same images and classes; return what `check_target` does.
+
+    For losses that read the teacher's logits.
+
+    Raises:
+        UserError: If they do not, or there is no teacher.
+    """
+    if teacher is None:
+        raise UserError("loss: it reads the teacher's logits, and there is no teacher; give one, or take cross_entropy")
+    if teacher.logits.shape != student.logits.shape:
+        raise UserError(
+            f"loss: the student's logits are {list(student.logits.shape)}, the teacher's {list(teacher.logits.shape)}; "
+            "both have to see the same images and know the same classes (`teacher.classes` names the columns of a "
+            "teacher's that are taken)"
+        )
+    return check_target(student.logits, target)
+
+
 def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of each sample, [B], with class indices [B] or distributions [B, C]."""
+    """Cross-entropy of each sample, [B], with class indices [B] or distributions [B, C]; no label is passed over."""
     logits = widen(logits)
-    return cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target, reduction="none")
+    dense = target.to(logits.dtype) if target.is_floating_point() else target
+    return cross_entropy(logits, dense, reduction="none", ignore_index=NO_LABEL)
 
 
 def kl_divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -64,9 +126,14 @@ def label_of(target: Tensor) -> Tensor:
 
 
 def pearson_correlations(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """Pearson's correlation of each row of `a` with that row of `b`, [N, M] → [N]; 0 where a row is constant."""
-    a, b = (normalize(centre(x), dim=1, eps=eps) for x in (a, b))
-    return (a * b).sum(1)
+    """Pearson's correlation of each row of `a` with that row of `b`, [N, M] → [N]; 0 where a row is constant.
+
+    As in the code of DIST's authors ε is added to the product of the norms, so that rows of almost nothing have almost
+    no correlation, and no gradient of 1 over their norm.
+    """
+    a, b = centre(a), centre(b)
+    norms = [x.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny).sqrt() for x in (a, b)]
+    return (a * b).sum(1) / (norms[0] * norms[1] + eps)
 
 
 def centre(rows: Tensor) -> Tensor:

@@ -3,7 +3,16 @@
 from torch import Tensor
 
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import check_options, cross_entropies, kl_divergences, pearson_correlations, widen
+from lkd.losses.functions import (
+    centre,
+    check_batch,
+    check_options,
+    check_target,
+    cross_entropies,
+    kl_divergences,
+    pearson_correlations,
+    widen,
+)
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -15,6 +24,7 @@ class CrossEntropyLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `task`."""
+        target = check_target(student.logits, target)
         return {"task": cross_entropies(student.logits, target).mean()}
 
 
@@ -27,7 +37,9 @@ class DISTLoss(DistillationLoss):
 
     inter = τ² · mean over samples of (1 − ρ) between the rows of the two probability matrices at temperature τ, and
     intra = τ² · mean over classes of (1 − ρ) between their columns, ρ being Pearson's correlation. The factor τ² is
-    that of the authors' code (hunto/image_classification_sota). A row or column that is constant has ρ = 0.
+    that of the authors' code (hunto/image_classification_sota), and so is the ε = 1e-8 that is added to the product of
+    norms in ρ: with confident networks, whose columns hardly vary, it bounds the gradient. A row or column that is
+    constant has ρ = 0.
 
     Args:
         task: Weight of cross-entropy.
@@ -46,6 +58,7 @@ class DISTLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `inter_class` and `intra_class`."""
+        target = check_batch(student, teacher, target)
         p, q = ((widen(logits) / self.temperature).softmax(1) for logits in (student.logits, teacher.logits))
         scale = self.temperature**2
         return {
@@ -80,6 +93,7 @@ class KDLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task` and `distillation`."""
+        target = check_batch(student, teacher, target)
         divergence = kl_divergences(student.logits, teacher.logits, self.temperature).mean()
         return {
             "task": (1 - self.weight) * cross_entropies(student.logits, target).mean(),
@@ -112,6 +126,7 @@ class LogitMSELoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task` and `distillation`."""
+        target = check_batch(student, teacher, target)
         error = (widen(student.logits) - widen(teacher.logits)).square().mean()
         return {
             "task": self.task * cross_entropies(student.logits, target).mean(),
@@ -146,6 +161,7 @@ class LogitStandardizationLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms of the loss."""
+        target = check_batch(student, teacher, target)
         standard = (Outputs(standardize(outputs.logits), {}) for outputs in (student, teacher))
         terms = self.loss(*standard, target, progress)
         task = self.loss(student, teacher, target, progress)["task"]
@@ -156,4 +172,4 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Zero mean and unit deviation over the classes, [B, C] → [B, C]; equal logits give zeros, with zero gradient."""
     logits = widen(logits)
     variance = logits.var(1, keepdim=True).clamp_min(eps**2)
-    return (logits - logits.mean(1, keepdim=True)) / (eps + variance.sqrt())
+    return centre(logits) / (eps + variance.sqrt())

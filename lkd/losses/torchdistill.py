@@ -23,7 +23,9 @@ from lkd.losses.functions import (
     Pairing,
     Stages,
     as_map,
+    check_batch,
     check_options,
+    check_target,
     choose_pairs,
     cross_entropies,
     full_precision,
@@ -398,6 +400,7 @@ class TorchdistillLoss(DistillationLoss):
             ValueError: If `enroll` was not called, or `index` (identity of each image, [B]) not given, where
                 `needs_index`.
         """
+        target = check_target(student.logits, target) if self.recipe.pairing else check_batch(student, teacher, target)
         if self.recipe.several_images and len(student.logits) < 2:
             raise UserError(f"loss 'torchdistill/{self.name}' needs at least 2 images a batch; raise train.batch_size")
         with full_precision(student.logits):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import check_inputs, find_unused
-from meta.estimators.parts import collect, find_fault, is_finite
+from meta.estimators.parts import collect, trace_fault
 from meta.optim import build_optimizer
 from meta.problem import Hypergradient, Problem
 from meta.randomness import replaying
@@ -72,9 +72,7 @@ def adjoint(problem: Problem, *, chunk: int = 1, storage: Storage = "memory") ->
     bounds = [*sorted({0, *range(head, 0, -chunk)}), length]
     walk = walk_back([range(*pair) for pair in pairwise(bounds)], cotangents, pull_back)
     result = collect(value, walk.grads, hyper, last.end, unused, walk.norms)
-    if is_finite(result):
-        return result
-    return result._replace(fault=find_fault(problem, recorded.steps, last.end))
+    return trace_fault(result, problem, recorded.steps)
 
 
 class _Segment(NamedTuple):

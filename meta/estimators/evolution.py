@@ -1,5 +1,6 @@
 """The hypergradient by persistent evolution strategies."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +30,10 @@ class Particles:
     _states: list[tuple[State, State]] = field(default_factory=list)
     _perturbations: list[Tensors] = field(default_factory=list)
     _windows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or not 0 < self.spread < math.inf:
+            raise ValueError(f"pairs: {self.pairs}, spread: {self.spread}: at least one pair, and a positive spread")
 
     def draw(self, state: State, hyper: Tensors) -> list[tuple[tuple[State, State], Tensors, Tensors]]:
         """Start a window: return each pair's states, its new perturbation, and the sum of its perturbations so far."""

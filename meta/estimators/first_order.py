@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs
-from meta.estimators.parts import collect, find_fault, is_finite, pull_back_settings
+from meta.checks import check_differences, check_inputs
+from meta.estimators.parts import collect, pull_back_settings, trace_fault
 from meta.optim import Optimizer, build_optimizer
 from meta.problem import Hypergradient, Problem
 from meta.randomness import replaying
@@ -14,6 +14,8 @@ from meta.rollout import WayBack, differentiate, record
 from meta.tensors import State, Tensors, add, as_leaves, global_norm
 from meta.trajectory import Step, Storage, Trajectory
 from meta.walk import outer_cotangents, walk_back
+
+LEAST_SCALE = 1e-3  # root mean square of the parameters under which a perturbation is not shortened any more
 
 
 def first_order(
@@ -30,14 +32,17 @@ def first_order(
 
     Args:
         problem: The problem.
-        radius: Length of the perturbation of the inner parameters, relative to their norm.
+        radius: Length of the perturbation of the inner parameters, relative to their norm. That is taken for at least
+            0.001 a parameter, in root mean square: a student may start at zero.
         central: Whether to step to both sides; otherwise the rollout's own gradient is one of the two.
         storage: How the K states are stored; see `meta.trajectory.Storage`.
 
     Raises:
-        ValueError: The inputs make no bi-level problem; the message says why.
+        ValueError: The inputs make no bi-level problem, or are of less than float32, in which differences vanish; the
+            message says why.
     """
     check_inputs(problem)
+    check_differences(problem, radius)
     problem = replace(problem, hyper=as_leaves(problem.hyper))
     optimizer = build_optimizer(problem.optimizer, problem.hyper)
     back: WayBack = "central difference" if central else "difference"
@@ -63,9 +68,7 @@ def walk_trajectory(
     if unused:
         unused -= {name for step in trajectory.steps for name in step.hyper_gradients}
     result = collect(value, walk.grads, problem.hyper, trajectory.end, unused, walk.norms)
-    if is_finite(result):
-        return result
-    return result._replace(fault=find_fault(problem, trajectory.steps, trajectory.end))
+    return trace_fault(result, problem, trajectory.steps)
 
 
 def _side(index: int) -> int:
@@ -85,7 +88,9 @@ def _difference(
     if to_start and not step.hyper_gradients:
         return {}, {}
     parameters = step.before.parameters
-    length = radius * global_norm({name: parameters[name] for name in direction})
+    moving = {name: parameters[name] for name in direction}
+    count = sum(tensor.numel() for tensor in moving.values())
+    length = radius * global_norm(moving).clamp(min=LEAST_SCALE * count**0.5)
     scale = _side(step.index) * length / global_norm(direction).clamp(min=1e-30)
 
     def gradients_at(scale: Tensor) -> tuple[Tensors, Tensors]:

@@ -1,15 +1,16 @@
 """The hypergradient by the library `higher`: the reference that others know."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs, check_scalar, check_twice_differentiable, find_unused
+from meta.checks import check_inputs, check_step, check_twice_differentiable, find_unused
 from meta.estimators.parts import collect
 from meta.optim import SGD, build_optimizer, setting_at
 from meta.problem import Hypergradient, Problem
-from meta.rollout import drop_missing
+from meta.rollout import drop_missing, take_inner_loss
 from meta.tensors import State, Tensors, as_leaves, detach
 from meta.walk import outer_cotangents
 
@@ -37,12 +38,12 @@ def higher(problem: Problem) -> Hypergradient:
     losses: list[Tensor] = []
     for step, batch in enumerate(problem.inner_batches):
         learning_rate = setting_at(sgd.learning_rate, step)
-        loss, buffers = problem.inner_loss(parameters, buffers, leaves, batch)
-        check_scalar("inner", loss)
+        loss, buffers = take_inner_loss(problem, parameters, buffers, leaves, batch)
         settings = {"lr": [learning_rate], "momentum": [sgd.momentum], "weight_decay": [sgd.weight_decay]}
-        callback = _check_gradients if step == 0 else None
+        callback = partial(_check_gradients, twice=step == 0)
         stepped = stepper.step(loss, params=parameters.values(), override=settings, grad_callback=callback)
-        parameters = dict(zip(parameters, stepped, strict=True))
+        before, parameters = parameters, dict(zip(parameters, stepped, strict=True))
+        check_step(before, parameters)
         buffers = detach(buffers)
         losses.append(loss)
 
@@ -62,8 +63,11 @@ def higher(problem: Problem) -> Hypergradient:
     return collect(value, grads, leaves, end, unused)
 
 
-def _check_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    check_twice_differentiable(gradients)
+def _check_gradients(gradients: Sequence[Tensor | None], twice: bool) -> Sequence[Tensor | None]:
+    if all(gradient is None for gradient in gradients):
+        raise ValueError("the inner loss does not depend on any inner parameter that it was given")
+    if twice:
+        check_twice_differentiable(gradients)
     return gradients
 
 

@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meta.checks import check_inputs, check_scalar, check_twice_differentiable, find_unused
+from meta.checks import check_inputs, check_twice_differentiable, find_unused
 from meta.estimators.parts import collect
 from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
 from meta.optim import SGD, Adam, AdamW, build_optimizer, evaluation_parameters, setting_at
 from meta.problem import Hypergradient, Problem
-from meta.rollout import drop_missing, rollout
+from meta.rollout import drop_missing, rollout, take_inner_loss
 from meta.tensors import State, as_leaves
 from meta.walk import outer_cotangents
 
@@ -50,13 +50,14 @@ def implicit(
         raise ValueError(f"estimator 'implicit' supports SGD and Adam, not {type(built).__name__}")
     if solver not in ("neumann", "conjugate_gradient"):
         raise ValueError(f"unknown solver {solver!r}: neumann or conjugate_gradient")
+    if terms < 1:
+        raise ValueError(f"terms: {terms} is not at least 1")
     end = rollout(problem)
     value, cotangents = outer_cotangents(problem, end)
 
     with torch.enable_grad():
         point = as_leaves(evaluation_parameters(end))
-        loss, _ = problem.inner_loss(point, end.buffers, leaves, problem.inner_batches[-1])
-        check_scalar("inner", loss)
+        loss, _ = take_inner_loss(problem, point, end.buffers, leaves, problem.inner_batches[-1])
         found = torch.autograd.grad(loss, list(point.values()), create_graph=True, allow_unused=True)
         check_twice_differentiable(found)
         reached = [name for name, gradient in zip(point, found, strict=True) if gradient is not None]

@@ -1,5 +1,6 @@
 """What estimators share: pulling optimiser settings back to the outer parameters, and the result put together."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,22 +25,35 @@ def pull_back_settings(settings: list[tuple[Tensor, Tensor]], leaves: Tensors) -
     return grads
 
 
-def find_fault(problem: Problem, steps: Iterable[Step], end: State) -> str | None:
-    """Name the first tensor of a trajectory that is not finite, or None if all are; takes the gradients again."""
-    for step in steps:
+def trace_fault(result: Hypergradient, problem: Problem, steps: Iterable[Step]) -> Hypergradient:
+    """Let a result that is not finite name the first tensor of these steps that is not; takes the gradients again."""
+    for step in steps if result.fault else ():
         with replaying(step.generators):
             gradients = differentiate(problem, step.before, step.batch).parameters
         for kind, tensors in (("parameter", step.before.parameters), ("gradient of", gradients)):
             for name, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
-                    return f"inner step {step.index}: {kind} {name!r}"
-    faults = (name for name, tensor in end.parameters.items() if not torch.isfinite(tensor).all())
-    return next((f"end of the rollout: parameter {name!r}" for name in faults), None)
+                    return result._replace(fault=f"inner step {step.index}: {kind} {name!r}")
+    return result
 
 
-def is_finite(hypergradient: Hypergradient) -> bool:
-    """Whether the outer value and the hypergradient are finite."""
-    return bool(torch.isfinite(hypergradient.norm + hypergradient.outer_value))
+def _name_fault(result: Hypergradient) -> str:
+    """Name the first thing that is not finite of what an estimator returns."""
+    for kind, tensors in (
+        ("end of the rollout: parameter", result.final_state.parameters),
+        ("end of the rollout: buffer", result.final_state.buffers),
+    ):
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                return f"{kind} {name!r}"
+    if not torch.isfinite(result.outer_value):
+        return "the outer loss"
+    norms = [] if result.adjoint_norms is None else result.adjoint_norms.tolist()
+    for steps_back, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            return f"gradient of the outer loss, carried {steps_back} steps back"
+    names = [name for name, gradient in result.grads.items() if not torch.isfinite(gradient).all()]
+    return f"hypergradient of {names[0]!r}" if names else "norm of the hypergradient"
 
 
 def collect(
@@ -52,6 +66,8 @@ def collect(
 ) -> Hypergradient:
     """Put an estimator's result together; an outer parameter that was used but has no gradient gets zeros.
 
+    A result that is not finite names its fault.
+
     Raises:
         ValueError: There is an unused outer parameter.
     """
@@ -60,4 +76,6 @@ def collect(
         name: grads[name].detach() if name in grads else torch.zeros_like(tensor.detach())
         for name, tensor in hyper.items()
     }
-    return Hypergradient(value.detach(), found, final_state.detach(), global_norm(found), adjoint_norms)
+    result = Hypergradient(value.detach(), found, final_state.detach(), global_norm(found), adjoint_norms)
+    finite = bool(torch.isfinite(result.norm + result.outer_value))
+    return result if finite else result._replace(fault=_name_fault(result))

@@ -1,5 +1,7 @@
 """The hypergradient by backpropagation through the whole rollout."""
 
+import sys
+
 from meta.estimators.adjoint import adjoint
 from meta.problem import Hypergradient, Problem
 
@@ -14,4 +16,4 @@ def unrolled(problem: Problem) -> Hypergradient:
     Raises:
         ValueError: The inputs make no bi-level problem; the message says why.
     """
-    return adjoint(problem, chunk=max(1, len(problem.inner_batches)))
+    return adjoint(problem, chunk=sys.maxsize)

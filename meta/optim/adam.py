@@ -80,12 +80,12 @@ class Adam:
                 through_decay = to_direction if self._decoupled else to_decayed
                 to_parameters[name] = to_parameter + self.weight_decay * through_decay
                 if isinstance(self.weight_decay, Tensor):
-                    to_decay.append((through_decay * parameter).sum())
+                    to_decay.append(through_decay * parameter)
             if isinstance(learning_rate, Tensor):
                 moved = moments.direction
                 if self._decoupled:
                     moved = moved + self.weight_decay * parameter
-                to_rate.append(-(to_parameter * moved).sum())
+                to_rate.append(-(to_parameter * moved))
 
         settings = [(learning_rate, to_rate), (self.weight_decay, to_decay)]
         to_slots = {"exp_avg": to_means, "exp_avg_sq": to_squares}

@@ -1,7 +1,7 @@
 """What an estimator needs of an inner optimiser: its update rule and the adjoint of that rule."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from torch import Tensor
 from meta.tensors import State, Tensors
 
 Setting = float | Tensor
-"""A setting of an optimiser: a number, or a zero-dimensional tensor that an outer parameter may stand behind."""
+"""A setting of an optimiser: a number, or a tensor that an outer parameter may stand behind.
+
+It is zero-dimensional, or of a shape that broadcasts to that of every parameter, as a rate for each element."""
 
 Schedule = Setting | Callable[[int], Setting]
 """A setting that may depend on the step within the rollout (0 … K-1)."""
@@ -75,8 +77,15 @@ def build_optimizer(optimizer: OptimizerOrRecipe, hyper: Tensors) -> Optimizer:
     Raises:
         ValueError: It is neither one of this package's optimisers nor a function that returns one.
     """
-    if not isinstance(optimizer, Optimizer) and callable(optimizer):
+    if not isinstance(optimizer, type | Optimizer) and callable(optimizer):
         optimizer = optimizer(hyper)
+    return check_optimizer(optimizer)
+
+
+def check_optimizer(optimizer: Any) -> Optimizer:
+    """Return an optimiser as it is, and raise a ValueError where it is none."""
+    if isinstance(optimizer, type):
+        raise ValueError(f"inner optimiser {optimizer.__name__} is a class: give an object, as meta.optim.SGD(0.1)")
     if not isinstance(optimizer, Optimizer):
         raise ValueError(
             f"unsupported inner optimiser {type(optimizer).__name__}: pass one of meta.optim, or a function of the "
@@ -92,11 +101,15 @@ def setting_at(schedule: Schedule, step: int) -> Setting:
 
 
 def pair_settings(terms: list[tuple[Setting, list[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
-    """Pair every tensor setting with the sum of its cotangents; leave out numbers, and settings without an effect."""
+    """Pair every tensor setting with the sum of its cotangents; leave out numbers, and settings without an effect.
+
+    Args:
+        terms: Settings, and of each the products that broadcasting spread it over, one or more for every parameter.
+    """
     return [
-        (setting, torch.stack(cotangents).sum())
-        for setting, cotangents in terms
-        if isinstance(setting, Tensor) and cotangents
+        (setting, torch.stack([product.sum_to_size(setting.shape) for product in products]).sum(0))
+        for setting, products in terms
+        if isinstance(setting, Tensor) and products
     ]
 
 

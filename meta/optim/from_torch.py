@@ -24,6 +24,8 @@ def from_torch(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optimizer
     Raises:
         ValueError: The optimiser, or a setting of it, has no functional equal here.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"{optimizer!r} is no optimiser of torch: give an object, as torch.optim.SGD(parameters, 0.1)")
     groups = [_convert(type(optimizer), group) for group in optimizer.param_groups]
     if len(groups) == 1:
         return groups[0]

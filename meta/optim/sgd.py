@@ -74,15 +74,15 @@ class SGD:
 
             if isinstance(learning_rate, Tensor):
                 direction, _ = self._direction(parameter, gradient, old_buffer)
-                to_rate.append(-(to_parameter * direction).sum())
+                to_rate.append(-(to_parameter * direction))
             if isinstance(self.momentum, Tensor):
                 if old_buffer is not None:
-                    to_momentum.append((to_buffer * old_buffer).sum())
+                    to_momentum.append(to_buffer * old_buffer)
                 _, buffer = self._direction(parameter, gradient, old_buffer)
                 if self.nesterov and buffer is not None:
-                    to_momentum.append((to_direction * buffer).sum())
+                    to_momentum.append(to_direction * buffer)
             if isinstance(self.weight_decay, Tensor):
-                to_decay.append((to_decayed * parameter).sum())
+                to_decay.append(to_decayed * parameter)
 
         settings = [(learning_rate, to_rate), (self.momentum, to_momentum), (self.weight_decay, to_decay)]
         to_slots = {"momentum_buffer": to_buffers} if to_buffers else {}

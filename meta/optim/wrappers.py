@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meta.optim.base import Optimizer, UpdateAdjoint
+from meta.optim.base import Optimizer, UpdateAdjoint, check_optimizer
 from meta.tensors import State, Tensors
 
 
@@ -50,7 +50,7 @@ class Grouped:
     def _groups(self, parameters: Tensors) -> list[tuple[Optimizer, set[str]]]:
         groups: dict[int, tuple[Optimizer, set[str]]] = {}
         for name in parameters:
-            optimizer = self.select(name)
+            optimizer = check_optimizer(self.select(name))
             groups.setdefault(id(optimizer), (optimizer, set()))[1].add(name)
         return list(groups.values())
 
@@ -66,6 +66,9 @@ class Clipped:
 
     optimizer: Optimizer
     max_norm: float
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
@@ -110,6 +113,9 @@ class Averaged:
 
     optimizer: Optimizer
     decay: float
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""

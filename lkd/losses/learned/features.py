@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses.functions import Stages, as_map, full_precision, map_shape, pool
+from lkd.losses.functions import Stages, as_map, check_batch, full_precision, map_shape, pool
 from lkd.losses.learned import networks
 from lkd.losses.learned.networks import CONDITIONING, EntryNetwork, Perceptron
 from lkd.losses.loss import DistillationLoss, Progress, Terms
@@ -194,6 +194,12 @@ class FeatureLoss(DistillationLoss):
                 f"the learned loss reads features, but {('student', 'teacher')[number]}.features {what}; it needs the "
                 f"last {self.deepest} stages of both networks: take one that gives them, or a loss over logits"
             )
+        images = len(outputs.logits)
+        if apart := [name for name in last if len(outputs.features[name]) != images]:
+            raise UserError(
+                f"the learned loss reads features, but {('student', 'teacher')[number]}.features[{apart[0]!r}] is of "
+                f"{len(outputs.features[apart[0]])} images, its logits of {images}"
+            )
         depths = torch.tensor(relative_depths(names, last), device=outputs.logits.device)
         return [outputs.features[name] for name in last], depths
 
@@ -225,8 +231,10 @@ class FeatureLoss(DistillationLoss):
         """Compute a term for every comparison: `places`, `images` and `channels`.
 
         Raises:
-            UserError: If a network gives no features, or not those that the loss was attached to.
+            UserError: If a network gives no features, or not those that the loss was attached to, or student, teacher
+                and target are of different images or classes.
         """
+        target = check_batch(student, teacher, target)
         ours, student_depths = self.take_stages(0, student)
         theirs, teacher_depths = self.take_stages(1, teacher)
         with full_precision(student.logits):

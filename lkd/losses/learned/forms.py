@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decouple
-from lkd.losses.functions import cross_entropies, full_precision, label_of
+from lkd.losses.functions import check_batch, cross_entropies, full_precision, label_of
 from lkd.losses.learned import networks
 from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LinearPerceptron, LogProbabilities, Perceptron
 from lkd.losses.learned.trust import TrustFigures
@@ -79,6 +79,7 @@ class LogitForm(DistillationLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: Progress = None
     ) -> tuple[Tensor, Tensor]:
         """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B], at a progress, or else at 1."""
+        target = check_batch(Outputs(student_logits, {}), Outputs(teacher_logits, {}), target)
         weight, temperature, *_ = self.set_balance(
             networks.read_logits(student_logits, teacher_logits, target), progress
         )
@@ -160,6 +161,7 @@ class DecoupledLoss(LogitForm):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
+        target = check_batch(student, teacher, target)
         with full_precision(student.logits):
             logs = networks.read_logits(student.logits, teacher.logits, target)
             weight, temperature, factor, own = self.set_balance(logs, progress)
@@ -235,6 +237,7 @@ class GenericLoss(LogitForm):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `divergence`."""
+        target = check_batch(student, teacher, target)
         with full_precision(student.logits):
             logs = networks.read_logits(student.logits, teacher.logits, target)
             factor = self.weigh_classes(logs, progress)
