@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -97,14 +98,18 @@ def run_command(command: str, words: list[str]) -> int:
         work(recipe)
     except Interrupted as stopped:
         if read_job().rank == 0:
-            print(f"lkd: {stopped}; go on with: lkd {' '.join(add_resume(command, words))}", file=sys.stderr)
+            print(f"lkd: {stopped}; go on with: lkd {shlex.join(add_resume(command, words))}", file=sys.stderr)
         return stopped.exit_code
     return 0
 
 
 def add_resume(command: str, words: list[str]) -> list[str]:
-    """The same command line with `--resume auto`."""
-    return [command, *words] if "--resume" in words else [command, *words, "--resume", "auto"]
+    """The same command line with `--resume auto`, whatever it said of it."""
+    kept = [word for word in words if not word.startswith("--resume=")]
+    while "--resume" in kept:
+        place = kept.index("--resume")
+        kept[place : place + 2] = []
+    return [command, *kept, "--resume", "auto"]
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class InspectRecipe:
     kd_weight: ranges.ClosedUnitInterval = 0.5
     kd_temperature: ranges.PositiveFloat = 4.0
     num_classes: ranges.AtLeast2 = 10
-    seed: int = 0
+    seed: ranges.Seed = 0
 
 
 @dataclass

@@ -163,7 +163,7 @@ class DrawRecipe:
     """
 
     worlds: ranges.NonNegativeInt = 0
-    seed: int = 0
+    seed: ranges.Seed = 0
     of: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 

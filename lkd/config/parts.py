@@ -51,7 +51,7 @@ class DataRecipe:
     root: str | None = None
     train_size: ranges.NonNegativeInt = 0
     meta_validation_size: ranges.NonNegativeInt | None = None
-    split_seed: int = 0
+    split_seed: ranges.Seed = 0
     label_noise: ranges.ClosedUnitInterval = 0.0
     label_noise_kind: Literal["symmetric", "pairs", "by_student"] = "symmetric"
     meta_validation_noise: ranges.ClosedUnitInterval = 0.0
@@ -211,7 +211,7 @@ class RunRecipe:
 
     run_dir: str = "runs/run"
     resume: Literal["never", "auto"] = "never"
-    seed: int = 0
+    seed: ranges.Seed = 0
     device: str = "auto"
     threads: ranges.NonNegativeInt = 0
     wandb: WandbRecipe = field(default_factory=WandbRecipe)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     PositiveFloat = float
     PositiveFraction = float
     ZeroOrAtLeast1 = float
+    Seed = int
 else:
     from jsonargparse import typing as ranged
 
@@ -26,5 +27,6 @@ else:
     ZeroOrAtLeast8 = ranged.restricted_number_type("ZeroOrAtLeast8", int, [("==", 0), (">=", 8)], join="or")
     AtLeastOne = ranged.restricted_number_type("AtLeastOne", float, (">=", 1))
     ZeroOrAtLeast1 = ranged.restricted_number_type("ZeroOrAtLeast1", float, [("==", 0), (">=", 1)], join="or")
+    Seed = ranged.restricted_number_type("Seed", int, [(">=", -(2**63)), ("<", 2**63)])
     FractionBelowOne = ranged.restricted_number_type("FractionBelowOne", float, [(">=", 0), ("<", 1)])
     PositiveFraction = ranged.restricted_number_type("PositiveFraction", float, [(">", 0), ("<=", 1)])

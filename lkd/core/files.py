@@ -92,6 +92,12 @@ def create_json(path: Path, content: Any) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError:  # a disk without hard links
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(temporary.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
     finally:
         temporary.unlink()
     return True

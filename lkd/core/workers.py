@@ -1,6 +1,7 @@
 """Processes that train side by side, and who does which piece of work."""
 
 import json
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -164,8 +165,7 @@ def start_workers(
         threads: CPU threads of each; see `count_threads`.
         plugins: File of Python that each runs first.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = count or count_gpus(str(device)) or cores
+    count = count or count_gpus(str(device)) or count_cores()
     own = (count_threads(threads), CONTEXT.Value("i", 0), plugins)
     executor = ProcessPoolExecutor(count, CONTEXT, initializer=prepare_worker, initargs=own)
     try:
@@ -181,6 +181,45 @@ def start_workers(
             manager.join(END)  # else it races with the end of this process for the same pipes
         raise
     executor.shutdown()
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use: of the machine's, those it is bound to, and no more than it is granted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *(max(1, math.ceil(quota)) for quota in read_quotas())])
+
+
+def read_quotas() -> list[float]:
+    """The CPU quotas of this process's control group and those above it, in cores: a container's, a batch job's."""
+    with suppress(OSError, ValueError):
+        groups = dict(line.split(":", 2)[1:] for line in OWN_CGROUP.read_text().splitlines())
+        quotas = []
+        for controllers, name in groups.items():
+            second = not controllers  # version 2 of control groups has one hierarchy, without a name
+            if second or "cpu" in controllers.split(","):
+                root = CGROUPS if second else CGROUPS / "cpu"
+                own = root / name.lstrip("/")
+                for folder in (own, *own.parents):
+                    quotas += [quota] if (quota := read_quota(folder, second)) else []
+                    if folder == root:
+                        break
+        return quotas
+    return []
+
+
+def read_quota(folder: Path, second: bool) -> float | None:
+    """The CPU quota of a control group, in cores; None if it has none."""
+    with suppress(OSError, ValueError):
+        if second:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else None  # "max" is no number
+    return None
 
 
 def count_threads(threads: int) -> int:

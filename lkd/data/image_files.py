@@ -1,9 +1,11 @@
 """Images that stay in files until a batch needs them: where they are, how they are decoded, what is damaged."""
 
+import functools
+import importlib
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -13,15 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
 from lkd.core.errors import UserError
+from lkd.core.workers import count_cores
 
 LEAST_SEEN = 10_000  # a fraction of fewer images means little
 MOST_PIXELS = 1 << 26  # of an image, 200 MB decoded: a file of a few bytes can claim thousands of millions
 MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is scaled up, and the longer one with it
-OF_TORCHVISION = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
+DECODED_FAST = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF; the latter is 0 where 0 is white
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
 
@@ -77,7 +79,7 @@ class Damage:
 def decode(content: Tensor, name: str) -> Tensor:
     """Decode an image file as RGB.
 
-    Its size is read first. torchvision decodes JPEG; Pillow what is left of `FORMATS`, and what torchvision cannot.
+    Its size is read first. `find_decoder`'s decodes JPEG; Pillow what is left of `FORMATS`, and what that cannot.
 
     Args:
         content: The file's bytes, uint8, [N].
@@ -92,7 +94,7 @@ def decode(content: Tensor, name: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(content.numpy().data), formats=FORMATS) as image:
             check_size(*image.size)
-            pixels = decode_by_torchvision(content) if image.format in OF_TORCHVISION else None
+            pixels = decode_fast(content) if image.format in DECODED_FAST else None
             return to_rgb(image) if pixels is None else pixels
     except Exception as error:  # Pillow's readers let out whatever their parsers raise
         reason = " ".join(str(error).split(" <")[0].split())  # without the address of an object
@@ -135,10 +137,22 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} × {height} pixels, one side more than {MOST_ELONGATED} times the other")
 
 
-def decode_by_torchvision(content: Tensor) -> Tensor | None:
-    """Decode an image file as RGB; None if torchvision cannot, or gives no 8 bits."""
+@functools.cache
+def find_decoder() -> Callable[..., Tensor] | None:
+    """A faster decoder than Pillow: TorchCodec's, or torchvision's as long as that has one; None if there is neither."""
+    for module in ("torchcodec.decoders", "torchvision.io"):
+        try:
+            return importlib.import_module(module).decode_image  # type: ignore[no-any-return]
+        except (ImportError, AttributeError, RuntimeError, OSError):  # the last two: libraries that it misses
+            continue
+    return None
+
+
+def decode_fast(content: Tensor) -> Tensor | None:
+    """Decode an image file as RGB; None where no decoder but Pillow can, or it gives no 8 bits."""
+    decoder = find_decoder()
     try:
-        pixels = decode_image(content, ImageReadMode.RGB)
+        pixels = decoder(content, mode="RGB") if decoder else content
     except RuntimeError:  # what Pillow says of the file is clearer, and it may know better
         return None
     return pixels if pixels.dtype == torch.uint8 and pixels.dim() == 3 else None
@@ -266,5 +280,4 @@ def open_source(source: ImageSource, loading: LoadingOptions) -> ImageFiles:
 
 def count_own_cores() -> int:
     """This process's share of the CPU cores that it may use with the other processes of a torchrun job on its host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -147,5 +147,5 @@ def hash_names(source: ImageSource) -> str:
     """A hash of the images' names, in order."""
     digest = hashlib.sha256()
     for name in source.names:
-        digest.update(name.encode() + b"\n")
+        digest.update(name.encode(errors="surrogateescape") + b"\n")  # a name that is no UTF-8
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """A run directory: config, versions, log and results, one process at a time."""
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import tempfile
@@ -22,6 +23,7 @@ from lkd.tracking.tracker import Tracker
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
 FOLDER_COMMANDS = ("pool", "meta-train")  # of these, those whose processes all read the run directory
 OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", "wandb", "wandb_run_id", "lineage.json"}
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # some of Lustre, NFS, FUSE
 MAY_DIFFER_ON_RESUME = {  # what does not change results; threads change their last digits
     *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "plugins", "report_test"),
     *("data.root", "data.workers", "data.read_timeout", "data.evaluation_batch_size"),
@@ -212,10 +214,17 @@ def forget_unstarted(path: Path) -> None:
 
 
 def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
-    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too."""
+    """Lock a run directory: for this process alone, or, once a comparison has it, for those that join it too.
+
+    Where its disk has no locks, it is warned that nothing keeps others out.
+    """
     try:
         fcntl.flock(lock, (fcntl.LOCK_SH if joined else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            line = "warning: run_dir: %s is on a disk without file locks (%s): let no other process use it"
+            logging.getLogger("lkd").warning(line, path, error.strerror)
+            return
         hint = "; to share its work use --join" if command == "compare" and not joined else ""
         raise UserError(f"run_dir: {path} is in use by another process{hint}") from error
     if command == "compare":
@@ -250,9 +259,13 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device: {name!r} is not a device; cpu, cuda or auto") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {name} was asked for, but torch sees no CUDA device; use --device cpu")
+        raise UserError(f"device: {name!r} is not a device; cpu, cuda, mps, xpu or auto") from error
+    there = {"cpu": 1}
+    if torch.accelerator.is_available():
+        there[torch.accelerator.current_accelerator().type] = torch.accelerator.device_count()  # type: ignore[union-attr]
+    if (device.index or 0) >= there.get(device.type, 0):
+        found = ", ".join(f"{count} {kind}" for kind, count in there.items())
+        raise UserError(f"device: {name} was asked for, but torch sees {found}; use --device cpu")
     return device
 
 

@@ -17,6 +17,7 @@ from lkd.tracking.lineage import Entry, find_used, identify, record
 LOG = "log.jsonl"
 RUN_ID = "wandb_run_id"
 START_TIMEOUT = 90  # seconds
+LONGEST_TAG = 64
 FINISH_TIMEOUT = 300  # seconds; what a dead network left behind stays in the run directory, for `wandb sync`
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,11 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
     """
     import wandb
 
+    for tag in recipe.tags:
+        if not 1 <= len(tag) <= LONGEST_TAG:
+            raise UserError(
+                f"wandb.tags: {tag!r} has {len(tag)} characters, W&B takes 1 to {LONGEST_TAG}: shorten it"
+            )
     try:
         run = wandb.init(
             project=recipe.project,
@@ -186,6 +192,8 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
             settings=wandb.Settings(init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
         )
         run.define_metric("*", step_metric="step")
+    except ValueError as error:  # pydantic's, over several lines
+        raise UserError(f"wandb: W&B does not take a setting: {' '.join(str(error).split())[:300]}") from error
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
             f"wandb.mode: {recipe.mode} failed: {first_line(error)}; run `wandb login`, or take --wandb.mode offline"
