@@ -2,7 +2,8 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,6 +32,22 @@ def explain_failed_write(path: Path | str, error: OSError) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Turn what the bi-level engine says of a problem, a `ValueError`, into the user's line.
+
+    Args:
+        place: Where it happened, say `"outer step 12"`.
+
+    Raises:
+        UserError: If it says something.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{place}: {first_line(error)}") from error
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:

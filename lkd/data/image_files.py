@@ -139,7 +139,7 @@ def check_size(width: int, height: int) -> None:
 
 @functools.cache
 def find_decoder() -> Callable[..., Tensor] | None:
-    """A faster decoder than Pillow: TorchCodec's, or torchvision's as long as that has one; None if there is neither."""
+    """A faster decoder than Pillow: TorchCodec's, or torchvision's while that has one; None if there is neither."""
     for module in ("torchcodec.decoders", "torchvision.io"):
         try:
             return importlib.import_module(module).decode_image  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from lkd.config.evaluation import PlanRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe
 from lkd.config.worlds import expand_worlds
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, explained
 from lkd.core.files import flatten, write_json, write_text
 from lkd.core.outputs import Outputs
 from lkd.data.image_files import ImageFiles
@@ -282,7 +282,9 @@ def count_rollout(
         teacher_peak, counter.peak = counter.peak, counter.bytes
         optimizer = build_inner_optimizer(train, train.learning_rate, meta.annealing, length)
         inner_loss = partial(compute_inner_loss, student, loss)
-        ESTIMATORS[estimator](Problem(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer))
+        problem = Problem(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer)
+        with explained(f"meta.estimator {estimator}"):
+            ESTIMATORS[estimator](problem)
     return counter.flops[estimator], counter.seconds[estimator], teacher_peak, counter.peak
 
 

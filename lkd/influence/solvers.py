@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from lkd.config.training import InfluenceSettings
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, explained
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.images import Batch, ImageSet
@@ -220,7 +220,8 @@ def measure_through_training(
         batches.append(problem.train.batch(order[place * size : (place + 1) * size], problem.device))
     weights = {"weight": torch.ones(len(problem.train), device=problem.device, requires_grad=True)}
     state = State(dict(problem.point), {}, {})
-    found = adjoint(Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
+    with explained("influence"):
+        found = adjoint(Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
     return problem.train.index, len(problem.train) * found.grads["weight"].cpu()
 
 

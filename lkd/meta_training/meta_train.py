@@ -7,6 +7,7 @@ The paper's axes (how students are sampled, which images the outer loss sees, ho
 interleaved) are options of the recipe.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,10 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     check_schedules(recipe, opened, pools)
     loss = build_loss_networks(recipe, opened)
     worlds = prepare_worlds(opened, loss, run)
+    if recipe.meta.estimator in EXACT:
+        OuterLoop(
+            worlds, [], copy.deepcopy(loss), replace(recipe.meta, interleaving="before"), recipe.pool
+        ).try_estimator()
     if recipe.meta.alternation_start and not pools:
         pools = build_pools(worlds, recipe.pool, [each.pool_loss.build for each in opened], run.path / "pool", run)
         keep_pool(run)
@@ -92,6 +97,9 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     if is_main():
         save_results(path, loop, reuse, pools, training_seconds, run)
     return path
+
+
+EXACT = ("adjoint", "unrolled", "higher", "implicit", "last_step")  # need what some networks have not
 
 
 def keep_pool(run: Run) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from lkd.config.meta_training import MetaSettings, PoolSettings
 from lkd.core.distributed import count_processes, gather_objects, share_out
-from lkd.core.errors import refuse_exhaustion
+from lkd.core.errors import explained, refuse_exhaustion
 from lkd.core.random import draw_positions, draw_seed, seeded_generator
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
@@ -36,7 +36,18 @@ from lkd.pool.pool import Pool, PoolStudent, World
 from lkd.pool.sampling import build_age_weights
 from lkd.training.build import Images
 from lkd.training.optimizer import restore_optimizer
-from meta import ESTIMATORS, Audited, Estimator, Hypergradient, OuterLoss, OuterStep, Problem, Tensors, outer_step
+from meta import (
+    ESTIMATORS,
+    Audited,
+    Estimator,
+    Hypergradient,
+    OuterLoss,
+    OuterStep,
+    Problem,
+    State,
+    Tensors,
+    outer_step,
+)
 from meta.optim import Averaged, Optimizer
 
 AUDITED = "audited"
@@ -136,7 +147,8 @@ class OuterLoop:
         for number in range(self.students_per_step):
             if number in self.numbers:
                 try:
-                    hypergradients.append(differentiate(number))
+                    with explained(f"meta.estimator {self.settings.estimator}, outer step {self.step}"):
+                        hypergradients.append(differentiate(number))
                 except (MemoryError, RuntimeError) as error:
                     refuse_exhaustion(error, f"outer step {self.step}", LESS_MEMORY)
                     raise
@@ -165,13 +177,20 @@ class OuterLoop:
 
     def build_problem(self, number: int) -> Problem:
         """Draw a student, the batches of its rollout and that of its outer loss: what the estimator is given."""
-        settings, steps, (draw, place) = self.settings, self.rollout_length(), self.choose_world(number)
-        world, network, pool = self.worlds[place], self.networks[place], self.pools[place]
+        steps, (draw, place) = self.rollout_length(), self.choose_world(number)
+        network, pool = self.networks[place], self.pools[place]
         generator = seeded_generator(self.seed, 5, self.step, number)
         position = torch.multinomial(self.age_weights(pool.ages, draw), 1, generator=generator)
         student = pool.read(int(position), network)
         state = student.state if self.draws.restore_momentum else student.state._replace(optimizer={})
-        seed = int(torch.randint(2**62, (), generator=generator))
+        student = student._replace(state=state)
+        return self.build_rollout(place, student, steps, int(torch.randint(2**62, (), generator=generator)), generator)
+
+    def build_rollout(
+        self, place: int, student: PoolStudent, steps: int, seed: int, generator: torch.Generator
+    ) -> Problem:
+        """The rollout of a student in a world."""
+        settings, world, network = self.settings, self.worlds[place], self.networks[place]
         torch.manual_seed(seed)  # of dropout
         images, loss = world.images, self.losses[place]
         if loss.reads_trust:
@@ -185,12 +204,24 @@ class OuterLoop:
         return Problem(
             partial(compute_inner_loss, network, loss),
             self.outer_loss(network),
-            state,
+            student.state,
             {name: parameter.detach() for name, parameter in self.loss.named_parameters()},
             inner_batches,
             self.draw_outer_batch(inner_batches, generator, images),
             Averaged(optimizer, settings.average) if settings.average else optimizer,
         )
+
+    def try_estimator(self) -> None:
+        """Ask for the hypergradient of one step of a fresh student, so that what is in its way is said at the start.
+
+        Raises:
+            UserError: If the estimator does not go with the student or the loss.
+        """
+        network = self.networks[0]
+        parameters = {name: tensor.detach() for name, tensor in network.named_parameters()}
+        student = PoolStudent(State(parameters, dict(network.named_buffers()), {}), 0.1, 0.0)
+        with torch.random.fork_rng(devices=[]), explained(f"meta.estimator {self.settings.estimator}"):
+            self.estimator(self.build_rollout(0, student, 1, 0, seeded_generator(self.seed, 5)))
 
     def rollout_length(self) -> int:
         """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""

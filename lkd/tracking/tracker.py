@@ -173,9 +173,7 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
 
     for tag in recipe.tags:
         if not 1 <= len(tag) <= LONGEST_TAG:
-            raise UserError(
-                f"wandb.tags: {tag!r} has {len(tag)} characters, W&B takes 1 to {LONGEST_TAG}: shorten it"
-            )
+            raise UserError(f"wandb.tags: {tag!r} has {len(tag)} characters, W&B takes 1 to {LONGEST_TAG}: shorten it")
     try:
         run = wandb.init(
             project=recipe.project,
