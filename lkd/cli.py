@@ -1,6 +1,7 @@
 """The command line: `lkd COMMAND [RECIPE.yaml ...] [--key value ...]`."""
 
 import difflib
+import io
 import os
 import shlex
 import sys
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         where whoever reads what is printed has gone.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0

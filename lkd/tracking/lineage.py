@@ -20,6 +20,7 @@ FIELDS = {  # a recipe's field that names a file, or its last part → its kind
     "model.path": "network",
     "plugins": "code",
     "cache": "cache",
+    "packed": "packed",
     "pool_dir": "pool",
     "checkpoint": "network",
     "weights": "weights",
@@ -32,7 +33,7 @@ class Entry:
     """A file or folder that a run used or made.
 
     Attributes:
-        kind: teacher, pool, loss, student, network, cache, weights, fidelity or code.
+        kind: teacher, pool, loss, student, network, cache, packed, weights, fidelity or code.
         name: File name, or what names a network without a file.
         sha256: Of its content: of a folder, of its files' names and sizes and of its JSON files; None without a file.
         path: Where it is; None without a file.
@@ -79,15 +80,41 @@ def find_used(recipe: dict[str, Any]) -> list[Entry]:
     if teacher.get("pretrained"):
         found["teacher", teacher["name"]] = Entry("teacher", teacher["name"], None, None)
     for kind, name in list_sources(recipe).values():
-        path = (
-            EMBEDDED_TEACHER
-            if name == "embedded"
-            else fetch(name)
-            if is_remote(name)
-            else find_pretrained(name) or name
-        )
-        found[kind, name] = identify(kind, path, None if path == name else name)
+        found[kind, name] = identify_source(kind, name)
     return list(found.values())
+
+
+def identify_source(kind: str, name: str) -> Entry:
+    """Hash a file or folder that a recipe names; one that lies elsewhere is fetched."""
+    if name == "embedded":
+        return identify(kind, EMBEDDED_TEACHER, name)
+    path = fetch(name) if is_remote(name) else find_pretrained(name) or name
+    return identify(kind, path, None if path == name else name)
+
+
+def is_same_content(run: Path, before: dict[str, Any], now: dict[str, Any], field: str) -> bool:
+    """Whether a field names, under another name, a file or folder of the content that a run has used.
+
+    A job that goes on may find its files in another place, such as a scratch folder of its own.
+
+    Args:
+        run: The run directory.
+        before: The recipe that the run has.
+        now: The recipe that is to go on with it.
+        field: The field, dotted, in which they differ.
+    """
+    sources, kept = list_sources(now), list_sources(before)
+    if field not in sources or field not in kept:
+        return False
+    kind, name = kept[field]
+    alike = {other for each, other in kept.values() if each == kind and Path(other).name == Path(name).name}
+    known = {
+        row["sha256"]
+        for row in read_lineage(run)["used"]
+        if row["kind"] == kind and row["name"] in (name, Path(name).name)
+    }
+    found = identify_source(*sources[field])
+    return len(alike) == len(known) == 1 and found.kind == kind and found.sha256 is not None and {found.sha256} == known
 
 
 def hash_folder(path: Path) -> str:
@@ -95,7 +122,7 @@ def hash_folder(path: Path) -> str:
     whole = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")):
         content = file.read_bytes() if file.suffix == ".json" else b""
-        whole.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode() + content)
+        whole.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode(errors="surrogateescape") + content)
     return whole.hexdigest()
 
 

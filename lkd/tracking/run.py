@@ -18,6 +18,7 @@ from lkd.core.distributed import any_process, is_main, join_processes, place_of,
 from lkd.core.errors import UserError
 from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
 from lkd.core.plugins import hash_plugins
+from lkd.tracking.lineage import is_same_content
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
@@ -53,7 +54,7 @@ class Run:
         """Print lines, and keep them in the run's `output.txt`; the main process's task alone."""
         if not is_main():
             return
-        with (self.path / "output.txt").open("a", encoding="utf-8") as file:
+        with (self.path / "output.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             print(*lines, sep="\n", file=file)
         if not self.quiet:
             print(*lines, sep="\n", flush=True)
@@ -136,7 +137,8 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
             write_json(path / "environment.json", surroundings)
         handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler()]
         with ExitStack() as opened:
-            for handler in (logging.FileHandler(path / "output.txt", encoding="utf-8", delay=True), *handlers):
+            output = logging.FileHandler(path / "output.txt", encoding="utf-8", errors="backslashreplace", delay=True)
+            for handler in (output, *handlers):
                 logging.getLogger("lkd").addHandler(handler)
                 opened.callback(handler.close)
                 opened.callback(logging.getLogger("lkd").removeHandler, handler)
@@ -167,7 +169,8 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
     if saved.get("plugins") != config.get("plugins"):
         raise UserError(f"plugins: is not the file that the run in {path} was begun with; a resumed run keeps its code")
     for key, before, now in find_differences(saved.get("recipe"), config["recipe"]):
-        if not {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME:
+        may_differ = {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME
+        if not may_differ and not is_same_content(path, saved["recipe"], config["recipe"], key):
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")
 
 
