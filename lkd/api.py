@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_plain, make_recipe
@@ -299,7 +300,8 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
         network = make()
     if not isinstance(network, nn.Module):
         raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
-    shapes = [[name, list(tensor.shape)] for name, tensor in list_tensors(network, "student").items()]
+    tensors = list_tensors(network, "student")  # a lazy one has its shape from the first images, in a dry run
+    shapes = [[name, None if is_lazy(tensor) else list(tensor.shape)] for name, tensor in tensors.items()]
     content: list[Any] = [shapes, [type(module).__name__ for module in network.modules()]]
     while (name := name_content(type(network).__name__, content)) in given:
         content = [content]  # two students of equal shapes are two students
@@ -391,13 +393,28 @@ def describe_images(images: ImageSet) -> list[Any]:
 
 def describe_function(function: Any) -> list[Any]:
     """What a function does: its code, and the numbers, words and tensors that it refers to."""
+    if isinstance(function, partial):
+        given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
+        return [describe_function(function.func), *map(describe_value, given)]
     code = getattr(function, "__code__", None)
     if code is None:
         return [type(function).__qualname__]
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = [read_cell(cell) for cell in function.__closure__ or ()]
     values = [*code.co_consts, *(function.__defaults__ or ()), *cells]
-    plain = [value if isinstance(value, int | float | str | Tensor) else type(value).__name__ for value in values]
-    return [code.co_code.hex(), list(code.co_names), plain]
+    return [code.co_code.hex(), list(code.co_names), list(map(describe_value, values))]
+
+
+def describe_value(value: Any) -> Any:
+    """A number, a word or a tensor; of anything else its type."""
+    return value if isinstance(value, int | float | str | Tensor) else type(value).__name__
+
+
+def read_cell(cell: Any) -> Any:
+    """What a function refers to of the function around it; None if that has not said yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
@@ -410,6 +427,10 @@ def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
+        if is_lazy(value) and role != "student":
+            raise UserError(
+                f"{role}: {name!r} has no weights yet; call this lazy module on a batch, or load its weights"
+            )
     return dict(state)
 
 

@@ -104,6 +104,9 @@ class TeacherRecipe:
         image_size: Height and width that the student's images are scaled to for the teacher; 0 for no scaling, or, of a
             network that takes one size only, for that one. timm's weights get them in the normalisation that they were
             trained with.
+        classes: Which of the teacher's logits are the data's classes, in their order, counted from 0: a list; or first
+            and last, as in 1-1000 for a teacher whose first is the background; or a file with one on each line, as for
+            a teacher of 21k classes. All if left out.
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
         logit_scale: Factor of the teacher's logits: above 1 it is more confident than it was trained to be.
@@ -115,6 +118,7 @@ class TeacherRecipe:
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     image_size: ranges.ZeroOrAtLeast8 = 0
+    classes: list[ranges.NonNegativeInt] | str | None = None
     random_answers: ranges.ClosedUnitInterval = 0.0
     logit_scale: ranges.PositiveFloat = 1.0
     cache: str | None = None
@@ -202,7 +206,7 @@ class RunRecipe:
         resume: never, or auto: go on with the run in `run_dir` if there is one.
         seed: Of initial weights and of the order of the batches.
         device: cpu, cuda, or auto (cuda where there is one).
-        threads: CPU threads of torch; 0 leaves its own choice. Where there are `workers`, of each of them, and 0 is
+        threads: CPU threads of torch; 0 leaves its own choice, or as many cores as a container grants if these are fewer. Where there are `workers`, of each of them, and 0 is
             one, however many they are: the number decides digits.
         wandb: Weights & Biases.
         trackio: Project of trackio's local dashboard that metrics go to as well; none if left out.

@@ -142,7 +142,7 @@ def find_decoder() -> Callable[..., Tensor] | None:
     """A faster decoder than Pillow: TorchCodec's, or torchvision's while that has one; None if there is neither."""
     for module in ("torchcodec.decoders", "torchvision.io"):
         try:
-            return importlib.import_module(module).decode_image  # type: ignore[no-any-return]
+            return importlib.import_module(module).decode_image
         except (ImportError, AttributeError, RuntimeError, OSError):  # the last two: libraries that it misses
             continue
     return None

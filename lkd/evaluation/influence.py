@@ -64,7 +64,11 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     network, header = load_teacher_network(recipe.checkpoint)
     check_network(recipe.checkpoint, header["architecture"], images.train)
     is_taught = recipe.loss not in ("cross_entropy", {"name": "cross_entropy"})
-    teacher = prepare_teacher(open_teacher(recipe.teacher, images.train), images, run.device) if is_taught else None
+    teacher = None
+    if is_taught:
+        opened = open_teacher(recipe.teacher, images.train)
+        opened.check_classes(images.train)
+        teacher = prepare_teacher(opened, images, run.device)
     started = time.perf_counter()
     parts = images.train, images.meta_validation
     network = fit_to_images(recipe.checkpoint, network, header, images.train).to(run.device)

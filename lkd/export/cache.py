@@ -69,6 +69,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     images = prepare_images(recipe.data, scored=False)
     check_top_k(recipe.top_k, images.train.num_classes)
     opened = open_teacher(recipe.teacher, images.train)
+    opened.check_classes(images.train)
     student = choose_student(recipe.student, images.train)
     check_stages(prepare_loss(recipe.loss, student, opened, images, recipe.seed).teacher_stages)
     cache, teacher = prepare_cache(recipe, opened, images, device), ask_anew(opened, images, device, recipe.train)

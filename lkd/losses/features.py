@@ -19,6 +19,8 @@ class PairedLoss(DistillationLoss):
     A stage that does not exist and a negative weight are a `ValueError`.
     """
 
+    reads_logits = False
+
     def __init__(
         self, student: Stages, teacher: Stages, chosen: Chosen, default: Pairing, task: float, **weights: float
     ) -> None:

@@ -22,6 +22,8 @@ from lkd.losses.loss import DistillationLoss, Progress, Terms
 class CrossEntropyLoss(DistillationLoss):
     """Mean cross-entropy; the teacher is ignored."""
 
+    reads_logits = False
+
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the term `task`."""
         target = check_target(student.logits, target)

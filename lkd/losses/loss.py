@@ -56,12 +56,14 @@ class DistillationLoss(nn.Module):
         teacher_stages: The teacher's stages whose features the loss reads.
         needs_index: Whether it must know which image is which: then training calls `enroll` once and gives `forward`
             the batch's `index`.
+        reads_logits: Whether it reads the teacher's logits: then the teacher has to know the data's classes.
         reads_trust: Whether it is told what is measured of teacher, labels and student (`Trust`): then training calls
             `set_trust` before the first step, and `update_trust` some twenty times.
     """
 
     teacher_stages: tuple[str, ...] = ()
     needs_index: bool = False
+    reads_logits: bool = True
     reads_trust: bool = False
 
     @property
@@ -127,8 +129,12 @@ class WrappedLoss(DistillationLoss):
         self.teacher_stages = tuple(getattr(function, "teacher_stages", ()))
         self.needs_index = bool(getattr(function, "needs_index", False))
         self.reads_trust = bool(getattr(function, "reads_trust", False))
+        self.reads_logits = bool(getattr(function, "reads_logits", True))
         called = function.forward if isinstance(function, nn.Module) else function
-        parameters = inspect.signature(called).parameters.values()
+        try:
+            parameters = list(inspect.signature(called).parameters.values())
+        except ValueError:  # of a function that is not written in Python
+            parameters = []
         places = [
             p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
         ]

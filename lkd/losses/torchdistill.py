@@ -367,7 +367,7 @@ class TorchdistillLoss(DistillationLoss):
         wiring = wire(name, self.criterion_class, shaped, self.options)
         self.criteria, self.student_taps, self.teacher_taps = (nn.ModuleList(part) for part in wiring[:3])
         self.term_names = wiring.terms
-        self.needs_index = name == "CRDLoss"
+        self.needs_index, self.reads_logits = name == "CRDLoss", not self.recipe.pairing
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Learn which images there are, and lay out CRD's memory.

@@ -131,14 +131,14 @@ class LogitNetwork(nn.Module):
         return answer if isinstance(answer, Outputs) else Outputs(take_logits(answer), {})
 
 
-def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def adapt_given(network: nn.Module, role: str, num_classes: int | None, image_shape: tuple[int, int, int]) -> nn.Module:
     """Make a network return `Outputs`, and check by a dry run that it fits the images.
 
     Args:
         network: Returns logits, or an object that has them as `logits`, or several outputs of which they are the first,
             or `Outputs`; of a timm model, features are read too.
         role: What it is, for messages.
-        num_classes: Of the images.
+        num_classes: Of the images; None takes any.
         image_shape: Channels, height, width.
 
     Returns:
@@ -160,11 +160,10 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
         raise UserError(f"{role}: this {name} writes into its input, which others see too: let it work on a copy")
     logits = take_logits(answer)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
-    if found != [2, num_classes]:
-        raise UserError(
-            f"{role}: this {name} answers 2 images with {found}, not with logits [2, {num_classes}] for the "
-            f"{num_classes} classes of the images (read_images takes num_classes)"
-        )
+    if not (isinstance(found, list) and len(found) == 2 and found[0] == 2 and num_classes in (None, found[1])):
+        of_images = f"[2, {num_classes}] for the {num_classes} classes of the images (read_images takes num_classes)"
+        wanted = "[2, classes]" if num_classes is None else of_images
+        raise UserError(f"{role}: this {name} answers 2 images with {found}, not with logits {wanted}")
     if isinstance(answer, Outputs):
         return network
     return TimmNetwork(network) if is_timm(network) else LogitNetwork(network)
@@ -173,6 +172,14 @@ def adapt_given(network: nn.Module, role: str, num_classes: int, image_shape: tu
 def is_timm(network: nn.Module) -> bool:
     """Whether a network gives features as timm's do."""
     return all(hasattr(network, part) for part in ("forward_intermediates", "forward_head", "feature_info"))
+
+
+def adapt_teacher(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+    """Make a teacher return `Outputs`, whatever its classes; and how many it has. See `adapt_given`."""
+    adapted = adapt_given(network, "teacher", None, image_shape)
+    with running_dry(adapted) as device:
+        outputs: Outputs = adapted(torch.zeros(2, *image_shape, device=device))
+    return adapted, outputs.logits.shape[1]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A teacher: a callable from a batch to its outputs, without gradient."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,53 @@ class Teacher:
         if self.logit_scale == 1:
             return outputs
         return Outputs(self.logit_scale * outputs.logits.float(), outputs.features)
+
+
+class TakenClasses(nn.Module):
+    """A network of which some classes are taken.
+
+    Args:
+        network: The network, returning `Outputs`.
+        columns: Which of its logits, in the order of the data's classes.
+    """
+
+    columns: Tensor
+
+    def __init__(self, network: nn.Module, columns: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Answer images [B, C, H, W]."""
+        outputs = self.network(images)
+        return Outputs(outputs.logits[:, self.columns], outputs.features)
+
+
+def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str) -> TakenClasses:
+    """The network with the logits that `teacher.classes` names, of `num_classes`.
+
+    Raises:
+        UserError: If it names none, one twice, or one that is not there, or its file cannot be read.
+    """
+    try:
+        if isinstance(classes, list):
+            columns = [int(number) for number in classes]
+        elif span := re.fullmatch(r"(\d+)-(\d+)", classes):
+            columns = list(range(int(span[1]), min(int(span[2]), num_classes) + 1))
+        else:
+            columns = [int(line) for line in Path(classes).read_text(encoding="utf-8").split()]
+    except OSError as error:
+        raise UserError(f"teacher.classes: {classes}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"teacher.classes: {classes} does not hold one number on each line: {error}") from error
+    if not columns or len(set(columns)) < len(columns) or not 0 <= min(columns) <= max(columns) < num_classes:
+        span_of = f"from {min(columns)} to {max(columns)}" if columns else "none"
+        raise UserError(
+            f"teacher.classes: names {len(columns)} classes, {span_of}; the teacher has 0 to {num_classes - 1}, "
+            "and each may be named once"
+        )
+    return TakenClasses(network, columns).train(network.training)
 
 
 class TabulatedTeacher:

@@ -249,6 +249,8 @@ def identify(
     taught_by |= {"network": name, "weights": digest(dict([*network.named_parameters(), *network.named_buffers()]))}
     if teacher["logit_scale"] == 1:  # caches from before it was a setting stay good
         del taught_by["logit_scale"]
+    if teacher["classes"] is None:
+        del taught_by["classes"]
     if teacher["random_answers"]:
         taught_by["seed"] = data["split_seed"]
     look |= {"shape": images.image_shape, "mean": images.mean, "std": images.std}

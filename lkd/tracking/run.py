@@ -18,6 +18,7 @@ from lkd.core.distributed import any_process, is_main, join_processes, place_of,
 from lkd.core.errors import UserError
 from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
 from lkd.core.plugins import hash_plugins
+from lkd.core.workers import count_cores, read_quotas
 from lkd.tracking.lineage import is_same_content
 from lkd.tracking.tracker import Tracker
 
@@ -125,8 +126,8 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         new = create_json(path / "config.json", config) if joined else not (path / "config.json").exists()
         if not new:
             check_resumable(path, config, "auto" if joined else recipe.resume)
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+        if recipe.threads or read_quotas():  # torch counts the machine's cores, of which a container may be granted few
+            torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), count_cores()))
         surroundings = describe_surroundings(device)
         before: dict[str, Any] = {}
         with suppress(UserError):  # it is not there, or damaged: nothing to compare with

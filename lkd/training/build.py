@@ -39,6 +39,7 @@ from lkd.models.build import (
     adapt_given,
     adapt_input,
     adapt_pretrained,
+    adapt_teacher,
     describe,
     find_stages,
     format_description,
@@ -48,7 +49,7 @@ from lkd.models.build import (
 from lkd.models.build import build as build_network
 from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
-from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher
+from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher, take_classes
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
 from lkd.training.evaluate import evaluate
@@ -223,6 +224,25 @@ class OpenedTeacher:
     architecture: dict[str, Any]
     settings: TeacherRecipe
 
+    def check_classes(self, images: ImageSet) -> None:
+        """Check that the teacher knows the images' classes: for a loss that reads its logits.
+
+        Raises:
+            UserError: If it has another number of classes.
+        """
+        if self.architecture["num_classes"] != images.num_classes:
+            raise UserError(
+                f"{self.title}: has {self.architecture['num_classes']} classes, the data set and its students have "
+                f"{images.num_classes}: name those of the data by teacher.classes, as in 1-1000, or take a loss over "
+                "features alone"
+            )
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        settings = self.settings
+        return str(settings.name) if settings.pretrained or settings.path == "random" else settings.path
+
     def find_stages(self, image_shape: tuple[int, int, int]) -> Stages:
         """Shapes of its features, by a dry run."""
         return find_stages(self.network, image_shape)
@@ -232,18 +252,22 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
     """Read the teacher's file, or take the network that was given, and check that it fits the images.
 
     Raises:
-        UserError: If the file is not good, or the teacher does not fit the images.
+        UserError: If the file is not good, or the teacher does not take the images. Its classes are another matter:
+            losses over features alone do not read them (see `OpenedTeacher.check_classes`).
     """
     if settings.path in given:
-        network = adapt_given(given[settings.path], "teacher", images.num_classes, images.image_shape)
-        architecture = {"name": settings.path, "num_classes": images.num_classes, "in_chans": images.image_shape[0]}
-        return OpenedTeacher(network, architecture, settings)
-    network, architecture = load_teacher(
-        images, settings.path, settings.name, settings.pretrained, settings.options, settings.image_size
-    )
-    name = str(settings.name) if settings.pretrained or settings.path == "random" else settings.path
-    check_network(name, architecture, images)
-    return OpenedTeacher(network, architecture, settings)
+        network, num_classes = adapt_teacher(given[settings.path], images.image_shape)
+        architecture = {"name": settings.path, "num_classes": num_classes, "in_chans": images.image_shape[0]}
+    else:
+        network, architecture = load_teacher(
+            images, settings.path, settings.name, settings.pretrained, settings.options, settings.image_size
+        )
+    if settings.classes is not None:
+        network = take_classes(network, architecture["num_classes"], settings.classes)
+        architecture = architecture | {"num_classes": len(network.columns)}
+    opened = OpenedTeacher(network, architecture, settings)
+    check_network(opened.title, architecture | {"num_classes": images.num_classes}, images)
+    return opened
 
 
 def ask_anew(
@@ -355,7 +379,7 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     name, shape = teacher.architecture["name"], images.train.image_shape
     described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
     reached, top1 = "", None
-    if len(images.meta_validation):
+    if len(images.meta_validation) and teacher.architecture["num_classes"] == images.train.num_classes:
         top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
         reached = f", {top1:.2f} % on meta-validation"
     random = settings.random_answers
@@ -468,6 +492,13 @@ class LossBuilder:
         Raises:
             UserError: If the loss, or one of the networks, is not good.
         """
+        loss = self.build_any(student, seed)
+        if loss.reads_logits:
+            self.teacher.check_classes(self.images.train)
+        return loss
+
+    def build_any(self, student: StudentBuilder, seed: int) -> DistillationLoss:
+        """A loss, whatever it reads of the teacher."""
         if callable(self.specification):
             return wrap_loss(copy_module(self.specification, "loss"))
         if self.inner:
@@ -521,6 +552,7 @@ def prepare_learned_loss(
     Raises:
         UserError: If an option, or one of the networks, is not good.
     """
+    teacher.check_classes(images.train)
     shape = images.train.image_shape
     for student in students:
         stages = () if kind == "logits" else (student.find_stages(shape), teacher.find_stages(shape))

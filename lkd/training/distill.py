@@ -76,6 +76,8 @@ def distill(
         loss.set_trust(trust)
         run.say(str(trust))
         told = {"trust": trust.figures.to_json()}
+    if labelled_size:
+        parts.teacher.check_classes(images.train)
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)
     training = start_training(
         parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
