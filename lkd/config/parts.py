@@ -206,8 +206,9 @@ class RunRecipe:
         resume: never, or auto: go on with the run in `run_dir` if there is one.
         seed: Of initial weights and of the order of the batches.
         device: cpu, cuda, or auto (cuda where there is one).
-        threads: CPU threads of torch; 0 leaves its own choice, or as many cores as a container grants if these are fewer. Where there are `workers`, of each of them, and 0 is
-            one, however many they are: the number decides digits.
+        threads: CPU threads of torch; 0 leaves its own choice, or takes the cores that a container grants if those are
+            fewer. Where there are `workers`, of each of them, and 0 is one, however many they are: the number decides
+            digits.
         wandb: Weights & Biases.
         trackio: Project of trackio's local dashboard that metrics go to as well; none if left out.
         plugins: File of Python that registers networks of your own (docs/networks.md). It is run.

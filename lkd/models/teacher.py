@@ -87,7 +87,7 @@ def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str)
         if isinstance(classes, list):
             columns = [int(number) for number in classes]
         elif span := re.fullmatch(r"(\d+)-(\d+)", classes):
-            columns = list(range(int(span[1]), min(int(span[2]), num_classes) + 1))
+            columns = list(range(int(span[1]), int(span[2]) + 1)) if int(span[2]) < num_classes else []
         else:
             columns = [int(line) for line in Path(classes).read_text(encoding="utf-8").split()]
     except OSError as error:
@@ -95,10 +95,9 @@ def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str)
     except ValueError as error:
         raise UserError(f"teacher.classes: {classes} does not hold one number on each line: {error}") from error
     if not columns or len(set(columns)) < len(columns) or not 0 <= min(columns) <= max(columns) < num_classes:
-        span_of = f"from {min(columns)} to {max(columns)}" if columns else "none"
         raise UserError(
-            f"teacher.classes: names {len(columns)} classes, {span_of}; the teacher has 0 to {num_classes - 1}, "
-            "and each may be named once"
+            f"teacher.classes: {str(classes)[:100]} names none, one twice, or one that is not there; the teacher has "
+            f"the classes 0 to {num_classes - 1}"
         )
     return TakenClasses(network, columns).train(network.training)
 
