@@ -80,7 +80,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     check_schedules(recipe, opened, pools)
     loss = build_loss_networks(recipe, opened)
     worlds = prepare_worlds(opened, loss, run)
-    if recipe.meta.estimator in EXACT:
+    if recipe.meta.estimator in EXACT and recipe.meta.alternation_start:
         OuterLoop(
             worlds, [], copy.deepcopy(loss), replace(recipe.meta, interleaving="before"), recipe.pool
         ).try_estimator()

@@ -212,16 +212,17 @@ class OuterLoop:
         )
 
     def try_estimator(self) -> None:
-        """Ask for the hypergradient of one step of a fresh student, so that what is in its way is said at the start.
+        """Ask for the hypergradient of one step of each kind of student, fresh: what is in its way is said at the start.
 
         Raises:
             UserError: If the estimator does not go with the student or the loss.
         """
-        network = self.networks[0]
-        parameters = {name: tensor.detach() for name, tensor in network.named_parameters()}
-        student = PoolStudent(State(parameters, dict(network.named_buffers()), {}), 0.1, 0.0)
-        with torch.random.fork_rng(devices=[]), explained(f"meta.estimator {self.settings.estimator}"):
-            self.estimator(self.build_rollout(0, student, 1, 0, seeded_generator(self.seed, 5)))
+        for place in {world.student.name: place for place, world in enumerate(self.worlds)}.values():
+            network = self.networks[place]
+            parameters = {name: tensor.detach() for name, tensor in network.named_parameters()}
+            student = PoolStudent(State(parameters, dict(network.named_buffers()), {}), 0.1, 0.0)
+            with torch.random.fork_rng(devices=[]), explained(f"meta.estimator {self.settings.estimator}"):
+                self.estimator(self.build_rollout(place, student, 1, 0, seeded_generator(self.seed, 5)))
 
     def rollout_length(self) -> int:
         """K of this step's rollouts: constant, or growing evenly over the steps that draw from the pool."""

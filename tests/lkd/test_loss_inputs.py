@@ -130,3 +130,14 @@ def test_labels_of_any_integer_type_are_the_same_labels(dtype: torch.dtype) -> N
         loss = build(name)
         found, expected = (loss(draw(), draw(seed=1), target) for target in (TARGET.to(dtype), TARGET))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.outside(48)
+@pytest.mark.parametrize("name", [*READS_LOGITS, *FEATURE_LOSSES])
+def test_a_teacher_may_have_answered_in_inference_mode(name: str) -> None:
+    with torch.inference_mode():
+        logits, features = draw(seed=1)
+        teacher = Outputs(logits + 0, {stage: feature + 0 for stage, feature in features.items()})
+    student = Outputs(draw().logits.requires_grad_(), {n: f.requires_grad_() for n, f in draw().features.items()})
+    torch.stack(list(build(name)(student, teacher, TARGET).values())).sum().backward()
+    assert torch.isfinite(student.logits.grad).all()
