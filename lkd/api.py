@@ -316,8 +316,9 @@ def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
         UserError: If it is something else, or cannot be copied.
     """
     if isinstance(teacher, nn.Module):
+        content = list_tensors(teacher, "teacher")
         frozen = copy_module(teacher, "teacher").eval().requires_grad_(False)
-        return TeacherRecipe(name_object(type(teacher).__name__, list_tensors(teacher, "teacher"), frozen, given))
+        return TeacherRecipe(name_object(type(teacher).__name__, content, frozen, given))
     if isinstance(teacher, dict):
         return make_recipe(TeacherRecipe, teacher, "teacher")
     if not isinstance(teacher, str | Path):

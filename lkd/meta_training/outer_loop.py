@@ -212,7 +212,7 @@ class OuterLoop:
         )
 
     def try_estimator(self) -> None:
-        """Ask for the hypergradient of one step of each kind of student, fresh: what is in its way is said at the start.
+        """Ask for the hypergradient of one step of each kind of student: what is in its way is said at once.
 
         Raises:
             UserError: If the estimator does not go with the student or the loss.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from lkd.balance.balancing import Balancing, build_balance
 from lkd.config.parse import make_recipe
@@ -257,7 +258,11 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
     """
     if settings.path in given:
         network, num_classes = adapt_teacher(given[settings.path], images.image_shape)
-        architecture = {"name": settings.path, "num_classes": num_classes, "in_chans": images.image_shape[0]}
+        architecture: dict[str, Any] = {
+            "name": settings.path,
+            "num_classes": num_classes,
+            "in_chans": images.image_shape[0],
+        }
     else:
         network, architecture = load_teacher(
             images, settings.path, settings.name, settings.pretrained, settings.options, settings.image_size
@@ -570,8 +575,10 @@ def copy_module(module: Copied, role: str) -> Copied:
     Raises:
         UserError: If it cannot be copied.
     """
+    buffers = module.buffers() if isinstance(module, nn.Module) else ()
+    lazy = {id(b): UninitializedBuffer(b.requires_grad, b.device, b.dtype) for b in buffers if is_lazy(b)}
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, lazy)  # torch itself copies lazy parameters alone
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{role}: this {type(module).__name__} cannot be copied: {first_line(error)}") from error
 
