@@ -576,7 +576,8 @@ def copy_module(module: Copied, role: str) -> Copied:
         UserError: If it cannot be copied.
     """
     buffers = module.buffers() if isinstance(module, nn.Module) else ()
-    lazy = {id(b): UninitializedBuffer(b.requires_grad, b.device, b.dtype) for b in buffers if is_lazy(b)}
+    blank: Any = UninitializedBuffer
+    lazy = {id(b): blank(b.requires_grad, b.device, b.dtype) for b in buffers if is_lazy(b)}
     try:
         return copy.deepcopy(module, lazy)  # torch itself copies lazy parameters alone
     except (RuntimeError, TypeError) as error:

@@ -277,11 +277,11 @@ def describe_other_threads(paths: Iterable[Path]) -> list[str]:
 
 def identify_inputs(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
     """Images and teacher as they decide a result: not where the images lie, and a teacher by its file's content."""
-    teacher = {"path": hash_content(recipe.teacher.path) or recipe.teacher.path}
-    return {
-        "data": dataclasses.asdict(recipe.data) | {"root": None},
-        "teacher": dataclasses.asdict(recipe.teacher) | teacher,
-    }
+    teacher = dataclasses.asdict(recipe.teacher)
+    teacher["path"] = hash_content(recipe.teacher.path) or recipe.teacher.path
+    if recipe.teacher.classes is None:  # results from before it was a setting stay good
+        del teacher["classes"]
+    return {"data": dataclasses.asdict(recipe.data) | {"root": None}, "teacher": teacher}
 
 
 def hash_identity(identity: dict[str, Any]) -> str:
