@@ -383,8 +383,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
         return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
     name, shape = teacher.architecture["name"], images.train.image_shape
     described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
-    reached, top1 = "", None
-    if len(images.meta_validation) and teacher.architecture["num_classes"] == images.train.num_classes:
+    reached, top1, knows = "", None, teacher.architecture["num_classes"] == images.train.num_classes
+    if len(images.meta_validation) and knows:
         top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
         reached = f", {top1:.2f} % on meta-validation"
     random = settings.random_answers
@@ -395,7 +395,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     seen = f", sees the images as {size}×{size}" if size else ""
     if not teacher.architecture.get("is_input_said", True):
         seen += ", normalised as the student does, since its file does not say how"
-    return f"{described}{taken}{reached}{wrong}{scale}{seen}{explain_doubts(top1, images, settings)}"
+    doubts = explain_doubts(top1, images, settings) if knows else ""
+    return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
 
 
 def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
