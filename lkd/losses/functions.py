@@ -15,7 +15,6 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, log_softmax
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses.loss import is_hidden
 
 Stages = dict[str, tuple[int, ...]]  # stage name → shape of its feature for one image: (c, h, w), or tokens (n, c)
 Pairs = list[tuple[str, str]]  # of a student's stage and a teacher's
@@ -48,6 +47,17 @@ def widen(tensor: Tensor) -> Tensor:
     if tensor.shape[:1] == (0,):
         raise UserError("loss: the batch is empty, and the mean of nothing is no number; give at least one image")
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def is_hidden(tensor: Tensor) -> bool:
+    """Whether a tensor's value is on an accelerator, or not there, as of a tensor that is mapped over or traced."""
+    if tensor.device.type != "cpu":
+        return True
+    try:
+        tensor.item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def check_target(logits: Tensor, target: Tensor) -> Tensor:

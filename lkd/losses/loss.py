@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
+from lkd.losses.functions import is_hidden
 
 if TYPE_CHECKING:  # a loss in a loop of its own must not wait for the readers of images
     from lkd.data.images import ImageSet
@@ -36,17 +37,6 @@ def read_progress(progress: Progress) -> float | Tensor:
             f"progress: {float(progress):g} is not in [0, 1]; give the steps done over those of the whole training"
         )
     return progress
-
-
-def is_hidden(tensor: Tensor) -> bool:
-    """Whether a tensor's value is on an accelerator, or not there, as of a tensor that is mapped over or traced."""
-    if tensor.device.type != "cpu":
-        return True
-    try:
-        tensor.item()
-    except RuntimeError:
-        return True
-    return False
 
 
 class DistillationLoss(nn.Module):
