@@ -133,7 +133,7 @@ def distill(
         seed: Of initial weights (of names and functions) and of the order of the batches.
         resume: "never", or "auto": go on with the run in `run_dir` if there is one, to the same bits. Give the same
             teacher, images and loss, and a student of the same shapes.
-        device: "cpu", "cuda", or "auto".
+        device: "cpu", "cuda", "mps", "xpu", or "auto".
         wandb: "offline" or "online" to send the log to Weights & Biases, or a dict of mode, project, name.
         quiet: No lines, no progress bars.
         **options: The recipe's: of the training (epochs, batch_size, learning_rate, ...: `lkd.config.TrainRecipe`), of

@@ -13,7 +13,7 @@ class PoolContents:
 
     Args:
         students: Trainings, each from its own initial weights.
-        snapshots: States kept of each, evenly spaced over [0, max_age].
+        snapshots: States kept of each, evenly spaced over [0, max_age]; 1 for fresh students alone, of age 0.
         max_age: Progress up to which students are trained and kept, in [0, 1]; 1 is the end of the training.
         loss: What they are trained with: a loss name, or {name: ..., ...}.
     """

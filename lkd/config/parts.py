@@ -205,7 +205,7 @@ class RunRecipe:
         run_dir: Where the run's config, log, checkpoints and results go.
         resume: never, or auto: go on with the run in `run_dir` if there is one.
         seed: Of initial weights and of the order of the batches.
-        device: cpu, cuda, or auto (cuda where there is one).
+        device: cpu, cuda, mps, xpu, or auto (cuda where there is one, else cpu).
         threads: CPU threads of torch; 0 leaves its own choice, or takes the cores that a container grants if those are
             fewer. Where there are `workers`, of each of them, and 0 is one, however many they are: the number decides
             digits.
