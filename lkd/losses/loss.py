@@ -119,7 +119,6 @@ class WrappedLoss(DistillationLoss):
         self.teacher_stages = tuple(getattr(function, "teacher_stages", ()))
         self.needs_index = bool(getattr(function, "needs_index", False))
         self.reads_trust = bool(getattr(function, "reads_trust", False))
-        self.reads_logits = bool(getattr(function, "reads_logits", True))
         called = function.forward if isinstance(function, nn.Module) else function
         try:
             parameters = list(inspect.signature(called).parameters.values())
@@ -130,6 +129,7 @@ class WrappedLoss(DistillationLoss):
         ]
         takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         self.on_labels = type(function).__name__ in ON_LABELS and len(places) == 2
+        self.reads_logits = bool(getattr(function, "reads_logits", not self.on_labels))
         if len(places) < 3 and not takes_any and not self.on_labels:
             takes = ", ".join(p.name for p in places) or "nothing"
             raise UserError(

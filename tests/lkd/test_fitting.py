@@ -185,7 +185,9 @@ def test_a_function_is_a_loss(case: str) -> None:
 def test_a_function_is_known_by_what_it_was_given() -> None:
     one, two = (describe_function(functools.partial(mean_error, scale=scale)) for scale in (1.0, 2.0))
     assert one != two
-    assert wrap_loss(torch.add).function is torch.add, "a function that says nothing of its arguments"
+    with pytest.raises(UserError, match="loss: add takes"):
+        wrap_loss(torch.add)  # a function that says nothing of its arguments
+    assert not wrap_loss(nn.CrossEntropyLoss()).reads_logits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
