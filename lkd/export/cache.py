@@ -131,7 +131,7 @@ def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images, de
     """
     folder = Path(str(recipe.teacher.cache))
     made_with = identify_answers(opened, images)
-    header = {
+    header: dict[str, Any] = {
         "made_with": made_with,
         "top_k": recipe.top_k,
         "shard_size": recipe.shard_size,
