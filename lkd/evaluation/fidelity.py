@@ -185,7 +185,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     check_recipe(recipe, inputs, student, total_steps)
     pool = open_pool(Path(recipe.pool_dir), images, student.architecture) if recipe.pool_dir else None
     check_ages(recipe, pool, total_steps)
-    run.say(introduce_network("student", student, images, run.device))
+    run.say(introduce_network("student", student, images, run.device, recipe.train))
     run.say(introduce_teacher(inputs.teacher, images, run.device))
     pool = pool or make_pool(recipe, inputs, student, run)
     check_ages(recipe, pool, total_steps)  # a student that diverged has not reached them all

@@ -103,7 +103,7 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
     for each in opened:
         world = each.world
         name = f"{world.name}: " if world.name else ""
-        run.say(name + introduce_network("student", world.student, world.images, run.device))
+        run.say(name + introduce_network("student", world.student, world.images, run.device, world.train))
         if name or not prepared:  # else only the students differ
             readers = [loss, each.pool_loss.build(world.student, world.seed)]
             readers += [each.reference.build(world.student, world.seed)] if each.reference else []

@@ -18,7 +18,6 @@ from lkd.balance.balancing import Balancing, build_balance
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
-from lkd.core.distributed import count_processes
 from lkd.core.errors import UserError, first_line
 from lkd.core.files import refusing_malformed
 from lkd.core.tensor_files import digest
@@ -441,7 +440,12 @@ def introduce_images(images: Images) -> str:
 
 
 def introduce_network(
-    role: str, student: StudentBuilder, images: Images, device: torch.device, train: TrainRecipe | None = None
+    role: str,
+    student: StudentBuilder,
+    images: Images,
+    device: torch.device,
+    train: TrainRecipe | None = None,
+    processes: int = 1,
 ) -> str:
     """Say which network this is that will be trained, after a dry run of a step of this training.
 
@@ -453,7 +457,7 @@ def introduce_network(
     line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
     if train is None:
         return line
-    size = max(1, train.batch_size // (count_processes() * train.accumulation))
+    size = max(1, train.batch_size // (processes * train.accumulation))
     return "\n".join([line, *check_trainable(network, role, shape, size)])
 
 

@@ -67,7 +67,7 @@ def distill(
     """
     images, loss = parts.images, parts.loss
     run.say(introduce_images(images))
-    run.say(introduce_network("student", parts.student, images, run.device, train))
+    run.say(introduce_network("student", parts.student, images, run.device, train, count_processes()))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
@@ -94,7 +94,7 @@ def train_teacher(
         The teacher's file.
     """
     run.say(introduce_images(images))
-    run.say(introduce_network("teacher", student, images, run.device, train))
+    run.say(introduce_network("teacher", student, images, run.device, train, count_processes()))
     training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
     return train_to_the_end(training, images, student, run, "teacher", report_test=report_test)
 
