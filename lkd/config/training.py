@@ -49,20 +49,20 @@ class EvaluateRecipe:
 
     Args:
         checkpoint: File written by `lkd teacher` or `lkd distill`, or by another program; or `embedded`.
-        name: The network that the file holds; needed by files of other programs.
-        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         split: test, or meta_validation.
         data: The images, as of `lkd distill` (data.name, data.root, ...); what is left out is as the file says that it
             was trained. Of the test split no sizes are read.
         device: cpu, cuda or auto.
+        name: The network that the file holds; needed by files of other programs.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
     checkpoint: str = "embedded"
-    name: str | None = None
-    plugins: str | None = None
     split: Literal["test", "meta_validation"] = "test"
     data: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
+    name: str | None = None
+    plugins: str | None = None
 
 
 @dataclass
@@ -100,19 +100,19 @@ class VarianceRecipe:
 
     Args:
         run_dir: Run directory of a finished `lkd distill`.
-        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         samples: Mini-batches of training images: half predict, half measure.
         batch_size: Images of a mini-batch.
         horizon: 1 / (learning rate · strong convexity): how much bias costs against noise.
         device: cpu, cuda or auto.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
     run_dir: str = "runs/student"
-    plugins: str | None = None
     samples: ranges.AtLeast4 = 100
     batch_size: ranges.PositiveInt = 10
     horizon: ranges.NonNegativeFloat = 0.0
     device: str = "auto"
+    plugins: str | None = None
 
 
 @dataclass

@@ -305,11 +305,10 @@ def check_name(name: str) -> list[str]:
     if name.removeprefix(TORCHVISION) in classifiers:
         found.append(TORCHVISION + name.removeprefix(TORCHVISION))
     if not found:
-        check_choice(
-            "model (one's own is registered in a file that --plugins names)",
-            architecture,
-            [*REGISTERED, *timm.list_models(), *OWN_NETWORKS, *classifiers],
-        )
+        try:
+            check_choice("model", architecture, [*REGISTERED, *timm.list_models(), *OWN_NETWORKS, *classifiers])
+        except UserError as error:
+            raise UserError(f"{error}; a network of one's own is registered in a file that --plugins names") from error
     if tag:
         check_choice(f"pretrained tag of {architecture}", name, timm.list_pretrained(f"{architecture}.*"))
     return found
