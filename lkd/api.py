@@ -101,7 +101,7 @@ def distill(
     teacher: Teacher,
     train_set: Any,
     *,
-    loss: str | Path | dict[str, Any] | Callable[..., Any] = "kd",
+    loss: str | Path | dict[str, Any] | Callable[..., Any] = "universal",
     meta_validation_set: Any = None,
     run_dir: str | Path = "runs/run",
     seed: int = 0,
@@ -123,9 +123,10 @@ def distill(
             too, and sees images as the student does.
         train_set: Tensors (images, labels) or a map-style dataset of (image, label): what `lkd.read_images` takes, and
             its result; or a data set's name ("embedded"; "image_folder" with the option `root`).
-        loss: The path of a learned loss, a loss's name, a dict {"name": ..., ...} (docs/losses.md), or a module or
-            function `loss(student, teacher, target, progress) -> {term: scalar}`, or one scalar; `progress` may be left
-            out, and of a module a copy is used.
+        loss: "universal", the learned loss that the package carries; the path of another one, a loss's name, a dict
+            {"name": ..., ...} (docs/losses.md), or a module or function
+            `loss(student, teacher, target, progress) -> {term: scalar}`, or one scalar; `progress` may be left out, and
+            of a module a copy is used.
         meta_validation_set: What the student is scored on after every epoch, as `train_set`. By default a tenth of the
             given images is split off, by class and `split_seed`, or `meta_validation_size` of them; 0 for none,
             no scores, and the last weights.

@@ -181,7 +181,7 @@ class PlanRecipe(StudentRecipe):
     worlds: dict[str, Any] = field(default_factory=dict)
     draw: DrawRecipe = field(default_factory=DrawRecipe)
     students: list[ModelRecipe] = field(default_factory=list)
-    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    loss: dict[str, Any] | str = "universal"
     balance: dict[str, Any] | str | None = None
     pool: PoolSettings | None = None
     pool_dir: str | None = None

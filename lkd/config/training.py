@@ -30,14 +30,15 @@ class DistillRecipe(StudentRecipe):
     """Train a student with any loss (RUN_DIR/student.safetensors).
 
     Args:
-        loss: A loss name, {name: ..., ...} (see docs/losses.md), or the path of a learned-loss file.
+        loss: `universal`, the learned loss that the package carries; another loss name, {name: ..., ...} (see
+            docs/losses.md); or the path of a learned-loss file.
         balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
             docs/balance.md); without it the loss is the sum of its terms.
         labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
         report_test: Measure the last weights on the test split, once, at the end.
     """
 
-    loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
+    loss: dict[str, Any] | str = "universal"
     balance: dict[str, Any] | str | None = None
     labelled_size: ranges.NonNegativeInt = 0
     report_test: bool = False
