@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "48567f597af7447a6ddccf59a9ebf1fb1b76fa102f34ce47c4a7fa40fc788fe4",
+    "universal": "9c7efbfdec8992b5437f8f2a2a2e43a73bd1ea445444bf203ed60e71631f73d5",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}
