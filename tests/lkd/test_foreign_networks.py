@@ -258,7 +258,7 @@ def test_batch_norm_on_one_value_is_found_before_training(words: list[str], caps
 
 
 @pytest.mark.outside(21)
-@pytest.mark.parametrize(("command", "role"), [("teacher", "model"), ("pool", "student")])
+@pytest.mark.parametrize(("command", "role"), [("teacher", "model"), ("pool", "student"), ("meta-train", "student")])
 def test_other_commands_find_it_too(command: str, role: str, capsys) -> None:
     words = [command, *S, f"--{role}.name", "resnet18", "--data.train_size", "50", "--train.batch_size", "1"]
     assert main([*words, "--run_dir", "r"]) == 2
