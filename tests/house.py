@@ -117,7 +117,7 @@ def list_files_of_a_step() -> list[str]:
     from lkd.training.build import build, prepare_teacher
     from lkd.training.distill import start_training
 
-    recipe, device = DistillRecipe(), torch.device("cpu")
+    recipe, device = DistillRecipe(loss="kd"), torch.device("cpu")
     parts = build(recipe)
     teacher = prepare_teacher(parts.teacher, parts.images, device, parts.loss.teacher_stages)
     training = start_training(parts.student, parts.images, parts.loss, teacher, recipe.train, recipe.seed, device)

@@ -13,7 +13,7 @@ from weakref import finalize
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
@@ -39,7 +39,7 @@ from lkd.meta_training.worlds import name_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
-from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_learned_loss, prepare_loss
+from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
 from lkd.training.optimizer import build_optimizer
 from lkd.training.training import keep_stages, widen_outputs
 from meta import ESTIMATORS, Problem, State, Tensors
@@ -221,7 +221,9 @@ def count_step(world: PlannedWorld, model: ModelRecipe, loss: dict[str, Any] | s
         if is_missing(loss):  # yet to be learned: the default form
             fitted: DistillationLoss = build_learned_loss("logits", {}).requires_grad_(False)
         else:
-            fitted = prepare_loss(loss, builder, teacher, world.images, 0)
+            with unset_fake_temporarily():  # what its file holds is real
+                opened = LossBuilder(loss, teacher, world.images)
+            fitted = opened.build(builder, 0)
         optimizer = build_optimizer([p for m in (student, fitted) for p in m.parameters() if p.requires_grad], train)
         for _ in range(2):
             optimizer.zero_grad()

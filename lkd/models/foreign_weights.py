@@ -159,7 +159,9 @@ def check_not_compressed(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         needed, there = sum(member.file_size for member in archive.infolist()), path.stat().st_size
     if needed > there:
-        raise pickle.UnpicklingError(f"its {there:,} bytes would be {needed:,}, but torch.save compresses nothing")
+        raise pickle.UnpicklingError(
+            f"its {there:,} bytes would be {needed:,} in memory, but torch.save compresses nothing"
+        )
 
 
 def flatten_tensors(content: Any, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -169,7 +169,9 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         )
     if saved.get("plugins") != config.get("plugins"):
         raise UserError(f"plugins: is not the file that the run in {path} was begun with; a resumed run keeps its code")
-    for key, before, now in find_differences(saved.get("recipe"), config["recipe"]):
+    if not isinstance(saved.get("recipe"), dict):
+        raise UserError(f"{path / 'config.json'}: holds no recipe; begin anew with another --run_dir")
+    for key, before, now in find_differences(saved["recipe"], config["recipe"]):
         may_differ = {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME
         if not may_differ and not is_same_content(path, saved["recipe"], config["recipe"], key):
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")

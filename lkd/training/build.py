@@ -36,6 +36,7 @@ from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models.build import (
+    GIVEN,
     adapt_given,
     adapt_input,
     adapt_pretrained,
@@ -241,6 +242,8 @@ class OpenedTeacher:
     def title(self) -> str:
         """What messages call it."""
         settings = self.settings
+        if settings.path.startswith(GIVEN):
+            return "teacher"
         return str(settings.name) if settings.pretrained or settings.path == "random" else settings.path
 
     def find_stages(self, image_shape: tuple[int, int, int]) -> Stages:

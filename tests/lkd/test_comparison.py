@@ -57,7 +57,7 @@ def _one_process(monkeypatch) -> None:
     """No worker processes: starting them takes longer than their work."""
 
     @contextmanager
-    def start_thread(count: int, device: object, threads: int):
+    def start_thread(count: int, device: object, threads: int, plugins: str | None):
         with ThreadPoolExecutor(1) as executor:
             yield executor
 

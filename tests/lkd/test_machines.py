@@ -4,6 +4,7 @@ import errno
 import fcntl
 import importlib.util
 import io
+import logging
 import os
 import shlex
 import shutil
@@ -88,7 +89,8 @@ def test_names_that_are_no_utf_8_are_packed_and_cached(tmp_path) -> None:
 
 
 @pytest.mark.outside(31)
-def test_names_that_are_no_utf_8_are_said(tmp_path, capfd) -> None:
+def test_names_that_are_no_utf_8_are_said(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(logging.getLogger("lkd"), "propagate", False)  # pytest's workers cannot report such names
     with open_run(DistillRecipe(run_dir="run"), "distill", quiet=True) as run:
         run.say(f"warning: {NAME} is damaged")
         files_damage = image_files.Damage(limit=1.0)

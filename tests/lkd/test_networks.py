@@ -161,7 +161,7 @@ def test_crds_checkpoints_are_loaded_and_others_refused_in_one_line(tmp_path) ->
 def test_teachers_that_do_not_fit_are_one_line_and_code_2(tmp_path, capsys) -> None:
     write_checkpoint(tmp_path / "a.pth", "resnet8")
     cases = [
-        (["--teacher.path", str(tmp_path / "a.pth"), "--teacher.name", "resnet8"], "100 classes"),
+        (["--teacher.path", str(tmp_path / "a.pth"), "--teacher.name", "resnet8"], "3 input channels"),
         (["--teacher.path", str(tmp_path / "a.pth")], "teacher.name"),
         (["--teacher.name", "resnet34.tv_in1k"], "holds a small_resnet"),
         (["--teacher.name", "resnet34", "--teacher.pretrained", "true"], "tag"),

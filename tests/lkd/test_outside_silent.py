@@ -374,8 +374,8 @@ def test_a_slow_average_of_a_short_training_is_trained() -> None:
 
 @pytest.mark.outside(10)
 @pytest.mark.parametrize("compiled", ["whole", "part", "parallel"])
-def test_a_compiled_students_file_is_the_plain_networks(compiled: str, monkeypatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", True, raising=False)
+@torch._dynamo.config.patch(disable=True)
+def test_a_compiled_students_file_is_the_plain_networks(compiled: str) -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     if compiled == "part":
         student = nn.Sequential(nn.Flatten(), torch.compile(nn.Linear(16, 3), backend="eager"))

@@ -155,11 +155,11 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
 
 
 def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
-    one, four = (plan("--train.batch_size", "32768", "--gpus", gpus) for gpus in ("1", "4"))
+    one, four = (plan("--train.batch_size", "32768", "--loss", "kd", "--gpus", gpus) for gpus in ("1", "4"))
     assert four["hours"]["training"] == pytest.approx(one["hours"]["training"] / 4, rel=0.3)
     assert four["memory_gigabytes"]["a step of training"] < one["memory_gigabytes"]["a step of training"] / 3
     assert one["cache"]["gigabytes"] == pytest.approx(45_000 * 8 * 10 * 2 / 1e9)
-    cached = plan("--train.batch_size", "32768", "--teacher.cache", "answers")
+    cached = plan("--train.batch_size", "32768", "--loss", "kd", "--teacher.cache", "answers")
     assert "teacher" not in cached["step"]
     saved = one["cache"]["saved_hours_of_another_training"]
     assert cached["hours"]["training"] == pytest.approx(one["hours"]["training"] - saved, rel=0.02)

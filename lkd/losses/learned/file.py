@@ -73,7 +73,8 @@ class LossFile(NamedTuple):
                 raise ValueError(f"{len(parts)} networks, {len(starts)} times, for {len(self.tensors)} weights")
             with torch.device("meta"):  # a header can name any size: nothing of it is made
                 loss = build_loss_from(self.header["architecture"])
-            loss.load_state_dict({name: tensor.clone() for name, tensor in self.tensors.items()}, assign=True)
+            own = {name: tensor.to(torch.float32, copy=True) for name, tensor in self.tensors.items()}
+            loss.load_state_dict(own, assign=True)
             loss.set_trust(Trust())  # its buffer is not in the file
         except UserError as error:
             raise UserError(f"{self.path}: {error}: learn it again") from error
@@ -83,7 +84,7 @@ class LossFile(NamedTuple):
                 f"{self.path}: its weights and its architecture do not fit: {reason}: if a newer lkd wrote it, update "
                 "lkd, else replace the file"
             ) from error
-        return loss.float().requires_grad_(False).eval()
+        return loss.requires_grad_(False).eval()
 
 
 def load_loss(path: str | Path, trust: Trust | None = None) -> LearnedLoss | ReplayedLoss:
