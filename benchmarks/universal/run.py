@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--worlds", type=Path, default=HERE / "worlds.yaml", help="another list of worlds")
-    parser.add_argument("--only", default=".", help="worlds whose whole names match")
+    parser.add_argument("--only", default=".*", help="worlds whose whole names match")
     parser.add_argument("--arms", default=".*", help="arms whose whole names match")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
