@@ -2,6 +2,7 @@
 
 python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [universal]
 
+The shipped loss fades (`DecoupledLoss.fades`): rollouts are too short to learn that, it is chosen over whole trainings.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lkd.core.files import PACKAGE, hash_file
-from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance, save_loss
+from lkd.losses.learned.file import SUFFIX, LossFile, read_provenance, save_loss
 
 
 def main() -> int:
@@ -22,7 +23,9 @@ def main() -> int:
     folder = PACKAGE / "losses" / "pretrained"
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}{SUFFIX}"
-    save_loss(path, load_loss(source), provenance)
+    file = LossFile.read(source)
+    file.header["architecture"]["parts"]["logits"]["arguments"]["fades"] = True
+    save_loss(path, file.build(), provenance)
     print(f'    "{name}": "{hash_file(path)}",  # {path.stat().st_size:,} bytes')
     return 0
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lkd
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.evaluation.comparison.trials import Trial, run_trial
@@ -146,6 +148,36 @@ def test_a_part_of_a_batch_sees_its_own_context() -> None:
     mean = torch.stack(parts).mean().item()
     assert mean == pytest.approx(whole.item(), rel=0.05)
     assert mean != whole.item()
+
+
+def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
+    torch.manual_seed(0)
+    plain, fading = (build_learned_loss("logits", {"conditioning": SEEN, "fades": fades}) for fades in (False, True))
+    fading.load_state_dict(plain.state_dict())
+    student, teacher, target = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
+
+    def compare(figures: TrustFigures) -> tuple[float, float, float]:
+        """What fades, less what does not; and less cross-entropy."""
+        for loss in (plain, fading):
+            loss.tell(figures)
+        faded = total(fading, student, teacher, target).item()
+        whole = total(plain, student, teacher, target).item()
+        return faded, whole, cross_entropy(student, target).item()
+
+    for figures in (
+        TrustFigures(),
+        TRUST._replace(own_accuracy=math.nan),
+        TrustFigures(0.9, 0.9, own_accuracy=0.7),
+        TrustFigures(0.8, 0.48, own_accuracy=0.9),  # ahead of the teacher, but two labels in five are wrong
+    ):
+        faded, whole, _ = compare(figures)
+        assert faded == pytest.approx(whole, rel=1e-3)
+    faded, _, labels = compare(TrustFigures(0.6, 0.6, own_accuracy=0.8))
+    assert faded == pytest.approx(labels, rel=1e-3)
+    faded, whole, labels = compare(TrustFigures(0.6, 0.6, own_accuracy=0.63))
+    assert faded == pytest.approx((whole + labels) / 2, rel=1e-3)
+    with pytest.raises(UserError, match="fades"):
+        build_learned_loss("logits", {"fades": True})
 
 
 def test_a_file_holds_no_trust(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "9c7efbfdec8992b5437f8f2a2a2e43a73bd1ea445444bf203ed60e71631f73d5",
+    "universal": "50daf41a1557662c8ed4e51f6c976c63d60b3e7648e747641efbe6d7ebf5df27",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}

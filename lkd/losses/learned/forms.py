@@ -14,6 +14,7 @@ from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, Linear
 from lkd.losses.learned.trust import TrustFigures
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
+FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of the student by half
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
@@ -119,6 +120,7 @@ class DecoupledLoss(LogitForm):
             `Trust`, calibration, agreement, images_per_class, own_accuracy.
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
         linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
+        fades: Whether the loss turns into cross-entropy where the student has overtaken the teacher; see `stay`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -135,8 +137,11 @@ class DecoupledLoss(LogitForm):
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
         linear: bool = False,
+        fades: bool = False,
     ) -> None:
         super().__init__(locals())
+        if fades and not {"agreement", "own_accuracy"} <= set(self.conditioning):
+            raise ValueError("fades: true needs agreement and own_accuracy in conditioning, to be told who is ahead")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.warmup = warmup
@@ -159,6 +164,21 @@ class DecoupledLoss(LogitForm):
             return torch.ones_like(like[0])
         return networks.as_progress(progress, like).div(self.warmup).clamp(max=1)
 
+    def stay(self, like: Tensor) -> Tensor:
+        """The part of the loss that is not plain cross-entropy yet, a scalar in [0, 1]; 1 where it cannot be known.
+
+        It falls as the student's own accuracy overtakes the teacher's agreement with held-out labels, by a margin that
+        grows with the part of the training labels that seems wrong: they are then no better a guide than the teacher.
+        Rollouts are too short to find this; the two constants were chosen over whole trainings
+        (docs/evidence/universal/tried.md).
+        """
+        if not self.architecture["fades"]:
+            return torch.ones_like(like[0])
+        validation, training, _, _, own = self.trust.to(like).unbind()
+        wrong = (1 - training / validation).clamp(0, 1).nan_to_num(0.0)
+        lead = validation - own + wrong
+        return (FADING * (lead + MARGIN)).sigmoid().nan_to_num(1.0)
+
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         target = check_batch(student, teacher, target)
@@ -168,9 +188,11 @@ class DecoupledLoss(LogitForm):
             label = label_of(target)
             binary_s, other_s = decouple(logs.student / temperature.unsqueeze(1), label)
             binary_t, other_t = decouple(logs.teacher / (temperature * own).unsqueeze(1), label)
-            scale = 2 * self.ramp(progress, weight) * weight * temperature.square()
+            stays = self.stay(weight)
+            scale = 2 * stays * self.ramp(progress, weight) * weight * temperature.square()
+            labels = stays * 2 * (1 - weight) + (1 - stays)
             return {
-                "task": (2 * (1 - weight) * cross_entropies(student.logits, target)).mean(),
+                "task": (labels * cross_entropies(student.logits, target)).mean(),
                 "target_class": (scale * (binary_t.exp() * (binary_t - binary_s)).sum(1)).mean(),
                 "other_classes": (scale * factor * (other_t.exp() * (other_t - other_s)).sum(1)).mean(),
             }
