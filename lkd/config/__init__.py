@@ -59,4 +59,12 @@ COMMANDS: dict[str, tuple[type, str]] = {
 
 # Command → the field whose values are the words before the options: one, or a list. Elsewhere these are recipe files.
 # Of two fields the first takes one word.
-POSITIONAL = {"inspect": "loss", "push": "loss", "pull": "loss", "report": "runs", "predict": "checkpoint pictures"}
+POSITIONAL = {
+    "inspect": "loss",
+    "evaluate": "checkpoint",
+    "predict": "checkpoint pictures",
+    "export": "checkpoint",
+    "push": "loss",
+    "pull": "loss",
+    "report": "runs",
+}

@@ -296,6 +296,11 @@ def check_name(name: str) -> list[str]:
     """
     if name in REGISTERED or name in OWN_NETWORKS:
         return [name]
+    if ":" in name or name.endswith(".py"):
+        raise UserError(
+            f"model: {name!r} is no name: no code is imported by a name; register a network of your own with "
+            'lkd.register("mine", builder) in a file of Python, and give that by --plugins'
+        )
     import timm
     import torchvision
 

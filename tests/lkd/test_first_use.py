@@ -110,7 +110,7 @@ def test_evaluate_goes_by_the_files_data_and_a_test_figure_is_read_once(monkeypa
     said = capsys.readouterr().out
     assert "test split, read once" in said
     top1 = load_network(Path("r/student.safetensors"))[1]["provenance"]["test"]["top1"]
-    assert main(["evaluate", "--checkpoint", "r/student.safetensors"]) == 0
+    assert main(["evaluate", "r/student.safetensors"]) == 0
     measured = capsys.readouterr().out
     assert "60 test images of npz/mine" in measured
     assert f"{top1:.4f}" in measured

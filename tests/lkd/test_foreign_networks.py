@@ -168,6 +168,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.outside(19)
 def test_an_own_architecture_on_the_command_line(plugin, capsys) -> None:
+    assert main(["distill", *S, "--student.name", "my_package.my_module:build"]) == 2
+    assert "lkd.register" in capsys.readouterr().err
     words = ["distill", *S, *CE, "--student", "{name: own, options: {width: 6}}", "--run_dir", "r"]
     assert main(words) == 2
     assert "plugins" in capsys.readouterr().err
