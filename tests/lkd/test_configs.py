@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 from itertools import cycle, islice
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from lkd.cli import main
@@ -167,7 +170,8 @@ def test_the_recipe_of_the_literatures_teachers_runs(literature_roots) -> None:
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/tour.md").read_text()
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
         part.strip() for line in lines for part in line.split("#")[0].split("&&") if part.strip().startswith("lkd ")
@@ -189,13 +193,20 @@ def test_every_recipe_that_the_readme_does_not_run_runs(recipe: str, fashion_roo
 
 
 def test_every_command_in_the_readme_runs(fashion_root: str, monkeypatch) -> None:
-    """In the README's own order, one after another: later commands use the files of earlier ones."""
+    """And in docs/tour.md; in their own order, one after another: later commands use the files of earlier ones."""
     (Path.cwd() / "configs").symlink_to(ROOT / "configs")
     Path("photos").mkdir()
     Image.new("L", (28, 28), 9).save("photos/dark.png")
+    pictures = write_image_folder(Path("pictures").resolve())
+    timm_network = timm.create_model("resnet18", num_classes=len(os.listdir(f"{pictures}/train")))
+    torch.save({"state_dict": timm_network.state_dict()}, "teacher.pth")
     commands = readme_commands()
-    assert len(commands) >= 6
+    assert len(commands) >= 20
     for line in commands:
+        if "PICTURES" in line:
+            line = line.replace("PICTURES", pictures).replace("224", "32").replace("resnet50", "resnet18")
+            assert main([*shlex.split(line)[1:], *SMALL_STEP]) == 0
+            continue
         words = shlex.split(line.replace("DIR", fashion_root))[1:]
         if words[0] == "quickstart":
             continue  # tests/lkd/test_quickstart.py
