@@ -1,10 +1,12 @@
 """Every code block of the documentation runs, and every page is in its table of contents."""
 
 import dataclasses
-import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,12 +75,7 @@ def test_yaml_and_json_blocks_can_be_read(page: Path) -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = {
-        name
-        for entry in navigation
-        for value in entry.values()
-        for name in ([value] if isinstance(value, str) else value)
-    }
+    listed = set(re.findall(r"\w+\.md", json.dumps(navigation)))
     assert listed == {page.name for page in PAGES}
 
 
@@ -105,13 +102,13 @@ def test_options_of_a_meta_training_that_are_named_exist_and_all_of_the_draw_are
     assert {name for name in fields - contents if name.startswith("pool")} <= named
 
 
-def test_the_pages_build(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("mkdocstrings")
-    config = pytest.importorskip("mkdocs.config").load_config(
-        str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site")
-    )
-    monkeypatch.chdir(ROOT)
-    importlib.import_module("mkdocs.commands.build").build(config)
+def test_the_pages_build(tmp_path) -> None:
+    pytest.importorskip("zensical")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for part in ("lkd", "meta"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text())
+    subprocess.run([sys.executable, "-m", "zensical", "build"], cwd=tmp_path, check=True, capture_output=True)
     pages = "".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
     assert not re.search(r'<(?:link|script)[^>]+(?:href|src)="(?:https?:)?//', pages)  # nothing is asked of others
-    assert "Meta-train" in pages or "meta-train" in pages
+    assert "measure_trust" in (tmp_path / "site/api/index.html").read_text(), "docstrings are in the reference"
