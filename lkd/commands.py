@@ -16,7 +16,7 @@ from lkd.evaluation.influence import measure_run
 from lkd.evaluation.inspection_report import inspect_recipe
 from lkd.evaluation.plan import format_plan
 from lkd.evaluation.plan import plan as plan_run
-from lkd.evaluation.quickstart import SETTINGS, loss_path
+from lkd.evaluation.quickstart import SETTINGS
 from lkd.evaluation.quickstart import quickstart as run_quickstart
 from lkd.evaluation.report.page import write_report
 from lkd.evaluation.variance import measure_variance
@@ -211,8 +211,7 @@ def quickstart(recipe: config.QuickstartRecipe) -> None:
         page = run_quickstart(recipe, run)
         for setting in SETTINGS:
             print(f"\n{setting}\n{(run.path / setting / 'table.txt').read_text().rstrip()}")
-        path = loss_path(run.path, "clean")
-        print(f"\npage: {page}\nlearned loss: {path}\nreuse it: loss = lkd.load_loss({str(path)!r})")
+        print(f"\npage: {page}\nuse it: lkd.load_loss('universal'), or lkd distill (docs/universal.md)")
 
 
 def inspect(recipe: config.InspectRecipe) -> None:

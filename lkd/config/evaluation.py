@@ -198,7 +198,7 @@ class PlanRecipe(StudentRecipe):
 
 @dataclass
 class QuickstartRecipe(RunRecipe):
-    """Learn a loss on embedded images in three settings, reuse it, compare it with CE and KD (RUN_DIR/report.html).
+    """Train with the universal loss in three settings, beside CE and a grid of KD, and adapt it (RUN_DIR/report.html).
 
     Args:
         short: A small form of everything, under 90 seconds, that claims nothing.

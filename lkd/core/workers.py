@@ -269,15 +269,20 @@ def own_device(device: str) -> str:
     return assign_device(device, worker_number, count_gpus(device))
 
 
+QUIET = 10.0  # seconds without a line
+
+
 def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any], str | None], title: str) -> None:
     """Wait for work, with a progress bar; say a line about a result where `describe` gives one.
+
+    Where no terminal shows the bar, a line says every ten seconds how far it is.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM.
         UserError: If a worker died.
     """
     with deferred_interrupts() as stop, tqdm(total=len(futures), desc=title, unit="job", disable=None) as bar:
-        pending, done = set(futures), 0
+        pending, done, said = set(futures), 0, time.monotonic()
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -294,5 +299,9 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
                 bar.update()
                 if line:
                     tqdm.write(line)
+                    said = time.monotonic()
+            if bar.disable and time.monotonic() - said > QUIET:
+                tqdm.write(f"{title}: {done} of {len(futures)} done")
+                said = time.monotonic()
             if stop and pending:
                 raise Interrupted(f"{done} of {len(futures)} jobs are finished and kept")

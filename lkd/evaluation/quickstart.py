@@ -1,4 +1,4 @@
-"""The whole path on embedded images: learn a loss in three settings, reuse it on fresh students, compare, report."""
+"""The whole path on embedded images: the universal loss in three settings beside CE and a KD grid, then adapted."""
 
 import dataclasses
 import json
@@ -6,8 +6,6 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lkd.config.evaluation import CompareRecipe, QuickstartRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
@@ -17,19 +15,32 @@ from lkd.core.tensor_files import read_result
 from lkd.core.workers import count_threads, finish_all, start_workers
 from lkd.evaluation.comparison.compare import submit
 from lkd.evaluation.comparison.tables import UNLEARNED, format_figure, name_method, write_results
-from lkd.evaluation.comparison.trials import describe_other_threads, pick_options, plan_report, plan_tuning, trial_path
+from lkd.evaluation.comparison.trials import (
+    Trial,
+    describe_other_threads,
+    pick_options,
+    plan_report,
+    plan_tuning,
+    trial_path,
+)
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
-from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, load_loss, mark_unlearned, read_provenance
-from lkd.meta_training.log import find_kept_row, plot_learned_loss, plt, save_figure
+from lkd.losses.learned.file import SUFFIX, load_loss, mark_unlearned, read_provenance, was_learned
+from lkd.meta_training.log import plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
-from lkd.training.build import choose_student, introduce_network, introduce_teacher, open_teacher, prepare_images
+from lkd.training.build import (
+    choose_student,
+    introduce_network,
+    introduce_teacher,
+    measure_teacher,
+    open_teacher,
+    prepare_images,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The recipes of the quickstart: three settings, one recipe; the balance that suits one of them fails in another.
-# Clean labels; 40 % of the training labels flipped; clean labels with a teacher that answers at random on 60 % of the
-# images.
+# The recipes of the quickstart: three settings; the balance that suits one of them fails in another. Clean labels; 40 %
+# of the training labels flipped; clean labels with a teacher that answers at random on 60 % of the images.
 
 SETTINGS: dict[str, dict[str, float]] = {
     "clean": {},
@@ -38,36 +49,46 @@ SETTINGS: dict[str, dict[str, float]] = {
 }
 SEEN, UNSEEN = ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")
 LEARNING_RATE = 0.2  # of all losses here: better for each of them than 0.1
-GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
+GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0]}
+ADAPTED = "noisy"  # the setting in which a second student is trained, and the universal loss adapted
+UNIVERSAL = "universal"
 
 
-def meta_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> MetaTrainRecipe:
-    """The recipe of one setting's meta-training: the defaults, but for the setting itself and the short form."""
-    learned = MetaTrainRecipe(
-        run_dir=str(loss_path(folder, setting).parent),
+def adapt_recipe(recipe: QuickstartRecipe, folder: Path) -> MetaTrainRecipe:
+    """The recipe that goes on learning the universal loss, as configs/embedded/adapt.yaml does."""
+    return MetaTrainRecipe(
+        run_dir=str(adapted_path(folder).parent),
         resume="auto",
-        wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-{setting}"),
+        wandb=dataclasses.replace(recipe.wandb, name=f"{Path(recipe.run_dir).name}-adapted"),
         student=SEEN,
-        **share_fields(recipe, setting),
+        pool=PoolSettings(students=1, snapshots=2 if recipe.short else 5, max_age=0.8),
+        meta=MetaSettings(
+            start=UNIVERSAL,
+            outer_steps=2 if recipe.short else 5,
+            students_per_step=1 if recipe.short else 2,
+            rollout_steps=4 if recipe.short else 50,
+            outer_batch_size=200 if recipe.short else MetaSettings().outer_batch_size,
+            learning_rate=0.01,
+            estimator="first_order",
+            reuse_every=0 if recipe.short else 5,
+            reuse_students=1,
+        ),
+        **share_fields(recipe, ADAPTED),
     )
-    if recipe.short:
-        learned.pool = PoolSettings(students=1, snapshots=2)
-        learned.meta = MetaSettings(
-            outer_steps=2, students_per_step=1, rollout_steps=4, outer_batch_size=200, reuse_every=0
-        )
-    return learned
 
 
 def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> CompareRecipe:
     """The recipe of one setting's comparison."""
     grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
-    losses: dict[str, Any] = {"CE": {"name": "cross_entropy"}, "KD": {"name": "kd", "grid": grid}}
+    losses: dict[str, Any] = {"CE": "cross_entropy", "KD": {"name": "kd", "grid": grid}, UNIVERSAL: UNIVERSAL}
+    if setting == ADAPTED:
+        losses["adapted"] = str(adapted_path(folder))
     return CompareRecipe(
         run_dir=str(folder / setting),
-        methods=losses | {"learned": str(loss_path(folder, setting))},
-        students=[SEEN, UNSEEN],
+        methods=losses,
+        students=[SEEN, UNSEEN] if setting == ADAPTED else [SEEN],
         seeds=recipe.seeds,
-        evaluate_every=4,
+        evaluate_every=13,
         **share_fields(recipe, setting),
     )
 
@@ -86,32 +107,33 @@ def share_fields(recipe: QuickstartRecipe, setting: str) -> dict[str, Any]:
     }
 
 
-def loss_path(folder: Path, setting: str) -> Path:
-    """A setting's learned-loss file."""
-    return folder / setting / "meta-train" / f"loss{SUFFIX}"
+def adapted_path(folder: Path) -> Path:
+    """The file of the adapted loss."""
+    return folder / "adapted" / f"loss{SUFFIX}"
 
 
 def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The evidence's figures: test accuracy, percent, mean over seeds, and its standard error."""
+    """The evidence's figures: test accuracy, percent, mean over seeds, less tuned KD's; and standard errors."""
     figures: dict[str, float] = {}
     for setting, table in tables.items():
-        suffix = "" if setting == "clean" else f"_{setting}"
         for row in table:
-            name = f"{row['method'].lower()}_{'seen' if row['student'] == SEEN.name else 'unseen'}{suffix}"
-            figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["last"])
-    return figures
+            if row["method"] != "KD":
+                name = f"{row['method'].lower()}_{setting}" + ("" if row["student"] == SEEN.name else "_unseen")
+                figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["difference"][:2])
+    gains = [figures[f"adapted_{ADAPTED}{end}"] - figures[f"{UNIVERSAL}_{ADAPTED}{end}"] for end in ("", "_unseen")]
+    return figures | {"adapted_gain": round(sum(gains) / len(gains), 4)}
 
 
 def grid_accuracies(
     recipes: dict[str, CompareRecipe], picks: dict[str, dict[str, Any]], folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Meta-validation accuracy of every fixed KD, of CE and of the learned loss: first seed, seen student, last step.
+    """Meta-validation accuracy of every fixed KD, of CE and of the universal loss: first seed and student, last step.
 
     Returns:
         Fixed KD → setting → %, and method → setting → %.
     """
     grid: dict[str, dict[str, float]] = {}
-    bold: dict[str, dict[str, float]] = {"CE": {}, "learned": {}}
+    bold: dict[str, dict[str, float]] = {"CE": {}, UNIVERSAL: {}}
     for setting, recipe in recipes.items():
         for trial in [*plan_tuning(recipe), *plan_report(recipe, picks[setting])]:
             fixed: Any = trial.loss
@@ -173,15 +195,15 @@ def write_page(
 
 
 def summarize(tables: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Learned loss minus tuned KD and minus CE, by setting and student, whichever way they fell."""
+    """Learned losses minus tuned KD and minus CE, by setting and student, whichever way they fell."""
     rows = []
     for setting, table in tables.items():
         last = {(row["student"], row["method"]): row["last"][0] for row in table}
         for row in table:
-            if row["method"] == "learned":
+            if row["method"] not in ("CE", "KD"):
                 over_ce = f"{row['last'][0] - last[row['student'], 'CE']:+.2f}"
-                name = mark_unlearned(NAMES[setting], row["learned"])
-                rows.append([name, row["student"], format_figure(row["difference"], True), over_ce])
+                name = mark_unlearned(row["method"], row["learned"])
+                rows.append([NAMES[setting], row["student"], name, format_figure(row["difference"], True), over_ce])
     return rows
 
 
@@ -192,7 +214,6 @@ def list_table(table: list[dict[str, Any]]) -> list[list[str]]:
             row["student"],
             name_method(row),
             format_figure(row["last"]),
-            format_figure(row["best"]),
             "" if row["method"] == "KD" else format_figure(row["difference"], True),
         ]
         for row in table
@@ -205,7 +226,7 @@ def compare_regrets(regret: dict[str, float]) -> str:
     steadiest = min(fixed, key=lambda label: fixed[label])
     return (
         "Largest gap, over the three settings, to the best KD of the setting (meta-validation, first seed): "
-        f"the learned loss {regret['learned']:.1f} points, without tuning; "
+        f"the universal loss {regret[UNIVERSAL]:.1f} points, without tuning; "
         f"the steadiest of {len(fixed)} fixed KDs, {steadiest}, {fixed[steadiest]:.1f}; "
         f"the worst of them {max(fixed.values()):.1f}; cross-entropy {regret['CE']:.1f}."
     )
@@ -225,50 +246,55 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         introduce_teacher(open_teacher(first.teacher, images.train), images, run.device),
         *(
             introduce_network("student", choose_student(student, images.train), images, run.device)
-            for student in first.students
+            for student in (SEEN, UNSEEN)
         ),
     ]
     run.say(*networks)
     run.say(
         f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
-        f"{len(images.test):,} test images; three settings, one recipe, {recipe.seeds} paired seeds"
+        f"{len(images.test):,} test images; three settings, {recipe.seeds} paired seeds"
     )
     phases: dict[str, float] = {}
     device = str(run.device)
+    adapted = adapted_path(run.path)
     with start_workers(recipe.workers, threads=recipe.threads) as workers:
-        jobs: dict[Future[Any], str] = {
-            workers.submit(learn_in_worker, meta_recipe(recipe, setting, run.path)): setting
-            for setting in SETTINGS
-            if not loss_path(run.path, setting).exists()
-        }
-        for setting, compare in compare_recipes.items():
-            paths = [trial_path(compare, trial, run.path / setting) for trial in plan_tuning(compare)]
-            run.say(*describe_other_threads(paths))
-            jobs |= submit(compare, plan_tuning(compare), run.path / setting, workers, device)
-        finish_all(jobs, describe_job, "learn losses, tune KD")
-        phases["learn_and_tune"] = time.time() - started
+
+        def train(trials: dict[str, list[Trial]], title: str) -> None:
+            """Run what has no result yet."""
+            jobs: dict[Future[Any], str] = {}
+            for setting, own in trials.items():
+                compare, folder = compare_recipes[setting], run.path / setting
+                run.say(*describe_other_threads([trial_path(compare, trial, folder) for trial in own]))
+                jobs |= submit(compare, own, folder, workers, device)
+            finish_all(jobs, lambda *_: None, title)
+            phases[title.replace(" ", "_")] = time.time() - started - sum(phases.values())
+
+        train({setting: plan_tuning(compare) for setting, compare in compare_recipes.items()}, "tune KD")
         picks = {setting: pick_options(compare, run.path / setting) for setting, compare in compare_recipes.items()}
-        for setting, pick in picks.items():
-            run.say(f"{setting}: KD's pick on meta-validation: {pick['KD']}")
-        reported: dict[Future[Any], str] = {}
+        trials = {setting: plan_report(compare, picks[setting]) for setting, compare in compare_recipes.items()}
+        learning = None if adapted.exists() else workers.submit(learn_in_worker, adapt_recipe(recipe, run.path))
+        train(
+            {setting: [each for each in own if each.method != "adapted"] for setting, own in trials.items()},
+            "train students",
+        )
         for setting, compare in compare_recipes.items():
-            trials = plan_report(compare, picks[setting])
-            reported |= submit(compare, trials, run.path / setting, workers, device)
-        finish_all(reported, lambda label, row: None, "train fresh students")
-    phases["train_fresh_students"] = time.time() - started - phases["learn_and_tune"]
+            plain = {label: options for label, options in picks[setting].items() if label != "adapted"}
+            for row in write_results(dataclasses.replace(compare, methods=plain), plain, run.path / setting):
+                run.say(f"{setting}: {row['student']}, {row['method']}: {format_figure(row['last'])} %")
+        if learning:
+            finish_all({learning: ADAPTED}, lambda label, row: describe_adapted(row), "adapt the universal loss")
+        train({ADAPTED: trials[ADAPTED]}, "train students with the adapted loss")
     tables = {
         setting: write_results(compare, picks[setting], run.path / setting)
         for setting, compare in compare_recipes.items()
     }
-    learned = {setting: read_provenance(loss_path(run.path, setting)) for setting in SETTINGS}
-    plot_meta_training({setting: found["curve"] for setting, found in learned.items()}, run.path / "meta-training.png")
     for setting, pick in picks.items():
         kd: Any = build_loss(pick["KD"])
-        loss: Any = load_loss(loss_path(run.path, setting))
-        label, name = f"KD({kd.weight:g}, {kd.temperature:g})", "learned"
-        if not learned[setting].get("learned", True):
-            name = NOT_LEARNED
-        plot_learned_loss(loss, kd, label, run.path / setting / "learned-loss.png", name)
+        label = f"KD({kd.weight:g}, {kd.temperature:g})"
+        own = prepare_images(compare_recipes[setting].data)
+        trust = measure_teacher(open_teacher(compare_recipes[setting].teacher, own.train), own, run.device)
+        loss: Any = load_loss(UNIVERSAL, trust)
+        plot_learned_loss(loss, kd, label, run.path / setting / "learned-loss.png", UNIVERSAL)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
@@ -301,46 +327,10 @@ def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
     return {"path": str(path), "seconds": time.perf_counter() - started}
 
 
-def describe_job(label: str, result: dict[str, Any]) -> str | None:
-    """One line about a learned loss; tuning trials are silent."""
-    if "path" not in result:
-        return None
-    provenance = read_provenance(result["path"])
-    if not provenance.get("learned", True):
-        return f"{label}: {UNLEARNED} ({result['seconds']:.0f} s)"
-    rows = provenance["curve"][0], find_kept_row(provenance["curve"], provenance.get("kept_step"))
-    weight, temperature = ([row[f"loss/{name}"] for row in rows] for name in ("weight", "temperature"))
-    return (
-        f"{label}: loss learned in {result['seconds']:.0f} s: mean weight of the teacher "
-        f"{weight[0]:.2f} → {weight[1]:.2f}, temperature {temperature[0]:.1f} → {temperature[1]:.1f}"
-    )
-
-
-def plot_meta_training(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw meta-validation value, hypergradient norm, balance and temperature over the outer steps.
-
-    Args:
-        curves: Setting → rows of the meta-training log.
-        path: The picture.
-    """
-    panels = {
-        "outer/value": "meta-validation loss after the rollout",
-        "outer/hypergradient_norm": "hypergradient norm",
-        "loss/weight": "mean weight of the teacher, α",
-        "loss/temperature": "mean temperature, τ",
-    }
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for setting, rows in curves.items():
-            (line,) = axis.plot([row["step"] for row in rows], [row[key] for row in rows], lw=0.8, alpha=0.4)
-            values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
-            smooth = [values[max(0, i - 4) : i + 1].mean().item() for i in range(len(values))]
-            axis.plot([row["step"] for row in rows], smooth, lw=1.8, color=line.get_color(), label=setting)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("outer step")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize=9)
-    save_figure(figure, path)
+def describe_adapted(result: dict[str, Any]) -> str:
+    """One line about the adapted loss."""
+    kept = "" if was_learned({"provenance": read_provenance(result["path"])}) else f"; {UNLEARNED}"
+    return f"{ADAPTED}: the universal loss went on learning for {result['seconds']:.0f} s{kept}"
 
 
 def plot_settings(
@@ -368,24 +358,24 @@ def plot_settings(
     left.set_ylabel("meta-validation accuracy, %")
     left.set_title("one line for each fixed choice, first seed", fontsize=10)
     left.legend(fontsize=8, frameon=False, loc="lower left")
-    methods = list(dict.fromkeys(row["method"] for row in tables[settings[0]]))
-    students = list(dict.fromkeys(row["student"] for row in tables[settings[0]]))
+    methods = list(dict.fromkeys(row["method"] for table in tables.values() for row in table))
+    pairs = list(dict.fromkeys((setting, row["student"]) for setting, table in tables.items() for row in table))
     colors = dict(zip(methods, ("tab:blue", "0.45", "tab:red", "tab:green"), strict=False))
-    ticks: dict[float, str] = {}
-    for place, (setting, student) in enumerate((s, n) for s in settings for n in students):
-        for offset, method in enumerate(methods):
-            (row,) = (r for r in tables[setting] if r["student"] == student and r["method"] == method)
+    ticks = {place: f"{setting.replace('_', ' ')}\n{student}" for place, (setting, student) in enumerate(pairs)}
+    labelled: set[str] = set()
+    for place, (setting, student) in enumerate(pairs):
+        for row in (row for row in tables[setting] if row["student"] == student):
             mean, error = row["last"]
             right.errorbar(
-                place + 0.2 * (offset - (len(methods) - 1) / 2),
+                place + 0.2 * (methods.index(row["method"]) - (len(methods) - 1) / 2),
                 mean,
                 0 if error != error else error,
                 fmt="o",
                 capsize=3,
-                color=colors[method],
-                label=method if place == 0 else None,
+                color=colors[row["method"]],
+                label=None if row["method"] in labelled else row["method"],
             )
-        ticks[place] = f"{setting.replace('_', ' ')}\n{student}"
+            labelled.add(row["method"])
     right.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
     right.set_ylabel("test accuracy, %")
     right.set_title("fresh students, mean ± standard error over paired seeds", fontsize=10)

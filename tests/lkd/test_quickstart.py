@@ -21,31 +21,26 @@ def quickstart(tmp_path_factory) -> Path:
 def test_the_figures_file_is_complete(quickstart: Path) -> None:
     result = read_json(quickstart / "result.json")
     assert {"command", "commit", "versions", "machine", "figures"} == set(result)
-    names = [
-        f"{loss}_{student}{suffix}"
-        for loss in ("ce", "kd", "learned")
-        for student in ("seen", "unseen")
-        for suffix in ("", "_noisy", "_bad_teacher")
-    ]
-    assert set(result["figures"]) == {*names, *(f"{name}_se" for name in names), "seeds", "threads", "seconds_total"}
-    assert all(0 <= result["figures"][name] <= 100 for name in names)
+    names = ["ce_clean", "universal_clean", "ce_bad_teacher", "universal_bad_teacher"]
+    names += [f"{loss}_noisy{end}" for loss in ("ce", "universal", "adapted") for end in ("", "_unseen")]
+    others = {"adapted_gain", "seeds", "threads", "seconds_total"}
+    assert set(result["figures"]) == {*names, *(f"{name}_se" for name in names), *others}
     table = (quickstart / "clean" / "table.txt").read_text()
-    assert f"{result['figures']['learned_seen']:.2f} ± " in table
+    assert f"{result['figures']['universal_clean']:+.2f} ± ".replace("-", "−") in table
 
 
 def test_the_page_stands_alone(quickstart: Path) -> None:
     page = (quickstart / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + len(SETTINGS)
+    assert page.count("data:image/png;base64,") == 1 + len(SETTINGS)
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
     assert "claims nothing" in page
     assert "lkd.load_loss(" in page
-    assert "/meta-train/loss.lkd.safetensors" in page
+    assert "/adapted/loss.lkd.safetensors" in page
 
 
-def test_the_losses_can_be_reused(quickstart: Path) -> None:
-    for setting in SETTINGS:
-        loss = lkd.load_loss(quickstart / setting / "meta-train" / "loss.lkd.safetensors")
-        assert sum(p.numel() for p in loss.parameters()) < 50_000
+def test_the_adapted_loss_can_be_used(quickstart: Path) -> None:
+    loss = lkd.load_loss(quickstart / "adapted" / "loss.lkd.safetensors")
+    assert sum(p.numel() for p in loss.parameters()) < 50_000
 
 
 def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) -> None:
@@ -57,4 +52,4 @@ def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) ->
 
 def test_regret_is_the_worst_gap_to_the_best_fixed_choice() -> None:
     grid = {"KD(a)": {"x": 80.0, "y": 60.0}, "KD(b)": {"x": 70.0, "y": 65.0}}
-    assert regrets(grid, {"learned": {"x": 79.0, "y": 66.0}}) == {"KD(a)": 5.0, "KD(b)": 10.0, "learned": 1.0}
+    assert regrets(grid, {"universal": {"x": 79.0, "y": 66.0}}) == {"KD(a)": 5.0, "KD(b)": 10.0, "universal": 1.0}

@@ -218,7 +218,7 @@ class RunRecord:
 
 
 def read_runs(names: Sequence[str]) -> list[RunRecord]:
-    """Read run directories, and the runs that a quickstart holds; each once.
+    """Read run directories, and the meta-training that a quickstart holds; each once.
 
     Raises:
         UserError: If there are none, or a folder is not a run.
@@ -229,8 +229,8 @@ def read_runs(names: Sequence[str]) -> list[RunRecord]:
     for path in map(Path, names):
         configs[path.resolve()] = read_config(path)
         if configs[path.resolve()]["command"] == "quickstart":
-            inner = sorted(path.resolve().glob("*/meta-train/config.json"))
-            configs |= {config.parent: read_config(config.parent) for config in inner}
+            inner = path.resolve() / "adapted"
+            configs |= {inner: read_config(inner)} if (inner / "config.json").exists() else {}
     return [
         RunRecord(
             path,
