@@ -26,7 +26,8 @@ on learning in the noisy setting, on `small_cnn`; `small_mobilenet` was never se
 {regret}
 
 What it does not show: other learning rates (all losses train at one), other teachers, larger networks, other images
-than those that the universal loss was learned on. The seeds are few, and the 4,000 test images are the same for every seed.
+than those that the universal loss was learned on. The seeds are few; all share the 4,000 test
+images.
 
 `result.json`: the figures, points over tuned KD, and how long it took and was silent; `SETTING-cells.csv`: every
 training; the pictures are those of the page.
