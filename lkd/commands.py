@@ -46,6 +46,7 @@ from lkd.training.build import (
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
+from lkd.training.optimizer import check_differentiable
 from lkd.training.predict import format_prediction, write_csv
 from lkd.training.predict import predict as predict_pictures
 
@@ -162,6 +163,7 @@ def plan(recipe: config.PlanRecipe) -> None:
 
 def pool(recipe: config.PoolRecipe) -> None:
     """`lkd pool`."""
+    check_differentiable(recipe.train)
     with open_run(recipe, "pool") as run:
         images = prepare_images(recipe.data)
         student = choose_student(recipe.student, images.train)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meta.checks import check_differences, check_inputs
 from meta.estimators.first_order import walk_trajectory
-from meta.optim import Optimizer, PerStep, from_torch, read_slots
+from meta.optim import Clipped, Optimizer, PerStep, from_torch, read_slots
 from meta.problem import Hypergradient, InnerLoss, OuterLoss, Problem
 from meta.randomness import GeneratorStates, read_generators
 from meta.tensors import State, Tensors, as_leaves, copy
@@ -42,6 +42,7 @@ class Tape:
         hyper: Mapping[str, Tensor],
         steps: int,
         storage: Storage = "memory",
+        clip_norm: float = 0.0,
     ) -> None:
         """Start to record.
 
@@ -51,12 +52,15 @@ class Tape:
             hyper: The outer parameters.
             steps: How many steps to keep.
             storage: How they are stored; see `meta.trajectory.Storage`.
+            clip_norm: The norm that each step's gradient is clipped to by a later step hook of the optimiser
+                (`register_step_pre_hook`, after this tape was made); 0 for none.
 
         Raises:
             ValueError: The optimiser has no functional equal in `meta.optim`, or there is no such storage.
         """
         self.module, self.optimizer, self.hyper = module, optimizer, dict(hyper)
         from_torch(optimizer, module)
+        self._clip_norm = clip_norm
         self._steps = StoredSteps(storage, steps)
         self._optimizers: deque[Optimizer] = deque(maxlen=steps)
         self._watched: tuple[Any, GeneratorStates, Tensors] | None = None
@@ -106,11 +110,14 @@ class Tape:
             return
         batch, generators, buffers = self._watched
         self._watched = None
+        # Clipping writes into the gradients once they are recorded.
         gradients = {name: tensor.grad for name, tensor in self._parameters().items() if tensor.grad is not None}
         hyper_gradients = {name: tensor.grad for name, tensor in self.hyper.items() if tensor.grad is not None}
+        gradients = copy(gradients) if self._clip_norm else gradients
         step = Step(0, self._read_state(buffers), batch, generators, gradients, copy(hyper_gradients))
         self._steps.append(step)
-        self._optimizers.append(from_torch(self.optimizer, self.module))
+        optimizer = from_torch(self.optimizer, self.module)
+        self._optimizers.append(Clipped(optimizer, self._clip_norm) if self._clip_norm else optimizer)
 
     def _parameters(self) -> Tensors:
         return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}

@@ -35,6 +35,8 @@ class DataRecipe:
             its number of steps.
         mixup: α of mixup's Beta distribution; 0 for none. Targets are then distributions.
         cutmix: α of CutMix's; 0 for none. With both, each batch has one of them.
+        random_erasing: Probability that a rectangle of a training image is overwritten with noise (timm's, mode pixel).
+            The teacher sees the same.
         image_size: Pixels, height and width, of the crops that are cut from files; other data sets have their own size.
         workers: Threads that decode images in files; 0 for one for each CPU core of the process.
         damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
@@ -61,6 +63,7 @@ class DataRecipe:
     repeats: ranges.PositiveInt = 1
     mixup: ranges.NonNegativeFloat = 0.0
     cutmix: ranges.NonNegativeFloat = 0.0
+    random_erasing: ranges.ClosedUnitInterval = 0.0
     image_size: ranges.AtLeast8 = 224
     workers: ranges.NonNegativeInt = 0
     damaged_limit: ranges.ClosedUnitInterval = 0.001
@@ -82,12 +85,17 @@ class ModelRecipe:
             the images' as img_size.
         path: Start from the weights in this file, of any that `teacher.path` takes; a classifier of another number of
             classes starts anew.
+        new_head: The classifier of `path` starts anew even if it has as many classes: they are others.
+        freeze: Stages that stay as they are, with the statistics of their BatchNorm: stem, stage1, stage2, ... as timm
+            groups a network's layers, or names of its modules, as in layer1 or blocks.0.
     """
 
     name: str = "small_cnn"
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
+    new_head: bool = False
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -126,27 +134,50 @@ class TeacherRecipe:
 
 @dataclass
 class TrainRecipe:
-    """How a network is trained (SGD).
+    """How a network is trained.
+
+    The defaults of learning rate and weight decay are SGD's: give an optimiser of another kind its own.
 
     Args:
         epochs: Passes over the training images.
         batch_size: Images a step, of all processes of a torchrun job together.
+        optimizer: timm's name of it (sgd, adamw, lamb, lion, muon, ...; timm.optim.list_optimizers()). Meta-training
+            takes sgd, adam and adamw.
+        optimizer_options: Its further arguments, as in {betas: [0.9, 0.95]}.
         learning_rate: At the start, or after warm-up.
-        momentum: Of SGD.
-        nesterov: Nesterov's momentum.
-        weight_decay: L2 penalty, coupled as in torch.optim.SGD.
+        learning_rate_for_batch: The batch size that `learning_rate` is for: with another one it is multiplied by their
+            ratio. 0 takes it as it is.
+        head_learning_rate: Of the network's classifier, with the same schedule; that of the rest if left out.
+        layer_decay: Factor by which the learning rate falls from each layer to the one below it, from the head on
+            (BEiT's); 1 for none.
+        momentum: Of SGD, and of other optimisers that have one.
+        nesterov: Nesterov's momentum, of SGD.
+        weight_decay: L2 penalty of sgd and adam, coupled as in torch; decoupled where the optimiser has it so (adamw).
+        decay_norms_and_biases: Whether norms and biases, and what a network names in `no_weight_decay`, are decayed
+            too. If left out yes with sgd, as the literature of distillation does, and no with others.
+        clip_norm: The gradient of a step is scaled down to this norm; 0 for none.
+        label_smoothing: Part of the label that is spread evenly over all classes. Every loss is given the smoothed
+            label, as with mixup: its task term learns it, while terms that ask which class is the right one take the
+            most probable. The teacher's answers stay as they are.
         schedule: timm's name of the learning-rate schedule, stepped every update (cosine, multistep, ...).
         milestones: Epochs at whose end the learning rate is multiplied by decay_rate; of schedule multistep only.
         decay_rate: Factor at every milestone (multistep, step), or the power (poly).
+        min_learning_rate: Where the schedule ends.
         warmup_epochs: Linear warm-up.
-        precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; or auto,
-            which is bfloat16 on a GPU that has it (NVIDIA's from compute capability 8.0 on; T4 and V100 only emulate
-            it). Rollouts of meta-training are in float32.
+        warmup_steps: The same in steps.
+        warmup_learning_rate: Where warm-up starts.
+        cooldown_epochs: The last of `epochs`, after the schedule's end, at its last rate.
+        precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; float16,
+            whose gradients are scaled, for GPUs without bfloat16; or auto, which is bfloat16 on a GPU that has it
+            (NVIDIA's from compute capability 8.0 on; T4 and V100 only emulate it), else float32. Rollouts of
+            meta-training are in float32.
         accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
             that do not fit in memory. BatchNorm sees a part at a time.
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
             then evaluated and saved in the student's place; 0 for none. It is warmed up as timm does: after t steps it
             is at most 1 − t^(−2/3), so that a short training does not keep its initial weights.
+        swa_epochs: Stochastic weight averaging: the mean of the weights, and of the statistics of BatchNorm, after each
+            of the last so many epochs is evaluated and saved in the student's place; 0 for none.
         sync_batchnorm: BatchNorm over the batches of all GPUs of a torchrun job.
         compile: Run the student through torch.compile, and in `lkd distill` the teacher too. The first step then waits
             for the compiler; evaluation does not use it.
@@ -158,17 +189,30 @@ class TrainRecipe:
 
     epochs: ranges.PositiveInt = 13
     batch_size: ranges.PositiveInt = 64
+    optimizer: str = "sgd"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: ranges.NonNegativeFloat = 0.1
+    learning_rate_for_batch: ranges.NonNegativeInt = 0
+    head_learning_rate: ranges.NonNegativeFloat | None = None
+    layer_decay: ranges.PositiveFraction = 1.0
     momentum: ranges.FractionBelowOne = 0.9
     nesterov: bool = False
     weight_decay: ranges.NonNegativeFloat = 5e-4
+    decay_norms_and_biases: bool | None = None
+    clip_norm: ranges.NonNegativeFloat = 0.0
+    label_smoothing: ranges.FractionBelowOne = 0.0
     schedule: str = "cosine"
     milestones: list[ranges.PositiveInt] = field(default_factory=list)
     decay_rate: ranges.NonNegativeFloat = 0.1
+    min_learning_rate: ranges.NonNegativeFloat = 0.0
     warmup_epochs: ranges.NonNegativeInt = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    warmup_steps: ranges.NonNegativeInt = 0
+    warmup_learning_rate: ranges.NonNegativeFloat = 0.0
+    cooldown_epochs: ranges.NonNegativeInt = 0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulation: ranges.PositiveInt = 1
     ema_decay: ranges.FractionBelowOne = 0.0
+    swa_epochs: ranges.NonNegativeInt = 0
     sync_batchnorm: bool = False
     compile: bool = False
     channels_last: bool = False

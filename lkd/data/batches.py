@@ -1,5 +1,6 @@
 """Training batches as a pure function of the step: nothing to save, so a resumed run sees the same ones to the bit."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,7 +8,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_uniform, mix_words, seeded_generator
@@ -41,6 +44,8 @@ class Batches:
             2020). An epoch has as many steps as ever, and so as many fewer images.
         mixup: α of mixup's Beta(α, α); 0 for none. With mixup or CutMix targets are distributions, [B, C].
         cutmix: α of CutMix's; 0 for none. If neither is 0 each batch has one of them, with probability 1/2.
+        random_erasing: Probability that a rectangle of an image is overwritten with noise (Zhong et al., 2020).
+        label_smoothing: Part of the label that is spread evenly over all classes; targets are then distributions.
         steps: Steps that will be asked for; none is loaded ahead of its use beyond them. None if they have no end.
 
     Attributes:
@@ -60,6 +65,8 @@ class Batches:
     repeats: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
+    random_erasing: float = 0.0
+    label_smoothing: float = 0.0
     steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +111,29 @@ class Batches:
             self.images.index[positions].to(self.device),
             self.augmentation_of(epoch, slots).to(self.device),
         )
-        return self.mix(step, batch) if self.mixup or self.cutmix else batch
+        if self.random_erasing:
+            batch = self.erase(step, batch)
+        if self.mixup or self.cutmix:
+            return self.mix(step, batch)
+        if self.label_smoothing:
+            classes = self.images.num_classes
+            smoothed = self.label_smoothing / classes
+            rest = one_hot(batch.target, classes).float() * (1 - self.label_smoothing)
+            return batch._replace(target=rest + smoothed)
+        return batch
+
+    def erase(self, step: int, batch: Batch) -> Batch:
+        """Overwrite a rectangle of some images with noise, by timm; a function of seed, step and part."""
+        words = self.seed, 11, step, self.part[0]
+        device, python_state = batch.images.device, random.getstate()
+        eraser = RandomErasing(self.random_erasing, mode="pixel", device=device)
+        random.seed(mix_words(*words))
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seeded_generator(*words).initial_seed())
+                return batch._replace(images=eraser(batch.images.clone()))
+        finally:
+            random.setstate(python_state)
 
     def mix(self, step: int, batch: Batch) -> Batch:
         """Mix each image with its mirror in the batch: the first with the last, and so on.
@@ -115,7 +144,8 @@ class Batches:
         state = np.random.get_state()  # noqa: NPY002 - timm draws from numpy's global generator
         np.random.seed(mix_words(self.seed, 10, step) & 0xFFFFFFFF)  # noqa: NPY002
         try:
-            mixer = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.images.num_classes)
+            smoothing = self.label_smoothing
+            mixer = Mixup(self.mixup, self.cutmix, label_smoothing=smoothing, num_classes=self.images.num_classes)
             images, target = mixer(batch.images, batch.target)
         finally:
             np.random.set_state(state)  # noqa: NPY002

@@ -43,7 +43,7 @@ from lkd.training.build import (
     introduce_teacher,
     prepare_loss,
 )
-from lkd.training.optimizer import build_optimizer, build_scheduler
+from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
 from meta import Problem, rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
             {},
             inner_batches,
             outer_batch,
-            build_inner_optimizer(recipe.train, start.learning_rate, draw.annealing, draw.steps),
+            build_inner_optimizer(student, recipe.train, start.learning_rate, draw.annealing, draw.steps),
         )
         end = rollout(problem)
         with torch.no_grad():
@@ -250,7 +250,8 @@ def check_recipe(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBu
             raise UserError(f"{name}: {values} must hold at least one value, and each once")
     for objective in list_objectives(recipe):
         check_choice("objectives", objective, OBJECTIVES)
-    build_scheduler(build_optimizer([torch.zeros(1)], recipe.train), recipe.train, 1)
+    check_differentiable(recipe.train)
+    build_scheduler(build_optimizer(student.build(recipe.seed, torch.device("cpu")), recipe.train), recipe.train, 1)
     check_losses(recipe, inputs, student)
     for steps in recipe.rollout_lengths:
         longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)

@@ -39,8 +39,9 @@ from lkd.meta_training.worlds import name_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
+from lkd.pool.pool import split_state
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
-from lkd.training.optimizer import build_optimizer
+from lkd.training.optimizer import build_optimizer, choose_optimizer
 from lkd.training.training import keep_stages, widen_outputs
 from meta import ESTIMATORS, Problem, State, Tensors
 
@@ -224,7 +225,7 @@ def count_step(world: PlannedWorld, model: ModelRecipe, loss: dict[str, Any] | s
             with unset_fake_temporarily():  # what its file holds is real
                 opened = LossBuilder(loss, teacher, world.images)
             fitted = opened.build(builder, 0)
-        optimizer = build_optimizer([p for m in (student, fitted) for p in m.parameters() if p.requires_grad], train)
+        optimizer = build_optimizer(student, train, fitted)
         for _ in range(2):
             optimizer.zero_grad()
             columns = [column.split(size // train.accumulation) for column in world.make_batch(size)]
@@ -244,7 +245,7 @@ def count_step(world: PlannedWorld, model: ModelRecipe, loss: dict[str, Any] | s
             optimizer.step()
     networks = {"student": student, "teacher": teacher.network, "loss": fitted}
     parameters = {name: sum(p.numel() for p in each.parameters()) for name, each in networks.items()}
-    average = 4 * parameters["student"] if train.ema_decay else 0
+    average = 4 * parameters["student"] if train.ema_decay or train.swa_epochs else 0
     return Counted(counter.flops, counter.seconds, counter.peak + average, parameters)
 
 
@@ -267,9 +268,11 @@ def count_rollout(
     with torch.device("meta"), counter:
         student, teacher = choose_student(model, shapes).make().train(), open_teacher(world.recipe.teacher, shapes)
         loss = build_loss_networks(world)
-        parameters = {name: p.detach() for name, p in student.named_parameters()}
+        parameters, buffers = split_state(student)
+        parameters = {name: p.detach() for name, p in parameters.items()}
+        is_sgd = choose_optimizer(train) is torch.optim.SGD  # Adam's moments are there after the first step
         momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        state = State(parameters, dict(student.named_buffers()), {"momentum_buffer": momentum})
+        state = State(parameters, buffers, {"momentum_buffer": momentum} if is_sgd else {})
         hyper = {name: p.detach() for name, p in loss.named_parameters()}
         outer_batch = world.make_batch(meta.outer_batch_size)
 
@@ -282,7 +285,7 @@ def count_rollout(
         answers = [world.ask_teacher(teacher, batch.images, loss.teacher_stages) for batch in batches]
         inner_batches = [(batch, answer, 0.5) for batch, answer in zip(batches, answers, strict=True)]
         teacher_peak, counter.peak = counter.peak, counter.bytes
-        optimizer = build_inner_optimizer(train, train.learning_rate, meta.annealing, length)
+        optimizer = build_inner_optimizer(student, train, train.learning_rate, meta.annealing, length)
         inner_loss = partial(compute_inner_loss, student, loss)
         problem = Problem(inner_loss, outer_loss, state, hyper, inner_batches, outer_batch, optimizer)
         with explained(f"meta.estimator {estimator}"):
@@ -407,7 +410,8 @@ def identify_step(world: PlannedWorld, model: ModelRecipe) -> str:
     """What two worlds share if a step of theirs takes the same."""
     train, shapes = world.recipe.train, world.images.train
     batch = train.batch_size, train.accumulation, train.precision, bool(train.ema_decay), bool(train.momentum)
-    return repr((model, world.recipe.teacher, batch, shapes.image_shape, shapes.num_classes))
+    more = train.optimizer, bool(train.swa_epochs)
+    return repr((model, world.recipe.teacher, batch, more, shapes.image_shape, shapes.num_classes))
 
 
 def name_loss(loss: dict[str, Any] | str) -> str:

@@ -53,6 +53,7 @@ from lkd.tracking.run import Run
 from lkd.training.build import NOTHING, Images, Objects, build_batches
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
+from lkd.training.optimizer import check_differentiable
 from meta import ESTIMATORS
 
 
@@ -243,12 +244,13 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
     """
     meta, trained = recipe.meta, f"meta.interleaving {recipe.meta.interleaving}"
     build_age_weights(recipe.pool)
+    check_differentiable(recipe.train)
     check_choice("meta.estimator", meta.estimator, [*ESTIMATORS, AUDITED])
     check_choice("meta.objective", meta.objective, OBJECTIVES)
-    if meta.batches == "same" and (recipe.data.mixup or recipe.data.cutmix):
+    if meta.batches == "same" and (recipe.data.mixup or recipe.data.cutmix or recipe.train.label_smoothing):
         raise UserError(
-            "meta.batches: same would score students on mixed images, which have no label; leave out data.mixup and "
-            "data.cutmix, or take meta.batches different"
+            "meta.batches: same would score students on labels that are mixed or smoothed; leave out data.mixup, "
+            "data.cutmix and train.label_smoothing, or take meta.batches different"
         )
     if meta.initial_rollout_steps > meta.rollout_steps:
         raise UserError(

@@ -38,7 +38,8 @@ class OnlineStudent:
         self.training = world.start(loss, self.seed)
         loss.requires_grad_(True)
         hyper = dict(loss.named_parameters())
-        self.tape = Tape(self.training.student, self.training.optimizer, hyper, rollout_steps)
+        student, optimizer, clip_norm = self.training.student, self.training.optimizer, world.train.clip_norm
+        self.tape = Tape(student, optimizer, hyper, rollout_steps, clip_norm=clip_norm)
 
     def advance(self, step: int) -> list[InnerBatch]:
         """Train up to this step; the last `rollout_steps` steps are on the tape, and their batches are returned."""

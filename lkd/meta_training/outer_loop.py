@@ -32,7 +32,7 @@ from lkd.meta_training.rollouts import (
     half_cosine,
     list_inner_batches,
 )
-from lkd.pool.pool import Pool, PoolStudent, World
+from lkd.pool.pool import Pool, PoolStudent, World, split_state
 from lkd.pool.sampling import build_age_weights
 from lkd.training.build import Images
 from lkd.training.optimizer import restore_optimizer
@@ -48,7 +48,7 @@ from meta import (
     Tensors,
     outer_step,
 )
-from meta.optim import Averaged, Optimizer
+from meta.optim import Averaged
 
 AUDITED = "audited"
 LESS_MEMORY = "a smaller meta.rollout_steps, meta.outer_batch_size or train.batch_size"
@@ -200,7 +200,8 @@ class OuterLoop:
         )
         stages = self.loss.teacher_stages
         inner_batches = list_inner_batches(batches, world.teacher, student.progress, steps, stages)
-        optimizer: Optimizer = build_inner_optimizer(world.train, student.learning_rate, settings.annealing, steps)
+        rate, annealing = student.learning_rate, settings.annealing
+        optimizer = build_inner_optimizer(network, world.train, rate, annealing, steps)
         return Problem(
             partial(compute_inner_loss, network, loss),
             self.outer_loss(network),
@@ -219,8 +220,8 @@ class OuterLoop:
         """
         for place in {world.student.name: place for place, world in enumerate(self.worlds)}.values():
             network = self.networks[place]
-            parameters = {name: tensor.detach() for name, tensor in network.named_parameters()}
-            student = PoolStudent(State(parameters, dict(network.named_buffers()), {}), 0.1, 0.0)
+            parameters, buffers = split_state(network)
+            student = PoolStudent(State({name: p.detach() for name, p in parameters.items()}, buffers, {}), 0.1, 0.0)
             with torch.random.fork_rng(devices=[]), explained(f"meta.estimator {self.settings.estimator}"):
                 self.estimator(self.build_rollout(place, student, 1, 0, seeded_generator(self.seed, 5)))
 
@@ -267,8 +268,7 @@ class OuterLoop:
         training, student = own.training, own.training.student
         updates, update = self.settings.outer_steps - start, self.step + 1 - start
         batches = own.advance(training.total_steps * update // updates)
-        parameters: Tensors = dict(student.named_parameters())
-        buffers = dict(student.named_buffers())
+        parameters, buffers = split_state(student)
         self.balances.append(measure_balance(self.loss, student, parameters, buffers, batches[-1]))
         torch.manual_seed(draw_seed(self.seed, 8, self.step, number))
         outer_batch = self.draw_outer_batch(batches, seeded_generator(self.seed, 5, self.step, number))

@@ -159,7 +159,8 @@ class Reuse:
 
 
 def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
-    """A training of fewer epochs whose warm-up and milestones shrink in proportion."""
+    """A training of fewer epochs whose warm-up, milestones, cooldown and average shrink in proportion."""
     milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
-    warmup = round(train.warmup_epochs * epochs / train.epochs)
-    return replace(train, epochs=epochs, milestones=milestones, warmup_epochs=warmup)
+    names = "warmup_epochs", "warmup_steps", "cooldown_epochs", "swa_epochs"
+    shorter = {name: round(getattr(train, name) * epochs / train.epochs) for name in names}
+    return replace(train, epochs=epochs, milestones=milestones, **shorter)

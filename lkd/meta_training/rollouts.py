@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import calibrated_cross_entropy
 from lkd.models.teacher import TeacherFunction
 from lkd.training.build import build_batches
+from lkd.training.optimizer import build_optimizer, check_differentiable
 from lkd.training.training import keep_stages
 from meta import Tensors, call_module
-from meta.optim import SGD
+from meta.optim import Clipped, Optimizer, from_torch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outer objectives: what a student's answers on a meta-validation batch are worth; the loss networks descend it. LKD
@@ -61,7 +63,7 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One rollout: what meta-training differentiates, and what ranking fidelity measures. *Our reconstruction* of LKD's
-# inner loop: K steps of the student's own SGD from a student of the pool.
+# inner loop: K steps of the student's own optimiser from a student of the pool.
 
 InnerBatch = tuple[Batch, Outputs, float]
 """Images and labels, the teacher's outputs for them, and the progress that the loss is told."""
@@ -72,14 +74,26 @@ def half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_inner_optimizer(train: TrainRecipe, learning_rate: float, annealing: str, steps: int) -> SGD:
-    """SGD with the training's momentum and weight decay; its rate is constant, or annealed to zero (`cosine`)."""
+def build_inner_optimizer(
+    student: nn.Module, train: TrainRecipe, learning_rate: float, annealing: str, steps: int
+) -> Optimizer:
+    """The training's optimiser with its groups and its clipping; the rate is constant, or annealed to zero (`cosine`).
 
-    def rate(step: int) -> float:
-        return learning_rate * half_cosine(step / steps)
+    Raises:
+        UserError: If it has no adjoint.
+    """
+    check_differentiable(train)
+    optimizer = build_optimizer(student, train)
+    for group in optimizer.param_groups:
+        own = learning_rate * group.get("lr_scale", 1.0)
+        group["lr"] = own if annealing == "constant" else partial(anneal, own, steps)
+    functional = from_torch(optimizer, student)
+    return Clipped(functional, train.clip_norm) if train.clip_norm else functional
 
-    rates = learning_rate if annealing == "constant" else rate
-    return SGD(rates, train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
+
+def anneal(learning_rate: float, steps: int, step: int) -> float:
+    """The rate of a step of a rollout of so many steps."""
+    return learning_rate * half_cosine(step / steps)
 
 
 def build_rollout_batches(

@@ -19,6 +19,7 @@ from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
 from lkd.models.foreign_weights import is_foreign, load_foreign_network
+from lkd.models.stages import thaw
 
 KIND, VERSION = "network", 1
 MOST_ENTRIES, MOST_NUMBER = 1000, 1 << 16  # of options of a network's file
@@ -43,7 +44,7 @@ def save_network(
     header: dict[str, Any] = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
     if images is not None:
         header |= {"input": describe_input(network, images), "classes": list(images.class_names)}
-    write_tensors(path, plain_state_dict(network), KIND, VERSION, header)
+    write_tensors(path, plain_state_dict(thaw(network)), KIND, VERSION, header)
 
 
 def describe_input(network: nn.Module, images: ImageSet) -> dict[str, Any]:

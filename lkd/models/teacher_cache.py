@@ -26,7 +26,17 @@ OF_NO_EFFECT = {
     *("path", "name", "pretrained", "cache"),
     *("root", "train_size", "meta_validation_size", "split_seed", "augmentation_seeds"),
     *("label_noise", "label_noise_kind", "meta_validation_noise", "imbalance"),
-    *("repeats", "mixup", "cutmix", "workers", "damaged_limit", "read_timeout", "packed", "class_map"),
+    *(
+        "repeats",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "workers",
+        "damaged_limit",
+        "read_timeout",
+        "packed",
+        "class_map",
+    ),
     "evaluation_batch_size",
 }
 
@@ -270,16 +280,18 @@ def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
         )
 
 
-def choose_seeds(augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float) -> range:
+def choose_seeds(
+    augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float, random_erasing: float = 0.0
+) -> range:
     """The augmentation seeds that batches have.
 
     Raises:
-        UserError: If they have no end, or images are mixed, which no augmentation seed says.
+        UserError: If they have no end, or images are mixed or erased, which no augmentation seed says.
     """
-    if mixup or cutmix:
+    if mixup or cutmix or random_erasing:
         raise UserError(
-            f"data.mixup, data.cutmix: {mixup}, {cutmix}; a teacher cache holds no answers to mixed images: "
-            "set both to 0, or leave teacher.cache out"
+            f"data.mixup, data.cutmix, data.random_erasing: {mixup}, {cutmix}, {random_erasing}; a teacher cache holds "
+            "no answers to mixed or erased images: set them to 0, or leave teacher.cache out"
         )
     if augmentation == "none":
         return range(1)

@@ -33,6 +33,7 @@ from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.distill import start_training
 from lkd.training.training import DivergedError, Training
 from meta import State
+from meta.optim import read_slots
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class World:
 # A student of the pool as a file.
 
 KIND, VERSION = "pool student", 1
+SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")  # of SGD, or of Adam and AdamW
 
 
 class PoolStudent(NamedTuple):
@@ -86,17 +88,18 @@ class PoolStudent(NamedTuple):
     progress: float
 
 
+def split_state(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A network's parameters that are trained, and what is not: buffers, and parameters that are frozen."""
+    named = list(network.named_parameters())
+    frozen = {name: parameter.detach() for name, parameter in named if not parameter.requires_grad}
+    return {name: p for name, p in named if p.requires_grad}, {**dict(network.named_buffers()), **frozen}
+
+
 def write_student(path: Path, training: Training) -> None:
     """Write a training's student as it is now."""
-    parameters = dict(training.student.named_parameters())
-    state = training.optimizer.state
-    slots = {name: state.get(tensor, {}).get("momentum_buffer") for name, tensor in parameters.items()}
-    momentum = {name: tensor for name, tensor in slots.items() if tensor is not None}
-    parts: dict[str, dict[str, Any]] = {
-        "parameters": parameters,
-        "buffers": dict(training.student.named_buffers()),
-        "momentum_buffer": momentum,
-    }
+    parameters, buffers = split_state(training.student)
+    slots = read_slots(training.optimizer, training.student)
+    parts: dict[str, dict[str, Any]] = {"parameters": parameters, "buffers": buffers, **slots}
     tensors: dict[str, Tensor] = {f"{part}:{name}": x for part, each in parts.items() for name, x in each.items()}
     header = {"learning_rate": training.learning_rate, "progress": training.progress, "step": training.step}
     write_tensors(path, tensors, KIND, VERSION, header)
@@ -109,8 +112,9 @@ def read_student(path: Path, network: nn.Module) -> PoolStudent:
         UserError: If its file is missing or damaged, or of another network.
     """
     tensors, header = read_tensors(path, KIND, VERSION)
-    parameters: dict[str, Tensor] = dict(network.named_parameters())
-    like = {"parameters": parameters, "buffers": dict(network.named_buffers()), "momentum_buffer": parameters}
+    parameters, buffers = split_state(network)
+    count = dict.fromkeys(parameters, torch.zeros(()))
+    like = {"parameters": parameters, "buffers": buffers, **dict.fromkeys(SLOTS, parameters), "step": count}
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in like}
     with refusing_malformed(path, KIND):
         for key, tensor in tensors.items():  # in the file's order, which sums over all parameters depend on
@@ -119,10 +123,12 @@ def read_student(path: Path, network: nn.Module) -> PoolStudent:
             if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected.shape)}")
             parts[part][name] = tensor.to(expected.device)
-        momentum = parts.pop("momentum_buffer")
+        slots = {slot: found for slot in SLOTS if (found := parts.pop(slot))}
         if missing := [name for part in parts for name in like[part].keys() - parts[part]]:
             raise ValueError(f"{missing[0]} is missing")
-        state = State(**parts, optimizer={"momentum_buffer": momentum} if momentum else {})
+        if any(found.keys() != next(iter(slots.values())).keys() for found in slots.values()):
+            raise ValueError(f"{', '.join(slots)} are not kept of the same parameters")
+        state = State(**parts, optimizer=slots)
         learning_rate, progress = float(header["learning_rate"]), float(header["progress"])
         if not (0 <= learning_rate < math.inf and 0 <= progress <= 1):
             raise ValueError(f"learning_rate {learning_rate}, progress {progress}")

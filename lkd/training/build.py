@@ -50,10 +50,12 @@ from lkd.models.build import (
 from lkd.models.build import build as build_network
 from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
+from lkd.models.stages import find_head, freeze_stages, is_within
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher, take_classes
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
 from lkd.training.evaluate import evaluate
+from lkd.training.optimizer import check_optimization
 
 Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
@@ -125,7 +127,7 @@ def build_batches(
     steps: int | None = None,
 ) -> Batches:
     """Training batches of these images, as the settings have it; see `Batches`."""
-    looks = data.augmentation_seeds, data.repeats, data.mixup, data.cutmix
+    looks = data.augmentation_seeds, data.repeats, data.mixup, data.cutmix, data.random_erasing, train.label_smoothing
     return Batches(images, train.batch_size, seed, data.augmentation, device, part, *looks, steps)
 
 
@@ -173,14 +175,35 @@ def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHIN
         "pretrained": model.pretrained,
         "options": model.options,
     }
+    if model.new_head and not model.path:
+        raise UserError("student.new_head: is of the classifier in student.path, and there is none; leave it out")
     make = given.get(model.name)
     if make is None:
         if model.path:
-            return start_from_file(model, architecture, images)
+            return freeze_built(model, start_from_file(model, architecture, images))
         architecture["options"] = fit_image_size(model.name, model.options, images.image_shape)
         plain = partial(build_network, **architecture)
-        return StudentBuilder(architecture, (lambda: adapt_pretrained(plain(), images)) if model.pretrained else plain)
-    return StudentBuilder(architecture, lambda: adapt_given(make(), "student", images.num_classes, images.image_shape))
+        builder = StudentBuilder(architecture, plain)
+        if model.pretrained:
+            builder = StudentBuilder(architecture, lambda: adapt_pretrained(plain(), images))
+        return freeze_built(model, builder)
+    adapted = partial(adapt_given, role="student", num_classes=images.num_classes, image_shape=images.image_shape)
+    return freeze_built(model, StudentBuilder(architecture, lambda: adapted(make())))
+
+
+def freeze_built(model: ModelRecipe, builder: StudentBuilder) -> StudentBuilder:
+    """The builder, of students whose stages that the recipe names are frozen.
+
+    Raises:
+        UserError: If they have no such stages.
+    """
+    if not model.freeze:
+        return builder
+    if not builder.name.startswith(GIVEN):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            freeze_stages(build_network(**builder.architecture | {"pretrained": False}), model.freeze)
+    said = f"{builder.started}, frozen: {', '.join(model.freeze)}"
+    return replace(builder, make=lambda: freeze_stages(builder.make(), model.freeze), started=said)
 
 
 def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: ImageSet) -> StudentBuilder:
@@ -200,12 +223,14 @@ def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: Im
     def make() -> nn.Module:
         network = build_network(**architecture)
         fresh = plain_state_dict(network)
-        fitting = {key: tensor for key, tensor in start.items() if fresh[key].shape == tensor.shape}
+        fitting = {key: tensor for key, tensor in start.items() if key not in anew}
         unwrap(network).load_state_dict(fresh | fitting)
         return adapt_input(network, given, wanted)
 
-    shapes = {key: tensor.shape for key, tensor in plain_state_dict(build_network(**architecture)).items()}
-    anew = [key for key, tensor in start.items() if shapes[key] != tensor.shape]
+    plain = build_network(**architecture)
+    shapes, head = {key: tensor.shape for key, tensor in plain_state_dict(plain).items()}, find_head(plain)
+    others = [key for key in start if model.new_head and is_within(key, head)]
+    anew = [key for key, tensor in start.items() if shapes[key] != tensor.shape or key in others]
     taken = f" ({header['taken']}*)" if header.get("taken") else ""
     said = f", starts from {path}{taken}" + (f", anew: {', '.join(anew)}" if anew else "")
     return StudentBuilder(architecture, make, said)
@@ -332,7 +357,7 @@ def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:
 
 def choose_cached_seeds(data: DataRecipe) -> range:
     """The augmentation seeds whose answers a cache of these images holds; see `choose_seeds`."""
-    return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix)
+    return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix, data.random_erasing)
 
 
 def prepare_teacher(
@@ -363,7 +388,8 @@ def prepare_teacher(
         )
     shapes = teacher.find_stages(images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    if data.augmentation != "none" or data.mixup or data.cutmix or size > TABLE_BYTES:
+    changing = data.augmentation != "none" or data.mixup or data.cutmix or data.random_erasing
+    if changing or size > TABLE_BYTES:
         return ask_anew(teacher, images, device, train)
     return TabulatedTeacher(ask_anew(teacher, images, device), images.train, device, stages=stages)
 
@@ -460,6 +486,7 @@ def introduce_network(
     line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
     if train is None:
         return line
+    check_optimization(network, train, device)
     size = max(1, train.batch_size // (processes * train.accumulation))
     return "\n".join([line, *check_trainable(network, role, shape, size)])
 

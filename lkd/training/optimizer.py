@@ -1,35 +1,165 @@
-"""SGD and the learning-rate schedule of a training."""
+"""The optimiser and the learning-rate schedule of a training."""
 
+import inspect
 from typing import Any
 
 import torch
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from lkd.config.parts import TrainRecipe
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, check_choice, first_line
+from lkd.models.build import unwrap
+from lkd.models.stages import find_head, is_within
 
 FUSED_DEVICES = ("cpu", "cuda")
+DIFFERENTIABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimisers that have an adjoint in `meta.optim`; torch has a fused step of each."""
+FIELDS = ("lr", "weight_decay", "momentum", "nesterov")  # of the recipe, no options
 
 
-def build_optimizer(parameters: list[Tensor], recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """Build SGD, fused: one pass over the weights.
+def build_optimizer(student: nn.Module, recipe: TrainRecipe, loss: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Build timm's optimiser of this name, over the parameters of a student, and of a loss, that are trained.
 
     Raises:
-        UserError: If a setting is impossible.
+        UserError: If timm has no such optimiser, or a setting is impossible.
     """
+    kind, options = choose_optimizer(recipe), dict(recipe.optimizer_options)
+    groups = group_parameters(student, recipe, loss, tuple(options.pop("fallback_list", ())))
+    if kind in DIFFERENTIABLE and not {"fused", "foreach"} & options.keys():
+        devices = {parameter.device.type for group in groups for parameter in group["params"]}
+        options["fused"] = devices <= {*FUSED_DEVICES}
+    if kind is torch.optim.SGD:
+        options["nesterov"] = recipe.nesterov or recipe.optimizer == "nesterov"
+    rate, decay = scale_learning_rate(recipe), recipe.weight_decay
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     try:
-        return torch.optim.SGD(
-            parameters,
-            recipe.learning_rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-            fused=all(parameter.device.type in FUSED_DEVICES for parameter in parameters),
+        return create_optimizer_v2(
+            groups, recipe.optimizer, lr=rate, weight_decay=decay, momentum=recipe.momentum, **options
         )
-    except ValueError as error:
-        raise UserError(f"train: {error}") from error
+    except (ValueError, TypeError, AssertionError, AttributeError, RuntimeError) as error:
+        where = "train.optimizer_options" if recipe.optimizer_options else "train"
+        raise UserError(f"{where}: {first_line(error)} ({recipe.optimizer})") from error
+
+
+def choose_optimizer(recipe: TrainRecipe) -> type:
+    """The class of the optimiser that a recipe names.
+
+    Raises:
+        UserError: If timm has none of that name, it cannot run here, or it does not take the options.
+    """
+    name, options = recipe.optimizer, recipe.optimizer_options
+    check_choice("train.optimizer", name, list_optimizers())
+    try:
+        kind: Any = get_optimizer_class(name, bind_defaults=False)
+    except (ImportError, AssertionError) as error:
+        raise UserError(f"train.optimizer: {name} cannot run here: {first_line(error)}; take another one") from error
+    if get_optimizer_info(name).second_order:
+        raise UserError(f"train.optimizer: {name} needs second derivatives, which no training here has; take another")
+    taken = [n for n in inspect.signature(kind).parameters if n not in ("params", "args", "kwargs", *FIELDS)]
+    for option in options:
+        if option in FIELDS:
+            field = {"lr": "learning_rate"}.get(option, option)
+            raise UserError(f"train.optimizer_options: {option} is a field of its own; give train.{field}")
+        check_choice(f"train.optimizer_options of {name}", option, [*taken, "fallback_list"])
+    if recipe.nesterov and kind is not torch.optim.SGD:
+        raise UserError(f"train.nesterov: is of sgd, not of {name}; leave it out (timm has nadam, nadamw, nlars, ...)")
+    return kind
+
+
+def check_differentiable(recipe: TrainRecipe) -> None:
+    """Check that a loss can be learned through an optimiser's steps.
+
+    Raises:
+        UserError: If it has no adjoint.
+    """
+    if choose_optimizer(recipe) not in DIFFERENTIABLE:
+        raise UserError(
+            f"train.optimizer: {recipe.optimizer}: a loss is not learned through its steps; sgd, adam and adamw serve"
+        )
+    unfit = sorted({"amsgrad", "maximize", "differentiable", "dampening"} & recipe.optimizer_options.keys())
+    if unfit:
+        raise UserError(f"train.optimizer_options: a loss is not learned through steps with {unfit[0]}; leave it out")
+
+
+def group_parameters(
+    student: nn.Module, recipe: TrainRecipe, loss: nn.Module | None = None, fallback: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Parameters that are trained, in groups of equal weight decay and learning rate (`lr_scale`, a factor).
+
+    By timm's rules: no weight decay of norms, biases and what a network names in `no_weight_decay`, if the recipe says
+    so; learning rates that fall from the head to the stem (BEiT's layer-wise decay). A loss's own parameters are
+    decayed alike, and have the whole rate.
+
+    Raises:
+        UserError: If a network has no layers to tell apart, or no head.
+    """
+    everywhere = recipe.decay_norms_and_biases
+    if everywhere is None:
+        everywhere = choose_optimizer(recipe) is torch.optim.SGD
+    model: Any = unwrap(student)
+    spared = () if everywhere or not hasattr(model, "no_weight_decay") else model.no_weight_decay()
+    rules: dict[str, Any] = {
+        "weight_decay": recipe.weight_decay,
+        "weight_decay_exclude_1d": not everywhere,
+        "no_weight_decay_list": spared,
+        "fallback_list": fallback,
+    }
+    if recipe.layer_decay < 1:
+        groups = param_groups_layer_decay(model, layer_decay=recipe.layer_decay, **rules)
+        if len({group["lr_scale"] for group in groups}) < 2:
+            name = type(model).__name__
+            raise UserError(f"train.layer_decay: this {name} does not say what its layers are; leave it out")
+    else:
+        groups = param_groups_weight_decay(model, **rules)
+    if loss is not None:
+        groups += param_groups_weight_decay(loss, recipe.weight_decay, not everywhere)
+    head: set[Tensor] = set()
+    if recipe.head_learning_rate is not None:
+        names = find_head(student)
+        head = {parameter for name, parameter in model.named_parameters() if is_within(name, names)}
+        if not head or not recipe.learning_rate:
+            what = "this network has no classifier" if not head else "it is relative to train.learning_rate, which is 0"
+            raise UserError(f"train.head_learning_rate: {recipe.head_learning_rate}: {what}; leave it out")
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for parameter in group["params"]:
+            own = dict(settings)
+            if parameter in head:
+                own["lr_scale"] = float(recipe.head_learning_rate or 0.0) / recipe.learning_rate
+            if own.get("lr_scale") == 1:
+                del own["lr_scale"]
+            merged.setdefault(tuple(sorted(own.items())), {"params": [], **own})["params"].append(parameter)
+    return list(merged.values())
+
+
+def scale_learning_rate(recipe: TrainRecipe) -> float:
+    """The learning rate, in proportion to the batch size if the recipe says of which batch it is."""
+    of_batch = recipe.learning_rate_for_batch
+    return recipe.learning_rate * recipe.batch_size / of_batch if of_batch else recipe.learning_rate
+
+
+def read_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the next step, of parameters that have the whole of it."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group["lr_scale"] if group.get("lr_scale") else group["lr"])
+
+
+def read_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state, but for dtypes among its options, which the recipe gives."""
+    state = optimizer.state_dict()
+    groups = [{k: v for k, v in group.items() if not isinstance(v, torch.dtype)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -38,20 +168,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     Raises:
         ValueError: If it is not that of an optimiser of its kind over such parameters.
     """
-    options = list_kinds(optimizer)
-    optimizer.load_state_dict(state)
-    if list_kinds(optimizer) != options:
+    options, own = list_kinds(optimizer), optimizer.param_groups
+    dtypes = [{name: value for name, value in group.items() if isinstance(value, torch.dtype)} for group in own]
+    saved = state["param_groups"]
+    groups = [known | group for known, group in zip(dtypes, saved, strict=True)] if any(dtypes) else saved
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    strict = isinstance(optimizer, DIFFERENTIABLE)  # others keep what they like of each parameter and group
+    if strict and list_kinds(optimizer) != options:
         raise ValueError("the optimiser's options are not those of its kind")
     for parameter, slots in optimizer.state.items():
-        if slots.keys() != next(iter(optimizer.state.values())).keys():
+        if strict and slots.keys() != next(iter(optimizer.state.values())).keys():
             raise ValueError("the optimiser's parameters differ in what is kept of them")
         for name, value in slots.items():
-            if name == "step":
+            if name == "step" and strict:
                 if not (isinstance(value, Tensor) and value.shape == () and value.is_floating_point() and value >= 0):
                     raise ValueError(f"the optimiser's step is {value}, not a number of steps")
             elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 slots[name] = torch.empty_like(parameter).copy_(value)
-            elif value is not None:
+            elif value is not None and strict:
                 raise ValueError(f"the optimiser's {name} does not fit a parameter of shape {tuple(parameter.shape)}")
 
 
@@ -67,18 +201,27 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     """Build timm's scheduler, stepped every update.
 
     Raises:
-        UserError: If timm knows no such schedule, or the milestones do not fit it.
+        UserError: If timm knows no such schedule, or milestones, warm-up or cooldown do not fit it.
     """
     check_milestones(recipe)
+    if recipe.warmup_epochs and recipe.warmup_steps:
+        raise UserError(f"train.warmup_steps: {recipe.warmup_steps} and train.warmup_epochs exclude each other")
+    if recipe.cooldown_epochs >= recipe.epochs:
+        raise UserError(
+            f"train.cooldown_epochs: {recipe.cooldown_epochs} leave nothing of train.epochs, {recipe.epochs}, before "
+            "them; take fewer"
+        )
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=recipe.schedule,
-            num_epochs=recipe.epochs,
+            num_epochs=recipe.epochs - recipe.cooldown_epochs,
             # timm decays one update before a milestone; half an update more puts it where torch's MultiStepLR has it.
             decay_milestones=[milestone + 0.5 / steps_per_epoch for milestone in recipe.milestones],
             decay_rate=recipe.decay_rate,
-            warmup_epochs=recipe.warmup_epochs,
+            min_lr=recipe.min_learning_rate,
+            warmup_lr=recipe.warmup_learning_rate,
+            warmup_epochs=recipe.warmup_steps / steps_per_epoch if recipe.warmup_steps else recipe.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
@@ -87,6 +230,22 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     if scheduler is None:
         raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's; cosine, step, multistep, poly, ...")
     return scheduler
+
+
+def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.device) -> None:
+    """Check that a network can be trained so, before any work.
+
+    Raises:
+        UserError: If optimiser, schedule, precision or averages are impossible.
+    """
+    if recipe.precision == "float16" and device.type == "cpu":
+        raise UserError("train.precision: float16, whose gradients are scaled, is for GPUs; a CPU takes bfloat16")
+    if recipe.ema_decay and recipe.swa_epochs:
+        raise UserError(
+            f"train.swa_epochs: {recipe.swa_epochs} and train.ema_decay are two averages, of which one is saved; give "
+            "one"
+        )
+    build_scheduler(build_optimizer(network, recipe), recipe, 1)
 
 
 def check_milestones(recipe: TrainRecipe) -> None:

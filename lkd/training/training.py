@@ -9,6 +9,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
 
 from lkd.balance.balancing import Balancing
 from lkd.config.parts import TrainRecipe
@@ -25,7 +27,14 @@ from lkd.models.build import build_forward
 from lkd.models.dry_run import NO_GRADIENT, check_trainable
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import emulates_bfloat16
-from lkd.training.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from lkd.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_optimization,
+    read_learning_rate,
+    read_state,
+    restore_optimizer,
+)
 from lkd.training.throughput import StepClock
 
 Watch = Callable[[tuple[Batch, Any, float]], None]  # batch, the teacher's outputs or None, progress
@@ -70,6 +79,7 @@ class Training:
         balance: Balancing | None = None,
     ) -> None:
         check_settings(recipe, batches, loss, balance)
+        check_optimization(student, recipe, batches.device)
         self.student, self.batches, self.recipe, self.balance = student.train(), batches, recipe, balance
         if loss.needs_index:
             loss.enroll(batches.images.index, batches.images.labels)
@@ -77,12 +87,14 @@ class Training:
         self.teacher = loss.own_teacher or teacher
         self.step, self.total_steps = 0, recipe.epochs * batches.steps_per_epoch
         self.looks = {look * self.total_steps // LOOKS for look in range(LOOKS)}
-        trained: list[Tensor] = [p for module in (student, loss) for p in module.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(trained, recipe)
+        self.optimizer = build_optimizer(student, recipe, loss)
         self.scheduler = build_scheduler(self.optimizer, recipe, batches.steps_per_epoch)
         self.scheduler.step_update(0)
         self.autocast = build_autocast(recipe, batches.device)
+        self.scaler = torch.amp.GradScaler(batches.device.type, enabled=recipe.precision == "float16")
+        self.is_clipped = False
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.epoch_average = AveragedModel(student, use_buffers=True) if recipe.swa_epochs else None
         self.clock = StepClock(batches.device)
         self.computation: Any = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
         self.shared = batches.part[1] > 1
@@ -101,16 +113,18 @@ class Training:
 
     @property
     def result(self) -> nn.Module:
-        """The network to evaluate and save: the student, or the moving average of its weights."""
-        return self.average.module if self.average else self.student
+        """The network to evaluate and save: the student, or an average of its weights, once there is one."""
+        averaged = self.epoch_average and int(self.epoch_average.n_averaged) > 0
+        average = self.epoch_average if averaged else self.average
+        return average.module if average else self.student
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return read_learning_rate(self.optimizer)
 
     def run_step(self, watch: Watch | None = None) -> dict[str, Tensor]:
-        """Do one step of SGD.
+        """Do one step of the optimiser.
 
         Args:
             watch: Told the batch, the teacher's outputs and the progress before the student sees the batch.
@@ -157,11 +171,19 @@ class Training:
         except (MemoryError, RuntimeError) as error:
             refuse_exhaustion(error, f"step {self.step}", LESS_MEMORY)
             raise
-        self.optimizer.step()
+        if self.recipe.clip_norm and not self.is_clipped:  # only now, so that a tape sees the gradient before it
+            self.optimizer.register_step_pre_hook(lambda *_: self.clip_gradient())
+            self.is_clipped = True
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.average:
             self.average.update(self.student, self.step)
+        left, into = divmod(self.total_steps - self.step, self.batches.steps_per_epoch)
+        if self.epoch_average and not into and left < self.recipe.swa_epochs:
+            self.epoch_average.update_parameters(self.student)
         self.clock.lap("student")
         return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 
@@ -193,9 +215,13 @@ class Training:
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
                 "lower train.learning_rate"
             )
-        (total / self.recipe.accumulation).backward()
+        self.scaler.scale(total / self.recipe.accumulation).backward()
         self.clock.lap("student")
         return {name: value.detach() for name, value in terms.items()}
+
+    def clip_gradient(self) -> None:
+        """Scale the gradient of all that the optimiser steps down to the recipe's norm."""
+        clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.clip_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-exactly; batches are a function of the step. All that share it must ask."""
@@ -204,9 +230,11 @@ class Training:
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.module.state_dict() if self.average else {},
+            "epoch_average": self.epoch_average.state_dict() if self.epoch_average else {},
+            "scaler": self.scaler.state_dict(),
             "loss": self.loss.state_dict() | dict(self.loss.named_buffers()),  # those too that no file keeps
             "balance": self.balance.state_dict() if self.balance else {},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": read_state(self.optimizer),
             "random": gather_objects(state) if self.shared else [state],  # of every process that has a part
         }
 
@@ -216,6 +244,10 @@ class Training:
         self.student.load_state_dict(state["student"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
+        if self.epoch_average:
+            self.epoch_average.load_state_dict(state["epoch_average"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.loss.load_state_dict({name: state["loss"][name] for name in self.loss.state_dict()})
         for name, buffer in self.loss.named_buffers():
             buffer.copy_(state["loss"][name])
@@ -294,8 +326,9 @@ def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss
 def build_autocast(recipe: TrainRecipe, device: torch.device) -> Callable[[], torch.autocast]:
     """The context that student and teacher compute in."""
     on_gpu = device.type == "cuda" and not emulates_bfloat16(device)
-    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and on_gpu)
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+    kind = torch.float16 if recipe.precision == "float16" else torch.bfloat16
+    is_short = recipe.precision in ("bfloat16", "float16") or (recipe.precision == "auto" and on_gpu)
+    return partial(torch.autocast, device.type, kind, enabled=is_short)
 
 
 def keep_stages(outputs: Outputs, stages: tuple[str, ...]) -> Outputs:

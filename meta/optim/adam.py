@@ -100,7 +100,7 @@ class Adam:
         beta1, beta2 = self.betas
         l2 = is_active(self.weight_decay) and not self._decoupled
         decayed = gradient + self.weight_decay * parameter if l2 else gradient
-        steps = torch.ones((), dtype=torch.float32) if old["step"] is None else old["step"] + 1
+        steps = torch.ones((), dtype=torch.float32, device="cpu") if old["step"] is None else old["step"] + 1
         mean, square = (1 - beta1) * decayed, (1 - beta2) * decayed * decayed
         if old["exp_avg"] is not None and old["exp_avg_sq"] is not None:
             mean, square = beta1 * old["exp_avg"] + mean, beta2 * old["exp_avg_sq"] + square

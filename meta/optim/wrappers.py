@@ -1,7 +1,7 @@
 """Optimisers made of optimisers: parameter groups, gradient clipping, averaged iterates, one of each step's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,10 +62,12 @@ class Clipped:
     Attributes:
         optimizer: The optimiser that is given the clipped gradients.
         max_norm: The largest norm that passes unchanged.
+        stacked: Whether the first dimension is that of several students, each of which has a norm of its own.
     """
 
     optimizer: Optimizer
     max_norm: float
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
@@ -73,19 +75,21 @@ class Clipped:
     def update(self, before: State, gradients: Tensors, step: int) -> State:
         """Take one step; see `Optimizer.update`."""
         factor, _ = self._factor(gradients)
-        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        clipped = {name: _spread(factor, gradient) * gradient for name, gradient in gradients.items()}
         return self.optimizer.update(before, clipped, step)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
         """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         factor, norm = self._factor(gradients)
-        clipped = {name: factor * gradient for name, gradient in gradients.items()}
+        clipped = {name: _spread(factor, gradient) * gradient for name, gradient in gradients.items()}
         inner = self.optimizer.adjoint(before, clipped, step, cotangents)
-        along = torch.stack([(inner.gradients[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+        products = [inner.gradients[name] * gradient for name, gradient in gradients.items()]
+        along = torch.stack([x.flatten(1).sum(1) if self.stacked else x.sum() for x in products]).sum(0)
         # The factor max_norm / (norm + 1e-6) shrinks along the gradient; below the bound it is a constant 1.
         shrink = torch.where(factor < 1, factor * along / ((norm + 1e-6) * norm.clamp(min=1e-30)), 0.0)
         to_gradients = {
-            name: factor * inner.gradients[name] - shrink * gradient for name, gradient in gradients.items()
+            name: _spread(factor, gradient) * inner.gradients[name] - _spread(shrink, gradient) * gradient
+            for name, gradient in gradients.items()
         }
         return inner._replace(gradients=to_gradients)
 
@@ -94,8 +98,8 @@ class Clipped:
         return True
 
     def _factor(self, gradients: Tensors) -> tuple[Tensor, Tensor]:
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        each = [gradient.flatten(1) if self.stacked else gradient.flatten() for gradient in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dim=-1) for x in each]), dim=0)
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
@@ -173,6 +177,27 @@ class PerStep:
 def evaluation_parameters(state: State) -> Tensors:
     """Return the parameters that the outer loss sees: the averaged ones where there is an average."""
     return state.optimizer.get("average", state.parameters)
+
+
+def clip_each_student(optimizer: Optimizer) -> Optimizer:
+    """The optimiser of several stacked students, whose gradients are clipped by each student's own norm."""
+    if isinstance(optimizer, Clipped):
+        return replace(optimizer, optimizer=clip_each_student(optimizer.optimizer), stacked=True)
+    if isinstance(optimizer, Averaged):
+        return replace(optimizer, optimizer=clip_each_student(optimizer.optimizer))
+    if isinstance(optimizer, PerStep):
+
+        def choose(step: int) -> tuple[Optimizer, int]:
+            chosen, number = optimizer.choose(step)
+            return clip_each_student(chosen), number
+
+        return PerStep(choose)
+    return optimizer
+
+
+def _spread(factor: Tensor, gradient: Tensor) -> Tensor:
+    """A factor, or one for each student, in a shape that multiplies a gradient."""
+    return factor.reshape(-1, *[1] * (gradient.dim() - 1)) if factor.dim() else factor
 
 
 def _pick(tensors: Tensors, names: set[str]) -> Tensors:

@@ -82,7 +82,7 @@ def test_the_outer_loss_sees_averaged_iterates(world, pool) -> None:
     problem = draw_problem(recipe, world, pool)
     averaged, rate = problem.state.parameters, pool.read(1, world.student.make()).learning_rate
     for steps in (1, 2, 3):
-        plain = build_inner_optimizer(recipe.train, rate, "constant", 3)
+        plain = build_inner_optimizer(world.student.make(), recipe.train, rate, "constant", 3)
         end = rollout(replace(problem, inner_batches=problem.inner_batches[:steps], optimizer=plain))
         averaged = {name: 0.8 * tensor + 0.2 * end.parameters[name] for name, tensor in averaged.items()}
     found = ESTIMATORS["first_order"](problem)
@@ -130,7 +130,7 @@ def test_the_hypergradient_of_the_loss_networks_is_right(world, pool) -> None:
     ]
     outer = widen(images.meta_validation.batch(torch.arange(50), CPU))
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
-    optimizer = build_inner_optimizer(world.train, 0.05, "cosine", 3)
+    optimizer = build_inner_optimizer(student, world.train, 0.05, "cosine", 3)
     inner_loss = partial(compute_inner_loss, student, loop.loss)
     problem = Problem(inner_loss, loop.outer_loss(student), state, hyper, inner, outer, optimizer)
     results = {name: ESTIMATORS[name](problem) for name in ("unrolled", "higher")}

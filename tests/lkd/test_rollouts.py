@@ -20,6 +20,7 @@ from lkd.meta_training.rollouts import (
     list_inner_batches,
     smoothed_error,
 )
+from lkd.models import build
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
 from meta import Problem, State, rollout
@@ -29,11 +30,12 @@ CPU = torch.device("cpu")
 
 
 def test_the_learning_rate_ends_at_zero() -> None:
-    rates = [build_inner_optimizer(TrainRecipe(), 0.2, "cosine", 50).learning_rate(step) for step in range(51)]
+    student = build("tiny_cnn", 10, 1)
+    rates = [build_inner_optimizer(student, TrainRecipe(), 0.2, "cosine", 50).learning_rate(step) for step in range(51)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[50] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(rates))
-    assert build_inner_optimizer(TrainRecipe(), 0.2, "constant", 50).learning_rate == 0.2
+    assert build_inner_optimizer(student, TrainRecipe(), 0.2, "constant", 50).learning_rate == 0.2
 
 
 def test_progress_runs_from_the_age_to_the_end() -> None:
@@ -76,7 +78,7 @@ def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
         {},
         list_inner_batches(batches, teacher, 0.0, 5, ()),
         None,
-        build_inner_optimizer(train, train.learning_rate, "cosine", 5),
+        build_inner_optimizer(student, train, train.learning_rate, "cosine", 5),
     )
     end = rollout(problem)
     training = Training(student, loss, teacher, batches, train)

@@ -5,8 +5,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import CompareRecipe
 from lkd.core.errors import UserError
@@ -75,6 +73,7 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
     if len(set(names)) < max(1, len(names)):
         raise UserError(f"students: {', '.join(names) or 'none'}; at least one, each name once")
     check_tuning(recipe)
+    networks = [choose_student(student, inputs.images.train).make() for student in recipe.students]
     for label, method in recipe.methods.items():
         for point in expand_grid(method):
             loss, train = split_method(point, recipe.train)
@@ -83,7 +82,8 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
                 for student in recipe.students:
                     built = losses.build(choose_student(student, inputs.images.train), recipe.seed)
                 build_balance(balance_of(point), built)
-                build_scheduler(build_optimizer([torch.zeros(1)], train), train, 1)
+                for network in networks:
+                    build_scheduler(build_optimizer(network, train), train, 1)
             except UserError as error:
                 raise UserError(f"methods.{label}: {error}") from error
 
