@@ -176,16 +176,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     strict = isinstance(optimizer, DIFFERENTIABLE)  # others keep what they like of each parameter and group
     if strict and list_kinds(optimizer) != options:
         raise ValueError("the optimiser's options are not those of its kind")
+    if not strict:  # torch turns all to the parameters' dtype
+        parameters = [parameter for group in own for parameter in group["params"]]
+        for number, slots in state["state"].items():
+            kept = optimizer.state[parameters[number]]
+            kept |= {k: v.to(kept[k].device, copy=True) for k, v in slots.items() if isinstance(v, Tensor)}
+        return
     for parameter, slots in optimizer.state.items():
-        if strict and slots.keys() != next(iter(optimizer.state.values())).keys():
+        if slots.keys() != next(iter(optimizer.state.values())).keys():
             raise ValueError("the optimiser's parameters differ in what is kept of them")
         for name, value in slots.items():
-            if name == "step" and strict:
+            if name == "step":
                 if not (isinstance(value, Tensor) and value.shape == () and value.is_floating_point() and value >= 0):
                     raise ValueError(f"the optimiser's step is {value}, not a number of steps")
             elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 slots[name] = torch.empty_like(parameter).copy_(value)
-            elif value is not None and strict:
+            elif value is not None:
                 raise ValueError(f"the optimiser's {name} does not fit a parameter of shape {tuple(parameter.shape)}")
 
 

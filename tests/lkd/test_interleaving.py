@@ -14,14 +14,16 @@ from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
 from meta import Problem, State, Tape
 from meta.estimators import ESTIMATORS
-from meta.optim import SGD, read_slots
+from meta.optim import SGD, Clipped, Optimizer, read_slots
 from meta.tensors import cosine_similarity
 from tests.lkd.meta_recipes import SMALL, make_loop, open_world, run_recipe, tiny_recipe
 
 
-def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_the_tape_gives_the_hypergradient_of_the_students_own_steps(clip_norm: float) -> None:
     """Against the exact adjoint of the same steps, taken anew from the state before them."""
     recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5, students_per_step=1)
+    recipe.train.clip_norm = clip_norm
     loop = make_loop(recipe, open_world(recipe))
     (own,) = loop.own.values()
     own.advance(5)
@@ -37,7 +39,8 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps() -> None:
 
     taped = own.tape.hypergradient(inner_loss, loop.outer_loss(student), outer_batch)
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
-    schedule = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
+    schedule: Optimizer = SGD(lambda step: 0.1 * half_cosine((5 + step) / 20), 0.9, weight_decay=5e-4)
+    schedule = Clipped(schedule, clip_norm) if clip_norm else schedule
     outer_loss = loop.outer_loss(student)
     exact = ESTIMATORS["adjoint"](Problem(inner_loss, outer_loss, before, hyper, batches, outer_batch, schedule))
     torch.testing.assert_close(taped.final_state.parameters, exact.final_state.parameters, rtol=1e-4, atol=1e-5)

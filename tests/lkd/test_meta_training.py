@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe
+from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
 from lkd.core.outputs import Outputs
@@ -340,3 +341,36 @@ def test_the_kept_loss_is_said_with_its_mean_regret_and_its_worst_world() -> Non
     assert "-0.0500" in regret
     assert regret.endswith("+0.1000 in hard")
     assert guess.startswith("warning: hard: "), "4.61 is a guess among 100 classes, 2.5 in the mean none"
+
+
+VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer_decay"),
+    [
+        ("vit_tiny_patch16_224", VIT, 1.0),
+        ("convnext_atto", {"patch_size": 4, "depths": [1, 1], "dims": [8, 16]}, 0.8),
+    ],
+)
+def test_a_loss_is_learned_with_modern_students_and_their_optimizer(
+    name: str, options: dict, layer_decay: float
+) -> None:
+    """From a pool, with looks at reuse; by first_order, where attention has no double backward."""
+    recipe = tiny_recipe(SMALL, estimator="first_order", reuse_every=3, learning_rate=0.1)
+    recipe.student = ModelRecipe(name, options=options)
+    recipe.train = TrainRecipe(
+        epochs=2, batch_size=20, optimizer="adamw", learning_rate=2e-3, weight_decay=0.05, clip_norm=1.0,
+        warmup_steps=3, label_smoothing=0.1, layer_decay=layer_decay,
+    )  # fmt: skip
+    provenance = read_provenance(run_recipe(recipe))
+    assert provenance["hypergradients"]["counted"] == 6
+    assert len(provenance["reuse"]) == 2
+
+
+def test_an_optimizer_without_an_adjoint_is_refused() -> None:
+    recipe = tiny_recipe()
+    recipe.train.optimizer = "lion"
+    with pytest.raises(UserError, match=r"train.optimizer: lion: .* sgd, adam and adamw serve"):
+        run_recipe(recipe)
+    assert not Path("run/pool").exists()

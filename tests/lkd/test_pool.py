@@ -3,19 +3,29 @@
 import json
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lkd.config import DataRecipe, ModelRecipe, PoolSettings
+from lkd.config import DataRecipe, ModelRecipe, PoolSettings, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.random import seeded_generator
+from lkd.losses.build import build_loss
+from lkd.meta_training.rollouts import (
+    build_inner_optimizer,
+    compute_inner_loss,
+    compute_outer_logits,
+    half_cosine,
+)
 from lkd.pool.pool import open_pool
 from lkd.pool.sampling import build_age_weights, check_sampling, find_drawable_ages
 from lkd.tracking.run import open_run
 from lkd.training.build import choose_student, prepare_images
+from meta import Problem, rollout
+from meta.optim import PerStep
 from tests.lkd.meta_recipes import make_pool, open_world, tiny_recipe
 
 AGES = torch.tensor([0, 0.25, 0.5] * 2, dtype=torch.float64)  # of two trainings
@@ -120,3 +130,35 @@ def test_impossible_sampling_is_refused() -> None:
         check_sampling(PoolSettings(sampling="gaussian", gaussian_age=0.7), AGES)
     with pytest.raises(UserError, match="fidelity_file: missing"):
         check_sampling(PoolSettings(sampling="fidelity"), AGES)
+
+
+def test_a_pool_of_adamw_keeps_its_moments_and_not_what_is_frozen() -> None:
+    """A rollout from the file, with what is kept there, takes the training's own next steps."""
+    recipe = tiny_recipe({"students": 1})
+    recipe.student.freeze = ["stages.stage1"]
+    recipe.train = TrainRecipe(epochs=2, batch_size=20, optimizer="adamw", learning_rate=3e-3, clip_norm=1.0)
+    world = open_world(recipe)
+    with open_run(recipe, "pool", quiet=True) as run:
+        pool = make_pool(recipe, world, run.path / "pool", run)
+    network = world.student.make().train()
+    half = pool.read(1, network)
+    assert {name.split(".")[1] for name in half.state.parameters if name.startswith("stages")} >= {"stage2"}
+    assert not any(name.startswith("stages.stage1") for name in half.state.parameters)
+    slots = half.state.optimizer
+    assert slots.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(kept.keys() == half.state.parameters.keys() for kept in slots.values())
+    assert {float(step) for step in slots["step"].values()} == {10.0}
+    seed = world.seed + 1000
+    training = world.start(build_loss(recipe.pool.loss), seed)
+    batches = []
+    for _ in range(13):
+        training.run_step(batches.append if training.step >= 10 else None)
+    rates = [0.003 * half_cosine(step / 20) for step in (10, 11, 12)]
+    optimizer = PerStep(
+        lambda step: (build_inner_optimizer(network, recipe.train, rates[step], "constant", 1), step),
+    )
+    inner_loss = partial(compute_inner_loss, network, build_loss(recipe.pool.loss))
+    end = rollout(Problem(inner_loss, partial(compute_outer_logits, network), half.state, {}, batches, None, optimizer))
+    for name, parameter in training.student.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(end.parameters[name], parameter.detach(), rtol=1e-3, atol=1e-5)

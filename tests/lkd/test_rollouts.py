@@ -60,10 +60,20 @@ def test_a_rollout_sees_its_images_as_often_as_it_is_told() -> None:
     assert (len(draw(900, 2).images), len(draw(3, 50).images)) == (400, 10)
 
 
-def test_a_rollout_of_a_loss_without_parameters_is_a_training() -> None:
-    """Against torch.optim.SGD, stepped by timm's schedule: cosine over one epoch of five steps is the annealed rate."""
+@pytest.mark.parametrize(
+    "optimization",
+    [
+        {"weight_decay": 5e-3, "nesterov": True},
+        {"optimizer": "adam", "learning_rate": 0.01, "clip_norm": 0.5},
+        {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "head_learning_rate": 0.03},
+        {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "clip_norm": 0.1},
+    ],
+    ids=str,
+)
+def test_a_rollout_of_a_loss_without_parameters_is_a_training(optimization: dict) -> None:
+    """Against torch's optimiser by timm's schedule: cosine over one epoch of five steps is the annealed rate."""
     images = prepare_images(DataRecipe(train_size=100, meta_validation_size=50)).train
-    train = TrainRecipe(epochs=1, batch_size=20, weight_decay=5e-3, nesterov=True)
+    train = TrainRecipe(**{"epochs": 1, "batch_size": 20} | optimization)
     loss, student = build_loss({"name": "kd", "temperature": 2.0}), prepare_student(ModelRecipe(), images, 0, CPU)
 
     def teacher(batch) -> Outputs:

@@ -6,10 +6,18 @@ from bilevel_problems import learned_loss_problem, relative_distance
 
 from meta import stack_students, unstack_state
 from meta.estimators import adjoint, first_order
-from meta.optim import SGD, AdamW
+from meta.optim import SGD, AdamW, Averaged, Clipped
 
 
-@pytest.mark.parametrize(("optimizer", "carry_momentum"), [(SGD(0.05, momentum=0.9), True), (AdamW(0.01), False)])
+@pytest.mark.parametrize(
+    ("optimizer", "carry_momentum"),
+    [
+        (SGD(0.05, momentum=0.9), True),
+        (AdamW(0.01), False),
+        (Clipped(SGD(0.05, 0.9), 0.05), True),
+        (Averaged(Clipped(AdamW(0.01), 0.05), 0.5), False),
+    ],
+)
 def test_a_stack_gives_the_mean_hypergradient_and_every_students_state(optimizer, carry_momentum):
     alone = [learned_loss_problem(3, optimizer, carry_momentum, seed) for seed in (0, 1)]
     shared = alone[0]
