@@ -9,15 +9,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from benchmarks.photographs import cut_photograph, find_photographs
 from lkd.cli import main
 from lkd.config.parse import parse_recipe
 from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.learned.file import save_loss
+from lkd.models.files import load_network
 from tests.lkd.test_data import write_fashion_mnist
 from tests.lkd.tiny_images import write_cifar, write_image_folder
 
@@ -218,3 +221,51 @@ def test_the_readmes_python_runs() -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/imagenet_modern").glob("[!_]*.yaml")), ids=lambda p: p.stem)
+def test_modern_recipes_are_planned_and_take_two_steps(recipe: Path, literature_roots, capsys) -> None:
+    """With a small, untrained teacher: nobody's weights are at hand."""
+    assert main(["plan", str(recipe)]) == 0
+    assert "gpu hours" in capsys.readouterr().out
+    words = ["--data.root", literature_roots["imagenet"], "--data.image_size", "32", *SMALL_STEP]
+    words += ["--data.train_size", "24", "--train.warmup_epochs", "0", "--run_dir", "run"]
+    assert main(["distill", str(recipe), *words, *RANDOM_TEACHER, "--data.repeats", "3"]) == 0
+
+
+RANDOM_TEACHER = ["--teacher.path", "random", "--teacher.pretrained", "false", "--teacher.name", "resnet10t"]
+
+
+def test_own_images_from_a_folder_to_an_exported_student_in_six_commands() -> None:
+    """The page's own commands, one after another, on parts of photographs; its networks in small and not fetched."""
+    page = (ROOT / "docs/own_images.md").read_text()
+    commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    assert len(commands) == 6
+    Path("configs").symlink_to(ROOT / "configs")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 4)):
+        for photograph in find_photographs()[:3]:
+            folder = Path("photos") / part / photograph.stem
+            folder.mkdir(parents=True)
+            with Image.open(photograph) as opened:
+                image = opened.convert("RGB")
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(cut_photograph(image, (80, 60), generator))
+    torch.save(timm.create_model("resnet10t").state_dict(), "resnet50.pth")
+    small = ["--data.image_size", "32", "--train.epochs", "2", "--train.batch_size", "18", "--threads", "1"]
+    of_command = {
+        "teacher": [*small, "--model.name", "resnet10t"],
+        "distill": [*small, "--student.pretrained", "false"],
+    }
+    for line in commands:
+        words = shlex.split(line)[1:]
+        assert main([*words, *of_command.get(words[0], [])]) == 0, line
+    folder = Path("runs/own-images")
+    described = json.loads((folder / "export/config.json").read_text())
+    assert described["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert len((folder / "predictions.csv").read_text().splitlines()) >= 13
+    weights = str(folder / "export/student.pth")
+    student = timm.create_model("mobilenetv3_small_100", num_classes=3, checkpoint_path=weights).eval()
+    ours, _ = load_network(folder / "student/student.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(student(images), ours(images).logits, rtol=1e-4, atol=1e-5)

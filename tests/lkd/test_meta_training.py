@@ -350,7 +350,7 @@ VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads"
     ("name", "options", "layer_decay"),
     [
         ("vit_tiny_patch16_224", VIT, 1.0),
-        ("convnext_atto", {"patch_size": 4, "depths": [1, 1], "dims": [8, 16]}, 0.8),
+        ("convnext_atto", {"patch_size": 2, "stem_type": "patch", "depths": [1] * 4, "dims": [8, 8, 16, 16]}, 0.8),
     ],
 )
 def test_a_loss_is_learned_with_modern_students_and_their_optimizer(

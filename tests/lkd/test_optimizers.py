@@ -214,7 +214,10 @@ def test_smoothed_and_mixed_labels_add_up(images) -> None:
     ],
 )
 def test_frozen_stages_stay_as_they_are(images, name: str, stages: list[str], frozen: tuple[str, ...]) -> None:
-    options = {"vit": VIT.options, "con": {"patch_size": 2, "depths": [1, 1], "dims": [8, 16]}}.get(name[:3], {})
+    options = {
+        "vit": VIT.options,
+        "con": {"patch_size": 2, "stem_type": "patch", "depths": [1] * 4, "dims": [8, 8, 16, 16]},
+    }.get(name[:3], {})
     model = ModelRecipe(name, options=options, freeze=stages)
     training = start(images, model, epochs=1)
     before = copy.deepcopy(unwrap(training.student).state_dict())

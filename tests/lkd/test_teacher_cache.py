@@ -138,7 +138,7 @@ def test_what_a_cache_was_not_made_for_is_refused(capsys, monkeypatch) -> None:
         (["--top_k", "3"], "top_k: 3, but the cache in cache has 0"),
         (["--data.split_seed", "1"], "holds answers to other images"),
         (["--loss", "fitnet"], "holds logits alone"),
-        (["--data.cutmix", "1.0"], "holds no answers to mixed images"),
+        (["--data.cutmix", "1.0"], "holds no answers to mixed"),
     ]:
         assert main(["cache", *WORDS, *teachers, *CACHE, "--shard_size", "90", *wrong]) == 2
         assert message in capsys.readouterr().err
