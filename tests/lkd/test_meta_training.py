@@ -344,13 +344,14 @@ def test_the_kept_loss_is_said_with_its_mean_regret_and_its_worst_world() -> Non
 
 
 VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.1}
+CONVNEXT = {"patch_size": 2, "stem_type": "patch", "output_stride": 8, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
 
 
 @pytest.mark.parametrize(
     ("name", "options", "layer_decay"),
     [
         ("vit_tiny_patch16_224", VIT, 1.0),
-        ("convnext_atto", {"patch_size": 2, "stem_type": "patch", "depths": [1] * 4, "dims": [8, 8, 16, 16]}, 0.8),
+        ("convnext_atto", CONVNEXT, 0.8),
     ],
 )
 def test_a_loss_is_learned_with_modern_students_and_their_optimizer(

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 VIT = ModelRecipe(
     "vit_tiny_patch16_224", options={"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
 )
+CONVNEXT = {"patch_size": 2, "stem_type": "patch", "output_stride": 8, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
 ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05}
 
 
@@ -214,10 +215,7 @@ def test_smoothed_and_mixed_labels_add_up(images) -> None:
     ],
 )
 def test_frozen_stages_stay_as_they_are(images, name: str, stages: list[str], frozen: tuple[str, ...]) -> None:
-    options = {
-        "vit": VIT.options,
-        "con": {"patch_size": 2, "stem_type": "patch", "depths": [1] * 4, "dims": [8, 8, 16, 16]},
-    }.get(name[:3], {})
+    options = {"vit": VIT.options, "con": CONVNEXT}.get(name[:3], {})
     model = ModelRecipe(name, options=options, freeze=stages)
     training = start(images, model, epochs=1)
     before = copy.deepcopy(unwrap(training.student).state_dict())
