@@ -284,11 +284,13 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         if learning:
             finish_all({learning: ADAPTED}, lambda label, row: describe_adapted(row), "adapt the universal loss")
         train({ADAPTED: trials[ADAPTED]}, "train students with the adapted loss")
+    run.say("write tables, pictures and the page")
     tables = {
         setting: write_results(compare, picks[setting], run.path / setting)
         for setting, compare in compare_recipes.items()
     }
     for setting, pick in picks.items():
+        run.say(f"{setting}: picture of the universal loss")
         kd: Any = build_loss(pick["KD"])
         label = f"KD({kd.weight:g}, {kd.temperature:g})"
         own = prepare_images(compare_recipes[setting].data)
