@@ -224,9 +224,11 @@ def compare_regrets(regret: dict[str, float]) -> str:
     """What a fixed choice costs at worst, from the numbers."""
     fixed = {label: value for label, value in regret.items() if label.startswith("KD")}
     steadiest = min(fixed, key=lambda label: fixed[label])
+    gap = regret[UNIVERSAL]
+    own = f"{gap:.1f} points" if gap >= 0 else f"none, it is at least {-gap:.1f} points better in each"
     return (
         "Largest gap, over the three settings, to the best KD of the setting (meta-validation, first seed): "
-        f"the universal loss {regret[UNIVERSAL]:.1f} points, without tuning; "
+        f"the universal loss {own}, without tuning; "
         f"the steadiest of {len(fixed)} fixed KDs, {steadiest}, {fixed[steadiest]:.1f}; "
         f"the worst of them {max(fixed.values()):.1f}; cross-entropy {regret['CE']:.1f}."
     )
