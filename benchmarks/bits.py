@@ -129,7 +129,7 @@ CASES: dict[str, tuple[str, ...]] = {
             f"influence {TINY} --checkpoint @distill-kd/student.safetensors --influence.method {name}"
             " --influence.parameters classifier --influence.iterations 3",
         )
-        for name in ("exact", "lissa", "bilevel")
+        for name in ("exact",)
     },
     "inspect": ("inspect @meta-over-both/loss.lkd.safetensors --out @SELF",),
     "export": ("export --checkpoint @distill-kd/student.safetensors --out_dir @SELF --formats [safetensors]",),

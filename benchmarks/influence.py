@@ -157,7 +157,7 @@ def train_by(options: dict[str, Any], part, images, teacher, seed: int) -> float
 def rank_flipped(network, part, images, flipped: Tensor) -> list[float]:
     """AUROC of influence on the calibrated and on the plain cross-entropy, of the loss, and of gradient similarity."""
     loss, scores = CrossEntropyLoss(), []
-    variants = ({}, {"objective": "cross_entropy"}, {"method": "gradient_similarity"})
+    variants = ({}, {"objective": "cross_entropy"}, {"objective": "calibrated_cross_entropy"})
     for variant in variants:
         settings = InfluenceSettings(**vars(SETTINGS) | variant)
         scores.append(measure_influence(network, loss, None, part, images.meta_validation, CPU, settings).scores)
@@ -182,7 +182,7 @@ def measure_speed(network: nn.Module, images) -> list[float]:
     started = time.process_time()
     measure_influence(network, loss, None, everything, images.meta_validation, CPU, SETTINGS)
     seconds = time.process_time() - started
-    problem = InfluenceProblem(network, loss, None, everything, images.meta_validation, CPU)
+    problem = InfluenceProblem(network, loss, None, everything, images.meta_validation, CPU, SETTINGS)
     direction = problem.differentiate_validation()
     started = time.process_time()
     problem.project_gradients(direction)

@@ -175,36 +175,40 @@ class InfluenceSettings:
 
     Args:
         method: How the inverse curvature is applied: conjugate_gradient; exact (a dense matrix, for few parameters);
-            lissa (a stochastic Neumann series); ekfac (kronfluence's EK-FAC, needs the `influence` extra); bilevel (the
-            bi-level engine differentiates meta-validation through `iterations` steps of training); or
-            gradient_similarity (no curvature: a control).
-        objective: Of meta-validation: cross_entropy; or calibrated_cross_entropy, at its best temperature, to which
-            more or less confidence is no help.
-        curvature: gauss_newton, never negative for convex losses; or hessian, where damping is raised until it is not.
+            or ekfac (kronfluence's EK-FAC, needs the `influence` extra).
+        objective: What is to fall on meta-validation: expected_error, 1 - p of the label at the best temperature, 1 at
+            least; bounded, it finds wrong labels however confident the network is. cross_entropy: its sign follows the
+            network's confidence, not the labels. calibrated_cross_entropy, at its best temperature: confidence is no
+            help, but nor are symmetric flips found; with losses that hear a teacher its weights did no less well.
+        queries: mean, over meta-validation images; or unit, each image's gradient scaled to norm 1, so that the images
+            that the network is least sure of don't drown the others; it finds flips within pairs of classes better.
+        gradient: Whose gradient a training image is judged by: label, the label's cross-entropy, as it is the labels
+            that are wrong; or loss, of the whole training loss, a teacher's answer included.
+        curvature: Of the training loss: gauss_newton, never negative for convex losses; or hessian, where damping is
+            raised until it is not.
         damping: Added to the curvature's diagonal; ekfac adds a tenth of each layer's mean eigenvalue instead.
-        iterations: Of conjugate gradients at most; terms of lissa; steps of bilevel.
-        step_size: Of lissa (times the largest eigenvalue below 2) and of bilevel's steps.
+        iterations: Of conjugate gradients at most; a residual over 0.1 is warned of.
         curvature_examples: Training images, drawn at random, that the curvature is taken over; 0 for all.
         batch_size: Images at a time.
         parameters: Only parameters whose names begin so, as in classifier; "" for all.
         weights: sigmoid, of the negative influence standardised; or exponential, e to the influence scaled to [-1, 1].
-        sharpness: Factor in the sigmoid.
+        sharpness: Factor in the sigmoid. At 3 an image one standard deviation to the harmful side keeps a twentieth of
+            its weight; it did better than 1 wherever labels were wrong.
         favour: Which images get more weight: helpful; or harmful, as the official code's exponential does (a defect).
     """
 
-    method: Literal["conjugate_gradient", "exact", "lissa", "ekfac", "bilevel", "gradient_similarity"] = (
-        "conjugate_gradient"
-    )
-    objective: Literal["calibrated_cross_entropy", "cross_entropy"] = "calibrated_cross_entropy"
+    method: Literal["conjugate_gradient", "exact", "ekfac"] = "conjugate_gradient"
+    objective: Literal["expected_error", "calibrated_cross_entropy", "cross_entropy"] = "expected_error"
+    queries: Literal["mean", "unit"] = "mean"
+    gradient: Literal["label", "loss"] = "label"
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
     damping: ranges.NonNegativeFloat = 0.01
     iterations: ranges.PositiveInt = 30
-    step_size: ranges.PositiveFloat = 0.05
     curvature_examples: ranges.NonNegativeInt = 2000
     batch_size: ranges.PositiveInt = 500
     parameters: str = ""
     weights: Literal["sigmoid", "exponential"] = "sigmoid"
-    sharpness: ranges.PositiveFloat = 1.0
+    sharpness: ranges.PositiveFloat = 3.0
     favour: Literal["helpful", "harmful"] = "helpful"
 
 
@@ -217,6 +221,8 @@ class InfluenceWeightedLossSettings:
         weights: File of weights that `lkd influence` wrote; without it the student's own influence is measured.
         first_epoch: Epoch, from 0, before which it is measured for the first time; until then all weights are 1.
         refresh_epochs: Epochs after which it is measured anew; 0 for never.
+        weigh: task, the terms of the labels alone, as a wrong label does not make a teacher's answer wrong; or loss, all
+            of its terms. They are the same for cross_entropy.
         teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, with its
             gradient times this; 0 leaves it as it is.
         influence: How it is measured, and how weights are made of it.
@@ -226,6 +232,7 @@ class InfluenceWeightedLossSettings:
     weights: str | None = None
     first_epoch: ranges.NonNegativeInt = 3
     refresh_epochs: ranges.NonNegativeInt = 0
+    weigh: Literal["task", "loss"] = "task"
     teacher_rate: ranges.NonNegativeFloat = 0.0
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
 

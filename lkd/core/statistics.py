@@ -52,6 +52,15 @@ def spearman(a: Values, b: Values) -> Values:
     return np.divide((left * right).sum(-1), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
+def area_under_curve(scores: Values, positive: NDArray[np.bool_]) -> float:
+    """The area under the ROC curve: the probability that a positive scores higher than a negative; [N] each."""
+    from scipy.stats import rankdata  # slow to import
+
+    wanted = int(positive.sum())
+    ranks = rankdata(scores)[positive].sum()
+    return float((ranks - wanted * (wanted + 1) / 2) / (wanted * (len(scores) - wanted)))
+
+
 def correlate(a: Values, b: Values) -> float:
     """ρ of the means of two sets of repeated measurements, [repetitions, N], not necessarily as many."""
     return float(spearman(a.mean(0), b.mean(0)))

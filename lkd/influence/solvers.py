@@ -1,7 +1,6 @@
 """(H + damping)⁻¹ v at a network's weights, by several solvers, and the functions that they are made of."""
 
 import copy
-import itertools
 import logging
 import math
 import tempfile
@@ -10,45 +9,43 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from lkd.config.training import InfluenceSettings
-from lkd.core.errors import UserError, explained
+from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.images import Batch, ImageSet
-from lkd.losses.functions import find_best_temperature, widen
+from lkd.losses.functions import cross_entropies, find_best_temperature, widen
 from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
-from meta import Problem, State, Tensors
-from meta.estimators import adjoint
-from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
-from meta.optim import SGD
+from meta.linear_solvers import Vector, solve_conjugate_gradient
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The functions of a network's parameters that influence is made of: gradients, curvature, and their products.
 
 
-class InfluenceProblem:
-    """A network in eval mode, its training loss, and the cross-entropy on meta-validation, at the network's weights.
+GRADIENT_NUMBERS = 1 << 26  # of the queries' gradients that are in memory at a time
 
-    No per-example gradient is ever made. With z_i the logits of example i and g_i the gradient of its loss there,
-    ⟨s, ∇L_i⟩ = ⟨J_i s, g_i⟩, and J_i s is one forward-mode pass for a whole batch. g_i is taken from the loss of the
-    batch, B times its row: exact for every loss that is a mean over examples.
+
+class InfluenceProblem:
+    """A network in eval mode, its training loss, and the objective on meta-validation, at the network's weights.
+
+    No training example's gradient is ever made. With z_i the logits of example i and g_i the gradient of its loss
+    there, ⟨s, ∇L_i⟩ = ⟨J_i s, g_i⟩, and J_i s is one forward-mode pass for a whole batch. g_i is taken from the loss of
+    the batch, B times its row: exact for every loss that is a mean over examples.
 
     Args:
         network: Returns `Outputs`; put it into eval mode first.
         loss: What it is trained with: `loss(student, teacher, target, progress) -> terms`, over logits.
         teacher: From a batch to the teacher's outputs; None where the loss needs no teacher.
         train: The examples whose influence is asked for.
-        meta_validation: The images whose loss is to fall.
+        meta_validation: The images whose objective is to fall.
         device: Where the network is.
+        settings: Which objective, queries, gradient and parameters; images at a time.
         progress: How far the training is, in [0, 1].
-        parameters: Only those whose names begin so; "" is all of them.
-        calibrated: Whether meta-validation is scored at its best temperature.
-        batch_size: Images at a time.
 
     Raises:
         UserError: If no parameter begins so, the loss reads features, or meta-validation is empty.
@@ -62,25 +59,26 @@ class InfluenceProblem:
         train: ImageSet,
         meta_validation: ImageSet,
         device: torch.device,
+        settings: InfluenceSettings,
         progress: float = 1.0,
-        parameters: str = "",
-        calibrated: bool = False,
-        batch_size: int = 500,
     ) -> None:
         if not len(meta_validation):
             raise UserError("influence: there are no meta-validation images; set data.meta_validation_size to some")
         if loss.teacher_stages or loss.needs_index:
             raise UserError("influence: the loss reads features or remembers images; take one over logits, such as kd")
         self.network, self.loss, self.teacher, self.progress = network, loss, teacher, progress
-        self.train, self.meta_validation, self.device, self.batch_size = train, meta_validation, device, batch_size
+        self.train, self.meta_validation, self.device, self.settings = train, meta_validation, device, settings
         named = {name: tensor.detach() for name, tensor in network.named_parameters()}
-        self.point = {name: tensor for name, tensor in named.items() if name.startswith(parameters)}
+        self.point = {name: tensor for name, tensor in named.items() if name.startswith(settings.parameters)}
         if not self.point:
             raise UserError(
-                f"influence.parameters: no parameter's name begins with {parameters!r}; there are {[*named]}"
+                f"influence.parameters: no parameter's name begins with {settings.parameters!r}; there are {[*named]}"
             )
         self.everything = named | dict(network.named_buffers())
-        self.temperature = self.find_temperature() if calibrated else 1.0
+        self.temperature = self.find_temperature()
+        self.query_weight = torch.ones(int(meta_validation.index.max()) + 1, device=device)  # by the image's index
+        if settings.queries == "unit":
+            self.weigh_queries()
 
     @property
     def size(self) -> int:
@@ -94,14 +92,41 @@ class InfluenceProblem:
 
     @torch.no_grad()
     def find_temperature(self) -> float:
-        """The best temperature on meta-validation; by the envelope theorem gradients may take it for a constant."""
+        """At which the objective is taken: the best on meta-validation, held constant; 1 for plain cross-entropy.
+
+        Gradients of the calibrated cross-entropy may do so by the envelope theorem. The expected error takes 1 at
+        least: below it the probabilities saturate, and images that the network is sure of would say nothing.
+        """
+        if self.settings.objective == "cross_entropy":
+            return 1.0
         rows = [(self.compute_logits({}, batch.images), batch.target) for batch in self.load(self.meta_validation)]
         logits, target = (torch.cat(column) for column in zip(*rows, strict=True))
-        return find_best_temperature(logits, target)
+        found = find_best_temperature(logits, target)
+        return max(found, 1.0) if self.settings.objective == "expected_error" else found
 
-    def score_validation(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The cross-entropy of meta-validation images, summed."""
-        return cross_entropy(logits / self.temperature, target, reduction="sum")
+    def weigh_queries(self) -> None:
+        """Give each meta-validation image the weight at which its gradient has norm 1; 0 where there is none."""
+
+        def score_image(point: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
+            return self.score_logits(self.compute_logits(point, image.unsqueeze(0)), target.unsqueeze(0)).sum()
+
+        at_once = max(1, min(self.settings.batch_size, GRADIENT_NUMBERS // self.size))
+        differentiate = vmap(grad(score_image), (None, 0, 0), chunk_size=at_once)
+        for start in torch.arange(len(self.meta_validation)).split(at_once):
+            for batch in self.load(self.meta_validation, start):
+                found = differentiate(self.point, batch.images, batch.target)
+                norm = sum(entry.flatten(1).square().sum(1) for entry in found.values()).sqrt()
+                self.query_weight[batch.index] = torch.where(norm > 1e-12, 1 / norm, 0).to(self.query_weight)
+
+    def score_logits(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The objective on each image, [B]."""
+        if self.settings.objective == "expected_error":
+            return 1 - (logits / self.temperature).softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+        return cross_entropies(logits / self.temperature, target)
+
+    def score_validation(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The objective on meta-validation images, summed with the queries' weights."""
+        return (self.query_weight[batch.index] * self.score_logits(logits, batch.target)).sum()
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The training loss of a batch, a mean over its examples."""
@@ -110,17 +135,23 @@ class InfluenceProblem:
             teacher = Outputs(widen(self.teacher(batch).logits), {})
         return torch.stack(list(self.loss(Outputs(logits, {}), teacher, batch.target, self.progress).values())).sum()
 
+    def compute_taught(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What an example's gradient is taken of: the cross-entropy of its label, or the training loss; a mean."""
+        if self.settings.gradient == "label":
+            return cross_entropy(logits, batch.target)
+        return self.compute_loss(logits, batch)
+
     def load(self, images: ImageSet, positions: Tensor | None = None) -> Iterator[Batch]:
         """The images at these positions, or all, a batch at a time."""
         chosen = torch.arange(len(images)) if positions is None else positions
-        return images.batches(chosen.split(self.batch_size), self.device)
+        return images.batches(chosen.split(self.settings.batch_size), self.device)
 
     def differentiate_validation(self) -> Vector:
-        """∇ of the mean cross-entropy on meta-validation."""
+        """∇ of the mean objective on meta-validation."""
         total, count = [torch.zeros_like(tensor) for tensor in self.point.values()], 0
         for batch in self.load(self.meta_validation):
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in self.point.items()}
-            loss = self.score_validation(self.compute_logits(leaves, batch.images), batch.target)
+            loss = self.score_validation(self.compute_logits(leaves, batch.images), batch)
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             total = [old + new for old, new in zip(total, found, strict=True)]
             count += len(batch.target)
@@ -136,7 +167,7 @@ class InfluenceProblem:
         for batch in self.load(self.train):
             logits, change = self.push_forward(direction, batch)
             leaf = logits.requires_grad_()
-            (gradient,) = torch.autograd.grad(self.compute_loss(leaf, batch), leaf)
+            (gradient,) = torch.autograd.grad(self.compute_taught(leaf, batch), leaf)
             rows.append((batch.index, len(leaf) * (gradient * change).sum(1)))
         index, products = (torch.cat(column) for column in zip(*rows, strict=True))
         return index.cpu(), products.cpu()
@@ -178,51 +209,6 @@ class InfluenceProblem:
             share = len(batch.target) / count
             total = [old + share * new for old, new in zip(total, multiply(vector, batch), strict=True)]
         return total
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Influence by the bi-level engine: example weights are outer parameters, and training steps are differentiated.
-
-
-def measure_through_training(
-    problem: InfluenceProblem, settings: InfluenceSettings, seed: int
-) -> tuple[Tensor, Tensor]:
-    """N · ∂(meta-validation loss)/∂w_i at w = 1, after `iterations` steps of SGD on weighted batches.
-
-    At a stationary point, and with steps over all examples, this tends to I_i without damping as the steps increase;
-    elsewhere it is the influence of these very steps. Examples in no batch have none.
-
-    Returns:
-        Index and influence of each example, [N] each.
-    """
-    rows = torch.full((int(problem.train.index.max()) + 1,), -1, device=problem.device)
-    rows[problem.train.index.to(problem.device)] = torch.arange(len(problem.train), device=problem.device)
-
-    def inner_loss(point: Tensors, buffers: Tensors, hyper: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
-        logits = problem.compute_logits(point, batch.images)
-        weight = hyper["weight"][rows[batch.index]].unsqueeze(1)
-        # Value, gradient and curvature are the plain loss's at w = 1, and ∂²/∂w_i∂θ is example i's gradient.
-        return problem.compute_loss(weight * logits + (1 - weight) * logits.detach(), batch), buffers
-
-    def outer_loss(point: Tensors, buffers: Tensors, batch: None) -> Tensor:
-        losses = [
-            problem.score_validation(problem.compute_logits(point, part.images), part.target)
-            for part in problem.load(problem.meta_validation)
-        ]
-        return torch.stack(losses).sum() / len(problem.meta_validation)
-
-    size = min(settings.batch_size, len(problem.train))
-    per_epoch = len(problem.train) // size
-    batches = []
-    for step in range(settings.iterations):
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 12, epoch))
-        batches.append(problem.train.batch(order[place * size : (place + 1) * size], problem.device))
-    weights = {"weight": torch.ones(len(problem.train), device=problem.device, requires_grad=True)}
-    state = State(dict(problem.point), {}, {})
-    with explained("influence"):
-        found = adjoint(Problem(inner_loss, outer_loss, state, weights, batches, None, SGD(settings.step_size)))
-    return problem.train.index, len(problem.train) * found.grads["weight"].cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,10 +267,10 @@ def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -
             if sample:
                 drawn = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
                 return cross_entropy(logits, drawn, reduction="sum")
-            return len(logits) * problem.compute_loss(logits, Batch(*batch))
+            return len(logits) * problem.compute_taught(logits, Batch(*batch))
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return problem.score_validation(model(batch[0]).logits, batch[1])
+            return problem.score_validation(model(batch[0]).logits, Batch(*batch))
 
         def get_influence_tracked_modules(self) -> list[str]:
             return layers
@@ -338,11 +324,6 @@ class Inverse(NamedTuple):
     residual: float = math.nan
 
 
-def skip_curvature(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
-    """The identity in the place of the inverse."""
-    return Inverse(start, math.nan)
-
-
 def solve_dense(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """Invert the dense matrix, in float64."""
     if problem.size > DENSE_LIMIT:
@@ -379,18 +360,9 @@ def solve_iteratively(problem: InfluenceProblem, start: Vector, settings: Influe
         damping = RAISE * max(damping, 1e-6)
 
 
-def sum_stochastically(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
-    """LiSSA (Agarwal, Bullins, Hazan, 2017): a Neumann series, each term with the curvature of another batch."""
-    batches = draw_batches(problem, settings, seed)
-    product = damp(lambda vector: problem.multiply_mean(vector, [next(batches)], settings.curvature), settings.damping)
-    return Inverse(sum_neumann(product, start, settings.iterations, settings.step_size), settings.damping)
-
-
 SOLVERS: dict[str, Callable[[InfluenceProblem, Vector, InfluenceSettings, int], Inverse]] = {
     "conjugate_gradient": solve_iteratively,
     "exact": solve_dense,
-    "lissa": sum_stochastically,
-    "gradient_similarity": skip_curvature,
 }
 
 
@@ -403,13 +375,6 @@ def draw_examples(problem: InfluenceProblem, settings: InfluenceSettings, seed: 
     """Positions of the training images that the curvature is taken over."""
     order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 11))
     return order[: settings.curvature_examples] if settings.curvature_examples else order
-
-
-def draw_batches(problem: InfluenceProblem, settings: InfluenceSettings, seed: int) -> Iterator[Batch]:
-    """Shuffled batches of the training images, without end."""
-    for epoch in itertools.count():
-        order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 12, epoch))
-        yield from problem.load(problem.train, order)
 
 
 def join(vector: Vector) -> Tensor:

@@ -197,11 +197,28 @@ class InfluenceWeightedLoss(DistillationLoss):
         assert index is not None, "this loss needs_index"
         weight = self.weight[self.row[index]]
         weighted = {stage: weigh_rows(feature, weight) for stage, feature in student.features.items()}
-        terms = self.loss(Outputs(weigh_rows(student.logits, weight), weighted), detach(teacher), target, progress)
+        teacher_as_told = detach(teacher)
+        terms = self.loss(Outputs(weigh_rows(student.logits, weight), weighted), teacher_as_told, target, progress)
+        if self.settings.weigh == "task":
+            terms = self.unweigh_others(terms, student, teacher_as_told, target, progress)
         if self.teacher is None:
             return terms
         own = weigh_rows(teacher.logits, weight * self.settings.teacher_rate)
         return terms | {"teacher/task": cross_entropy(own, target)}
+
+    def unweigh_others(
+        self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs, target: Tensor, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Take all terms but the labels' without weights."""
+        own = [name for name in terms if name.rpartition("/")[2] == "task"]
+        if not own:
+            raise UserError(
+                f"loss 'influence_weighted': weigh: 'task', but the loss's terms are {[*terms]}; a loss without the "
+                "term `task` takes weigh: loss"
+            )
+        if len(own) == len(terms):
+            return terms
+        return self.loss(student, teacher, target, progress) | {name: terms[name] for name in own}
 
 
 def detach(outputs: Outputs) -> Outputs:

@@ -37,9 +37,11 @@ def images():
     return prepare_images(DataRecipe(train_size=200, meta_validation_size=100, label_noise=0.2))
 
 
+@pytest.mark.parametrize("weigh", ["task", "loss"])
 @pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "logit_mse", "logit_standardization"])
-def test_the_gradient_is_that_of_the_weighted_mean(images, name: str) -> None:
-    loss = prepare_loss({"name": "influence_weighted", "loss": name}, ModelRecipe(), TEACHER, images, 0)
+def test_the_gradient_is_that_of_the_weighted_mean(images, name: str, weigh: str) -> None:
+    settings = {"name": "influence_weighted", "loss": name, "weigh": weigh}
+    loss = prepare_loss(settings, ModelRecipe(), TEACHER, images, 0)
     index, labels = images.train.index[:6], images.train.labels[:6]
     loss.enroll(images.train.index, images.train.labels)
     weights = torch.rand(6)
@@ -50,7 +52,8 @@ def test_the_gradient_is_that_of_the_weighted_mean(images, name: str) -> None:
     for i in range(6):
         row = slice(i, i + 1)
         terms = plain(Outputs(single[row], {}), Outputs(teacher[row], {}), labels[row], 0.5)
-        (weights[i] * sum(terms.values()) / 6).backward()
+        for term, value in terms.items():
+            ((weights[i] if weigh == "loss" or term == "task" else 1) * value / 6).backward(retain_graph=True)
     torch.testing.assert_close(student.grad, single.grad)
 
 
