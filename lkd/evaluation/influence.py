@@ -108,7 +108,7 @@ def say_how(recipe: InfluenceRecipe, found: Influence, seconds: float, run: Run)
             f"the Hessian is not positive definite: curvature {found.least_curvature:.3g} was met; "
             f"damping {found.damping:.3g} was taken, {settings.damping:g} was asked for"
         )
-    elif found.damping == found.damping and settings.method != "bilevel":
+    elif found.damping == found.damping:
         run.say(f"damping {found.damping:.3g}, least curvature met {found.least_curvature:.3g}")
 
 

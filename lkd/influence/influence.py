@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lkd.config.training import InfluenceSettings
-from lkd.core.errors import UserError
 from lkd.data.images import ImageSet
 from lkd.influence.solvers import SOLVERS, InfluenceProblem, measure_with_ekfac
 from lkd.losses.loss import DistillationLoss
