@@ -70,7 +70,7 @@ def influence(recipe: config.InfluenceRecipe) -> None:
     """`lkd influence`."""
     with open_run(recipe, "influence") as run:
         path = measure_run(recipe, run)
-        run.say(f"{path}; beside it weights.safetensors, influence.png, result.json")
+        run.say(f"{path}; beside it influence.html, label_issues.csv, weights.safetensors, result.json")
 
 
 def evaluate(recipe: config.EvaluateRecipe) -> None:

@@ -221,8 +221,8 @@ class InfluenceWeightedLossSettings:
         weights: File of weights that `lkd influence` wrote; without it the student's own influence is measured.
         first_epoch: Epoch, from 0, before which it is measured for the first time; until then all weights are 1.
         refresh_epochs: Epochs after which it is measured anew; 0 for never.
-        weigh: task, the terms of the labels alone, as a wrong label does not make a teacher's answer wrong; or loss, all
-            of its terms. They are the same for cross_entropy.
+        weigh: task, the terms of the labels alone, as a wrong label does not make a teacher's answer wrong; or loss,
+            all of its terms. They are the same for cross_entropy.
         teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, with its
             gradient times this; 0 leaves it as it is.
         influence: How it is measured, and how weights are made of it.
@@ -241,8 +241,8 @@ class InfluenceWeightedLossSettings:
 class InfluenceRecipe(RunRecipe):
     """Measure the influence of every training image on the meta-validation loss of a network (RUN_DIR/influence.csv).
 
-    Also written: weights.safetensors (for the loss influence_weighted), influence.png (the most helpful and the most
-    harmful images), result.json. The test split is not read.
+    Also written: influence.html, a page of it with pictures; label_issues.csv, labels to check, as cleanlab has them;
+    weights.safetensors (for the loss influence_weighted), influence.png, result.json. The test split is not read.
 
     Args:
         data: The images.
@@ -250,7 +250,7 @@ class InfluenceRecipe(RunRecipe):
         loss: What the images teach: a loss over logits, by name or as {name: ..., ...}.
         teacher: The teacher, of losses that need one.
         influence: How it is measured.
-        shown: Images in each half of the picture.
+        shown: Images in each half of the page and of the picture.
     """
 
     run_dir: str = "runs/influence"

@@ -1,29 +1,43 @@
-"""Influence of the training images on a network's meta-validation loss: a table, weights and a picture."""
+"""Influence of the training images on a network's meta-validation loss: tables, weights, a page with pictures."""
 
+import base64
+import io
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lkd.config.training import InfluenceRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import write_json, write_text
+from lkd.core.statistics import area_under_curve
 from lkd.data.images import ImageSet
 from lkd.evaluation.comparison.tables import format_csv
-from lkd.influence.influence import Influence, measure_influence
+from lkd.evaluation.report.page import render
+from lkd.influence.influence import RESIDUAL_LIMIT, Influence, measure_influence
 from lkd.influence.weighted_loss import save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
+from lkd.losses.functions import cross_entropies
 from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import fit_to_images
-from lkd.models.teacher import load_teacher_network
+from lkd.models.teacher import TeacherFunction, load_teacher_network
 from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
 from lkd.training.build import Images, check_network, open_teacher, prepare_images, prepare_teacher
 
 SHEET_COLUMNS = 8
+CURVE_POINTS = 100
+
+
+def restore_pixels(images: ImageSet, normalized: Tensor) -> Tensor:
+    """Pixels in [0, 1], [H, W, 3] or [H, W], of a normalised image, [C, H, W]."""
+    pixels = normalized.permute(1, 2, 0) * torch.tensor(images.std) + torch.tensor(images.mean)
+    return pixels.clamp(0, 1).squeeze(2)
 
 
 def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> None:
@@ -40,9 +54,7 @@ def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> N
             axis.axis("off")
         for axis, position in zip(axes, chosen[:shown].tolist(), strict=False):
             batch = images.batch(torch.tensor([position]), torch.device("cpu"))
-            pixels = batch.images[0].permute(1, 2, 0)
-            pixels = (pixels * torch.tensor(images.std) + torch.tensor(images.mean)).clamp(0, 1)
-            axis.imshow(pixels.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(restore_pixels(images, batch.images[0]).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{images.class_names[int(batch.target)]}\n{influence[position]:.2g}", fontsize=7)
     save_figure(figure, path)
 
@@ -80,6 +92,14 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     positions = find_positions(images, found.index)
     write_text(path, format_csv(list_rows(images.train, positions, found.scores, weights)))
     save_weights(run.path / "weights.safetensors", found.index, weights, found.scores, run.provenance())
+    judged = Judged(images.train.select(positions), found.scores, weights)
+    asked = {"network": ask(lambda batch: network.eval()(batch.images), images, positions, run.device)}
+    if teacher:
+        asked["teacher"] = ask(teacher, images, positions, run.device)
+    issues = find_issues(judged, asked["network"][0])
+    write_text(run.path / "label_issues.csv", format_csv(list_issues(judged, positions, issues, asked["network"][0])))
+    wrong = find_wrong(recipe, judged, positions)
+    write_text(run.path / "influence.html", draw_page(recipe, found, judged, asked, issues, wrong))
     plot_sheet(images.train.select(positions), found.scores, recipe.shown, run.path / "influence.png")
     figures = {
         "examples": len(found.scores),
@@ -88,6 +108,10 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
         "least_weight": float(weights.min()),
         "largest_weight": float(weights.max()),
     }
+    figures["labels_to_check"] = int(issues.sum())
+    if wrong is not None and bool(wrong.any()) and not bool(wrong.all()):
+        figures["auroc_of_wrong_labels"] = area_under_curve(found.scores.numpy(), wrong.numpy())
+        figures["auroc_of_wrong_labels_by_loss"] = area_under_curve(asked["network"][1].numpy(), wrong.numpy())
     solved = {"damping": found.damping, "least_curvature": found.least_curvature, "residual": found.residual}
     figures |= {name: value for name, value in solved.items() if not math.isnan(value)}
     write_json(run.path / "result.json", evidence("lkd influence", run.provenance()["environment"], figures))
@@ -132,3 +156,128 @@ def list_rows(images: ImageSet, positions: Tensor, influence: Tensor, weights: T
         }
         rows.append(image | {"influence": f"{influence[row]:.6g}", "weight": f"{weights[row]:.6g}"})
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels to check, and the page.
+
+
+class Judged(NamedTuple):
+    """The images whose influence is known, and it and their weights, [N] each."""
+
+    images: ImageSet
+    influence: Tensor
+    weights: Tensor
+
+
+@torch.no_grad()
+def ask(network: TeacherFunction, images: Images, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The most probable class of the images at these positions, and the cross-entropy of their labels, [N] each."""
+    answers, losses = torch.zeros(len(images.train), dtype=torch.int64), torch.zeros(len(images.train))
+    for batch in images.train.batches(positions.split(images.train.at_once), device):
+        logits, places = network(batch).logits, find_positions(images, batch.index.cpu())
+        answers[places] = logits.argmax(1).cpu()
+        losses[places] = cross_entropies(logits, batch.target).float().cpu()
+    return answers[positions], losses[positions]
+
+
+def find_issues(judged: Judged, answers: Tensor) -> Tensor:
+    """Labels to check, [N]: the image harms, and the network's answer is another."""
+    return (judged.influence > 0) & (answers != judged.images.labels)
+
+
+def list_issues(judged: Judged, positions: Tensor, issues: Tensor, answers: Tensor) -> list[dict[str, Any]]:
+    """A row for each image in cleanlab's column names: those to check first, most harmful first."""
+    order = judged.influence.argsort(descending=True)
+    order = torch.cat([order[issues[order]], order[~issues[order]]])
+    quality = judged.weights / judged.weights.max()
+    return [
+        {
+            "position": int(positions[row]),
+            "index": int(judged.images.index[row]),
+            "is_label_issue": bool(issues[row]),
+            "label_quality": f"{float(quality[row]):.6g}",
+            "given_label": int(judged.images.labels[row]),
+            "predicted_label": int(answers[row]),
+        }
+        for row in order.tolist()
+    ]
+
+
+def find_wrong(recipe: InfluenceRecipe, judged: Judged, positions: Tensor) -> Tensor | None:
+    """Which labels were flipped on purpose, [N]; None where none were."""
+    if not recipe.data.label_noise:
+        return None
+    true = prepare_images(replace(recipe.data, label_noise=0.0)).train.labels
+    return true[positions] != judged.images.labels
+
+
+def draw_page(
+    recipe: InfluenceRecipe,
+    found: Influence,
+    judged: Judged,
+    asked: dict[str, tuple[Tensor, Tensor]],
+    issues: Tensor,
+    wrong: Tensor | None,
+) -> str:
+    """The page of what was found."""
+    order, names = judged.influence.argsort(descending=True), judged.images.class_names
+    halves = ("The most harmful images", order), ("The most helpful images", order.flip(0))
+    scores = judged.influence, asked["network"][1]
+    known = wrong is not None and bool(wrong.any()) and not bool(wrong.all())
+    of = [(name, judged.images.labels == label) for label, name in enumerate(names)]
+    return render(
+        "influence.html",
+        style=(Path(__file__).parent / "report" / "report.css").read_text(encoding="utf-8"),
+        count=f"{len(order):,}",
+        objective=recipe.influence.objective.replace("_", "-" if "cross" in recipe.influence.objective else " "),
+        suggested=f"{int(issues.sum()):,}",
+        warnings=[
+            f"The linear system is not solved: relative residual {found.residual:.2g}; raise influence.iterations."
+        ]
+        if found.residual > RESIDUAL_LIMIT
+        else [],
+        curves=[draw_precision(each, wrong) for each in scores] if known and wrong is not None else [],
+        areas=[area_under_curve(each.numpy(), wrong.numpy()) for each in scores] if known and wrong is not None else [],
+        wrong=f"{int(wrong.sum()):,}" if wrong is not None else "",
+        parts=[
+            (title, [draw_card(judged, row, asked) for row in rows[: recipe.shown].tolist()]) for title, rows in halves
+        ],
+        classes=[
+            [
+                name,
+                f"{int(own.sum()):,}",
+                f"{100 * float((judged.influence[own] > 0).double().mean()):.0f} %",
+                f"{float(judged.weights[own].mean()):.2f}",
+                f"{int(issues[own].sum()):,}",
+            ]
+            for name, own in of
+            if own.any()
+        ],
+    )
+
+
+def draw_card(judged: Judged, row: int, asked: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """An image as the page shows it."""
+    images, names = judged.images, judged.images.class_names
+    normalized = images.batch(torch.tensor([row]), torch.device("cpu")).images[0]
+    buffer = io.BytesIO()
+    Image.fromarray((255 * restore_pixels(images, normalized)).round().byte().numpy()).save(buffer, "PNG")
+    return {
+        "picture": base64.b64encode(buffer.getvalue()).decode(),
+        "label": names[int(images.labels[row])],
+        "answers": {who: names[int(answers[row])] for who, (answers, _) in asked.items()},
+        "influence": f"{float(judged.influence[row]):.2g}",
+        "index": int(images.index[row]),
+    }
+
+
+def draw_precision(scores: Tensor, wrong: Tensor) -> str:
+    """Which part of the k labels of the highest scores is wrong, over k: the points of a line in the page's chart."""
+    hits = wrong[scores.argsort(descending=True)].cumsum(0)
+    counts = torch.linspace(1, len(scores), min(CURVE_POINTS, len(scores))).round().long()
+    shares = hits[counts - 1] / counts
+    return " ".join(
+        f"{40 + 410 * int(count) / len(scores):.1f},{200 - 190 * float(share):.1f}"
+        for count, share in zip(counts, shares, strict=True)
+    )

@@ -2,8 +2,10 @@
 
 import copy
 import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,6 +14,7 @@ from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
+from lkd.core.statistics import area_under_curve
 from lkd.core.tensor_files import digest
 from lkd.influence.weighted_loss import load_weights, save_weights
 from lkd.losses.build import build_loss
@@ -127,6 +130,24 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
         assert float(row["weight"]) == pytest.approx(by_index[int(row["index"])], rel=1e-4)
         assert int(images.train.labels[int(row["position"])]) == int(row["label"])
     assert Path("r/influence.png").stat().st_size > 5000
+    issues = list(csv.DictReader(Path("r/label_issues.csv").read_text().splitlines()))
+    assert {"is_label_issue", "label_quality", "given_label", "predicted_label"} < issues[0].keys()
+    flags = [row["is_label_issue"] for row in issues]
+    assert flags == sorted(flags, reverse=True)  # "True" before "False"
+    harm = {row["position"]: float(row["influence"]) for row in rows}
+    assert all(
+        (row["is_label_issue"] == "True")
+        == (harm[row["position"]] > 0 and row["given_label"] != row["predicted_label"])
+        for row in issues
+    )
+    page = Path("r/influence.html").read_text()
+    assert page.count("data:image/png") == 48
+    assert page.count("<polyline") == 2
+    clean = prepare_images(DataRecipe(train_size=200, meta_validation_size=100)).train.labels
+    wrong = [bool(clean[int(row["position"])] != int(row["label"])) for row in rows]
+    area = area_under_curve(np.array([float(row["influence"]) for row in rows]), np.array(wrong))
+    figures = json.loads(Path("r/result.json").read_text())["figures"]
+    assert figures["auroc_of_wrong_labels"] == pytest.approx(area, abs=1e-3)
     loss = {"name": "influence_weighted", "loss": "kd", "weights": "r/weights.safetensors"}
     prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
     prepared.enroll(images.train.index, images.train.labels)
