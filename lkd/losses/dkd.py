@@ -1,12 +1,16 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, logsumexp
-from torch.nn.functional import log_softmax
+from torch import Tensor
+from torch.nn.functional import softplus
 
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import check_batch, check_options, cross_entropies, label_of, widen
 from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
+
+MASKED = -1e30  # its exponential is 0, and it is finite: no infinity less infinity
 
 
 class DKDLoss(DistillationLoss):
@@ -55,30 +59,126 @@ class DKDLoss(DistillationLoss):
         """
         target = check_batch(student, teacher, target)
         label = label_of(target)
-        (binary_s, other_s), (binary_t, other_t) = (
-            decouple(widen(outputs.logits) / self.temperature, label) for outputs in (student, teacher)
-        )
+        inverse = torch.full_like(label, 1 / self.temperature, dtype=widen(student.logits).dtype)
+        logits = widen(student.logits), widen(teacher.logits)
+        target_class, other_classes = decoupled_divergences(*logits, inverse, inverse, label)
         scale = self.ramp(progress) * self.temperature**2
         return {
             "task": self.task * cross_entropies(student.logits, target).mean(),
-            "target_class": scale * self.alpha * (binary_t.exp() * (binary_t - binary_s)).sum(1).mean(),
-            "other_classes": scale * self.beta * (other_t.exp() * (other_t - other_s)).sum(1).mean(),
+            "target_class": scale * self.alpha * target_class.mean(),
+            "other_classes": scale * self.beta * other_classes.mean(),
         }
 
 
-def decouple(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Split log-probabilities into target against rest, and among the rest.
+class DecoupledDivergences(torch.autograd.Function):
+    """TCKD and NCKD of each sample at inverse temperatures of its own, with their derivatives in closed form.
+
+    Autograd through the softmaxes takes about three times as long. `backward` is written in operators that have
+    derivatives themselves, over inputs and outputs only, so that higher derivatives are right too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, inverse_s: Tensor, inverse_t: Tensor, label: Tensor) -> Any:
+        """Compute what `decoupled_divergences` says, and what its derivatives need.
+
+        Returns:
+            TCKD and NCKD; the log-odds of the target class against the rest, student's and teacher's; all [B]. And the
+            log-softmaxes over the other classes, `MASKED` at the target, student's and teacher's, [B, C].
+        """
+        place, another = label.unsqueeze(1), ((label + 1) % student.shape[1]).unsqueeze(1)
+        found = []
+        for logits, inverse in ((student, inverse_s), (teacher, inverse_t)):
+            scaled = logits * inverse.unsqueeze(1)
+            others = scaled.scatter(1, place, MASKED).log_softmax(1)
+            # What log_softmax took off any other logit is their logsumexp: no second pass for it.
+            odds = scaled.gather(1, place) - scaled.gather(1, another) + others.gather(1, another)
+            found.append((odds.squeeze(1), others))
+        (odds_s, others_s), (odds_t, others_t) = found
+        target_class = odds_t.sigmoid() * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t)
+        other_classes = (others_t.exp() * (others_t - others_s)).sum(1)
+        return target_class, other_classes, odds_s, odds_t, others_s, others_t
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep inputs and outputs."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+        ctx.save_for_forward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, of_target: Any, of_others: Any, *also: Any) -> Any:
+        """From slopes of the outputs to slopes of the inputs."""
+        student, teacher, inverse_s, inverse_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
+            ctx.saved_tensors
+        )
+        of_target, of_others = (torch.zeros_like(odds_s) if x is None else x for x in (of_target, of_others))
+        sure, rest_t = odds_t.sigmoid(), others_t.exp()
+        slopes: list[Tensor | None] = [None] * 5
+
+        def descend(which: int, of_odds: Tensor, of_rest: Tensor, rest: Tensor) -> None:
+            """From slopes of the odds [B] and of the other classes' scaled logits [B, C] to those of two inputs."""
+            logits, inverse, place = (student, teacher)[which], (inverse_s, inverse_t)[which], label.unsqueeze(1)
+            if also[which] is not None:
+                of_odds = of_odds + also[which]
+            if also[2 + which] is not None:
+                direct = also[2 + which].scatter(1, place, 0.0)
+                of_rest = of_rest + direct - rest * direct.sum(1, keepdim=True)
+            slope = torch.addcmul(of_rest, rest, of_odds.unsqueeze(1), value=-1.0)
+            slope = slope.scatter(1, place, of_odds.unsqueeze(1))
+            if ctx.needs_input_grad[which]:
+                slopes[which] = slope * inverse.unsqueeze(1)
+            if ctx.needs_input_grad[2 + which]:
+                slopes[2 + which] = (slope * logits).sum(1)
+
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            rest_s = others_s.exp()
+            descend(0, of_target * (odds_s.sigmoid() - sure), (rest_s - rest_t) * of_others.unsqueeze(1), rest_s)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            of_odds = of_target * sure * (1 - sure) * (odds_t - odds_s)
+            gap = (others_t - others_s - divergence.unsqueeze(1)) * of_others.unsqueeze(1)
+            descend(1, of_odds, rest_t * gap, rest_t)
+        return tuple(slopes)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """From tangents of the inputs to tangents of the outputs."""
+        student, teacher, inverse_s, inverse_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
+            ctx.saved_tensors
+        )
+        place, moved = label.unsqueeze(1), []
+        for which, (logits, inverse, others) in enumerate(
+            ((student, inverse_s, others_s), (teacher, inverse_t, others_t))
+        ):
+            along, stretch = tangents[which], tangents[2 + which]
+            scaled = torch.zeros_like(others) if along is None else along * inverse.unsqueeze(1)
+            scaled = scaled if stretch is None else scaled + logits * stretch.unsqueeze(1)
+            mean = (others.exp() * scaled).sum(1, keepdim=True)
+            moved.append(((scaled.gather(1, place) - mean).squeeze(1), (scaled - mean).scatter(1, place, 0.0)))
+        (of_odds_s, of_others_s), (of_odds_t, of_others_t) = moved
+        sure, rest_t = odds_t.sigmoid(), others_t.exp()
+        target_class = (odds_s.sigmoid() - sure) * of_odds_s + sure * (1 - sure) * (odds_t - odds_s) * of_odds_t
+        gap = others_t - others_s
+        other_classes = (rest_t * (of_others_t * (1 + gap) - of_others_s)).sum(1)
+        return target_class, other_classes, of_odds_s, of_odds_t, of_others_s, of_others_t
+
+
+def decoupled_divergences(
+    student: Tensor, teacher: Tensor, inverse_s: Tensor, inverse_t: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """TCKD, of the target class against the rest, and NCKD, among the other classes, of each sample.
 
     Args:
-        logits: [B, C].
-        label: [B].
+        student: Logits, [B, C].
+        teacher: The same of the teacher.
+        inverse_s: What the student's logits are multiplied by, 1 / τ, [B].
+        inverse_t: The same of the teacher's.
+        label: Class indices, [B].
 
     Returns:
-        log (p_target, 1 − p_target), [B, 2], and the log-softmax over the other classes, [B, C − 1].
+        Both [B].
     """
-    # By position, not by a mask: how many entries a mask has, a GPU would have to be asked.
-    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
-    others = logits.gather(1, columns + (columns >= label.unsqueeze(1)))
-    of_target = logits.gather(1, label.unsqueeze(1)).squeeze(1)
-    binary = torch.stack([of_target, logsumexp(others, 1)], 1)
-    return log_softmax(binary, 1), log_softmax(others, 1)
+    apply = DecoupledDivergences.forward if torch.compiler.is_compiling() else DecoupledDivergences.apply
+    target_class, other_classes, *_ = apply(student, teacher, inverse_s, inverse_t, label)
+    return target_class, other_classes

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lkd.core.outputs import Outputs
-from lkd.losses.dkd import decouple
-from lkd.losses.functions import check_batch, cross_entropies, full_precision, label_of
+from lkd.losses.dkd import decoupled_divergences
+from lkd.losses.functions import check_batch, full_precision, label_of, widen
 from lkd.losses.learned import networks
 from lkd.losses.learned.networks import CONDITIONING, TRUST_CONDITIONING, LinearPerceptron, LogProbabilities, Perceptron
 from lkd.losses.learned.trust import TrustFigures
@@ -185,17 +185,15 @@ class DecoupledLoss(LogitForm):
         with full_precision(student.logits):
             logs = networks.read_logits(student.logits, teacher.logits, target)
             weight, temperature, factor, own = self.set_balance(logs, progress)
-            label = label_of(target)
-            binary_s, other_s = decouple(logs.student / temperature.unsqueeze(1), label)
-            binary_t, other_t = decouple(logs.teacher / (temperature * own).unsqueeze(1), label)
+            inverse = temperature.reciprocal()
+            divergences = decoupled_divergences(
+                widen(student.logits), logs.teacher, inverse, inverse / own, label_of(target)
+            )
             stays = self.stay(weight)
-            scale = 2 * stays * self.ramp(progress, weight) * weight * temperature.square()
-            labels = stays * 2 * (1 - weight) + (1 - stays)
-            return {
-                "task": (labels * cross_entropies(student.logits, target)).mean(),
-                "target_class": (scale * (binary_t.exp() * (binary_t - binary_s)).sum(1)).mean(),
-                "other_classes": (scale * factor * (other_t.exp() * (other_t - other_s)).sum(1)).mean(),
-            }
+            scale = 2 * stays * self.ramp(progress, weight) * (weight * temperature.square())
+            labels = 1 + stays - 2 * stays * weight  # 2 (1 − α), and 1 where the loss is plain cross-entropy
+            terms = torch.stack([labels, scale, scale * factor], 1) * torch.stack([logs.seen["task"], *divergences], 1)
+            return dict(zip(("task", "target_class", "other_classes"), terms.mean(0).unbind(), strict=True))
 
 
 class GenericLoss(LogitForm):
@@ -249,7 +247,7 @@ class GenericLoss(LogitForm):
     def mix_target(self, logs: LogProbabilities, progress: Progress = None) -> Tensor:
         """The target q, [B, C]."""
         weight, temperature = (x.unsqueeze(-1) for x in self.set_balance(logs, progress))
-        return (1 - weight) * logs.target + weight * (logs.teacher / temperature).softmax(1)
+        return (1 - weight) * logs.dense_target + weight * (logs.teacher / temperature).softmax(1)
 
     def weigh_classes(self, logs: LogProbabilities, progress: Progress) -> Tensor:
         """The g of every class, [B, C]."""

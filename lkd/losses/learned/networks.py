@@ -51,18 +51,115 @@ CLASS_INPUTS = 7  # of each class: see `class_inputs`
 
 
 class LogProbabilities(NamedTuple):
-    """Logits in log space, and the target as a distribution; all [B, C], at least float32."""
+    """Logits in log space and the target, [B, C], at least float32; and what is seen of them, each [B]."""
 
     student: Tensor
     teacher: Tensor
-    target: Tensor
+    target: Tensor  # class indices [B], or distributions [B, C]
+    seen: dict[str, Tensor]  # an input of `SAMPLE_INPUTS` → its value; and "task", the cross-entropy with the target
+
+    @property
+    def dense_target(self) -> Tensor:
+        """The target as distributions."""
+        dense = self.target if self.target.is_floating_point() else one_hot(self.target, self.student.shape[1])
+        return dense.to(self.student.dtype)
+
+
+class StudentStatistics(torch.autograd.Function):
+    """What is seen of a student beside its teacher, with its derivatives in closed form, as `DecoupledDivergences`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, teacher_entropy: Tensor, places: Tensor) -> Any:
+        """Compute them from the student's logits and the teacher's probabilities, [B, C].
+
+        Args:
+            student: Logits, [B, C].
+            teacher: Probabilities, [B, C].
+            teacher_entropy: [B].
+            places: Two classes of each sample, [B, 2].
+
+        Returns:
+            Log-probabilities, [B, C]; those of the two classes, [B, 2]; and, [B, 5]: the two probabilities, the
+            entropy, KL / (1 + KL) of the divergence from the teacher, the inner product of both distributions.
+        """
+        logs = student.log_softmax(1)
+        own = logs.exp()
+        of_places = logs.gather(1, places)
+        first, second = of_places.exp().unbind(1)
+        divergence = -(teacher * logs).sum(1) - teacher_entropy
+        columns = [first, second, -(own * logs).sum(1), divergence / (1 + divergence), (own * teacher).sum(1)]
+        return logs, of_places, torch.stack(columns, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep inputs and outputs."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+        ctx.save_for_forward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, of_logs: Any, of_places: Any, of_seen: Any) -> Any:
+        """From slopes of the outputs to those of the student's logits; the teacher has none."""
+        _, teacher, _, places, logs, chosen, seen = ctx.saved_tensors
+        of_places = torch.zeros_like(chosen) if of_places is None else of_places
+        of_seen = torch.zeros_like(seen) if of_seen is None else of_seen
+        of_places = of_places + of_seen[:, :2] * seen[:, :2]
+        _, _, entropy, squashed, product = seen.split(1, 1)
+        _, _, of_entropy, of_squashed, of_product = of_seen.split(1, 1)
+        of_cross = of_squashed * (1 - squashed).square()
+        level = of_cross - of_entropy * entropy - of_product * product - of_places.sum(1, keepdim=True)
+        if of_logs is not None:
+            level = level - of_logs.sum(1, keepdim=True)
+        slope = torch.addcmul(torch.addcmul(level, logs, of_entropy, value=-1.0), teacher, of_product) * logs.exp()
+        slope = torch.addcmul(slope, teacher, of_cross, value=-1.0).scatter_add(1, places, of_places)
+        return slope if of_logs is None else slope + of_logs, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, along: Any, *rest: Any) -> Any:
+        """From a tangent of the student's logits to tangents of the outputs."""
+        _, teacher, _, places, logs, chosen, seen = ctx.saved_tensors
+        own = logs.exp()
+        moved = along - (own * along).sum(1, keepdim=True)
+        of_places = moved.gather(1, places)
+        columns = [
+            *(of_places * chosen.exp()).unbind(1),
+            -(own * logs * moved).sum(1),
+            -(teacher * moved).sum(1) * (1 - seen[:, 3]).square(),
+            (own * teacher * moved).sum(1),
+        ]
+        return moved, of_places, torch.stack(columns, 1)
 
 
 def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
-    """Bring logits [B, C] and a target of either kind to one form; no gradient reaches the teacher's."""
-    student = log_softmax(widen(student_logits), 1)
-    dense = target if target.is_floating_point() else one_hot(target, student.shape[1])
-    return LogProbabilities(student, log_softmax(widen(teacher_logits.detach()), 1), dense.to(student.dtype))
+    """Bring logits [B, C] to log space, and see what there is to be seen; no gradient reaches the teacher's."""
+    student, teacher = widen(student_logits), log_softmax(widen(teacher_logits.detach()), 1)
+    theirs, scale = teacher.exp(), math.log(student.shape[1])
+    highest, answer = teacher.max(1)
+    entropy = -(theirs * teacher).sum(1)
+    is_dense = target.is_floating_point()
+    places = torch.stack([answer if is_dense else target, answer], 1)
+    apply = StudentStatistics.forward if torch.compiler.is_compiling() else StudentStatistics.apply
+    logs, of_places, columns = apply(student, theirs, entropy, places)
+    of_target, of_answer, own_entropy, divergence, product = columns.unbind(1)
+    if is_dense:
+        dense = target.to(logs.dtype)
+        of_target, taught, task = (dense * logs.exp()).sum(1), (dense * theirs).sum(1), -(dense * logs).sum(1)
+    else:
+        taught, task = theirs.gather(1, target.unsqueeze(1)).squeeze(1), -of_places[:, 0]
+    seen = {
+        "student target probability": of_target,
+        "teacher target probability": taught,
+        "student entropy": own_entropy / scale,
+        "teacher entropy": entropy / scale,
+        "KL": divergence,
+        "student answer probability": of_answer,
+        "teacher answer probability": highest.exp(),
+        "inner product": product,
+        "task": task,
+    }
+    return LogProbabilities(logs, teacher, target, seen)
 
 
 def check_conditioning(conditioning: Sequence[str], known: Sequence[str] = KNOWN_CONDITIONING) -> list[str]:
@@ -97,53 +194,46 @@ def sample_inputs(
         conditioning: What is seen.
         trust: `TrustFigures` as a tensor, [5]; all unknown if left out.
     """
-    student, teacher, target = logs
-    told = torch.full((5,), float("nan")) if trust is None else trust
-    validation, training, temperature, images, accuracy = told.to(student).unbind()
-    columns: dict[str, Tensor] = {  # their order is that in which gradients are summed, to the bit
-        "student target probability": (target * student.exp()).sum(1),
-        "teacher target probability": (target * teacher.exp()).sum(1),
-        "student entropy": -(student.exp() * student).sum(1) / math.log(student.shape[1]),
-        "teacher entropy": -(teacher.exp() * teacher).sum(1) / math.log(student.shape[1]),
-        "KL": squashed_divergence(student, teacher),
-    }
-    if "answer" in conditioning:
-        highest, answer = teacher.max(1, keepdim=True)
-        columns["student answer probability"] = student.gather(1, answer).exp().squeeze(1)
-        columns["teacher answer probability"] = highest.exp().squeeze(1)
-        columns["inner product"] = (student.exp() * teacher.exp()).sum(1)
+    student, teacher, target, seen = logs
+    told = None if trust is None else trust.to(student)
     if "calibration" in conditioning:
-        calibrated = log_softmax(teacher / temperature.nan_to_num(1.0), 1)
-        columns["calibrated target probability"] = (target * calibrated.exp()).sum(1)
-        columns["calibrated answer probability"] = calibrated.amax(1).exp()
-    chosen = name_sample_inputs(conditioning)
-    own = 2 * torch.stack([column for name, column in columns.items() if name in chosen], 1) - 1
-    seen = [own]
+        scaled = teacher if told is None else teacher / told[2].nan_to_num(1.0)
+        calibrated = log_softmax(scaled, 1)
+        is_dense = target.is_floating_point()
+        of_target = (target * calibrated.exp()).sum(1) if is_dense else calibrated.gather(1, target.unsqueeze(1)).exp()
+        seen = seen | {
+            "calibrated target probability": of_target.view(-1),
+            "calibrated answer probability": calibrated.amax(1).exp(),
+        }
+    chosen = [name for name in name_sample_inputs(conditioning) if name in SAMPLE_INPUTS]
+    own = 2 * torch.stack([seen[name] for name in chosen], 1) - 1
+    shared = []
     if "progress" in conditioning:
-        seen.append((2 * as_progress(progress, student) - 1).expand(own.shape[0], 1))
-    figures = {
-        "agreement": [2 * validation - 1, 2 * training - 1, validation - training],
-        "calibration": [squash(temperature.log())],
-        "images_per_class": [squash((images / 100).log() / 2)],
-        "own_accuracy": [2 * accuracy - 1, validation - accuracy],
-    }
-    for kind, column in figures.items():
-        if kind in conditioning:
-            filled = fill_unknown(torch.stack(column))
-            seen.append(filled.expand(own.shape[0], len(filled)))
+        shared.append((2 * as_progress(progress, student) - 1).unsqueeze(0))
+    if not set(TRUST_CONDITIONING).isdisjoint(conditioning):
+        shared.append(trust_inputs(told, conditioning))
     if "context" in conditioning:
-        seen.append(own.mean(0).expand(own.shape[0], -1))
-    return torch.cat(seen, 1)
+        shared.append(own.mean(0))
+    return torch.cat([own, torch.cat(shared).expand(len(own), -1)], 1) if shared else own
 
 
-def fill_unknown(figures: Tensor) -> Tensor:
-    """Figures with 0 for those that are NaN, and at the end 1 if the first one is unknown, else 0; [n + 1]."""
-    return torch.cat([figures.nan_to_num(0.0), figures[:1].isnan().to(figures)])
+def trust_inputs(told: Tensor, conditioning: Sequence[str]) -> Tensor:
+    """What is seen of `TrustFigures` as a tensor, [5]: 0 for what is unknown, and whether it is; [inputs]."""
+    validation, training, temperature, images, accuracy = told.unbind()
+    unknown = told.isnan().to(told).unbind()
+    figures = {
+        "agreement": [2 * validation - 1, 2 * training - 1, validation - training, unknown[0]],
+        "calibration": [squash(temperature.log()), unknown[2]],
+        "images_per_class": [squash((images / 100).log() / 2), unknown[3]],
+        "own_accuracy": [2 * accuracy - 1, validation - accuracy, unknown[4]],
+    }
+    columns = [column for kind, seen in figures.items() if kind in conditioning for column in seen]
+    return torch.stack(columns).nan_to_num(0.0)
 
 
 def class_inputs(logs: LogProbabilities) -> Tensor:
     """What is seen of each class of each sample, in [−1, 1], [B, C, CLASS_INPUTS]."""
-    student, teacher, target = logs
+    student, teacher, target = logs.student, logs.teacher, logs.dense_target
     columns = [
         squash(standardize(student)),
         squash(standardize(teacher)),
@@ -159,12 +249,6 @@ def class_inputs(logs: LogProbabilities) -> Tensor:
 def as_progress(progress: Progress, like: Tensor) -> Tensor:
     """Progress as a scalar tensor, 1 where it is not given; a `ValueError` if it is not in [0, 1]."""
     return torch.as_tensor(read_progress(progress), dtype=like.dtype, device=like.device)
-
-
-def squashed_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL / (1 + KL) between teacher and student, from log-probabilities [B, C], [B]."""
-    divergence = (teacher.exp() * (teacher - student)).sum(1)
-    return divergence / (1 + divergence)
 
 
 def squash(x: Tensor) -> Tensor:
