@@ -59,9 +59,9 @@ class DKDLoss(DistillationLoss):
         """
         target = check_batch(student, teacher, target)
         label = label_of(target)
-        inverse = torch.full_like(label, 1 / self.temperature, dtype=widen(student.logits).dtype)
         logits = widen(student.logits), widen(teacher.logits)
-        target_class, other_classes = decoupled_divergences(*logits, inverse, inverse, label)
+        temperature = torch.full_like(label, self.temperature, dtype=logits[0].dtype)
+        target_class, other_classes = decoupled_divergences(*logits, temperature, temperature, label)
         scale = self.ramp(progress) * self.temperature**2
         return {
             "task": self.task * cross_entropies(student.logits, target).mean(),
@@ -71,7 +71,7 @@ class DKDLoss(DistillationLoss):
 
 
 class DecoupledDivergences(torch.autograd.Function):
-    """TCKD and NCKD of each sample at inverse temperatures of its own, with their derivatives in closed form.
+    """TCKD and NCKD of each sample at temperatures of its own, with their derivatives in closed form.
 
     Autograd through the softmaxes takes about three times as long. `backward` is written in operators that have
     derivatives themselves, over inputs and outputs only, so that higher derivatives are right too.
@@ -80,7 +80,7 @@ class DecoupledDivergences(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, inverse_s: Tensor, inverse_t: Tensor, label: Tensor) -> Any:
+    def forward(student: Tensor, teacher: Tensor, temperature_s: Tensor, temperature_t: Tensor, label: Tensor) -> Any:
         """Compute what `decoupled_divergences` says, and what its derivatives need.
 
         Returns:
@@ -89,15 +89,15 @@ class DecoupledDivergences(torch.autograd.Function):
         """
         place, another = label.unsqueeze(1), ((label + 1) % student.shape[1]).unsqueeze(1)
         found = []
-        for logits, inverse in ((student, inverse_s), (teacher, inverse_t)):
-            scaled = logits * inverse.unsqueeze(1)
-            others = scaled.scatter(1, place, MASKED).log_softmax(1)
+        for logits, temperature in ((student, temperature_s), (teacher, temperature_t)):
+            scaled = logits / temperature.unsqueeze(1)
+            of_label, of_another = scaled.gather(1, place), scaled.gather(1, another)
+            others = scaled.scatter_add_(1, place, torch.full_like(of_label, MASKED)).log_softmax(1)
             # What log_softmax took off any other logit is their logsumexp: no second pass for it.
-            odds = scaled.gather(1, place) - scaled.gather(1, another) + others.gather(1, another)
-            found.append((odds.squeeze(1), others))
+            found.append(((of_label - of_another + others.gather(1, another)).squeeze(1), others))
         (odds_s, others_s), (odds_t, others_t) = found
         target_class = odds_t.sigmoid() * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t)
-        other_classes = (others_t.exp() * (others_t - others_s)).sum(1)
+        other_classes = (others_t - others_s).mul_(others_t.exp()).sum(1)
         return target_class, other_classes, odds_s, odds_t, others_s, others_t
 
     @staticmethod
@@ -110,50 +110,60 @@ class DecoupledDivergences(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_target: Any, of_others: Any, *also: Any) -> Any:
         """From slopes of the outputs to slopes of the inputs."""
-        student, teacher, inverse_s, inverse_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
+        student, teacher, temperature_s, temperature_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
             ctx.saved_tensors
         )
         of_target, of_others = (torch.zeros_like(odds_s) if x is None else x for x in (of_target, of_others))
-        sure, rest_t = odds_t.sigmoid(), others_t.exp()
+        of_odds_s, of_odds_t, of_others_s, of_others_t = also
+        place, sure, rest_t = label.unsqueeze(1), odds_t.sigmoid(), others_t.exp()
         slopes: list[Tensor | None] = [None] * 5
-
-        def descend(which: int, of_odds: Tensor, of_rest: Tensor, rest: Tensor) -> None:
-            """From slopes of the odds [B] and of the other classes' scaled logits [B, C] to those of two inputs."""
-            logits, inverse, place = (student, teacher)[which], (inverse_s, inverse_t)[which], label.unsqueeze(1)
-            if also[which] is not None:
-                of_odds = of_odds + also[which]
-            if also[2 + which] is not None:
-                direct = also[2 + which].scatter(1, place, 0.0)
-                of_rest = of_rest + direct - rest * direct.sum(1, keepdim=True)
-            slope = torch.addcmul(of_rest, rest, of_odds.unsqueeze(1), value=-1.0)
-            slope = slope.scatter(1, place, of_odds.unsqueeze(1))
-            if ctx.needs_input_grad[which]:
-                slopes[which] = slope * inverse.unsqueeze(1)
-            if ctx.needs_input_grad[2 + which]:
-                slopes[2 + which] = (slope * logits).sum(1)
-
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            of_odds = of_target * (odds_s.sigmoid() - sure)
+            of_odds = of_odds if of_odds_s is None else of_odds + of_odds_s
             rest_s = others_s.exp()
-            descend(0, of_target * (odds_s.sigmoid() - sure), (rest_s - rest_t) * of_others.unsqueeze(1), rest_s)
+            inverse = temperature_s.reciprocal()
+            slope = rest_s * ((of_others - of_odds) * inverse).unsqueeze(1)
+            slope = slope.sub_(rest_t * (of_others * inverse).unsqueeze(1))
+            if of_others_s is not None:
+                direct = of_others_s.scatter(1, place, 0.0) * inverse.unsqueeze(1)
+                slope = slope + direct - rest_s * direct.sum(1, keepdim=True)
+            slopes[0] = slope.scatter_add_(1, place, (of_odds * inverse).unsqueeze(1))
+            slopes[2] = -(slopes[0] * student).sum(1) * inverse
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            of_odds = of_target * sure * (1 - sure) * (odds_t - odds_s)
-            gap = (others_t - others_s - divergence.unsqueeze(1)) * of_others.unsqueeze(1)
-            descend(1, of_odds, rest_t * gap, rest_t)
+            of_odds = of_target * (sure * (1 - sure) * (odds_t - odds_s))
+            of_odds = of_odds if of_odds_t is None else of_odds + of_odds_t
+            gap, inverse = others_t - others_s, temperature_t.reciprocal()
+            if of_others_t is None and not ctx.needs_input_grad[1]:
+                # The covariance of gap and logits under the teacher: without a slope for every class.
+                weighed = rest_t * teacher
+                mean = weighed.sum(1)
+                covariance = (gap * weighed).sum(1) - divergence * mean
+                lead = teacher.gather(1, place).squeeze(1) - mean
+                slopes[3] = -(of_others * covariance + of_odds * lead) * inverse.square()
+            else:
+                slope = rest_t * ((gap - divergence.unsqueeze(1)) * of_others.unsqueeze(1) - of_odds.unsqueeze(1))
+                if of_others_t is not None:
+                    direct = of_others_t.scatter(1, place, 0.0)
+                    slope = slope + direct - rest_t * direct.sum(1, keepdim=True)
+                slope = slope.scatter_add(1, place, of_odds.unsqueeze(1))
+                slopes[1] = slope * inverse.unsqueeze(1)
+                slopes[3] = -(slopes[1] * teacher).sum(1) * inverse
         return tuple(slopes)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """From tangents of the inputs to tangents of the outputs."""
-        student, teacher, inverse_s, inverse_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
+        student, teacher, temperature_s, temperature_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
             ctx.saved_tensors
         )
         place, moved = label.unsqueeze(1), []
-        for which, (logits, inverse, others) in enumerate(
-            ((student, inverse_s, others_s), (teacher, inverse_t, others_t))
+        for which, (logits, temperature, others) in enumerate(
+            ((student, temperature_s, others_s), (teacher, temperature_t, others_t))
         ):
             along, stretch = tangents[which], tangents[2 + which]
-            scaled = torch.zeros_like(others) if along is None else along * inverse.unsqueeze(1)
-            scaled = scaled if stretch is None else scaled + logits * stretch.unsqueeze(1)
+            scaled = torch.zeros_like(others) if along is None else along / temperature.unsqueeze(1)
+            if stretch is not None:
+                scaled = scaled - logits * (stretch / temperature.square()).unsqueeze(1)
             mean = (others.exp() * scaled).sum(1, keepdim=True)
             moved.append(((scaled.gather(1, place) - mean).squeeze(1), (scaled - mean).scatter(1, place, 0.0)))
         (of_odds_s, of_others_s), (of_odds_t, of_others_t) = moved
@@ -165,20 +175,20 @@ class DecoupledDivergences(torch.autograd.Function):
 
 
 def decoupled_divergences(
-    student: Tensor, teacher: Tensor, inverse_s: Tensor, inverse_t: Tensor, label: Tensor
+    student: Tensor, teacher: Tensor, temperature_s: Tensor, temperature_t: Tensor, label: Tensor
 ) -> tuple[Tensor, Tensor]:
     """TCKD, of the target class against the rest, and NCKD, among the other classes, of each sample.
 
     Args:
         student: Logits, [B, C].
         teacher: The same of the teacher.
-        inverse_s: What the student's logits are multiplied by, 1 / τ, [B].
-        inverse_t: The same of the teacher's.
+        temperature_s: What the student's logits are divided by, [B].
+        temperature_t: The same of the teacher's.
         label: Class indices, [B].
 
     Returns:
         Both [B].
     """
     apply = DecoupledDivergences.forward if torch.compiler.is_compiling() else DecoupledDivergences.apply
-    target_class, other_classes, *_ = apply(student, teacher, inverse_s, inverse_t, label)
+    target_class, other_classes, *_ = apply(student, teacher, temperature_s, temperature_t, label)
     return target_class, other_classes

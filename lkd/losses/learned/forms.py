@@ -153,10 +153,10 @@ class DecoupledLoss(LogitForm):
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
         free = self.body(self.see(logs, progress))
-        own = torch.ones_like(free[:, 0])
-        if self.calibrates:
-            own = (free[:, 3].sigmoid() * self.trust[2].log().nan_to_num(0.0)).exp()
-        return *self.bound_balance(free[:, :2]), (self.log_factor * free[:, 2].tanh()).exp(), own
+        weight, share, *rest = free.sigmoid().unbind(1)
+        factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
+        own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
+        return weight, 1 + share * (self.maximal_temperature - 1), factor, own
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
@@ -185,14 +185,13 @@ class DecoupledLoss(LogitForm):
         with full_precision(student.logits):
             logs = networks.read_logits(student.logits, teacher.logits, target)
             weight, temperature, factor, own = self.set_balance(logs, progress)
-            inverse = temperature.reciprocal()
             divergences = decoupled_divergences(
-                widen(student.logits), logs.teacher, inverse, inverse / own, label_of(target)
+                widen(student.logits), logs.teacher, temperature, temperature * own, label_of(target)
             )
             stays = self.stay(weight)
             scale = 2 * stays * self.ramp(progress, weight) * (weight * temperature.square())
             labels = 1 + stays - 2 * stays * weight  # 2 (1 − α), and 1 where the loss is plain cross-entropy
-            terms = torch.stack([labels, scale, scale * factor], 1) * torch.stack([logs.seen["task"], *divergences], 1)
+            terms = torch.stack([labels, scale, scale * factor], 1) * torch.stack([logs.task, *divergences], 1)
             return dict(zip(("task", "target_class", "other_classes"), terms.mean(0).unbind(), strict=True))
 
 

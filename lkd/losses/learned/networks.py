@@ -51,12 +51,14 @@ CLASS_INPUTS = 7  # of each class: see `class_inputs`
 
 
 class LogProbabilities(NamedTuple):
-    """Logits in log space and the target, [B, C], at least float32; and what is seen of them, each [B]."""
+    """Logits in log space, [B, C], at least float32; the target; and what is seen of the samples themselves."""
 
     student: Tensor
     teacher: Tensor
     target: Tensor  # class indices [B], or distributions [B, C]
-    seen: dict[str, Tensor]  # an input of `SAMPLE_INPUTS` → its value; and "task", the cross-entropy with the target
+    seen: Tensor  # [B, 8]: the `SAMPLE_INPUTS` but for the calibrated ones, in [−1, 1]
+    task: Tensor  # cross-entropy of the student with the target, [B]
+    places: Tensor  # of the target, or else of the answer, and of the teacher's answer, [B, 2]
 
     @property
     def dense_target(self) -> Tensor:
@@ -65,101 +67,86 @@ class LogProbabilities(NamedTuple):
         return dense.to(self.student.dtype)
 
 
-class StudentStatistics(torch.autograd.Function):
+class SampleStatistics(torch.autograd.Function):
     """What is seen of a student beside its teacher, with its derivatives in closed form, as `DecoupledDivergences`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, teacher_entropy: Tensor, places: Tensor) -> Any:
-        """Compute them from the student's logits and the teacher's probabilities, [B, C].
-
-        Args:
-            student: Logits, [B, C].
-            teacher: Probabilities, [B, C].
-            teacher_entropy: [B].
-            places: Two classes of each sample, [B, 2].
+    def forward(student: Tensor, teacher: Tensor, places: Tensor) -> Any:
+        """Compute them from the student's logits and the teacher's log-probabilities, [B, C], and two classes, [B, 2].
 
         Returns:
-            Log-probabilities, [B, C]; those of the two classes, [B, 2]; and, [B, 5]: the two probabilities, the
-            entropy, KL / (1 + KL) of the divergence from the teacher, the inner product of both distributions.
+            The student's log-probabilities, [B, C]; those of the two classes, [B, 2]; what is seen, [B, 8]; and the
+            teacher's probabilities, [B, C].
         """
-        logs = student.log_softmax(1)
-        own = logs.exp()
+        logs, log_classes = student.log_softmax(1), math.log(student.shape[1])
+        own, theirs = logs.exp(), teacher.exp()
         of_places = logs.gather(1, places)
-        first, second = of_places.exp().unbind(1)
-        divergence = -(teacher * logs).sum(1) - teacher_entropy
-        columns = [first, second, -(own * logs).sum(1), divergence / (1 + divergence), (own * teacher).sum(1)]
-        return logs, of_places, torch.stack(columns, 1)
+        (first, second), (first_t, second_t) = (x.exp().unbind(1) for x in (of_places, teacher.gather(1, places)))
+        entropy, entropy_t, cross = (-(p * log).sum(1) for p, log in ((own, logs), (theirs, teacher), (theirs, logs)))
+        divergence = cross - entropy_t
+        squashed, product = divergence / (1 + divergence), (own * theirs).sum(1)
+        entropies = entropy / log_classes, entropy_t / log_classes
+        columns = [first, first_t, *entropies, squashed, second, second_t, product]
+        return logs, of_places, torch.stack(columns, 1).mul_(2).sub_(1), theirs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep inputs and outputs."""
+        """Keep outputs and places; the teacher's probabilities are no function of the student."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output)
-        ctx.save_for_forward(*inputs, *output)
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(inputs[2], *output)
+        ctx.save_for_forward(inputs[2], *output)
 
     @staticmethod
-    def backward(ctx: Any, of_logs: Any, of_places: Any, of_seen: Any) -> Any:
+    def backward(ctx: Any, of_logs: Any, of_places: Any, of_seen: Any, _: Any) -> Any:
         """From slopes of the outputs to those of the student's logits; the teacher has none."""
-        _, teacher, _, places, logs, chosen, seen = ctx.saved_tensors
-        of_places = torch.zeros_like(chosen) if of_places is None else of_places
+        places, logs, _, seen, theirs = ctx.saved_tensors
         of_seen = torch.zeros_like(seen) if of_seen is None else of_seen
-        of_places = of_places + of_seen[:, :2] * seen[:, :2]
-        _, _, entropy, squashed, product = seen.split(1, 1)
-        _, _, of_entropy, of_squashed, of_product = of_seen.split(1, 1)
-        of_cross = of_squashed * (1 - squashed).square()
-        level = of_cross - of_entropy * entropy - of_product * product - of_places.sum(1, keepdim=True)
+        first, _, entropy, _, squashed, second, _, product = (seen + 1).split(1, 1)
+        of_first, _, of_entropy, _, of_squashed, of_second, _, of_product = of_seen.split(1, 1)
+        of_cross = 2 * of_squashed * (1 - squashed / 2).square()
+        of_entropy = of_entropy * (2 / math.log(logs.shape[1]))
+        of_chosen = torch.cat([of_first * first, of_second * second], 1)
+        of_chosen = of_chosen if of_places is None else of_chosen + of_places
+        scale = math.log(logs.shape[1]) / 2
+        level = of_cross - of_entropy * entropy * scale - of_product * product - of_chosen.sum(1, keepdim=True)
         if of_logs is not None:
             level = level - of_logs.sum(1, keepdim=True)
-        slope = torch.addcmul(torch.addcmul(level, logs, of_entropy, value=-1.0), teacher, of_product) * logs.exp()
-        slope = torch.addcmul(slope, teacher, of_cross, value=-1.0).scatter_add(1, places, of_places)
-        return slope if of_logs is None else slope + of_logs, None, None, None
+        slope = (theirs * (2 * of_product)).sub_(logs * of_entropy).add_(level).mul_(logs.exp())
+        slope = slope.sub_(theirs * of_cross).scatter_add_(1, places, of_chosen)
+        return slope if of_logs is None else slope + of_logs, None, None
 
     @staticmethod
     def jvp(ctx: Any, along: Any, *rest: Any) -> Any:
         """From a tangent of the student's logits to tangents of the outputs."""
-        _, teacher, _, places, logs, chosen, seen = ctx.saved_tensors
+        places, logs, chosen, seen, theirs = ctx.saved_tensors
         own = logs.exp()
         moved = along - (own * along).sum(1, keepdim=True)
         of_places = moved.gather(1, places)
-        columns = [
-            *(of_places * chosen.exp()).unbind(1),
-            -(own * logs * moved).sum(1),
-            -(teacher * moved).sum(1) * (1 - seen[:, 3]).square(),
-            (own * teacher * moved).sum(1),
-        ]
-        return moved, of_places, torch.stack(columns, 1)
+        first, second = (2 * of_places * chosen.exp()).unbind(1)
+        entropy = (own * logs * moved).sum(1) * (-2 / math.log(logs.shape[1]))
+        squashed = (theirs * moved).sum(1) * (-2 * (1 - (seen[:, 4] + 1) / 2).square())
+        product, none = 2 * (own * theirs * moved).sum(1), torch.zeros_like(first)
+        columns = [first, none, entropy, none, squashed, second, none, product]
+        return moved, of_places, torch.stack(columns, 1), None
 
 
 def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
     """Bring logits [B, C] to log space, and see what there is to be seen; no gradient reaches the teacher's."""
     student, teacher = widen(student_logits), log_softmax(widen(teacher_logits.detach()), 1)
-    theirs, scale = teacher.exp(), math.log(student.shape[1])
-    highest, answer = teacher.max(1)
-    entropy = -(theirs * teacher).sum(1)
-    is_dense = target.is_floating_point()
+    answer, is_dense = teacher.max(1).indices, target.is_floating_point()
     places = torch.stack([answer if is_dense else target, answer], 1)
-    apply = StudentStatistics.forward if torch.compiler.is_compiling() else StudentStatistics.apply
-    logs, of_places, columns = apply(student, theirs, entropy, places)
-    of_target, of_answer, own_entropy, divergence, product = columns.unbind(1)
-    if is_dense:
-        dense = target.to(logs.dtype)
-        of_target, taught, task = (dense * logs.exp()).sum(1), (dense * theirs).sum(1), -(dense * logs).sum(1)
-    else:
-        taught, task = theirs.gather(1, target.unsqueeze(1)).squeeze(1), -of_places[:, 0]
-    seen = {
-        "student target probability": of_target,
-        "teacher target probability": taught,
-        "student entropy": own_entropy / scale,
-        "teacher entropy": entropy / scale,
-        "KL": divergence,
-        "student answer probability": of_answer,
-        "teacher answer probability": highest.exp(),
-        "inner product": product,
-        "task": task,
-    }
-    return LogProbabilities(logs, teacher, target, seen)
+    apply = SampleStatistics.forward if torch.compiler.is_compiling() else SampleStatistics.apply
+    logs, of_places, seen, theirs = apply(student, teacher, places)
+    if not is_dense:
+        return LogProbabilities(logs, teacher, target, seen, -of_places.unbind(1)[0], places)
+    dense = target.to(logs.dtype)
+    of_target = 2 * torch.stack([(dense * logs.exp()).sum(1), (dense * theirs).sum(1)], 1) - 1
+    return LogProbabilities(
+        logs, teacher, target, torch.cat([of_target, seen[:, 2:]], 1), -(dense * logs).sum(1), places
+    )
 
 
 def check_conditioning(conditioning: Sequence[str], known: Sequence[str] = KNOWN_CONDITIONING) -> list[str]:
@@ -194,24 +181,21 @@ def sample_inputs(
         conditioning: What is seen.
         trust: `TrustFigures` as a tensor, [5]; all unknown if left out.
     """
-    student, teacher, target, seen = logs
-    told = None if trust is None else trust.to(student)
+    told = None if trust is None else trust.to(logs.seen)
+    chosen = [name in name_sample_inputs(conditioning) for name in SAMPLE_INPUTS][:8]
+    own = logs.seen if all(chosen) else torch.stack([x for x, is_seen in zip(logs.seen.unbind(1), chosen, strict=True) if is_seen], 1)
     if "calibration" in conditioning:
-        scaled = teacher if told is None else teacher / told[2].nan_to_num(1.0)
-        calibrated = log_softmax(scaled, 1)
-        is_dense = target.is_floating_point()
-        of_target = (target * calibrated.exp()).sum(1) if is_dense else calibrated.gather(1, target.unsqueeze(1)).exp()
-        seen = seen | {
-            "calibrated target probability": of_target.view(-1),
-            "calibrated answer probability": calibrated.amax(1).exp(),
-        }
-    chosen = [name for name in name_sample_inputs(conditioning) if name in SAMPLE_INPUTS]
-    own = 2 * torch.stack([seen[name] for name in chosen], 1) - 1
+        calibrated = log_softmax(logs.teacher if told is None else logs.teacher / told[2].nan_to_num(1.0), 1)
+        probabilities = calibrated.gather(1, logs.places).exp()
+        if logs.target.is_floating_point():
+            of_target = (logs.target * calibrated.exp()).sum(1, keepdim=True)
+            probabilities = torch.cat([of_target, probabilities[:, 1:]], 1)
+        own = torch.cat([own, 2 * probabilities - 1], 1)
     shared = []
     if "progress" in conditioning:
-        shared.append((2 * as_progress(progress, student) - 1).unsqueeze(0))
+        shared.append((2 * as_progress(progress, own) - 1).unsqueeze(0))
     if not set(TRUST_CONDITIONING).isdisjoint(conditioning):
-        shared.append(trust_inputs(told, conditioning))
+        shared.append(trust_inputs(own.new_full((5,), math.nan) if told is None else told, conditioning))
     if "context" in conditioning:
         shared.append(own.mean(0))
     return torch.cat([own, torch.cat(shared).expand(len(own), -1)], 1) if shared else own
