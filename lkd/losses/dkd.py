@@ -91,10 +91,10 @@ class DecoupledDivergences(torch.autograd.Function):
         found = []
         for logits, temperature in ((student, temperature_s), (teacher, temperature_t)):
             scaled = logits / temperature.unsqueeze(1)
-            of_label, of_another = scaled.gather(1, place), scaled.gather(1, another)
-            others = scaled.scatter_add_(1, place, torch.full_like(of_label, MASKED)).log_softmax(1)
+            others = scaled.scatter(1, place, MASKED).log_softmax(1)
             # What log_softmax took off any other logit is their logsumexp: no second pass for it.
-            found.append(((of_label - of_another + others.gather(1, another)).squeeze(1), others))
+            odds = scaled.gather(1, place) - scaled.gather(1, another) + others.gather(1, another)
+            found.append((odds.squeeze(1), others))
         (odds_s, others_s), (odds_t, others_t) = found
         target_class = odds_t.sigmoid() * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t)
         other_classes = (others_t - others_s).mul_(others_t.exp()).sum(1)

@@ -232,7 +232,9 @@ def class_inputs(logs: LogProbabilities) -> Tensor:
 
 def as_progress(progress: Progress, like: Tensor) -> Tensor:
     """Progress as a scalar tensor, 1 where it is not given; a `ValueError` if it is not in [0, 1]."""
-    return torch.as_tensor(read_progress(progress), dtype=like.dtype, device=like.device)
+    part = read_progress(progress)
+    # torch.compile takes the number in `new_full` as an input; one in `as_tensor` it would compile anew for.
+    return part.to(like) if isinstance(part, Tensor) else like.new_full((), part)
 
 
 def squash(x: Tensor) -> Tensor:
