@@ -189,6 +189,9 @@ def decoupled_divergences(
     Returns:
         Both [B].
     """
-    apply = DecoupledDivergences.forward if torch.compiler.is_compiling() else DecoupledDivergences.apply
+    is_compiling = torch.compiler.is_compiling()  # it fuses what is written out, and finds the derivatives itself
+    apply = DecoupledDivergences.forward if is_compiling else DecoupledDivergences.apply
+    if not is_compiling:  # what was made in inference mode cannot be kept for a derivative
+        teacher, label = (x.clone() if x.is_inference() else x for x in (teacher, label))
     target_class, other_classes, *_ = apply(student, teacher, temperature_s, temperature_t, label)
     return target_class, other_classes

@@ -198,7 +198,7 @@ def sample_inputs(
         shared.append(trust_inputs(own.new_full((5,), math.nan) if told is None else told, conditioning))
     if "context" in conditioning:
         shared.append(own.mean(0))
-    return torch.cat([own, torch.cat(shared).expand(len(own), -1)], 1) if shared else own
+    return torch.cat([own, torch.cat(shared).expand(own.shape[0], -1)], 1) if shared else own
 
 
 def trust_inputs(told: Tensor, conditioning: Sequence[str]) -> Tensor:
@@ -233,8 +233,8 @@ def class_inputs(logs: LogProbabilities) -> Tensor:
 def as_progress(progress: Progress, like: Tensor) -> Tensor:
     """Progress as a scalar tensor, 1 where it is not given; a `ValueError` if it is not in [0, 1]."""
     part = read_progress(progress)
-    # torch.compile takes the number in `new_full` as an input; one in `as_tensor` it would compile anew for.
-    return part.to(like) if isinstance(part, Tensor) else like.new_full((), part)
+    # torch.compile makes an input of a number that is added to a tensor; for one in `as_tensor` it compiles anew.
+    return part.to(like) if isinstance(part, Tensor) else like.new_zeros(()) + part
 
 
 def squash(x: Tensor) -> Tensor:
