@@ -153,7 +153,7 @@ class DecoupledDivergences(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """From tangents of the inputs to tangents of the outputs."""
-        student, teacher, temperature_s, temperature_t, label, _, divergence, odds_s, odds_t, others_s, others_t = (
+        student, teacher, temperature_s, temperature_t, label, _, _, odds_s, odds_t, others_s, others_t = (
             ctx.saved_tensors
         )
         place, moved = label.unsqueeze(1), []

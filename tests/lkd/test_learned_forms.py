@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 from lkd.core.outputs import Outputs
 from lkd.losses import DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
-from lkd.losses.dkd import DKDLoss
+from lkd.losses.dkd import DecoupledDivergences, DKDLoss, decoupled_divergences
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss, reference_logits
-from lkd.losses.learned.networks import Perceptron, read_logits
+from lkd.losses.learned.networks import Perceptron, SampleStatistics, read_logits
 from lkd.losses.learned.trust import TrustFigures
 from meta import ESTIMATORS, Problem, State, call_module, verify
 from meta.optim import SGD
@@ -147,6 +147,41 @@ def test_without_progress_every_part_of_a_loss_is_as_at_the_end_and_outside_of_a
             ask(progress)
     mapped = torch.func.vmap(ask)(torch.tensor([0.25, 1.0]))  # a value that is not there is not looked at
     torch.testing.assert_close(mapped, torch.stack([ask(0.25), ask(1.0)]))
+
+
+@pytest.mark.parametrize("classes", [2, 6])
+def test_closed_forms_have_all_derivatives(classes: int) -> None:
+    """Against finite differences and, for the values, against the distributions written out."""
+    student, teacher = (2 * torch.randn(4, classes, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    temperatures = [(1 + torch.rand(4, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    label = torch.randint(classes, (4,))
+    inputs = student, teacher, *temperatures
+    decoupled, seen = lambda *x: DecoupledDivergences.apply(*x, label), teacher.detach().log_softmax(1)
+    places = torch.stack([label, seen.argmax(1)], 1)
+    look = lambda x: SampleStatistics.apply(x, seen, places)[:3]  # noqa: E731
+    for function, given in ((decoupled, inputs), (look, (student,))):
+        assert torch.autograd.gradcheck(function, given, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, given)
+    for alone in (0, 2, 3):  # and where not all inputs have a slope
+        given = [x if place == alone else x.detach() for place, x in enumerate(inputs)]
+        assert torch.autograd.gradcheck(lambda *x: decoupled(*x)[:2], given)
+    p, q = ((x / t[:, None]).softmax(1) for x, t in zip((student, teacher), temperatures, strict=True))
+    others = 1 - nn.functional.one_hot(label, classes)
+    binary_p, binary_q = (torch.stack([(x * (1 - others)).sum(1), (x * others).sum(1)], 1) for x in (p, q))
+    kl = nn.functional.kl_div
+    target_class, other_classes = decoupled_divergences(*inputs, label)
+    torch.testing.assert_close(target_class, kl(binary_p.log(), binary_q, reduction="none").sum(1))
+    rest_p, rest_q = (x * others / (x * others).sum(1, keepdim=True) + (1 - others) for x in (p, q))
+    torch.testing.assert_close(other_classes, kl(rest_p.log(), rest_q, reduction="none").sum(1))
+
+
+def test_a_compiled_loss_takes_any_progress() -> None:
+    loss, graphs = build_learned_loss("logits", {}), []
+    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    batch = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    for step in range(12):
+        torch.testing.assert_close(total(compiled, *batch, step / 12), total(loss, *batch, step / 12))
+    assert len(graphs) == 2, "one for the first number, one for all others"
 
 
 def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:

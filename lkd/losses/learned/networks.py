@@ -182,8 +182,10 @@ def sample_inputs(
         trust: `TrustFigures` as a tensor, [5]; all unknown if left out.
     """
     told = None if trust is None else trust.to(logs.seen)
-    chosen = [name in name_sample_inputs(conditioning) for name in SAMPLE_INPUTS][:8]
-    own = logs.seen if all(chosen) else torch.stack([x for x, is_seen in zip(logs.seen.unbind(1), chosen, strict=True) if is_seen], 1)
+    wanted = [kind is None or kind in conditioning for kind in SAMPLE_INPUTS.values()][:8]
+    own = logs.seen
+    if not all(wanted):
+        own = torch.stack([column for column, is_wanted in zip(own.unbind(1), wanted, strict=True) if is_wanted], 1)
     if "calibration" in conditioning:
         calibrated = log_softmax(logs.teacher if told is None else logs.teacher / told[2].nan_to_num(1.0), 1)
         probabilities = calibrated.gather(1, logs.places).exp()

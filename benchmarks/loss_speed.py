@@ -1,0 +1,148 @@
+"""Compare the loss that ships with KD, forward and backward: `python benchmarks/loss_speed.py [OUT]`.
+
+256 images, 1,000 and 10 classes, eager and compiled, on one CPU thread: all in turn in one process, processor time,
+medians; and how often a compiled loss is compiled anew as a number of progress goes up. Every measurement is a row of a
+CSV file in the output folder and is not taken again while it stands there; delete the file to start over. A minute.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rows import matching, median, write_row
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lkd
+from lkd.core.files import environment, write_json, write_text
+from lkd.losses import KDLoss
+from lkd.losses.learned.trust import Trust, TrustFigures
+from lkd.tracking.run import evidence
+
+OUT = Path(__file__).parents[1] / "docs" / "evidence" / "speed"
+BATCH, CLASSES, REPEATS, STEPS = 256, (1000, 10), 25, 12
+COLUMNS = ["classes", "loss", "mode", "repeat", "cpu_seconds"]
+COUNTS = ["classes", "loss", "operators", "compilations"]
+TRUST = Trust(TrustFigures(0.9, 0.9, 1.5, 400.0, 0.5))
+README = """# The cost of the learned loss
+
+Forward and backward of the loss that ships, told trust, over KD's: {batch} images, one CPU thread, eager and compiled in
+turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
+
+| | goal | measured |
+|---|---|---|
+| eager ÷ KD, 1,000 classes | ≤ 2 | {logit_loss_vs_kd_c1000:.2f} |
+| eager ÷ KD, 10 classes | ≤ 2.5 | {logit_loss_vs_kd_c10:.2f} |
+| operators, without views (KD: {kd_operators:.0f}) | ≤ 80 | {logit_loss_operators:.0f} |
+| compiled ÷ KD compiled, 1,000 classes | ≤ 1.5 | {logit_loss_compiled_vs_kd:.2f} |
+| recompilations over a training | 0 | {recompilations:.0f} |
+
+With 1,000 classes, passes over all classes are most of the time; their derivatives are in closed form. What is left are
+six softmaxes where KD takes three: both networks at τ = 1, the teacher also at its best temperature, and both at the
+sample's τ without the target. With 10 classes the time is that of calling operators: {per_operator:.1f} µs each for the
+learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or scalars: the network and its inputs, α, τ, β, κ,
+what is told of trust. torch.compile fuses them. It makes one more graph at the second value of a number of progress, and
+none after it; where progress is a tensor it makes one.
+"""
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts operators that compute: no views, nothing that only detaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.operators += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def differentiate(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor, progress: float) -> None:
+    """Forward and backward down to the student's logits."""
+    leaf = student.clone().requires_grad_()
+    terms = loss(lkd.Outputs(leaf, {}), lkd.Outputs(teacher, {}), target, progress)
+    torch.stack(list(terms.values())).sum().backward()
+
+
+def compile_counted(loss: nn.Module, graphs: list[object]) -> nn.Module:
+    """The loss by torch's own compiler, and a note of every graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: nn.Module = torch.compile(
+        loss, backend=lambda graph, inputs: graphs.append(1) or compile_fx(graph, inputs)
+    )
+    return compiled
+
+
+def time_call(call: Callable[[], None], calls: int) -> float:
+    started = time.process_time()
+    for _ in range(calls):
+        call()
+    return (time.process_time() - started) / calls
+
+
+def measure(out: Path, classes: int) -> None:
+    """Time and count both losses, in turn, after steps that are thrown away."""
+    path = out / "loss_time.csv"
+    if matching(path, classes=classes, repeat=REPEATS - 1, loss="kd", mode="compiled"):
+        return
+    student, teacher = (3 * torch.randn(2, BATCH, classes, generator=torch.Generator().manual_seed(0))).unbind()
+    target = torch.arange(BATCH) % classes
+    losses = {"universal": lkd.load_loss("universal", TRUST).requires_grad_(False), "kd": KDLoss(0.5, 4.0)}
+    runs: dict[tuple[str, str], nn.Module] = {(name, "eager"): loss for name, loss in losses.items()}
+    for name, loss in losses.items():
+        with OperatorCount() as count:
+            differentiate(loss, student, teacher, target, 0.3)
+        graphs: list[object] = []
+        runs[name, "compiled"] = compile_counted(loss, graphs)
+        for step in range(STEPS):
+            differentiate(runs[name, "compiled"], student, teacher, target, step / STEPS)
+        write_row(out / "loss_counts.csv", COUNTS, [classes, name, count.operators, len(graphs)])
+    for repeat in range(REPEATS):
+        for (name, mode), loss in runs.items():
+            call = lambda loss=loss, repeat=repeat: differentiate(loss, student, teacher, target, repeat / REPEATS)
+            write_row(path, COLUMNS, [classes, name, mode, repeat, time_call(call, 3 if classes > 100 else 20)])
+
+
+def report(out: Path) -> None:
+    def seconds(classes: int, loss: str, mode: str) -> float:
+        return median(out / "loss_time.csv", "cpu_seconds", classes=classes, loss=loss, mode=mode)
+
+    def ratio(classes: int, mode: str) -> float:
+        return seconds(classes, "universal", mode) / seconds(classes, "kd", mode)
+
+    def count(column: str, loss: str) -> float:
+        return median(out / "loss_counts.csv", column, classes=10, loss=loss)
+
+    figures = {
+        "logit_loss_vs_kd_c1000": ratio(1000, "eager"),
+        "logit_loss_vs_kd_c10": ratio(10, "eager"),
+        "logit_loss_operators": count("operators", "universal"),
+        "logit_loss_compiled_vs_kd": ratio(1000, "compiled"),
+        "recompilations": count("compilations", "universal") - 1,
+    }
+    table = figures | {"kd_operators": count("operators", "kd"), "batch": BATCH, "repeats": REPEATS}
+    table["per_operator"] = 1e6 * seconds(10, "universal", "eager") / figures["logit_loss_operators"]
+    table["kd_per_operator"] = 1e6 * seconds(10, "kd", "eager") / table["kd_operators"]
+    write_text(out / "README.md", README.format(**table))
+    rounded = {key: round(value, 4) for key, value in figures.items()}
+    write_json(out / "result.json", evidence("python benchmarks/loss_speed.py", environment(), rounded))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.empty(6_000_000).fill_(0)  # the allocator then keeps what is freed, as in a training of any network
+    for classes in CLASSES:
+        measure(out, classes)
+    report(out)
+
+
+if __name__ == "__main__":
+    main()
