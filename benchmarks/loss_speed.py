@@ -8,6 +8,7 @@ CSV file in the output folder and is not taken again while it stands there; dele
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ COUNTS = ["classes", "loss", "operators", "compilations"]
 TRUST = Trust(TrustFigures(0.9, 0.9, 1.5, 400.0, 0.5))
 README = """# The cost of the learned loss
 
-Forward and backward of the loss that ships, told trust, over KD's: {batch} images, one CPU thread, eager and compiled in
-turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
+Forward and backward of the loss that ships, told trust, over KD's: {batch} images, one CPU thread, eager and compiled
+in turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
 
 | | goal | measured |
 |---|---|---|
@@ -42,9 +43,9 @@ turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
 With 1,000 classes, passes over all classes are most of the time; their derivatives are in closed form. What is left are
 six softmaxes where KD takes three: both networks at τ = 1, the teacher also at its best temperature, and both at the
 sample's τ without the target. With 10 classes the time is that of calling operators: {per_operator:.1f} µs each for the
-learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or scalars: the network and its inputs, α, τ, β, κ,
-what is told of trust. torch.compile fuses them. It makes one more graph at the second value of a number of progress, and
-none after it; where progress is a tensor it makes one.
+learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or scalars: the network and its inputs, α, τ, β,
+κ, what is told of trust. torch.compile fuses them. It makes one more graph at the second value of a number of progress,
+and none after it; where progress is a tensor it makes one.
 """
 
 
@@ -103,7 +104,7 @@ def measure(out: Path, classes: int) -> None:
         write_row(out / "loss_counts.csv", COUNTS, [classes, name, count.operators, len(graphs)])
     for repeat in range(REPEATS):
         for (name, mode), loss in runs.items():
-            call = lambda loss=loss, repeat=repeat: differentiate(loss, student, teacher, target, repeat / REPEATS)
+            call = partial(differentiate, loss, student, teacher, target, repeat / REPEATS)
             write_row(path, COLUMNS, [classes, name, mode, repeat, time_call(call, 3 if classes > 100 else 20)])
 
 

@@ -123,11 +123,11 @@ class DecoupledDivergences(torch.autograd.Function):
             rest_s = others_s.exp()
             inverse = temperature_s.reciprocal()
             slope = rest_s * ((of_others - of_odds) * inverse).unsqueeze(1)
-            slope = slope.sub_(rest_t * (of_others * inverse).unsqueeze(1))
+            slope = slope - rest_t * (of_others * inverse).unsqueeze(1)
             if of_others_s is not None:
                 direct = of_others_s.scatter(1, place, 0.0) * inverse.unsqueeze(1)
                 slope = slope + direct - rest_s * direct.sum(1, keepdim=True)
-            slopes[0] = slope.scatter_add_(1, place, (of_odds * inverse).unsqueeze(1))
+            slopes[0] = slope.scatter_add(1, place, (of_odds * inverse).unsqueeze(1))
             slopes[2] = -(slopes[0] * student).sum(1) * inverse
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             of_odds = of_target * (sure * (1 - sure) * (odds_t - odds_s))

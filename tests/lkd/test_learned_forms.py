@@ -159,12 +159,12 @@ def test_closed_forms_have_all_derivatives(classes: int) -> None:
     decoupled, seen = lambda *x: DecoupledDivergences.apply(*x, label), teacher.detach().log_softmax(1)
     places = torch.stack([label, seen.argmax(1)], 1)
     look = lambda x: SampleStatistics.apply(x, seen, places)[:3]  # noqa: E731
-    for function, given in ((decoupled, inputs), (look, (student,))):
-        assert torch.autograd.gradcheck(function, given, check_forward_ad=True, check_batched_grad=True)
-        assert torch.autograd.gradgradcheck(function, given)
+    for function, points in ((decoupled, inputs), (look, (student,))):
+        assert torch.autograd.gradcheck(function, points, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, points)
     for alone in (0, 2, 3):  # and where not all inputs have a slope
-        given = [x if place == alone else x.detach() for place, x in enumerate(inputs)]
-        assert torch.autograd.gradcheck(lambda *x: decoupled(*x)[:2], given)
+        points = [x if place == alone else x.detach() for place, x in enumerate(inputs)]
+        assert torch.autograd.gradcheck(lambda *x: decoupled(*x)[:2], points)
     p, q = ((x / t[:, None]).softmax(1) for x, t in zip((student, teacher), temperatures, strict=True))
     others = 1 - nn.functional.one_hot(label, classes)
     binary_p, binary_q = (torch.stack([(x * (1 - others)).sum(1), (x * others).sum(1)], 1) for x in (p, q))

@@ -114,8 +114,8 @@ class SampleStatistics(torch.autograd.Function):
         level = of_cross - of_entropy * entropy * scale - of_product * product - of_chosen.sum(1, keepdim=True)
         if of_logs is not None:
             level = level - of_logs.sum(1, keepdim=True)
-        slope = (theirs * (2 * of_product)).sub_(logs * of_entropy).add_(level).mul_(logs.exp())
-        slope = slope.sub_(theirs * of_cross).scatter_add_(1, places, of_chosen)
+        slope = (theirs * (2 * of_product) - logs * of_entropy + level) * logs.exp()
+        slope = (slope - theirs * of_cross).scatter_add(1, places, of_chosen)
         return slope if of_logs is None else slope + of_logs, None, None
 
     @staticmethod
