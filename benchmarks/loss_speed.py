@@ -42,12 +42,12 @@ in turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
 | compiled ÷ KD compiled, 1,000 classes | ≤ 1.5 | {logit_loss_compiled_vs_kd:.2f} |
 | recompilations over a training | 0 | {recompilations:.0f} |
 
-With 1,000 classes, passes over all classes are most of the time; their derivatives are in closed form. What is left are
-five log-softmaxes where KD takes three: both networks at τ = 1, the teacher also at its best temperature, and both
-at the sample's τ without the target. With 10 classes the time is that of calling operators: {per_operator:.1f} µs
-each for the learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or scalars: the network and its inputs, α, τ,
-β, κ, what is told of trust. torch.compile fuses them. It makes one more graph at the second value of a number of progress,
-and none after it; where progress is a tensor it makes one.
+With 1,000 classes, passes over all classes are most of the time; their derivatives are in closed form. What is
+left are five log-softmaxes where KD takes three: both networks at τ = 1, the teacher also at its best temperature,
+and both at the sample's τ without the target. With 10 classes the time is that of calling operators:
+{per_operator:.1f} µs each for the learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or
+scalars: the network and its inputs, α, τ, β, κ, what is told of trust. torch.compile fuses them. It makes one more
+graph at the second value of a number of progress, and none after it; where progress is a tensor it makes one.
 """
 
 
