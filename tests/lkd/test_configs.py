@@ -172,6 +172,25 @@ def test_the_recipe_of_the_literatures_teachers_runs(literature_roots) -> None:
     assert main([*words, "--model.name", "resnet8", *SMALL_STEP]) == 0
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/semi_supervised").iterdir()), ids=lambda path: path.stem)
+def test_recipes_of_few_labels_run(recipe: Path, tmp_path, monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {f"{part}_images": generator.integers(0, 256, (400, 32, 32, 3), np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "svhn.npz", **arrays, train_labels=np.arange(400) % 10, test_labels=np.arange(400) % 10)
+    root = str(tmp_path) if "svhn" in recipe.stem else write_cifar(tmp_path, "cifar10", monkeypatch)
+    words = ["--data.root", root, "--teacher.path", "random", "--labelled_size", "2", *SMALL_STEP]
+    words += ["--teacher.name", "resnet8", "--student.name", "resnet8"]
+    words += [
+        "--loss.first_epoch",
+        "0",
+        "--loss.influence.iterations",
+        "2",
+        "--loss.influence.curvature_examples",
+        "50",
+    ]
+    assert main(["distill", str(recipe), *words]) == 0
+
+
 def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text() + (ROOT / "docs/tour.md").read_text()
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
