@@ -225,7 +225,7 @@ def test_a_loss_of_any_size_or_of_a_newer_package_is_refused_before_it_is_made(
         ({"name": "resnet10t", "options": {"checkpoint_path": "evil.pth"}}, "option checkpoint_path is not taken"),
         ({"name": "resnet10t", "options": {"pretrained": True}}, "option pretrained is not taken"),
         ({"name": "resnet10t", "options": {"pretrained_cfg": {"file": "evil.pth"}}}, "option pretrained_cfg is not"),
-        ({"name": "hf-hub:someone/model"}, "unknown name 'hf-hub:someone/model'"),
+        ({"name": "hf-hub:someone/model"}, "'hf-hub:someone/model' is no name"),
         ({"name": 3}, "is not a good network"),
         ({"unknown": 1}, "is not a good network"),
     ],
