@@ -129,6 +129,11 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
 
 
+def format_gain(mean: float, error: float) -> str:
+    """A paired difference, with its standard error where there is more than one seed."""
+    return f"{mean:+.2f}" if error != error else f"{mean:+.2f} ± {error:.2f}"
+
+
 def list_shown(found: Worlds) -> list[str]:
     """The arms of the first table, those that are measured in every world."""
     arms = [*HAND_MADE, RULE, UNTRAINED, FADING, UNIVERSAL]
@@ -142,7 +147,7 @@ def tabulate_worlds(found: Worlds) -> str:
     for name, world in found.items():
         best = find_best(world)
         cells = [f"{mean(world, arm):.1f}" if arm in world else "" for arm in shown]
-        gains = ["{:+.2f} ± {:.2f}".format(*compare(world, UNIVERSAL, other)) for other in (best, CE)]
+        gains = [format_gain(*compare(world, UNIVERSAL, other)) for other in (best, CE)]
         rows.append([name, *cells, best, *gains])
     means = [statistics.fmean(mean(world, arm) for world in found.values()) for arm in shown]
     gaps = [
@@ -158,7 +163,7 @@ def tabulate_arms(found: Worlds, arms: Sequence[str], other: str) -> str:
     """A row for each world that has any of these arms: each less another."""
     rows = [
         [name, f"{mean(world, other):.1f}"]
-        + ["{:+.2f} ± {:.2f}".format(*compare(world, arm, other)) if arm in world else "" for arm in arms]
+        + [format_gain(*compare(world, arm, other)) if arm in world else "" for arm in arms]
         for name, world in found.items()
         if any(arm in world for arm in arms)
     ]
@@ -190,13 +195,14 @@ def main() -> int:
     found = read_rows(options.run_dir)
     add_rule(found, options.run_dir)
     options.out.mkdir(parents=True, exist_ok=True)
-    changed = [arm for arm in ARMS["changed"] if any(arm in world for world in found.values())]
+    changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN)]
+    changed = [arm for arm in changed if any(arm in world for world in found.values())]
     seeds = sorted({arm for world in found.values() for arm in world if arm.startswith(f"{UNIVERSAL}, meta seed")})
-    tables = [
-        tabulate_worlds(found),
-        tabulate_arms(found, [UNKNOWN], CE),
-        tabulate_arms(found, [*changed, *seeds], UNIVERSAL),
-    ]
+    tables = [tabulate_worlds(found)]
+    if any(UNKNOWN in world for world in found.values()):
+        tables.append(tabulate_arms(found, [UNKNOWN], CE))
+    if changed or seeds:
+        tables.append(tabulate_arms(found, [*changed, *seeds], UNIVERSAL))
     write_text(options.out / "table.md", "\n\n".join(tables) + "\n")
     draw_regrets(found, options.out / "regrets.png")
     command = "python benchmarks/universal/run.py DATA RUN_DIR && python benchmarks/universal/report.py RUN_DIR OUT"
