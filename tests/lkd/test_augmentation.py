@@ -104,7 +104,7 @@ def test_every_loss_takes_mixed_targets(name: str, images) -> None:
 
 def test_mixed_batches_cannot_score_students(capsys) -> None:
     assert main(["meta-train", "--meta.batches", "same", "--data.mixup", "0.2"]) == 2
-    assert "meta.batches: same would score students on mixed images" in capsys.readouterr().err
+    assert "meta.batches: same would score students on labels that are mixed" in capsys.readouterr().err
 
 
 class Echo(torch.nn.Module):
