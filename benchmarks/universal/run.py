@@ -26,7 +26,7 @@ import yaml
 from lkd.config.evaluation import CompareRecipe
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_recipe, merge
-from lkd.config.parts import DataRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe, StudentRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.files import flatten, write_json
 from lkd.core.tensor_files import read_result
@@ -183,7 +183,7 @@ def describe(row: dict[str, str]) -> list[str]:
 def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
     """A training's name: its world, its arm, its seed, and a hash of all that decides its result.
 
-    Of the recipe what differs from the defaults, so that an option that comes new to recipes changes no name.
+    Of world and student what differs from the defaults, so that an option that comes new to recipes changes no name.
     """
     learned = trial.loss if isinstance(trial.loss, str) else ""
     world = {**asdict(recipe.data), "teacher": asdict(recipe.teacher), "train": asdict(recipe.train)}
@@ -191,7 +191,8 @@ def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
     own = {key: value for key, value in flatten(world).items() if flatten(plain).get(key) != value}
     own |= {"root": "", "teacher.path": hash_content(recipe.teacher.path) or recipe.teacher.path}
     loss = hash_content(learned) or trial.loss
-    identity = [own, asdict(trial.student), loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
+    network = {name: value for name, value in asdict(trial.student).items() if asdict(ModelRecipe())[name] != value}
+    identity = [own, network, loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
     return f"{Path(recipe.run_dir).name}/{label}-{trial.seed}-{hash_identity({'all': identity})}"
 
