@@ -235,11 +235,7 @@ def meta_train(
 
 @contextmanager
 def open_library_run(recipe: RunRecipe, command: str, quiet: bool) -> Iterator[Run]:
-    """Open a run in a caller's process, whose random state it leaves alone.
-
-    Raises:
-        UserError: If this is not the main thread, or as `open_run`.
-    """
+    """Open a run in a caller's process, whose random state it leaves alone."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError(f"lkd {command}: must be called from the main thread, which Ctrl-C and SIGTERM reach")
     with torch.random.fork_rng(range(torch.cuda.device_count())), open_run(recipe, command, quiet) as run:
@@ -282,11 +278,7 @@ def read_options(
 
 
 def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
-    """The student's recipe; the name of one that is given holds its shapes, not its weights.
-
-    Raises:
-        UserError: If it is something else, or builds no network, or one that cannot be copied or saved.
-    """
+    """The student's recipe; the name of one that is given holds its shapes, not its weights."""
     if isinstance(student, str):
         return ModelRecipe(student)
     if isinstance(student, dict):
@@ -311,11 +303,7 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
 
 
 def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
-    """The teacher's recipe: a file, timm's of a name, or one that is given, of which a frozen copy is used.
-
-    Raises:
-        UserError: If it is something else, or cannot be copied.
-    """
+    """The teacher's recipe: a file, timm's of a name, or one that is given, of which a frozen copy is used."""
     if isinstance(teacher, nn.Module):
         content = list_tensors(teacher, "teacher")
         frozen = copy_module(teacher, "teacher").eval().requires_grad_(False)
@@ -344,11 +332,7 @@ def name_images(
     options: Mapping[str, Any],
     given: dict[str, Any],
 ) -> DataRecipe:
-    """The images' recipe, from one of how they are split and augmented, whose values are the caller's options.
-
-    Raises:
-        UserError: If the images are not good, or an option does not go with them.
-    """
+    """The images' recipe, from one of how they are split and augmented, whose values are the caller's options."""
     if isinstance(train_set, str):
         if meta_validation_set is not None:
             raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
@@ -371,11 +355,7 @@ def name_images(
 
 
 def read_like(source: Any, train: ImageSet) -> ImageSet:
-    """Images for meta-validation, numbered apart from the training images.
-
-    Raises:
-        UserError: If they are not good, or unlike the training images.
-    """
+    """Images for meta-validation, numbered apart from the training images."""
     if not isinstance(source, ImageSet):
         source = read_images(source, num_classes=train.num_classes, mean=train.mean, std=train.std)
     for name in ("image_shape", "num_classes", "mean", "std"):
@@ -420,11 +400,7 @@ def read_cell(cell: Any) -> Any:
 
 
 def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of a module.
-
-    Raises:
-        UserError: If that is not only tensors.
-    """
+    """What a checkpoint holds of a module."""
     state = module.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):

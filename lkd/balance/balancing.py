@@ -41,11 +41,7 @@ class Balancing:
         self.weight = math.nan
 
     def set_weight(self, terms: dict[str, Tensor], parameters: Iterable[Tensor], step: int, progress: float) -> None:
-        """Set the λ of a step from the terms of its batch; several processes agree on one.
-
-        Raises:
-            UserError: If the loss has no term `task`, or no other.
-        """
+        """Set the λ of a step from the terms of its batch; several processes agree on one."""
         task, distillation = split_terms(terms)
         gradients = None
         if self.rule.wants_gradients(step):
@@ -81,11 +77,7 @@ class Balancing:
 
 
 def split_terms(terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The task's part and the teacher's; a learned loss's terms are named `part/term`.
-
-    Raises:
-        UserError: If one of them is not there.
-    """
+    """The task's part and the teacher's; a learned loss's terms are named `part/term`."""
     own = [name for name in terms if name.rpartition("/")[2] == "task"]
     if len(own) in (0, len(terms)):
         missing = "`task`" if not own else "the teacher's"
@@ -125,9 +117,6 @@ def build_balance(specification: str | dict[str, Any] | None, loss: nn.Module) -
     Args:
         specification: A name in `BALANCES`, or a dict with `name`, `normalize` and the rule's own arguments.
         loss: What it will weigh the terms of.
-
-    Raises:
-        UserError: If the name or an argument is not good, or the loss has nothing of a teacher.
     """
     if specification is None:
         return None

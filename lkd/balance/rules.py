@@ -47,11 +47,7 @@ class Balance(Protocol):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and the greatest λ.
-
-    Raises:
-        ValueError: If they are negative, not finite or out of order.
-    """
+    """The least and the greatest λ."""
 
     minimum: float
     maximum: float
@@ -66,11 +62,7 @@ class Bounds:
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Check an option.
-
-    Raises:
-        ValueError: If it is not in [low, high].
-    """
+    """Check an option."""
     if not low <= value <= high:
         raise ValueError(f"{name}: {value} is not in [{low:g}, {high:g}]")
 
@@ -94,9 +86,6 @@ class DTOKDBalance:
         smoothing: Decay of the moving averages, a look at a time, in [0, 1).
         minimum: Least λ.
         maximum: Greatest λ.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -179,9 +168,6 @@ class DynamicBalance:
         warmup: Progress until which λ stays as it is, in [0, 1].
         smoothing: Decay of the moving averages of both losses, in [0, 1).
         direction: 1, or −1 for the opposite of the paper's direction, a control.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -233,9 +219,6 @@ class ConstantBalance:
 
     Args:
         weight: λ.
-
-    Raises:
-        ValueError: If it is negative or not finite.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -261,9 +244,6 @@ class LinearBalance(ConstantBalance):
     Args:
         start: λ at the first step.
         end: λ at the end of the training.
-
-    Raises:
-        ValueError: If one is negative or not finite.
     """
 
     def __init__(self, start: float = 1.0, end: float = 0.0) -> None:
@@ -364,9 +344,6 @@ class VarianceOptimalBalance:
         horizon: 1 / (γ μ): how much bias costs against noise. μ is not known for a network, so this is to be tuned.
         minimum: Least λ.
         maximum: Greatest λ.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(

@@ -32,9 +32,6 @@ def read_recipes(paths: list[Path]) -> list[dict[str, Any]]:
     Nested keys are merged one by one; a file wins over its bases, a later base over an earlier one. Two keys reach
     into the other files: what stands under `with: {FILE: ...}` is merged over FILE if that is read, before or after;
     and `pair: NAME` is what `{pair}` stands for.
-
-    Raises:
-        UserError: If a file is missing, is not a YAML mapping, or is its own base, or one of these keys is not good.
     """
     files = [read_layers(path) for path in paths]
     additions: dict[Path, dict[str, Any]] = {}
@@ -60,9 +57,6 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     Args:
         path: The YAML file.
         above: The files that led here, to find cycles.
-
-    Raises:
-        UserError: If a file is missing, is not a YAML mapping, or is its own base.
     """
     trail = " → ".join(str(file) for file in (*above, path))
     if path.resolve() in {file.resolve() for file in above}:
@@ -87,11 +81,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 
 def pop_additions(path: Path, content: dict[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Take what stands under `with` out of a file's content.
-
-    Raises:
-        UserError: If it is not a mapping of recipe files to keys and values.
-    """
+    """Take what stands under `with` out of a file's content."""
     named = content.pop("with", {})
     if not is_nested(named) or not is_nested(*named.values()):
         raise UserError(f"{path}: with: {named!r} is not a mapping of recipe files to keys and values")
@@ -103,11 +93,7 @@ def pop_additions(path: Path, content: dict[str, Any]) -> dict[Path, dict[str, A
 
 
 def fill_in_pair(value: Any, pair: str | None, place: str) -> Any:
-    """Put the pair's name in the place of `{pair}`.
-
-    Raises:
-        UserError: If there is no name.
-    """
+    """Put the pair's name in the place of `{pair}`."""
     if isinstance(value, dict):
         return {key: fill_in_pair(inner, pair, f"{place}: {key}") for key, inner in value.items()}
     if isinstance(value, list):
@@ -192,11 +178,7 @@ def usage(recipe: type, field: str | None) -> str:
 
 
 def check_words(words: list[str]) -> None:
-    """Check the mappings among the words of a command line as those of a recipe are.
-
-    Raises:
-        UserError: If one has a key twice.
-    """
+    """Check the mappings among the words of a command line as those of a recipe are."""
     for word in words:
         _, equals, value = word.partition("=")
         text = value if word.startswith("--") and equals else word
@@ -215,11 +197,7 @@ def takes_list(recipe: type, field: str) -> bool:
 
 
 def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
-    """Put the option that they are for, `--field`, before the words that come before the options.
-
-    Raises:
-        UserError: If the field takes one value and there are more.
-    """
+    """Put the option that they are for, `--field`, before the words that come before the options."""
     leading = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(leading) :]
     if not leading:
@@ -300,11 +278,7 @@ def build_parser(kind: type, **options: Any) -> ArgumentParser:
 
 
 def instantiate(kind: type[Recipe], parser: ArgumentParser, parse: Callable[[], Any], role: str = "") -> Recipe:
-    """The dataclass of what `parse` gives, with plain numbers in the place of the types that carry ranges.
-
-    Raises:
-        UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
-    """
+    """The dataclass of what `parse` gives, with plain numbers in the place of the types that carry ranges."""
     try:
         parsed = parser.instantiate(parse())
     except ArgumentError as error:
@@ -338,9 +312,6 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -
         kind: The dataclass.
         values: Its fields; those of its parts are dicts.
         role: What messages call it, say `"train"`.
-
-    Raises:
-        UserError: If a key is unknown, or a value is of the wrong type or outside of its range.
     """
     hints = get_type_hints(kind)
     for name, value in values.items():
@@ -354,11 +325,7 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -
 
 
 def parse_recipe(command: str, words: list[str]) -> Any:
-    """Turn recipe files and overrides into the command's dataclass; None if only help was asked for.
-
-    Raises:
-        UserError: If a file cannot be read, a key is unknown, or a value is of the wrong type or outside of its range.
-    """
+    """Turn recipe files and overrides into the command's dataclass; None if only help was asked for."""
     recipe, field = COMMANDS[command][0], POSITIONAL.get(command)
     parser = build_parser(
         recipe, prog=f"lkd {command}", usage=f"lkd {command} {usage(recipe, field)} [--key value ...]"

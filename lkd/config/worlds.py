@@ -14,11 +14,7 @@ PARTS = ("data", "teacher", "student", "train")
 
 
 def expand_worlds(recipe: MetaTrainRecipe) -> dict[str, StudentRecipe]:
-    """Name → data, teacher, student and training of each world: those listed, then those drawn; empty without any.
-
-    Raises:
-        UserError: If a world differs in something else, a value is not good, or a range to draw from is empty.
-    """
+    """Name → data, teacher, student and training of each world: those listed, then those drawn; empty without any."""
     differences = {name: find_differences(name, recipe.worlds) for name in recipe.worlds}
     differences |= draw_worlds(recipe.draw, differences)
     if not differences:
@@ -75,11 +71,7 @@ def draw_worlds(draw: DrawRecipe, listed: dict[str, dict[str, Any]]) -> dict[str
 
 
 def draw_value(field: str, values: Any, chance: random.Random) -> Any:
-    """One of a list, or a number of a range; it stays as it is if neither is given.
-
-    Raises:
-        UserError: If there is nothing to draw from.
-    """
+    """One of a list, or a number of a range; it stays as it is if neither is given."""
     if isinstance(values, list) and values:
         return chance.choice(values)
     if isinstance(values, dict) and values.keys() <= {"low", "high", "log"}:

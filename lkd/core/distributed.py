@@ -39,11 +39,7 @@ def read_job() -> Job:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
-
-    Raises:
-        UserError: If they do not meet in time, or another process was lost.
-    """
+    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo."""
     if read_job().size == 1 or dist.is_initialized():
         yield
         return
@@ -70,11 +66,7 @@ def join_processes(device: torch.device) -> Iterator[None]:
 
 
 def place_of(device: torch.device) -> torch.device:
-    """This process's own GPU where the device is `cuda` without a number.
-
-    Raises:
-        UserError: If this host has fewer GPUs than processes.
-    """
+    """This process's own GPU where the device is `cuda` without a number."""
     job = read_job()
     if device.type != "cuda" or device.index is not None or job.size == 1:
         return device
@@ -117,11 +109,7 @@ def wait_for_all() -> None:
 
 
 def share_out(count: int, name: str) -> range:
-    """This process's share of so many numbered things: as many as every other process has.
-
-    Raises:
-        UserError: If they do not divide; names the setting that says how many there are.
-    """
+    """This process's share of so many numbered things: as many as every other process has."""
     processes = count_processes()
     if count % processes:
         raise UserError(f"{name}: {count} do not divide among {processes} processes; take a multiple of {processes}")

@@ -40,9 +40,6 @@ def explained(place: str) -> Iterator[None]:
 
     Args:
         place: Where it happened, say `"outer step 12"`.
-
-    Raises:
-        UserError: If it says something.
     """
     try:
         yield
@@ -57,9 +54,6 @@ def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
         kind: What is being named, say `"student"`.
         name: The name given.
         choices: The accepted names.
-
-    Raises:
-        UserError: If `name` is not among `choices`; the message gives the nearest ones.
     """
     known = sorted(choices)
     if name not in known:
@@ -77,9 +71,6 @@ def refuse_exhaustion(error: BaseException, place: str, less: str) -> None:
         error: The error.
         place: Where it happened, say `"step 12"`.
         less: What needs less.
-
-    Raises:
-        UserError: If a device or the host has no memory left.
     """
     import torch  # here: `lkd --help` reads this file, and must not wait for it
 

@@ -57,11 +57,7 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_free_space(setting: str, folder: Path, needed: int, what: str, advice: str) -> None:
-    """Check that the folder that a setting names, which is made if it is not there, has space for so many bytes.
-
-    Raises:
-        UserError: If it has too little, or cannot be made; says what needs it and what to do.
-    """
+    """Check that the folder that a setting names, which is made if it is not there, has space for so many bytes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -105,11 +101,7 @@ def create_json(path: Path, content: Any) -> bool:
 
 @contextmanager
 def refusing_malformed(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file of this kind is taken apart into one line.
-
-    Raises:
-        UserError: If anything does.
-    """
+    """Turn whatever goes wrong while a file of this kind is taken apart into one line."""
     try:
         yield
     except MALFORMED as error:
@@ -130,11 +122,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: If it cannot be read, has over `MOST_JSON` bytes, or is not JSON.
-    """
+    """Read a JSON file."""
     try:
         if (size := path.stat().st_size) > MOST_JSON:
             raise DamagedFileError(f"{path}: is damaged: it has {size:,} bytes, at most {MOST_JSON:,} of JSON are read")
@@ -146,11 +134,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        UserError: If it cannot be read or holds something else.
-    """
+    """Read a JSON file that holds an object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a JSON object: replace it")

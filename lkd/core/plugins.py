@@ -11,11 +11,7 @@ MODULE = "lkd_plugins"
 
 
 def import_plugins(plugins: str | None) -> None:
-    """Run the file, which registers networks by `lkd.register`; again in every process, with whatever is beside it.
-
-    Raises:
-        UserError: If there is no such file, or it fails.
-    """
+    """Run the file, which registers networks by `lkd.register`; again in every process, with whatever is beside it."""
     if plugins is None:
         return
     path = Path(plugins).expanduser().resolve()

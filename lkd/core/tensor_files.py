@@ -118,11 +118,7 @@ def save_checkpoint(path: Path, tree: Any) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """Read a tree that `save_checkpoint` wrote.
-
-    Raises:
-        UserError: If the file is missing, damaged, or not a checkpoint.
-    """
+    """Read a tree that `save_checkpoint` wrote."""
     tensors, header = read_tensors(path, KIND, VERSION)
     with refusing_malformed(path, KIND):
         return decode(header["tree"], tensors)
@@ -193,11 +189,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a JSON file that `write_result` wrote; one without a hash is taken as it is.
-
-    Raises:
-        UserError: If it cannot be read, or its content is not what was written.
-    """
+    """Read a JSON file that `write_result` wrote; one without a hash is taken as it is."""
     content = read_json(path)
     digest = content.pop(DIGEST_KEY, None) if isinstance(content, dict) else ""
     if digest is not None and digest != hash_content(json.dumps(content), {}):

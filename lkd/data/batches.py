@@ -50,9 +50,6 @@ class Batches:
 
     Attributes:
         wait_seconds: Time that `at` has waited for images to be decoded.
-
-    Raises:
-        UserError: If the batch is larger than the set or does not divide, or the augmentation is unknown.
     """
 
     images: ImageSet
@@ -90,11 +87,7 @@ class Batches:
         self.prefetcher = Prefetcher(self.start, self.steps)
 
     def at(self, step: int) -> Batch:
-        """The batch of this step, counted from 0 over all epochs.
-
-        Raises:
-            UserError: If more images are damaged than the data set's limit allows.
-        """
+        """The batch of this step, counted from 0 over all epochs."""
         epoch = step // self.steps_per_epoch
         if isinstance(self.images.images, ImageFiles):
             pixels, slots, seconds = self.prefetcher.take(step).wait()

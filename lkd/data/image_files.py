@@ -52,9 +52,6 @@ class Damage:
         Args:
             seen: Images asked for, the damaged ones among them.
             failures: Name of each damaged image, and what is wrong with it.
-
-        Raises:
-            UserError: If there are more than the limit allows.
         """
         with self.lock:
             self.seen += seen

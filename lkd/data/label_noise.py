@@ -88,9 +88,6 @@ class WeakNetwork:
         train: Training images.
         seed: Of the halves.
 
-    Raises:
-        UserError: If there are fewer than two images.
-
     Attributes:
         partner: Each class's most probable wrong class, in the mean over the class's images, [C].
         doubt: Logarithm of the probability of all wrong classes, in the mean over each class's images, [C].

@@ -140,9 +140,6 @@ class Loading:
         Returns:
             Pixels, uint8, [B, 3, size, size], in memory as [B, size, size, 3]; the slots that they are of, [B], damaged
             ones replaced or left out; seconds waited.
-
-        Raises:
-            UserError: If too many images are damaged, or one is not read within the time allowed.
         """
         started = time.perf_counter()
         try:

@@ -61,9 +61,6 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
 
     Returns:
         The index, which is written last.
-
-    Raises:
-        UserError: If the disk has not enough space, or more images are damaged than the limit allows.
     """
     source = files.source
 
@@ -103,11 +100,7 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
 
 
 def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -> PackedSource:
-    """Open what `pack` wrote, checked against the source that it was made of.
-
-    Raises:
-        UserError: If there is nothing, it is of other images, or its images are too small for the crops.
-    """
+    """Open what `pack` wrote, checked against the source that it was made of."""
     path, index = folder / f"{part}.pixels", folder / f"{part}.index.safetensors"
     if not index.is_file():
         raise UserError(f"data.packed: {folder} holds no packed {part} images; write them with lkd pack")

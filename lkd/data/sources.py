@@ -58,9 +58,6 @@ def build_dataset(
         classes: The classes' names.
         loading: How images are loaded.
         place: Where the images lie, for messages.
-
-    Raises:
-        UserError: If a part has no images, or a class has none to train on.
     """
     check_class_names(classes, "data.root")
     for part, labelled in zip(("training", "validation"), parts, strict=True):
@@ -127,9 +124,6 @@ def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
 
     The classes are those of `train`, sorted. `val` may be called `validation` or `test`, and may hold images beside a
     list of their classes, as Tiny-ImageNet's does.
-
-    Raises:
-        UserError: If the folder is missing or laid out otherwise, or a class has no training images.
     """
     folder = check_root(root, FOLDERS)
     classes = list_class_folders(folder, "train")
@@ -227,11 +221,7 @@ class TarSource(ImageSource):
 
 
 def index_tar(path: Path) -> Iterator[Member]:
-    """List the files in a tar file, those of tars in it too; only headers are read.
-
-    Raises:
-        UserError: If it is compressed, damaged or cut off.
-    """
+    """List the files in a tar file, those of tars in it too; only headers are read."""
     try:
         with path.open("rb") as file:
             yield from index_stream(file, "", 0, path.stat().st_size)
@@ -267,12 +257,7 @@ def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int
 
 
 def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
-    """Find the images of a tar for each class, a tar of class folders, or a tar of tars.
-
-    Raises:
-        UserError: If the folder is missing or laid out otherwise, an image lies in no class, or a class has no training
-            images.
-    """
+    """Find the images of a tar for each class, a tar of class folders, or a tar of tars."""
     folder = check_root(root, TARS)
     test = next((name for name in TEST_FOLDERS if any(folder.glob(f"{name}.tar")) or (folder / name).is_dir()), "val")
     (train, train_names), (val, val_names) = (find_class_images(folder, part) for part in ("train", test))
@@ -308,12 +293,7 @@ def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
 
 
 def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
-    """Find the images; shards are indexed, not streamed, so that any image can be read at any time.
-
-    Raises:
-        UserError: If the folder is missing or a stream, shards are missing or damaged, a sample has no label, or a
-            class has no training images.
-    """
+    """Find the images; shards are indexed, not streamed, so that any image can be read at any time."""
     folder = check_root(root, SHARDS)
     paths = {part: find_shards(folder, part) for part in SHARD_SPLITS}
     check_apart(folder, paths)
@@ -335,11 +315,7 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
 def number_labels(
     train: "Labelled", val: "Labelled", folder: Path
 ) -> tuple[LabelledSource, LabelledSource, tuple[str, ...]]:
-    """Labels as numbers, and the classes' names where labels are names; these are numbered in their order.
-
-    Raises:
-        UserError: If some are names and others numbers, or a validation image is of another class.
-    """
+    """Labels as numbers, and the classes' names where labels are names; these are numbered in their order."""
     kinds = {type(label) for _, labels in (train, val) for label in labels}
     if kinds == {int, str}:
         raise UserError(f"data.root: {folder}: some labels are numbers, others names: write all alike")
@@ -491,10 +467,6 @@ def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> D
         name: What `datasets.load_dataset` takes: a name on the hub, or a folder.
         root: Where downloads are kept; None for that package's own place.
         loading: How images are loaded.
-
-    Raises:
-        UserError: If the package is not installed, the data set cannot be loaded, or it has no images, labels or test
-            split.
     """
     try:
         import datasets

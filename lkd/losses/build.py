@@ -102,9 +102,6 @@ def attach_features(
     """Attach a learned loss to the networks' stages, if it reads features.
 
     Its option `adapters` says whether the student's channels are adapted by 1×1 convolutions that are trained along.
-
-    Raises:
-        UserError: If the loss takes no such option, or reads features that a network does not give.
     """
     parts = find_feature_parts(loss)
     unknown = sorted(options.keys() - ({"adapters"} if parts else set()))

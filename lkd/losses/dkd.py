@@ -31,9 +31,6 @@ class DKDLoss(DistillationLoss):
         temperature: τ.
         warmup: Part of the training over which the teacher's terms are ramped up from 0, in [0, 1]. Where `progress` is
             not given they have their full weight, as at 1.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(

@@ -31,11 +31,7 @@ class PairedLoss(DistillationLoss):
         self.teacher_stages = tuple(name for _, name in self.pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the term `task` and one for each weight.
-
-        Raises:
-            UserError: If the teacher's features are of other images, or the target is not one.
-        """
+        """Compute the term `task` and one for each weight."""
         target = functions.check_target(student.logits, target)
         with functions.full_precision(student.logits):
             maps = [

@@ -64,9 +64,6 @@ def check_target(logits: Tensor, target: Tensor) -> Tensor:
     """Check a target against the student's logits, [B, C]; return class indices as int64, distributions as given.
 
     Labels on an accelerator are not looked at, which would wait for the device; there the loss fails on a wrong one.
-
-    Raises:
-        UserError: If there are not two classes, or the target is neither class indices [B] nor distributions [B, C].
     """
     batch, classes = logits.shape[:1], logits.shape[1] if logits.ndim > 1 else 0
     if classes < 2:
@@ -101,9 +98,6 @@ def check_batch(student: Outputs, teacher: Outputs | None, target: Tensor) -> Te
     """Check that student, teacher and target speak of the same images and classes; return what `check_target` does.
 
     For losses that read the teacher's logits.
-
-    Raises:
-        UserError: If they do not, or there is no teacher.
     """
     if teacher is None:
         raise UserError("loss: it reads the teacher's logits, and there is no teacher; give one, or take cross_entropy")

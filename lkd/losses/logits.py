@@ -48,9 +48,6 @@ class DISTLoss(DistillationLoss):
         beta: Weight of the relation between classes; 2 in the authors' recipes.
         gamma: Weight of the relation within a class; 2 in the authors' recipes.
         temperature: τ; the authors take 1 on ImageNet and 4 on CIFAR-100.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(self, task: float = 1.0, beta: float = 2.0, gamma: float = 2.0, temperature: float = 1.0) -> None:
@@ -80,9 +77,6 @@ class KDLoss(DistillationLoss):
     Args:
         weight: w in [0, 1], the balance between task and teacher.
         temperature: τ > 0.
-
-    Raises:
-        ValueError: If `weight` or `temperature` is out of range.
     """
 
     def __init__(self, weight: float = 0.5, temperature: float = 4.0) -> None:
@@ -116,9 +110,6 @@ class LogitMSELoss(DistillationLoss):
     Args:
         task: Weight of cross-entropy.
         distillation: Weight of the squared error.
-
-    Raises:
-        ValueError: If a weight is negative.
     """
 
     def __init__(self, task: float = 1.0, distillation: float = 1.0) -> None:
@@ -151,9 +142,6 @@ class LogitStandardizationLoss(DistillationLoss):
     Args:
         loss: The loss: a module with a term `task`.
         distillation: Factor of all its other terms.
-
-    Raises:
-        ValueError: If the factor is negative.
     """
 
     def __init__(self, loss: DistillationLoss, distillation: float = 10.0) -> None:

@@ -107,11 +107,7 @@ ON_LABELS = (  # losses of torch and timm that take logits and labels
 
 
 class WrappedLoss(DistillationLoss):
-    """A user's module or function, which may leave out `progress` and may return one tensor.
-
-    Raises:
-        UserError: If it takes neither (student, teacher, target) nor, as one of `ON_LABELS`, (logits, labels).
-    """
+    """A user's module or function, which may leave out `progress` and may return one tensor."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

@@ -325,7 +325,6 @@ class TorchdistillLoss(DistillationLoss):
         options: The loss's own options.
 
     Raises:
-        UserError: If there is no such loss or it cannot be run here.
         ValueError: If a stage does not exist, or an option is unknown.
     """
 
@@ -370,11 +369,7 @@ class TorchdistillLoss(DistillationLoss):
         self.needs_index, self.reads_logits = name == "CRDLoss", not self.recipe.pairing
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
-        """Learn which images there are, and lay out CRD's memory.
-
-        Raises:
-            UserError: If all are of one class.
-        """
+        """Learn which images there are, and lay out CRD's memory."""
         if len(labels.unique()) < 2:
             raise UserError("loss 'torchdistill/CRDLoss': all training images are of one class: there are no negatives")
         self.register_buffer("row", torch.zeros(int(index.max()) + 1, dtype=torch.int64))
@@ -396,7 +391,6 @@ class TorchdistillLoss(DistillationLoss):
         """Compute the terms `task`, if its weight is not 0, `distillation`, and for FT `reconstruction`.
 
         Raises:
-            UserError: If the batch is too small for the loss.
             ValueError: If `enroll` was not called, or `index` (identity of each image, [B]) not given, where
                 `needs_index`.
         """

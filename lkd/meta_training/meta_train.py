@@ -117,7 +117,6 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
-        UserError: If the processes' losses differ.
     """
     settings, worlds, first_pools = loop.settings, loop.worlds, loop.pools
     checkpoints = Checkpoints(run.path / "checkpoints", worlds[0].train, run.say)
@@ -178,11 +177,7 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
 
 
 def check_identical(loop: OuterLoop) -> None:
-    """Check that all processes have the same loss, to the bit.
-
-    Raises:
-        UserError: If one has another than the main process.
-    """
+    """Check that all processes have the same loss, to the bit."""
     digests = gather_objects(digest([loop.loss.state_dict(), loop.optimizer.state_dict()]))
     strangers = [str(number) for number, found in enumerate(digests) if found != digests[0]]
     if strangers:
@@ -237,11 +232,7 @@ def save_results(
 
 
 def check_settings(recipe: MetaTrainRecipe) -> None:
-    """Check the outer loop's settings, as far as they can be without the images.
-
-    Raises:
-        UserError: If one is impossible.
-    """
+    """Check the outer loop's settings, as far as they can be without the images."""
     meta, trained = recipe.meta, f"meta.interleaving {recipe.meta.interleaving}"
     build_age_weights(recipe.pool)
     check_differentiable(recipe.train)
@@ -278,11 +269,7 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
 
 
 def check_meta_validation(images: Images) -> None:
-    """Check that the outer loss can see every class that students are trained on.
-
-    Raises:
-        UserError: If meta-validation lacks one.
-    """
+    """Check that the outer loss can see every class that students are trained on."""
     part = images.meta_validation
     counts = torch.bincount(part.labels, minlength=part.num_classes)
     missing = [part.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
@@ -310,9 +297,6 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
         recipe: The recipe.
         images: The images.
         opened: The pools that are there already; without any, the recipe's is yet to be built.
-
-    Raises:
-        UserError: If not.
     """
     meta = recipe.meta
     batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))
@@ -335,11 +319,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
 
 
 def check_alternation(meta: MetaSettings, total_steps: int) -> None:
-    """Check that the outer steps fit into the training, of so many steps, that they alternate with.
-
-    Raises:
-        UserError: If they do not, or a setting has no meaning there.
-    """
+    """Check that the outer steps fit into the training, of so many steps, that they alternate with."""
     kind = f"meta.interleaving {meta.interleaving}"
     if meta.interleaving == "both" and meta.outer_steps < 2:
         raise UserError(f"meta.outer_steps: {meta.outer_steps} cannot be halved; {kind} needs at least 2")

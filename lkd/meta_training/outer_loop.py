@@ -76,9 +76,6 @@ class OuterLoop:
         warnings: What the guard has to say of the latest step.
         seconds: What the steps took, by the wall's clock.
         work_seconds: The same by `read_clock`, of all processes.
-
-    Raises:
-        UserError: If the students of a step do not divide among the processes.
     """
 
     def __init__(
@@ -213,11 +210,7 @@ class OuterLoop:
         )
 
     def try_estimator(self) -> None:
-        """Ask for the hypergradient of one step of each kind of student: what is in its way is said at once.
-
-        Raises:
-            UserError: If the estimator does not go with the student or the loss.
-        """
+        """Ask for the hypergradient of one step of each kind of student: what is in its way is said at once."""
         for place in {world.student.name: place for place, world in enumerate(self.worlds)}.values():
             network = self.networks[place]
             parameters, buffers = split_state(network)

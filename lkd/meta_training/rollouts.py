@@ -77,11 +77,7 @@ def half_cosine(progress: float) -> float:
 def build_inner_optimizer(
     student: nn.Module, train: TrainRecipe, learning_rate: float, annealing: str, steps: int
 ) -> Optimizer:
-    """The training's optimiser with its groups and its clipping; the rate is constant, or annealed to zero (`cosine`).
-
-    Raises:
-        UserError: If it has no adjoint.
-    """
+    """The training's optimiser with its groups and clipping; the rate is constant, or annealed to zero (`cosine`)."""
     check_differentiable(train)
     optimizer = build_optimizer(student, train)
     for group in optimizer.param_groups:

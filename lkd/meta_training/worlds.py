@@ -55,8 +55,7 @@ class OpenedWorld:
 def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[OpenedWorld]:
     """Read the files of all worlds: of those that the recipe lists and draws, or one for each of its students.
 
-    Raises:
-        UserError: If a world is not good; its message starts with the world's name.
+    What is wrong with a world is said with its name.
     """
     listed = expand_worlds(recipe)
     opened: list[OpenedWorld] = []

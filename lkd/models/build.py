@@ -61,9 +61,6 @@ def adapt_pretrained(network: nn.Module, images: ImageSet, size: int = 0) -> nn.
     """A network of timm's pretrained weights, seeing images in the normalisation that these were trained with.
 
     Of images of another number of channels than three, for which timm sums the first layer's weights, it is the mean.
-
-    Raises:
-        UserError: If it is not known what the images were normalised with.
     """
     configuration, (channels, *_), given = unwrap(network).pretrained_cfg, images.image_shape, (images.mean, images.std)
     parts = configuration["mean"], configuration["std"]
@@ -143,9 +140,6 @@ def adapt_given(network: nn.Module, role: str, num_classes: int | None, image_sh
 
     Returns:
         The network itself, or around it a module that returns `Outputs`.
-
-    Raises:
-        UserError: If it has no parameters, fails on such images, or answers with something else.
     """
     name = type(network).__name__
     if next(network.parameters(), None) is None:
@@ -289,11 +283,7 @@ def build(
 
 
 def check_name(name: str) -> list[str]:
-    """What a name may stand for, the first that is meant first: a registered network, ours, timm's, torchvision's.
-
-    Raises:
-        UserError: If it stands for nothing.
-    """
+    """What a name may stand for, the first that is meant first: a registered network, ours, timm's, torchvision's."""
     if name in REGISTERED or name in OWN_NETWORKS:
         return [name]
     if ":" in name or name.endswith(".py"):
@@ -423,9 +413,6 @@ def build_forward(
     Returns:
         The network's own forward pass, or a compiled one. The compiled code is beside the network: its state dict,
         copies of it and its evaluation know nothing of it.
-
-    Raises:
-        UserError: From the forward pass, if torch.compile does not work here.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)

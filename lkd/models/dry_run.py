@@ -25,9 +25,6 @@ def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, 
     Returns:
         Lines about what a user may not expect: of several outputs one is trained; and `no gradient: NAME, ...`, which
         parameters the logits do not depend on.
-
-    Raises:
-        UserError: If it fails, or has two heads that two losses are for.
     """
     name = type(unwrap(network)).__name__
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
@@ -103,11 +100,7 @@ def find_fixed_size(network: nn.Module, options: dict[str, Any] | None = None) -
 
 
 def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Options with which a network of a fixed image size takes these images.
-
-    Raises:
-        UserError: If it takes no other size than its own.
-    """
+    """Options with which a network of a fixed image size takes these images."""
     import timm
 
     known = check_name(name)[0]

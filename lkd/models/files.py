@@ -86,9 +86,6 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
         header: The file's.
         images: The images.
         size: Height and width that images are scaled to for it; 0 for none.
-
-    Raises:
-        UserError: If the classes are the same in another order.
     """
     theirs, ours = tuple(header.get("classes") or ()), images.class_names
     numbers = tuple(map(str, range(len(ours))))
@@ -116,9 +113,6 @@ def load_network(
     Returns:
         The network and the header: `architecture` and `provenance`; of a file of another program the latter is empty,
         and `taken` says where in the file the weights are; of others `input` and `classes`, if they were written.
-
-    Raises:
-        UserError: If the file is missing, damaged, not a network, or its weights do not fit its architecture.
     """
     if is_foreign(path):
         if name is None:

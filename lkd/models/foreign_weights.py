@@ -62,9 +62,6 @@ def load_foreign_network(
     Returns:
         The network, in eval mode; its architecture: keyword arguments of `build`, with the classes that the file has;
         and what the names of the weights begin with in the file, with the keys that led to them.
-
-    Raises:
-        UserError: If the name is unknown, the file is missing or damaged, or it holds another network.
     """
     known = check_name(name)
     state = read_weights(path)

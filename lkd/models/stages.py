@@ -47,11 +47,7 @@ def list_stages(network: nn.Module) -> dict[str, list[str]]:
 
 
 def freeze_stages(network: nn.Module, names: list[str]) -> nn.Module:
-    """Freeze stages of a network: their parameters, and the statistics of their BatchNorm.
-
-    Raises:
-        UserError: If it has no such stage, or nothing is left to train.
-    """
+    """Freeze stages of a network: their parameters, and the statistics of their BatchNorm."""
     model, stages = unwrap(network), list_stages(network)
     for stage in names:
         check_choice("student.freeze", stage, stages)

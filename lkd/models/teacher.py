@@ -78,11 +78,7 @@ class TakenClasses(nn.Module):
 
 
 def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str) -> TakenClasses:
-    """The network with the logits that `teacher.classes` names, of `num_classes`.
-
-    Raises:
-        UserError: If it names none, one twice, or one that is not there, or its file cannot be read.
-    """
+    """The network with the logits that `teacher.classes` names, of `num_classes`."""
     try:
         if isinstance(classes, list):
             columns = [int(number) for number in classes]
@@ -195,9 +191,6 @@ def load_teacher(
 
     Returns:
         The network, in eval mode, and its architecture (keyword arguments of `lkd.models.build`).
-
-    Raises:
-        UserError: If the file is not good, holds another network than the named one, or the arguments contradict.
     """
     if pretrained and path != "embedded":
         raise UserError(f"teacher.path: {path} and teacher.pretrained exclude each other: give one")
@@ -224,11 +217,7 @@ def load_teacher(
 
 
 def build_pretrained(architecture: dict[str, Any]) -> nn.Module:
-    """Build timm's network of a name with a tag; the architecture learns of its classes.
-
-    Raises:
-        UserError: If timm has no such weights.
-    """
+    """Build timm's network of a name with a tag; the architecture learns of its classes."""
     import timm
 
     name = str(architecture["name"])

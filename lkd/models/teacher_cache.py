@@ -74,9 +74,6 @@ def compress_logits(logits: Tensor, top_k: int) -> dict[str, Tensor]:
     Returns:
         `logits`, [B, C]. With `top_k`: `logits` and `classes`, [B, top_k], and `remainder`, [B], the logarithm of the
         sum of the other logits' exponentials.
-
-    Raises:
-        UserError: If a logit is not finite in float16.
     """
     logits = logits.float()
     if not top_k:
@@ -155,9 +152,6 @@ class CachedTeacher:
         seeds: Augmentation seeds that will be asked for.
         device: Where answers go.
 
-    Raises:
-        UserError: If one of the files is not good or belongs to another cache.
-
     Attributes:
         checked: The files whose content was compared with its hash.
     """
@@ -174,11 +168,7 @@ class CachedTeacher:
         self.checked: set[int] = set()
 
     def __call__(self, batch: Batch) -> Outputs:
-        """Look a batch up.
-
-        Raises:
-            UserError: If an image could not be decoded when the cache was made, or a file is damaged.
-        """
+        """Look a batch up."""
         kept = self.look_up(batch.index.cpu(), batch.augmentation.cpu())
         if kept["logits"].isnan().any():
             raise UserError(
@@ -204,11 +194,7 @@ class CachedTeacher:
 
 
 def open_part(cache: CacheFolder, path: Path, check: bool = True) -> dict[str, Tensor]:
-    """Map a file of a cache; `check` reads all of it, and compares its content with its hash.
-
-    Raises:
-        UserError: If it is damaged, or belongs to another cache.
-    """
+    """Map a file of a cache; `check` reads all of it, and compares its content with its hash."""
     advice = "delete it and go on with lkd cache"
     try:
         tensors, header = read_tensors(path, KIND, VERSION, check)
@@ -220,11 +206,7 @@ def open_part(cache: CacheFolder, path: Path, check: bool = True) -> dict[str, T
 
 
 def read_cache(folder: Path) -> CacheFolder:
-    """Read what a cache says of itself.
-
-    Raises:
-        UserError: If there is none, or its index is damaged.
-    """
+    """Read what a cache says of itself."""
     if not (folder / INDEX).is_file():
         raise UserError(f"teacher.cache: {folder} holds no teacher cache; make one with lkd cache")
     tensors, header = read_tensors(folder / INDEX, INDEX_KIND, VERSION)
@@ -283,11 +265,7 @@ def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
 def choose_seeds(
     augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float, random_erasing: float = 0.0
 ) -> range:
-    """The augmentation seeds that batches have.
-
-    Raises:
-        UserError: If they have no end, or images are mixed or erased, which no augmentation seed says.
-    """
+    """The augmentation seeds that batches have."""
     if mixup or cutmix or random_erasing:
         raise UserError(
             f"data.mixup, data.cutmix, data.random_erasing: {mixup}, {cutmix}, {random_erasing}; a teacher cache holds "
@@ -315,11 +293,7 @@ def check_stages(stages: tuple[str, ...]) -> None:
 def open_cache(
     folder: Path, made_with: dict[str, Any], seeds: range, images: ImageSet, device: torch.device
 ) -> CachedTeacher:
-    """Open a cache for training on these images, under these augmentation seeds.
-
-    Raises:
-        UserError: If there is none, it was made with something else, or it lacks images or augmentation seeds.
-    """
+    """Open a cache for training on these images, under these augmentation seeds."""
     cache = read_cache(folder)
     check_made_with(cache, made_with)
     lacking = int((~torch.isin(images.index, cache.index)).sum())

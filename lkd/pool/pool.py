@@ -106,11 +106,7 @@ def write_student(path: Path, training: Training) -> None:
 
 
 def read_student(path: Path, network: nn.Module) -> PoolStudent:
-    """Read a student of a network's architecture, to where that lies.
-
-    Raises:
-        UserError: If its file is missing or damaged, or of another network.
-    """
+    """Read a student of a network's architecture, to where that lies."""
     tensors, header = read_tensors(path, KIND, VERSION)
     parameters, buffers = split_state(network)
     count = dict.fromkeys(parameters, torch.zeros(()))
@@ -170,11 +166,7 @@ class Pool:
         return sum(oldest.values())
 
     def read(self, position: int, network: nn.Module) -> PoolStudent:
-        """Read the student at this position of the index, of this network's architecture, to where that lies.
-
-        Raises:
-            UserError: If its file is missing or damaged.
-        """
+        """Read the student at this position of the index, of this network's architecture, to where that lies."""
         try:
             return read_student(self.folder / self.index["students"][position]["file"], network)
         except DamagedFileError as error:
@@ -182,12 +174,7 @@ class Pool:
 
 
 def open_pool(folder: Path, images: Images, architecture: dict[str, Any]) -> Pool:
-    """Open a pool and check that it fits.
-
-    Raises:
-        UserError: If there is none, or it was made of another network, or on another split of the data (its students
-            may have seen the meta-validation images).
-    """
+    """Open a pool, checked to be of this network and of this split: others' students may have seen meta-validation."""
     if not (folder / INDEX).is_file():
         raise UserError(f"pool_dir: {folder} holds no pool (no {INDEX}); `lkd pool` makes one")
     index = read_mapping(folder / INDEX)
@@ -350,7 +337,6 @@ def renew_pools(
         run: The run.
 
     Raises:
-        UserError: If the pool of this time is gone.
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.
     """
     renewals, since = divmod(outer_step, settings.refresh_every)

@@ -20,11 +20,7 @@ AgeWeights = Callable[[Tensor, int], Tensor]
 
 
 def build_age_weights(settings: PoolSettings) -> AgeWeights:
-    """The weights that `sampling` gives to students by their age.
-
-    Raises:
-        UserError: If a setting of this sampling is impossible, or the fidelity file is not good.
-    """
+    """The weights that `sampling` gives to students by their age."""
     if settings.sampling == "gaussian":
         mean, spread = settings.gaussian_age, settings.gaussian_spread
         return lambda ages, draw: (-((ages - mean) / spread).square() / 2).softmax(0)
@@ -45,11 +41,7 @@ def find_drawable_ages(age_weights: AgeWeights, ages: Tensor) -> Tensor:
 
 
 def check_sampling(settings: PoolSettings, ages: Tensor) -> float:
-    """Check that a pool with students of these ages, [N], can be drawn from; the oldest age that is drawn.
-
-    Raises:
-        UserError: If a setting is impossible, or the pool has no students where the sampling looks for them.
-    """
+    """Check that a pool with students of these ages, [N], can be drawn from; the oldest age that is drawn."""
     age_weights = build_age_weights(settings)
     span = f"{float(ages.min()):g} to {float(ages.max()):g}"
     if settings.sampling == "gaussian" and not ages.min() <= settings.gaussian_age <= ages.max():
@@ -69,11 +61,7 @@ def check_sampling(settings: PoolSettings, ages: Tensor) -> float:
 
 
 def read_fidelity(path: str | None) -> np.ndarray:
-    """Ages, increasing, and their weights, as `lkd fidelity` recommends them, [A, 2].
-
-    Raises:
-        UserError: If the file is missing, or holds no weights by age.
-    """
+    """Ages, increasing, and their weights, as `lkd fidelity` recommends them, [A, 2]."""
     if path is None:
         raise UserError("pool.fidelity_file: missing; sampling fidelity needs the fidelity.json of `lkd fidelity`")
     if not Path(path).is_file():

@@ -79,9 +79,6 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
     """Load, split, and flip labels if the settings say so; never those of the test part.
 
     `scored`: whether meta-validation is needed; else there may be no images of it.
-
-    Raises:
-        UserError: If the data set or the sizes are not good.
     """
     if scored and settings.meta_validation_size == 0:
         raise UserError(
@@ -192,11 +189,7 @@ def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHIN
 
 
 def freeze_built(model: ModelRecipe, builder: StudentBuilder) -> StudentBuilder:
-    """The builder, of students whose stages that the recipe names are frozen.
-
-    Raises:
-        UserError: If they have no such stages.
-    """
+    """The builder, of students whose stages that the recipe names are frozen."""
     if not model.freeze:
         return builder
     if not builder.name.startswith(GIVEN):
@@ -207,11 +200,7 @@ def freeze_built(model: ModelRecipe, builder: StudentBuilder) -> StudentBuilder:
 
 
 def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: ImageSet) -> StudentBuilder:
-    """What builds students that start from the weights in `model.path`.
-
-    Raises:
-        UserError: If the file is not good, or not of this network.
-    """
+    """What builds students that start from the weights in `model.path`."""
     if model.pretrained:
         raise UserError(f"student.path: {model.path} and student.pretrained exclude each other: give one")
     path = Path(str(model.path))
@@ -251,11 +240,7 @@ class OpenedTeacher:
     settings: TeacherRecipe
 
     def check_classes(self, images: ImageSet) -> None:
-        """Check that the teacher knows the images' classes: for a loss that reads its logits.
-
-        Raises:
-            UserError: If it has another number of classes.
-        """
+        """Check that the teacher knows the images' classes: for a loss that reads its logits."""
         if self.architecture["num_classes"] != images.num_classes:
             raise UserError(
                 f"{self.title}: has {self.architecture['num_classes']} classes, the data set and its students have "
@@ -279,9 +264,7 @@ class OpenedTeacher:
 def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOTHING) -> OpenedTeacher:
     """Read the teacher's file, or take the network that was given, and check that it fits the images.
 
-    Raises:
-        UserError: If the file is not good, or the teacher does not take the images. Its classes are another matter:
-            losses over features alone do not read them (see `OpenedTeacher.check_classes`).
+    Its classes are another matter: losses over features alone do not read them (see `OpenedTeacher.check_classes`).
     """
     if settings.path in given:
         network, num_classes = adapt_teacher(given[settings.path], images.image_shape)
@@ -376,9 +359,6 @@ def prepare_teacher(
         stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
             than `TABLE_BYTES`, else the teacher is asked for every batch.
         train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
-
-    Raises:
-        UserError: If the cache was made with another teacher or other images, or does not hold what the loss reads.
     """
     data, cache = images.settings, teacher.settings.cache
     if cache:
@@ -476,11 +456,7 @@ def introduce_network(
     train: TrainRecipe | None = None,
     processes: int = 1,
 ) -> str:
-    """Say which network this is that will be trained, after a dry run of a step of this training.
-
-    Raises:
-        UserError: If it cannot be trained so.
-    """
+    """Say which network this is that will be trained, after a dry run of a step of this training."""
     network, pretrained = student.build(0, device), student.architecture["pretrained"]
     shape = images.train.image_shape
     line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
@@ -503,9 +479,6 @@ class LossBuilder:
             {name: influence_weighted, loss: ..., ...}; or a module, of which copies are used, or a function.
         teacher: The teacher.
         images: The images.
-
-    Raises:
-        UserError: If the file is not good.
     """
 
     def __init__(self, specification: Specification, teacher: OpenedTeacher, images: Images) -> None:
@@ -588,9 +561,6 @@ def prepare_learned_loss(
     """Build the loss networks of this kind that are to be learned; `seed` is that of their initial weights.
 
     Features of several architectures are read from whichever student the loss meets.
-
-    Raises:
-        UserError: If an option, or one of the networks, is not good.
     """
     teacher.check_classes(images.train)
     shape = images.train.image_shape
@@ -605,11 +575,7 @@ def prepare_learned_loss(
 
 
 def copy_module(module: Copied, role: str) -> Copied:
-    """A copy that shares nothing with the module.
-
-    Raises:
-        UserError: If it cannot be copied.
-    """
+    """A copy that shares nothing with the module."""
     buffers = module.buffers() if isinstance(module, nn.Module) else ()
     blank: Any = UninitializedBuffer
     lazy = {id(b): blank(b.requires_grad, b.device, b.dtype) for b in buffers if is_lazy(b)}
@@ -644,11 +610,7 @@ def build(recipe: DistillRecipe) -> Parts:
 
 
 def build_given(recipe: DistillRecipe, given: Objects) -> Parts:
-    """Build all that a recipe names, with a caller's objects in the place of some names.
-
-    Raises:
-        UserError: If one of them is not good, or they do not fit.
-    """
+    """Build all that a recipe names, with a caller's objects in the place of some names."""
     images = prepare_images(recipe.data, given, scored=False)
     student = choose_student(recipe.student, images.train, given)
     teacher = open_teacher(recipe.teacher, images.train, given)

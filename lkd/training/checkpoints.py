@@ -55,11 +55,7 @@ class Checkpoints:
         return share_from_main(newest) if self.shared else newest
 
     def read_newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is not damaged; None if there are none, or it is the first one that is damaged.
-
-        Raises:
-            UserError: If all are damaged.
-        """
+        """The newest checkpoint that is not damaged; None if there are none, or it is the first one that is damaged."""
         files = self.list()
         only_first = len(files) == 1 < self.kept  # later there are always two
         for step, path in reversed(files.items()):
@@ -84,11 +80,7 @@ class Checkpoints:
         self.save(training.step, {"training": training.state_dict(), **beside})
 
     def resume_training(self, training: Training) -> dict[str, Any]:
-        """Bring a training to its newest checkpoint; what was kept beside it. All processes that share it must ask.
-
-        Raises:
-            UserError: If all checkpoints are damaged.
-        """
+        """Bring a training to its newest checkpoint; what was kept beside it. All processes that share it must ask."""
         saved = self.load()
         if saved is None:
             return {}

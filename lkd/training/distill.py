@@ -136,7 +136,6 @@ def train_to_the_end(
     `known`: what else the file's provenance is to say. `report_test`: read the test split, once, at the end.
 
     Raises:
-        UserError: If there is no test split to read.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     if report_test and not len(images.test):
@@ -239,11 +238,7 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
 
 
 def order_labels(images: Images, labelled_size: int) -> Tensor:
-    """Positions of the training images, those that keep their labels first, [N].
-
-    Raises:
-        UserError: If there are not so many images.
-    """
+    """Positions of the training images, those that keep their labels first, [N]."""
     train = images.train
     if labelled_size > len(train):
         raise UserError(f"labelled_size: {labelled_size} is not between 0 (all) and the {len(train)} training images")
@@ -267,9 +262,6 @@ def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunctio
         labelled_size: How many keep theirs, as balanced over the classes as the images are; 0 for all.
         teacher: The teacher.
         device: Where it runs.
-
-    Raises:
-        UserError: If there are not so many images.
     """
     train = images.train
     if not labelled_size:

@@ -30,7 +30,6 @@ def evaluate(
     Raises:
         DivergedError: If a logit is not finite, and all pixels are.
         BrokenInputError: If a pixel is not finite.
-        UserError: If there is no memory left.
     """
     training = network.training
     network.eval()

@@ -28,11 +28,7 @@ FIELDS = ("lr", "weight_decay", "momentum", "nesterov")  # of the recipe, no opt
 
 
 def build_optimizer(student: nn.Module, recipe: TrainRecipe, loss: nn.Module | None = None) -> torch.optim.Optimizer:
-    """Build timm's optimiser of this name, over the parameters of a student, and of a loss, that are trained.
-
-    Raises:
-        UserError: If timm has no such optimiser, or a setting is impossible.
-    """
+    """Build timm's optimiser of this name, over the parameters of a student, and of a loss, that are trained."""
     kind, options = choose_optimizer(recipe), dict(recipe.optimizer_options)
     groups = group_parameters(student, recipe, loss, tuple(options.pop("fallback_list", ())))
     if kind in DIFFERENTIABLE and not {"fused", "foreach"} & options.keys():
@@ -52,11 +48,7 @@ def build_optimizer(student: nn.Module, recipe: TrainRecipe, loss: nn.Module | N
 
 
 def choose_optimizer(recipe: TrainRecipe) -> type:
-    """The class of the optimiser that a recipe names.
-
-    Raises:
-        UserError: If timm has none of that name, it cannot run here, or it does not take the options.
-    """
+    """The class of the optimiser that a recipe names."""
     name, options = recipe.optimizer, recipe.optimizer_options
     check_choice("train.optimizer", name, list_optimizers())
     try:
@@ -77,11 +69,7 @@ def choose_optimizer(recipe: TrainRecipe) -> type:
 
 
 def check_differentiable(recipe: TrainRecipe) -> None:
-    """Check that a loss can be learned through an optimiser's steps.
-
-    Raises:
-        UserError: If it has no adjoint.
-    """
+    """Check that a loss can be learned through an optimiser's steps."""
     if choose_optimizer(recipe) not in DIFFERENTIABLE:
         raise UserError(
             f"train.optimizer: {recipe.optimizer}: a loss is not learned through its steps; sgd, adam and adamw serve"
@@ -99,9 +87,6 @@ def group_parameters(
     By timm's rules: no weight decay of norms, biases and what a network names in `no_weight_decay`, if the recipe says
     so; learning rates that fall from the head to the stem (BEiT's layer-wise decay). A loss's own parameters are
     decayed alike, and have the whole rate.
-
-    Raises:
-        UserError: If a network has no layers to tell apart, or no head.
     """
     everywhere = recipe.decay_norms_and_biases
     if everywhere is None:
@@ -204,11 +189,7 @@ def list_kinds(optimizer: torch.optim.Optimizer) -> list[dict[str, type]]:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps_per_epoch: int) -> Scheduler:
-    """Build timm's scheduler, stepped every update.
-
-    Raises:
-        UserError: If timm knows no such schedule, or milestones, warm-up or cooldown do not fit it.
-    """
+    """Build timm's scheduler, stepped every update."""
     check_milestones(recipe)
     if recipe.warmup_epochs and recipe.warmup_steps:
         raise UserError(f"train.warmup_steps: {recipe.warmup_steps} and train.warmup_epochs exclude each other")
@@ -239,11 +220,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
 
 
 def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.device) -> None:
-    """Check that a network can be trained so, before any work.
-
-    Raises:
-        UserError: If optimiser, schedule, precision or averages are impossible.
-    """
+    """Check that a network can be trained so, before any work."""
     if recipe.precision == "float16" and device.type == "cpu":
         raise UserError("train.precision: float16, whose gradients are scaled, is for GPUs; a CPU takes bfloat16")
     if recipe.ema_decay and recipe.swa_epochs:

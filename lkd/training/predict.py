@@ -63,9 +63,6 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     Args:
         recipe: Which network, and which pictures.
         say: Told of pictures that cannot be read, which are left out.
-
-    Raises:
-        UserError: If the file is not good, there are no pictures, or none can be read.
     """
     pictures = list_pictures(recipe.pictures)
     device = choose_device(recipe.device)
@@ -99,11 +96,7 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
 
 
 def list_pictures(named: Iterable[str]) -> list[Path]:
-    """The pictures that are named, and those in the folders that are.
-
-    Raises:
-        UserError: If one is not there, or there are none.
-    """
+    """The pictures that are named, and those in the folders that are."""
     found: list[Path] = []
     for name in named:
         path = Path(name).expanduser()
@@ -120,11 +113,7 @@ def list_pictures(named: Iterable[str]) -> list[Path]:
 
 
 def read_input(network: torch.nn.Module, header: dict[str, Any], recipe: PredictRecipe) -> Input:
-    """How pictures are prepared: what the file says, or else what is known of its data set, or of timm's network.
-
-    Raises:
-        UserError: If it is not known which size the network takes.
-    """
+    """How pictures are prepared: what the file says, or else what is known of its data set, or of timm's network."""
     architecture, provenance = header["architecture"], header["provenance"]
     channels, count = architecture["in_chans"], architecture["num_classes"]
     data = ((provenance.get("recipe") or {}).get("data") or {}).get("name", "")

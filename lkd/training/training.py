@@ -64,9 +64,6 @@ class Training:
 
     Attributes:
         clock: What the parts of the steps took.
-
-    Raises:
-        UserError: If settings do not go together.
     """
 
     def __init__(
@@ -134,7 +131,6 @@ class Training:
 
         Raises:
             DivergedError: If a term is not finite.
-            UserError: If what the student is given is not finite, or there is no memory left.
         """
         epoch, place = divmod(self.step, self.batches.steps_per_epoch)
         if not place:

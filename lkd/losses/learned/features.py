@@ -108,9 +108,6 @@ class FeatureLoss(DistillationLoss):
         channels: Dimensions to which channels are projected.
         conditioning: What is seen besides the teacher's logits: some of progress, state, answer, context.
         lipschitz: Bound of each network's Lipschitz constant; 0 sets none.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -228,12 +225,7 @@ class FeatureLoss(DistillationLoss):
         return (scores - (apart / WIDTH).square() / 2).softmax(1)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute a term for every comparison: `places`, `images` and `channels`.
-
-        Raises:
-            UserError: If a network gives no features, or not those that the loss was attached to, or student, teacher
-                and target are of different images or classes.
-        """
+        """Compute a term for every comparison: `places`, `images` and `channels`."""
         target = check_batch(student, teacher, target)
         ours, student_depths = self.take_stages(0, student)
         theirs, teacher_depths = self.take_stages(1, teacher)

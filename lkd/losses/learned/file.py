@@ -55,11 +55,7 @@ class LossFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> "LossFile":
-        """Read a file, or one that the package carries, by its name.
-
-        Raises:
-            UserError: If it is missing, truncated, not a learned loss, of a newer format, or not what the package had.
-        """
+        """Read a file, or one that the package carries, by its name."""
         own = find_pretrained(str(path))
         if own and hash_file(own) != PRETRAINED.get(str(path)):
             raise UserError(f"{own}: is not the file that came with the package: install the package anew")

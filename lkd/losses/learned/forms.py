@@ -121,9 +121,6 @@ class DecoupledLoss(LogitForm):
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
         linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
         fades: Whether the loss turns into cross-entropy where the student has overtaken the teacher; see `stay`.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -219,9 +216,6 @@ class GenericLoss(LogitForm):
         conditioning: As of `DecoupledLoss`. The class's own student
             logit is always seen.
         lipschitz: Bound of each network's Lipschitz constant; 0 sets none.
-
-    Raises:
-        ValueError: If an option is out of range.
     """
 
     def __init__(

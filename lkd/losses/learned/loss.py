@@ -111,11 +111,7 @@ class LearnedLoss(DistillationLoss):
         self.tell(trust.figures)
 
     def tell(self, figures: TrustFigures) -> None:
-        """Give the parts these figures.
-
-        Raises:
-            UserError: If one is out of its range.
-        """
+        """Give the parts these figures."""
         for name, value in figures._asdict().items():
             positive = name in ("temperature", "images_per_class")
             if value < 0 or (value in (0, math.inf) if positive else value > 1):
@@ -147,7 +143,6 @@ class LearnedLoss(DistillationLoss):
         """Compute every part's terms, at progress 1 where it is not given.
 
         Raises:
-            UserError: If a part reads features and a network gives none.
             ValueError: If `progress` is not in [0, 1].
         """
         terms = {}
@@ -240,9 +235,6 @@ def build_learned_loss(
             `FeatureLoss`.
         student_stages: Shape of each stage's feature for one image; needed by features and both.
         teacher_stages: The same of the teacher.
-
-    Raises:
-        UserError: If an option or the kind is not good, or a network gives no features.
     """
     check_choice("meta.kind", kind, KINDS)
     remaining = dict(options)
