@@ -50,14 +50,14 @@ def freeze_stages(network: nn.Module, names: list[str]) -> nn.Module:
     """Freeze stages of a network: their parameters, and the statistics of their BatchNorm."""
     model, stages = unwrap(network), list_stages(network)
     for stage in names:
-        check_choice("student.freeze", stage, stages)
+        check_choice("freeze", stage, stages)
         for name in stages[stage]:
             model.get_parameter(name).requires_grad_(False)
     modules = {name.rpartition(".")[0] for stage in names for name in stages[stage]} - {""}
     if modules:
         freeze(model, sorted(modules))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"student.freeze: {', '.join(names)} leaves nothing of this network to train; leave one out")
+        raise UserError(f"freeze: {', '.join(names)} leaves nothing of this network to train; leave one out")
     return network
 
 

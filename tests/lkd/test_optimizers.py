@@ -232,7 +232,7 @@ def test_frozen_stages_stay_as_they_are(images, name: str, stages: list[str], fr
 
 
 def test_stages_that_a_network_lacks_are_refused(images) -> None:
-    with pytest.raises(UserError, match=r"student.freeze: unknown name 'stage9'; nearest: stage"):
+    with pytest.raises(UserError, match=r"freeze: unknown name 'stage9'; nearest: stage"):
         choose_student(ModelRecipe("resnet18", freeze=["stage9"]), images.train)
     network = build("tiny_cnn", 10, 1)
     everything = [name for name, _ in network.named_children()]
