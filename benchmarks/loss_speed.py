@@ -14,41 +14,19 @@ from typing import Any
 
 import torch
 from rows import matching, median, write_row
+from speed_report import OUT, record
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lkd
-from lkd.core.files import environment, write_json, write_text
 from lkd.losses import KDLoss
 from lkd.losses.learned.trust import Trust, TrustFigures
-from lkd.tracking.run import evidence
 
-OUT = Path(__file__).parents[1] / "docs" / "evidence" / "speed"
 BATCH, CLASSES, REPEATS, STEPS = 256, (1000, 10), 25, 12
 COLUMNS = ["classes", "loss", "mode", "repeat", "cpu_seconds"]
 COUNTS = ["classes", "loss", "operators", "compilations"]
 TRUST = Trust(TrustFigures(0.9, 0.9, 1.5, 400.0, 0.5))
-README = """# The cost of the learned loss
-
-Forward and backward of the loss that ships, told trust, over KD's: {batch} images, one CPU thread, eager and compiled
-in turn, medians of {repeats}. `python benchmarks/loss_speed.py`.
-
-| | goal | measured |
-|---|---|---|
-| eager ÷ KD, 1,000 classes | ≤ 2 | {logit_loss_vs_kd_c1000:.2f} |
-| eager ÷ KD, 10 classes | ≤ 2.5 | {logit_loss_vs_kd_c10:.2f} |
-| operators, without views (KD: {kd_operators:.0f}) | ≤ 80 | {logit_loss_operators:.0f} |
-| compiled ÷ KD compiled, 1,000 classes | ≤ 1.5 | {logit_loss_compiled_vs_kd:.2f} |
-| recompilations over a training | 0 | {recompilations:.0f} |
-
-With 1,000 classes, passes over all classes are most of the time; their derivatives are in closed form. What is
-left are five log-softmaxes where KD takes three: both networks at τ = 1, the teacher also at its best temperature,
-and both at the sample's τ without the target. With 10 classes the time is that of calling operators:
-{per_operator:.1f} µs each for the learned loss, {kd_per_operator:.1f} µs for KD. Most are over [images] or
-scalars: the network and its inputs, α, τ, β, κ, what is told of trust. torch.compile fuses them. It makes one more
-graph at the second value of a number of progress, and none after it; where progress is a tensor it makes one.
-"""
 
 
 class OperatorCount(TorchDispatchMode):
@@ -132,12 +110,9 @@ def report(out: Path) -> None:
         "logit_loss_compiled_vs_kd": ratio(1000, "compiled"),
         "recompilations": count("compilations", "universal") - 1,
     }
-    table = figures | {"kd_operators": count("operators", "kd"), "batch": BATCH, "repeats": REPEATS}
-    table["per_operator"] = 1e6 * seconds(10, "universal", "eager") / figures["logit_loss_operators"]
-    table["kd_per_operator"] = 1e6 * seconds(10, "kd", "eager") / table["kd_operators"]
-    write_text(out / "README.md", README.format(**table))
-    rounded = {key: round(value, 4) for key, value in figures.items()}
-    write_json(out / "result.json", evidence("python benchmarks/loss_speed.py", environment(), rounded))
+    figures["loss_operator_us"] = 1e6 * seconds(10, "universal", "eager") / figures["logit_loss_operators"]
+    figures["kd_operator_us"] = 1e6 * seconds(10, "kd", "eager") / count("operators", "kd")
+    record(out, "loss_speed.py", figures)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # else a worker for each core
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # else a test reads what another has kept
 
 
 @pytest.fixture

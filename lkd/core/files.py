@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1]
 MOST_JSON = 1 << 26  # bytes of a JSON file: what is made of it takes several times as much memory
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 """What taking the content of a damaged file apart can raise."""
+KEPT_FROM = 1.0  # seconds that making something takes which is then kept; what is made faster is made every time
 
 
 def expand_home(text: str) -> str:
@@ -67,6 +68,11 @@ def check_free_space(setting: str, folder: Path, needed: int, what: str, advice:
         raise UserError(
             f"{setting}: {folder} has {free / 1e9:.1f} GB free, {what} need about {needed / 1e9:.1f} GB: {advice}"
         )
+
+
+def find_cache() -> Path:
+    """Where what can be made anew is kept: a folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lkd"
 
 
 def write_text(path: Path, text: str) -> None:

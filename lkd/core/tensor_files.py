@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lkd.core.distributed import is_main, share_from_main
 from lkd.core.errors import DamagedFileError, UserError, first_line
-from lkd.core.files import expand_home, parse_json, read_json, refusing_malformed, replaced_atomically, write_json
+from lkd.core.files import (
+    KEPT_FROM,
+    expand_home,
+    find_cache,
+    parse_json,
+    read_json,
+    refusing_malformed,
+    replaced_atomically,
+    write_json,
+)
 
 HEADER_KEY, DIGEST_KEY = "lkd", "content_hash"
 MOST_HEADER = 1 << 26  # bytes of a header: its JSON takes up to twenty times as much memory
@@ -195,6 +207,30 @@ def read_result(path: Path) -> dict[str, Any]:
     if digest is not None and digest != hash_content(json.dumps(content), {}):
         raise DamagedFileError(f"{path}: is damaged: its content is not what was written")
     return content
+
+
+def keep_result(key: Any, make: Callable[[], dict[str, Any]], shared: bool = False) -> dict[str, Any]:
+    """What `make` returns, JSON content; what it returned before, in the user's cache folder, under an equal key.
+
+    Args:
+        key: A tree with all that decides the result.
+        make: Makes it.
+        shared: Whether all processes that have met come here and make it together.
+    """
+    path = find_cache() / "results" / f"{digest(key)}.json"
+    kept = None
+    with suppress(UserError):
+        kept = read_result(path)
+    if shared:
+        kept = share_from_main(kept)
+    if kept is not None:
+        return kept
+    started = time.monotonic()
+    made = make()
+    if is_main() and time.monotonic() - started >= KEPT_FROM:
+        with suppress(UserError):
+            write_result(path, made)
+    return made
 
 
 def drop_damaged(paths: Iterable[Path], say: Callable[[str], None]) -> None:

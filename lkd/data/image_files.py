@@ -26,6 +26,8 @@ MOST_ELONGATED = 64  # longer side over the shorter: the crop's shorter side is 
 DECODED_FAST = ("JPEG", "MPO")  # MPO: a JPEG of several images; on damaged PNGs torchvision crashes
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF; the latter is 0 where 0 is white
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: Pillow has some start other programs
+# What systems and programs leave beside people's own folders; and all that begins with a dot.
+HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found", "$RECYCLE.BIN")
 
 
 class DamagedImageError(Exception):
@@ -162,6 +164,11 @@ def as_bytes(content: bytes) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where images are.
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder that it lies in, is none of the user's own: no image and no class."""
+    return any(part in HIDDEN or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
 
 
 class ImageSource:

@@ -2,21 +2,22 @@
 
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lkd.core.errors import UserError
-from lkd.core.files import MALFORMED, parse_json, read_mapping, refusing_malformed
-from lkd.data.image_files import FileSource, ImageSource, LoadingOptions, as_bytes, open_source
+from lkd.core.files import parse_json, read_mapping, refusing_malformed
+from lkd.data.image_files import FileSource, ImageSource, LoadingOptions, as_bytes, is_hidden, open_source
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.packed import open_packed
+from lkd.data.tars import Label, Labelled, Member, TarSource, index_tar, keep_index
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -27,11 +28,8 @@ TARS = (
 )
 SHARDS = "*-train-*.tar and *-val-*.tar (or train/*.tar and val/*.tar, or an _info.json that names them)"
 SHARD_SPLITS = {"train": ("train", "training"), "val": ("validation", "val", "valid")}  # as whole words of a name
-# What systems and programs leave beside people's own folders; and all that begins with a dot.
-HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found", "$RECYCLE.BIN")
 TEST_SPLITS = ("validation", "val", "test")  # of Hugging Face's; the first that there is
 TEST_FOLDERS = ("val", "validation", "valid", "test")  # the first that there is
-MOST_NESTED = 3  # tars in tars
 MOST_DIGITS, MOST_NAME = 18, 200  # of a class index, and letters of a class's name, in a shard
 SMALL = 1 << 16  # bytes of the largest member that is read while a tar is indexed: a label
 MOST_NAMED = 1 << 20  # classes that are named before it is checked that each has images
@@ -72,11 +70,6 @@ def build_dataset(
             "add some, or remove the classes"
         )
     return Dataset(name, *(wrap_source(*part, classes, loading) for part in zip(("train", "val"), parts, strict=True)))
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder that it lies in, is none of the user's own: no image and no class."""
-    return any(part in HIDDEN or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
 
 
 def check_class_names(classes: Sequence[str], place: str) -> None:
@@ -184,76 +177,7 @@ def list_files(folder: Path) -> Iterator[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images in tar files, found by their offsets: any of them can be read at any time, as from files of their own.
-
-
-class Member(NamedTuple):
-    """A file in a tar file.
-
-    Attributes:
-        name: Its path; that of a member of a tar in the tar begins with the inner one's name.
-        start: Where its bytes begin in the outer file.
-        size: How many there are.
-    """
-
-    name: str
-    start: int
-    size: int
-
-
-class TarSource(ImageSource):
-    """Images in tar files.
-
-    Args:
-        paths: The tar files.
-        members: Of each image, the position of its tar file, and where it is there.
-    """
-
-    def __init__(self, paths: list[Path], members: list[tuple[int, Member]]) -> None:
-        self.paths = [str(path) for path in paths]
-        self.names = [f"{paths[tar].name}/{member.name}" for tar, member in members]
-        self.places = torch.tensor([(tar, member.start, member.size) for tar, member in members]).view(-1, 3)
-
-    def read(self, position: int) -> Tensor:
-        """The bytes of a member."""
-        tar, start, size = self.places[position].tolist()
-        return torch.from_numpy(np.fromfile(self.paths[tar], np.uint8, size, offset=start))
-
-
-def index_tar(path: Path) -> Iterator[Member]:
-    """List the files in a tar file, those of tars in it too; only headers are read."""
-    try:
-        with path.open("rb") as file:
-            yield from index_stream(file, "", 0, path.stat().st_size)
-    except (tarfile.TarError, OSError, *MALFORMED) as error:  # tarfile lets out what its parsers of numbers raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.root: {path}: cannot be read as an uncompressed tar ({reason}): unpack or replace it"
-        ) from error
-
-
-def index_stream(file: IO[bytes], prefix: str, start: int, size: int, depth: int = 0) -> Iterator[Member]:
-    """List the files in an open tar that begins at `start` of the outer one and has `size` bytes."""
-    if depth > MOST_NESTED:
-        raise tarfile.ReadError(f"{prefix} tars lie in each other, more than {MOST_NESTED} deep")
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        read = -1
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
-            if not read < member.offset_data <= member.offset_data + max(member.size, 0) <= size or member.size < 0:
-                raise tarfile.ReadError(f"{member.name!r}: {member.size:,} bytes from {member.offset_data:,} on")
-            if member.issparse():
-                raise tarfile.ReadError(f"{member.name!r} is sparse")
-            read = member.offset_data
-            if not member.isfile() or is_hidden(member.name):
-                continue
-            if member.name.endswith(".tar"):
-                inner = tar.extractfile(member)
-                assert inner is not None
-                folder, within = f"{prefix}{member.name.removesuffix('.tar')}/", start + member.offset_data
-                yield from index_stream(inner, folder, within, member.size, depth + 1)
-            else:
-                yield Member(prefix + member.name, start + member.offset_data, member.size)
+# A tar for each class, a tar of class folders, or a tar of tars.
 
 
 def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
@@ -261,31 +185,36 @@ def load_class_tars(root: str | None, loading: LoadingOptions) -> Dataset:
     folder = check_root(root, TARS)
     test = next((name for name in TEST_FOLDERS if any(folder.glob(f"{name}.tar")) or (folder / name).is_dir()), "val")
     (train, train_names), (val, val_names) = (find_class_images(folder, part) for part in ("train", test))
-    classes = tuple(sorted(set(train_names)))
+    classes = tuple(sorted(set(map(str, train_names))))
     parts = [
-        LabelledSource(source, number_classes(names, classes, f"{folder}: {part}"))
+        LabelledSource(source, number_classes(map(str, names), classes, f"{folder}: {part}"))
         for part, source, names in (("train", train, train_names), ("val", val, val_names))
     ]
     return build_dataset("tar", parts, classes, loading, str(folder))
 
 
-def find_class_images(root: Path, part: str) -> tuple[TarSource, list[str]]:
+def find_class_images(root: Path, part: str) -> Labelled:
     """The images of one part and their classes' names, sorted by class and name."""
     whole = root / f"{part}.tar"
     found = sorted(path for path in (root / part).glob("*.tar") if not is_hidden(path.name))
     paths = [whole] if whole.is_file() else found
     if not paths:
         raise UserError(f"data.root: {str(root)!r} holds neither {part}.tar nor {part}/CLASS.tar; expected {TARS}")
-    images: list[tuple[str, int, Member]] = []
-    for number, path in enumerate(paths):
-        for member in index_tar(path):
-            if member.name.lower().endswith(SUFFIXES):
-                name = Path(member.name).parent.name or ("" if path == whole else path.stem)
-                if not name:
-                    raise UserError(f"data.root: {path}: {member.name} lies in no class folder; expected {TARS}")
-                images.append((name, number, member))
-    images.sort(key=lambda entry: (entry[0], entry[2].name))
-    return TarSource(paths, [(number, member) for _, number, member in images]), [name for name, _, _ in images]
+
+    def build() -> Labelled:
+        images: list[tuple[str, int, Member]] = []
+        for number, path in enumerate(paths):
+            for member in index_tar(path):
+                if member.name.lower().endswith(SUFFIXES):
+                    name = Path(member.name).parent.name or ("" if path == whole else path.stem)
+                    if not name:
+                        raise UserError(f"data.root: {path}: {member.name} lies in no class folder; expected {TARS}")
+                    images.append((name, number, member))
+        images.sort(key=lambda entry: (entry[0], entry[2].name))
+        source = TarSource.of(paths, [(number, member) for _, number, member in images])
+        return source, [name for name, _, _ in images]
+
+    return keep_index(root, part, paths, build)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +226,7 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
     folder = check_root(root, SHARDS)
     paths = {part: find_shards(folder, part) for part in SHARD_SPLITS}
     check_apart(folder, paths)
-    read = [read_shards(found) for found in paths.values()]
+    read = [keep_index(folder, part, found, partial(read_shards, found)) for part, found in paths.items()]
     train, val, names = number_labels(read[0], read[1], folder)
     largest = max(train.labels, default=0)
     if largest >= max(len(train.labels), MOST_NAMED):
@@ -313,7 +242,7 @@ def load_web_shards(name: str, root: str | None, loading: LoadingOptions) -> Dat
 
 
 def number_labels(
-    train: "Labelled", val: "Labelled", folder: Path
+    train: Labelled, val: Labelled, folder: Path
 ) -> tuple[LabelledSource, LabelledSource, tuple[str, ...]]:
     """Labels as numbers, and the classes' names where labels are names; these are numbered in their order."""
     kinds = {type(label) for _, labels in (train, val) for label in labels}
@@ -375,10 +304,6 @@ def is_within(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
-Label = int | str
-Labelled = tuple[ImageSource, list[Label]]
-
-
 def read_shards(paths: list[Path]) -> Labelled:
     """Index shards: where each image is, and its label, a number or a class's name."""
     members: list[tuple[int, Member]] = []
@@ -409,7 +334,7 @@ def read_shards(paths: list[Path]) -> Labelled:
             )
         members += [(number, member) for member in images.values()]
         labels += [label_of[key] for key in images]
-    return TarSource(paths, members), labels
+    return TarSource.of(paths, members), labels
 
 
 def read_label(path: Path, member: Member) -> Label | None:

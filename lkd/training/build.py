@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +22,8 @@ from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError, first_line
 from lkd.core.files import refusing_malformed
-from lkd.core.tensor_files import digest
+from lkd.core.plugins import MODULE
+from lkd.core.tensor_files import digest, keep_result
 from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
@@ -54,6 +57,7 @@ from lkd.models.stages import find_head, freeze_stages, is_within
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher, take_classes
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
+from lkd.tracking.run import describe_surroundings
 from lkd.training.evaluate import evaluate
 from lkd.training.optimizer import check_optimization
 
@@ -308,13 +312,36 @@ def measure_teacher(
     """
     if teacher.settings.cache:
         return read_trust(Path(teacher.settings.cache), images, device)
-    anew = ask_anew(teacher, images, device)
-    trust = measure_trust(anew, None, images.meta_validation, device)
-    if not trust.looks:
-        return trust
-    agreement = measure_agreement(answers or anew, images.train, device)
-    per_class = len(images.train) / images.train.num_classes
-    return replace(trust, figures=trust.figures._replace(training_agreement=agreement, images_per_class=per_class))
+    if not len(images.meta_validation):
+        return Trust()
+
+    def measure() -> dict[str, Any]:
+        anew = ask_anew(teacher, images, device)
+        known = measure_trust(anew, None, images.meta_validation, device).figures
+        agreement = measure_agreement(answers or anew, images.train, device)
+        per_class = len(images.train) / images.train.num_classes
+        return known._replace(training_agreement=agreement, images_per_class=per_class).to_json()
+
+    figures = keep_figures("trust", teacher, images, device, measure)
+    return Trust(TrustFigures.from_json(figures), Trust.choose_looks(images.meta_validation, device))
+
+
+def keep_figures(
+    what: str,
+    teacher: OpenedTeacher,
+    images: Images,
+    device: torch.device,
+    measure: Callable[[], dict[str, Any]],
+    shared: bool = False,
+) -> dict[str, Any]:
+    """Figures of a teacher on these images, measured once; of a network whose code may change they are not kept."""
+    if teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
+        return measure()
+    data, looked_at = images.settings, images.meta_validation.images
+    pixels = looked_at if isinstance(looked_at, torch.Tensor) else data.root
+    made_with = json.dumps([identify_answers(teacher, images), describe_surroundings(device)])
+    key = [what, made_with, data.evaluation_batch_size, identify_labels(images), pixels]
+    return keep_result(key, measure, shared)
 
 
 def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
@@ -393,7 +420,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
     reached, top1, knows = "", None, teacher.architecture["num_classes"] == images.train.num_classes
     if len(images.meta_validation) and knows:
-        top1 = evaluate(teacher.network.to(device), images.meta_validation, device, shared=True)["top1"]
+        measure = partial(evaluate, teacher.network.to(device), images.meta_validation, device, shared=True)
+        top1 = keep_figures("evaluation", teacher, images, device, measure, shared=True)["top1"]
         reached = f", {top1:.2f} % on meta-validation"
     random = settings.random_answers
     wrong = f", but answers at random on {random:.0%} of the images" if random else ""

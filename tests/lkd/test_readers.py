@@ -1,9 +1,12 @@
 """Every reader gives the same images, labels and batches as the image folder, and says in one line what it misses."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from benchmarks.photographs import add_member, write_web_shards
 from lkd.core.errors import UserError
-from lkd.data import Batches, Dataset, load_dataset
+from lkd.data import Batches, Dataset, load_dataset, sources, tars
 from lkd.data.image_files import LoadingOptions
 from tests.lkd.tiny_images import write_image_folder
 
@@ -60,6 +63,62 @@ def test_shards_hold_what_the_folder_holds(folder, tmp_path) -> None:
     info["splits"]["validation"] = {"filenames": ["val-0000.tar"]}
     (shards / "_info.json").write_text(json.dumps(info))
     assert len(load("wds/tiny", shards).test) == 7, "as its _info.json says"
+
+
+def test_an_index_is_kept_and_made_anew_for_other_files(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tars, "KEPT_FROM", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
+    first, beside = load("wds/tiny", shards), shards / ".train.lkd-index"
+
+    def indexed() -> list[str]:
+        """Shards whose headers are read in a start, which finds the same images."""
+        read: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "index_tar", lambda path: read.append(path.name) or tars.index_tar(path))
+            again = load("wds/tiny", shards)
+        assert contents(again) == contents(first)
+        assert again.train.images.source.names == first.train.images.source.names
+        return sorted(read)
+
+    trained = sorted(path.name for path in shards.glob("train*"))
+    assert indexed() == []
+    os.utime(shards / trained[1], ns=(5, 5))
+    assert indexed() == trained
+    assert indexed() == []
+    beside.write_bytes(beside.read_bytes()[:-1])
+    assert indexed() == trained, "it was damaged"
+    beside.unlink()
+    beside.mkdir()  # nothing can be written there
+    assert indexed() == trained
+    assert indexed() == []
+    assert len(list((tmp_path / "cache" / "lkd").iterdir())) == 1
+
+
+def start(root: str, counts: "Queue[int]") -> None:
+    read = 0
+
+    def count(path: Path) -> Iterator[tars.Member]:
+        nonlocal read
+        read += 1
+        return tars.index_tar(path)
+
+    tars.KEPT_FROM, sources.index_tar = 0.0, count  # type: ignore[attr-defined]
+    load("wds/tiny", Path(root))
+    counts.put(read)
+
+
+def test_one_process_makes_the_index(folder, tmp_path) -> None:
+    shards = write_web_shards(folder, tmp_path / "shards", images_per_shard=7)
+    context = multiprocessing.get_context("fork")
+    counts: Queue[int] = context.Queue()
+    processes = [context.Process(target=start, args=(str(shards), counts)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    read = sum(counts.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert read == len(list(shards.glob("*.tar"))), "each once"
 
 
 def test_a_json_file_gives_the_label_too(folder, tmp_path) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lkd
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.core import tensor_files
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors, write_tensors
@@ -22,7 +23,7 @@ from lkd.evaluation.report.runs import read_runs
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
-from lkd.training.build import measure_teacher, open_teacher, prepare_images
+from lkd.training.build import introduce_teacher, measure_teacher, open_teacher, prepare_images
 from lkd.training.distill import select_labelled
 from tests.lkd.parts import prepare_teacher, start_training
 from tests.lkd.test_invariances import wander
@@ -88,6 +89,33 @@ def test_of_a_teacher_that_answers_at_random_what_the_training_gets_is_measured(
     assert figures[0].validation_agreement > 0.85
     assert max(figures[1][:2]) < 0.4
     assert figures[1].temperature > 2 * figures[0].temperature
+
+
+def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "KEPT_FROM", 0.0)
+    asked: list[int] = []
+
+    def start(data: DataRecipe, teacher: TeacherRecipe) -> tuple[bool, str, TrustFigures]:
+        """Whether it is asked about an image, and what comes out."""
+        images = prepare_images(data)
+        opened = open_teacher(teacher, images.train)
+        opened.network.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+        asked.clear()
+        introduced, trust = introduce_teacher(opened, images, CPU), measure_teacher(opened, images, CPU)
+        return sum(asked) >= len(images.meta_validation), introduced, trust.figures
+
+    first, second = (start(DATA, TeacherRecipe()) for _ in range(2))
+    assert first[0]
+    assert not second[0]
+    assert first[1:] == second[1:]
+    for data, teacher in (
+        (replace(DATA, label_noise=0.4), TeacherRecipe()),
+        (replace(DATA, split_seed=1), TeacherRecipe()),
+        (DATA, TeacherRecipe(logit_scale=2.0)),
+    ):
+        measured, _, figures = start(data, teacher)
+        assert measured
+        assert figures != first[2]
 
 
 @pytest.mark.parametrize(
