@@ -1,11 +1,14 @@
 """Compiled networks and the channels-last layout: the same training, the same files."""
 
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
@@ -14,6 +17,7 @@ from lkd.models import build
 from lkd.models.build import build_forward
 from lkd.models.files import load_network, save_network
 from lkd.training.build import prepare_images
+from lkd.training.throughput import PARTS
 from lkd.training.training import Training
 from tests.lkd.parts import prepare_teacher, start_training
 
@@ -83,3 +87,23 @@ def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
     forward = build_forward(build("tiny_cnn", 7, 1), compiled=True)
     with pytest.raises(UserError, match=r"train\.compile: torch\.compile does not work here .*leave it out"):
         forward(torch.zeros(3, 1, 28, 28))
+
+
+def test_the_checks_of_a_gpu_run_in_short_on_a_cpu(tmp_path: Path) -> None:
+    assert gpu.main([str(tmp_path), "--short", "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["wrong"] == {}
+    assert result["figures"]["resumed_to_the_bit"] == 1
+    assert result["figures"]["cosine_first_order"] > 0.98
+    assert sum(result["figures"][f"share_{part}_decoded"] for part in PARTS) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_does_not_hold_on_a_gpu_is_written_and_the_other_checks_run(tmp_path: Path) -> None:
+    def fail(bench: gpu.Bench) -> gpu.Figures:
+        gpu.require(False, "a kernel is wrong")
+        return {}
+
+    checks: list[Callable[[gpu.Bench], gpu.Figures]] = [fail, lambda bench: {"x": 1.0}]
+    wrong = gpu.run_checks(gpu.Bench(CPU, True), tmp_path, checks)
+    assert wrong == {"fail": "AssertionError: a kernel is wrong"}
+    assert json.loads((tmp_path / "result.json").read_text())["figures"] == {"x": 1.0}
