@@ -15,6 +15,7 @@ from lkd.losses.learned.trust import TrustFigures
 from lkd.losses.loss import DistillationLoss, Progress, Terms
 
 FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of the student by half
+NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
@@ -121,6 +122,7 @@ class DecoupledLoss(LogitForm):
         lipschitz: Bound of the network's Lipschitz constant; 0 sets none.
         linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
         fades: Whether the loss turns into cross-entropy where the student has overtaken the teacher; see `stay`.
+        judges_labels: Whether labels count by how likely they are right; see `judge_labels`.
     """
 
     def __init__(
@@ -135,22 +137,28 @@ class DecoupledLoss(LogitForm):
         lipschitz: float = 0.0,
         linear: bool = False,
         fades: bool = False,
+        judges_labels: bool = False,
     ) -> None:
         super().__init__(locals())
         if fades and not {"agreement", "own_accuracy"} <= set(self.conditioning):
             raise ValueError("fades: true needs agreement and own_accuracy in conditioning, to be told who is ahead")
+        if judges_labels and not {"agreement", "calibration"} <= set(self.conditioning):
+            raise ValueError("judges_labels: true needs agreement and calibration in conditioning")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.warmup = warmup
         self.calibrates = "calibration" in self.conditioning
+        self.judges_labels = judges_labels
         self.body = self.build_sample_network(3 + self.calibrates, linear)
         if self.calibrates:
             self.body.head.bias.data[3] = UNCALIBRATED
 
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
-        free = self.body(self.see(logs, progress))
+        seen = self.see(logs, progress)
+        free = self.body(seen)
         weight, share, *rest = free.sigmoid().unbind(1)
+        weight = 1 - (1 - weight) * self.judge_labels(seen)
         factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
         own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
@@ -160,6 +168,20 @@ class DecoupledLoss(LogitForm):
         if not self.warmup:
             return torch.ones_like(like[0])
         return networks.as_progress(progress, like).div(self.warmup).clamp(max=1)
+
+    def judge_labels(self, seen: Tensor) -> Tensor:
+        """The probability that each label is right, [B], in whose measure it counts; 1 where that cannot be known.
+
+        By Bayes' rule: before, a label is wrong as often as the teacher agrees less with the training labels than with
+        held-out ones; then the teacher's calibrated probability of the label is seen. A wrong label is taken for the
+        one that is most easily confused with the right one, whichever that is, as in the worst case.
+        """
+        if not self.judges_labels:
+            return torch.ones_like(seen[:, 0])
+        validation, training, *_ = self.trust.to(seen).unbind()
+        wrong = (1 - training / validation - NOISE).clamp(0, 1).nan_to_num(0.0)
+        right = (1 + seen[:, networks.name_sample_inputs(self.conditioning).index("calibrated target probability")]) / 2
+        return torch.where(wrong > 0, (1 - wrong) * right / ((1 - wrong) * right + wrong * (1 - right)).clamp_min(FLOOR), 1)
 
     def stay(self, like: Tensor) -> Tensor:
         """The part of the loss that is not plain cross-entropy yet, a scalar in [0, 1]; 1 where it cannot be known.
