@@ -28,7 +28,7 @@ from lkd.tracking.run import evidence
 HERE = Path(__file__).parent
 ARMS = yaml.safe_load((HERE / "arms.yaml").read_text())
 CE, TUNED, UNIVERSAL, UNKNOWN, RULE = "cross-entropy", "tuned", "universal", "trust unknown", "rule"
-UNTRAINED, FADING = "not learned", "not learned, fading"
+UNTRAINED, FADING, FULL = "not learned", "not learned, fading", "learned in full, fading"
 HAND_MADE = (*ARMS["arms"], TUNED)
 NOISY_VALIDATION = "greek-noisy-validation"
 Worlds = dict[str, dict[str, dict[int, float]]]
@@ -110,6 +110,7 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         "mean_gain_over_best_fixed": gain(find_best_fixed(found)),
         "mean_gain_over_untrained": gain(UNTRAINED),
         "mean_gain_over_untrained_fading": gain(FADING),
+        "mean_gain_over_learned_in_full_fading": gain(FULL),
         "mean_gain_over_rule": gain(RULE),
         "minus_ce_worst": min(each + 2 * error for each, error in over_ce.values()),
         "minus_ce_lowest_mean": min(each for each, _ in over_ce.values()),
@@ -136,7 +137,7 @@ def format_gain(mean: float, error: float) -> str:
 
 def list_shown(found: Worlds) -> list[str]:
     """The arms of the first table, those that are measured in every world."""
-    arms = [*HAND_MADE, RULE, UNTRAINED, FADING, UNIVERSAL]
+    arms = [*HAND_MADE, RULE, FADING, FULL, UNTRAINED, UNIVERSAL]
     return [arm for arm in arms if all(arm in world for world in found.values())]
 
 

@@ -1,33 +1,50 @@
 """Put a learned loss into the package: its weights, and how it came about without the curves that its run keeps.
 
-python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [universal]
+python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [--name universal] [--part 0.5] [--out FILE]
 
-The shipped loss fades (`DecoupledLoss.fades`): rollouts are too short to learn that, it is chosen over whole trainings.
+Rollouts are too short to learn three things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
+the shipped loss fades and judges labels (`DecoupledLoss`), and what was learned is kept in part: what the network adds
+to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything: the control.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
-import sys
+import argparse
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lkd.core.files import PACKAGE, hash_file
-from lkd.losses.learned.file import SUFFIX, LossFile, read_provenance, save_loss
+from lkd.losses.learned.file import SUFFIX, LossFile, build_loss_from, read_provenance, save_loss
 
 
 def main() -> int:
-    if len(sys.argv) not in (2, 3):
-        print("usage: python benchmarks/universal/ship.py LOSS [NAME]", file=sys.stderr)
-        return 2
-    source, name = Path(sys.argv[1]), (sys.argv[2:] or ["universal"])[0]
-    provenance = read_provenance(source)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loss", type=Path)
+    parser.add_argument("--name", default="universal")
+    parser.add_argument("--part", type=float, default=0.5)
+    parser.add_argument("--out", type=Path, help="somewhere else than in the package")
+    options = parser.parse_args()
+    provenance = read_provenance(options.loss)
     provenance["curve"] = provenance["curve"][-1:]
-    folder = PACKAGE / "losses" / "pretrained"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}{SUFFIX}"
-    file = LossFile.read(source)
-    file.header["architecture"]["parts"]["logits"]["arguments"]["fades"] = True
-    save_loss(path, file.build(), provenance)
-    print(f'    "{name}": "{hash_file(path)}",  # {path.stat().st_size:,} bytes')
+    path = options.out or PACKAGE / "losses" / "pretrained" / f"{options.name}{SUFFIX}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = LossFile.read(options.loss)
+    file.header["architecture"]["parts"]["logits"]["arguments"] |= {"fades": True, "judges_labels": True}
+    loss, start = file.build(), build_loss_from(file.header["architecture"])
+    shrink(loss, start, options.part)
+    save_loss(path, loss, (provenance | {"part": options.part}) if options.part else {"learned": False})
+    print(f'    "{options.name}": "{hash_file(path)}",  # {path.stat().st_size:,} bytes')
     return 0
+
+
+@torch.no_grad()
+def shrink(loss: Any, start: Any, part: float) -> None:
+    """Multiply what a loss's network adds to its first answers; those do not depend on what it sees."""
+    body, first = loss.parts["logits"].body, start.parts["logits"].body
+    body.head.weight *= part
+    body.linear.weight *= part
+    body.head.bias.copy_(torch.lerp(first.head.bias, body.head.bias, part))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.evaluation.comparison.trials import Trial, run_trial
 from lkd.evaluation.report.page import build_page
 from lkd.evaluation.report.runs import read_runs
+from lkd.losses.learned.forms import NOISE
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
+from lkd.losses.learned.networks import read_logits
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.build import introduce_teacher, measure_teacher, open_teacher, prepare_images
@@ -206,6 +208,30 @@ def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
     assert faded == pytest.approx((whole + labels) / 2, rel=1e-3)
     with pytest.raises(UserError, match="fades"):
         build_learned_loss("logits", {"fades": True})
+
+
+def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
+    """Counted among half a million labels of two classes, of which three in ten are flipped."""
+    torch.manual_seed(0)
+    loss = build_learned_loss("logits", {"conditioning": SEEN, "judges_labels": True})
+    form = loss.parts["logits"]
+    first = torch.rand(500_000)
+    true = (torch.rand(len(first)) > first).long()
+    label = torch.where(torch.rand(len(first)) < 0.3, 1 - true, true)
+    teacher = 2 * torch.stack([first, 1 - first], 1).log()  # calibrated at temperature 2
+    logs = read_logits(torch.zeros_like(teacher), teacher, label)
+
+    def judge(figures: TrustFigures) -> torch.Tensor:
+        loss.tell(figures)
+        return form.judge_labels(form.see(logs, 0.5))
+
+    judged = judge(TrustFigures(1.0, 1 - 0.3 - NOISE, 2.0))
+    for bin in judged.argsort().chunk(20):
+        assert judged[bin].mean().item() == pytest.approx((label == true)[bin].double().mean().item(), abs=0.015)
+    for figures in (TrustFigures(), TrustFigures(0.8, 0.79, 2.0), TrustFigures(0.7, 1.0, 2.0)):
+        assert (judge(figures) == 1).all()
+    with pytest.raises(UserError, match="judges_labels"):
+        build_learned_loss("logits", {"judges_labels": True})
 
 
 def test_a_file_holds_no_trust(tmp_path: Path) -> None:

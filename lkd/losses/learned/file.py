@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "50daf41a1557662c8ed4e51f6c976c63d60b3e7648e747641efbe6d7ebf5df27",
+    "universal": "865bc5ef319b030abd5a20b2bd2abfbe726ce376375515bdd7e901f081eada74",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}

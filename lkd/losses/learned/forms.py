@@ -180,8 +180,10 @@ class DecoupledLoss(LogitForm):
             return torch.ones_like(seen[:, 0])
         validation, training, *_ = self.trust.to(seen).unbind()
         wrong = (1 - training / validation - NOISE).clamp(0, 1).nan_to_num(0.0)
-        right = (1 + seen[:, networks.name_sample_inputs(self.conditioning).index("calibrated target probability")]) / 2
-        return torch.where(wrong > 0, (1 - wrong) * right / ((1 - wrong) * right + wrong * (1 - right)).clamp_min(FLOOR), 1)
+        column = networks.name_sample_inputs(self.conditioning).index("calibrated target probability")
+        right = (1 + seen[:, column]) / 2
+        joint = (1 - wrong) * right
+        return torch.where(wrong > 0, joint / (joint + wrong * (1 - right)).clamp_min(FLOOR), 1.0)
 
     def stay(self, like: Tensor) -> Tensor:
         """The part of the loss that is not plain cross-entropy yet, a scalar in [0, 1]; 1 where it cannot be known.
