@@ -71,12 +71,12 @@ def interleave_classes(labels: Tensor, num_classes: int, seed: int) -> Tensor:
     """Order positions so that every prefix holds each class in proportion; a permutation of [0, N)."""
     generator = seeded_generator(seed, 2)
     shuffled = torch.randperm(len(labels), generator=generator)
-    counts = torch.bincount(labels, minlength=num_classes)
-    rank = torch.zeros(len(labels), dtype=torch.float64)
-    for label in range(num_classes):
-        members = shuffled[labels[shuffled] == label]
-        rank[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / max(int(counts[label]), 1)
-    return shuffled[rank[shuffled].argsort(stable=True)]
+    drawn = labels[shuffled]
+    by_class, counts = drawn.argsort(stable=True), torch.bincount(labels, minlength=num_classes)
+    firsts = counts.cumsum(0) - counts
+    rank = torch.empty(len(labels), dtype=torch.float64)
+    rank[by_class] = torch.arange(len(labels), dtype=torch.float64) - firsts[drawn[by_class]] + 0.5
+    return shuffled[(rank / counts[drawn]).argsort(stable=True)]
 
 
 def draw_long_tail(labels: Tensor, num_classes: int, size: int, imbalance: float) -> Tensor:
