@@ -7,6 +7,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def run(folder: Path) -> dict[str, float] | None:
     }
 
 
+def measure_wheel() -> float:
+    """Size of the package as it is installed, in millions of bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT], check=True)
+        return round(sum(path.stat().st_size for path in Path(folder).glob("*.whl")) / 1e6, 2)
+
+
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart-evidence")
     seconds = run(folder)
@@ -60,7 +68,8 @@ def main() -> int:
         return 1
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     result = read_json(folder / "result.json")
-    figures = result["figures"] | seconds | {"readme_lines": len((ROOT / "README.md").read_text().splitlines())}
+    figures = result["figures"] | seconds
+    figures |= {"readme_lines": len((ROOT / "README.md").read_text().splitlines()), "wheel_megabytes": measure_wheel()}
     write_json(EVIDENCE / "result.json", result | {"command": "python benchmarks/quickstart.py", "figures": figures})
     shutil.copyfile(folder / "quickstart.png", EVIDENCE / "quickstart.png")
     tables = []

@@ -32,10 +32,7 @@ from lkd.config.training import (
 
 # Command → (recipe, what to do). The work is imported when it starts: `--help` must not wait for torch.
 COMMANDS: dict[str, tuple[type, str]] = {
-    "quickstart": (
-        QuickstartRecipe,
-        "learn a loss on embedded images, reuse it, compare it: the whole path in minutes",
-    ),
+    "quickstart": (QuickstartRecipe, "the universal loss beside CE and tuned KD on embedded images: a page in minutes"),
     "plan": (PlanRecipe, "what a recipe of distill or meta-train will take: hours, memory, data"),
     "teacher": (TrainTeacherRecipe, "train a teacher"),
     "pool": (PoolRecipe, "keep students at many ages, to start rollouts from"),

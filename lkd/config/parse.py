@@ -15,7 +15,7 @@ from jsonargparse import typing as ranged
 
 from lkd.config import COMMANDS, POSITIONAL
 from lkd.core.errors import UserError
-from lkd.core.files import MALFORMED, expand_home
+from lkd.core.files import MALFORMED, PACKAGE, expand_home
 
 Recipe = TypeVar("Recipe")
 
@@ -215,15 +215,23 @@ def fill_field(words: list[str], recipe: type, field: str) -> list[str]:
 def split_files(words: list[str]) -> tuple[list[Path], list[str]]:
     """The recipe files among the words, which come before the options or after `--config`; and the options."""
     leading = list(takewhile(lambda word: not word.startswith("-"), words))
-    paths, options = [Path(expand_home(word)) for word in leading], []
+    paths, options = [find_recipe(word) for word in leading], []
     rest = iter(words[len(leading) :])
     for word in rest:
         name, equals, value = word.partition("=")
         if name == "--config":
-            paths.append(Path(expand_home(value if equals else next(rest, ""))))
+            paths.append(find_recipe(value if equals else next(rest, "")))
         else:
             options.append(word)
     return paths, options
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file; one under `configs/` that is not there is the package's: in it, or beside it in a checkout."""
+    path = Path(expand_home(name))
+    if not path.exists() and path.parts[:1] == ("configs",):
+        return next((own for own in (PACKAGE / path, PACKAGE.parent / path) if own.is_file()), path)
+    return path
 
 
 def complete_switches(words: list[str], switches: set[str]) -> list[str]:

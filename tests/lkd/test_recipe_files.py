@@ -25,6 +25,14 @@ def test_bases_are_merged_under_the_files_own_keys(tmp_path) -> None:
         assert recipe.seed == 2
 
 
+def test_the_packages_recipes_are_found_from_everywhere_and_a_file_of_ones_own_comes_first(tmp_path) -> None:
+    words = ["configs/embedded/adapt.yaml"]
+    assert parse_recipe("meta-train", words).meta.start == "universal"
+    (tmp_path / "configs" / "embedded").mkdir(parents=True)
+    (tmp_path / "configs" / "embedded" / "adapt.yaml").write_text("meta: {start: mine}")
+    assert parse_recipe("meta-train", words).meta.start == "mine"
+
+
 def test_what_a_file_adds_to_another_reaches_that_one_alone_in_either_order(tmp_path) -> None:
     (tmp_path / "methods").mkdir()
     pair, base, mine = (tmp_path / name for name in ("pair.yaml", "base.yaml", "mine.yaml"))
