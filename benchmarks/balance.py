@@ -1,6 +1,8 @@
 """Evidence of the balances: learn a loss, compare it with weights set by rules, keep it in docs/evidence/balance.
 
-python benchmarks/balance.py [RUN_DIR [--key value ...]]
+python benchmarks/balance.py [RUN_DIR [--key value ...]] | --check
+
+--check trains one cell anew.
 
 Goes on with an interrupted run in RUN_DIR. Further words are options of `lkd compare`.
 """
@@ -16,11 +18,13 @@ from typing import Any
 
 import matplotlib
 import torch
+from checking import check_trial
 from commands import run_lkd
 from scipy.special import stdtrit
 
 from lkd.balance.balancing import build_balance, split_terms, take_gradient
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.evaluation.comparison.trials import balance_of, split_method
 from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_loss, prepare_teacher
@@ -56,6 +60,8 @@ are the same for every seed, and the differences are not corrected for their num
 
 
 def main() -> int:
+    if "--check" in sys.argv:
+        return check_trial(parse_recipe("compare", [str(RECIPE)]), EVIDENCE / "cells.csv", "constant")
     folder, options = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/balance-evidence"), sys.argv[2:]
     loss, run = folder / "meta-train" / "loss.lkd.safetensors", folder / "compare"
     if not loss.exists():

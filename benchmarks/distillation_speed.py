@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import NamedTuple
 import timm
 import torch
 from cached_answers import make_cached_teacher
+from checking import check
 from rows import matching, median, write_row
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lkd.config import TrainRecipe
-from lkd.core.files import environment, write_json, write_text
+from lkd.core.files import environment, read_json, write_json, write_text
 from lkd.core.outputs import Outputs
 from lkd.data import Batches, ImageSet
 from lkd.evaluation.comparison.trials import Cost
@@ -138,15 +140,18 @@ CACHED = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "ENGINE"), help="measure one peak, print it, stop")
+    parser.add_argument("--check", action="store_true", help="one pair beside timm and the plain loop, to a quarter")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.check:
+        return check_speed(next(iter(CASES)))
     if options.peak:
         print(measure_peak(*options.peak))
-        return
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         measure_times(options.out / "time.csv", case, ENGINES)
@@ -154,6 +159,16 @@ def main() -> None:
     measure_losses(options.out / "loss.csv")
     measure_memory(options.out / "memory.csv")
     report(options.out)
+    return 0
+
+
+def check_speed(case: str) -> int:
+    """Time the engines of one case anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure_times(path := Path(folder) / "time.csv", case, ENGINES)
+        seconds = {engine: median(path, "cpu_seconds", case=case, engine=engine) for engine in ENGINES}
+    made = {f"speed_vs_{peer}_{case}": round(seconds[peer] / seconds["lkd"], 4) for peer in ("timm", "plain")}
+    return check(read_json(OUT / "result.json")["figures"], made, tolerance=0.25)
 
 
 def measure_times(path: Path, case: str, engines: dict[str, Callable[[Case], Callable[[int], object]]]) -> None:
@@ -299,4 +314,4 @@ def judge(value: float, goal: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

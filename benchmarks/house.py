@@ -1,10 +1,11 @@
 """Measure the house: files, lines, arrows, the trip of a step, the suite's time and coverage.
 
-    python benchmarks/house.py [--root CHECKOUT] [--suite XML] [--coverage JSON] [--ci_seconds N] [--before]
+    python benchmarks/house.py [--root CHECKOUT] [--suite XML] [--coverage JSON] [--ci_seconds N] [--before | --check]
 
 prints the figures of a checkout and merges them into docs/evidence/house/result.json; with `--before` under names that
 end in `_before`. What is not given (the suite's time, say) is left as it was there. The suite's file is what
 `python -m pytest --junitxml FILE` writes, the coverage's what `coverage json` writes of a run with `--branch`.
+--check counts anew, and compares with what is committed.
 """
 
 import argparse
@@ -92,10 +93,15 @@ def main() -> None:
     parser.add_argument("--coverage", type=Path)
     parser.add_argument("--ci_seconds", type=float)
     parser.add_argument("--before", action="store_true")
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     figures = measure_sources(options.root)
     if options.root == HERE:
         figures |= measure_structure()
+    if options.check:
+        from benchmarks.checking import check
+
+        sys.exit(check(json.loads((FOLDER / "result.json").read_text())["figures"], figures))
     if options.suite:
         figures |= read_suite(options.suite)
     if options.ci_seconds:

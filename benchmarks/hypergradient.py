@@ -4,7 +4,7 @@ Time: all engines interleaved in one process, one thread, processor time, median
 process, peak resident memory above the idle one. Profile: share of each operation in the eager and the compiled run.
 Accuracy: cosine to the exact hypergradient in float64. Every
 measurement is a row of a CSV file in the output folder and is not taken again while it stands there; delete the files
-to start over.
+to start over. --check takes one row of the accuracies anew; times and memory are not checked.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from checking import check
 from hypergradient_problem import ENGINES, Benchmark, compile_problem
 from hypergradient_report import write_picture, write_table
 from rows import matching, median, read_rows, write_row
@@ -43,16 +45,19 @@ PROFILE_COLUMNS = ["run", "operation", "calls", "share"]
 ACCURACY_COLUMNS = ["engine", "distill", "steps", "seed", "cosine", "norm_ratio", "adjoint_growth"]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/hypergradient"))
     parser.add_argument("--peak", nargs=3, metavar=("ENGINE", "DEPTH", "K"), help="measure one peak, print it, stop")
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.check:
+        return check_accuracy(options.out / "accuracy.csv")
     if options.peak:
         engine, depth, steps = options.peak
         print(measure_peak(engine, int(depth), int(steps)))
-        return
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     for depth, steps in TIME_CASES:
         measure_times(options.out / "time.csv", depth, steps)
@@ -61,6 +66,16 @@ def main() -> None:
     measure_compiled(options.out / "time_compiled.csv", options.out / "compile.csv")
     profile_runs(options.out / "profile.csv")
     report(options.out)
+    return 0
+
+
+def check_accuracy(committed: Path) -> int:
+    """Compare the cosines of the first case and seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure_accuracy(made := Path(folder) / "accuracy.csv", ACCURACY_CASES[:1], seeds=1)
+        rows = {row["engine"]: row for row in read_rows(made)}
+    before = {engine: matching(committed, engine=engine, distill=False, steps=5, seed=0)[0] for engine in rows}
+    return check(*({name: row["cosine"] for name, row in each.items()} for each in (before, rows)), tolerance=2e-5)
 
 
 def measure_times(path: Path, depth: int, steps: int) -> None:
@@ -139,10 +154,10 @@ def read_status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure_accuracy(path: Path) -> None:
+def measure_accuracy(path: Path, cases: list[tuple[bool, int, int]] = ACCURACY_CASES, seeds: int = 99) -> None:
     """Compare hypergradients in float32 with the exact one in float64."""
-    for distill, steps, seeds in ACCURACY_CASES:
-        for seed in range(seeds):
+    for distill, steps, own_seeds in cases:
+        for seed in range(min(seeds, own_seeds)):
             if matching(path, distill=distill, steps=steps, seed=seed, engine="first_order"):
                 continue
             exact = adjoint(Benchmark(8, steps, seed, distill, torch.float64).problem)
@@ -219,4 +234,4 @@ def report(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

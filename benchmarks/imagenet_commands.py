@@ -1,6 +1,8 @@
 """The ImageNet recipe by the command line, end to end, on 3,000 generated JPEGs: every layout, killed, shared, cached.
 
-python benchmarks/imagenet_commands.py [RUN_DIR]
+python benchmarks/imagenet_commands.py [RUN_DIR | --check]
+
+--check makes three of the mistakes anew.
 
 Goes on with an interrupted run in RUN_DIR; a row that stands there is not made again. The runs are small: 64 pixels, 16
 images a step, 4 steps. The teachers are an untrained ResNet-50, and EfficientNet-Lite2 with its ImageNet weights (from
@@ -11,12 +13,16 @@ import csv
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else another package's `tests` may be found
 
+from checking import check
 from imagenet_inputs import CLASSES, write_inputs
 from imagenet_runs import METHODS, PAIR, SMALL, Commands, Row, find_weights
+from photographs import write_folder
+from rows import read_rows
 
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
@@ -64,7 +70,9 @@ sets.
 """
 
 
-def main() -> None:
+def main() -> int:
+    if "--check" in sys.argv:
+        return check_mistakes()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet_commands").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_inputs(folder / "data")
@@ -75,6 +83,21 @@ def main() -> None:
     run_good_inputs(commands)
     run_learned_loss(commands)
     report(commands.rows)
+    return 0
+
+
+def check_mistakes() -> int:
+    """Compare exit codes and lines of the mistakes that need no images."""
+    names = ("wrong root", "cuda without a GPU")
+    with tempfile.TemporaryDirectory() as folder:
+        commands = Commands(Path(folder))
+        write_folder(Path(folder) / "data" / "folder", 3, 40, 8)
+        words = {names[0]: commands.data("nowhere"), names[1]: [*commands.data("folder"), "--device", "cuda"]}
+        for name in names:
+            commands.run(name, ["distill", *KD, *SMALL, *UNTRAINED, *words[name], "--run_dir", "run"], expected=2)
+        made = {f"{row['name']}: {key}": row[key] for row in commands.rows for key in ("exit_code", "line")}
+    rows = {row["name"]: row for row in read_rows(EVIDENCE / "commands.csv")}
+    return check({f"{name}: {key}": rows[name][key] for name in names for key in ("exit_code", "line")}, made)
 
 
 def run_bad_inputs(commands: Commands) -> None:
@@ -200,4 +223,4 @@ def result_of(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from typing import Any
 
 import timm.data
 import torch
+from checking import check
 from photographs import SIZES, write_folder, write_web_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from lkd.config import DataRecipe, PackRecipe
-from lkd.core.files import environment, write_json, write_text
+from lkd.core.files import environment, read_json, write_json, write_text
 from lkd.data import Batches
 from lkd.data.sources import MEAN, STD
 from lkd.export.export import pack_dataset
@@ -53,12 +54,15 @@ loaders, which is left out here in their favour. The machine was shared; rounds 
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/imagenet/loader"))
+    parser.add_argument("--check", action="store_true", help="the ratios to timm anew, to a third; nothing is kept")
     words = parser.parse_args()
+    if words.check:
+        words.images, words.rounds = 200, 3
     torch.set_num_threads(1)
     machine = environment()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +79,14 @@ def main() -> None:
             loaders[f"{name}, host only"] = open_ours(OURS[name], roots[name], place, False)
         rows = measure(loaders, words.rounds)
         sizes = [path.stat().st_size for path in root.glob("train/*/*")]
-    write_evidence(words.out, rows, words, statistics.mean(sizes) / 1000, machine)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) if words.check else words.out
+        write_evidence(out, rows, words, statistics.mean(sizes) / 1000, machine)
+        if words.check:
+            figures = read_json(out / "result.json")["figures"]
+            made = {name: figure for name, figure in figures.items() if name.endswith("_host_over_timm")}
+            return check(read_json(words.out / "result.json")["figures"], made, tolerance=0.34)
+    return 0
 
 
 def open_ours(name: str, root: Path, packed: str | None, whole: bool) -> Callable[[], Iterator[Tensor]]:
@@ -176,4 +187,4 @@ def write_evidence(
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

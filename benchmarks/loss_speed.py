@@ -1,8 +1,9 @@
-"""Compare the loss that ships with KD, forward and backward: `python benchmarks/loss_speed.py [OUT]`.
+"""Compare the loss that ships with KD, forward and backward: `python benchmarks/loss_speed.py [OUT | --check]`.
 
 256 images, 1,000 and 10 classes, eager and compiled, on one CPU thread: all in turn in one process, processor time,
 medians; and how often a compiled loss is compiled anew as a number of progress goes up. Every measurement is a row of a
 CSV file in the output folder and is not taken again while it stands there; delete the file to start over. A minute.
+--check counts operators again, which are the same on every machine; times are not.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checking import check
 from rows import matching, median, write_row
 from speed_report import OUT, record
 from torch import Tensor, nn
@@ -50,6 +52,22 @@ def differentiate(
     torch.stack(list(terms.values())).sum().backward()
 
 
+def make_outputs(classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of student and teacher, [BATCH, classes] each, and labels, [BATCH]."""
+    student, teacher = (3 * torch.randn(2, BATCH, classes, generator=torch.Generator().manual_seed(0))).unbind()
+    return student, teacher, torch.arange(BATCH) % classes
+
+
+def make_losses() -> dict[str, nn.Module]:
+    return {"universal": lkd.load_loss("universal", TRUST).requires_grad_(False), "kd": KDLoss(0.5, 4.0)}
+
+
+def count_operators(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor) -> int:
+    with OperatorCount() as count:
+        differentiate(loss, student, teacher, target, 0.3)
+    return count.operators
+
+
 def compile_counted(loss: nn.Module, graphs: list[object]) -> Callable[..., dict[str, Tensor]]:
     """The loss by torch's own compiler, and a note of every graph."""
 
@@ -73,20 +91,18 @@ def measure(out: Path, classes: int) -> None:
     path = out / "loss_time.csv"
     if matching(path, classes=classes, repeat=REPEATS - 1, loss="kd", mode="compiled"):
         return
-    student, teacher = (3 * torch.randn(2, BATCH, classes, generator=torch.Generator().manual_seed(0))).unbind()
-    target = torch.arange(BATCH) % classes
-    losses = {"universal": lkd.load_loss("universal", TRUST).requires_grad_(False), "kd": KDLoss(0.5, 4.0)}
+    student, teacher, target = make_outputs(classes)
+    losses = make_losses()
     runs: dict[tuple[str, str], Callable[..., dict[str, Tensor]]] = {
         (name, "eager"): loss for name, loss in losses.items()
     }
     for name, loss in losses.items():
-        with OperatorCount() as count:
-            differentiate(loss, student, teacher, target, 0.3)
+        operators = count_operators(loss, student, teacher, target)
         graphs: list[object] = []
         runs[name, "compiled"] = compile_counted(loss, graphs)
         for step in range(STEPS):
             differentiate(runs[name, "compiled"], student, teacher, target, step / STEPS)
-        write_row(out / "loss_counts.csv", COUNTS, [classes, name, count.operators, len(graphs)])
+        write_row(out / "loss_counts.csv", COUNTS, [classes, name, operators, len(graphs)])
     for repeat in range(REPEATS):
         for (name, mode), run in runs.items():
             call = partial(differentiate, run, student, teacher, target, repeat / REPEATS)
@@ -115,17 +131,24 @@ def report(out: Path) -> None:
     record(out, "loss_speed.py", figures)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
-    out = parser.parse_args().out
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    out = options.out
+    if options.check:
+        made = {name: count_operators(loss, *make_outputs(CLASSES[0])) for name, loss in make_losses().items()}
+        counts = {name: matching(OUT / "loss_counts.csv", classes=CLASSES[0], loss=name)[0] for name in made}
+        return check({name: row["operators"] for name, row in counts.items()}, made)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.empty(6_000_000).fill_(0)  # the allocator then keeps what is freed, as in a training of any network
     for classes in CLASSES:
         measure(out, classes)
     report(out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

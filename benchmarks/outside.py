@@ -1,9 +1,10 @@
 """Evidence of trouble that users of other projects report: run every case, keep the counts in docs/evidence/outside.
 
-python benchmarks/outside.py [TESTS ...]
+python benchmarks/outside.py [TESTS ... | --check]
 
 A case is a test that is marked `outside(line)`, by the line of the list of troubles that it is an example or a sibling
 of. Given files or folders of tests, only their cases are run, and nothing is kept.
+--check runs those of one file, and compares their outcomes with the committed ones.
 """
 
 import csv
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checking import check
+from rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -76,10 +79,16 @@ def count_cases(cases: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(paths: list[str]) -> int:
+    only_check = "--check" in paths
+    paths = [str(ROOT / "tests" / "lkd" / "test_outside_silent.py")] if only_check else paths
     recorder = Recorder()
     words = ["-m", "outside", "-q", "-n", "0", "-p", "no:cacheprovider", *(paths or [str(ROOT / "tests")])]
     status = pytest.main(words, plugins=[recorder])
     cases = sorted(recorder.list_cases(), key=lambda case: (case["line"], case["test"]))
+    if only_check:
+        committed = {row["test"]: row["outcome"] for row in read_rows(FOLDER / "cases.csv")}
+        made = {case["test"]: case["outcome"] for case in cases}
+        return check({test: committed.get(test, "missing") for test in made}, made) or int(status)
     figures, tested = count_cases(cases), {case["line"] for case in cases}
     print(*(f"{name}: {figure}" for name, figure in figures.items()), sep="\n")
     missing = [str(line) for lines in SECTIONS.values() for line in lines if line not in tested]

@@ -1,6 +1,8 @@
 """Evidence of the quickstart: run it, keep its figures, rows and pictures in docs/evidence/quickstart.
 
-python benchmarks/quickstart.py [RUN_DIR]
+python benchmarks/quickstart.py [RUN_DIR | --check]
+
+--check trains one cell anew, with the universal loss.
 """
 
 import itertools
@@ -11,8 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from checking import check_trial
+
+from lkd.config import QuickstartRecipe
 from lkd.core.files import read_json, write_json, write_text
-from lkd.evaluation.quickstart import SETTINGS
+from lkd.evaluation.quickstart import SETTINGS, UNIVERSAL, compare_recipe
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "quickstart"
@@ -62,6 +67,9 @@ def measure_wheel() -> float:
 
 
 def main() -> int:
+    if "--check" in sys.argv:
+        recipe = compare_recipe(QuickstartRecipe(device="cpu"), "clean", Path("runs/quickstart"))
+        return check_trial(recipe, EVIDENCE / "clean-cells.csv", UNIVERSAL)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart-evidence")
     seconds = run(folder)
     if seconds is None:

@@ -1,6 +1,8 @@
 """Does a killed run go on to the same bits, and do two processes learn what one does? Kept in docs/evidence/resume.
 
-python benchmarks/resume.py [RUN_DIR]
+python benchmarks/resume.py [RUN_DIR | --check]
+
+--check kills one run of each command and goes on with it.
 
 Goes on with an interrupted run in RUN_DIR.
 """
@@ -11,11 +13,14 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from checking import check
+from rows import Row, matching
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else another package's `tests` may be found
 
@@ -51,12 +56,22 @@ What it does not show: GPUs, where kernels may not be deterministic; power cuts;
 """
 
 
-def main() -> None:
+def main() -> int:
+    if "--check" in sys.argv:
+        with tempfile.TemporaryDirectory() as place:
+            made = {command: kill_and_resume(command, 0, Path(place))["bitwise_equal"] for command in RUNS}
+        return check({command: find_kill(command)["bitwise_equal"] for command in RUNS}, made)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/resume").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     kills = [kill_and_resume(command, number, folder) for command in RUNS for number in range(KILLS)]
     differences = [compare_processes(name, folder) for name in SHARED]
     report(kills, differences)
+    return 0
+
+
+def find_kill(command: str) -> Row:
+    """The committed row of a command's first kill."""
+    return matching(EVIDENCE / "kills.csv", command=command, number=0)[0]
 
 
 def finish(words: list[str], output: Path) -> float:
@@ -163,4 +178,4 @@ def report(kills: list[dict[str, Any]], differences: list[dict[str, Any]]) -> No
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
 Accuracy: the same student, seeds and crops with the live teacher, with all its logits in float16, and with the largest
 ones and what remains. Reading: batches gathered in training order, and the same number of answers read in order. Every
-measurement is a row of a CSV file in the output folder and is not taken again while it stands there.
+measurement is a row of a CSV file in the output folder and is not taken again while it stands there. --check does one
+training with all logits cached anew.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from cached_answers import make_cached_teacher
+from checking import SEED_NOISE, check
 from rows import matching, median, write_row
 
 from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
@@ -30,7 +32,7 @@ OUT = Path(__file__).parents[1] / "docs" / "evidence" / "teacher_cache"
 CPU = torch.device("cpu")
 DATA = DataRecipe(train_size=4000, meta_validation_size=4000, augmentation="flip_and_crop", augmentation_seeds=4)
 TRAIN = TrainRecipe(epochs=8)
-METHODS = {"live": None, "full": 0, "top_3": 3, "top_1": 1}
+METHODS: dict[str, int | None] = {"live": None, "full": 0, "top_3": 3, "top_1": 1}
 SEEDS = range(3)
 COLUMNS = ["method", "seed", "test_top1", "train_top1", "cpu_seconds"]
 READINGS = {"full": 0, "top_20": 20}
@@ -58,22 +60,30 @@ GPU.
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.check:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_accuracy(Path(folder) / "accuracy.csv", {"full": 0}, range(1))
+            made = matching(Path(folder) / "accuracy.csv", method="full", seed=0)[0]
+        committed = matching(OUT / "accuracy.csv", method="full", seed=0)[0]
+        return check(committed, {name: made[name] for name in ("test_top1", "train_top1")}, noise=SEED_NOISE)
     options.out.mkdir(parents=True, exist_ok=True)
     measure_accuracy(options.out / "accuracy.csv")
     measure_reading(options.out / "reading.csv")
     report(options.out)
+    return 0
 
 
-def measure_accuracy(path: Path) -> None:
+def measure_accuracy(path: Path, methods: dict[str, int | None] = METHODS, seeds: range = SEEDS) -> None:
     """Train with every kind of answers and every seed."""
     images = prepare_images(DATA)
-    for method, top_k in METHODS.items():
-        left = [seed for seed in SEEDS if not matching(path, method=method, seed=seed)]
+    for method, top_k in methods.items():
+        left = [seed for seed in seeds if not matching(path, method=method, seed=seed)]
         if left:
             with tempfile.TemporaryDirectory() as folder:
                 teacher = TeacherRecipe(cache=None if top_k is None else folder)
@@ -150,4 +160,4 @@ def format_mean(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

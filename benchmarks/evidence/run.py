@@ -1,6 +1,8 @@
 """Do learned losses pay? Learn them, tune the hand-made ones, train fresh students, and keep all figures.
 
-python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes]
+python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes | --check]
+
+--check trains one cell of a hand-made loss anew; a learned one takes minutes.
 
 With --axes the ablation too, which is half of the work. Goes on with an interrupted run in RUN_DIR. Options are picked
 on meta-validation; the test split is read for reported numbers only.
@@ -13,9 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from checking import check_trial
 from digits import write_digits
-from report import write_report
-from settings import ABLATION, META_RATE, is_of_axes, list_comparisons, list_learned
+from report import EVIDENCE, write_report
+from settings import ABLATION, CLEAN, META_RATE, SETTINGS, compare_recipe, is_of_axes, list_comparisons, list_learned
 
 from lkd.config import DataRecipe, ModelRecipe, RunRecipe, TrainRecipe, TrainTeacherRecipe
 from lkd.core.errors import UserError
@@ -27,11 +32,14 @@ from lkd.training.distill import train_teacher
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if word != "--axes"]
-    axes = len(words) < len(sys.argv) - 1
+    words = [word for word in sys.argv[1:] if word not in ("--axes", "--check")]
+    axes = "--axes" in sys.argv
     if not 1 <= len(words) <= 2:
-        print("usage: python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes]", file=sys.stderr)
+        print("usage: python benchmarks/evidence/run.py DATA_ROOT [RUN_DIR] [--axes | --check]", file=sys.stderr)
         return 2
+    if "--check" in sys.argv:
+        recipe = compare_recipe(CLEAN, SETTINGS[CLEAN], words[0], Path("runs"), {})
+        return check_trial(recipe, EVIDENCE / CLEAN / "cells.csv", "KD(0.5, 4)")
     root, folder = words[0], Path(words[1] if len(words) > 1 else "runs/learned-loss-evidence").resolve()
     digits = write_digits(folder / "digits")
     learned, teachers = list_learned(root, folder), list_teachers(root, folder, digits[0])

@@ -268,7 +268,7 @@ class PushRecipe:
 
     Args:
         loss: The file.
-        to: hf://OWNER/REPOSITORY[@REVISION][/FILE] or wandb://ENTITY/PROJECT/ARTIFACT[:ALIAS].
+        to: `hf://OWNER/REPOSITORY[@REVISION][/FILE]` or `wandb://ENTITY/PROJECT/ARTIFACT[:ALIAS]`.
         private: Of a new repository on the Hub, whether others cannot see it.
         card: Only write the model card to this file; nothing is sent.
     """
@@ -284,7 +284,7 @@ class PullRecipe:
     """Fetch a learned loss from the Hugging Face Hub or from W&B's artifacts, and check it.
 
     Args:
-        loss: hf://OWNER/REPOSITORY[@REVISION][/FILE] or wandb://ENTITY/PROJECT/ARTIFACT[:VERSION]. Other commands take
+        loss: `hf://OWNER/REPOSITORY[@REVISION][/FILE]` or `wandb://ENTITY/PROJECT/ARTIFACT[:VERSION]`. Other commands
             such a name in the place of a file, too.
         out: The file to write.
     """

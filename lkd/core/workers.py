@@ -269,20 +269,22 @@ def own_device(device: str) -> str:
     return assign_device(device, worker_number, count_gpus(device))
 
 
-QUIET = 10.0  # seconds without a line
+QUIET = 8.0  # seconds without a line
 
 
 def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any], str | None], title: str) -> None:
     """Wait for work, with a progress bar; say a line about a result where `describe` gives one.
 
-    Where no terminal shows the bar, a line says every ten seconds how far it is.
+    `describe` may put further work into `futures`. Where no terminal shows the bar, a line says every eight seconds how
+    far it is.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM.
         UserError: If a worker died.
     """
     with deferred_interrupts() as stop, tqdm(total=len(futures), desc=title, unit="job", disable=None) as bar:
-        pending, done, said = set(futures), 0, time.monotonic()
+        known, done, said = set(futures), 0, time.monotonic()
+        pending = set(known)
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -300,6 +302,8 @@ def finish_all(futures: "dict[Future[Any], str]", describe: Callable[[str, Any],
                 if line:
                     tqdm.write(line)
                     said = time.monotonic()
+            pending |= futures.keys() - known
+            known, bar.total = set(futures), len(futures)
             if bar.disable and time.monotonic() - said > QUIET:
                 tqdm.write(f"{title}: {done} of {len(futures)} done")
                 said = time.monotonic()

@@ -52,6 +52,7 @@ LEARNING_RATE = 0.2  # of all losses here: better for each of them than 0.1
 GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0]}
 ADAPTED = "noisy"  # the setting in which a second student is trained, and the universal loss adapted
 UNIVERSAL = "universal"
+LEARNING = "learning"
 
 
 def adapt_recipe(recipe: QuickstartRecipe, folder: Path) -> MetaTrainRecipe:
@@ -261,36 +262,43 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     adapted = adapted_path(run.path)
     with start_workers(recipe.workers, threads=recipe.threads) as workers:
 
-        def train(trials: dict[str, list[Trial]], title: str) -> None:
-            """Run what has no result yet."""
+        def start(trials: dict[str, list[Trial]]) -> dict[Future[Any], str]:
+            """Give the workers what has no result yet."""
             jobs: dict[Future[Any], str] = {}
             for setting, own in trials.items():
                 compare, folder = compare_recipes[setting], run.path / setting
                 run.say(*describe_other_threads([trial_path(compare, trial, folder) for trial in own]))
                 jobs |= submit(compare, own, folder, workers, device)
-            finish_all(jobs, lambda *_: None, title)
-            phases[title.replace(" ", "_")] = time.time() - started - sum(phases.values())
+            return jobs
 
-        train({setting: plan_tuning(compare) for setting, compare in compare_recipes.items()}, "tune KD")
+        def describe(label: str, result: dict[str, Any]) -> str | None:
+            """Once the loss is adapted, students are trained with it."""
+            if label != LEARNING:
+                return None
+            jobs.update(start({ADAPTED: trials[ADAPTED]}))
+            return describe_adapted(result)
+
+        jobs = start({setting: plan_tuning(compare) for setting, compare in compare_recipes.items()})
+        finish_all(jobs, lambda *_: None, "tune KD")
+        phases["tune_KD"] = time.time() - started
         picks = {setting: pick_options(compare, run.path / setting) for setting, compare in compare_recipes.items()}
         trials = {setting: plan_report(compare, picks[setting]) for setting, compare in compare_recipes.items()}
-        learning = None if adapted.exists() else workers.submit(learn_in_worker, adapt_recipe(recipe, run.path))
-        train(
-            {setting: [each for each in own if each.method != "adapted"] for setting, own in trials.items()},
-            "train students",
-        )
-        for setting, compare in compare_recipes.items():
-            plain = {label: options for label, options in picks[setting].items() if label != "adapted"}
-            for row in write_results(dataclasses.replace(compare, methods=plain), plain, run.path / setting):
-                run.say(f"{setting}: {row['student']}, {row['method']}: {format_figure(row['last'])} %")
-        if learning:
-            finish_all({learning: ADAPTED}, lambda label, row: describe_adapted(row), "adapt the universal loss")
-        train({ADAPTED: trials[ADAPTED]}, "train students with the adapted loss")
-    run.say("write tables, pictures and the page")
-    tables = {
-        setting: write_results(compare, picks[setting], run.path / setting)
-        for setting, compare in compare_recipes.items()
-    }
+        trials[ADAPTED].sort(key=lambda trial: trial.student == SEEN)  # the longest first: no worker is left alone
+        jobs = {}
+        if not adapted.exists():
+            jobs[workers.submit(learn_in_worker, adapt_recipe(recipe, run.path))] = LEARNING
+        ready = {
+            setting: [trial for trial in own if trial.method != "adapted" or not jobs]
+            for setting, own in sorted(trials.items(), key=lambda pair: pair[0] != ADAPTED)
+        }
+        jobs |= start(ready)
+        finish_all(jobs, describe, "train students, adapt the universal loss")
+        phases["train_students_and_adapt"] = time.time() - started - sum(phases.values())
+    tables = {}
+    for setting, compare in compare_recipes.items():
+        tables[setting] = write_results(compare, picks[setting], run.path / setting)
+        run.say(f"{setting}: {NAMES[setting]}")
+        run.say(*(f"  {row['student']}, {row['method']}: {format_figure(row['last'])} %" for row in tables[setting]))
     for setting, pick in picks.items():
         run.say(f"{setting}: picture of the universal loss")
         kd: Any = build_loss(pick["KD"])

@@ -1,14 +1,17 @@
 """What every fault does to every command. Kept in docs/evidence/faults.
 
-python -m tests.faults.run [RUN_DIR] [--moments 20] [--only PATTERN] [--report]
+python -m tests.faults.run [RUN_DIR] [--moments 20] [--only PATTERN] [--report | --check]
 
-Goes on with an interrupted bench in RUN_DIR; with --report it only writes what its rows so far say.
+Goes on with an interrupted bench in RUN_DIR; with --report it only writes what its rows so far say;
+with --check it kills one run of each command, and compares what became of them with the committed rows.
 """
 
 import argparse
 import csv
 import json
 import re
+import sys
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +23,7 @@ from PIL import Image
 import lkd.core.workers
 import lkd.data.readers
 import lkd.evaluation.comparison.tables
+from benchmarks.checking import check
 from lkd.config.parse import parse_recipe
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
@@ -42,17 +46,35 @@ EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "faults"
 FOLDER = re.compile(r"/\S*/episode/")  # where the bench ran
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", nargs="?", default="runs/faults", type=Path)
     parser.add_argument("--moments", default=20, type=int, help="Episodes of every command under every fault.")
     parser.add_argument("--only", default="", help="A regular expression of COMMAND FAULT; then no report is written.")
     parser.add_argument("--report", action="store_true", help="Only write the report of the rows that there are.")
+    parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
+    if given.check:
+        return check_kills()
     folder = given.run_dir.absolute()
     rows = read_rows(folder / ROWS) if given.report else play_faults(folder, given.moments, given.only)
     if not given.only:
         write_report(EVIDENCE, rows)
+    return 0
+
+
+def check_kills() -> int:
+    """Play the first episode of a kill of each command anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = play_faults(Path(folder), 1, " kill$")
+    names = ("bitwise", "wrong", "kept")
+    committed, made = {}, {}
+    with (EVIDENCE / "runs.csv").open() as file:
+        for row in csv.DictReader(file):
+            committed |= {f"{row['command']} {row['fault']} {row['number']} {name}": row[name] for name in names}
+    for row in rows:
+        made |= {f"{row['command']} {row['fault']} {row['number']} {name}": row[name] for name in names}
+    return check(committed, made)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -141,4 +163,4 @@ def format_fault(label: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """Damaged and hostile files for every reader, by the thousands. Kept in docs/evidence/hostile_input.
 
-python -m tests.hostile_input.run [OUT] [--files N]
+python -m tests.hostile_input.run [OUT] [--files N | --check]
 
 Reads N files a reader (10,000), two readers at a time, and writes OUT/result.json, files.csv, README.md and what was
 found (findings.jsonl). Files are a function of reader and number alone: `python -m tests.hostile_input.worker
-READER NUMBER NUMBER+1 FOLDER` reads one again.
+READER NUMBER NUMBER+1 FOLDER` reads one again. --check reads the first 30 of each, and compares what must not happen.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.checking import check
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
 from tests.hostile_input.readers import READERS
@@ -62,15 +63,30 @@ are fixed: the same command tries the same files.
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=EVIDENCE)
     parser.add_argument("--files", type=int, default=FILES, help="a reader")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    if options.check:
+        options.files = 30
     with ThreadPoolExecutor(options.workers) as threads:
         rows = list(threads.map(lambda name: fuzz_reader(name, options.files), READERS))
+    if options.check:
+        return compare_bad(rows)
     report(rows, options.out, options.files)
+    return 0
+
+
+def compare_bad(rows: list[dict[str, Any]]) -> int:
+    """Compare the counts of what must not happen with the committed ones."""
+    with (EVIDENCE / "files.csv").open(newline="") as file:
+        committed = {row["reader"]: row for row in csv.DictReader(file)}
+    names = [(row["reader"], outcome) for row in rows for outcome in OUTCOMES[2:]]
+    made = {row["reader"]: row for row in rows}
+    return check(*({f"{name}, {bad}": each[name][bad] for name, bad in names} for each in (committed, made)))
 
 
 def fuzz_reader(name: str, files: int) -> dict[str, Any]:
@@ -133,4 +149,4 @@ def report(rows: list[dict[str, Any]], out: Path, files: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

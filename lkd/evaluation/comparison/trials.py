@@ -451,7 +451,9 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         row["last"] = row["best"] = guess(images.test)
         if diverged_at is None:
             row["last"] = evaluate(training.result, images.test, place)
-        if best_weights:
+        if best.get("step") == training.step:
+            row["best"] = row["last"]
+        elif best_weights:
             training.result.load_state_dict(best_weights)
             row["best"] = evaluate(training.result, images.test, place)
     write_result(path, row)
