@@ -159,8 +159,11 @@ def list_pretrained() -> list[Path]:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
+    digest = hashlib.sha256()  # `hashlib.file_digest` is not in Python 3.10
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
