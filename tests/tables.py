@@ -100,7 +100,7 @@ def list_balances() -> Rows:
     found = {}
     for name, balance in BALANCES.items():
         parameters = inspect.signature(balance).parameters.items()
-        found[f"`{name}`"] = {OPTIONS: format_options({n: p.default for n, p in parameters if n != "direction"})}
+        found[f"`{name}`"] = {OPTIONS: format_options({n: p.default for n, p in parameters})}
     return found
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lkd.balance.rules import (
     DynamicBalance,
     LinearBalance,
     Moment,
+    ReversedBalance,
     VarianceOptimalBalance,
 )
 from lkd.core.distributed import count_processes, gather_rows
@@ -100,12 +100,12 @@ def take_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # From a recipe's `balance` to a rule.
 
-BALANCES: dict[str, Any] = {
+BALANCES: dict[str, type[Balance]] = {
     "constant": ConstantBalance,
     "linear": LinearBalance,
     "cosine": CosineBalance,
     "dynamic": DynamicBalance,
-    "reversed": partial(DynamicBalance, direction=-1),
+    "reversed": ReversedBalance,
     "dto_kd": DTOKDBalance,
     "variance_optimal": VarianceOptimalBalance,
 }
@@ -128,12 +128,9 @@ def build_balance(specification: str | dict[str, Any] | None, loss: nn.Module) -
     normalize = options.pop("normalize", name == "variance_optimal")
     if not isinstance(normalize, bool):
         raise UserError(f"balance.normalize: {normalize!r} is neither true nor false")
-    if "direction" in options:
-        raise UserError("balance.direction: no option; take the balance `dynamic` or `reversed`")
     if isinstance(loss, CrossEntropyLoss):
         raise UserError(f"balance: {name} has nothing to weigh: the loss is cross-entropy, without a teacher")
     try:
-        rule: Balance = BALANCES[name](**options)
+        return Balancing(BALANCES[name](**options), normalize)
     except (TypeError, ValueError) as error:
         raise UserError(f"balance {name!r}: {error}") from error
-    return Balancing(rule, normalize)

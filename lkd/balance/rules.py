@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,20 +29,31 @@ class Moment(NamedTuple):
     gradients: tuple[Tensor, Tensor] | None = None
 
 
-class Balance(Protocol):
-    """A rule that sets λ."""
+class Balance:
+    """A rule that sets λ.
+
+    Attributes:
+        kept: What of it is needed to go on to the bit.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def wants_gradients(self, step: int) -> bool:
         """Whether the step's moment must hold gradients."""
+        return False
 
     def set_weight(self, moment: Moment) -> float:
         """The λ of this step, finite and not negative."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on to the bit."""
+        return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        for name in self.kept:
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 # λ from the gradients of both losses, in closed form (DTO-KD, ICLR 2026).
 
 
-class DTOKDBalance:
+class DTOKDBalance(Balance):
     """The weights at which the step is equally aligned with the gradients of log task and of log distillation.
 
     Established: π_dist = (g22 − g12) / (g11 + g22 − 2 g12) and π_task = 1 − π_dist, on the logarithms of the losses,
@@ -87,6 +98,8 @@ class DTOKDBalance:
         minimum: Least λ.
         maximum: Greatest λ.
     """
+
+    kept = ("weight", "averages")
 
     def __init__(
         self,
@@ -119,12 +132,6 @@ class DTOKDBalance:
         self.weight = self.bounds.clamp(balance_logarithms(self.averages, self.weight))
         return self.weight
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "averages": self.averages}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight, self.averages = state["weight"], list(state["averages"])
-
 
 def balance_logarithms(averages: list[float], otherwise: float) -> float:
     """DTO-KD's λ; infinite where the task's weight is not positive.
@@ -153,7 +160,7 @@ def balance_logarithms(averages: list[float], otherwise: float) -> float:
 # increase of λ by less than drop / D_{t+1}.
 
 
-class DynamicBalance:
+class DynamicBalance(Balance):
     """λ_{t+1} = λ_t + growth · drop / D_{t+1}, within bounds.
 
     `drop` is by how much the loss fell at the old λ, negative where it rose: then λ falls, or noise alone would make it
@@ -167,8 +174,10 @@ class DynamicBalance:
         maximum: Greatest λ.
         warmup: Progress until which λ stays as it is, in [0, 1].
         smoothing: Decay of the moving averages of both losses, in [0, 1).
-        direction: 1, or −1 for the opposite of the paper's direction, a control.
     """
+
+    kept = ("weight", "averages")
+    direction = 1
 
     def __init__(
         self,
@@ -178,7 +187,6 @@ class DynamicBalance:
         maximum: float = 10.0,
         warmup: float = 0.0,
         smoothing: float = 0.9,
-        direction: int = 1,
     ) -> None:
         self.bounds = Bounds(minimum, maximum)
         check_range("initial", initial, minimum, maximum)
@@ -186,11 +194,7 @@ class DynamicBalance:
         check_range("warmup", warmup, 0, 1)
         check_range("smoothing", smoothing, 0, 1 - 1e-9)
         self.weight, self.growth, self.warmup, self.smoothing = initial, growth, warmup, smoothing
-        self.direction = direction
         self.averages: list[float] = []
-
-    def wants_gradients(self, step: int) -> bool:
-        return False
 
     def set_weight(self, moment: Moment) -> float:
         now = [moment.task, moment.distillation]
@@ -203,18 +207,18 @@ class DynamicBalance:
             self.weight = self.bounds.clamp(self.weight + self.direction * self.growth * drop / distillation)
         return self.weight
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "averages": self.averages}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight, self.averages = state["weight"], list(state["averages"])
+class ReversedBalance(DynamicBalance):
+    """The opposite of the paper's direction, a control."""
+
+    direction = -1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # λ as a function of the training's progress alone.
 
 
-class ConstantBalance:
+class ConstantBalance(Balance):
     """The same λ at every step.
 
     Args:
@@ -225,17 +229,8 @@ class ConstantBalance:
         check_range("weight", weight, 0, 1e6)
         self.weight = weight
 
-    def wants_gradients(self, step: int) -> bool:
-        return False
-
     def set_weight(self, moment: Moment) -> float:
         return self.weight
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class LinearBalance(ConstantBalance):
@@ -331,7 +326,7 @@ def optimal_share(moments: GradientMoments, horizon: float) -> tuple[float, floa
     return share, min(max(1 - together * share / noise, 0.0), 1.0)
 
 
-class VarianceOptimalBalance:
+class VarianceOptimalBalance(Balance):
     """λ estimated again every so many steps from the gradients of consecutive mini-batches.
 
     The share λ* of the convex combination becomes the weight λ* / (1 − λ*); with `normalize` (the default here) the

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lkd.balance.balancing import BALANCES, Balancing, build_balance, split_terms, take_gradient
-from lkd.balance.rules import DTOKDBalance, DynamicBalance, Moment
+from lkd.balance.rules import DTOKDBalance, DynamicBalance, Moment, ReversedBalance
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.evaluation.comparison.compare import check_methods
@@ -38,10 +38,10 @@ def start(images, teacher, balance, weight: float = 0.5, **changes) -> Training:
     return start_training(ModelRecipe(), images.train, loss, teacher, recipe, DATA, 3, CPU, balance=balance)
 
 
-def descend(growth: float, direction: int = 1) -> tuple[list[float], list[float]]:
+def descend(growth: float, kind: type[DynamicBalance] = DynamicBalance) -> tuple[list[float], list[float]]:
     """Gradient descent on two quadratics whose minima differ; the totals and the weights, a step at a time."""
     point, curvature = torch.tensor([4.0, -3.0], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    rule = DynamicBalance(growth=growth, smoothing=0.0, maximum=1e6, direction=direction)
+    rule = kind(growth=growth, smoothing=0.0, maximum=1e6)
     totals, weights = [], []
     for step in range(200):
         point.requires_grad_(True)
@@ -64,7 +64,7 @@ def test_the_total_never_rises_within_the_admissible_increase_and_does_beyond() 
         assert weights[-1] > 2
     totals, _ = descend(1.5)
     assert any(later > earlier + 1e-6 for earlier, later in pairwise(totals))
-    _, weights = descend(0.5, direction=-1)
+    _, weights = descend(0.5, ReversedBalance)
     assert weights[-1] == 0.0, "the control falls, to its bound"
 
 
@@ -171,7 +171,7 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
         ({"name": "constant", "weight": -1.0}, r"balance 'constant': weight: -1.0 is not in \[0"),
         ({"name": "dynamic", "maximum": float("inf")}, "balance 'dynamic': minimum 0.0, maximum inf"),
         ({"name": "linear", "end": -0.5}, "balance 'linear': minimum -0.5"),
-        ({"name": "dynamic", "direction": -1}, "balance.direction: no option"),
+        ({"name": "dynamic", "direction": -1}, "balance 'dynamic': .*'direction'"),
         ({"name": "dynamic", "normalize": 1}, "balance.normalize: 1 is neither"),
         ({"name": "variance_optimal", "samples": 1}, "balance 'variance_optimal': samples: 1 is not in"),
         ({"name": "dto_kd", "every": "two"}, "balance 'dto_kd': "),
