@@ -27,7 +27,7 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, Tr
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.evaluation.comparison.trials import balance_of, split_method
-from lkd.training.build import choose_student, open_teacher, prepare_images, prepare_loss, prepare_teacher
+from lkd.training.build import LossBuilder, choose_student, open_teacher, prepare_images, prepare_teacher
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 
@@ -102,7 +102,7 @@ def follow(method: str, pick: Any, saved: dict[str, Any], every: int = 20) -> li
     specification, train = split_method(pick, TrainRecipe(**saved["train"]))
     images, device = prepare_images(data), torch.device("cpu")
     student, opened = choose_student(model, images.train), open_teacher(taught, images.train)
-    loss = prepare_loss(specification, student, opened, images, recipe.seed)
+    loss = LossBuilder(specification, opened, images).build(student, recipe.seed)
     teacher = prepare_teacher(opened, images, device)
     balance = balance_of(pick)
     weighed = build_balance(balance, loss)

@@ -33,7 +33,7 @@ from lkd.models.build import GIVEN, load_plain_state_dict
 from lkd.models.files import KIND, VERSION, fit_to_images, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
-from lkd.training.build import build_given, copy_module
+from lkd.training.build import build, copy_module
 from lkd.training.distill import distill as distill_student
 
 FILES = (".safetensors", ".pth", ".pt")
@@ -156,7 +156,7 @@ def distill(
     recipe.loss = name_loss(loss, given)
     recipe.data = name_images(train_set, meta_validation_set, recipe.data, options, given)
     with open_library_run(recipe, "distill", quiet) as run:
-        parts = build_given(recipe, given)
+        parts = build(recipe, given)
         path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size, recipe.report_test)
         wait_for_all()
         make = given.get(recipe.student.name)

@@ -36,8 +36,6 @@ from lkd.training.build import (
     build,
     check_network,
     choose_student,
-    introduce_network,
-    introduce_teacher,
     measure_teacher,
     open_teacher,
     prepare_images,
@@ -46,6 +44,7 @@ from lkd.training.build import (
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
+from lkd.training.introduce import introduce_network, introduce_teacher
 from lkd.training.optimizer import check_differentiable
 from lkd.training.predict import format_prediction, write_csv
 from lkd.training.predict import predict as predict_pictures

@@ -114,9 +114,7 @@ BALANCES: dict[str, type[Balance]] = {
 def build_balance(specification: str | dict[str, Any] | None, loss: nn.Module) -> Balancing | None:
     """Build a balance for one training; None if none is asked for.
 
-    Args:
-        specification: A name in `BALANCES`, or a dict with `name`, `normalize` and the rule's own arguments.
-        loss: What it will weigh the terms of.
+    `specification`: A name in `BALANCES`, or a dict with `name`, `normalize` and the rule's own arguments.
     """
     if specification is None:
         return None

@@ -54,9 +54,7 @@ def read_recipes(paths: list[Path]) -> list[dict[str, Any]]:
 def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """Read a recipe file and the files that it builds on, which come first.
 
-    Args:
-        path: The YAML file.
-        above: The files that led here, to find cycles.
+    `above`: the files that led here, to find cycles.
     """
     trail = " → ".join(str(file) for file in (*above, path))
     if path.resolve() in {file.resolve() for file in above}:
@@ -316,10 +314,8 @@ def make_plain(value: Any) -> Any:
 def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -> Recipe:
     """A recipe, or a part of one, of plain values, checked as the command line's are.
 
-    Args:
-        kind: The dataclass.
-        values: Its fields; those of its parts are dicts.
-        role: What messages call it, say `"train"`.
+    `values`: its fields; those of its parts are dicts.
+    `role`: what messages call it, say `"train"`.
     """
     hints = get_type_hints(kind)
     for name, value in values.items():

@@ -50,10 +50,7 @@ def explained(place: str) -> Iterator[None]:
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
     """Check that a name is one of the known ones.
 
-    Args:
-        kind: What is being named, say `"student"`.
-        name: The name given.
-        choices: The accepted names.
+    `kind`: what is being named, say `"student"`.
     """
     known = sorted(choices)
     if name not in known:
@@ -67,10 +64,7 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that 
 def refuse_exhaustion(error: BaseException, place: str, less: str) -> None:
     """Turn an error that says that memory ran out into a line for the user; do nothing for another one.
 
-    Args:
-        error: The error.
-        place: Where it happened, say `"step 12"`.
-        less: What needs less.
+    `place`: where it happened, say `"step 12"`.
     """
     import torch  # here: `lkd --help` reads this file, and must not wait for it
 

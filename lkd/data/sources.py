@@ -48,15 +48,7 @@ class LabelledSource(NamedTuple):
 def build_dataset(
     name: str, parts: Sequence[LabelledSource], classes: tuple[str, ...], loading: LoadingOptions, place: str
 ) -> Dataset:
-    """Build a data set.
-
-    Args:
-        name: Its name.
-        parts: The training and the test images.
-        classes: The classes' names.
-        loading: How images are loaded.
-        place: Where the images lie, for messages.
-    """
+    """Build a data set of training and test images, which lie in this place, as messages call it."""
     check_class_names(classes, "data.root")
     for part, labelled in zip(("training", "validation"), parts, strict=True):
         if not labelled.labels:
@@ -364,13 +356,7 @@ def is_class_name(text: str) -> bool:
 
 
 class HuggingFaceSource(ImageSource):
-    """Images in a column of an Arrow table.
-
-    Args:
-        table: The table, whose images are not decoded.
-        column: The column's name.
-        title: The data set's name and the split's.
-    """
+    """Images, not decoded, in a column of an Arrow table; `title`: the names of data set and split."""
 
     def __init__(self, table: Any, column: str, title: str) -> None:
         self.table = table.select_columns([column])
@@ -386,12 +372,9 @@ class HuggingFaceSource(ImageSource):
 
 
 def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
-    """Load a data set whose tables hold an image and a class label.
+    """Load a data set whose tables hold an image and a class label, by what `datasets.load_dataset` takes.
 
-    Args:
-        name: What `datasets.load_dataset` takes: a name on the hub, or a folder.
-        root: Where downloads are kept; None for that package's own place.
-        loading: How images are loaded.
+    Downloads are kept in `root`; without it in that package's own place.
     """
     try:
         import datasets

@@ -35,14 +35,8 @@ from lkd.meta_training.rollouts import (
 )
 from lkd.pool.pool import INDEX, Pool, World, build_pool, open_pool
 from lkd.tracking.run import Run
-from lkd.training.build import (
-    LossBuilder,
-    StudentBuilder,
-    choose_student,
-    introduce_network,
-    introduce_teacher,
-    prepare_loss,
-)
+from lkd.training.build import LossBuilder, StudentBuilder, choose_student
+from lkd.training.introduce import introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
 from meta import Problem, rollout
 
@@ -119,7 +113,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     images = inputs.images
     builder = choose_student(recipe.student, images.train)
     losses = {
-        label: prepare_loss(loss, builder, inputs.teacher, images, recipe.seed).to(place)
+        label: LossBuilder(loss, inputs.teacher, images).build(builder, recipe.seed).to(place)
         for label, loss in recipe.losses.items()
     }
     stages = sorted({stage for loss in losses.values() for stage in loss.teacher_stages})
@@ -277,7 +271,7 @@ def check_losses(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBu
             for key in ("grid", "train"):
                 if isinstance(specification, dict) and key in specification:
                     raise UserError(f"takes no `{key}`: every loss is one loss, at the recipe's training")
-            loss = prepare_loss(specification, student, inputs.teacher, inputs.images, recipe.seed)
+            loss = LossBuilder(specification, inputs.teacher, inputs.images).build(student, recipe.seed)
             if loss.needs_index or any(p.requires_grad for p in loss.parameters()):
                 raise UserError(
                     "has parts that are trained along with the student, which a student of the pool has not; "

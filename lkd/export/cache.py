@@ -33,19 +33,19 @@ from lkd.models.teacher_cache import (
 from lkd.tracking.run import choose_device, describe_changes, describe_surroundings
 from lkd.training.build import (
     Images,
+    LossBuilder,
     OpenedTeacher,
     ask_anew,
     choose_cached_seeds,
     choose_student,
     identify_answers,
     identify_labels,
-    introduce_teacher,
     measure_teacher,
     open_teacher,
     prepare_images,
-    prepare_loss,
 )
 from lkd.training.distill import select_labelled
+from lkd.training.introduce import introduce_teacher
 from lkd.training.training import build_autocast, check_inputs
 
 
@@ -72,7 +72,7 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     opened = open_teacher(recipe.teacher, images.train)
     opened.check_classes(images.train)
     student = choose_student(recipe.student, images.train)
-    check_stages(prepare_loss(recipe.loss, student, opened, images, recipe.seed).teacher_stages)
+    check_stages(LossBuilder(recipe.loss, opened, images).build(student, recipe.seed).teacher_stages)
     cache, teacher = prepare_cache(recipe, opened, images, device), ask_anew(opened, images, device, recipe.train)
     places = [(seed, shard) for seed in seeds for shard in range(cache.shards)]
     job = read_job()

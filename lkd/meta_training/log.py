@@ -133,13 +133,7 @@ def log_row(
 
 
 def describe_audit(estimator: Estimator, step: int, said: str) -> str:
-    """What the latest audit of an audited estimator says, in words; "" if there is none, or only that again.
-
-    Args:
-        estimator: The estimator.
-        step: The outer step.
-        said: What was said last.
-    """
+    """What the latest audit of an audited estimator says, in words; "" if there is none, or only that again."""
     if not (isinstance(estimator, Audited) and estimator.audits):
         return ""
     latest = list(estimator.audits.values())[-1]
@@ -174,11 +168,8 @@ def is_pictured(step: int, outer_steps: int, every: int) -> bool:
 def show_loss(loss: LearnedLoss, step: int, run: Run, kept: str = "") -> None:
     """Draw what the loss over logits does to a student, beside KD; a loss without one has no such picture.
 
-    Args:
-        loss: The loss.
-        step: Outer steps taken.
-        run: The run.
-        kept: What to call the loss that is kept, whose picture has a name of its own.
+    `step`: outer steps taken.
+    `kept`: what to call the loss that is kept, whose picture has a name of its own.
     """
     if "logits" not in loss.parts:
         return

@@ -293,10 +293,7 @@ def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pool
 def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> None:
     """Check that pools can be drawn from, and that rollouts and outer steps fit into a student's training.
 
-    Args:
-        recipe: The recipe.
-        images: The images.
-        opened: The pools that are there already; without any, the recipe's is yet to be built.
+    `opened`: the pools that are there already; without any, the recipe's is yet to be built.
     """
     meta = recipe.meta
     batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))

@@ -370,11 +370,8 @@ class OuterGuard:
     def record(self, step: int, norms: Sequence[float], left_out: Sequence[str], rollout_steps: int) -> list[str]:
         """Take note of an outer step.
 
-        Args:
-            step: How many there were.
-            norms: Of the hypergradients that counted, of all processes.
-            left_out: What was wrong with the others.
-            rollout_steps: Of its rollouts; 1 if they cannot be shortened.
+        `norms`: of the hypergradients that counted, of all processes.
+        `rollout_steps`: of its rollouts; 1 if they cannot be shortened.
 
         Returns:
             What to tell the user.

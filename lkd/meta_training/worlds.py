@@ -18,14 +18,13 @@ from lkd.training.build import (
     OpenedTeacher,
     ask_anew,
     choose_student,
-    introduce_network,
-    introduce_teacher,
     measure_teacher,
     open_teacher,
     prepare_images,
     prepare_learned_loss,
     prepare_teacher,
 )
+from lkd.training.introduce import introduce_network, introduce_teacher
 
 
 @dataclass(frozen=True)

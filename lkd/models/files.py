@@ -80,12 +80,8 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
 
     Where the file's classes have other names than the images', a warning says so.
 
-    Args:
-        path: The file, for messages.
-        network: The network.
-        header: The file's.
-        images: The images.
-        size: Height and width that images are scaled to for it; 0 for none.
+    `path`: the file, for messages.
+    `size`: height and width that images are scaled to for it; 0 for none.
     """
     theirs, ours = tuple(header.get("classes") or ()), images.class_names
     numbers = tuple(map(str, range(len(ours))))
@@ -105,10 +101,8 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Read a network that `save_network` or another program wrote, in eval mode.
 
-    Args:
-        path: The file.
-        name: Which network it holds; files of other programs do not say it.
-        options: Further arguments that a network of another program was built with.
+    `name`: which network it holds; files of other programs do not say it.
+    `options`: further arguments that a network of another program was built with.
 
     Returns:
         The network and the header: `architecture` and `provenance`; of a file of another program the latter is empty,

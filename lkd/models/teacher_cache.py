@@ -228,15 +228,7 @@ def read_cache(folder: Path) -> CacheFolder:
 def identify(
     network: nn.Module, name: str, teacher: dict[str, Any], data: dict[str, Any], images: ImageSet
 ) -> dict[str, Any]:
-    """All that decides a teacher's answer to an image of some index and augmentation seed, as JSON.
-
-    Args:
-        network: The teacher's.
-        name: What it is called.
-        teacher: The fields of its recipe.
-        data: The fields of the images' recipe.
-        images: The images.
-    """
+    """All that decides a teacher's answer to an image of some index and augmentation seed, as JSON."""
     taught_by, look = ({key: part[key] for key in part if key not in OF_NO_EFFECT} for part in (teacher, data))
     taught_by |= {"network": name, "weights": digest(dict([*network.named_parameters(), *network.named_buffers()]))}
     if teacher["logit_scale"] == 1:  # caches from before it was a setting stay good

@@ -28,7 +28,7 @@ from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.label_noise import add_label_noise
-from lkd.data.readers import apply_class_map, load_dataset, sort_as_timm
+from lkd.data.readers import apply_class_map, load_dataset
 from lkd.data.splits import choose_meta_validation_size, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
@@ -44,22 +44,18 @@ from lkd.models.build import (
     adapt_input,
     adapt_pretrained,
     adapt_teacher,
-    describe,
     find_stages,
-    format_description,
     plain_state_dict,
     unwrap,
 )
 from lkd.models.build import build as build_network
-from lkd.models.dry_run import check_trainable, fit_image_size
+from lkd.models.dry_run import fit_image_size
 from lkd.models.files import load_network
 from lkd.models.stages import find_head, freeze_stages, is_within
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher, take_classes
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
 from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import describe_surroundings
-from lkd.training.evaluate import evaluate
-from lkd.training.optimizer import check_optimization
 
 Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
@@ -132,9 +128,6 @@ def build_batches(
     return Batches(images, train.batch_size, seed, data.augmentation, device, part, *looks, steps)
 
 
-TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
-
-
 @dataclass(frozen=True)
 class StudentBuilder:
     """Builds students of one kind.
@@ -178,18 +171,17 @@ def choose_student(model: ModelRecipe, images: ImageSet, given: Objects = NOTHIN
     }
     if model.new_head and not model.path:
         raise UserError("student.new_head: is of the classifier in student.path, and there is none; leave it out")
-    make = given.get(model.name)
-    if make is None:
-        if model.path:
-            return freeze_built(model, start_from_file(model, architecture, images))
+    if model.name in given:
+        own, classes, shape = given[model.name], images.num_classes, images.image_shape
+        builder = StudentBuilder(architecture, lambda: adapt_given(own(), "student", classes, shape))
+    elif model.path:
+        builder = start_from_file(model, architecture, images)
+    else:
         architecture["options"] = fit_image_size(model.name, model.options, images.image_shape)
         plain = partial(build_network, **architecture)
-        builder = StudentBuilder(architecture, plain)
-        if model.pretrained:
-            builder = StudentBuilder(architecture, lambda: adapt_pretrained(plain(), images))
-        return freeze_built(model, builder)
-    adapted = partial(adapt_given, role="student", num_classes=images.num_classes, image_shape=images.image_shape)
-    return freeze_built(model, StudentBuilder(architecture, lambda: adapted(make())))
+        make = (lambda: adapt_pretrained(plain(), images)) if model.pretrained else plain
+        builder = StudentBuilder(architecture, make)
+    return freeze_built(model, builder)
 
 
 def freeze_built(model: ModelRecipe, builder: StudentBuilder) -> StudentBuilder:
@@ -304,11 +296,7 @@ def measure_teacher(
 ) -> Trust:
     """What there is to know of teacher and labels; a cache knows of the teacher already.
 
-    Args:
-        teacher: The teacher.
-        images: The images, with the labels that are known.
-        device: Where it runs.
-        answers: What answers the training, if that is there already: it may have its answers at hand.
+    `answers`: what answers the training, if that is there already: it may have its answers at hand.
     """
     if teacher.settings.cache:
         return read_trust(Path(teacher.settings.cache), images, device)
@@ -370,6 +358,9 @@ def choose_cached_seeds(data: DataRecipe) -> range:
     return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix, data.random_erasing)
 
 
+TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
+
+
 def prepare_teacher(
     teacher: OpenedTeacher,
     images: Images,
@@ -379,13 +370,8 @@ def prepare_teacher(
 ) -> TeacherFunction:
     """What answers batches: a cache; a table, computed here, if nothing is augmented; or the network, asked anew.
 
-    Args:
-        teacher: The teacher.
-        images: The images.
-        device: Where it runs.
-        stages: Stages whose features the loss reads (its `teacher_stages`). They are tabulated too if they take no more
-            than `TABLE_BYTES`, else the teacher is asked for every batch.
-        train: Whether a teacher that is asked for every batch is compiled, and its layout in memory.
+    `stages`: those whose features the loss reads. They are tabulated too if they take no more than `TABLE_BYTES`.
+    `train`: whether a teacher that is asked for every batch is compiled, and its layout in memory.
     """
     data, cache = images.settings, teacher.settings.cache
     if cache:
@@ -409,90 +395,6 @@ def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> 
     ):
         if theirs != ours:
             raise UserError(f"{path}: has {theirs} {what}, the data set and its students have {ours}")
-
-
-def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> str:
-    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says."""
-    settings = teacher.settings
-    if settings.cache:
-        return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
-    name, shape = teacher.architecture["name"], images.train.image_shape
-    described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
-    reached, top1, knows = "", None, teacher.architecture["num_classes"] == images.train.num_classes
-    if len(images.meta_validation) and knows:
-        measure = partial(evaluate, teacher.network.to(device), images.meta_validation, device, shared=True)
-        top1 = keep_figures("evaluation", teacher, images, device, measure, shared=True)["top1"]
-        reached = f", {top1:.2f} % on meta-validation"
-    random = settings.random_answers
-    wrong = f", but answers at random on {random:.0%} of the images" if random else ""
-    scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
-    taken = f", from {teacher.architecture['taken']}*" if teacher.architecture.get("taken") else ""
-    size = getattr(teacher.network, "size", 0)
-    seen = f", sees the images as {size}×{size}" if size else ""
-    if not teacher.architecture.get("is_input_said", True):
-        seen += ", normalised as the student does, since its file does not say how"
-    doubts = explain_doubts(top1, images, settings) if knows else ""
-    return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
-
-
-def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
-    """Warnings of a teacher that knows no more than a guess, or whose classes may be numbered in another order.
-
-    Each is left out where meta-validation speaks against it, by twice the standard error.
-
-    Args:
-        top1: Its accuracy on meta-validation, in percent; None if there is none.
-        images: The images.
-        settings: How it is asked.
-    """
-    labels, classes = images.meta_validation.labels, images.train.class_names
-
-    def may_be(share: float) -> bool:
-        return top1 is None or top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels))
-
-    doubts = []
-    if settings.path == "random":
-        return ""
-    if top1 is not None and may_be(1 / len(classes)):
-        doubts.append(
-            "it is no better than chance: has it other classes, another order of them (data.class_map), or another "
-            "image size (teacher.image_size)?"
-        )
-    theirs = None if images.settings.class_map else sort_as_timm(classes)
-    if theirs:
-        alike = torch.tensor([own == other for own, other in zip(classes, theirs, strict=True)])
-        if may_be(float(alike[labels].float().mean()) if len(labels) else 0):
-            number = int(alike.int().argmin())
-            doubts.append(
-                f"class {number} is {classes[number]!r}, as text is sorted (torchvision's order), in timm's order it "
-                f"is {theirs[number]!r}: if the teacher has that one, give data.class_map"
-            )
-    return "".join(f"; warning: {doubt}" for doubt in doubts)
-
-
-def introduce_images(images: Images) -> str:
-    """Say how many images a training sees."""
-    counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
-    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes"
-
-
-def introduce_network(
-    role: str,
-    student: StudentBuilder,
-    images: Images,
-    device: torch.device,
-    train: TrainRecipe | None = None,
-    processes: int = 1,
-) -> str:
-    """Say which network this is that will be trained, after a dry run of a step of this training."""
-    network, pretrained = student.build(0, device), student.architecture["pretrained"]
-    shape = images.train.image_shape
-    line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
-    if train is None:
-        return line
-    check_optimization(network, train, device)
-    size = max(1, train.batch_size // (processes * train.accumulation))
-    return "\n".join([line, *check_trainable(network, role, shape, size)])
 
 
 Specification = dict[str, Any] | str | Callable[..., Any]
@@ -526,12 +428,7 @@ class LossBuilder:
     def build(self, student: StudentBuilder, seed: int) -> DistillationLoss:
         """A loss of its own; shapes of features are found by a dry run of both networks.
 
-        Args:
-            student: The student.
-            seed: Of the initial weights of the loss's adapters.
-
-        Raises:
-            UserError: If the loss, or one of the networks, is not good.
+        `seed`: of the initial weights of the loss's adapters.
         """
         loss = self.build_any(student, seed)
         if loss.reads_logits:
@@ -565,17 +462,6 @@ class LossBuilder:
                 "logit_scale"
             )
         return copy_module(self.teacher.network, "teacher")
-
-
-def prepare_loss(
-    specification: Specification,
-    student: StudentBuilder,
-    teacher: OpenedTeacher,
-    images: Images,
-    seed: int,
-) -> DistillationLoss:
-    """Build one loss; see `LossBuilder`."""
-    return LossBuilder(specification, teacher, images).build(student, seed)
 
 
 def prepare_learned_loss(
@@ -632,20 +518,11 @@ class Parts:
     balance: Balancing | None
 
 
-def build(recipe: DistillRecipe) -> Parts:
-    """Build all that a recipe names; see `build_given`."""
-    return build_given(recipe, NOTHING)
-
-
-def build_given(recipe: DistillRecipe, given: Objects) -> Parts:
+def build(recipe: DistillRecipe, given: Objects = NOTHING) -> Parts:
     """Build all that a recipe names, with a caller's objects in the place of some names."""
     images = prepare_images(recipe.data, given, scored=False)
     student = choose_student(recipe.student, images.train, given)
     teacher = open_teacher(recipe.teacher, images.train, given)
-    loss = prepare_loss(find(recipe.loss, given), student, teacher, images, recipe.seed)
+    specification = given.get(recipe.loss, recipe.loss) if isinstance(recipe.loss, str) else recipe.loss
+    loss = LossBuilder(specification, teacher, images).build(student, recipe.seed)
     return Parts(images, teacher, student, loss, build_balance(recipe.balance, loss))
-
-
-def find(name: Any, given: Objects) -> Any:
-    """The object that a name stands for, or else the name."""
-    return given.get(name, name) if isinstance(name, str) else name

@@ -26,19 +26,10 @@ from lkd.models.build import running_dry
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.build import (
-    Images,
-    Parts,
-    StudentBuilder,
-    build_batches,
-    introduce_images,
-    introduce_network,
-    introduce_teacher,
-    measure_teacher,
-    prepare_teacher,
-)
+from lkd.training.build import Images, Parts, StudentBuilder, build_batches, measure_teacher, prepare_teacher
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
+from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher
 from lkd.training.throughput import Throughput, format_throughput
 from lkd.training.training import Training
 
@@ -257,11 +248,8 @@ def label_by_teacher(images: Images, labelled_size: int, teacher: TeacherFunctio
 
     *Our reconstruction* of KD-AIF's semi-supervised form; its objective we could not read.
 
-    Args:
-        images: The images; which ones keep theirs is a function of the split's seed.
-        labelled_size: How many keep theirs, as balanced over the classes as the images are; 0 for all.
-        teacher: The teacher.
-        device: Where it runs.
+    `images`: the images; which ones keep theirs is a function of the split's seed.
+    `labelled_size`: how many keep theirs, as balanced over the classes as the images are; 0 for all.
     """
     train = images.train
     if not labelled_size:

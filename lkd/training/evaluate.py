@@ -69,9 +69,7 @@ def evaluate(
 def check_answers(logits: Tensor, unusable: Tensor) -> None:
     """Check that logits are finite.
 
-    Args:
-        logits: Of all images.
-        unusable: Index of images whose pixels are not finite.
+    `unusable`: index of images whose pixels are not finite.
 
     Raises:
         BrokenInputError: If there are such images.

@@ -16,9 +16,9 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.loss import wrap_loss
 from lkd.meta_training.outer_loop import OuterLoop
-from lkd.models.build import build
+from lkd.models.build import build as build_network
 from lkd.models.teacher import take_classes
-from lkd.training.build import build_given, choose_student, identify_answers, open_teacher, prepare_images
+from lkd.training.build import build, choose_student, identify_answers, open_teacher, prepare_images
 from tests.lkd.meta_recipes import YOUNG, run_recipe, tiny_recipe
 
 SMALL = DataRecipe(train_size=40, meta_validation_size=20)
@@ -26,7 +26,7 @@ SMALL = DataRecipe(train_size=40, meta_validation_size=20)
 
 def give(classes: int, **settings) -> tuple[DistillRecipe, dict[str, nn.Module]]:
     """A recipe with a teacher of so many classes, whose student has 10."""
-    teacher = build("tiny_cnn", classes, 1).eval()
+    teacher = build_network("tiny_cnn", classes, 1).eval()
     recipe = DistillRecipe(data=SMALL, student=ModelRecipe("tiny_cnn"), **settings)
     recipe.teacher = replace(recipe.teacher, path="object/teacher@0")
     return recipe, {"object/teacher@0": teacher}
@@ -37,7 +37,7 @@ def give(classes: int, **settings) -> tuple[DistillRecipe, dict[str, nn.Module]]
 @pytest.mark.parametrize("loss", ["fitnet", "at", "sp", "rkd", "cross_entropy", "torchdistill/SPKDLoss"])
 def test_losses_over_features_take_a_teacher_of_any_classes(loss: str, classes: int) -> None:
     recipe, given = give(classes, loss=loss)
-    parts = build_given(recipe, given)
+    parts = build(recipe, given)
     assert parts.teacher.architecture["num_classes"] == classes
     assert not parts.loss.reads_logits
 
@@ -47,7 +47,7 @@ def test_losses_over_features_take_a_teacher_of_any_classes(loss: str, classes: 
 def test_losses_over_logits_say_how_to_take_the_classes(loss: str) -> None:
     recipe, given = give(12, loss=loss)
     with pytest.raises(UserError, match=r"has 12 classes, the data set and its students have 10: .*teacher\.classes"):
-        build_given(recipe, given)
+        build(recipe, given)
 
 
 @pytest.mark.outside(38)
@@ -55,7 +55,7 @@ def test_losses_over_logits_say_how_to_take_the_classes(loss: str) -> None:
 def test_the_classes_of_a_teacher_are_taken(classes, tmp_path) -> None:
     Path("columns.txt").write_text("\n".join(map(str, range(10))))
     recipe, given = give(12, loss="kd", teacher=TeacherRecipe(classes=classes))
-    parts = build_given(recipe, given)
+    parts = build(recipe, given)
     images = torch.randn(3, 1, 28, 28)
     columns = {"2-11": list(range(2, 12)), "columns.txt": list(range(10))}.get(str(classes), classes)
     (whole,) = given.values()
@@ -92,7 +92,7 @@ def test_a_student_learns_features_of_a_teacher_without_classes() -> None:
     class Features(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = build("tiny_cnn", 3, 1)
+            self.network = build_network("tiny_cnn", 3, 1)
 
         def forward(self, images):
             outputs = self.network(images)

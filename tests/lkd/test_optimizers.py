@@ -19,7 +19,8 @@ from lkd.losses import CrossEntropyLoss
 from lkd.models.build import build, unwrap
 from lkd.models.files import load_network, save_network
 from lkd.models.stages import find_head, freeze_stages
-from lkd.training.build import choose_student, introduce_network, prepare_images
+from lkd.training.build import choose_student, prepare_images
+from lkd.training.introduce import introduce_network
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
 from lkd.training.training import Training
 from tests.lkd.parts import prepare_student, start_training

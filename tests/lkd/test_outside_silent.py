@@ -35,7 +35,8 @@ from lkd.models.build import LogitNetwork, adapt_given, adapt_pretrained, build,
 from lkd.models.files import fit_to_images, load_network, save_network
 from lkd.models.teacher import Teacher, load_teacher
 from lkd.tracking.run import describe_precision, open_run
-from lkd.training.build import Images, choose_student, explain_doubts, introduce_teacher, open_teacher, prepare_images
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images
+from lkd.training.introduce import explain_doubts, introduce_teacher
 from lkd.training.training import build_autocast
 from meta.audit import Audit, Audited
 from tests.lkd.tiny_images import write_image_folder

@@ -31,7 +31,8 @@ from lkd.evaluation.comparison.trials import (
     was_method_learned,
 )
 from lkd.tracking.run import Run, evidence
-from lkd.training.build import LossBuilder, choose_student, introduce_network, introduce_teacher
+from lkd.training.build import LossBuilder, choose_student
+from lkd.training.introduce import introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler
 
 

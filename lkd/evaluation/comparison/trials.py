@@ -34,12 +34,12 @@ from lkd.models.teacher import TeacherFunction
 from lkd.tracking.remote import fetch_named
 from lkd.training.build import (
     Images,
+    LossBuilder,
     OpenedTeacher,
     choose_student,
     measure_teacher,
     open_teacher,
     prepare_images,
-    prepare_loss,
     prepare_teacher,
 )
 from lkd.training.distill import label_by_teacher, select_labelled, start_training
@@ -398,7 +398,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     images = inputs.images
     specification, train = split_method(trial.loss, recipe.train)
     student = choose_student(trial.student, images.train)
-    loss = prepare_loss(specification, student, inputs.teacher, images, trial.seed)
+    loss = LossBuilder(specification, inputs.teacher, images).build(student, trial.seed)
     teacher = inputs.answers(device, loss.teacher_stages)
     started = time.perf_counter()
     cost = Cost(place)
