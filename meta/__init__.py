@@ -2,7 +2,7 @@
 
 from meta import optim
 from meta.audit import Audit, Audited, Horizon, audit, horizon
-from meta.estimators import ESTIMATORS, Particles
+from meta.estimators import ESTIMATORS
 from meta.outer import OuterStep, outer_step
 from meta.problem import Estimator, Hypergradient, InnerLoss, OuterLoss, Problem, call_module
 from meta.rollout import rollout
@@ -21,7 +21,6 @@ __all__ = [
     "InnerLoss",
     "OuterLoss",
     "OuterStep",
-    "Particles",
     "Problem",
     "State",
     "Tape",

@@ -40,7 +40,6 @@ def audit(
     problem: Problem,
     *,
     radii: Sequence[float] = RADII,
-    central: bool = False,
     examples: int | None = None,
 ) -> Audit:
     """Compare `first_order` at several radii with `adjoint`; the random generators are left as they were.
@@ -50,7 +49,6 @@ def audit(
     Args:
         problem: The problem.
         radii: The perturbation lengths to try.
-        central: Whether the differences are central.
         examples: Cut every tensor of the batches to this many leading entries; None takes whole batches.
 
     Raises:
@@ -67,7 +65,7 @@ def audit(
     cosines, ratios = {}, {}
     for radius in radii:
         with replaying(generators):
-            estimate = first_order(problem, radius=radius, central=central)
+            estimate = first_order(problem, radius=radius)
         cosine = cosine_similarity(estimate.grads, exact.grads)
         cosines[radius] = 0.0 if known and not math.isfinite(cosine) else cosine
         ratios[radius] = (estimate.norm / exact.norm).item()
@@ -88,7 +86,6 @@ class Audited:
         every: Calls between audits.
         threshold: Cosine that an audit has to reach.
         radii: The perturbation lengths to choose from.
-        central: Whether the differences are central.
         examples: Leading examples of every batch that an audit looks at; None takes whole batches.
         audits: Call number → audit, for logging.
         exact: Whether `adjoint` is in charge at present.
@@ -98,7 +95,6 @@ class Audited:
     every: int = 100
     threshold: float = 0.99
     radii: Sequence[float] = RADII
-    central: bool = False
     examples: int | None = 16
     audits: dict[int, Audit] = field(default_factory=dict)
     exact: bool = False
@@ -110,11 +106,10 @@ class Audited:
         self.radius = self._middle_radius()
 
     def __call__(self, problem: Problem) -> Hypergradient:
-        """Estimate the hypergradient; see `Estimator`."""
         self.follow(lambda: problem)
         if self.exact:
             return adjoint(problem)
-        return first_order(problem, radius=self.radius, central=self.central)
+        return first_order(problem, radius=self.radius)
 
     def follow(self, build_problem: Callable[[], Problem]) -> None:
         """Count a call, and audit if it is due, without estimating anything.
@@ -127,7 +122,7 @@ class Audited:
         """
         if self._calls % self.every == 0 or self._due:
             try:
-                found = audit(build_problem(), radii=self.radii, central=self.central, examples=self.examples)
+                found = audit(build_problem(), radii=self.radii, examples=self.examples)
                 self._due = not math.isfinite(found.cosine)
                 if not self._due:
                     self.radius, self.exact = found.radius, found.cosine < self.threshold

@@ -31,17 +31,8 @@ def read_generators(parameters: Tensors) -> GeneratorStates:
 @contextmanager
 def replaying(states: GeneratorStates) -> Iterator[None]:
     """Draw, inside the context, the numbers that were drawn after `states` were read; outside, nothing changes."""
-    current = GeneratorStates(
-        torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in states.cuda}
-    )
-    _set_generators(states)
-    try:
+    with torch.random.fork_rng(list(states.cuda)):
+        torch.set_rng_state(states.cpu)
+        for device, state in states.cuda.items():
+            torch.cuda.set_rng_state(state, device)
         yield
-    finally:
-        _set_generators(current)
-
-
-def _set_generators(states: GeneratorStates) -> None:
-    torch.set_rng_state(states.cpu)
-    for device, state in states.cuda.items():
-        torch.cuda.set_rng_state(state, device)

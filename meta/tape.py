@@ -14,7 +14,7 @@ from meta.optim import Clipped, Optimizer, PerStep, from_torch, read_slots
 from meta.problem import Hypergradient, InnerLoss, OuterLoss, Problem
 from meta.randomness import GeneratorStates, read_generators
 from meta.tensors import State, Tensors, as_leaves, copy
-from meta.trajectory import Step, Storage, StoredSteps, Trajectory
+from meta.trajectory import Step, StoredSteps, Trajectory
 
 
 class Tape:
@@ -41,7 +41,6 @@ class Tape:
         optimizer: torch.optim.Optimizer,
         hyper: Mapping[str, Tensor],
         steps: int,
-        storage: Storage = "memory",
         clip_norm: float = 0.0,
     ) -> None:
         """Start to record.
@@ -51,17 +50,16 @@ class Tape:
             optimizer: Its optimiser: SGD, Adam or AdamW of torch.
             hyper: The outer parameters.
             steps: How many steps to keep.
-            storage: How they are stored; see `meta.trajectory.Storage`.
             clip_norm: The norm that each step's gradient is clipped to by a later step hook of the optimiser
                 (`register_step_pre_hook`, after this tape was made); 0 for none.
 
         Raises:
-            ValueError: The optimiser has no functional equal in `meta.optim`, or there is no such storage.
+            ValueError: The optimiser has no functional equal in `meta.optim`.
         """
         self.module, self.optimizer, self.hyper = module, optimizer, dict(hyper)
         from_torch(optimizer, module)
         self._clip_norm = clip_norm
-        self._steps = StoredSteps(storage, steps)
+        self._steps = StoredSteps("memory", steps)
         self._optimizers: deque[Optimizer] = deque(maxlen=steps)
         self._watched: tuple[Any, GeneratorStates, Tensors] | None = None
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._capture())
@@ -73,13 +71,7 @@ class Tape:
         self._watched = (batch, read_generators(self._parameters()), copy(dict(self.module.named_buffers())))
 
     def hypergradient(
-        self,
-        inner_loss: InnerLoss,
-        outer_loss: OuterLoss,
-        outer_batch: Any,
-        *,
-        radius: float = 3e-3,
-        central: bool = False,
+        self, inner_loss: InnerLoss, outer_loss: OuterLoss, outer_batch: Any, *, radius: float = 3e-3
     ) -> Hypergradient:
         """Walk back over the recorded steps, from the student as it is now; see `meta.estimators.first_order`.
 
@@ -98,10 +90,9 @@ class Tape:
         )
         check_inputs(problem)
         check_differences(problem, radius)
-        return walk_trajectory(Trajectory(steps, end), problem, recorded, radius=radius, central=central)
+        return walk_trajectory(Trajectory(steps, end), problem, recorded, radius=radius, central=False)
 
     def close(self) -> None:
-        """Stop recording."""
         self._hook.remove()
 
     def _capture(self) -> None:

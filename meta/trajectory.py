@@ -71,7 +71,7 @@ class StoredSteps(Sequence[Step]):
 
         Args:
             storage: How steps are stored.
-            capacity: How many steps to keep; the oldest one makes room.
+            capacity: How many steps to keep; the oldest one makes room, but for `bfloat16`, which takes no more.
 
         Raises:
             ValueError: There is no such storage.
@@ -90,9 +90,6 @@ class StoredSteps(Sequence[Step]):
         self._position = 0
 
     def append(self, step: Step) -> None:
-        """Store a step."""
-        if len(self) == self._capacity:
-            self._drop_oldest()
         if self._storage == "bfloat16":
             step = replace(step, before=self._encode(step.before))
         trees = _list_trees(step)
@@ -151,12 +148,6 @@ class StoredSteps(Sequence[Step]):
             elif self._blocks[key].shape[1] != width:
                 own[key] = torch.empty(width, dtype=dtype, device=device)
         return own
-
-    def _drop_oldest(self) -> None:
-        if self._storage == "bfloat16" and len(self) > 1:
-            self._seek(1)
-            self._start, self._position = self._parameters, 0
-        self._rows.popleft()
 
     def _encode(self, before: State) -> State:
         if self._rows:

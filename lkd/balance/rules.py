@@ -68,7 +68,6 @@ class Bounds:
             raise ValueError(f"minimum {self.minimum}, maximum {self.maximum}: not 0 <= minimum <= maximum < infinity")
 
     def clamp(self, weight: float) -> float:
-        """The nearest weight within the bounds."""
         return min(max(weight, self.minimum), self.maximum)
 
 

@@ -97,9 +97,9 @@ class MetaSettings:
         exploding_norm: A hypergradient whose norm is more than so many times the median of the latest ones is left
             out; 0 leaves out only those that are not finite.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
-        loss: Options of the loss networks: `form` (decoupled, balance, generic, residual, target), that form's own
-            (hidden, initial_weight, initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and
-            under `features` those of the network over features; see docs/losses.md.
+        loss: Options of the loss networks: `form` (decoupled, generic), that form's own (hidden, initial_weight,
+            initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and under `features` those of the
+            network over features; see docs/losses.md.
         reuse_every: Outer steps between looks at reuse: fresh students are trained with the loss frozen and scored on
             meta-validation; the loss whose students have the least cross-entropy at the best temperature is saved.
             0 for no look: the last loss is saved.

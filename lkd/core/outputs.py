@@ -1,8 +1,10 @@
-"""What every network of this project returns."""
+"""What every network of this project returns, and how it is asked."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Outputs(NamedTuple):
@@ -15,3 +17,16 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: dict[str, Tensor]
+
+
+@contextmanager
+def evaluating(network: Any) -> Iterator[None]:
+    """Within, a network is in eval mode, if it is one; the mode of each of its modules is restored."""
+    modes = [(module, module.training) for module in network.modules()] if isinstance(network, nn.Module) else []
+    if modes:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

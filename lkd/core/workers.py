@@ -252,11 +252,6 @@ def leave_with_parent() -> None:
         os._exit(1)
 
 
-def assign_device(device: str, worker: int, gpus: int) -> str:
-    """The device of a worker: `cuda` without a number means that workers take turns on the machine's GPUs."""
-    return f"cuda:{worker % gpus}" if device == "cuda" and gpus else device
-
-
 def count_gpus(device: str) -> int:
     """The GPUs that workers share on a device."""
     import torch
@@ -265,8 +260,9 @@ def count_gpus(device: str) -> int:
 
 
 def own_device(device: str) -> str:
-    """The device of this process."""
-    return assign_device(device, worker_number, count_gpus(device))
+    """The device of this process: `cuda` without a number means that workers take turns on the machine's GPUs."""
+    gpus = count_gpus(device)
+    return f"cuda:{worker_number % gpus}" if gpus else device
 
 
 QUIET = 8.0  # seconds without a line

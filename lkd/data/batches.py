@@ -211,18 +211,14 @@ class OrderedBatches(Batches):
         self.augmentation_seed = augmentation_seed
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches."""
         return map(self.at, range(self.steps_per_epoch))
 
     def draw_order(self, epoch: int) -> Tensor:
-        """The order of the set."""
         return torch.arange(len(self.images))
 
     def slots_of(self, step: int) -> Tensor:
-        """The places of a step's images."""
         first = step * self.batch_size
         return torch.arange(first, min(first + self.batch_size, len(self.images)))
 
     def augmentation_of(self, epoch: int, slots: Tensor) -> Tensor:
-        """The augmentation seed, for each of these places."""
         return torch.full_like(slots, self.augmentation_seed)

@@ -211,7 +211,6 @@ class FileSource(ImageSource):
         self.names = names
 
     def read(self, position: int) -> Tensor:
-        """The bytes of a file."""
         return torch.from_numpy(np.fromfile(f"{self.root}/{self.names[position]}", np.uint8))
 
 
@@ -251,7 +250,6 @@ class ImageFiles:
 
     @property
     def size(self) -> int:
-        """Height and width of the crops."""
         return self.loading.image_size
 
     @property
@@ -260,7 +258,6 @@ class ImageFiles:
         return len(self.positions), 3, self.size, self.size
 
     def __getitem__(self, positions: Tensor) -> "ImageFiles":
-        """The images at these positions, in this order."""
         return replace(self, positions=self.positions[positions])
 
     def name(self, slot: int) -> str:

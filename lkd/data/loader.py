@@ -46,7 +46,6 @@ class Decoders:
         atexit.register(self.stop)
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Have a thread call a function."""
         future: Future[T] = Future()
         self.tasks.put((future, function, arguments))
         return future
@@ -157,7 +156,6 @@ class Loading:
         return pixels.permute(0, 3, 1, 2), slots[slots >= 0], waited
 
     def cancel(self) -> None:
-        """Decode no more of it."""
         for task in self.tasks:
             task.cancel()
 
@@ -183,5 +181,4 @@ class Prefetcher:
         return self.pending.pop(step)
 
     def __iter__(self) -> Iterator[Loading]:
-        """All steps in order."""
         return map(self.take, range(self.steps))

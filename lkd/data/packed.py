@@ -42,7 +42,6 @@ class PackedSource(ImageSource):
         return torch.from_numpy(self.pixels[end - 3 * int(self.shapes[position].prod()) : end])
 
     def load(self, position: int) -> Tensor:
-        """Look an image up; see `ImageSource`."""
         height, width = self.shapes[position].tolist()
         if not height:
             raise DamagedImageError(f"{self.names[position]}: could not be decoded when it was packed")

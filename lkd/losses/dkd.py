@@ -99,7 +99,6 @@ class DecoupledDivergences(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep inputs and outputs."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *output)
         ctx.save_for_forward(*inputs, *output)

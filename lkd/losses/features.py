@@ -73,7 +73,6 @@ class AttentionTransferLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_equal_sizes, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
-        """The distance of the attention maps."""
         shrunk = [functions.shrink_to_smaller(ours, theirs) for ours, theirs in maps]
         distances = [(attention(ours) - attention(theirs)).square().mean() for ours, theirs in shrunk]
         return {"distillation": torch.stack(distances).sum()}
@@ -108,7 +107,6 @@ class FitNetLoss(PairedLoss):
         self.regressors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in channels)
 
     def measure(self, maps: Maps) -> Terms:
-        """The squared error of the regressors."""
         errors = []
         for (student, teacher), regressor in zip(maps, self.regressors, strict=True):
             ours, theirs = functions.shrink_to_smaller(student, teacher)
@@ -146,7 +144,6 @@ class RKDLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distance=distance, angle=angle)
 
     def measure(self, maps: Maps) -> Terms:
-        """The Huber losses of distances and angles."""
         if len(maps[0][0]) < 2:
             raise UserError("loss 'rkd' compares images with each other: a batch of 1 has none; raise train.batch_size")
         pooled = [(functions.pool(ours), functions.pool(theirs)) for ours, theirs in maps]
@@ -190,7 +187,6 @@ class SimilarityPreservingLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
-        """The distance of the similarities."""
         distances = [(similarities(ours) - similarities(theirs)).square().mean() for ours, theirs in maps]
         return {"distillation": torch.stack(distances).sum()}
 

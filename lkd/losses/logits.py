@@ -25,7 +25,6 @@ class CrossEntropyLoss(DistillationLoss):
     reads_logits = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: Progress = None) -> Terms:
-        """Compute the term `task`."""
         target = check_target(student.logits, target)
         return {"task": cross_entropies(student.logits, target).mean()}
 

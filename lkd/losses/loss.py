@@ -111,7 +111,7 @@ class WrappedLoss(DistillationLoss):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.function = function
+        self.function: Any = function
         self.teacher_stages = tuple(getattr(function, "teacher_stages", ()))
         self.needs_index = bool(getattr(function, "needs_index", False))
         self.reads_trust = bool(getattr(function, "reads_trust", False))
@@ -136,22 +136,15 @@ class WrappedLoss(DistillationLoss):
         self.by_name = not self.by_place and any(p.name == "progress" for p in parameters)
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
-        """Let it learn which training images there are."""
-        function: Any = self.function
-        function.enroll(index, labels)
+        self.function.enroll(index, labels)
 
     def set_trust(self, trust: "Trust") -> None:
-        """Tell it what was measured."""
-        function: Any = self.function
-        function.set_trust(trust)
+        self.function.set_trust(trust)
 
     def update_trust(self, student: nn.Module) -> None:
-        """Let it measure the student."""
-        function: Any = self.function
-        function.update_trust(student)
+        self.function.update_trust(student)
 
     def begin_epoch(self, epoch: int, student: nn.Module, *rest: Any) -> None:
-        """Let it look at the student, if it does."""
         if hasattr(self.function, "begin_epoch"):
             self.function.begin_epoch(epoch, student, *rest)
 

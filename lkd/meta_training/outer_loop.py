@@ -415,11 +415,9 @@ class OuterGuard:
         return {**counts, "outer_rate": self.rate, "reasons": self.reasons}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on."""
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
         vars(self).update({name: type(value)(state[name]) for name, value in vars(self).items()})
         self.norms, self.reasons = [float(norm) for norm in self.norms], [str(reason) for reason in self.reasons]
         if min(self.lost, self.halvings, self.counted, self.left_out) < 0 or not 0 <= self.rate <= 1:

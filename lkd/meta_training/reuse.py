@@ -57,7 +57,6 @@ class Reuse:
 
     @property
     def best_row(self) -> dict[str, float]:
-        """What the best loss reached."""
         return min(self.rows, key=lambda row: row[SCORE])
 
     @property
@@ -147,7 +146,6 @@ class Reuse:
             shutil.rmtree(self.run.path / LOOK, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on."""
         return {"rows": self.rows, "best": self.best, "reference": self.reference}
 
     def load_state_dict(self, state: dict[str, Any], networks: LearnedLoss) -> None:

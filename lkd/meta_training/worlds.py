@@ -47,7 +47,6 @@ class OpenedWorld:
 
     @property
     def images(self) -> Images:
-        """The images."""
         return self.world.images
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lkd.core.errors import UserError, check_choice, first_line
 from lkd.core.files import MALFORMED
-from lkd.core.outputs import Outputs
+from lkd.core.outputs import Outputs, evaluating
 from lkd.data.images import ImageSet
 from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.small import SMALL_NETWORKS
@@ -44,7 +44,6 @@ class AdaptedInput(nn.Module):
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Answer images [B, C, H, W]."""
         images = images * self.scale + self.shift
         if self.size and images.shape[-2:] != (self.size, self.size):
             images = interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
@@ -93,7 +92,6 @@ class TimmNetwork(nn.Module):
         self.stage_names = [entry["module"] for entry in getattr(info, "info", info)]
 
     def forward(self, images: Tensor) -> Outputs:
-        """Compute logits and stage features; `images` is [B, in_chans, H, W]."""
         model: Any = self.model
         last, intermediates = model.forward_intermediates(images)
         logits = take_logits(model.forward_head(last))
@@ -123,7 +121,6 @@ class LogitNetwork(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Outputs:
-        """Compute logits; `images` is [B, C, H, W]."""
         answer = self.model(images)
         return answer if isinstance(answer, Outputs) else Outputs(take_logits(answer), {})
 
@@ -179,14 +176,8 @@ def adapt_teacher(network: nn.Module, image_shape: tuple[int, int, int]) -> tupl
 @contextmanager
 def running_dry(network: nn.Module) -> Iterator[torch.device]:
     """Within, a network is in eval mode and makes no graph; its mode and the random state stay. Gives its device."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield next(network.parameters()).device
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield next(network.parameters()).device
 
 
 REGISTERED: dict[str, Callable[..., nn.Module]] = {}

@@ -66,11 +66,9 @@ class Normalized(nn.Module):
         self.relu = nn.ReLU()
 
     def normalize(self, number: int, x: Tensor) -> Tensor:
-        """Convolution and BatchNorm of this number."""
         return self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(x))
 
     def activate(self, number: int, x: Tensor) -> Tensor:
-        """The same, and ReLU."""
         return self.relu(self.normalize(number, x))
 
     def add_layers(self, layers: Sequence[nn.Module]) -> None:
@@ -101,7 +99,6 @@ class ResidualBlock(Normalized):
             self.downsample = nn.Sequential(convolve(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the convolutions to the shortcut."""
         out = x
         for number in range(1, self.count):
             out = self.activate(number, out)
@@ -249,7 +246,9 @@ STAGES = (  # expansion, channels, blocks, stride of the first block
 )  # fmt: skip
 
 
-def convolve_and_activate(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def convolve_and_activate(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """A convolution, BatchNorm, ReLU."""
     return nn.Sequential(convolve(inputs, outputs, kernel, stride, groups), nn.BatchNorm2d(outputs), nn.ReLU())
 
@@ -269,7 +268,6 @@ class InvertedResidual(nn.Module):
         self.has_shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
         return x + self.conv(x) if self.has_shortcut else self.conv(x)
 
 
@@ -328,7 +326,6 @@ class ShuffleBlockV1(Normalized):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
         out = shuffle_channels(self.activate(1, x), self.groups)
         out = self.normalize(3, self.activate(2, out))
         return self.relu(torch.cat([out, avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else out + x)
@@ -348,7 +345,6 @@ class ShuffleBlockV2(Normalized):
         super().__init__(convolve(half, half, 1), convolve(half, half, groups=half), convolve(half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
         passed, out = x.chunk(2, 1)
         out = self.activate(3, self.normalize(2, self.activate(1, out)))
         return shuffle_channels(torch.cat([passed, out], 1), 2)
@@ -368,7 +364,6 @@ class DownsamplingV2(Normalized):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
         left = self.activate(2, self.normalize(1, x))
         right = self.activate(5, self.normalize(4, self.activate(3, x)))
         return shuffle_channels(torch.cat([left, right], 1), 2)
@@ -422,10 +417,7 @@ WIDE_RESNETS = ((2, 2), (6, 1), (6, 2))  # blocks a stage, widening factor
 CIFAR_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **{name: partial(ResNet, make_basic_block, (depth,) * 3, widths) for name, (depth, widths) in RESNETS.items()},
     "cifar_resnet50": partial(ResNet, make_bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512)),
-    **{
-        f"wrn_{6 * depth + 4}_{factor}": partial(WideResNet, depth, factor)
-        for depth, factor in ((2, 2), (6, 1), (6, 2))
-    },
+    **{f"wrn_{6 * depth + 4}_{factor}": partial(WideResNet, depth, factor) for depth, factor in WIDE_RESNETS},
     "cifar_vgg8": partial(VGG, 1),
     "cifar_vgg13": partial(VGG, 2),
     "cifar_mobilenetv2_half": partial(MobileNetV2, 0.5),

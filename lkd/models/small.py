@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from lkd.core.outputs import Outputs
+from lkd.models.cifar import convolve_and_activate as convolution
 from lkd.models.cifar import pool, run_stages
 
 
@@ -33,20 +34,9 @@ class StagedNetwork(nn.Module):
         return Outputs(self.classifier(pool(features[next(reversed(features))])), features)
 
 
-def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
-
-
 def separable(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Depthwise 3×3 then pointwise 1×1 (Howard et al., 2017)."""
-    return nn.Sequential(
-        *convolution(inputs, inputs, stride=stride, groups=inputs), *convolution(inputs, outputs, kernel=1)
-    )
+    return nn.Sequential(*convolution(inputs, inputs, stride=stride, groups=inputs), *convolution(inputs, outputs, 1))
 
 
 class ResidualBlock(nn.Module):
@@ -62,7 +52,6 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the block's body to its shortcut."""
         return nn.functional.relu(self.body(x) + self.shortcut(x))
 
 

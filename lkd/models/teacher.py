@@ -43,7 +43,6 @@ class Teacher:
 
     @torch.no_grad()  # not inference_mode: it is no faster here, and its tensors cannot be saved for a loss's backward
     def __call__(self, batch: Batch) -> Outputs:
-        """Answer a batch."""
         images = batch.images if self.writes is False else batch.images.clone()
         before = images._version
         outputs = self.forward(images)
@@ -72,7 +71,6 @@ class TakenClasses(nn.Module):
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Answer images [B, C, H, W]."""
         outputs = self.network(images)
         return Outputs(outputs.logits[:, self.columns], outputs.features)
 
@@ -153,7 +151,6 @@ class UnreliableTeacher:
         self.seed = seed
 
     def __call__(self, batch: Batch) -> Outputs:
-        """Answer a batch."""
         outputs = self.teacher(batch)
         order = torch.stack([self.class_order(int(i), outputs.logits.shape[1]) for i in batch.index])
         return Outputs(outputs.logits.gather(1, order.to(outputs.logits.device)), outputs.features)

@@ -168,7 +168,6 @@ class CachedTeacher:
         self.checked: set[int] = set()
 
     def __call__(self, batch: Batch) -> Outputs:
-        """Look a batch up."""
         kept = self.look_up(batch.index.cpu(), batch.augmentation.cpu())
         if kept["logits"].isnan().any():
             raise UserError(

@@ -144,7 +144,6 @@ class StudentBuilder:
 
     @property
     def name(self) -> str:
-        """What it is called."""
         return str(self.architecture["name"])
 
     def build(self, seed: int, device: torch.device) -> nn.Module:
@@ -246,14 +245,12 @@ class OpenedTeacher:
 
     @property
     def title(self) -> str:
-        """What messages call it."""
         settings = self.settings
         if settings.path.startswith(GIVEN):
             return "teacher"
         return str(settings.name) if settings.pretrained or settings.path == "random" else settings.path
 
     def find_stages(self, image_shape: tuple[int, int, int]) -> Stages:
-        """Shapes of its features, by a dry run."""
         return find_stages(self.network, image_shape)
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from lkd.core.distributed import copy_buffers_from_main, count_processes, gather_rows, own_rank
 from lkd.core.errors import refuse_exhaustion
+from lkd.core.outputs import evaluating
 from lkd.data.images import ImageSet
 from lkd.losses.functions import expected_calibration_error, find_best_temperature
 from lkd.models.teacher import SMALLER_PARTS
@@ -31,23 +32,20 @@ def evaluate(
         DivergedError: If a logit is not finite, and all pixels are.
         BrokenInputError: If a pixel is not finite.
     """
-    training = network.training
-    network.eval()
     if shared:
         copy_buffers_from_main(network)
     own = torch.arange(own_rank(), len(images), count_processes()) if shared else torch.arange(len(images))
     rows, broken = [], [own[:0].to(device)]
     try:
-        for batch in images.batches(own.split(batch_size or images.at_once), device):
-            logits = network(batch.images).logits
-            rows.append((logits, batch.target))
-            if not bool(logits.isfinite().all()):
-                broken.append(batch.index[~batch.images.flatten(1).isfinite().all(1)])
+        with evaluating(network):
+            for batch in images.batches(own.split(batch_size or images.at_once), device):
+                logits = network(batch.images).logits
+                rows.append((logits, batch.target))
+                if not bool(logits.isfinite().all()):
+                    broken.append(batch.index[~batch.images.flatten(1).isfinite().all(1)])
     except (MemoryError, RuntimeError) as error:
         refuse_exhaustion(error, "evaluation", SMALLER_PARTS)
         raise
-    finally:
-        network.train(training)
     logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True))
     unusable = torch.cat(broken)
     if shared:

@@ -62,7 +62,6 @@ class Throughput:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
         return time.perf_counter() - self.started
 
     def read(self, step: int) -> dict[str, float]:

@@ -117,7 +117,6 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step."""
         return read_learning_rate(self.optimizer)
 
     def run_step(self, watch: Watch | None = None) -> dict[str, Tensor]:
@@ -235,7 +234,6 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
         self.step = state["step"]
         self.student.load_state_dict(state["student"])
         if self.average:
@@ -285,7 +283,6 @@ class StudentLoss(nn.Module):
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Compute the terms."""
         with self.autocast():
             outputs = self.run_student(images)
         self.clock.lap("student")

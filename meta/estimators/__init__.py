@@ -1,7 +1,7 @@
 """Ways to get the hypergradient, one file each, all with one signature."""
 
 from meta.estimators.adjoint import adjoint
-from meta.estimators.evolution import Particles, evolution
+from meta.estimators.evolution import evolution
 from meta.estimators.first_order import first_order
 from meta.estimators.higher import higher
 from meta.estimators.implicit import implicit
@@ -24,7 +24,6 @@ ESTIMATORS: dict[str, Estimator] = {
 
 __all__ = [
     "ESTIMATORS",
-    "Particles",
     "adjoint",
     "evolution",
     "first_order",

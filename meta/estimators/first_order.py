@@ -38,8 +38,7 @@ def first_order(
         storage: How the K states are stored; see `meta.trajectory.Storage`.
 
     Raises:
-        ValueError: The inputs make no bi-level problem, or are of less than float32, in which differences vanish; the
-            message says why.
+        ValueError: The inputs are of less than float32, in which differences vanish.
     """
     check_inputs(problem)
     check_differences(problem, radius)

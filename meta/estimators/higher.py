@@ -23,7 +23,7 @@ def higher(problem: Problem) -> Hypergradient:
     Unlike `higher` used by itself, it starts from the momentum in `problem.state` and hands the momentum back.
 
     Raises:
-        ValueError: The inputs make no bi-level problem, or the optimiser is not SGD; the message says why.
+        ValueError: The optimiser is not SGD.
     """
     from higher.optim import DifferentiableSGD
 

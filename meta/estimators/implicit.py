@@ -40,8 +40,8 @@ def implicit(
         damping: Added to the Hessian's diagonal.
 
     Raises:
-        ValueError: The inputs make no bi-level problem, the optimiser's stationary points are not those of the loss
-            with an L2 penalty (anything but SGD and Adam), or the solver is unknown.
+        ValueError: The optimiser's stationary points are not those of the loss with an L2 penalty (anything but SGD
+            and Adam), or the solver is unknown.
     """
     check_inputs(problem)
     leaves = as_leaves(problem.hyper)

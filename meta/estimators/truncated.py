@@ -27,9 +27,6 @@ def truncated(problem: Problem, *, steps: int = 5, estimator: Estimator = first_
         problem: The problem.
         steps: How many steps to differentiate through.
         estimator: Any estimator, applied to the last steps.
-
-    Raises:
-        ValueError: The inputs make no bi-level problem; the message says why.
     """
     check_inputs(problem)
     if steps < 1:

@@ -12,8 +12,5 @@ def unrolled(problem: Problem) -> Hypergradient:
     Exact, with buffers held constant (Maclaurin et al. 2015; Franceschi et al. 2017). Costs about three gradient
     evaluations a step and holds every step's activations at once: memory grows with K. Every operation of the inner
     loss needs a double backward.
-
-    Raises:
-        ValueError: The inputs make no bi-level problem; the message says why.
     """
     return adjoint(problem, chunk=sys.maxsize)

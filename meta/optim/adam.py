@@ -34,7 +34,6 @@ class Adam:
     _decoupled = False
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         learning_rate = setting_at(self.learning_rate, step)
         new_parameters = dict(before.parameters)
         slots = {slot: dict(before.optimizer.get(slot, {})) for slot in SLOTS}
@@ -50,7 +49,6 @@ class Adam:
         return State(new_parameters, before.buffers, slots)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         learning_rate = setting_at(self.learning_rate, step)
         beta1, beta2 = self.betas
         to_parameters, to_gradients = dict(cotangents.parameters), {}
@@ -92,7 +90,7 @@ class Adam:
         return UpdateAdjoint(to_parameters, to_gradients, to_slots, pair_settings(settings))
 
     def reads_values(self, step: int) -> bool:
-        """Always: the update is not linear in the gradient; see `Optimizer.reads_values`."""
+        """Always: the update is not linear in the gradient."""
         return True
 
     def _advance(self, parameter: Tensor, gradient: Tensor, old: dict[str, Tensor | None]) -> "_Moments":

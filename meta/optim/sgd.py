@@ -33,7 +33,6 @@ class SGD:
             raise ValueError("Nesterov momentum needs a momentum and no dampening")
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         learning_rate = setting_at(self.learning_rate, step)
         old_buffers = before.optimizer.get("momentum_buffer", {})
         new_parameters, new_buffers = dict(before.parameters), dict(old_buffers)
@@ -46,7 +45,6 @@ class SGD:
         return State(new_parameters, before.buffers, slots)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         learning_rate = setting_at(self.learning_rate, step)
         old_buffers = before.optimizer.get("momentum_buffer", {})
         buffer_cotangents = cotangents.optimizer.get("momentum_buffer", {})
@@ -89,7 +87,7 @@ class SGD:
         return UpdateAdjoint(to_parameters, to_gradients, to_slots, pair_settings(settings))
 
     def reads_values(self, step: int) -> bool:
-        """Only to learn a setting: the update is linear; see `Optimizer.reads_values`."""
+        """Only to learn a setting: the update is linear."""
         settings = (setting_at(self.learning_rate, step), self.momentum, self.weight_decay)
         return any(isinstance(setting, Tensor) for setting in settings)
 

@@ -23,7 +23,6 @@ class Grouped:
     select: Callable[[str], Optimizer]
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         new_parameters: Tensors = {}
         new_state: dict[str, Tensors] = {}
         for optimizer, names in self._groups(before.parameters):
@@ -33,7 +32,6 @@ class Grouped:
         return State({name: new_parameters[name] for name in before.parameters}, before.buffers, new_state)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         whole = UpdateAdjoint({}, {}, {}, [])
         for optimizer, names in self._groups(before.parameters):
             part = optimizer.adjoint(_subset(before, names), _pick(gradients, names), step, _subset(cotangents, names))
@@ -44,7 +42,7 @@ class Grouped:
         return whole
 
     def reads_values(self, step: int) -> bool:
-        """Taken as given, since the groups are not known here; see `Optimizer.reads_values`."""
+        """Taken as given, since the groups are not known here."""
         return True
 
     def _groups(self, parameters: Tensors) -> list[tuple[Optimizer, set[str]]]:
@@ -73,13 +71,11 @@ class Clipped:
         check_optimizer(self.optimizer)
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         factor, _ = self._factor(gradients)
         clipped = {name: _spread(factor, gradient) * gradient for name, gradient in gradients.items()}
         return self.optimizer.update(before, clipped, step)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         factor, norm = self._factor(gradients)
         clipped = {name: _spread(factor, gradient) * gradient for name, gradient in gradients.items()}
         inner = self.optimizer.adjoint(before, clipped, step, cotangents)
@@ -94,7 +90,7 @@ class Clipped:
         return inner._replace(gradients=to_gradients)
 
     def reads_values(self, step: int) -> bool:
-        """Always: the factor depends on the gradients; see `Optimizer.reads_values`."""
+        """Always: the factor depends on the gradients."""
         return True
 
     def _factor(self, gradients: Tensors) -> tuple[Tensor, Tensor]:
@@ -122,7 +118,6 @@ class Averaged:
         check_optimizer(self.optimizer)
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         old = evaluation_parameters(before)
         after = self.optimizer.update(before, gradients, step)
         average = {
@@ -131,7 +126,6 @@ class Averaged:
         return after._replace(optimizer={**after.optimizer, "average": average})
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         to_average = cotangents.optimizer.get("average", {})
         to_parameters = dict(cotangents.parameters)
         for name, cotangent in to_average.items():
@@ -144,7 +138,7 @@ class Averaged:
         return inner._replace(parameters=started)
 
     def reads_values(self, step: int) -> bool:
-        """As the optimiser does: the average is linear; see `Optimizer.reads_values`."""
+        """As the optimiser does: the average is linear."""
         return self.optimizer.reads_values(step)
 
 
@@ -159,17 +153,15 @@ class PerStep:
     choose: Callable[[int], tuple[Optimizer, int]]
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
-        """Take one step; see `Optimizer.update`."""
         optimizer, number = self.choose(step)
         return optimizer.update(before, gradients, number)
 
     def adjoint(self, before: State, gradients: Tensors, step: int, cotangents: State) -> UpdateAdjoint:
-        """Pull cotangents back through one step; see `Optimizer.adjoint`."""
         optimizer, number = self.choose(step)
         return optimizer.adjoint(before, gradients, number, cotangents)
 
     def reads_values(self, step: int) -> bool:
-        """As the step's optimiser does; see `Optimizer.reads_values`."""
+        """As the step's optimiser does."""
         optimizer, number = self.choose(step)
         return optimizer.reads_values(number)
 

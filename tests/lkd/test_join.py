@@ -16,7 +16,7 @@ from lkd.cli import main
 from lkd.config import CompareRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
-from lkd.core.workers import assign_device, process_exists
+from lkd.core.workers import own_device, process_exists
 from lkd.tracking.run import open_run
 from tests.processes import Command
 
@@ -120,5 +120,7 @@ def test_another_comparison_is_not_joined() -> None:
         ("cuda:1", 2, 4, "cuda:1"),
     ],
 )
-def test_workers_take_turns_on_the_gpus(device: str, worker: int, gpus: int, expected: str) -> None:
-    assert assign_device(device, worker, gpus) == expected
+def test_workers_take_turns_on_the_gpus(device: str, worker: int, gpus: int, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("lkd.core.workers.worker_number", worker)
+    assert own_device(device) == expected

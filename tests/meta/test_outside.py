@@ -9,8 +9,8 @@ from bilevel_problems import learned_loss_problem, relative_distance
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from meta import ESTIMATORS, Audited, Particles, Problem, State, Tape, audit, horizon, rollout, verify
-from meta.estimators import adjoint, first_order, higher, implicit, last_step, truncated
+from meta import ESTIMATORS, Audited, Problem, State, Tape, audit, horizon, rollout, verify
+from meta.estimators import adjoint, evolution, first_order, higher, implicit, last_step, truncated
 from meta.linear_solvers import solve_conjugate_gradient
 from meta.optim import SGD, Adam, Averaged, Clipped, Grouped
 
@@ -103,7 +103,7 @@ def test_lengths_that_are_none_are_refused() -> None:
             first_order(problem, radius=radius)
     for options in ({"pairs": 0}, {"spread": 0.0}):
         with pytest.raises(ValueError, match="pairs"):
-            Particles(**options)
+            evolution(problem, **options)
     with pytest.raises(ValueError, match="terms"):
         implicit(problem, terms=0)
     with pytest.raises(ValueError, match="lengths"):
@@ -145,7 +145,6 @@ def weights_of_each_step() -> Problem:
         partial(truncated, steps=1, estimator=higher),
         partial(truncated, steps=1, estimator=CENTRAL),
         last_step,
-        partial(last_step, differences=True, radius=1e-4),
     ],
 )
 def test_what_only_earlier_steps_use_has_a_zero_hypergradient(estimator) -> None:
@@ -215,7 +214,7 @@ def test_parameters_too_coarse_for_differences_are_refused(dtype) -> None:
     coarse = problem.hyper
     wide = regression(dtype=torch.float32)
     for spoilt, name in ((problem, "weight"), (replace(wide, hyper=coarse), "weights")):
-        for estimator in (first_order, Audited(), truncated, partial(last_step, differences=True)):
+        for estimator in (first_order, Audited(), truncated):
             with pytest.raises(ValueError, match=f"'{name}' is of type {dtype}"):
                 estimator(spoilt)
 

@@ -30,9 +30,7 @@ def weighted_loss(logits, targets, weights):
         (lambda p: torch.optim.AdamW(p, lr=0.01), AdamW(0.01)),
     ],
 )
-@pytest.mark.parametrize("storage", ["memory", "bfloat16"])
-@pytest.mark.parametrize("central", [False, True])
-def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central, storage):
+def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional):
     torch.manual_seed(0)
     student = Student().double()
     weights = nn.Parameter(torch.zeros(5, dtype=torch.float64))
@@ -48,7 +46,7 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central,
             torch.manual_seed(7)
             return F.cross_entropy(call_module(student, parameters, buffers, batch[0])[0], batch[1])
 
-    tape = Tape(student, optimizer, {"weights": weights}, steps=3, storage=storage)
+    tape = Tape(student, optimizer, {"weights": weights}, steps=3)
     for index, batch in enumerate(batches[:4]):
         if index == 1:
             state = State(
@@ -61,15 +59,12 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional, central,
         optimizer.zero_grad()
         weighted_loss(student(batch[0]), batch[1], weights).backward()
         optimizer.step()
-    options = {"radius": 1e-3, "central": central}
-    taped = tape.hypergradient(inner_loss, outer_loss, batches[4], **options)
+    taped = tape.hypergradient(inner_loss, outer_loss, batches[4], radius=1e-3)
 
     torch.set_rng_state(generators)
     problem = Problem(inner_loss, outer_loss, state, {"weights": weights}, batches[1:4], batches[4], functional)
-    expected = first_order(problem, **options)
-    # A one-sided difference divides what the parameters are off by the radius.
-    rounded = 1e-2 if central else 1e-1
-    assert relative_distance(taped.grads, expected.grads) < (1e-8 if storage == "memory" else rounded)
+    expected = first_order(problem, radius=1e-3)
+    assert relative_distance(taped.grads, expected.grads) < 1e-8
     assert relative_distance(taped.final_state.parameters, expected.final_state.parameters) < 1e-10
     tape.close()
     optimizer.step()

@@ -76,12 +76,10 @@ def test_only_what_the_walk_back_reads_is_stored(optimizer, back, storage, bytes
     assert stored_bytes(record_problem(problem, storage, back)) == 20 * (parameters * bytes_each + counters)
 
 
-@pytest.mark.parametrize("storage", ["memory", "bfloat16"])
-def test_the_oldest_step_makes_room(storage):
-    problem = to_float32(learned_loss_problem(12))
-    whole = record_problem(problem, storage).steps
-    last = StoredSteps(storage, 5)
-    for step in record_problem(problem).steps:
+def test_the_oldest_step_makes_room():
+    whole = record_problem(to_float32(learned_loss_problem(12))).steps
+    last = StoredSteps("memory", 5)
+    for step in whole:
         last.append(step)
         assert torch.equal(last[-1].gradients["0.weight"], step.gradients["0.weight"])  # reads in between do no harm
     assert [step.index for step in last] == [7, 8, 9, 10, 11]

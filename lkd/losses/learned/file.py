@@ -84,20 +84,7 @@ class LossFile(NamedTuple):
 
 
 def load_loss(path: str | Path, trust: Trust | None = None) -> LearnedLoss | ReplayedLoss:
-    """Load a learned loss, frozen, ready for any training loop. Runs no code from the file.
-
-    Args:
-        path: A `*.lkd.safetensors` file, or the name of one that the package carries, as in `"universal"`.
-        trust: What `measure_trust` found, for a loss that reads it; without it such a loss goes by what batches show.
-
-    Returns:
-        An ordinary module: `loss(student, teacher, target, progress) -> dict of terms`. It works for any number of
-        classes and, if it reads features, for any stages: it compares the deepest that the outputs hold. A loss that
-        was learned while a student was trained with it is replayed by progress.
-
-    Raises:
-        UserError: If the file is missing, truncated, not a learned loss, or of a newer format.
-    """
+    """Load a learned loss from a file, or one that the package carries, by its name; see `lkd.load_loss`."""
     loss = LossFile.read(path).build()
     if trust is not None:
         loss.set_trust(trust)

@@ -98,7 +98,6 @@ class LearnedLoss(DistillationLoss):
 
     @property
     def reads_trust(self) -> bool:  # type: ignore[override]
-        """Whether a part does."""
         return any(part.reads_trust for part in self.forms())
 
     def forms(self) -> list[LogitForm]:
@@ -106,7 +105,6 @@ class LearnedLoss(DistillationLoss):
         return [part for part in self.parts.values() if isinstance(part, LogitForm)]
 
     def set_trust(self, trust: Trust) -> None:
-        """Be told what was measured; see `measure_trust`."""
         self.looks = trust.looks
         self.tell(trust.figures)
 
@@ -181,17 +179,14 @@ class ReplayedLoss(DistillationLoss):
 
     @property
     def teacher_stages(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The teacher's stages whose features the losses read."""
         stages: tuple[str, ...] = self.losses[0].teacher_stages
         return stages
 
     @property
     def reads_trust(self) -> bool:  # type: ignore[override]
-        """Whether the losses do."""
         return bool(self.losses[0].reads_trust)
 
     def set_trust(self, trust: Trust) -> None:
-        """Let each loss be told what was measured."""
         for loss in self.losses:
             loss.set_trust(trust)
 

@@ -1,7 +1,6 @@
 """Trust: what is measured of teacher, labels and student, so that a learned loss knows whom to believe (ours)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lkd.core.errors import UserError
+from lkd.core.outputs import evaluating
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import find_best_temperature
@@ -158,20 +158,6 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
         found = f"{int(target.min())} to {int(target.max())}"
         raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
     return logits, target
-
-
-@contextmanager
-def evaluating(network: Callable[[Any], Any]) -> Iterator[None]:
-    """A network in eval mode, if it is one; its mode is restored."""
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def agree(logits: Tensor, target: Tensor) -> float:

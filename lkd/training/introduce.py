@@ -1,0 +1,97 @@
+"""What a run says first: its images, its student, its teacher, and what is doubtful of them."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lkd.config.parts import TeacherRecipe, TrainRecipe
+from lkd.data.readers import sort_as_timm
+from lkd.models.build import describe, format_description
+from lkd.models.dry_run import check_trainable
+from lkd.models.teacher_cache import read_cache
+from lkd.training.build import Images, OpenedTeacher, StudentBuilder, keep_figures
+from lkd.training.evaluate import evaluate
+from lkd.training.optimizer import check_optimization
+
+
+def introduce_images(images: Images) -> str:
+    """Say how many images a training sees."""
+    counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
+    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes"
+
+
+def introduce_network(
+    role: str,
+    student: StudentBuilder,
+    images: Images,
+    device: torch.device,
+    train: TrainRecipe | None = None,
+    processes: int = 1,
+) -> str:
+    """Say which network this is that will be trained, after a dry run of a step of this training."""
+    network, pretrained = student.build(0, device), student.architecture["pretrained"]
+    shape = images.train.image_shape
+    line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
+    if train is None:
+        return line
+    check_optimization(network, train, device)
+    size = max(1, train.batch_size // (processes * train.accumulation))
+    return "\n".join([line, *check_trainable(network, role, shape, size)])
+
+
+def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> str:
+    """Say which teacher this is, with its accuracy on meta-validation; if it is cached, by what the cache says."""
+    settings = teacher.settings
+    if settings.cache:
+        return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
+    name, shape = teacher.architecture["name"], images.train.image_shape
+    described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
+    reached, top1, knows = "", None, teacher.architecture["num_classes"] == images.train.num_classes
+    if len(images.meta_validation) and knows:
+        measure = partial(evaluate, teacher.network.to(device), images.meta_validation, device, shared=True)
+        top1 = keep_figures("evaluation", teacher, images, device, measure, shared=True)["top1"]
+        reached = f", {top1:.2f} % on meta-validation"
+    random = settings.random_answers
+    wrong = f", but answers at random on {random:.0%} of the images" if random else ""
+    scale = f", its logits times {settings.logit_scale:g}" if settings.logit_scale != 1 else ""
+    taken = f", from {teacher.architecture['taken']}*" if teacher.architecture.get("taken") else ""
+    size = getattr(teacher.network, "size", 0)
+    seen = f", sees the images as {size}×{size}" if size else ""
+    if not teacher.architecture.get("is_input_said", True):
+        seen += ", normalised as the student does, since its file does not say how"
+    doubts = explain_doubts(top1, images, settings) if knows else ""
+    return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
+
+
+def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
+    """Warnings of a teacher that knows no more than a guess, or whose classes may be numbered in another order.
+
+    Each is left out where meta-validation speaks against it, by twice the standard error.
+
+    `top1`: its accuracy on meta-validation, in percent; None if there is none.
+    """
+    labels, classes = images.meta_validation.labels, images.train.class_names
+
+    def may_be(share: float) -> bool:
+        return top1 is None or top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels))
+
+    doubts = []
+    if settings.path == "random":
+        return ""
+    if top1 is not None and may_be(1 / len(classes)):
+        doubts.append(
+            "it is no better than chance: has it other classes, another order of them (data.class_map), or another "
+            "image size (teacher.image_size)?"
+        )
+    theirs = None if images.settings.class_map else sort_as_timm(classes)
+    if theirs:
+        alike = torch.tensor([own == other for own, other in zip(classes, theirs, strict=True)])
+        if may_be(float(alike[labels].float().mean()) if len(labels) else 0):
+            number = int(alike.int().argmin())
+            doubts.append(
+                f"class {number} is {classes[number]!r}, as text is sorted (torchvision's order), in timm's order it "
+                f"is {theirs[number]!r}: if the teacher has that one, give data.class_map"
+            )
+    return "".join(f"; warning: {doubt}" for doubt in doubts)
