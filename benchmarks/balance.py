@@ -27,7 +27,8 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, Tr
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.evaluation.comparison.trials import balance_of, split_method
-from lkd.training.build import LossBuilder, choose_student, open_teacher, prepare_images, prepare_teacher
+from lkd.training.answers import prepare_teacher
+from lkd.training.build import LossBuilder, choose_student, open_teacher, prepare_images
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 

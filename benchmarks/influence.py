@@ -38,7 +38,8 @@ from lkd.data import ImageSet
 from lkd.influence.influence import measure_influence
 from lkd.influence.weighted_loss import InfluenceWeightedLoss, save_weights, weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
-from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_teacher
+from lkd.training.answers import prepare_teacher
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images
 from lkd.training.distill import label_by_teacher, start_training
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "influence"

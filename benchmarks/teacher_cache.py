@@ -24,7 +24,8 @@ from lkd.data import Batch
 from lkd.export.cache import cache_answers
 from lkd.losses import KDLoss
 from lkd.tracking.run import evidence
-from lkd.training.build import Images, choose_student, open_teacher, prepare_images, prepare_teacher
+from lkd.training.answers import prepare_teacher
+from lkd.training.build import Images, choose_student, open_teacher, prepare_images
 from lkd.training.distill import start_training
 from lkd.training.evaluate import evaluate
 

@@ -31,16 +31,8 @@ from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
 from lkd.tracking.run import choose_device, open_run
-from lkd.training.build import (
-    LossBuilder,
-    build,
-    check_network,
-    choose_student,
-    measure_teacher,
-    open_teacher,
-    prepare_images,
-    prepare_teacher,
-)
+from lkd.training.answers import measure_teacher, prepare_teacher
+from lkd.training.build import LossBuilder, build, check_network, choose_student, open_teacher, prepare_images
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network

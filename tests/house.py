@@ -114,7 +114,8 @@ def list_files_of_a_step() -> list[str]:
     import torch
 
     from lkd.config import DistillRecipe
-    from lkd.training.build import build, prepare_teacher
+    from lkd.training.answers import prepare_teacher
+    from lkd.training.build import build
     from lkd.training.distill import start_training
 
     recipe, device = DistillRecipe(loss="kd"), torch.device("cpu")

@@ -28,7 +28,8 @@ from lkd.models.files import fit_to_images
 from lkd.models.teacher import TeacherFunction, load_teacher_network
 from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
-from lkd.training.build import Images, check_network, open_teacher, prepare_images, prepare_teacher
+from lkd.training.answers import prepare_teacher
+from lkd.training.build import Images, check_network, open_teacher, prepare_images
 
 SHEET_COLUMNS = 8
 CURVE_POINTS = 100

@@ -29,7 +29,8 @@ from lkd.losses.learned.file import SUFFIX, load_loss, mark_unlearned, read_prov
 from lkd.meta_training.log import plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
-from lkd.training.build import choose_student, measure_teacher, open_teacher, prepare_images
+from lkd.training.answers import measure_teacher
+from lkd.training.build import choose_student, open_teacher, prepare_images
 from lkd.training.introduce import introduce_network, introduce_teacher
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from lkd.core.files import read_mapping, write_json
 from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import fit_to_images, load_network
 from lkd.tracking.run import choose_device
-from lkd.training.build import build, build_batches, check_network, prepare_teacher
+from lkd.training.answers import prepare_teacher
+from lkd.training.build import build, build_batches, check_network
 
 SHARES = [k / 20 for k in range(21)]
 

@@ -31,19 +31,8 @@ from lkd.models.teacher_cache import (
     read_cache,
 )
 from lkd.tracking.run import choose_device, describe_changes, describe_surroundings
-from lkd.training.build import (
-    Images,
-    LossBuilder,
-    OpenedTeacher,
-    ask_anew,
-    choose_cached_seeds,
-    choose_student,
-    identify_answers,
-    identify_labels,
-    measure_teacher,
-    open_teacher,
-    prepare_images,
-)
+from lkd.training.answers import ask_anew, choose_cached_seeds, identify_answers, identify_labels, measure_teacher
+from lkd.training.build import Images, LossBuilder, OpenedTeacher, choose_student, open_teacher, prepare_images
 from lkd.training.distill import select_labelled
 from lkd.training.introduce import introduce_teacher
 from lkd.training.training import build_autocast, check_inputs

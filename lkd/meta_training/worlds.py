@@ -11,18 +11,16 @@ from lkd.core.errors import UserError
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.pool.pool import Pool, World, open_pools
 from lkd.tracking.run import Run
+from lkd.training.answers import ask_anew, measure_teacher, prepare_teacher
 from lkd.training.build import (
     Images,
     LossBuilder,
     Objects,
     OpenedTeacher,
-    ask_anew,
     choose_student,
-    measure_teacher,
     open_teacher,
     prepare_images,
     prepare_learned_loss,
-    prepare_teacher,
 )
 from lkd.training.introduce import introduce_network, introduce_teacher
 

@@ -2,9 +2,6 @@
 
 import copy
 import dataclasses
-import json
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +18,6 @@ from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError, first_line
-from lkd.core.files import refusing_malformed
-from lkd.core.plugins import MODULE
-from lkd.core.tensor_files import digest, keep_result
 from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
@@ -36,7 +30,6 @@ from lkd.losses.build import attach_features, build_loss, find_feature_parts, is
 from lkd.losses.functions import Stages
 from lkd.losses.learned.file import LossFile
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
-from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models.build import (
     GIVEN,
@@ -52,10 +45,8 @@ from lkd.models.build import build as build_network
 from lkd.models.dry_run import fit_image_size
 from lkd.models.files import load_network
 from lkd.models.stages import find_head, freeze_stages, is_within
-from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher, load_teacher, take_classes
-from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
+from lkd.models.teacher import load_teacher, take_classes
 from lkd.tracking.remote import fetch_named
-from lkd.tracking.run import describe_surroundings
 
 Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
@@ -276,112 +267,6 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
     opened = OpenedTeacher(network, architecture, settings)
     check_network(opened.title, architecture | {"num_classes": images.num_classes}, images)
     return opened
-
-
-def ask_anew(
-    teacher: OpenedTeacher, images: Images, device: torch.device, train: TrainRecipe | None = None
-) -> TeacherFunction:
-    """The teacher, asked for every batch; as reliable as its settings, and as fast as those of the training say."""
-    fast = (train.compile, train.channels_last) if train else (False, False)
-    reliable = Teacher(teacher.network.to(device), *fast, teacher.settings.logit_scale)
-    random = teacher.settings.random_answers
-    return UnreliableTeacher(reliable, random, images.settings.split_seed) if random else reliable
-
-
-def measure_teacher(
-    teacher: OpenedTeacher, images: Images, device: torch.device, answers: TeacherFunction | None = None
-) -> Trust:
-    """What there is to know of teacher and labels; a cache knows of the teacher already.
-
-    `answers`: what answers the training, if that is there already: it may have its answers at hand.
-    """
-    if teacher.settings.cache:
-        return read_trust(Path(teacher.settings.cache), images, device)
-    if not len(images.meta_validation):
-        return Trust()
-
-    def measure() -> dict[str, Any]:
-        anew = ask_anew(teacher, images, device)
-        known = measure_trust(anew, None, images.meta_validation, device).figures
-        agreement = measure_agreement(answers or anew, images.train, device)
-        per_class = len(images.train) / images.train.num_classes
-        return known._replace(training_agreement=agreement, images_per_class=per_class).to_json()
-
-    figures = keep_figures("trust", teacher, images, device, measure)
-    return Trust(TrustFigures.from_json(figures), Trust.choose_looks(images.meta_validation, device))
-
-
-def keep_figures(
-    what: str,
-    teacher: OpenedTeacher,
-    images: Images,
-    device: torch.device,
-    measure: Callable[[], dict[str, Any]],
-    shared: bool = False,
-) -> dict[str, Any]:
-    """Figures of a teacher on these images, measured once; of a network whose code may change they are not kept."""
-    if teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
-        return measure()
-    data, looked_at = images.settings, images.meta_validation.images
-    pixels = looked_at if isinstance(looked_at, torch.Tensor) else data.root
-    made_with = json.dumps([identify_answers(teacher, images), describe_surroundings(device)])
-    key = [what, made_with, data.evaluation_batch_size, identify_labels(images), pixels]
-    return keep_result(key, measure, shared)
-
-
-def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
-    """What a cache knows of its teacher and these images' labels; unknown if it was measured of others, or never."""
-    header, looks = read_cache(cache).header, Trust.choose_looks(images.meta_validation, device)
-    if header.get("trust_of") != identify_labels(images):
-        reason = f"as {cache} was made {'with other labels' if 'trust_of' in header else 'before it was measured'}"
-        return Trust(looks=looks, reason=f"{reason} (lkd cache with this recipe adds it)")
-    with refusing_malformed(cache, "teacher cache"):
-        return Trust(TrustFigures.from_json(header["trust"]), looks)
-
-
-def identify_labels(images: Images) -> str:
-    """A hash of which images are trained and measured on, and of their labels."""
-    return digest([[part.index, part.labels] for part in (images.train, images.meta_validation)])
-
-
-def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:
-    """All that decides the teacher's answers, for its cache."""
-    fields = dataclasses.asdict(teacher.settings), dataclasses.asdict(images.settings)
-    return identify(teacher.network, teacher.architecture["name"], *fields, images.train)
-
-
-def choose_cached_seeds(data: DataRecipe) -> range:
-    """The augmentation seeds whose answers a cache of these images holds; see `choose_seeds`."""
-    return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix, data.random_erasing)
-
-
-TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
-
-
-def prepare_teacher(
-    teacher: OpenedTeacher,
-    images: Images,
-    device: torch.device,
-    stages: tuple[str, ...] = (),
-    train: TrainRecipe | None = None,
-) -> TeacherFunction:
-    """What answers batches: a cache; a table, computed here, if nothing is augmented; or the network, asked anew.
-
-    `stages`: those whose features the loss reads. They are tabulated too if they take no more than `TABLE_BYTES`.
-    `train`: whether a teacher that is asked for every batch is compiled, and its layout in memory.
-    """
-    data, cache = images.settings, teacher.settings.cache
-    if cache:
-        check_stages(stages)
-        return open_cache(
-            Path(cache), identify_answers(teacher, images), choose_cached_seeds(data), images.train, device
-        )
-    shapes = teacher.find_stages(images.train.image_shape) if stages else {}
-    size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    changing = data.augmentation != "none" or data.mixup or data.cutmix or data.random_erasing
-    if changing or size > TABLE_BYTES:
-        return ask_anew(teacher, images, device, train)
-    return TabulatedTeacher(ask_anew(teacher, images, device), images.train, device, stages=stages)
 
 
 def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:

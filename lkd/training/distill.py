@@ -26,7 +26,8 @@ from lkd.models.build import running_dry
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.build import Images, Parts, StudentBuilder, build_batches, measure_teacher, prepare_teacher
+from lkd.training.answers import measure_teacher, prepare_teacher
+from lkd.training.build import Images, Parts, StudentBuilder, build_batches
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
 from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher

@@ -11,7 +11,8 @@ from lkd.data.readers import sort_as_timm
 from lkd.models.build import describe, format_description
 from lkd.models.dry_run import check_trainable
 from lkd.models.teacher_cache import read_cache
-from lkd.training.build import Images, OpenedTeacher, StudentBuilder, keep_figures
+from lkd.training.answers import keep_figures
+from lkd.training.build import Images, OpenedTeacher, StudentBuilder
 from lkd.training.evaluate import evaluate
 from lkd.training.optimizer import check_optimization
 

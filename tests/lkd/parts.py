@@ -10,7 +10,7 @@ from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TeacherRecipe, 
 from lkd.data.images import ImageSet
 from lkd.losses import LearnedLoss
 from lkd.models.teacher import TeacherFunction
-from lkd.training import build, distill
+from lkd.training import answers, build, distill
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher
 from lkd.training.training import Training
 
@@ -24,7 +24,7 @@ def prepare_teacher(
     train: TrainRecipe | None = None,
 ) -> TeacherFunction:
     """What answers batches of these images, made as `data` says."""
-    return build.prepare_teacher(
+    return answers.prepare_teacher(
         open_teacher(recipe, images.train), replace(images, settings=data), device, stages, train
     )
 

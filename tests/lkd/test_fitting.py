@@ -18,7 +18,8 @@ from lkd.losses.loss import wrap_loss
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.models.build import build as build_network
 from lkd.models.teacher import take_classes
-from lkd.training.build import build, choose_student, identify_answers, open_teacher, prepare_images
+from lkd.training.answers import identify_answers
+from lkd.training.build import build, choose_student, open_teacher, prepare_images
 from tests.lkd.meta_recipes import YOUNG, run_recipe, tiny_recipe
 
 SMALL = DataRecipe(train_size=40, meta_validation_size=20)

@@ -131,7 +131,7 @@ def test_a_table_keeps_the_features_that_the_loss_reads(images, monkeypatch: pyt
     batch = Batches(images.train, 30, seed=1).at(2)
     for stage, feature in table(batch).features.items():
         torch.testing.assert_close(feature, live(batch).features[stage])
-    monkeypatch.setattr("lkd.training.build.TABLE_BYTES", 1000)
+    monkeypatch.setattr("lkd.training.answers.TABLE_BYTES", 1000)
     assert isinstance(start(images, "at").teacher, Teacher), "too large a table: the teacher is asked live"
     assert isinstance(start(images, "kd").teacher, TabulatedTeacher)
 

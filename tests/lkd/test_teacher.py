@@ -14,7 +14,8 @@ from lkd.models import build
 from lkd.models.files import load_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
 from lkd.training import build as parts
-from lkd.training.build import ask_anew, check_network, open_teacher, prepare_images
+from lkd.training.answers import ask_anew
+from lkd.training.build import check_network, open_teacher, prepare_images
 from lkd.training.introduce import introduce_teacher
 from tests.lkd.parts import prepare_teacher
 

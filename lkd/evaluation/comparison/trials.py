@@ -32,16 +32,8 @@ from lkd.losses.learned.file import LossFile, was_learned
 from lkd.losses.learned.trust import Trust
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.remote import fetch_named
-from lkd.training.build import (
-    Images,
-    LossBuilder,
-    OpenedTeacher,
-    choose_student,
-    measure_teacher,
-    open_teacher,
-    prepare_images,
-    prepare_teacher,
-)
+from lkd.training.answers import measure_teacher, prepare_teacher
+from lkd.training.build import Images, LossBuilder, OpenedTeacher, choose_student, open_teacher, prepare_images
 from lkd.training.distill import label_by_teacher, select_labelled, start_training
 from lkd.training.evaluate import evaluate, guess
 from lkd.training.training import DivergedError
