@@ -31,13 +31,7 @@ class UnusedError(ValueError):
 def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
     """Check, before anything is computed, all that the inputs alone can tell.
 
-    Args:
-        problem: The problem.
-        needs_hyper: Whether there must be outer parameters.
-
-    Raises:
-        ValueError: No inner step, no outer parameter, a tensor that cannot be differentiated, something that is no
-            tensor, or trees that do not match.
+    `needs_hyper`: whether there must be outer parameters.
     """
     state, hyper, batches = problem.state, problem.hyper, problem.inner_batches
     if not isinstance(batches, Sequence | Tensor):
@@ -90,11 +84,7 @@ def check_inputs(problem: Problem, needs_hyper: bool = True) -> None:
 
 
 def check_scalar(kind: str, loss: Any) -> None:
-    """Check that a loss is a scalar that autograd can differentiate.
-
-    Raises:
-        ValueError: It is no tensor, not zero-dimensional, or detached from every graph.
-    """
+    """Check that a loss is a scalar that autograd can differentiate."""
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the {kind} loss is a {type(loss).__name__}: return a scalar tensor with its graph (no .item())"
@@ -115,11 +105,7 @@ def check_used(unused: Iterable[str]) -> None:
 
 
 def check_differences(problem: Problem, radius: float) -> None:
-    """Check that differences of gradients at this radius do not drown in the roundings of the parameters.
-
-    Raises:
-        ValueError: A parameter is of less than float32, or the radius is no length.
-    """
+    """Check that differences of gradients at this radius do not drown in the roundings of the parameters."""
     if not 0 < radius < math.inf:
         raise ValueError(f"radius: {radius} is not a positive number")
     for kind, tensors in (("inner", problem.state.parameters), ("outer", problem.hyper)):
@@ -132,11 +118,7 @@ def check_differences(problem: Problem, radius: float) -> None:
 
 
 def check_step(before: Tensors, after: Tensors) -> None:
-    """Check that a step left every parameter its shape.
-
-    Raises:
-        ValueError: It did not: a setting of the optimiser is of a shape that is not the parameter's.
-    """
+    """Check that a step left every parameter its shape."""
     for name, tensor in after.items():
         if tensor.shape != before[name].shape:
             raise ValueError(
@@ -157,11 +139,7 @@ def find_unused(losses: Sequence[Tensor], leaves: Tensors) -> list[str]:
 
 
 def check_twice_differentiable(gradients: Iterable[Tensor | None]) -> None:
-    """Check, by searching the graph of first-order gradients, that they can be differentiated again.
-
-    Raises:
-        NotTwiceDifferentiableError: An operation has no second derivative; the message names it.
-    """
+    """Check, by searching the graph of first-order gradients, that they can be differentiated again."""
     for node in _search([gradient.grad_fn for gradient in gradients if gradient is not None]):
         if node.name().endswith(("::NotImplemented", "::Error", "CompiledFunctionBackwardBackward")):
             raise NotTwiceDifferentiableError(

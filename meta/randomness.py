@@ -11,12 +11,7 @@ from meta.tensors import Tensors
 
 
 class GeneratorStates(NamedTuple):
-    """States of the default generators that a computation may draw from.
-
-    Attributes:
-        cpu: State of the CPU's generator.
-        cuda: State of each CUDA device's generator, by device index.
-    """
+    """States of the default generators that a computation may draw from; of CUDA devices by their index."""
 
     cpu: Tensor
     cuda: dict[int, Tensor]

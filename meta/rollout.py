@@ -29,11 +29,7 @@ class Derivatives(NamedTuple):
 def take_inner_loss(
     problem: Problem, parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: Any
 ) -> tuple[Tensor, Tensors]:
-    """Call the inner loss; return it and the buffers after it.
-
-    Raises:
-        ValueError: It does not return a scalar that depends on the parameters, and the buffers.
-    """
+    """Call the inner loss; return it and the buffers after it."""
     returned = problem.inner_loss(parameters, buffers, hyper, batch)
     if not (isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[1], Mapping)):
         raise ValueError(
@@ -53,11 +49,7 @@ def describe_return(returned: Any) -> str:
 
 
 def rollout(problem: Problem) -> State:
-    """Take a problem's inner steps and return the state reached, detached; there need be no outer parameters.
-
-    Raises:
-        ValueError: There is no step to take, or the loss cannot be differentiated with respect to the parameters.
-    """
+    """Take a problem's inner steps and return the state reached, detached; there need be no outer parameters."""
     check_inputs(problem, needs_hyper=False)
     problem = replace(problem, hyper=detach(problem.hyper))
     optimizer = build_optimizer(problem.optimizer, problem.hyper)
@@ -68,18 +60,7 @@ def rollout(problem: Problem) -> State:
 
 
 def record(problem: Problem, optimizer: Optimizer, back: WayBack, storage: Storage = "memory") -> Trajectory:
-    """Train as `rollout` does and keep of every step what the walk back needs; no graph is kept.
-
-    Args:
-        problem: The problem.
-        optimizer: Its inner optimiser, built.
-        back: How the steps will be walked back.
-        storage: How the steps are stored.
-
-    Raises:
-        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice; or there is no
-            such storage.
-    """
+    """Train as `rollout` does and keep of every step what the walk back needs; no graph is kept."""
     problem = replace(problem, hyper=detach(problem.hyper))
     state = problem.state.detach()
     steps = StoredSteps(storage, max(1, len(problem.inner_batches)))
@@ -98,16 +79,7 @@ def differentiate(
 ) -> Derivatives:
     """Differentiate the inner loss once, with respect to the parameters, the outer parameters, or both; keep no graph.
 
-    Args:
-        problem: The loss and the outer parameters.
-        state: The parameters and buffers to evaluate it at.
-        batch: The batch.
-        parameters: Whether to differentiate with respect to the parameters.
-        hyper: Whether to differentiate with respect to the outer parameters.
-        twice: Whether to check that the loss can be differentiated once more.
-
-    Raises:
-        ValueError: The loss is no scalar, depends on no parameter, or cannot be differentiated twice.
+    `twice`: whether to check that the loss can be differentiated once more.
     """
     inner = {name: tensor.detach().requires_grad_(parameters) for name, tensor in state.parameters.items()}
     outer = {name: tensor.detach().requires_grad_(hyper) for name, tensor in problem.hyper.items()}
@@ -138,9 +110,6 @@ def unroll(problem: Problem, optimizer: Optimizer, first_step: int = 0) -> tuple
 
     Returns:
         The state reached and each step's inner loss, all with their graph.
-
-    Raises:
-        ValueError: A loss is no scalar, depends on no parameter, or cannot be differentiated twice.
     """
     state, losses = problem.state, []
     for index, batch in enumerate(problem.inner_batches, start=first_step):

@@ -69,12 +69,7 @@ class StoredSteps(Sequence[Step]):
     def __init__(self, storage: Storage, capacity: int) -> None:
         """Store nothing yet.
 
-        Args:
-            storage: How steps are stored.
-            capacity: How many steps to keep; the oldest one makes room, but for `bfloat16`, which takes no more.
-
-        Raises:
-            ValueError: There is no such storage.
+        `capacity`: how many steps to keep; the oldest one makes room, but for `bfloat16`, which takes no more.
         """
         if storage not in get_args(Storage):
             raise ValueError(f"no storage {storage!r}; there are {', '.join(get_args(Storage))}")

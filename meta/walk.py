@@ -33,11 +33,7 @@ class Walk(NamedTuple):
 
 
 def outer_cotangents(problem: Problem, end: State) -> tuple[Tensor, State]:
-    """Return the outer loss at the end of a rollout, and its cotangents with respect to the state there.
-
-    Raises:
-        ValueError: The outer loss is no scalar, or does not depend on the parameters.
-    """
+    """Return the outer loss at the end of a rollout, and its cotangents with respect to the state there."""
     parameters = as_leaves(evaluation_parameters(end))
     with torch.enable_grad():
         value = problem.outer_loss(parameters, end.buffers, problem.outer_batch)
@@ -56,13 +52,7 @@ def outer_cotangents(problem: Problem, end: State) -> tuple[Tensor, State]:
 
 
 def walk_back(segments: Sequence[Segment], cotangents: State, pull_back: PullBack[Segment]) -> Walk:
-    """Carry cotangents from the end of a trajectory to its start and collect the hypergradient on the way.
-
-    Args:
-        segments: The trajectory, cut into consecutive segments.
-        cotangents: Of the state after the last segment.
-        pull_back: How one segment is crossed.
-    """
+    """Carry cotangents from the end of a trajectory to its start and collect the hypergradient on the way."""
     grads: Tensors = {}
     norms = [global_norm(cotangents.parameters)]
     for position in reversed(range(len(segments))):

@@ -21,15 +21,3 @@ ESTIMATORS: dict[str, Estimator] = {
     "evolution": evolution,
 }
 """Every estimator by its name."""
-
-__all__ = [
-    "ESTIMATORS",
-    "adjoint",
-    "evolution",
-    "first_order",
-    "higher",
-    "implicit",
-    "last_step",
-    "truncated",
-    "unrolled",
-]

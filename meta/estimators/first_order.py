@@ -70,11 +70,6 @@ def walk_trajectory(
     return trace_fault(result, problem, trajectory.steps)
 
 
-def _side(index: int) -> int:
-    """Choose the side of a one-sided difference: sides change along the walk, so that their biases cancel."""
-    return 1 if index % 2 == 0 else -1
-
-
 def _difference(
     problem: Problem, step: Step, direction: Tensors, radius: float, central: bool, to_start: bool
 ) -> tuple[Tensors, Tensors]:
@@ -90,7 +85,8 @@ def _difference(
     moving = {name: parameters[name] for name in direction}
     count = sum(tensor.numel() for tensor in moving.values())
     length = radius * global_norm(moving).clamp(min=LEAST_SCALE * count**0.5)
-    scale = _side(step.index) * length / global_norm(direction).clamp(min=1e-30)
+    side = 1 if step.index % 2 == 0 else -1  # sides change along the walk, so that the biases of one-sided ones cancel
+    scale = side * length / global_norm(direction).clamp(min=1e-30)
 
     def gradients_at(scale: Tensor) -> tuple[Tensors, Tensors]:
         moved = parameters | {name: parameters[name] + scale * tensor for name, tensor in direction.items()}

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from meta.checks import check_inputs, check_twice_differentiable, find_unused
 from meta.estimators.parts import collect
@@ -11,7 +10,7 @@ from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
 from meta.optim import SGD, Adam, AdamW, build_optimizer, evaluation_parameters, setting_at
 from meta.problem import Hypergradient, Problem
 from meta.rollout import drop_missing, rollout, take_inner_loss
-from meta.tensors import State, as_leaves
+from meta.tensors import as_leaves
 from meta.walk import outer_cotangents
 
 
@@ -66,7 +65,8 @@ def implicit(
             for gradient, tensor in zip(found, point.values(), strict=True)
             if gradient is not None
         ]
-    targets, start = [point[name] for name in reached], [_cotangent(cotangents, name) for name in reached]
+    sought = evaluation_parameters(cotangents)
+    targets, start = [point[name] for name in reached], [sought[name] for name in reached]
 
     def apply_hessian(vector: Vector) -> Vector:
         products = torch.autograd.grad(residual, targets, vector, retain_graph=True, materialize_grads=True)
@@ -83,7 +83,3 @@ def implicit(
     grads = {name: -product for name, product in drop_missing(leaves, mixed).items()}
     unused = find_unused([loss], {name: leaf for name, leaf in leaves.items() if name not in grads})
     return collect(value, grads, leaves, end, unused)
-
-
-def _cotangent(cotangents: State, name: str) -> Tensor:
-    return cotangents.optimizer.get("average", cotangents.parameters)[name]

@@ -67,9 +67,6 @@ def collect(
     """Put an estimator's result together; an outer parameter that was used but has no gradient gets zeros.
 
     A result that is not finite names its fault.
-
-    Raises:
-        ValueError: There is an unused outer parameter.
     """
     check_used(unused)
     found = {

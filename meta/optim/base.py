@@ -72,11 +72,7 @@ OptimizerOrRecipe = Optimizer | Callable[[Tensors], Optimizer]
 
 
 def build_optimizer(optimizer: OptimizerOrRecipe, hyper: Tensors) -> Optimizer:
-    """Return the optimiser that `optimizer` names for these outer parameters.
-
-    Raises:
-        ValueError: It is neither one of this package's optimisers nor a function that returns one.
-    """
+    """Return the optimiser that `optimizer` names for these outer parameters."""
     if not isinstance(optimizer, type | Optimizer) and callable(optimizer):
         optimizer = optimizer(hyper)
     return check_optimizer(optimizer)
@@ -103,8 +99,7 @@ def setting_at(schedule: Schedule, step: int) -> Setting:
 def pair_settings(terms: list[tuple[Setting, list[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
     """Pair every tensor setting with the sum of its cotangents; leave out numbers, and settings without an effect.
 
-    Args:
-        terms: Settings, and of each the products that broadcasting spread it over, one or more for every parameter.
+    `terms`: settings, and of each the products that broadcasting spread it over, one or more for every parameter.
     """
     return [
         (setting, torch.stack([product.sum_to_size(setting.shape) for product in products]).sum(0))

@@ -132,7 +132,7 @@ def test_the_audit_chooses_a_large_perturbation_for_half_precision(precision):
     problem = network_problem(build("in-place ReLU"), dtype=torch.float32, autocast=precision)
     found = audit(problem, radii=(1e-5, 1e-4, 0.03))
     assert found.radius == 0.03
-    assert found.cosine > 0.99
+    assert found.cosine > 0.97
 
 
 def test_frozen_parameters_stay_out_of_the_state():
