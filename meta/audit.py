@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_map
 from meta.checks import NotTwiceDifferentiableError, check_inputs
 from meta.estimators.adjoint import adjoint
 from meta.estimators.first_order import first_order
-from meta.problem import Estimator, Hypergradient, Problem
+from meta.problem import Hypergradient, Problem
 from meta.randomness import read_generators, replaying
 from meta.tensors import cosine_similarity
 
 RADII = (1e-3, 3e-3, 1e-2, 3e-2)
+NOISE = 1e-6  # of every inner parameter, relative: some float32 roundings
+TRUSTED = 0.9  # cosine between the hypergradients of two students so far apart
 
 
 class Audit(NamedTuple):
@@ -156,30 +158,18 @@ class Horizon(NamedTuple):
     cosines: dict[int, float]
 
 
-def horizon(
-    problem: Problem,
-    *,
-    lengths: Sequence[int] | None = None,
-    estimator: Estimator = adjoint,
-    noise: float = 1e-6,
-    threshold: float = 0.9,
-    seed: int = 0,
-) -> Horizon:
+def horizon(problem: Problem, *, lengths: Sequence[int] | None = None) -> Horizon:
     """Find up to which K the hypergradient of this problem means something.
 
     Where the rollout is chaotic, two students a rounding error apart have unrelated hypergradients, and the exact one
-    of either is of no use. Costs two hypergradients for each length.
+    of either is of no use. Costs two exact hypergradients for each length.
 
     Args:
         problem: The problem.
         lengths: Rollout lengths to try; None doubles from 1 up to the problem's.
-        estimator: The estimator that is compared with itself.
-        noise: Relative size of the disturbance of every inner parameter; the default is some float32 roundings.
-        threshold: Cosine that a length has to reach.
-        seed: Seed of the disturbance.
 
     Raises:
-        ValueError: The inputs make no bi-level problem, or a length is not one of its rollout's.
+        ValueError: A length is not one of the rollout's.
     """
     check_inputs(problem)
     longest = len(problem.inner_batches)
@@ -187,10 +177,10 @@ def horizon(
     tried = sorted(doubled if lengths is None else lengths)
     if not tried or not 1 <= tried[0] <= tried[-1] <= longest:
         raise ValueError(f"lengths: {tried} are not between 1 and the rollout's {longest} steps")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     state = problem.state
     shifted = {
-        name: tensor * (1 + noise * torch.randn(tensor.shape, generator=generator).to(tensor))
+        name: tensor * (1 + NOISE * torch.randn(tensor.shape, generator=generator).to(tensor))
         for name, tensor in state.parameters.items()
     }
     generators = read_generators(state.parameters)
@@ -200,11 +190,11 @@ def horizon(
         for start in (state, state._replace(parameters=shifted)):
             with replaying(generators):
                 shorter = replace(problem, state=start, inner_batches=problem.inner_batches[:length])
-                found.append(estimator(shorter).grads)
+                found.append(adjoint(shorter).grads)
         cosines[length] = cosine_similarity(*found)
     trusted = 0
     for length in tried:
-        if not cosines[length] >= threshold:
+        if not cosines[length] >= TRUSTED:
             break
         trusted = length
     return Horizon(trusted, cosines)

@@ -38,14 +38,10 @@ class Batches:
         device: Where batches go.
         part: Which part of every batch is given, of how many equal ones: (0, 1) is all of it. Several processes share
             one order of the images, so that their parts together are the batch of one process.
-        augmentation_seeds: 0 for a new augmentation in every epoch; N for epochs that cycle over the augmentation seeds
-            1 to N, which are the same for every `seed`.
-        repeats: How often an image is in a batch, each time augmented otherwise (repeated augmentation; Hoffer et al.,
-            2020). An epoch has as many steps as ever, and so as many fewer images.
-        mixup: α of mixup's Beta(α, α); 0 for none. With mixup or CutMix targets are distributions, [B, C].
-        cutmix: α of CutMix's; 0 for none. If neither is 0 each batch has one of them, with probability 1/2.
-        random_erasing: Probability that a rectangle of an image is overwritten with noise (Zhong et al., 2020).
-        label_smoothing: Part of the label that is spread evenly over all classes; targets are then distributions.
+        augmentation_seeds, repeats, mixup, cutmix, random_erasing, label_smoothing: As in the recipe (`DataRecipe`,
+            `TrainRecipe`). Of N augmentation seeds, 1 to N, all are the same for every `seed`; repeats (Hoffer et al.,
+            2020) leave an epoch its steps; with mixup, CutMix or smoothing targets are distributions, [B, C]; with both
+            of the former each batch has one, with probability 1/2.
         steps: Steps that will be asked for; none is loaded ahead of its use beyond them. None if they have no end.
 
     Attributes:

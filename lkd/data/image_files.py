@@ -215,15 +215,7 @@ class FileSource(ImageSource):
 
 
 class LoadingOptions(NamedTuple):
-    """How images in files are loaded.
-
-    Attributes:
-        image_size: Height and width of the crops to cut.
-        workers: Threads that decode; 0 for one for each CPU core of this process.
-        damaged_limit: Fraction of damaged images above which the run stops.
-        packed: Folder of packed images to take instead.
-        read_timeout: Seconds after which waiting for an image ends the run; 0 for never.
-    """
+    """How images in files are loaded: fields of `lkd.config.DataRecipe`."""
 
     image_size: int = 224
     workers: int = 0

@@ -113,14 +113,14 @@ class Review(nn.Module):
         return fused
 
 
-def read_map(stage: str, size: tuple[int, int]) -> Reader:
-    """A reader of a stage's feature map, averaged down to a size."""
-    return lambda outputs: adaptive_avg_pool2d(as_map(outputs.features[stage]), size)
+def read_map(stage: str, size: tuple[int, int] | None = None) -> Reader:
+    """A reader of a stage's feature map, averaged down to a size if one is given."""
 
+    def read(outputs: Outputs) -> Tensor:
+        feature = as_map(outputs.features[stage])
+        return adaptive_avg_pool2d(feature, size) if size else feature
 
-def read_whole(stage: str) -> Reader:
-    """A reader of a stage's feature map as it is."""
-    return lambda outputs: as_map(outputs.features[stage])
+    return read
 
 
 def read_embedding(stage: str) -> Reader:
@@ -168,7 +168,7 @@ def wire(name: str, loss: Any, pairs: list[StagePair], options: dict[str, Any]) 
     if name in ADAPTERS:  # every pair of maps, the student's through an adapter
         return wire_maps(name, loss, pairs, options)
     if name == "SPKDLoss":  # whole feature maps, of whatever shapes
-        return Wiring([loss(**name_paths(loss, "feature"), **options)], *tap_both("feature", pair, read_whole))
+        return Wiring([loss(**name_paths(loss, "feature"), **options)], *tap_both("feature", pair, read_map))
     if name == "FTLoss":  # the teacher's factor and the student's translation of its feature
         translator = wrapper.Translator4FactorTransfer(ours, int(theirs * options["rate"]))
         translated = Tap("translator", read_map(pair.student, pair.size), translator)
@@ -184,9 +184,7 @@ def wire(name: str, loss: Any, pairs: list[StagePair], options: dict[str, Any]) 
         kernel = {"type": "gaussian", "gamma": options["gamma"], "max_p": options["max_p"]}
         criterion = loss(**paths, kernel_config=kernel, reduction="batchmean")
         return Wiring([criterion], *tap(*([nn.Linear(width, size)] for width in pair.channels)))
-    if (
-        name == "SRDLoss"
-    ):  # the student's through a linear projector, both through BatchNorm without weights; and logits
+    if name == "SRDLoss":  # the student's through a projector, both through BatchNorm without weights; and logits
         paths |= {f"{side}_linear_module_path": "logits" for side in ("student", "teacher")}
         normalize = [nn.BatchNorm1d(theirs, eps=1e-4, affine=False) for _ in range(2)]
         student, teacher = tap([nn.Linear(ours, theirs), normalize[0]], [normalize[1]])
@@ -323,9 +321,6 @@ class TorchdistillLoss(DistillationLoss):
         distillation: Weight of the loss.
         stages: Pairs [student stage, teacher stage].
         options: The loss's own options.
-
-    Raises:
-        ValueError: If a stage does not exist, or an option is unknown.
     """
 
     row: Tensor

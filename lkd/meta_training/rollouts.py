@@ -37,20 +37,19 @@ def brier_score(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.softmax(1) - one_hot(target, logits.shape[1])).square().sum(1).mean()
 
 
-def smoothed_error(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+def smoothed_error(logits: Tensor, target: Tensor) -> Tensor:
     """The error rate with its step replaced by a sigmoid of the margin, in (0, 1).
 
-    Mean of σ(−(z_y − max_{j≠y} z_j) / temperature): as the temperature goes to 0, the fraction of wrong answers.
+    Mean of σ(−(z_y − max_{j≠y} z_j)): as the logits grow, the fraction of wrong answers.
 
     Args:
         logits: [B, C].
         target: Class indices [B].
-        temperature: Width of the step, in units of the logits.
     """
     of_label = one_hot(target, logits.shape[1]).bool()
     rival = logits.masked_fill(of_label, float("-inf")).amax(1)
     own = logits.gather(1, target.unsqueeze(1)).squeeze(1)
-    return ((rival - own) / temperature).sigmoid().mean()
+    return (rival - own).sigmoid().mean()
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

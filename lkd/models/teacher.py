@@ -103,7 +103,6 @@ class TabulatedTeacher:
         teacher: The teacher.
         images: The images that it will be asked about.
         device: Where the table lies.
-        batch_size: Images at a time while it is made; None for the image set's `at_once`.
         stages: The features that are kept beside the logits.
     """
 
@@ -112,12 +111,11 @@ class TabulatedTeacher:
         teacher: TeacherFunction,
         images: ImageSet,
         device: torch.device,
-        batch_size: int | None = None,
         stages: tuple[str, ...] = (),
     ) -> None:
         rows = []
         try:
-            for batch in images.batches(torch.arange(len(images)).split(batch_size or images.at_once), device):
+            for batch in images.batches(torch.arange(len(images)).split(images.at_once), device):
                 outputs = teacher(batch)
                 rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
         except (MemoryError, RuntimeError) as error:

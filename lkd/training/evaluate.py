@@ -16,12 +16,9 @@ from lkd.training.training import NAMED, BrokenInputError, DivergedError
 
 
 @torch.no_grad()
-def evaluate(
-    network: nn.Module, images: ImageSet, device: torch.device, batch_size: int | None = None, shared: bool = False
-) -> dict[str, float]:
+def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared: bool = False) -> dict[str, float]:
     """Evaluate a network that returns `Outputs`, in eval mode; its mode is restored. Every image counts once.
 
-    `batch_size`: images at a time; None for the image set's `at_once`.
     `shared`: whether the processes that have met share the images; all must ask then.
 
     Returns:
@@ -38,7 +35,7 @@ def evaluate(
     rows, broken = [], [own[:0].to(device)]
     try:
         with evaluating(network):
-            for batch in images.batches(own.split(batch_size or images.at_once), device):
+            for batch in images.batches(own.split(images.at_once), device):
                 logits = network(batch.images).logits
                 rows.append((logits, batch.target))
                 if not bool(logits.isfinite().all()):

@@ -1,5 +1,7 @@
 """Accuracy and calibration against independent computations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -47,9 +49,9 @@ def test_calibration_error_of_known_cases() -> None:
 
 
 def test_evaluate_counts_every_image_once_and_restores_the_mode() -> None:
-    images = load_dataset("embedded").test.select(torch.arange(777))
+    images = replace(load_dataset("embedded").test.select(torch.arange(777)), at_once=100)
     network = build("small_cnn", 10, 1).train()
-    figures = evaluate(network, images, torch.device("cpu"), batch_size=100)
+    figures = evaluate(network, images, torch.device("cpu"))
     assert network.training
     with torch.no_grad():
         logits = network.eval()(images.normalize(images.images)).logits

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ class Greedy(nn.Module):
 def test_evaluation_takes_as_many_images_as_it_is_told(images) -> None:
     assert 0 <= evaluate(Greedy(), images.meta_validation, CPU)["top1"] <= 100
     with pytest.raises(UserError, match=r"data\.evaluation_batch_size"):
-        evaluate(Greedy(), images.meta_validation, CPU, batch_size=40)
+        evaluate(Greedy(), replace(images.meta_validation, at_once=40), CPU)
 
 
 @pytest.mark.outside(29)
@@ -243,7 +244,7 @@ def test_a_teacher_out_of_memory_is_one_line(images) -> None:
     assert len(TabulatedTeacher(teacher, images.train, CPU).logits) == 100
     assert len(label_by_teacher(images, 10, teacher, CPU).train) == 100
     with pytest.raises(UserError, match=r"data\.evaluation_batch_size"):
-        TabulatedTeacher(teacher, images.train, CPU, batch_size=31)
+        TabulatedTeacher(teacher, replace(images.train, at_once=31), CPU)
 
 
 @pytest.mark.outside(29)

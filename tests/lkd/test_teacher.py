@@ -29,7 +29,7 @@ def images():
 
 def test_a_table_answers_as_the_network_does(images) -> None:
     teacher = Teacher(build("small_cnn", 10, 1).train())
-    table = TabulatedTeacher(teacher, images.train, CPU, batch_size=70)
+    table = TabulatedTeacher(teacher, dataclasses.replace(images.train, at_once=70), CPU)
     batch = Batches(images.train, 50, seed=1).at(3)
     torch.testing.assert_close(table(batch).logits, teacher(batch).logits)
     assert not any(module.training for module in teacher.network.modules())
