@@ -35,12 +35,7 @@ OLDER_KINDS = ("learned loss", "network")  # which people keep: files of them ar
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: int, header: dict[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, atomically.
 
-    Args:
-        path: The file.
-        tensors: Name → tensor.
-        kind: What the file is, say `"learned loss"`; checked on reading.
-        version: Format version of that kind.
-        header: JSON content.
+    `kind`: what the file is, say `"learned loss"`; checked on reading, as its format version is.
     """
     path = Path(expand_home(str(path)))
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -187,14 +187,8 @@ class Batches:
 class OrderedBatches(Batches):
     """One pass over an image set, the last batch as small as it comes out; the pixels are those of `Batches`.
 
-    As in training, a damaged image is replaced by the next one, which is then seen twice.
-
-    Args:
-        images: The images.
-        batch_size: Images a batch.
-        augmentation: A name in `augmentations_of` these images.
-        augmentation_seed: The seed; 0 where nothing is augmented.
-        device: Where batches go.
+    As in training, a damaged image is replaced by the next one, which is then seen twice. The augmentation seed is 0
+    where nothing is augmented.
     """
 
     def __init__(

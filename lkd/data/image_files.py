@@ -78,14 +78,8 @@ class Damage:
 def decode(content: Tensor, name: str) -> Tensor:
     """Decode an image file as RGB.
 
-    Its size is read first. `find_decoder`'s decodes JPEG; Pillow what is left of `FORMATS`, and what that cannot.
-
-    Args:
-        content: The file's bytes, uint8, [N].
-        name: What the file is called in messages.
-
-    Returns:
-        uint8, [3, H, W].
+    From its bytes, uint8, [N], to uint8, [3, H, W]. Its size is read first. `find_decoder`'s decodes JPEG; Pillow what
+    is left of `FORMATS`, and what that cannot.
 
     Raises:
         DamagedImageError: If it is no image, half of one, or too large.

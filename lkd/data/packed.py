@@ -49,17 +49,10 @@ class PackedSource(ImageSource):
 
 
 def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: Callable[[int], object]) -> Path:
-    """Pack images; smaller ones keep their size.
+    """Pack all images of a source into `PART.pixels` and `PART.index.safetensors`; the latter, which is written last.
 
-    Args:
-        files: The images, all of a source; their threads decode.
-        folder: Where `PART.pixels` and `PART.index.safetensors` go.
-        part: What they are, `train` or `val`.
-        shorter_side: Pixels of the shorter side.
-        watch: Told every number of images that are done.
-
-    Returns:
-        The index, which is written last.
+    Their shorter side becomes `shorter_side` pixels; smaller ones keep their size. `watch` is told of every some images
+    that are done how many they are.
     """
     source = files.source
 

@@ -90,15 +90,7 @@ class DistillationLoss(nn.Module):
         teacher: Callable[[Any], Outputs] | None,
         progress: float,
     ) -> None:
-        """Look at the student before the first step of an epoch.
-
-        Args:
-            epoch: From 0.
-            student: As it is.
-            images: The training images.
-            teacher: From a batch to the teacher's outputs.
-            progress: How far the training is, in [0, 1].
-        """
+        """Look at the student as it is before the first step of an epoch; these are counted from 0."""
 
 
 ON_LABELS = (  # losses of torch and timm that take logits and labels

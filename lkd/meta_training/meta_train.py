@@ -58,15 +58,9 @@ from meta import ESTIMATORS
 
 
 def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> Path:
-    """Learn a loss and save it. Processes that have met share the work.
+    """Learn a loss and save it, with what a caller gives in the place of some names; the file.
 
-    Args:
-        recipe: The recipe.
-        run: The run.
-        given: What a caller gives in the place of some of its names.
-
-    Returns:
-        The learned-loss file.
+    Processes that have met share the work.
 
     Raises:
         UserError: If the recipe, the data, the teacher or the pool is not good, or the processes' losses differ.

@@ -394,16 +394,10 @@ def format_description(role: str, description: dict[str, Any]) -> str:
 def build_forward(
     network: nn.Module, compiled: bool = False, channels_last: bool = False
 ) -> Callable[[Tensor], Outputs]:
-    """The forward pass as a training asks for it.
+    """The forward pass as a training asks for it: the network's own, or a compiled one.
 
-    Args:
-        network: The network; with `channels_last` its weights are laid out anew, in place.
-        compiled: Whether it goes through torch.compile.
-        channels_last: Whether the channels come last in memory.
-
-    Returns:
-        The network's own forward pass, or a compiled one. The compiled code is beside the network: its state dict,
-        copies of it and its evaluation know nothing of it.
+    The compiled code is beside the network: its state dict, copies of it and its evaluation know nothing of it. With
+    `channels_last` its weights are laid out anew, in place.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)

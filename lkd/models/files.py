@@ -32,14 +32,10 @@ def save_network(
     provenance: dict[str, Any],
     images: ImageSet | None = None,
 ) -> None:
-    """Write a network's weights, under its library's own names.
+    """Write a network's weights, under its library's own names, with the keyword arguments of `build`.
 
-    Args:
-        path: The file.
-        network: The network.
-        architecture: Keyword arguments of `build`.
-        provenance: What it was trained with and what it reached; JSON.
-        images: What it was trained on: the file then says how they are prepared, and the classes' names.
+    `provenance`: what it was trained with and what it reached; JSON. `images`: what it was trained on: the file then
+    says how they are prepared, and the classes' names.
     """
     header: dict[str, Any] = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
     if images is not None:

@@ -135,12 +135,7 @@ class TabulatedTeacher:
 class UnreliableTeacher:
     """A teacher that answers at random on a fixed fraction of the images.
 
-    There its logits are permuted over the classes, each image with a permutation of its own.
-
-    Args:
-        teacher: The teacher.
-        fraction: Of the images, in [0, 1].
-        seed: Which images, and which permutation each.
+    There its logits are permuted over the classes, each image with a permutation of its own: a function of the seed.
     """
 
     def __init__(self, teacher: Teacher, fraction: float, seed: int) -> None:

@@ -147,11 +147,6 @@ class CacheFolder:
 class CachedTeacher:
     """A teacher's answers, looked up: a callable from a batch to its outputs. The files are mapped into memory.
 
-    Args:
-        cache: The cache.
-        seeds: Augmentation seeds that will be asked for.
-        device: Where answers go.
-
     Attributes:
         checked: The files whose content was compared with its hash.
     """

@@ -211,16 +211,9 @@ def build_pool(
 ) -> Pool:
     """Train students and keep them at several ages; students that are already there are not trained again.
 
-    A student that diverges is kept at the ages before.
-
-    Args:
-        world: What students are trained in.
-        settings: How many, and which ages are kept.
-        build_loss: What they are trained with.
-        folder: Where the pool goes, or is gone on with.
-        run: The run.
-        first: Number of the first training: equal numbers give equal initial weights and batches.
-        shared: Whether the processes that have met share each training; else this one does it alone.
+    A student that diverges is kept at the ages before. `first`: number of the first training; equal numbers give equal
+    initial weights and batches. `shared`: whether the processes that have met share each training; else this one does
+    it alone.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM; finished students stay, and the one in training goes on later.
@@ -326,15 +319,7 @@ def renew_pools(
     """The pools of sampling live at an outer step.
 
     Every `refresh_every` steps students with numbers of their own are trained with the loss as it is then, frozen; a
-    run that is gone on with finds them in its folder.
-
-    Args:
-        worlds: What students are trained in.
-        settings: How many, which ages, and how often.
-        first_pools: What is drawn from until the first renewal.
-        loss: The loss as it is now.
-        outer_step: The outer step that is about to be taken.
-        run: The run.
+    run that is gone on with finds them in its folder. Until the first renewal `first_pools` are drawn from.
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM; finished students stay.

@@ -383,15 +383,7 @@ def copy_module(module: Copied, role: str) -> Copied:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a student is trained from.
-
-    Attributes:
-        images: The images.
-        teacher: The teacher, as it was read.
-        student: What builds students.
-        loss: The loss, fitted to both networks.
-        balance: What weighs its terms; None where the loss is their sum.
-    """
+    """What a student is trained from: a loss that fits both networks; a balance, if the loss is not its terms' sum."""
 
     images: Images
     teacher: OpenedTeacher

@@ -45,13 +45,8 @@ def distill(
 ) -> Path:
     """Train a student with any loss.
 
-    Args:
-        parts: What it is trained from.
-        train: How.
-        seed: Of initial weights and of the order of the batches.
-        run: The run.
-        labelled_size: Training images whose labels are known; 0 for all.
-        report_test: Whether the last weights are measured on the test split, once, at the end.
+    `labelled_size`: training images whose labels are known; 0 for all. `report_test`: whether the last weights are
+    measured on the test split, once, at the end.
 
     Returns:
         The student's file, with the last weights; its provenance holds the meta-validation figures of the last and of
@@ -80,11 +75,7 @@ def distill(
 def train_teacher(
     student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run, report_test: bool = False
 ) -> Path:
-    """Train a teacher: a student of cross-entropy.
-
-    Returns:
-        The teacher's file.
-    """
+    """Train a teacher, a student of cross-entropy; its file."""
     run.say(introduce_images(images))
     run.say(introduce_network("teacher", student, images, run.device, train, count_processes()))
     training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
@@ -199,9 +190,7 @@ def train_to_the_end(
 def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     """Who pulls at the student: figures of a batch that it was just trained on. Nothing of the training changes.
 
-    Args:
-        training: The training, after a step.
-        seen: What `Training.run_step` told its `watch` in this step.
+    `seen`: what `Training.run_step` told its `watch` in the latest step.
 
     Returns:
         `gradient_norm`: of the step, over all parameters; `train/agreement`: percent of the images that student and

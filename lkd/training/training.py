@@ -259,12 +259,7 @@ class Training:
 class StudentLoss(nn.Module):
     """Student and loss as one module, from images to the loss's terms: what several processes share gradients of.
 
-    Args:
-        student: The student.
-        loss: The loss, computed in float32.
-        autocast: The context of the student's forward pass.
-        recipe: Whether the student is compiled, and its layout in memory.
-        clock: Told when the student and when the loss is done, forward and backward.
+    The student runs within `autocast`, the loss in float32; the clock is told when each is done, forward and backward.
     """
 
     def __init__(
@@ -358,11 +353,8 @@ def sum_inputs(batch: Batch, teacher: Outputs | None) -> Tensor:
 def check_inputs(place: str, batch: Batch, teacher: Outputs | None, shared: bool = False) -> None:
     """Check that a batch and the teacher's answers to it are finite.
 
-    Args:
-        place: Where they are used, say `"step 12"`.
-        batch: The batch.
-        teacher: The answers, if the loss needs any.
-        shared: Whether the processes that have met each have a part of the batch; all must ask then, and all raise.
+    `place`: where they are used, say `"step 12"`. `shared`: whether the processes that have met each have a part of the
+    batch; all must ask then, and all raise.
 
     Raises:
         BrokenInputError: If not; names the images by their index in the data set.
