@@ -98,12 +98,6 @@ def check_scalar(kind: str, loss: Any) -> None:
         )
 
 
-def check_used(unused: Iterable[str]) -> None:
-    """Raise an `UnusedError` that names the outer parameters that neither inner loss nor optimiser used, if any."""
-    if unused := list(unused):
-        raise UnusedError(unused)
-
-
 def check_differences(problem: Problem, radius: float) -> None:
     """Check that differences of gradients at this radius do not drown in the roundings of the parameters."""
     if not 0 < radius < math.inf:

@@ -32,20 +32,14 @@ def take_inner_loss(
     """Call the inner loss; return it and the buffers after it."""
     returned = problem.inner_loss(parameters, buffers, hyper, batch)
     if not (isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        parts = returned if isinstance(returned, tuple | list) else [returned]
         raise ValueError(
             "inner_loss has to return (loss, buffers), the buffers as a dict, {} where there are none; it returned "
-            f"{describe_return(returned)}"
+            f"({', '.join(type(part).__name__ for part in parts)})"
         )
     loss, updated = returned
     check_scalar("inner", loss)
     return loss, dict(updated)
-
-
-def describe_return(returned: Any) -> str:
-    """What a function returned, in words."""
-    if isinstance(returned, tuple | list):
-        return f"({', '.join(type(part).__name__ for part in returned)})"
-    return f"a {type(returned).__name__}"
 
 
 def rollout(problem: Problem) -> State:

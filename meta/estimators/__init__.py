@@ -5,8 +5,7 @@ from meta.estimators.evolution import evolution
 from meta.estimators.first_order import first_order
 from meta.estimators.higher import higher
 from meta.estimators.implicit import implicit
-from meta.estimators.last_step import last_step
-from meta.estimators.truncated import truncated
+from meta.estimators.truncated import last_step, truncated
 from meta.estimators.unrolled import unrolled
 from meta.problem import Estimator
 

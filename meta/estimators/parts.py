@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from meta.checks import check_used
+from meta.checks import UnusedError
 from meta.problem import Hypergradient, Problem
 from meta.randomness import replaying
 from meta.rollout import differentiate, drop_missing
@@ -68,7 +68,8 @@ def collect(
 
     A result that is not finite names its fault.
     """
-    check_used(unused)
+    if unused := list(unused):
+        raise UnusedError(unused)
     found = {
         name: grads[name].detach() if name in grads else torch.zeros_like(tensor.detach())
         for name, tensor in hyper.items()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from meta.checks import UnusedError, check_inputs, find_unused
+from meta.estimators.adjoint import adjoint
 from meta.estimators.first_order import first_order
 from meta.optim import SGD, Optimizer, PerStep, build_optimizer, setting_at
 from meta.problem import Estimator, Hypergradient, Problem
@@ -61,6 +62,15 @@ def truncated(problem: Problem, *, steps: int = 5, estimator: Estimator = first_
 
     with replaying(generators):
         return estimator(replace(tail, inner_loss=mention))
+
+
+def last_step(problem: Problem) -> Hypergradient:
+    """Differentiate only through the last inner step (T1–T2, Luketina et al. 2016).
+
+    Biased: what earlier steps owe to the outer parameters is left out, so the norm is far too small and the direction
+    right only roughly. Costs K gradient evaluations and two or three more; memory of one step.
+    """
+    return truncated(problem, steps=1, estimator=adjoint)
 
 
 def _find_unused_before(problem: Problem, names: set[str]) -> set[str]:
