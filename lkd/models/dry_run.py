@@ -111,19 +111,17 @@ def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, i
         return options
     patch = options.get("patch_size") or next((int(part[5:]) for part in name.split("_") if part[:5] == "patch"), 1)
     whole = tuple(patch * -(-side // patch) for side in size)
-    choices: list[dict[str, Any]] = [{"img_size": size[0] if size[0] == size[1] else list(size)}]
+    fitted: dict[str, Any] = options | {"img_size": size[0] if size[0] == size[1] else list(size)}
     if whole != size:  # its patches would leave out a part of the image, unless it is padded
-        choices = [{"img_size": max(whole), "dynamic_img_size": True, "dynamic_img_pad": True}]
-    for more in choices:
-        try:
-            network = build(name, 2, image_shape[0], options=options | more)
-            with running_dry(network):
-                network(torch.zeros(1, *image_shape))
-            return options | more
-        except (UserError, *MALFORMED) as error:
-            reason = first_line(error)
-    own = configuration.input_size[-1]
-    raise UserError(
-        f"model {name!r}: takes images of {own}×{own}, these are {size[0]}×{size[1]} ({reason}): give data.image_size "
-        f"{own} for images in files, options of its own, or another network"
-    )
+        fitted |= {"img_size": max(whole), "dynamic_img_size": True, "dynamic_img_pad": True}
+    try:
+        network = build(name, 2, image_shape[0], options=fitted)
+        with running_dry(network):
+            network(torch.zeros(1, *image_shape))
+    except (UserError, *MALFORMED) as error:
+        own = configuration.input_size[-1]
+        raise UserError(
+            f"model {name!r}: takes images of {own}×{own}, these are {size[0]}×{size[1]} ({first_line(error)}): give "
+            f"data.image_size {own} for images in files, options of its own, or another network"
+        ) from error
+    return fitted

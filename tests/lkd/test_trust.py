@@ -26,8 +26,9 @@ from lkd.losses.learned.networks import read_logits
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.answers import measure_teacher
-from lkd.training.build import introduce_teacher, open_teacher, prepare_images
+from lkd.training.build import open_teacher, prepare_images
 from lkd.training.distill import select_labelled
+from lkd.training.introduce import introduce_teacher
 from tests.lkd.parts import prepare_teacher, start_training
 from tests.lkd.test_invariances import wander
 
