@@ -13,7 +13,7 @@ from lkd.export.cache import cache_answers
 from lkd.models import build
 from lkd.models.files import load_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
-from lkd.training import answers
+from lkd.training import answers as asking
 from lkd.training.answers import ask_anew
 from lkd.training.build import check_network, open_teacher, prepare_images
 from lkd.training.introduce import introduce_teacher
@@ -39,10 +39,10 @@ def test_a_table_answers_as_the_network_does(images) -> None:
 def test_scaled_logits_wherever_the_teacher_is_asked(images, tmp_path) -> None:
     batch = Batches(images.train, 50, seed=1).at(3)
     plain = TeacherRecipe("random", "tiny_cnn")
-    expected = 3 * answers.prepare_teacher(open_teacher(plain, images.train), images, CPU)(batch).logits
+    expected = 3 * asking.prepare_teacher(open_teacher(plain, images.train), images, CPU)(batch).logits
     scaled = dataclasses.replace(plain, logit_scale=3.0)
     opened = open_teacher(scaled, images.train)
-    for answers in (ask_anew(opened, images, CPU), answers.prepare_teacher(opened, images, CPU)):
+    for answers in (ask_anew(opened, images, CPU), asking.prepare_teacher(opened, images, CPU)):
         torch.testing.assert_close(answers(batch).logits, expected)
     assert "logits times 3" in introduce_teacher(opened, images, CPU)
     wrong = dataclasses.replace(scaled, random_answers=1.0)
@@ -50,11 +50,11 @@ def test_scaled_logits_wherever_the_teacher_is_asked(images, tmp_path) -> None:
     torch.testing.assert_close(shuffled.sort(1).values, expected.sort(1).values)
     cached = dataclasses.replace(scaled, cache=str(tmp_path / "cache"))
     cache_answers(CacheRecipe(data=images.settings, teacher=cached))
-    answers = answers.prepare_teacher(open_teacher(cached, images.train), images, CPU)
+    answers = asking.prepare_teacher(open_teacher(cached, images.train), images, CPU)
     torch.testing.assert_close(answers(batch).logits, expected.half().float())
     other = dataclasses.replace(cached, logit_scale=1.0)
     with pytest.raises(UserError, match=r"teacher\.logit_scale"):
-        answers.prepare_teacher(open_teacher(other, images.train), images, CPU)
+        asking.prepare_teacher(open_teacher(other, images.train), images, CPU)
 
 
 def test_random_answers_stay_with_the_image(images) -> None:
