@@ -23,7 +23,14 @@ from lkd.evaluation.report.runs import read_runs
 from lkd.losses.learned.forms import NOISE
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.networks import read_logits
-from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy, measure_trust
+from lkd.losses.learned.trust import (
+    OWN_ACCURACY,
+    Trust,
+    TrustFigures,
+    find_contradicted,
+    measure_own_accuracy,
+    measure_trust,
+)
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.answers import measure_teacher
 from lkd.training.build import open_teacher, prepare_images
@@ -230,10 +237,24 @@ def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
     judged = judge(TrustFigures(1.0, 1 - 0.3 - NOISE, 2.0))
     for bin in judged.argsort().chunk(20):
         assert judged[bin].mean().item() == pytest.approx((label == true)[bin].double().mean().item(), abs=0.015)
+    torch.testing.assert_close(
+        judge(TrustFigures(0.7, 0.7 - NOISE, 2.0, contradicted=0.3)), judged, atol=0.01, rtol=0.0
+    )
     for figures in (TrustFigures(), TrustFigures(0.8, 0.79, 2.0), TrustFigures(0.7, 1.0, 2.0)):
         assert (judge(figures) == 1).all()
     with pytest.raises(UserError, match="judges_labels"):
         build_learned_loss("logits", {"judges_labels": True})
+
+
+def test_wrong_held_out_labels_are_told_from_a_weak_teacher() -> None:
+    """Three in ten labels wrong, the teacher right; and all labels right, the teacher as unsure as it is often wrong."""
+    torch.manual_seed(0)
+    sure, weak = (scale * torch.randn(4000, 10) for scale in (20, 2))
+    for scale in (0.3, 1.0, 3.0):
+        true = torch.distributions.Categorical(logits=sure).sample()
+        labels = torch.where(torch.rand(4000) < 0.3, torch.randint(10, (4000,)), true)
+        assert find_contradicted(scale * sure, labels, 1.0) == pytest.approx(0.27, abs=0.03)  # some hit the right one
+        assert find_contradicted(scale * weak, torch.distributions.Categorical(logits=weak).sample(), 1.0) == 0
 
 
 def test_a_file_holds_no_trust(tmp_path: Path) -> None:
@@ -264,7 +285,7 @@ def test_own_accuracy_is_renewed_and_a_training_goes_on_to_the_same_bits() -> No
     seen = []
     while whole.step < whole.total_steps:
         whole.run_step()
-        seen.append(float(whole.loss.parts["logits"].trust[-1]))
+        seen.append(float(whole.loss.parts["logits"].trust[OWN_ACCURACY]))
     assert len(set(seen)) > 4, "the student's own accuracy was never measured anew"
     assert seen[0] == pytest.approx(measure_own_accuracy(begin().student, trust.looks))
     for _ in range(11):

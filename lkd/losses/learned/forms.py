@@ -173,13 +173,14 @@ class DecoupledLoss(LogitForm):
         """The probability that each label is right, [B], in whose measure it counts; 1 where that cannot be known.
 
         By Bayes' rule: before, a label is wrong as often as the teacher agrees less with the training labels than with
-        held-out ones; then the teacher's calibrated probability of the label is seen. A wrong label is taken for the
-        one that is most easily confused with the right one, whichever that is, as in the worst case.
+        held-out ones, of which some may be wrong too (`contradicted`); then the teacher's calibrated probability of the
+        label is seen. A wrong label is taken for the one that is most easily confused with the right one, whichever
+        that is, as in the worst case.
         """
         if not self.judges_labels:
             return torch.ones_like(seen[:, 0])
-        validation, training, *_ = self.trust.to(seen).unbind()
-        wrong = (1 - training / validation - NOISE).clamp(0, 1).nan_to_num(0.0)
+        validation, training, *_, contradicted = self.trust.to(seen).unbind()
+        wrong = (1 - training / validation * (1 - contradicted.nan_to_num(0.0)) - NOISE).clamp(0, 1).nan_to_num(0.0)
         column = networks.name_sample_inputs(self.conditioning).index("calibrated target probability")
         right = (1 + seen[:, column]) / 2
         joint = (1 - wrong) * right
@@ -195,7 +196,7 @@ class DecoupledLoss(LogitForm):
         """
         if not self.architecture["fades"]:
             return torch.ones_like(like[0])
-        validation, training, _, _, own = self.trust.to(like).unbind()
+        validation, training, _, _, own, _ = self.trust.to(like).unbind()
         wrong = (1 - training / validation).clamp(0, 1).nan_to_num(0.0)
         lead = validation - own + wrong
         return (FADING * (lead + MARGIN)).sigmoid().nan_to_num(1.0)

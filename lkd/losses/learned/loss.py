@@ -16,7 +16,7 @@ from lkd.core.outputs import Outputs
 from lkd.losses.functions import Stages, full_precision
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS, LogitForm
-from lkd.losses.learned.trust import Trust, TrustFigures, measure_own_accuracy
+from lkd.losses.learned.trust import OWN_ACCURACY, Trust, TrustFigures, measure_own_accuracy
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss, Progress, Terms, read_progress
 
@@ -125,7 +125,7 @@ class LearnedLoss(DistillationLoss):
     def tell_accuracy(self, accuracy: float) -> None:
         """Give the parts the student's own accuracy."""
         for part in self.forms():
-            part.trust[-1] = accuracy
+            part.trust[OWN_ACCURACY] = accuracy
 
     def at(self, progress: Progress) -> "LearnedLoss":
         """The loss in charge at this progress: itself."""

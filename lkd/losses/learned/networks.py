@@ -179,7 +179,7 @@ def sample_inputs(
         logs: The logits, the teacher's as it is to be read.
         progress: How far the training is; 1 where it is not given.
         conditioning: What is seen.
-        trust: `TrustFigures` as a tensor, [5]; all unknown if left out.
+        trust: `TrustFigures` as a tensor, [6]; all unknown if left out.
     """
     told = None if trust is None else trust.to(logs.seen)
     wanted = [kind is None or kind in conditioning for kind in SAMPLE_INPUTS.values()][:8]
@@ -197,15 +197,15 @@ def sample_inputs(
     if "progress" in conditioning:
         shared.append((2 * as_progress(progress, own) - 1).unsqueeze(0))
     if not set(TRUST_CONDITIONING).isdisjoint(conditioning):
-        shared.append(trust_inputs(own.new_full((5,), math.nan) if told is None else told, conditioning))
+        shared.append(trust_inputs(own.new_full((6,), math.nan) if told is None else told, conditioning))
     if "context" in conditioning:
         shared.append(own.mean(0))
     return torch.cat([own, torch.cat(shared).expand(own.shape[0], -1)], 1) if shared else own
 
 
 def trust_inputs(told: Tensor, conditioning: Sequence[str]) -> Tensor:
-    """What is seen of `TrustFigures` as a tensor, [5]: 0 for what is unknown, and whether it is; [inputs]."""
-    validation, training, temperature, images, accuracy = told.unbind()
+    """What is seen of `TrustFigures` as a tensor, [6]: 0 for what is unknown, and whether it is; [inputs]."""
+    validation, training, temperature, images, accuracy, _ = told.unbind()
     unknown = told.isnan().to(told).unbind()
     figures = {
         "agreement": [2 * validation - 1, 2 * training - 1, validation - training, unknown[0]],

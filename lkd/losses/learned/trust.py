@@ -1,11 +1,13 @@
 """Trust: what is measured of teacher, labels and student, so that a learned loss knows whom to believe (ours)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
@@ -16,6 +18,8 @@ from lkd.losses.functions import find_best_temperature
 MEASURED = 10_000  # images of each part that the teacher is asked about, at most
 LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
 COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
+NOTICED = 0.05  # honest teachers of every kind stay under 0.03 (docs/evidence/universal/tried.md)
+TINY = 1e-30
 UNKNOWN = float("nan")
 
 Part = ImageSet | Iterable[tuple[Tensor, Tensor]]
@@ -31,6 +35,8 @@ class TrustFigures(NamedTuple):
         temperature: That of the teacher's logits at which their cross-entropy on meta-validation is least.
         images_per_class: Training images with a label, over the number of classes.
         own_accuracy: Part of some meta-validation images to which the student gives their label, now.
+        contradicted: Part of the meta-validation labels that contradict the teacher however sure it is, as wrong labels
+            do (and random answers); 0 if less than `NOTICED`. See `find_contradicted`.
     """
 
     validation_agreement: float = UNKNOWN
@@ -38,6 +44,7 @@ class TrustFigures(NamedTuple):
     temperature: float = UNKNOWN
     images_per_class: float = UNKNOWN
     own_accuracy: float = UNKNOWN
+    contradicted: float = UNKNOWN
 
     def to_json(self) -> dict[str, float | None]:
         """For a file; None for what is not known."""
@@ -46,7 +53,10 @@ class TrustFigures(NamedTuple):
     @classmethod
     def from_json(cls, content: dict[str, float | None]) -> "TrustFigures":
         """What `to_json` returned."""
-        return cls(*(UNKNOWN if (value := content[name]) is None else float(value) for name in cls._fields))
+        return cls(*(UNKNOWN if (value := content.get(name)) is None else float(value) for name in cls._fields))
+
+
+OWN_ACCURACY = TrustFigures._fields.index("own_accuracy")
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,14 @@ class Trust:
         return tuple(looks)
 
     def __str__(self) -> str:
-        validation, training, temperature, images, _ = self.figures
+        validation, training, temperature, images, _, contradicted = self.figures
         if validation != validation:
             return f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows"
+        surely = f"; {contradicted:.0%} of the meta-validation labels contradict it where it is sure"
         return (
             f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
             f"training labels; its best temperature is {temperature:.2f}; {images:.0f} images a class"
+            f"{surely if contradicted > 0 else ''}"
         )
 
 
@@ -109,7 +121,13 @@ def measure_trust(
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
     training = UNKNOWN if train is None else measure_agreement(teacher, train, place)
     count = count_images(train)
-    figures = TrustFigures(agree(logits, target), training, temperature, count / logits.shape[1])
+    figures = TrustFigures(
+        agree(logits, target),
+        training,
+        temperature,
+        count / logits.shape[1],
+        contradicted=find_contradicted(logits, target, temperature),
+    )
     return Trust(figures, Trust.choose_looks(validation, place))
 
 
@@ -158,6 +176,36 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
         found = f"{int(target.min())} to {int(target.max())}"
         raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
     return logits, target
+
+
+def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> float:
+    """Part of the labels that contradict the teacher however sure it is; 0 if less than `NOTICED`.
+
+    The c of largest likelihood, together with τ, where a label is drawn from softmax(logits / τ) but in a part c of the
+    images, where it is any other. A teacher that is merely weak, or too sure, is wrong where it is less sure than
+    elsewhere, which τ explains.
+
+    Args:
+        logits: The teacher's, [N, C].
+        target: Labels, [N].
+        temperature: Where the search for τ starts.
+    """
+    start = torch.tensor([math.log(temperature), -3.0], device=logits.device)
+    free, others = start.requires_grad_(), logits.shape[1] - 1
+    optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        of_label = log_softmax(logits / free[0].exp(), 1).gather(1, target.unsqueeze(1)).exp()
+        part = free[1].sigmoid()
+        loss = -((1 - part) * of_label + part * (1 - of_label) / others).clamp_min(TINY).log().mean()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    part = float(free[1].detach().sigmoid())
+    return part if part >= NOTICED else 0.0
 
 
 def agree(logits: Tensor, target: Tensor) -> float:
