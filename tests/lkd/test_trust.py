@@ -247,7 +247,7 @@ def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
 
 
 def test_wrong_held_out_labels_are_told_from_a_weak_teacher() -> None:
-    """Three in ten labels wrong, the teacher right; and all labels right, the teacher as unsure as it is often wrong."""
+    """Three in ten labels wrong, the teacher right; and all labels right, the teacher as unsure as it is wrong."""
     torch.manual_seed(0)
     sure, weak = (scale * torch.randn(4000, 10) for scale in (20, 2))
     for scale in (0.3, 1.0, 3.0):

@@ -203,7 +203,7 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     part = float(free[1].detach().sigmoid())
     return part if part >= NOTICED else 0.0
 
