@@ -158,7 +158,7 @@ class DecoupledLoss(LogitForm):
         seen = self.see(logs, progress)
         free = self.body(seen)
         weight, share, *rest = free.sigmoid().unbind(1)
-        weight = 1 - (1 - weight) * self.judge_labels(seen)
+        weight = 1 - (1 - weight) * self.judge_labels(seen, progress)
         factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
         own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
@@ -169,18 +169,21 @@ class DecoupledLoss(LogitForm):
             return torch.ones_like(like[0])
         return networks.as_progress(progress, like).div(self.warmup).clamp(max=1)
 
-    def judge_labels(self, seen: Tensor) -> Tensor:
+    def judge_labels(self, seen: Tensor, progress: Progress) -> Tensor:
         """The probability that each label is right, [B], in whose measure it counts; 1 where that cannot be known.
 
         By Bayes' rule: before, a label is wrong as often as the teacher agrees less with the training labels than with
-        held-out ones, of which some may be wrong too (`contradicted`); then the teacher's calibrated probability of the
-        label is seen. A wrong label is taken for the one that is most easily confused with the right one, whichever
-        that is, as in the worst case.
+        held-out ones; then the teacher's calibrated probability of the label is seen. A wrong label is taken for the one
+        that is most easily confused with the right one, whichever that is, as in the worst case.
+
+        Held-out labels that contradict the teacher however sure it is are wrong, or its answers are random. If these
+        are, the student soon overtakes it (`stay`); so the labels are suspected by and by, as the teacher is ramped up.
         """
         if not self.judges_labels:
             return torch.ones_like(seen[:, 0])
         validation, training, *_, contradicted = self.trust.to(seen).unbind()
-        wrong = (1 - training / validation * (1 - contradicted.nan_to_num(0.0)) - NOISE).clamp(0, 1).nan_to_num(0.0)
+        suspected = contradicted.nan_to_num(0.0) * self.ramp(progress, seen[:, 0])
+        wrong = (1 - training / validation * (1 - suspected) - NOISE).clamp(0, 1).nan_to_num(0.0)
         column = networks.name_sample_inputs(self.conditioning).index("calibrated target probability")
         right = (1 + seen[:, column]) / 2
         joint = (1 - wrong) * right
