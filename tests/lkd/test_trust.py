@@ -232,7 +232,7 @@ def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
 
     def judge(figures: TrustFigures) -> torch.Tensor:
         loss.tell(figures)
-        return form.judge_labels(form.see(logs, 0.7), 0.7)
+        return form.judge_labels(form.see(logs, 0.8), 0.8)
 
     judged = judge(TrustFigures(1.0, 1 - 0.3 - NOISE, 2.0))
     for bin in judged.argsort().chunk(20):

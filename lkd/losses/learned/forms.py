@@ -177,12 +177,12 @@ class DecoupledLoss(LogitForm):
         that is most easily confused with the right one, whichever that is, as in the worst case.
 
         Held-out labels that contradict the teacher however sure it is are wrong, or its answers are random. If these
-        are, the student soon overtakes it (`stay`); so the labels are suspected by and by, as the teacher is ramped up.
+        are, the student soon overtakes it (`stay`); so the labels are suspected from the middle of the training on.
         """
         if not self.judges_labels:
             return torch.ones_like(seen[:, 0])
         validation, training, *_, contradicted = self.trust.to(seen).unbind()
-        suspected = contradicted.nan_to_num(0.0) * self.ramp(progress, seen[:, 0])
+        suspected = contradicted.nan_to_num(0.0) * (4 * networks.as_progress(progress, seen[:, 0]) - 2).clamp(0, 1)
         wrong = (1 - training / validation * (1 - suspected) - NOISE).clamp(0, 1).nan_to_num(0.0)
         column = networks.name_sample_inputs(self.conditioning).index("calibrated target probability")
         right = (1 + seen[:, column]) / 2
