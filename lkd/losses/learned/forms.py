@@ -173,8 +173,8 @@ class DecoupledLoss(LogitForm):
         """The probability that each label is right, [B], in whose measure it counts; 1 where that cannot be known.
 
         By Bayes' rule: before, a label is wrong as often as the teacher agrees less with the training labels than with
-        held-out ones; then the teacher's calibrated probability of the label is seen. A wrong label is taken for the one
-        that is most easily confused with the right one, whichever that is, as in the worst case.
+        held-out ones; then the teacher's calibrated probability of the label is seen. A wrong label is taken for the
+        one that is most easily confused with the right one, whichever that is, as in the worst case.
 
         Held-out labels that contradict the teacher however sure it is are wrong, or its answers are random. If these
         are, the student soon overtakes it (`stay`); so the labels are suspected from the middle of the training on.
