@@ -18,7 +18,9 @@ HEADER = """# Licences of the dependencies
 
 Made by `python benchmarks/licences.py` from the metadata of the installed packages: what `pip install lkd` brings on
 Linux with Python {python}, without extras. **Bold**: named in pyproject.toml; the others come with these. LKD itself is
-under the MIT licence; Fashion-MNIST, of which it carries a part, too (Zalando SE).
+under the MIT licence; Fashion-MNIST, of which it carries a part, too (Zalando SE; the text is beside the images in
+`lkd/data/embedded`). The `universal` loss was learned on it and on glyphs of free fonts (benchmarks/universal); the
+package has neither those fonts nor the glyphs in it. Pages and reports use the reader's own fonts.
 
 | package | version | licence |
 |---|---|---|

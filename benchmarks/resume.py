@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def kill_and_resume(command: str, number: int, folder: Path) -> dict[str, Any]:
             seconds = chance.uniform(0.1, 1.0) * duration
             process = Command(words, folder / "output.txt")
             time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it is through
+                process.send_signal(signal.SIGKILL)
             killed = process.wait() != 0
         found = [str(path.relative_to(run_dir).with_suffix("")) for path in run_dir.rglob("[0-9]*.safetensors")]
         finish(words, folder / "output.txt")

@@ -143,7 +143,11 @@ def check_world(name: str, world: StudentRecipe) -> int:
     record, arms = Record(EVIDENCE), read_arms()[0]
     status = 0
     for label in ("KD(0.5, 4)", "universal"):
-        committed = next(row for row in record.rows.values() if describe(row)[:3] == [name, label, "0"])
+        committed = next((row for row in record.rows.values() if describe(row)[:3] == [name, label, "0"]), None)
+        if committed is None:
+            print(f"{label}: has no row")
+            status = 1
+            continue
         with tempfile.TemporaryDirectory() as folder:
             recipe = build_recipe(Path(folder) / name, world, float(committed["learning_rate"]))
             trial = Trial(label, arms[label].loss, world.student, 0, True)

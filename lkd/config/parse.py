@@ -336,7 +336,11 @@ def parse_recipe(command: str, words: list[str]) -> Any:
     )
     parser.add_argument("--config", action="config", help="A recipe file; the same as naming it first.")
     paths, options = split_files(fill_field(words, recipe, field) if field else words)
-    contents = [word for read in read_recipes(paths) for word in ("--config", json.dumps(read, default=str))]
+    recipes = read_recipes(paths)
+    for path, read in zip(paths, recipes, strict=True):
+        if read.get("plugins"):
+            raise UserError(f"{path}: plugins: a recipe runs no code; say --plugins {read['plugins']} in the command")
+    contents = [word for read in recipes for word in ("--config", json.dumps(read, default=str))]
     check_words(options)
     expanded = contents + complete_switches(options, {f"--{key}" for key in known_keys(parser, bool)})
     try:

@@ -255,7 +255,8 @@ class RunRecipe:
             digits.
         wandb: Weights & Biases.
         trackio: Project of trackio's local dashboard that metrics go to as well; none if left out.
-        plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
+        plugins: File of Python that registers networks of your own (docs/networks.md). It is run, so that no recipe may
+            name it.
     """
 
     run_dir: str = "runs/run"

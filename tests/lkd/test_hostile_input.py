@@ -143,6 +143,14 @@ def test_no_recipe_imports_or_makes_anything(text: str, tmp_path, no_evil) -> No
     assert "Popen" not in repr(recipe) or "class_path" in repr(recipe), "it stays what the text says"
 
 
+def test_a_recipe_names_no_file_that_is_run(tmp_path, no_evil) -> None:
+    (tmp_path / "evil.py").write_text("open('EVIL', 'w')\n")
+    (tmp_path / "base.yaml").write_text(f"plugins: {tmp_path / 'evil.py'}\n")
+    (tmp_path / "r.yaml").write_text("base: base.yaml\n")
+    with pytest.raises(UserError, match="plugins"):
+        parse_recipe("distill", [str(tmp_path / "r.yaml")])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
