@@ -94,7 +94,11 @@ def check_mistakes() -> int:
         write_folder(Path(folder) / "data" / "folder", 3, 40, 8)
         words = {names[0]: commands.data("nowhere"), names[1]: [*commands.data("folder"), "--device", "cuda"]}
         for name in names:
-            commands.run(name, ["distill", *KD, *SMALL, *UNTRAINED, *words[name], "--run_dir", "run"], expected=2)
+            commands.run(
+                name,
+                ["distill", *KD, *SMALL, *UNTRAINED, *words[name], "--run_dir", str(commands.place(name))],
+                expected=2,
+            )
         made = {f"{row['name']}: {key}": row[key] for row in commands.rows for key in ("exit_code", "line")}
     rows = {row["name"]: row for row in read_rows(EVIDENCE / "commands.csv")}
     return check({f"{name}: {key}": rows[name][key] for name in names for key in ("exit_code", "line")}, made)
