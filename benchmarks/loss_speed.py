@@ -19,28 +19,16 @@ from rows import matching, median, write_row
 from speed_report import OUT, record
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lkd
 from lkd.losses import KDLoss
 from lkd.losses.learned.trust import Trust, TrustFigures
+from lkd.training.throughput import OperationCounter
 
 BATCH, CLASSES, REPEATS, STEPS = 256, (1000, 10), 25, 12
 COLUMNS = ["classes", "loss", "mode", "repeat", "cpu_seconds"]
 COUNTS = ["classes", "loss", "operators", "compilations"]
 TRUST = Trust(TrustFigures(0.9, 0.9, 1.5, 400.0, 0.5))
-
-
-class OperatorCount(TorchDispatchMode):
-    """Counts operators that compute: no views, nothing that only detaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.operators += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def differentiate(
@@ -63,9 +51,9 @@ def make_losses() -> dict[str, nn.Module]:
 
 
 def count_operators(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor) -> int:
-    with OperatorCount() as count:
+    with OperationCounter() as count:
         differentiate(loss, student, teacher, target, 0.3)
-    return count.operators
+    return count.operations
 
 
 def compile_counted(loss: nn.Module, graphs: list[object]) -> Callable[..., dict[str, Tensor]]:

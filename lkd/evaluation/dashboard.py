@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tabulate import tabulate
 
 from lkd.config.evaluation import DashboardRecipe
 from lkd.core.errors import UserError, first_line
 from lkd.core.files import read_json, write_json
-from lkd.evaluation.report.runs import read_comparison, read_notes
 from lkd.tracking.run import shorten_paths
 from lkd.tracking.tracker import read_log
 
@@ -32,12 +30,7 @@ def read_panels() -> Panels:
 
 
 def build_panel(
-    title: str,
-    metrics: Sequence[str] = (),
-    pictures: Sequence[str] = (),
-    smoothing: float = 0.0,
-    place: int = 0,
-    **options: Any,
+    title: str, pictures: Sequence[str] = (), smoothing: float = 0.0, place: int = 0, **options: Any
 ) -> Any:
     """wandb-workspaces' panel of an entry of `dashboard.yaml`; `place` is its number in a report."""
     import wandb_workspaces.reports.v2 as reports
@@ -47,28 +40,14 @@ def build_panel(
         return reports.MediaBrowser(
             title=title, media_keys=list(pictures), num_columns=1, gallery_axis="step", layout=layout
         )
-    return reports.LinePlot(
-        title=title,
-        x=STEP,
-        title_x=STEP,
-        y=list(metrics),
-        smoothing_type="exponential" if smoothing else "none",
-        smoothing_factor=smoothing or None,
-        smoothing_show_original=True if smoothing else None,
-        layout=layout,
-        **{"plot_type": "line", **options},
-    )
+    options["y"] = options.pop("metrics", [])
+    if smoothing:
+        options |= {"smoothing_type": "exponential", "smoothing_factor": smoothing, "smoothing_show_original": True}
+    return reports.LinePlot(title=title, x=STEP, title_x=STEP, layout=layout, **{"plot_type": "line", **options})
 
 
 def read_names(run: Path) -> set[str]:
-    """Names of the metrics that a run has logged, and of the pictures that W&B has kept of it.
-
-    Args:
-        run: A run directory.
-
-    Raises:
-        UserError: If it holds no log.
-    """
+    """Names of the metrics that a run has logged, and of the pictures that W&B has kept of it."""
     log = run / "log.jsonl"
     if not log.exists():
         raise UserError(f"runs: {run} holds no log.jsonl; give run directories, such as runs/student")
@@ -93,16 +72,12 @@ def list_empty(panels: Panels, names: Iterable[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The report of a finished `lkd compare`: its table, its notes, its recipe, and what W&B has of its run.
 
-NEEDED = ("config.json", "table.csv", "table.txt", "result.json")
+NEEDED = ("config.json", "table.txt", "result.json")
 WIDTH, HEIGHT = 8, 6  # of a panel; a report has 24 columns
 
 
 def check_comparison(folder: Path) -> None:
-    """Check that a folder holds a finished comparison.
-
-    Raises:
-        UserError: If it does not.
-    """
+    """Check that a folder holds a finished comparison."""
     missing = [name for name in NEEDED if not (folder / name).exists()]
     if missing:
         raise UserError(f"report: {folder} is no finished comparison, {', '.join(missing)} missing: run lkd compare")
@@ -112,28 +87,18 @@ def check_comparison(folder: Path) -> None:
 
 
 def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
-    """Build the report; nothing is sent.
+    """Build the report of a comparison's run directory; nothing is sent.
 
-    Args:
-        folder: Run directory of the comparison.
-        entity: User or team.
-        project: Project name.
-        known: Whether W&B can be asked for the project, which ties the panels to it. Else they show the project of the
-            report itself.
-
-    Returns:
-        wandb-workspaces' `Report`. It has panels only where the comparison was logged to W&B.
+    It has panels only where the comparison was logged to W&B. `known` is whether W&B can be asked for the project,
+    which ties them to it; else they show the project of the report itself.
     """
     import wandb_workspaces.reports.v2 as reports
 
     recipe = shorten_paths(read_json(folder / "config.json")["recipe"])
-    header, rows = read_comparison(folder / "table.csv")
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     blocks = [
         reports.P(describe_comparison(recipe, read_json(folder / "result.json"))),
         reports.H2("Accuracy on the test split"),
-        reports.MarkdownBlock(tabulate(cells, header, tablefmt="github", disable_numparse=True)),
-        reports.UnorderedList(read_notes(folder / "table.txt")),
+        reports.CodeBlock((folder / "table.txt").read_text(encoding="utf-8")),
     ]
     if any(folder.glob("wandb/*run-*")):  # it was logged there
         run, place = (folder / "wandb_run_id").read_text().strip(), {"entity": entity, "project": project}
@@ -199,11 +164,7 @@ def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) 
 
 
 def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
-    """The recipe's report or workspace; for `known` see `build_report`.
-
-    Raises:
-        UserError: If wandb-workspaces refuses the name.
-    """
+    """The recipe's report or workspace; for `known` see `build_report`."""
     if recipe.report:
         return build_report(Path(recipe.report), entity, recipe.project, known)
     import wandb_workspaces.reports.v2 as reports
@@ -222,11 +183,7 @@ def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
 
 
 def find_entity() -> str:
-    """Who is logged in.
-
-    Raises:
-        UserError: If W&B does not say.
-    """
+    """Who is logged in."""
     import wandb
 
     entity = wandb.Api().default_entity

@@ -47,21 +47,13 @@ ROW_FORMAT = 2
 
 
 class Draw(NamedTuple):
-    """One student and its batches, from which every loss is rolled out.
-
-    Attributes:
-        annealing: Learning rate within the rollout.
-        steps: K.
-        age: The student's age, as the recipe has it.
-        number: The number of the draw; equal numbers share batches, whatever the other fields.
-        student: Position in the pool.
-    """
+    """One student and its batches, from which every loss is rolled out."""
 
     annealing: str
     steps: int
     age: float
-    number: int
-    student: int
+    number: int  # equal numbers share batches, whatever the other fields
+    student: int  # its position in the pool
 
 
 def plan_draws(recipe: FidelityRecipe, pool: list[dict[str, Any]], total_steps: int) -> list[Draw]:
@@ -233,11 +225,7 @@ def make_pool(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuild
 
 
 def check_recipe(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder, total_steps: int) -> None:
-    """Check everything but the ages, before any training.
-
-    Raises:
-        UserError: If a setting is impossible.
-    """
+    """Check everything but the ages, before any training."""
     for name in ("ages", "rollout_lengths", "annealing"):
         values = getattr(recipe, name)
         if not values or len(set(values)) < len(values):
@@ -258,12 +246,7 @@ def check_recipe(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBu
 
 
 def check_losses(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder) -> None:
-    """Check the losses to rank.
-
-    Raises:
-        UserError: If there are fewer than 3, or one cannot be built, has a grid or a training of its own, or has parts
-            that are trained along.
-    """
+    """Check the losses to rank."""
     if len(recipe.losses) < 3:
         raise UserError(f"losses: {len(recipe.losses)} given ({', '.join(recipe.losses)}); a ranking needs at least 3")
     for label, specification in recipe.losses.items():
@@ -282,11 +265,7 @@ def check_losses(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBu
 
 
 def check_ages(recipe: FidelityRecipe, pool: Pool | None, total_steps: int) -> None:
-    """Check that the pool holds, or will hold, students of every age.
-
-    Raises:
-        UserError: If not.
-    """
+    """Check that the pool holds, or will hold, students of every age."""
     settings = recipe.pool
     planned = torch.linspace(0, settings.max_age, settings.snapshots).tolist()
     entries = (

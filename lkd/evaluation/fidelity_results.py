@@ -46,22 +46,12 @@ class Setting(NamedTuple):
 
 
 class SettingFidelity(NamedTuple):
-    """How well the rollouts of one setting rank losses, over the ages as they would be drawn.
-
-    Attributes:
-        ages: The ages.
-        weights: With which each age would be drawn, in proportion to max(0, ρ)²; they sum to 1, or are all 0 if no age
-            ranks at all.
-        mean: The plain mean of ρ over the ages.
-        rho: The weighted mean of ρ over the ages.
-        low: Lower end of its interval.
-        high: Upper end.
-    """
+    """How well the rollouts of one setting rank losses, over the ages as they would be drawn."""
 
     ages: list[float]
-    weights: list[float]
-    mean: float
-    rho: float
+    weights: list[float]  # of the ages, in proportion to max(0, ρ)²; sum 1, or all 0 if no age ranks at all
+    mean: float  # the plain mean of ρ over the ages
+    rho: float  # the weighted mean, between the ends of its interval
     low: float
     high: float
 
@@ -96,13 +86,10 @@ def recommend(settings: dict[Setting, SettingFidelity], tolerance: float) -> Set
 
 @dataclass
 class Fidelity:
-    """What was found.
+    """What was found: ρ for every setting, age and criterion, and the fidelity of every setting by accuracy.
 
-    Attributes:
-        rows: ρ and its interval for every setting, age and criterion.
-        settings: The fidelity of every setting, by accuracy.
-        ceilings: Criterion → `rho`, `low`, `high` of the noise ceiling: how well full trainings rank as they themselves
-            do.
+    `ceilings` has of each criterion `rho`, `low` and `high` of the noise ceiling: how well full trainings rank as they
+    themselves do.
     """
 
     rows: list[Row]
@@ -189,11 +176,7 @@ def tabulate_rollouts(recipe: FidelityRecipe, rollouts: list[Row]) -> dict[tuple
 
 
 def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], run: Run) -> Row:
-    """Correlate, recommend, and write fidelity.json, result.json, table.txt, the CSV files and fidelity.png.
-
-    Returns:
-        What `fidelity.json` holds.
-    """
+    """Correlate, recommend, and write tables, CSV files, picture and fidelity.json, whose content is returned."""
     found = correlate_all(recipe, full, rollouts)
     provenance = run.provenance()
     result = {
@@ -330,10 +313,7 @@ def write_notes(found: Fidelity) -> list[str]:
 
 
 def plot_fidelity(found: Fidelity, path: Path) -> None:
-    """Draw ρ against age, one colour a rollout length, one panel for each annealing and objective.
-
-    The recommended setting's panel is marked, and says how often each age would be drawn.
-    """
+    """Draw ρ against age, one colour a rollout length, one panel for each annealing and objective."""
     rows = found.rows_by("accuracy")
     annealings, objectives, ages, lengths = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("annealing", "objective", "age", "rollout_steps")

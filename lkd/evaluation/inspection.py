@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -160,23 +161,16 @@ AS_GOOD = 0.01  # temperatures that explain at most this much less are as good
 class BalanceFit:
     """Least squares of a gradient on w_ce · CE's + w_kd · KD's at τ, the latter with its factor τ²; neither negative.
 
-    Attributes:
-        task: w_ce.
-        distillation: w_kd.
-        share: w_kd / (w_ce + w_kd); None where the gradient has nothing of either.
-        temperature: τ, the effective temperature; None where the teacher has no part in the gradient.
-        temperatures_as_good: Least and greatest temperature that explain almost as much, each with its best weights.
-        shares_as_good: Least and greatest share of these.
-        explained: R²: the part of the gradient's squared norm that is explained, in [0, 1].
+    What is as good are the least and the greatest that explain almost as much, each with its best weights.
     """
 
-    task: float
-    distillation: float
-    share: float | None
-    temperature: float | None
+    task: float  # w_ce
+    distillation: float  # w_kd
+    share: float | None  # w_kd / (w_ce + w_kd); None where the gradient has nothing of either
+    temperature: float | None  # τ; None where the teacher has no part in the gradient
     temperatures_as_good: tuple[float, float] | None
     shares_as_good: tuple[float, float] | None
-    explained: float
+    explained: float  # R²: the part of the gradient's squared norm that is explained, in [0, 1]
 
 
 def fit_balance(gradient: Tensor, student: Tensor, teacher: Tensor, target: Tensor) -> BalanceFit:
@@ -227,20 +221,12 @@ def solve(
     gradient: Tensor, task: Tensor, student: Tensor, teacher: Tensor, temperatures: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Both weights, neither negative, [T, 2], and the squared norm of what is left, [T], at each temperature."""
+    from scipy.optimize import nnls  # slow to import
+
     taught = distillation_gradients(student, teacher, temperatures)
-    task_task, task_taught = task.square().sum(), (task * taught).sum((1, 2))
-    taught_taught = taught.square().sum((1, 2))
-    gram = torch.stack([task_task.expand_as(task_taught), task_taught, task_taught, taught_taught], 1).view(-1, 2, 2)
-    projections = torch.stack([(task * gradient).sum().expand_as(task_taught), (taught * gradient).sum((1, 2))], 1)
-    both = (torch.linalg.pinv(gram, hermitian=True) @ projections.unsqueeze(2)).squeeze(2)
-    alone = projections.clamp_min(0) / gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny)
-    candidates = torch.stack([torch.zeros_like(both), *torch.diag_embed(alone).unbind(1), both])
-    squares = (candidates.unsqueeze(2) @ gram @ candidates.unsqueeze(3))[..., 0, 0]
-    saved = 2 * (candidates * projections).sum(2) - squares
-    allowed = (candidates >= 0).all(2)
-    best = saved.where(allowed, -torch.inf).argmax(0)
-    rows = torch.arange(len(best))
-    return candidates[best, rows], gradient.square().sum() - saved[best, rows]
+    pairs = torch.stack([task.expand_as(taught), taught], -1).flatten(1, 2)
+    weights, norms = zip(*(nnls(pair.numpy(), gradient.flatten().numpy()) for pair in pairs), strict=True)
+    return torch.tensor(np.array(weights)), torch.tensor(norms).square()
 
 
 def imply_balance(loss: DistillationLoss, states: States) -> dict[str, Any]:
@@ -365,9 +351,8 @@ def describe_choices(loss: DistillationLoss, num_classes: int, seed: int) -> dic
 
     Returns:
         `agreement`, in `TYPICAL_WORLD` at three progresses, and `context`, in each of `WORLDS` halfway, told what would
-        be measured there and not: for each column and each of `CASES` the means, None where it is not met. `trust`, of
-        a form that reads it: over `TEACHER_ACCURACIES` the means over the batch, for each share of wrong labels and
-        accuracy of the student, told and not.
+        be measured there and not: for each of `CASES` the means, None where it is not met. `trust`, of a form that
+        reads it: over `TEACHER_ACCURACIES`, for each share of wrong labels and accuracy of the student, told and not.
     """
 
     def set_means(batch: MadeUpBatch, told: bool, progress: float = 0.5) -> dict[str, dict[str, float | None]]:

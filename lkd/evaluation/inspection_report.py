@@ -45,11 +45,7 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
 
 
 def describe_file(name: str) -> dict[str, Any]:
-    """Size, hash and format of a learned loss's file, and what it says that it was trained with, if it does.
-
-    Raises:
-        UserError: As `load_loss`.
-    """
+    """Size, hash and format of a learned loss's file, and what it says that it was trained with, if it does."""
     path, _, header = LossFile.read(name)
     provenance = header.get("provenance") or {}
     kept, reuse = find_kept_row(provenance.get("curve") or [], provenance.get("kept_step")), provenance.get("reuse")

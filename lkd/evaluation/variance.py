@@ -54,11 +54,7 @@ def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
 
 
 def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of the task and of the distillation term of a finished run's student, of one mini-batch each.
-
-    Raises:
-        UserError: If the run is not a finished `lkd distill`.
-    """
+    """Gradients of the task and of the distillation term of a finished run's student, of one mini-batch each."""
     folder, device = Path(recipe.run_dir), choose_device(recipe.device)
     saved = read_mapping(folder / "config.json")
     if saved.get("command") != "distill":

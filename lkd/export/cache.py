@@ -114,11 +114,7 @@ def drop_damaged_index(path: Path) -> None:
 
 
 def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images, device: torch.device) -> CacheFolder:
-    """The cache, begun or to be begun.
-
-    Raises:
-        UserError: If the folder holds the cache of something else.
-    """
+    """The cache, begun or to be begun."""
     folder = Path(str(recipe.teacher.cache))
     made_with = identify_answers(opened, images)
     header: dict[str, Any] = {

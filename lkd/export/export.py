@@ -46,11 +46,7 @@ def is_timms(name: str) -> bool:
 
 
 def write_timm(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
-    """A state dict that `timm.create_model(name, checkpoint_path=...)` loads.
-
-    Raises:
-        UserError: If the network is not one of timm's.
-    """
+    """A state dict that `timm.create_model(name, checkpoint_path=...)` loads."""
     import timm
 
     name = architecture["name"]
@@ -80,11 +76,7 @@ def write_safetensors(model: nn.Module, architecture: dict[str, Any], images: Te
 
 
 def write_onnx(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
-    """ONNX with inputs `images` [batch, C, H, W] and output `logits`; any batch size.
-
-    Raises:
-        UserError: If the packages of the `export` extra are missing.
-    """
+    """ONNX with inputs `images` [batch, C, H, W] and output `logits`; any batch size."""
     runtime = import_extra("onnxruntime")
     import_extra("onnxscript")
     path = folder / "student.onnx"
@@ -121,11 +113,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def import_extra(package: str) -> Any:
-    """Import a package of the `export` extra.
-
-    Raises:
-        UserError: If it is not installed.
-    """
+    """Import a package of the `export` extra."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -144,12 +132,7 @@ BATCH = 4
 
 
 class Exported(NamedTuple):
-    """One file and how far its outputs are from the network's own.
-
-    Attributes:
-        path: The file.
-        difference: Largest difference of a logit, over the largest logit.
-    """
+    """One file, and the largest difference of a logit of its outputs from the network's, over the largest logit."""
 
     path: Path
     difference: float
@@ -211,11 +194,7 @@ def write_configuration(header: dict[str, Any], folder: Path) -> None:
 
 
 def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
-    """Random images of the size that the network was trained on, [BATCH, C, H, W].
-
-    Raises:
-        UserError: If neither the file nor the recipe says which size.
-    """
+    """Random images of the size that the network was trained on, [BATCH, C, H, W]."""
     channels = header["architecture"]["in_chans"]
     known = header["provenance"].get("image_shape", [channels, 0, 0])
     height, width = [recipe.image_size] * 2 if recipe.image_size else known[1:]

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from lkd.config.training import PullRecipe, PushRecipe
 from lkd.core.files import hash_file, replaced_atomically, write_text
 from lkd.core.tensor_files import read_tensors
@@ -15,17 +17,10 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def write_card(path: Path, reference: str) -> str:
-    """Make the model card of a learned-loss file.
-
-    Args:
-        path: The file.
-        reference: Where it will lie, as in hf://owner/repository/file.
+    """Make the model card of a learned-loss file that will lie at this reference.
 
     Returns:
         Markdown with the Hub's front matter. Of folders it names the last part only.
-
-    Raises:
-        UserError: If the file is not a learned loss.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -97,11 +92,8 @@ def describe_reuse(provenance: dict[str, Any]) -> str:
 
 def list_facts(facts: dict[str, Any]) -> str:
     """A Markdown table; whatever a value holds stays in its cell."""
-    rows = [
-        f"| {name} | `{' '.join(str(value).split()).replace('`', '').replace('|', '/')}` |"
-        for name, value in facts.items()
-    ]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    cells = ((name, " ".join(str(value).split()).replace("`", "").replace("|", "/")) for name, value in facts.items())
+    return tabulate([(name, f"`{cell}`") for name, cell in cells], ["", ""], "github", disable_numparse=True)
 
 
 def push_loss(recipe: PushRecipe) -> str:

@@ -30,19 +30,12 @@ FIELDS = {  # a recipe's field that names a file, or its last part → its kind
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A file or folder that a run used or made.
+    """A file or folder that a run used or made."""
 
-    Attributes:
-        kind: teacher, pool, loss, student, network, cache, packed, weights, fidelity or code.
-        name: File name, or what names a network without a file.
-        sha256: Of its content: of a folder, of its files' names and sizes and of its JSON files; None without a file.
-        path: Where it is; None without a file.
-    """
-
-    kind: str
-    name: str
-    sha256: str | None
-    path: Path | None
+    kind: str  # teacher, pool, loss, student, network, cache, packed, weights, fidelity or code
+    name: str  # file name, or what names a network without a file
+    sha256: str | None  # of its content, see `hash_folder`; None without a file
+    path: Path | None  # None without a file
 
     @property
     def artifact(self) -> str:
@@ -93,15 +86,10 @@ def identify_source(kind: str, name: str) -> Entry:
 
 
 def is_same_content(run: Path, before: dict[str, Any], now: dict[str, Any], field: str) -> bool:
-    """Whether a field names, under another name, a file or folder of the content that a run has used.
+    """Whether a dotted field names, under another name, a file or folder of the content that a run has used.
 
-    A job that goes on may find its files in another place, such as a scratch folder of its own.
-
-    Args:
-        run: The run directory.
-        before: The recipe that the run has.
-        now: The recipe that is to go on with it.
-        field: The field, dotted, in which they differ.
+    A job that goes on may find its files in another place, such as a scratch folder of its own. The run's recipe is
+    `before`, that which is to go on with it `now`.
     """
     sources, kept = list_sources(now), list_sources(before)
     if field not in sources or field not in kept:
@@ -127,13 +115,7 @@ def hash_folder(path: Path) -> str:
 
 
 def record(path: Path, part: str, entry: Entry) -> None:
-    """Add an entry to a run's lineage.
-
-    Args:
-        path: The run directory.
-        part: used or made.
-        entry: The entry; one of the same kind and name is replaced.
-    """
+    """Add an entry to the part, used or made, of a run's lineage; one of the same kind and name is replaced."""
     saved = read_lineage(path)
     rest = [row for row in saved[part] if (row["kind"], row["name"]) != (entry.kind, entry.name)]
     write_result(path / LINEAGE, saved | {part: [*rest, entry.describe()]})

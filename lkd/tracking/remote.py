@@ -45,11 +45,7 @@ def is_remote(name: str) -> bool:
 
 
 def parse_reference(name: str) -> HubReference | WandbReference:
-    """Take a remote file's name apart.
-
-    Raises:
-        UserError: If it has neither form.
-    """
+    """Take a remote file's name apart."""
     if found := HUB.fullmatch(name):
         return HubReference(found[1], found[2], found[3] or DEFAULT_FILE)
     if found := WANDB.fullmatch(name):
@@ -71,11 +67,7 @@ def fetch(name: str) -> Path:
 
 
 def fetch_named(name: str) -> str:
-    """The name of a file on this machine: itself, or that of what is downloaded where it lies elsewhere.
-
-    Raises:
-        UserError: As `fetch`.
-    """
+    """The name of a file on this machine: itself, or that of what is downloaded where it lies elsewhere."""
     return str(fetch(name)) if is_remote(name) else name
 
 
@@ -84,11 +76,7 @@ def fetch_named(name: str) -> str:
 
 
 def download(reference: HubReference) -> Path:
-    """Download a file into the Hub's cache.
-
-    Raises:
-        UserError: If it is not there, is private to others, or the Hub does not answer.
-    """
+    """Download a file into the Hub's cache."""
     from huggingface_hub import HfApi
 
     with explained(reference):
@@ -153,9 +141,6 @@ def download_artifact(reference: WandbReference) -> Path:
     """Download the one safetensors file of an artifact; `latest` is asked for anew each time.
 
     It is kept by its version in `$LKD_CACHE`, or `~/.cache/lkd`. The Hub's files lie in its own cache.
-
-    Raises:
-        UserError: If it is not there, holds no or several such files, or W&B does not answer.
     """
     import wandb
 

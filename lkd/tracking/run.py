@@ -35,21 +35,13 @@ MAY_DIFFER_ON_RESUME = {  # what does not change results; threads change their l
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run.
+    """An open run."""
 
-    Attributes:
-        path: The run directory. Only the main process writes there.
-        device: Where tensors go.
-        tracker: The log.
-        command: Command that made the run, say `"distill"`.
-        quiet: Whether the terminal belongs to someone else: no lines, no progress bars.
-    """
-
-    path: Path
+    path: Path  # the run directory; only the main process writes there
     device: torch.device
     tracker: Tracker
-    command: str
-    quiet: bool
+    command: str  # that made the run, say `"distill"`
+    quiet: bool  # whether the terminal belongs to someone else: no lines, no progress bars
 
     def say(self, *lines: str) -> None:
         """Print lines, and keep them in the run's `output.txt`; the main process's task alone."""
@@ -276,13 +268,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def evidence(command: str, environment: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:
-    """What `result.json` holds.
-
-    Args:
-        command: The line that makes the evidence again.
-        environment: What `lkd.core.files.environment` saw: commit, versions, platform.
-        figures: Key → number.
-    """
+    """What `result.json` holds: the line that makes it again, what `lkd.core.files.environment` saw, the figures."""
     return {
         "command": command,
         "commit": environment["commit"],

@@ -25,13 +25,8 @@ logger = logging.getLogger(__name__)
 class Tracker:
     """A run's metrics, pictures and files.
 
-    Metrics go to `log.jsonl` and to the services, pictures to the services, and files used and made to `lineage.json`
-    and, as artifacts, to W&B. A service that fails after its start costs a warning.
-
-    Args:
-        path: The run directory.
-        recipe: Names the services; None for none.
-        config: The run's full config.
+    Metrics go to `log.jsonl` and to the services that the recipe names, pictures to the services, and files used and
+    made to `lineage.json` and, as artifacts, to W&B. A service that fails after its start costs a warning.
 
     Raises:
         UserError: If a service was asked for and cannot start.
@@ -104,13 +99,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Service:
-    """One run in a service. After the start nothing that fails there stops the run: it is warned of once and dropped.
-
-    Args:
-        name: What the user calls it.
-        library: Its module.
-        run: What its `init` returned.
-    """
+    """One run in a service. What fails there after the start is warned of once, and the service dropped."""
 
     def __init__(self, name: str, library: Any, run: Any) -> None:
         self.name, self.library, self.run = name, library, run

@@ -20,14 +20,12 @@ from lkd.core.files import read_json, write_json
 from lkd.core.workers import start_workers
 from lkd.evaluation.comparison.compare import check_methods, compare
 from lkd.evaluation.comparison.tables import (
-    find_published,
     format_csv,
     format_latex,
     format_table,
     list_lines,
     list_rows,
     plot_table,
-    read_published,
     summarize,
 )
 from lkd.evaluation.comparison.trials import (
@@ -44,7 +42,6 @@ from lkd.evaluation.comparison.trials import (
     trial_path,
 )
 from lkd.losses import DecoupledLoss, LearnedLoss
-from lkd.losses.build import LOSSES
 from lkd.losses.learned.file import save_loss
 from lkd.tracking.run import open_run
 
@@ -164,7 +161,7 @@ def test_a_mistake_is_one_line_before_any_training(changes: dict, named: str) ->
 # Statistics and tables.
 
 
-def table(published: dict | None = None, seeds: int = 3) -> list[dict]:
+def table(seeds: int = 3) -> list[dict]:
     rows = [
         {
             "student": student,
@@ -181,7 +178,7 @@ def table(published: dict | None = None, seeds: int = 3) -> list[dict]:
         for method, tops in TOPS.items()
         for seed, top1 in enumerate(tops[:seeds])
     ]
-    return [row | {"tuned_over": 8, "published": published} for row in summarize(rows, "KD")]
+    return [row | {"tuned_over": 8} for row in summarize(rows, "KD")]
 
 
 def test_differences_are_paired_over_seeds() -> None:
@@ -214,24 +211,6 @@ def test_the_table_is_text_latex_and_csv() -> None:
     for seeds in (1, 3):
         plot_table(table(seeds=seeds), "KD", Path("comparison.png"))
         assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_published_numbers_stand_beside_ours_only_where_the_whole_protocol_is_theirs(tmp_path: Path) -> None:
-    assert "published %" not in list_lines(table(), "KD")[0]
-    header, *rows = list_lines(table({"accuracy": 73.33, "source": "a table"}), "KD")
-    assert (header[-1], {row[-1] for row in rows}) == ("published %", {"73.33"})
-    path = tmp_path / "published.csv"
-    path.write_text("data,teacher,student,epochs,loss,accuracy,source\ncifar100,wrn_40_2,wrn-16-2,240,kd,74.9,here\n")
-    protocol = ("cifar100", "wrn_40_2", "wrn_16_2", 240, "kd")
-    assert find_published(*protocol, path=path) == {"accuracy": 74.9, "source": "here"}
-    for place, other in enumerate(("cifar10", "wrn_16_2", "wrn_40_2", 13, "dkd")):
-        assert find_published(*protocol[:place], other, *protocol[place + 1 :], path=path) is None
-    known = read_published()
-    assert len({(row["teacher"], row["student"], row["loss"]) for row in known}) == len(known) > 20
-    for row in known:
-        assert row["loss"] in LOSSES
-        assert 60 < float(row["accuracy"]) < 80
-        assert ";" in row["source"], "two public sources"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

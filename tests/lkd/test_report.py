@@ -124,9 +124,7 @@ def test_the_page_says_what_the_runs_say(copies: Path) -> None:
     assert row[-1] == "finished"
     assert "3 of 3" in page.row("learned")
     assert "6 students of 2 trainings" in page.words
-    ce, kd = (next(row for row in page.rows if row[:2] == ["small_cnn", method]) for method in ("CE", "KD"))
-    assert kd[4:6] == ["baseline", ""]
-    assert all(figure in Path("comparison/table.txt").read_text() for figure in ce[2:6])
+    assert Path("comparison/table.txt").read_text() in page.words
     assert sum(tag == "img" for tag, _ in page.elements) == 1
 
     page = build("student", "kd")
@@ -134,7 +132,6 @@ def test_the_page_says_what_the_runs_say(copies: Path) -> None:
     assert page.row("loss.name") == ["loss.name", "learned/loss.lkd.safetensors", "kd"]
     titles = [place for place, row in enumerate(page.rows) if row[0] == "setting"]
     assert [row[0] for row in page.rows[titles[0] : titles[1]]] == ["setting", "seed", "loss.name"]
-    assert page.rows[titles[1] + 1] == ["loss.temperature", "—", "2"]
     marked = [attributes for tag, attributes in page.elements if tag == "tr" and attributes.get("class") == "differs"]
     assert len(marked) == 4, "two settings in the list of each run"
 
@@ -210,7 +207,7 @@ def test_runs_over_different_data_are_apart(copies: Path) -> None:
     change_recipe("noisy", data=read_json(Path("kd/config.json"))["recipe"]["data"] | {"label_noise": 0.4})
     page = build("kd", "noisy", "student")
     assert "These runs do not share their data." in page.words
-    assert "40% of the training labels flipped" in page.words
+    assert "label noise 0.4" in page.words
     for section in page.data["sections"]:
         shown = {one["run"] for chart in section["charts"] for one in chart["series"]}
         assert shown in ({0, 2}, {1})
@@ -226,7 +223,7 @@ def test_damaged_and_unfinished_runs_are_shown_with_what_there_is(copies: Path) 
     Path("learned/log.jsonl").unlink()
     Path("learned/environment.json").write_text("{")
     Path("learned/loss.lkd.safetensors").write_bytes(b"cut off")
-    for name in ("table.csv", "table.txt", "result.json", "log.jsonl"):
+    for name in ("table.txt", "result.json", "log.jsonl"):
         Path("comparison", name).unlink()
     next(Path("comparison/cells").glob("report-CE*seed1*")).unlink()
     page = build("kd", "student", "learned", "comparison")
@@ -281,9 +278,7 @@ def plant(folder: Path) -> list[str]:
     metrics = {f"{text}/{text}": 1.0 for text in PLANTED} | {f"time_share/{PLANTED[1]}": 0.5}
     append_rows(folder / name, json.dumps({"step": 1, "time": 1.0, **metrics}))
     change_recipe("comparison", methods={text: text for text in PLANTED})
-    table = Path("comparison/table.csv").read_text().replace("CE", PLANTED[0]).replace("KD", PLANTED[2])
-    Path("comparison/table.csv").write_text(table)
-    Path("comparison/table.txt").write_text(f"x\n\n{PLANTED[1]}\n")
+    Path("comparison/table.txt").write_text("\n".join(PLANTED))
     write_json(Path("comparison/result.json"), {"figures": {PLANTED[0]: PLANTED[2]}})
     return [str(folder / name), "comparison"]
 

@@ -1,5 +1,6 @@
 """Learned losses that lie elsewhere: a stand-in of the Hub's API on this host, wandb's module with no network."""
 
+import re
 import shutil
 import types
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_card_is_written_without_sending(loss: Path) -> None:
     assert main(["push", str(loss), "--to", "hf://me/losses", "--card", "card.md"]) == 0
     card = Path("card.md").read_text()
     assert card == write_card(loss, "hf://me/losses")
-    assert "| data | `a/ # b` |" in card  # what the header holds stays in its cell
+    assert re.search(r"\| data +\| `a/ # b` +\|", card)  # what the header holds stays in its cell
 
 
 def test_an_artifact_of_wandb_is_fetched_by_version(loss: Path, monkeypatch, tmp_path) -> None:

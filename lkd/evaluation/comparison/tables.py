@@ -1,4 +1,4 @@
-"""The table and the picture of a comparison, with published numbers beside ours."""
+"""The table and the picture of a comparison."""
 
 import csv
 import io
@@ -7,7 +7,6 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.core.files import write_text
 from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.core.tensor_files import read_result
-from lkd.evaluation.comparison.trials import Method, Row, balance_of, plan_report, plan_tuning, split_method, trial_path
-from lkd.losses.build import LOSSES
+from lkd.evaluation.comparison.trials import Method, Row, plan_report, plan_tuning, trial_path
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
 from lkd.meta_training.log import save_figure
-from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import shorten_paths
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,16 +87,16 @@ def draw_differences(axis: Axes, rows: list[Row], methods: list[str], baseline: 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table of a comparison: its rows, and the same table as text, CSV and LaTeX.
 
+COST = ("threads", "steps_per_second", "loss_parameters", "peak_mib")
+
 
 def summarize(rows: list[Row], baseline: str) -> list[Row]:
     """Average the results of reported trials over seeds.
 
     Returns:
-        One row for each method and student: `last`, `best` and `difference` (last, to the baseline, seed by seed), each
-        (mean, standard error) in percent or points of test accuracy; `interval` (95 %, of the difference); `seeds`;
-        `differences` (of every seed); medians over seeds of the cost of one training, `steps_per_second` and `peak_mib`
-        (None where it was not measured); `threads`, `loss_parameters`; `loss`; `learned` (None of a
-        hand-made one).
+        One row for each method and student. `last`, `best` and `difference` (of last, to the baseline, seed by seed)
+        are (mean, standard error) in percent or points of test accuracy, `interval` is the difference's at 95 %. The
+        cost is the median training's, `peak_mib` None where it was not measured; `learned` None of a hand-made loss.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
@@ -132,7 +129,7 @@ def summarize(rows: list[Row], baseline: str) -> list[Row]:
 
 
 def list_lines(table: list[Row], baseline: str) -> list[list[str]]:
-    """The header and the rows as words; the column of published numbers only where there is one."""
+    """The header and the rows as words."""
     lines: list[dict[str, str]] = []
     for row in table:
         compared, (low, high) = row["method"] != baseline, row["interval"]
@@ -150,11 +147,9 @@ def list_lines(table: list[Row], baseline: str) -> list[list[str]]:
                 "steps/s": f"{row['steps_per_second']:.1f}",
                 "loss parameters": f"{row['loss_parameters']:,}",
                 "peak MiB": "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
-                "published %": "" if row["published"] is None else f"{row['published']['accuracy']:.2f}",
             }
         )
-    width = None if any(line["published %"] for line in lines) else -1
-    return [list(lines[0])[:width], *(list(line.values())[:width] for line in lines)]
+    return [list(lines[0]), *(list(line.values()) for line in lines)]
 
 
 def format_table(lines: list[list[str]], notes: Sequence[str] = ()) -> str:
@@ -193,11 +188,7 @@ def list_rows(table: list[Row]) -> list[Row]:
         for name in ("last", "best", "difference"):
             record |= {name: row[name][0], f"{name}_se": row[name][1]}
         record |= {"interval_low": row["interval"][0], "interval_high": row["interval"][1]}
-        record |= {
-            n: row[n] for n in ("seeds", "tuned_over", "threads", "steps_per_second", "loss_parameters", "peak_mib")
-        }
-        published = row["published"] or {}
-        record |= {"published": published.get("accuracy"), "published_source": published.get("source")}
+        record |= {name: row[name] for name in ("seeds", "tuned_over", *COST)}
         records.append({name: None if value != value else value for name, value in record.items()})
     return records
 
@@ -206,20 +197,15 @@ def list_trials(rows: list[Row]) -> list[Row]:
     """Every seed's figures."""
     records = []
     for row in rows:
-        loss = shorten_paths(row["loss"])
-        records.append(
-            {name: row[name] for name in ("method", "student", "seed")}
-            | {"loss": json.dumps(loss) if isinstance(loss, dict) else loss}
-            | {f"test_{name}": f"{row[name]['top1']:.4f}" for name in ("last", "best")}
-            | {"meta_validation_last": f"{row['meta_validation']['top1']:.4f}", "best_step": row["best_step"]}
-            | {"diverged_at": row.get("diverged_at", ""), "seconds": f"{row['seconds']:.1f}"}
-            | {
-                "threads": row.get("threads", ""),
-                "steps_per_second": f"{row['steps_per_second']:.2f}",
-                "loss_parameters": row["loss_parameters"],
-            }
-            | {"peak_mib": "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"}
-        )
+        loss, peak = shorten_paths(row["loss"]), row["peak_mib"]
+        record = {name: row[name] for name in ("method", "student", "seed")}
+        record |= {"loss": json.dumps(loss) if isinstance(loss, dict) else loss}
+        record |= {f"test_{name}": f"{row[name]['top1']:.4f}" for name in ("last", "best")}
+        record |= {"meta_validation_last": f"{row['meta_validation']['top1']:.4f}", "best_step": row["best_step"]}
+        record |= {"diverged_at": row.get("diverged_at", ""), "seconds": f"{row['seconds']:.1f}"}
+        record |= {"threads": row.get("threads", ""), "steps_per_second": f"{row['steps_per_second']:.2f}"}
+        record |= {"loss_parameters": row["loss_parameters"], "peak_mib": "" if peak is None else f"{peak:.1f}"}
+        records.append(record)
     return records
 
 
@@ -240,37 +226,6 @@ def format_figure(figure: tuple[float, float], signed: bool = False) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Published numbers, to stand beside ours where the protocol is the same. `published.csv` holds numbers that two
-# public sources give alike, for networks whose names mean one thing only. They are test accuracies of students
-# trained on all training images, mostly the last or the best epoch of one or a few runs.
-
-FILE = Path(__file__).with_name("published.csv")
-
-
-@cache
-def read_published(path: Path = FILE) -> tuple[dict[str, str], ...]:
-    """The rows of a file of published numbers."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return tuple(csv.DictReader(file))
-
-
-def find_published(
-    data: str, teacher: str, student: str, epochs: int, loss: str, path: Path = FILE
-) -> dict[str, Any] | None:
-    """The published number of this protocol: `accuracy` in percent, and its `source`; None where there is none."""
-    wanted = {"data": data, "teacher": teacher, "student": student, "epochs": str(epochs), "loss": loss}
-    for row in read_published(path):
-        if all(simplify(row[key]) == simplify(value) for key, value in wanted.items()):
-            return {"accuracy": float(row["accuracy"]), "source": row["source"]}
-    return None
-
-
-def simplify(name: str) -> str:
-    """A name without the signs that spellings differ in."""
-    return name.lower().replace("-", "").replace("_", "")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What a comparison leaves: tables, picture, notes, figures.
 
 
@@ -278,10 +233,7 @@ def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path)
     """Write `table.txt`, `table.csv`, `table.tex`, `cells.csv` and `comparison.png` from the finished trials."""
     rows = [read_result(trial_path(recipe, trial, folder)) for trial in plan_report(recipe, picks)]
     tuned = [trial.method for trial in plan_tuning(recipe)]
-    table = [
-        row | {"tuned_over": tuned.count(row["method"]), "published": published_beside(recipe, row)}
-        for row in summarize(rows, recipe.baseline)
-    ]
+    table = [row | {"tuned_over": tuned.count(row["method"])} for row in summarize(rows, recipe.baseline)]
     lines, notes = list_lines(table, recipe.baseline), write_notes(recipe, picks, table, rows)
     write_text(folder / "table.txt", format_table(lines, notes))
     write_text(folder / "table.csv", format_csv(list_rows(table)))
@@ -289,18 +241,6 @@ def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path)
     write_text(folder / "cells.csv", format_csv(list_trials(rows)))
     plot_table(table, recipe.baseline, folder / "comparison.png")
     return table
-
-
-def published_beside(recipe: CompareRecipe, row: Row) -> dict[str, Any] | None:
-    """The published number of a row's protocol, if there is one and the recipe changes nothing about it."""
-    loss = row["loss"]["name"] if isinstance(row["loss"], dict) else row["loss"]
-    epochs = split_method(row["loss"], recipe.train)[1].epochs
-    data, taught_by = recipe.data, recipe.teacher
-    changed = data.label_noise or data.imbalance != 1 or taught_by.random_answers or taught_by.logit_scale != 1
-    if balance_of(row["loss"]) or changed or loss not in LOSSES:
-        return None
-    teacher = recipe.teacher.name or load_teacher_network(recipe.teacher.path)[1]["architecture"]["name"]
-    return find_published(recipe.data.name, teacher, row["student"], epochs, loss)
 
 
 UNLEARNED = f"{NOT_LEARNED}: no look at reuse was better than the initial loss, which is what its file holds."
@@ -328,8 +268,6 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
     unlearned = [row["method"] for row in table if row["learned"] is False]
     notes += [f"  {label}: {UNLEARNED}" for label in dict.fromkeys(unlearned)]
-    sources = {row["published"]["source"]: None for row in table if row["published"]}
-    notes += [f"Published, students trained on all training images: {source}" for source in sources]
     diverged = [f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row]
     return [*notes, *([f"Diverged, and counted as guessing: {', '.join(diverged)}."] if diverged else [])]
 

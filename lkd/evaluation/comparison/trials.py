@@ -45,17 +45,9 @@ from lkd.training.training import DivergedError
 class Cost:
     """Seconds and peak memory of the blocks that `measured` encloses.
 
-    On CUDA memory is the allocator's. On Linux it is resident memory: before each block what the process has freed goes
-    back to the system and the kernel's peak is reset, so that earlier trainings of the process do not count. Elsewhere
-    it is not measured.
-
-    Args:
-        device: Where the training runs.
-
-    Attributes:
-        seconds: Of all blocks.
-        peak_mib: The highest peak of a block above what was in use when this object was made, MiB; None where it cannot
-            be measured.
+    `peak_mib` is the highest peak of a block above what was in use when this object was made. On CUDA memory is the
+    allocator's. On Linux it is resident memory: before each block what the process has freed goes back to the system
+    and the kernel's peak is reset, so that earlier trainings of the process do not count. Elsewhere it is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -175,11 +167,7 @@ def choose_points(recipe: CompareRecipe, label: str) -> list[Method]:
 
 
 def check_tuning(recipe: CompareRecipe) -> None:
-    """Check the budget and the form of every grid and every training of a method's own.
-
-    Raises:
-        UserError: If one is not good.
-    """
+    """Check the budget and the form of every grid and every training of a method's own."""
     if recipe.tuning_trainings and recipe.tuning_trainings < recipe.tuning_seeds:
         raise UserError(
             f"tuning_trainings: {recipe.tuning_trainings} is not at least tuning_seeds, {recipe.tuning_seeds}; "
@@ -209,21 +197,13 @@ ROW_FORMAT = 2  # of a trial's result; results of another format are not read
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training of a comparison.
+    """One training of a comparison."""
 
-    Attributes:
-        method: The method's label.
-        loss: What `build_loss` takes, with a `train` and a `balance` of its own where the method has one.
-        student: The network.
-        seed: Of initial weights and batches; equal seeds are paired over methods.
-        reported: Whether the test split is read (a reported number) or only meta-validation (tuning).
-    """
-
-    method: str
-    loss: Method
+    method: str  # its label
+    loss: Method  # with a `train` and a `balance` of its own where the method has one
     student: ModelRecipe
-    seed: int
-    reported: bool
+    seed: int  # of initial weights and batches; equal seeds are paired over methods
+    reported: bool  # whether the test split is read, or only meta-validation (tuning)
 
 
 def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:

@@ -38,12 +38,7 @@ POINTS, LEAST, MOST = 100_000, 30, 1000  # of a page, and of one curve
 
 
 def list_charts(groups: Sequence[Sequence[RunRecord]], places: dict[str, int]) -> list[dict[str, Any]]:
-    """The charts of a page, by group of runs that share their data, and by kind of step.
-
-    Args:
-        groups: The groups; one chart shows runs of one only.
-        places: Label → number of a run.
-    """
+    """The charts of a page, by group of runs that share their data, and by kind of step; `places` numbers the runs."""
     count = sum(len(run.log.curves) for group in groups for run in group if run.command in STEPPED)
     points = min(max(POINTS // max(count, 1), LEAST), MOST)
     sections = []
@@ -122,18 +117,11 @@ MOST_SURFACES = 16  # losses on a page
 
 @dataclass
 class LossRecord:
-    """A loss that runs used or made.
-
-    Attributes:
-        name: What it is.
-        runs: Labels of the runs.
-        panels: Title → [progress][teacher][student], rounded; one progress only if it does not matter.
-        note: Why there are no panels.
-    """
+    """A loss, the runs that used or made it, and what it does; or why there is nothing to draw."""
 
     name: str
     runs: list[str] = field(default_factory=list)
-    panels: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    panels: dict[str, list[list[float | None]]] = field(default_factory=dict)  # title → [progress][teacher × student]
     note: str | None = None
 
 
@@ -193,11 +181,7 @@ def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
 
 
 def open_loss(specification: Any, folder: Path) -> DistillationLoss:
-    """Build a loss that is over logits alone; of a learned one that reads features too, its parts over logits.
-
-    Raises:
-        UserError: If the file is not good or not there, or the loss reads nothing but features.
-    """
+    """Build a loss that is over logits alone; of a learned one that reads features too, its parts over logits."""
     if isinstance(specification, dict):
         specification = {key: value for key, value in specification.items() if key not in ("train", "balance")}
         if specification.get("name") == INFLUENCE_WEIGHTED:

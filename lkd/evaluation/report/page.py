@@ -1,11 +1,14 @@
 """One self-contained HTML page about runs."""
 
 import base64
+import csv
 import dataclasses
 import hashlib
+import math
+import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,25 +24,25 @@ from lkd.core.files import write_text
 from lkd.evaluation.report.charts import PROGRESS, SURFACE_POINTS, draw_losses, list_charts
 from lkd.evaluation.report.runs import (
     ABSENT,
+    RESULTS,
     TRAINED,
+    Curve,
     RunRecord,
     describe_data,
+    describe_loss,
     find_differences,
-    find_trust,
     format_value,
     group_by_data,
     list_dicts,
     list_settings,
-    read_comparison,
-    read_csv,
     read_dict,
-    read_notes,
+    read_header,
+    read_part,
     read_runs,
-    tabulate_learned,
-    tabulate_trainings,
-    tabulate_worlds,
     trace_recipe,
 )
+from lkd.losses.learned.file import NOT_LEARNED
+from lkd.losses.learned.trust import Trust, TrustFigures
 
 SCRIPTS = ("charts.js", "surfaces.js", "report.js")
 COLORS = 8  # of the style sheet
@@ -47,6 +50,7 @@ PICTURES = ("comparison.png", "fidelity.png", "influence.png", "quickstart.png")
 PICTURE_BYTES = 2_000_000  # of a page, before encoding
 MOST_TRAININGS = 40  # of a pool that are drawn
 EXTREMES = 5  # most helpful and most harmful images
+TEXTS = {"quickstart": "*/table.txt"}  # command → where its tables lie, if not in its folder
 LEFT_OUT = ("resume",)  # says how a run was gone on with, not what it is
 
 TEMPLATES = Environment(
@@ -87,7 +91,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
     places = {run.label: place for place, run in enumerate(runs)}
     groups, pictures = group_by_data(runs), choose_pictures(runs)
     sections = list_charts(groups, places)
-    differing, partial = find_differences(runs)
+    differing = find_differences(runs)
     unusual = {row[0] for row in differing}
     script = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SCRIPTS)
     return render(
@@ -104,7 +108,6 @@ def build_page(runs: Sequence[RunRecord]) -> str:
         ],
         sections=sections,
         differing=[(key, find_usual(values), values) for key, *values in differing],
-        partial=partial,
         settings=[
             (run, list(settings.items()), ["differs" if key in unusual else "" for key in settings])
             for run, settings in ((run, list_settings(run)) for run in runs)
@@ -148,17 +151,116 @@ def list_results(runs: Sequence[RunRecord], places: dict[str, int]) -> list[tupl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What trainings and meta-trainings reached, by their logs.
+
+Table = list[list[str]]
+REUSED = "reuse/calibrated_cross_entropy"
+
+
+def tabulate_trainings(runs: Sequence[RunRecord]) -> Table:
+    """A header and a row for each student and teacher: meta-validation at the last and at the best epoch."""
+    header = ["run", "network", "loss", "top-1 last %", "top-1 best %", "calibrated CE last", "best"]
+    rows = []
+    for run in runs:
+        top1 = run.log.curves.get("meta_validation/top1")
+        calibrated = run.log.curves.get("meta_validation/calibrated_cross_entropy")
+        figures = [*last_and_best(top1, max, "{:.2f}"), *last_and_best(calibrated, min, "{:.4f}")]
+        loss = describe_loss(run.recipe.get("loss"), run.path) if run.command == "distill" else "cross_entropy"
+        done = f"{len(run.epochs) if run.epochs else 0} of {run.settings.get('train.epochs', ABSENT)}"
+        rows.append([run.label, run.network, loss, *figures, done, run.duration, run.state])
+    return [[*header, "epochs", "time", "state"], *rows]
+
+
+def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
+    """A header and a row for each meta-training: its loss when reused on fresh students, and which was kept."""
+    header = ["run", "students", "reuse: calibrated CE first", "best", "last", "top-1 at best %", "loss kept"]
+    rows = []
+    for run in runs:
+        reuse, outer, kept = run.log.curves.get(REUSED), run.log.curves.get("outer/value"), find_kept_step(run)
+        last, best = last_and_best(reuse, min, "{:.4f}")
+        first = f"{reuse.values[0]:.4f}" if reuse else ABSENT
+        at_best = show(value_at(run.log.curves.get("reuse/top1"), kept), "{:.2f}")
+        initial = "the start" if run.settings.get("meta.start") else f"the initial one: {NOT_LEARNED}"
+        whose = {None: initial if reuse else "the last", 0: initial}.get(kept, f"after step {kept}")
+        done = f"{max(outer.steps)} of {run.settings.get('meta.outer_steps', ABSENT)}" if outer else ABSENT
+        rows.append([run.label, run.network, first, best, last, at_best, whose, done, run.duration, run.state])
+    return [[*header, "outer steps", "time", "state"], *rows]
+
+
+def tabulate_worlds(run: RunRecord) -> Table:
+    """A header, the mean, and a row for each world of a meta-training: what fresh students reached with the kept loss.
+
+    The worst regret is first; without a reference loss the worlds are as they were logged. Empty without worlds.
+    """
+    curves, kept = run.log.curves, find_kept_step(run)
+    names = [
+        match[1] for key in curves if (match := re.fullmatch(r"reuse/world/([^/]+)/calibrated_cross_entropy", key))
+    ]
+    if not names or kept is None:
+        return []
+    metrics = {"regret": "{:+.4f}", "calibrated_cross_entropy": "{:.4f}", "top1": "{:.2f}"}
+    found = {
+        name: [value_at(curves.get(f"reuse/{place}{metric}"), kept) for metric in metrics]
+        for name, place in (("mean", ""), *((name, f"world/{name}/") for name in names))
+    }
+    if "reuse/regret" in curves:
+        names.sort(key=lambda name: -found[name][0])
+    rows = [[name, *map(show, found[name], metrics.values())] for name in ("mean", *names)]
+    return [["world", f"regret of the loss after outer step {kept}", "calibrated CE", "top-1 %"], *rows]
+
+
+def find_kept_step(run: RunRecord) -> int | None:
+    """The outer step after which a meta-training's loss was best when reused; None if there was no look that says."""
+    reuse = run.log.curves.get(REUSED)
+    return reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)] if reuse and reuse.finite else None
+
+
+def value_at(curve: Curve | None, step: int | None) -> float:
+    """What was logged at a step, or NaN."""
+    return curve.values[curve.steps.index(step)] if curve and step in curve.steps else math.nan
+
+
+def show(value: float, form: str) -> str:
+    """A number in a table's form."""
+    return ABSENT if math.isnan(value) else form.format(value)
+
+
+def find_trust(run: RunRecord) -> str:
+    """What a run's losses were told of teacher and labels, in one line; empty if they were not, or it is not done."""
+    headers = [read_part(read_header(run.path / RESULTS["distill"]), "provenance")] if run.command == "distill" else []
+    if run.command == "compare":
+        headers = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
+    for told in (read_part(header, "trust") for header in headers):
+        try:
+            return str(Trust(TrustFigures.from_json(told)))
+        except (LookupError, TypeError, ValueError):  # none there, or damaged
+            continue
+    return ""
+
+
+def last_and_best(curve: Curve | None, best: Callable[..., int], form: str) -> tuple[str, str]:
+    """The last value of a curve, and the first of its best with its step; `ABSENT` where there is none."""
+    if curve is None:
+        return ABSENT, ABSENT
+    last = form.format(curve.values[-1])
+    if not curve.finite:
+        return last, ABSENT
+    place = best(curve.finite, key=curve.values.__getitem__)
+    return last, f"{form.format(curve.values[place])} (step {curve.steps[place]})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What a run leaves besides its log: tables, figures, pictures, pool.
 
 
 def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
     """What a run left, by kind; all of it is empty for a run that only logs."""
-    tables, text = list_tables(run), run.path / "table.txt"
     figures: Any = {}
     if run.command not in (*TRAINED, "meta-train", "pool"):  # before there are figures, the last values of the log
         figures = read_dict(run.path / "result.json").get("figures")
         if not isinstance(figures, dict):
             figures = {name: curve.values[-1] for name, curve in run.log.curves.items()}
+    texts = sorted(run.path.glob(TEXTS.get(run.command, "table.txt")))
     ages: dict[Any, list[float]] = {}
     for entry in list_dicts(read_dict(run.path / "pool" / "index.json").get("students")):
         if isinstance(entry.get("progress"), int | float):
@@ -166,8 +268,8 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
     return {
         "figures": [(key, f"{value:.6g}" if isinstance(value, float) else value) for key, value in figures.items()],
         "trust": find_trust(run),
-        "tables": tables,
-        "text": text.read_text(errors="replace") if not tables and text.is_file() else "",
+        "tables": list_tables(run),
+        "texts": [path.read_text(errors="replace") for path in texts],
         "pool": list(ages.values()),
         "pictures": [(path, fits) for path, fits in pictures.items() if path.parent == run.path],
     }
@@ -183,46 +285,26 @@ def choose_pictures(runs: Sequence[RunRecord]) -> dict[Path, bool]:
     return chosen
 
 
-def list_tables(run: RunRecord) -> list[dict[str, Any]]:
-    """The tables of a comparison (or its finished trainings), a quickstart, influence."""
-    table = run.path / "table.csv"
-    if run.command == "quickstart":
-        found = sorted(run.path.glob("*/table.csv"))
-        return [make_table(*read_comparison(path), title=path.parent.name) for path in found]
-    if run.command == "influence" and (images := read_csv(run.path / "influence.csv")):
-        rows = [list(image.values()) for image in images]
+def list_tables(run: RunRecord) -> list[tuple[str, Sequence[str], Table]]:
+    """Tables of influence, of a meta-training's worlds, of a comparison's finished trainings: title, header, rows."""
+    if run.command == "influence" and (run.path / "influence.csv").is_file():
+        with (run.path / "influence.csv").open(newline="", encoding="utf-8", errors="replace") as file:
+            header, *rows = csv.reader(file)
         chosen = rows if len(rows) <= 2 * EXTREMES else [*rows[:EXTREMES], *rows[-EXTREMES:]]
-        return [make_table(list(images[0]), chosen, above=f"Most helpful first, most harmful last, of {len(rows):,}.")]
+        return [(f"Most helpful first, most harmful last, of {len(rows):,}.", header, chosen)]
     if run.command == "meta-train" and (worlds := tabulate_worlds(run)):
-        return [make_table(worlds[0], worlds[1:], title="Worlds")]
-    if run.command == "compare" and table.is_file():
-        return [make_table(*read_comparison(table), notes=read_notes(run.path / "table.txt"))]
-    if run.command == "compare":  # no means before all trainings are there
+        return [("Worlds", worlds[0], worlds[1:])]
+    if run.command == "compare" and not (run.path / "table.txt").is_file():  # no means before all trainings are there
         cells = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
         reported = [cell for cell in cells if cell.get("reported")]
         rows = [
-            [
-                *(str(cell.get(key)) for key in ("student", "method", "seed")),
-                *map(format_top1, (cell.get("last"), cell.get("best"))),
-            ]
+            [str(cell.get(key)) for key in ("student", "method", "seed")]
+            + [f"{read_part(cell, key).get('top1', math.nan):.2f}" for key in ("last", "best")]
             for cell in reported
         ]
-        above = f"Finished: {len(reported)} reported trainings, {len(cells) - len(reported)} for tuning."
-        return [make_table(["student", "method", "seed", "last epoch %", "best epoch %"], rows, above=above)]
+        title = f"Finished: {len(reported)} reported trainings, {len(cells) - len(reported)} for tuning."
+        return [(title, ["student", "method", "seed", "last epoch %", "best epoch %"], rows)]
     return []
-
-
-def make_table(
-    header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", above: str = "", notes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A table with what stands above and below it."""
-    return {"header": header, "rows": rows, "title": title, "above": above, "notes": notes}
-
-
-def format_top1(figures: Any) -> str:
-    """The accuracy among a finished training's figures."""
-    top1 = figures.get("top1") if isinstance(figures, dict) else None
-    return f"{top1:.2f}" if isinstance(top1, float) else ""
 
 
 def command_line(run: RunRecord) -> str:

@@ -1,10 +1,8 @@
 """Run directories, as far as they can be read: logs, figures, settings, lineage."""
 
-import csv
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +15,11 @@ from lkd.config.parse import COMMANDS
 from lkd.core.errors import UserError
 from lkd.core.files import flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
-from lkd.evaluation.comparison.tables import format_figure, format_options
+from lkd.evaluation.comparison.tables import format_options
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned, was_learned
-from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.tracking.lineage import list_sources
 from lkd.tracking.run import shorten_paths
-from lkd.tracking.tracker import read_rows
+from lkd.tracking.tracker import read_log, read_rows
 
 # Command → the file that it writes last.
 RESULTS = {
@@ -37,17 +34,14 @@ ABSENT = "—"
 
 @dataclass
 class Curve:
-    """One metric over a run.
+    """One metric over a run, by step; values are as they were logged: NaN and infinite ones too.
 
-    Attributes:
-        steps: In increasing order.
-        times: Seconds since the epoch of each, NaN where the log does not say.
-        values: As they were logged: they may be NaN or infinite.
+    `times` are seconds since the epoch, NaN where the log does not say.
     """
 
-    steps: list[int]
-    times: list[float]
-    values: list[float]
+    steps: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -68,42 +62,30 @@ class Curve:
 
 @dataclass
 class Log:
-    """What a run logged.
+    """What a run logged: metric → curve; `seconds` from the first to the last line, None if no line has a time."""
 
-    Attributes:
-        curves: Metric → curve, in the order of their first appearance.
-        damaged: Lines that could not be read.
-        seconds: From the first to the last line; None if no line has a time.
-        start: Time of the first line.
-    """
-
-    curves: dict[str, Curve] = field(default_factory=dict)
-    damaged: int = 0
+    curves: dict[str, Curve]
+    damaged: int = 0  # lines that could not be read
     seconds: float | None = None
     start: float = 0.0
 
 
 def read_curves(path: Path) -> Log:
-    """Read `log.jsonl`; a file that is not there is an empty log.
-
-    Lines of the same step add up; a metric that was logged again at a step, after a resume, counts as it was last
-    written. Damaged lines are counted and skipped.
-    """
-    points: dict[str, dict[int, tuple[float, float]]] = {}
-    damaged, times = 0, []
-    for row in read_rows(path) if path.is_file() else ():
-        if row is None:
-            damaged += 1
-            continue
+    """Read `log.jsonl`; a file that is not there is an empty log. Damaged lines are counted and skipped."""
+    curves: dict[str, Curve] = {}
+    if not path.is_file():
+        return Log(curves)
+    times = []
+    for row in read_log(path):
         step, time = row.pop("step"), read_number(row.pop("time", None))
         times += [time] if math.isfinite(time) else []
         for name, value in row.items():
             if type(value) in (int, float):
-                points.setdefault(name, {})[step] = (time, read_number(value))
-    curves = {}
-    for name, found in points.items():
-        steps = sorted(found)
-        curves[name] = Curve(steps, [found[step][0] for step in steps], [found[step][1] for step in steps])
+                curve = curves.setdefault(name, Curve())
+                curve.steps.append(step)
+                curve.times.append(time)
+                curve.values.append(read_number(value))
+    damaged = sum(row is None for row in read_rows(path))
     return Log(curves, damaged, max(times) - min(times), min(times)) if times else Log(curves, damaged)
 
 
@@ -131,19 +113,10 @@ def thin(curve: Curve, points: int) -> Curve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory says.
-
-    Attributes:
-        path: The directory.
-        label: Its name, with as many of the folders above as tell it from the other runs'.
-        command: The command that made it.
-        recipe: Its settings.
-        environment: Versions, platform and commit; empty if it does not say.
-        log: What it logged.
-    """
+    """What a run directory says. `environment` is empty if it does not say."""
 
     path: Path
-    label: str
+    label: str  # its name, with as many of the folders above as tell it from the other runs'
     command: str
     recipe: dict[str, Any]
     environment: dict[str, Any]
@@ -181,11 +154,12 @@ class RunRecord:
     @property
     def duration(self) -> str:
         """Time from the first to the last line of the log."""
-        if self.log.seconds is None:
+        seconds = self.log.seconds
+        if seconds is None:
             return ABSENT
-        hours, minutes = divmod(round(self.log.seconds / 60), 60)
-        if self.log.seconds < 600:
-            return f"{self.log.seconds:.0f} s"
+        hours, minutes = divmod(round(seconds / 60), 60)
+        if seconds < 600:
+            return f"{seconds:.0f} s"
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
     @property
@@ -337,17 +311,12 @@ def list_settings(run: RunRecord) -> dict[str, str]:
     return {"loss.name" if key == "loss" else key: format_value(value) for key, value in flat.items()}
 
 
-def find_differences(runs: Sequence[RunRecord]) -> tuple[list[list[str]], list[list[str]]]:
-    """The settings that are not the same in all runs: rows of the key and each run's value.
-
-    Returns:
-        Those of which runs have different values, and those that only some runs have, with one value.
-    """
+def find_differences(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """The settings of which runs have different values: rows of the key and each run's value."""
     columns = [list_settings(run) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [[key, *(column.get(key, ABSENT) for column in columns)] for key in keys if key not in PLACES]
-    differing = [row for row in rows if len({*row[1:]} - {ABSENT}) > 1]
-    return differing, [row for row in rows if row not in differing and ABSENT in row[1:]]
+    return [row for row in rows if len({*row[1:]} - {ABSENT}) > 1]
 
 
 def identify_data(run: RunRecord) -> dict[str, str]:
@@ -370,25 +339,9 @@ def group_by_data(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 def describe_data(run: RunRecord) -> str:
     """The data of a run in words."""
-    data = identify_data(run)
-    if "name" not in data:
-        return "data of its own"
-    words = [data["name"]]
-    if "root" in data:
-        words.append(f"from {simplify(data['root'])}")
-    for key, what in (("train_size", "training"), ("meta_validation_size", "meta-validation")):
-        if key in data:
-            words.append(f"{'all' if data[key] == '0' else data[key]} {what} images")
-    if "split_seed" in data:
-        words.append(f"split seed {data['split_seed']}")
-    for key, what in (("label_noise", "training"), ("meta_validation_noise", "meta-validation")):
-        noise = run.settings.get(f"data.{key}")
-        if isinstance(noise, int | float) and noise:
-            kind = data.get("label_noise_kind")
-            words.append(f"{noise:.0%} of the {what} labels flipped{f' ({kind})' if kind else ''}")
-    if "imbalance" in data:
-        words.append(f"a long tail, {data['imbalance']} to 1")
-    return ", ".join(words)
+    data = simplify(identify_data(run))
+    name = data.pop("name", "data of its own")
+    return ", ".join([name, *(f"{key} {value}".replace("_", " ") for key, value in data.items())])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,152 +416,3 @@ def describe_header(header: dict[str, Any]) -> list[str]:
         f"commit {commit}" if commit else None,
     ]
     return [str(fact) for fact in facts if fact]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What runs reached, by their logs and by the tables of comparisons.
-
-Table = list[list[str]]
-COLUMNS = (
-    "student",
-    "method",
-    "last epoch %",
-    "best epoch %",
-    "difference of last",
-    "95 % interval",
-    "seeds",
-    "tuned over",
-)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it is not there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file, restval=""))
-
-
-def read_comparison(path: Path) -> tuple[Sequence[str], Table]:
-    """Header and rows of a comparison's `table.csv`, with the differences to its baseline."""
-    rows = []
-    for row in read_csv(path):
-        numbers = {key: float(text) if is_number(text) else math.nan for key, text in row.items()}
-        last, best, difference = ((numbers[key], numbers[f"{key}_se"]) for key in ("last", "best", "difference"))
-        low, high = numbers["interval_low"], numbers["interval_high"]
-        texts = [format_figure(last), format_figure(best), format_figure(difference, signed=True)]
-        method = mark_unlearned(row["method"], row.get("learned") != "False")
-        texts.append("" if math.isnan(low) else f"[{low:+.2f}, {high:+.2f}]".replace("-", "−"))
-        if difference == (0, 0):  # to itself
-            texts[2:] = ["baseline", ""]
-        rows.append([row["student"], method, *texts, row["seeds"], row["tuned_over"]])
-    return COLUMNS, rows
-
-
-def read_notes(path: Path) -> list[str]:
-    """What a comparison's `table.txt` says below its table."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [line.strip() for line in text.partition("\n\n")[2].splitlines() if line.strip()]
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def tabulate_trainings(runs: Sequence[RunRecord]) -> Table:
-    """A header and a row for each student and teacher: meta-validation at the last and at the best epoch."""
-    header = ["run", "network", "loss", "top-1 last %", "top-1 best %", "calibrated CE last", "best"]
-    rows = []
-    for run in runs:
-        top1 = run.log.curves.get("meta_validation/top1")
-        calibrated = run.log.curves.get("meta_validation/calibrated_cross_entropy")
-        figures = [*last_and_best(top1, max, "{:.2f}"), *last_and_best(calibrated, min, "{:.4f}")]
-        loss = describe_loss(run.recipe.get("loss"), run.path) if run.command == "distill" else "cross_entropy"
-        done = f"{len(run.epochs) if run.epochs else 0} of {run.settings.get('train.epochs', ABSENT)}"
-        rows.append([run.label, run.network, loss, *figures, done, run.duration, run.state])
-    return [[*header, "epochs", "time", "state"], *rows]
-
-
-def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
-    """A header and a row for each meta-training: its loss when reused on fresh students, and what became of it.
-
-    The figures that change are those of the initial and of the kept loss, the best so far.
-    """
-    header = ["run", "students", "reuse: calibrated CE first", "best", "last", "top-1 at best %", "loss kept"]
-    rows = []
-    for run in runs:
-        reuse, top1 = (run.log.curves.get(f"reuse/{name}") for name in ("calibrated_cross_entropy", "top1"))
-        last, best = last_and_best(reuse, min, "{:.4f}")
-        first = f"{reuse.values[0]:.4f}" if reuse else ABSENT
-        at_best, kept = ABSENT, reuse.steps[0] if reuse else None
-        if reuse and top1 and reuse.finite:
-            kept = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
-            at_best = f"{top1.values[top1.steps.index(kept)]:.2f}" if kept in top1.steps else ABSENT
-        curves = [run.log.curves.get(name) for name in ("outer/value", "loss/weight", "loss/temperature")]
-        changes = [f"{curve.values[0]:.3g} → {value_after(curve, kept):.3g}" if curve else ABSENT for curve in curves]
-        done = f"{curves[0].steps[-1]} of {run.settings.get('meta.outer_steps', ABSENT)}" if curves[0] else ABSENT
-        initial = "the start" if run.settings.get("meta.start") else f"the initial one: {NOT_LEARNED}"
-        whose = {None: "the last", 0: initial}.get(kept, f"after step {kept}")
-        reused = [first, best, last, at_best, whose]
-        rows.append([run.label, run.network, *reused, *changes, done, run.duration, run.state])
-    return [[*header, "outer value", "weight α", "temperature τ", "outer steps", "time", "state"], *rows]
-
-
-def tabulate_worlds(run: RunRecord) -> Table:
-    """A header, the mean, and a row for each world of a meta-training: what fresh students reached with the kept loss.
-
-    The worst regret is first; without a reference loss the worlds are as they were logged. Empty without worlds.
-    """
-    score, curves = "calibrated_cross_entropy", run.log.curves
-    reuse = curves.get(f"reuse/{score}")
-    names = [match[1] for key in curves if (match := re.fullmatch(rf"reuse/world/([^/]+)/{score}", key))]
-    if not names or not reuse or not reuse.finite:
-        return []
-    kept = reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)]
-
-    def read_figures(place: str) -> list[float]:
-        found = [curves.get(f"reuse/{place}{metric}") for metric in ("regret", score, "top1")]
-        return [curve.values[curve.steps.index(kept)] if curve and kept in curve.steps else math.nan for curve in found]
-
-    figures = {name: read_figures(f"world/{name}/") for name in names}
-    order = sorted(figures, key=lambda name: -figures[name][0]) if "reuse/regret" in curves else names
-    rows = []
-    for name, row in [("mean", read_figures("")), *((name, figures[name]) for name in order)]:
-        forms = zip(("{:+.4f}", "{:.4f}", "{:.2f}"), row, strict=True)
-        rows.append([name, *(ABSENT if math.isnan(value) else form.format(value) for form, value in forms)])
-    return [["world", f"regret of the loss after outer step {kept}", "calibrated CE", "top-1 %"], *rows]
-
-
-def find_trust(run: RunRecord) -> str:
-    """What a run's losses were told of teacher and labels, in one line; empty if they were not, or it is not done."""
-    headers = [read_part(read_header(run.path / RESULTS["distill"]), "provenance")] if run.command == "distill" else []
-    if run.command == "compare":
-        headers = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
-    for told in (read_part(header, "trust") for header in headers):
-        try:
-            return str(Trust(TrustFigures.from_json(told)))
-        except (LookupError, TypeError, ValueError):  # none there, or damaged
-            continue
-    return ""
-
-
-def value_after(curve: Curve, kept: int | None) -> float:
-    """What was logged of the loss after so many outer steps: at the next one, or at the last. See `find_kept_row`."""
-    later = (value for step, value in zip(curve.steps, curve.values, strict=True) if kept is not None and step > kept)
-    return next(later, curve.values[-1])
-
-
-def last_and_best(curve: Curve | None, best: Callable[..., int], form: str) -> tuple[str, str]:
-    """The last value of a curve, and the first of its best with its step; `ABSENT` where there is none."""
-    if curve is None:
-        return ABSENT, ABSENT
-    last = form.format(curve.values[-1])
-    if not curve.finite:
-        return last, ABSENT
-    place = best(curve.finite, key=curve.values.__getitem__)
-    return last, f"{form.format(curve.values[place])} (step {curve.steps[place]})"
