@@ -23,6 +23,7 @@ from lkd.core.statistics import (
     percentile_interval,
 )
 from lkd.evaluation.comparison.tables import format_csv, format_figure, format_table
+from lkd.evaluation.report.page import render
 from lkd.meta_training.log import save_figure
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.tracking.run import Run, evidence
@@ -190,7 +191,9 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
     }
     write_json(run.path / "fidelity.json", result)
     write_json(run.path / "result.json", evidence("lkd fidelity", provenance["environment"], list_figures(found)))
-    write_text(run.path / "table.txt", write_table(recipe, full, found))
+    texts = {"losses": format_table(tabulate_losses(recipe, full)), "replicates": REPLICATES, "format_rho": format_rho}
+    rows = {criterion: format_table(tabulate_rows(recipe, found, criterion)) for criterion in CRITERIA}
+    write_text(run.path / "table.txt", render("fidelity.txt", recipe=recipe, found=found, rows=rows, **texts) + "\n")
     tables = {"rows": found.rows, "trainings": list_trainings(full), "rollouts": list_rollouts(rollouts)}
     for name, records in tables.items():
         write_text(run.path / f"{name}.csv", format_csv(records))
@@ -233,22 +236,6 @@ def list_rollouts(rollouts: list[Row]) -> list[Row]:
     ]
 
 
-def write_table(recipe: FidelityRecipe, full: list[Row], found: Fidelity) -> str:
-    """Everything as text."""
-    parts = [
-        f"Full trainings on meta-validation, mean ± standard error over {recipe.full_seeds} seeds",
-        format_table(tabulate_losses(recipe, full)),
-    ]
-    for criterion, ceiling in found.ceilings.items():
-        name = criterion.replace("_", " ")
-        parts += [
-            f"Spearman's ρ of rollouts with the {name} of full trainings, 95 % interval",
-            format_table(tabulate_rows(recipe, found, criterion)),
-            f"Noise ceiling (two halves of the full trainings, by {name}): {format_rho(ceiling)}\n",
-        ]
-    return "\n".join([*parts, *write_recommendation(recipe, found), *write_notes(found), ""])
-
-
 def tabulate_losses(recipe: FidelityRecipe, full: list[Row]) -> list[list[str]]:
     """The losses, the best on top."""
     lines = []
@@ -276,40 +263,6 @@ def tabulate_rows(recipe: FidelityRecipe, found: Fidelity, criterion: str) -> li
 def format_rho(row: Row) -> str:
     """ρ and its interval."""
     return f"{row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("-", "−")
-
-
-def write_recommendation(recipe: FidelityRecipe, found: Fidelity) -> list[str]:
-    """The recommendation as options, or that there is none."""
-    if found.recommended is None:
-        return [
-            "Recommended: nothing. No rollout ranks these losses as full trainings do: try longer rollouts, younger "
-            "students, or losses further apart."
-        ]
-    best, (annealing, objective, steps) = found.settings[found.recommended], found.recommended
-    weights = ", ".join(f"{age:g}: {weight:.2f}" for age, weight in found.age_weights)
-    lines = [
-        f"Recommended: --meta.rollout_steps {steps} --meta.annealing {annealing} --meta.objective {objective} "
-        f"--meta.rollout_epochs {recipe.rollout_epochs}",
-        f"Weights for drawing ages (age: weight): {weights}; expected ρ {format_rho(best._asdict())}",
-    ]
-    if best.low <= 0:
-        lines.append(
-            "Doubtful: the interval of this ρ reaches 0, so that these rollouts may not rank losses at all; take more "
-            "rollouts and full_seeds, or longer rollouts."
-        )
-    return lines
-
-
-def write_notes(found: Fidelity) -> list[str]:
-    """What a reader of the table must know."""
-    return [
-        f"Intervals: percentile bootstrap over rollout draws and seeds ({REPLICATES} replicates): what other draws and "
-        "seeds would change, not what other losses would. Resampling adds noise, so an interval may lie low.",
-        "Ages by weight: mean over ages with weights proportional to max(0, ρ)².",
-        "Rule: the annealing and objective with the highest ρ (plain mean over ages and K); of these the smallest K "
-        "whose ρ (ages by weight) has a lower end that is at most the ceiling's distance to its own lower end "
-        f"({found.tolerance:.2f}) under the best K's.",
-    ]
 
 
 def plot_fidelity(found: Fidelity, path: Path) -> None:

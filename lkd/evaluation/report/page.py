@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from lkd import __version__
@@ -55,7 +55,7 @@ LEFT_OUT = ("resume",)  # says how a run was gone on with, not what it is
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parents[1]),
-    autoescape=True,
+    autoescape=select_autoescape(["html"]),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
@@ -65,7 +65,7 @@ TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",
 
 
 def render(template: str, **fields: Any) -> str:
-    """A page of a template beside this package; whatever it is given is escaped there."""
+    """A page, or a text, of a template beside this package; whatever a page is given is escaped there."""
     return TEMPLATES.get_template(template).render(fields)
 
 
