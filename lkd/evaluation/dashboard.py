@@ -3,8 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def list_empty(panels: Panels, names: Iterable[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The report of a finished `lkd compare`: its table, its notes, its recipe, and what W&B has of its run.
 
-NEEDED = ("config.json", "table.txt", "result.json")
+NEEDED = ("config.json", "table.txt")
 WIDTH, HEIGHT = 8, 6  # of a panel; a report has 24 columns
 
 
@@ -96,7 +95,6 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
 
     recipe = shorten_paths(read_json(folder / "config.json")["recipe"])
     blocks = [
-        reports.P(describe_comparison(recipe, read_json(folder / "result.json"))),
         reports.H2("Accuracy on the test split"),
         reports.CodeBlock((folder / "table.txt").read_text(encoding="utf-8")),
     ]
@@ -113,17 +111,6 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
         description=f"Differences to {recipe['baseline']}, seed by seed",
         blocks=blocks,
         width="fluid",
-    )
-
-
-def describe_comparison(recipe: dict[str, Any], made: dict[str, Any]) -> str:
-    """One sentence: what was compared, with which code."""
-    methods, students = ", ".join(recipe["methods"]), ", ".join(student["name"] for student in recipe["students"])
-    commit = f"commit {made['commit'][:12]}, " if made["commit"] else ""
-    return (
-        f"{len(recipe['methods'])} methods ({methods}) × {students} × {recipe['seeds']} paired seeds on "
-        f"{recipe['data']['name']}, {recipe['train']['epochs']} epochs. Made by `{made['command']}`, {commit}"
-        f"lkd {made['versions']['lkd']}, torch {made['versions']['torch']}."
     )
 
 
@@ -157,10 +144,20 @@ def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) 
         if recipe.report:
             say("the run's project is looked up when the report is sent; here its panels are of the report's own")
         return str(path)
-    with explained_failures():
-        made = build(recipe, recipe.entity or find_entity(), known=True)
+    import wandb
+
+    try:
+        entity = recipe.entity or wandb.Api().default_entity
+        if not entity:
+            raise UserError("entity: W&B names no default for who is logged in; give --entity USER_OR_TEAM")
+        made = build(recipe, entity, known=True)
         made.save()
         return str(made.url)
+    except UserError:
+        raise
+    except Exception as error:  # a bare one, of W&B's libraries
+        line = f"dashboard: nothing was sent: {first_line(error)}"
+        raise UserError(f"{line}; run `wandb login`, or write what would be sent with --dry_run") from error
 
 
 def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
@@ -180,27 +177,3 @@ def build(recipe: DashboardRecipe, entity: str, known: bool) -> Any:
         )
     except ValueError as error:
         raise UserError(f"name: {recipe.name!r}: W&B takes no emoji and no symbols such as + = < $") from error
-
-
-def find_entity() -> str:
-    """Who is logged in."""
-    import wandb
-
-    entity = wandb.Api().default_entity
-    if not entity:
-        raise UserError("entity: W&B names no default for who is logged in; give --entity USER_OR_TEAM")
-    return str(entity)
-
-
-@contextmanager
-def explained_failures() -> Iterator[None]:
-    """Tell in one line why W&B took nothing; its libraries raise bare `Exception`s."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"dashboard: nothing was sent: {first_line(error)}; run `wandb login`, or write what would be sent with "
-            "--dry_run"
-        ) from error

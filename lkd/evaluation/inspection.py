@@ -392,19 +392,17 @@ def describe_choices(loss: DistillationLoss, num_classes: int, seed: int) -> dic
 # Which stages of a student learn from which of a teacher.
 
 
-def describe_pairing(loss: DistillationLoss) -> dict[str, Any] | None:
-    """How a loss pairs stages; None if it reads no features.
+def describe_pairing(loss: DistillationLoss) -> list[dict[str, Any]] | None:
+    """How a learned loss pairs stages, at three progresses; None if it has no network over features.
 
     Returns:
-        Of a learned loss, at three progresses: `student` and `teacher`, the stages' names and relative depths;
-        `assignment`, [student stage, teacher stage], rows of sum 1; `weights`, each comparison's weight at each of the
-        student's stages. They are those of networks of as many stages as `STAGES`. Of a hand-made loss: `pairs` of
-        stages, each of the same weight, where it pairs any, and the teacher's stages that it reads.
+        `student` and `teacher`, the stages' names and relative depths; `assignment`, [student stage, teacher stage],
+        rows of sum 1; `weights`, each comparison's weight at each of the student's stages. They are those of networks
+        of as many stages as `STAGES`.
     """
     if any(isinstance(part, FeatureLoss) for part in parts_at(loss, 0.0).values()):
-        return {"learned": [describe_learned(loss, progress) for progress in FIELD_PROGRESS]}
-    stages = loss.teacher_stages
-    return {"pairs": getattr(loss, "pairs", None), "teacher_stages": list(stages)} if stages else None
+        return [describe_learned(loss, progress) for progress in FIELD_PROGRESS]
+    return None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lkd.config.evaluation import InspectRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import hash_file, write_json
 from lkd.evaluation.inspection import STAGES, TEMPERATURES, inspect_loss
+from lkd.evaluation.report.page import render
 from lkd.export.share import describe_training
 from lkd.losses.build import build_loss, is_learned
 from lkd.losses.learned.file import SUFFIX, LossFile, mark_unlearned, was_learned
@@ -73,7 +74,7 @@ STYLE: Any = {
 
 def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
     """Draw what `inspect_loss` found of the loss of this name."""
-    learned, choices = (report["pairing"] or {}).get("learned"), report["choices"] or {}
+    learned, choices = report["pairing"], report["choices"] or {}
     tables = {title: choices[key] for key, title in CHOICES.items() if choices}
     trust = choices.get("trust")
     rows = 2 * (report["field"] is not None) + len(tables) + (trust is not None) + (learned is not None)
@@ -191,14 +192,18 @@ def draw_choices(band: Any, table: dict[str, Any], title: str) -> None:
     axes = band.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         shown = np.array([[rows[case].get(name) for rows in columns] for case in cases], float)
-        axis.imshow(shown, cmap="viridis", aspect="auto")
-        middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
-        for (row, column), value in np.ndenumerate(shown):
-            text = "–" if np.isnan(value) else f"{value:.2f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if value < middle else "k")
-        axis.set_xticks(range(len(table)), [column.replace(" ", "\n") for column in table], fontsize=8)
-        axis.set_yticks(range(len(cases)), cases, fontsize=8)
+        draw_map(axis, shown, cases, [column.replace(" ", "\n") for column in table], "viridis")
         axis.set_title(SYMBOLS[name])
+
+
+def draw_map(axis: Axes, values: Any, rows: list[str], columns: list[str], colors: str) -> None:
+    """A table of values as colours, and as numbers in them."""
+    picture = axis.imshow(values, cmap=colors, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        text, color = "–" if np.isnan(value) else f"{value:.2f}", "w" if sum(picture.to_rgba(value)[:3]) < 1.5 else "k"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
 
 
 def draw_trust(band: Any, trust: dict[str, Any]) -> None:
@@ -229,20 +234,14 @@ def draw_pairing(band: Any, learned: list[dict[str, Any]]) -> None:
         "there; shown for two networks of four stages"
     )
     pairing, *weights = band.subplots(1, 1 + len(learned))
-    ticks, table = range(len(names)), learned[len(learned) // 2]["assignment"]
-    pairing.imshow(table, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    for row in ticks:
-        for column, share in enumerate(table[row]):
-            pairing.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "k")
-    pairing.set_yticks(ticks, names, fontsize=8)
+    draw_map(pairing, np.array(learned[len(learned) // 2]["assignment"]), names, names, "Greys")
     pairing.set(title="pairing", xlabel="teacher's stage", ylabel="student's stage")
-    top = max(max(values) for row in learned for values in row["weights"].values())
+    ticks, top = range(len(names)), max(max(values) for row in learned for values in row["weights"].values())
     for axis, at in zip(weights, learned, strict=True):
         for offset, (comparison, heights) in enumerate(at["weights"].items()):
             axis.bar([x + 0.27 * (offset - 1) for x in ticks], heights, 0.25, label=comparison)
         title = f"weights, {describe_progress(at['progress'])}"
         axis.set(title=title, xlabel="student's stage", ylim=(0, 1.2 * top))
-    for axis in (pairing, *weights):
         axis.set_xticks(ticks, names, fontsize=8)
     weights[0].legend(ncols=3, loc="upper center")
 
@@ -261,77 +260,46 @@ OWN = {"weight": "own α", "ramp": "ramp", "temperature": "own τ", "factor": "o
 
 def format_inspection(report: dict[str, Any], file: dict[str, Any] | None, name: str) -> str:
     """All of what `inspect_loss` found, and `describe_file`, of a loss of this name that has a file."""
-    sections = [
-        format_identity(report, file, name),
-        *([format_field(report), format_balance(report)] if report["field"] else []),
-        *(format_choices(report["choices"]) if report["choices"] else []),
-        format_shares(report, file),
-        *([format_pairing(report["pairing"])] if report["pairing"] else []),
-    ]
-    return "\n\n".join(sections)
+    tables = {
+        "field": tabulate_field(report) if report["field"] else "",
+        "balance": tabulate_balance(report) if report["field"] else "",
+        "choices": tabulate_choices(report["choices"]) if report["choices"] else {},
+        "shares": tabulate_shares(report, file),
+        "pairing": tabulate_pairing(report["pairing"]) if report["pairing"] else "",
+    }
+    return render("inspection.txt", report=report, file=file, name=name, **tables).rstrip("\n")
 
 
-def format_table(title: str, rows: list[list[Any]], headers: list[str], decimals: str | tuple[str, ...]) -> str:
-    """A title and a table whose first column are names."""
-    table = tabulate(rows, ["", *headers], "plain", floatfmt=decimals, missingval="-", numalign="decimal")
-    return "\n  ".join([title, *table.splitlines()])
+def format_table(rows: list[list[Any]], headers: list[str], decimals: str | tuple[str, ...]) -> str:
+    """A table whose first column are names."""
+    return tabulate(rows, ["", *headers], "plain", floatfmt=decimals, missingval="-", numalign="decimal")
 
 
-def format_identity(report: dict[str, Any], file: dict[str, Any] | None, name: str) -> str:
-    """What it is and where it comes from."""
-    parts = ", ".join(f"{part}: {found['form']}" for part, found in report["parts"].items())
-    head = f"{name}: {parts}; {report['parameters']:,} parameters"
-    if file is None:
-        return f"{head}\n  a hand-made loss: nothing was learned"
-    facts = {"file": f"{file['bytes'] / 1e3:.1f} kB, format version {file['format_version']}, sha256 {file['sha256']}"}
-    facts |= file["trained_with"] or {"origin": "the file does not say what it was trained with"}
-    if best := file["fresh_students"]:
-        facts["fresh students reached"] = (
-            f"{best['top1']:.2f} % top-1 and {best['calibrated_cross_entropy']:.4f} calibrated cross-entropy on "
-            f"meta-validation, after outer step {best['step']}"
-        )
-    return "\n".join([head, *(f"  {key:26} {value}" for key, value in facts.items())])
-
-
-def format_field(report: dict[str, Any]) -> str:
+def tabulate_field(report: dict[str, Any]) -> str:
     """Where it leaves the student alone."""
     confidence = report["field"]["confidence"]
     places = [min(range(len(confidence)), key=lambda i: abs(confidence[i] - shown)) for shown in SHOWN]
     rows = [[label, *(row["rest"][place] for place in places)] for label, row in name_fields(report).items()]
-    title = "Where it leaves the student alone: the label's probability to which it pulls, by the teacher's"
-    return format_table(title, rows, [f"teacher {shown:g}" for shown in SHOWN], ".2f")
+    return format_table(rows, [f"teacher {shown:g}" for shown in SHOWN], ".2f")
 
 
-def format_balance(report: dict[str, Any]) -> str:
+def tabulate_balance(report: dict[str, Any]) -> str:
     """The balance that it implies."""
     balance = report["balance"]
     own = {row["progress"]: row for row in report["own_balance"]}
     extra = [key for key in OWN if own and key in own[0.0]]
     rows = [
-        [f"progress {row['progress']:g}", *format_fit(row), *(own[row["progress"]][key] for key in extra)]
+        [f"progress {row['progress']:g}", *list_fit(row), *(own[row["progress"]][key] for key in extra)]
         for row in balance["over_progress"][::2]
     ]
     for who in ("student", "teacher"):
         fits = balance[f"over_{who}"][::3]
-        rows += [[f"{who} at {fit['confidence']:g}, halfway", *format_fit(fit)] for fit in fits]
+        rows += [[f"{who} at {fit['confidence']:g}, halfway", *list_fit(fit)] for fit in fits]
     headers = ["w_ce", "w_kd", "share", "as good", "τ", "as good", "R²", *(OWN[key] for key in extra)]
-    title = "Implied balance: its gradient at the logits as w_ce · cross-entropy + w_kd · KD(τ)"
-    return format_table(title, rows, headers, ("", *[".2f"] * 4, ".1f", "", ".3f", *[".2f"] * len(extra)))
+    return format_table(rows, headers, ("", *[".2f"] * 4, ".1f", "", ".3f", *[".2f"] * len(extra)))
 
 
-def format_choices(choices: dict[str, Any]) -> list[str]:
-    """The α that it sets in made-up worlds."""
-    tables = []
-    for key, title in CHOICES.items():
-        columns = choices[key]
-        rows = [
-            [case, *(column[case]["weight"] for column in columns.values())] for case in next(iter(columns.values()))
-        ]
-        tables.append(format_table(f"{title}: α", rows, list(columns), ".2f"))
-    return tables
-
-
-def format_fit(fit: dict[str, Any]) -> list[Any]:
+def list_fit(fit: dict[str, Any]) -> list[Any]:
     """One fit's columns."""
 
     def show(temperature: float) -> str:
@@ -352,34 +320,30 @@ def format_fit(fit: dict[str, Any]) -> list[Any]:
     ]
 
 
-def format_shares(report: dict[str, Any], file: dict[str, Any] | None) -> str:
+def tabulate_choices(choices: dict[str, Any]) -> dict[str, str]:
+    """The α that it sets in made-up worlds."""
+    tables = {}
+    for key, title in CHOICES.items():
+        cases = next(iter(choices[key].values()))
+        rows = [[case, *(column[case]["weight"] for column in choices[key].values())] for case in cases]
+        tables[title] = format_table(rows, list(choices[key]), ".2f")
+    return tables
+
+
+def tabulate_shares(report: dict[str, Any], file: dict[str, Any] | None) -> str:
     """How much each term pulls."""
     columns = {describe_progress(row["progress"]): row["shares"] for row in report["shares"]}
-    if logged := (file or {}).get("gradient_shares"):
-        columns["as logged*"] = logged
+    if file and file["gradient_shares"]:
+        columns["as logged*"] = file["gradient_shares"]
     rows = [[term, *(shares.get(term, 0.0) for shares in columns.values())] for term in report["shares"][0]["shares"]]
-    title = "Share of each term in the gradient at the student's outputs (made-up ones)"
-    note = "\n  * of real students, at the outer step that began with this loss, or the last one" if logged else ""
-    return format_table(title, rows, list(columns), ".3f") + note
+    return format_table(rows, list(columns), ".3f")
 
 
-def format_pairing(pairing: dict[str, Any]) -> str:
+def tabulate_pairing(pairing: list[dict[str, Any]]) -> str:
     """Which stages are matched."""
-    if "learned" not in pairing:
-        pairs = [f"  {s} ← {t}" for s, t in pairing["pairs"] or []]
-        title = "Features: pairs of stages, all of the same weight"
-        return (
-            "\n".join([title, *pairs])
-            if pairs
-            else f"Features: reads the teacher's {', '.join(pairing['teacher_stages'])}"
-        )
     rows = []
-    for at in pairing["learned"]:
+    for at in pairing:
         for number, (stage, depth) in enumerate(at["student"].items()):
             weights = [values[number] for values in at["weights"].values()]
             rows.append([f"{describe_progress(at['progress'])}, {stage}", depth, *at["assignment"][number], *weights])
-    title = (
-        "Features: whom each stage of the student learns from, and each comparison's weight there (it knows stages by "
-        "their depth in the network, 1 the last; shown: two networks of four stages)"
-    )
-    return format_table(title, rows, ["depth", *(f"← {stage}" for stage in at["teacher"]), *at["weights"]], ".2f")
+    return format_table(rows, ["depth", *(f"← {stage}" for stage in at["teacher"]), *at["weights"]], ".2f")

@@ -144,7 +144,7 @@ def test_a_report_has_the_table_and_panels_of_its_run(runs: Path, capsys) -> Non
 
 def test_a_comparison_outside_wandb_has_a_report_without_panels(runs: Path) -> None:
     Path("alone").mkdir()
-    for name in ("config.json", "result.json", "table.txt"):
+    for name in ("config.json", "table.txt"):
         Path("alone", name).write_text((runs / "comparison" / name).read_text())
     assert main(["dashboard", "--dry_run", "--out", "out", "--report", "alone"]) == 0
     assert collect(json.loads(Path("out/report.json").read_text()), "runSets") == []
@@ -176,7 +176,7 @@ def strip_ids(tree: Any) -> Any:
 def test_a_mistake_is_one_line(runs: Path, capsys) -> None:
     for words, field in (
         (["--report", "nowhere"], "report: nowhere "),
-        (["--report", f"{runs}/student"], "table.txt, result.json missing"),
+        (["--report", f"{runs}/student"], "table.txt missing"),
         (["--runs", "[nowhere]"], "runs: nowhere "),
         (["--name", "LKD 🚀"], "name: 'LKD 🚀': "),
     ):

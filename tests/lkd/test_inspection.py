@@ -21,7 +21,6 @@ from lkd.evaluation.inspection import (
     WORLDS,
     States,
     describe_field,
-    describe_pairing,
     draw_batch,
     draw_states,
     find_rest,
@@ -125,7 +124,7 @@ def test_what_a_loss_over_features_matches() -> None:
     report = inspect_loss(learned)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learned.state_dict().items())
     assert all(parameter.requires_grad for parameter in learned.parameters()), "the loss that was given is left alone"
-    first, _, last = report["pairing"]["learned"]
+    first, _, last = report["pairing"]
     assert list(first["student"].items()) == [("stage3", 0.75), ("stage4", 1.0)]
     assert np.allclose(np.array(first["assignment"]).sum(1), 1)
     part, depths = learned.parts["features"], torch.tensor([0.75, 1.0])
@@ -136,8 +135,6 @@ def test_what_a_loss_over_features_matches() -> None:
     assert sum(shares.values()) == pytest.approx(1)
     logits_alone = inspect_loss(LearnedLoss({"logits": learned.parts["logits"]}))
     assert report["balance"] == logits_alone["balance"], "the networks over features have no part in it"
-    hand_made = describe_pairing(build_loss("at", STAGES, STAGES))
-    assert hand_made["pairs"][-1] == ("stage4", "stage4")
     assert inspect_loss(LearnedLoss({"features": FeatureLoss()}))["balance"] is None
 
 
