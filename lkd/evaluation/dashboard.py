@@ -123,10 +123,6 @@ def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) 
 
     Returns:
         The file of a dry run, else the address.
-
-    Raises:
-        UserError: If wandb-workspaces is not installed, W&B does not answer or nobody is logged in, or a folder is
-            not what it should be.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("dashboard: wandb-workspaces is not installed: pip install 'lkd[dashboard]'")

@@ -161,7 +161,6 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         What `fidelity.json` holds.
 
     Raises:
-        UserError: If the recipe, the data, the teacher or the pool is not good.
         Interrupted: On Ctrl-C or SIGTERM; finished trainings and rollouts stay.
     """
     inputs = open_inputs(recipe)

@@ -21,11 +21,7 @@ from lkd.tracking.remote import fetch_named
 
 
 def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
-    """Inspect a recipe's loss; write inspection.json and inspection.png; the report for the terminal, and the folder.
-
-    Raises:
-        UserError: If the loss, or a setting, is not good.
-    """
+    """Inspect a loss; write inspection.json and inspection.png. Returns the report for the terminal, and the folder."""
     kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
     options = {"name": recipe.loss} if isinstance(recipe.loss, str) else dict(recipe.loss)
     if isinstance(options.get("name"), str):

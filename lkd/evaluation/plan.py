@@ -225,11 +225,7 @@ def choose_precision(recipe: PlanRecipe) -> str:
 
 
 def plan(recipe: PlanRecipe) -> dict[str, Any]:
-    """Plan a recipe; write plan.json and plan.txt if it says where.
-
-    Raises:
-        UserError: If the recipe is not good.
-    """
+    """Plan a recipe; write plan.json and plan.txt if it says where."""
     is_learned = bool(recipe.meta or recipe.pool or recipe.worlds or recipe.draw.worlds)
     worlds = open_worlds(recipe, is_learned)
     steps = count_each(worlds, count_step)
@@ -321,11 +317,7 @@ def as_meta_training(recipe: PlanRecipe) -> MetaTrainRecipe:
 
 
 def open_world(recipe: PlanRecipe, is_learned: bool) -> PlannedWorld:
-    """Check a recipe, count its images, and name the networks whose weights a plan does not read.
-
-    Raises:
-        UserError: If a setting is impossible, or the images or the teacher's network are not known.
-    """
+    """Check a recipe, count its images, and name the networks whose weights a plan does not read."""
     train, teacher = recipe.train, recipe.teacher
     gpus = 1 if is_learned else recipe.gpus
     if train.batch_size % (gpus * train.accumulation):
@@ -357,11 +349,7 @@ def open_world(recipe: PlanRecipe, is_learned: bool) -> PlannedWorld:
 
 
 def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
-    """Images without contents; how many there are to train on, if need be as is known; whether they are decoded.
-
-    Raises:
-        UserError: If the data set is named with a root and is not good, or is neither there nor known.
-    """
+    """Images without contents; how many there are to train on, if need be as is known; whether they are decoded."""
     if data.root is not None or data.name == "embedded":
         clean = replace(data, label_noise=0.0, meta_validation_noise=0.0)  # wrong labels change no count
         train = prepare_images(clean, scored=False).train

@@ -31,9 +31,6 @@ def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
 
     Returns:
         What `variance.json` holds.
-
-    Raises:
-        UserError: If the folder holds no finished `lkd distill`.
     """
     pairs = collect_gradients(recipe)
     halves = [fill_moments(pairs[start::2]) for start in (0, 1)]

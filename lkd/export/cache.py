@@ -45,10 +45,6 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
 
     Returns:
         The cache.
-
-    Raises:
-        UserError: If a setting is not good, the loss reads features, the folder holds the cache of something else, or
-            the disk is too small.
     """
     if recipe.teacher.cache is None:
         raise UserError("teacher.cache: missing; give the folder that the answers go to")

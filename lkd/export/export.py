@@ -143,10 +143,6 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
 
     Returns:
         Format → what was written.
-
-    Raises:
-        UserError: If the checkpoint, a format or the size is not good, a format needs a package that is not installed,
-            or what was read back differs by more than `tolerance`.
     """
     for name in recipe.formats:
         check_choice("formats", name, FORMATS)
@@ -215,9 +211,6 @@ def pack_dataset(recipe: PackRecipe) -> list[Path]:
 
     Returns:
         The index of each part.
-
-    Raises:
-        UserError: If a setting or the data set is not good, the images are in memory anyway, or the disk is too small.
     """
     data = recipe.data
     if data.packed is None:

@@ -101,9 +101,6 @@ def push_loss(recipe: PushRecipe) -> str:
 
     Returns:
         Where it is, or the file of its card.
-
-    Raises:
-        UserError: If the file is no learned loss, the name has no known form, or it cannot be sent.
     """
     path, reference = Path(recipe.loss), parse_reference(recipe.to)
     load_loss(path)  # what cannot be loaded is not sent
@@ -121,9 +118,6 @@ def pull_loss(recipe: PullRecipe) -> Path:
 
     Returns:
         The file.
-
-    Raises:
-        UserError: If it cannot be had, is no learned loss, or the file cannot be written.
     """
     found = fetch(recipe.loss)
     load_loss(found)

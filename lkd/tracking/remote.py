@@ -58,9 +58,6 @@ def fetch(name: str) -> Path:
 
     Returns:
         The file on this machine.
-
-    Raises:
-        UserError: If the name has no known form, or the file cannot be had.
     """
     reference = parse_reference(name)
     return download(reference) if isinstance(reference, HubReference) else download_artifact(reference)
@@ -95,9 +92,6 @@ def upload(path: Path, reference: HubReference, card: str, private: bool) -> str
 
     Returns:
         The commit's address.
-
-    Raises:
-        UserError: If nobody is logged in, the repository is not theirs, or the Hub does not answer.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -162,9 +156,6 @@ def upload_artifact(path: Path, reference: WandbReference, kind: str, metadata: 
 
     Returns:
         The artifact's name with its version.
-
-    Raises:
-        UserError: If nobody is logged in, or W&B does not answer.
     """
     import wandb
 

@@ -65,12 +65,7 @@ class Run:
 
 @contextmanager
 def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[Run]:
-    """Open a run directory for one command; make it, or go on in it with `resume: auto`.
-
-    Raises:
-        UserError: If the directory cannot be written, holds a run and `resume` is never, holds a run with another
-            config, is in use, or is not there for a process that must read it; or if the command runs in one process.
-    """
+    """Open a run directory for one command; make it, or go on in it with `resume: auto`."""
     job = read_job()
     if job.size > 1 and command not in SHARED_COMMANDS:
         raise UserError(f"torchrun: `lkd {command}` runs in one process; in several run {', '.join(SHARED_COMMANDS)}")
@@ -247,11 +242,7 @@ def shorten_paths(tree: Any, here: Path | None = None) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one.
-
-    Raises:
-        UserError: If the device is unknown or absent.
-    """
+    """`auto` is cuda where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -27,9 +27,6 @@ class Tracker:
 
     Metrics go to `log.jsonl` and to the services that the recipe names, pictures to the services, and files used and
     made to `lineage.json` and, as artifacts, to W&B. A service that fails after its start costs a warning.
-
-    Raises:
-        UserError: If a service was asked for and cannot start.
     """
 
     def __init__(self, path: Path, recipe: RunRecipe | None, config: dict[str, Any]) -> None:
@@ -153,11 +150,7 @@ class Service:
 
 
 def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Service:
-    """Start W&B, or go on in the run that the run directory had.
-
-    Raises:
-        UserError: If it cannot start: nobody is logged in, or its server does not answer.
-    """
+    """Start W&B, or go on in the run that the run directory had."""
     import wandb
 
     for tag in recipe.tags:
@@ -189,11 +182,7 @@ def start_wandb(recipe: WandbRecipe, path: Path, config: dict[str, Any]) -> Serv
 
 
 def start_trackio(project: str, path: Path, config: dict[str, Any]) -> Service:
-    """Start trackio's local record, which `trackio show` serves.
-
-    Raises:
-        UserError: If it is not installed or cannot start.
-    """
+    """Start trackio's local record, which `trackio show` serves."""
     try:
         import trackio
     except ImportError as error:

@@ -63,11 +63,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
 
 
 def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
-    """Build every loss once for every student, and every optimiser, so that a mistake shows before any training.
-
-    Raises:
-        UserError: If a method, a student, the baseline or the tuning budget is not good.
-    """
+    """Build every loss once for every student, and every optimiser, so that a mistake shows before any training."""
     if recipe.baseline not in recipe.methods:
         raise UserError(f"baseline: {recipe.baseline!r} is not one of the methods {', '.join(recipe.methods)}")
     names = [student.name for student in recipe.students]
@@ -108,7 +104,6 @@ def finish_trials(
 
     Raises:
         Interrupted: On Ctrl-C or SIGTERM.
-        UserError: If a training fails.
     """
     paths = {trial_path(recipe, trial, run.path): trial for trial in trials}
     drop_damaged(paths, run.say)

@@ -74,9 +74,6 @@ def write_report(recipe: ReportRecipe) -> tuple[Path, int]:
 
     Returns:
         The page, and how many runs it shows.
-
-    Raises:
-        UserError: If a folder is not a run, or the page cannot be written.
     """
     out = Path(recipe.out)
     if out.suffix not in (".html", ".htm"):

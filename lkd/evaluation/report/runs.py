@@ -192,11 +192,7 @@ class RunRecord:
 
 
 def read_runs(names: Sequence[str]) -> list[RunRecord]:
-    """Read run directories, and the meta-training that a quickstart holds; each once.
-
-    Raises:
-        UserError: If there are none, or a folder is not a run.
-    """
+    """Read run directories, and the meta-training that a quickstart holds; each once."""
     if not names:
         raise UserError("runs: none given; name run directories, as in: lkd report runs/student")
     configs: dict[Path, dict[str, Any]] = {}
@@ -219,11 +215,7 @@ def read_runs(names: Sequence[str]) -> list[RunRecord]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a run's `config.json`.
-
-    Raises:
-        UserError: If the folder is not a run.
-    """
+    """Read a run's `config.json`."""
     if not path.is_dir():
         raise UserError(f"runs: {path} is not a folder; name a run directory (--run_dir of an earlier command)")
     if not (path / "config.json").is_file():
