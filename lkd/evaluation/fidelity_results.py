@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -24,11 +22,9 @@ from lkd.core.statistics import (
 )
 from lkd.evaluation.comparison.tables import format_csv, format_figure, format_table
 from lkd.evaluation.report.page import render
-from lkd.meta_training.log import save_figure
+from lkd.meta_training.log import plt, save_figure
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.tracking.run import Run, evidence
-
-matplotlib.use("Agg")
 
 Row = dict[str, Any]
 CRITERIA = {"accuracy": ("top1", 1), "calibrated_cross_entropy": ("calibrated_cross_entropy", -1)}

@@ -158,7 +158,7 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
     written = {}
     for name in recipe.formats:
         path, compute = FORMATS[name](model, header["architecture"], images, folder)
-        difference = compare_logits(expected, compute(images))
+        difference = float((expected - compute(images)).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not difference <= recipe.tolerance:
             raise UserError(
                 f"{path}: its logits differ by {difference:.2g} of the largest logit from the network's, more than "
@@ -199,11 +199,6 @@ def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
             f"image_size: {recipe.checkpoint} does not say which images it was trained on; give their height and width"
         )
     return torch.randn(BATCH, channels, height, width, generator=torch.Generator().manual_seed(0))
-
-
-def compare_logits(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, over the largest logit."""
-    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def pack_dataset(recipe: PackRecipe) -> list[Path]:

@@ -17,7 +17,7 @@ from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json
 from lkd.evaluation.report.charts import describe_curve
 from lkd.evaluation.report.page import build_page, command_line
-from lkd.evaluation.report.runs import Curve, name_apart, read_curves, read_runs, thin
+from lkd.evaluation.report.runs import Point, name_apart, read_curves, read_runs, thin
 from lkd.tracking.tracker import read_log
 
 PLANTED = [
@@ -298,23 +298,26 @@ def test_long_curves_are_thinned_to_their_shape() -> None:
     count, spike, dip = 100_000, 43_210, 77_777
     values = [math.sin(step / 9000) for step in range(count)]
     values[spike], values[dip], values[500] = 50.0, -50.0, math.nan
-    found = describe_curve(Curve(list(range(count)), [1e9 + step for step in range(count)], values), 1e9, 1000)
+    found = describe_curve([Point(step, 1e9 + step, value) for step, value in enumerate(values)], 1e9, 1000)
     assert len(found["steps"]) <= 1002
     assert (found["total"], found["strange"]) == (count, 1)
     drawn = dict(zip(found["steps"], found["values"], strict=True))
     assert drawn.items() >= {(spike, 50.0), (dip, -50.0), (500, None)}
     assert (found["steps"][0], found["steps"][-1], found["seconds"][-1]) == (0, count - 1, count - 1)
-    curve = Curve([1, 2, 3], [0.0] * 3, [5.0, math.nan, 4.0])
+    curve = [Point(1, 0.0, 5.0), Point(2, 0.0, math.nan), Point(3, 0.0, 4.0)]
     assert thin(curve, 3) is curve
-    assert thin(curve, 1).steps == [1, 2, 3]
-    assert len(thin(Curve(list(range(100)), [0.0] * 100, [math.nan] * 100), 9)) <= 5
+    assert thin(curve, 1) == curve
+    assert len(thin([Point(step, 0.0, math.nan) for step in range(100)], 9)) <= 5
 
 
 def test_a_repeated_step_counts_as_it_was_last_written_and_names_tell_runs_apart(tmp_path: Path) -> None:
     rows = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "b": 7}, {"step": 1, "a": 3}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = read_curves(tmp_path / "log.jsonl").curves
-    assert (curves["a"].steps, curves["a"].values, curves["b"].steps) == ([1, 2], [3, 2], [2])
+    assert {name: [(step, value) for step, _, value in curve] for name, curve in curves.items()} == {
+        "a": [(1, 3), (2, 2)],
+        "b": [(2, 7)],
+    }
     paths = [Path("/x/a/student"), Path("/x/b/student"), Path("/x/b/kd")]
     assert name_apart(paths) == ["a/student", "b/student", "kd"]
 

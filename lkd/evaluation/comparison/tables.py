@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from tabulate import SEPARATING_LINE, tabulate
 
@@ -21,13 +19,11 @@ from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.core.tensor_files import read_result
 from lkd.evaluation.comparison.trials import Method, Row, plan_report, plan_tuning, trial_path
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
-from lkd.meta_training.log import save_figure
+from lkd.meta_training.log import plt, save_figure
 from lkd.tracking.run import shorten_paths
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture of a comparison.
-
-matplotlib.use("Agg")
 
 
 def plot_table(table: list[Row], baseline: str, path: Path) -> None:

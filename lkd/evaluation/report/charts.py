@@ -21,6 +21,7 @@ from lkd.evaluation.report.runs import (
     find_near,
     read_dict,
     read_header,
+    select_finite,
     simplify,
     thin,
 )
@@ -91,11 +92,11 @@ def describe_curve(curve: Curve, start: float, points: int) -> dict[str, Any]:
     """A curve, thinned, with six digits."""
     thinned = thin(curve, points)
     return {
-        "steps": thinned.steps,
-        "seconds": [round(time - start, 1) if math.isfinite(time) else None for time in thinned.times],
-        "values": round_finite(thinned.values, 6),
+        "steps": [point.step for point in thinned],
+        "seconds": [round(point.time - start, 1) if math.isfinite(point.time) else None for point in thinned],
+        "values": round_finite([point.value for point in thinned], 6),
         "total": len(curve),
-        "strange": len(curve) - len(curve.finite),
+        "strange": len(curve) - len(select_finite(curve)),
     }
 
 

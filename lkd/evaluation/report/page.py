@@ -7,10 +7,10 @@ import hashlib
 import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -27,9 +27,11 @@ from lkd.evaluation.report.runs import (
     RESULTS,
     TRAINED,
     Curve,
+    Point,
     RunRecord,
     describe_data,
     describe_loss,
+    find_best,
     find_differences,
     format_value,
     group_by_data,
@@ -104,7 +106,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
             for group in groups
         ],
         sections=sections,
-        differing=[(key, find_usual(values), values) for key, *values in differing],
+        differing=[(key, mode(value for value in values if value != ABSENT), values) for key, *values in differing],
         settings=[
             (run, list(settings.items()), ["differs" if key in unusual else "" for key in settings])
             for run, settings in ((run, list_settings(run)) for run in runs)
@@ -127,11 +129,6 @@ def build_page(runs: Sequence[RunRecord]) -> str:
         drawn=MOST_TRAININGS,
         absent=ABSENT,
     )
-
-
-def find_usual(values: Sequence[str]) -> str:
-    """The most common value of a setting."""
-    return Counter(value for value in values if value != ABSENT).most_common(1)[0][0]
 
 
 def list_results(runs: Sequence[RunRecord], places: dict[str, int]) -> list[tuple[str, list[list[str]], list[str]]]:
@@ -175,11 +172,11 @@ def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
     for run in runs:
         reuse, outer, kept = run.log.curves.get(REUSED), run.log.curves.get("outer/value"), find_kept_step(run)
         last, best = last_and_best(reuse, min, "{:.4f}")
-        first = f"{reuse.values[0]:.4f}" if reuse else ABSENT
+        first = f"{reuse[0].value:.4f}" if reuse else ABSENT
         at_best = show(value_at(run.log.curves.get("reuse/top1"), kept), "{:.2f}")
         initial = "the start" if run.settings.get("meta.start") else f"the initial one: {NOT_LEARNED}"
         whose = {None: initial if reuse else "the last", 0: initial}.get(kept, f"after step {kept}")
-        done = f"{max(outer.steps)} of {run.settings.get('meta.outer_steps', ABSENT)}" if outer else ABSENT
+        done = f"{outer[-1].step} of {run.settings.get('meta.outer_steps', ABSENT)}" if outer else ABSENT
         rows.append([run.label, run.network, first, best, last, at_best, whose, done, run.duration, run.state])
     return [[*header, "outer steps", "time", "state"], *rows]
 
@@ -208,13 +205,13 @@ def tabulate_worlds(run: RunRecord) -> Table:
 
 def find_kept_step(run: RunRecord) -> int | None:
     """The outer step after which a meta-training's loss was best when reused; None if there was no look that says."""
-    reuse = run.log.curves.get(REUSED)
-    return reuse.steps[min(reuse.finite, key=reuse.values.__getitem__)] if reuse and reuse.finite else None
+    best = find_best(run.log.curves.get(REUSED), min)
+    return best and best.step
 
 
 def value_at(curve: Curve | None, step: int | None) -> float:
     """What was logged at a step, or NaN."""
-    return curve.values[curve.steps.index(step)] if curve and step in curve.steps else math.nan
+    return next((point.value for point in curve or () if point.step == step), math.nan)
 
 
 def show(value: float, form: str) -> str:
@@ -235,15 +232,12 @@ def find_trust(run: RunRecord) -> str:
     return ""
 
 
-def last_and_best(curve: Curve | None, best: Callable[..., int], form: str) -> tuple[str, str]:
+def last_and_best(curve: Curve | None, best: Callable[..., Point], form: str) -> tuple[str, str]:
     """The last value of a curve, and the first of its best with its step; `ABSENT` where there is none."""
-    if curve is None:
+    if not curve:
         return ABSENT, ABSENT
-    last = form.format(curve.values[-1])
-    if not curve.finite:
-        return last, ABSENT
-    place = best(curve.finite, key=curve.values.__getitem__)
-    return last, f"{form.format(curve.values[place])} (step {curve.steps[place]})"
+    found = find_best(curve, best)
+    return form.format(curve[-1].value), f"{form.format(found.value)} (step {found.step})" if found else ABSENT
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +250,7 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
     if run.command not in (*TRAINED, "meta-train", "pool"):  # before there are figures, the last values of the log
         figures = read_dict(run.path / "result.json").get("figures")
         if not isinstance(figures, dict):
-            figures = {name: curve.values[-1] for name, curve in run.log.curves.items()}
+            figures = {name: curve[-1].value for name, curve in run.log.curves.items()}
     texts = sorted(run.path.glob(TEXTS.get(run.command, "table.txt")))
     ages: dict[Any, list[float]] = {}
     for entry in list_dicts(read_dict(run.path / "pool" / "index.json").get("students")):

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median_high
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -32,32 +32,26 @@ TRAINED = ("distill", "teacher")
 ABSENT = "—"
 
 
-@dataclass
-class Curve:
-    """One metric over a run, by step; values are as they were logged: NaN and infinite ones too.
+class Point(NamedTuple):
+    """What was logged of a metric at a step; the value may be NaN or infinite, the time NaN where the log has none."""
 
-    `times` are seconds since the epoch, NaN where the log does not say.
-    """
+    step: int
+    time: float  # seconds since the epoch
+    value: float
 
-    steps: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.steps)
+Curve = list[Point]
+"""One metric over a run, by step."""
 
-    @property
-    def finite(self) -> list[int]:
-        """Where the curve is finite."""
-        return [place for place, value in enumerate(self.values) if math.isfinite(value)]
 
-    def select(self, places: Sequence[int]) -> "Curve":
-        """The curve at these places."""
-        return Curve(
-            [self.steps[place] for place in places],
-            [self.times[place] for place in places],
-            [self.values[place] for place in places],
-        )
+def select_finite(curve: Curve | None) -> Curve:
+    """The points of a curve whose value is finite."""
+    return [point for point in curve or () if math.isfinite(point.value)]
+
+
+def find_best(curve: Curve | None, best: Callable[..., Point]) -> Point | None:
+    """The first of the least, or the largest, finite points."""
+    return best(select_finite(curve), key=lambda point: point.value, default=None)
 
 
 @dataclass
@@ -81,10 +75,7 @@ def read_curves(path: Path) -> Log:
         times += [time] if math.isfinite(time) else []
         for name, value in row.items():
             if type(value) in (int, float):
-                curve = curves.setdefault(name, Curve())
-                curve.steps.append(step)
-                curve.times.append(time)
-                curve.values.append(read_number(value))
+                curves.setdefault(name, []).append(Point(step, time, read_number(value)))
     damaged = sum(row is None for row in read_rows(path))
     return Log(curves, damaged, max(times) - min(times), min(times)) if times else Log(curves, damaged)
 
@@ -101,14 +92,12 @@ def thin(curve: Curve, points: int) -> Curve:
     """About so many points: the ends, and of equal stretches the least, the largest, and one that is not finite."""
     if len(curve) <= points:
         return curve
-    kept = {0, len(curve) - 1}
-    stretches = max(points // 3, 1)
+    kept, stretches = {curve[0], curve[-1]}, max(points // 3, 1)
     for number in range(stretches):
-        places = range(len(curve) * number // stretches, len(curve) * (number + 1) // stretches)
-        finite = [place for place in places if math.isfinite(curve.values[place])]
-        kept |= {extreme(finite, key=curve.values.__getitem__) for extreme in (min, max) if finite}
-        kept |= set([place for place in places if not math.isfinite(curve.values[place])][:1])
-    return curve.select(sorted(kept))
+        part = curve[len(curve) * number // stretches : len(curve) * (number + 1) // stretches]
+        kept |= {point for extreme in (min, max) if (point := find_best(part, extreme))}
+        kept |= set([point for point in part if not math.isfinite(point.value)][:1])
+    return sorted(kept, key=lambda point: point.step)
 
 
 @dataclass(frozen=True)
@@ -171,8 +160,7 @@ class RunRecord:
     @property
     def images_per_second(self) -> str:
         """The median speed."""
-        curve = self.log.curves.get("images_per_second")
-        values = curve.select(curve.finite).values if curve else []
+        values = [point.value for point in select_finite(self.log.curves.get("images_per_second"))]
         return f"{median_high(values):,.0f}" if values else ABSENT
 
     @property
@@ -183,11 +171,11 @@ class RunRecord:
     @property
     def time_shares(self) -> dict[str, float]:
         """Part of the steps' time by part; the mean over epochs, or over what was logged before the first one ended."""
-        epochs, shares = self.epochs, {}
+        epochs, shares = {point.step for point in self.epochs or ()}, {}
         for name, curve in self.log.curves.items():
-            if name.startswith("time_share/") and curve.finite:
-                ended = [place for place in curve.finite if epochs and curve.steps[place] in epochs.steps]
-                shares[name.removeprefix("time_share/")] = mean(curve.select(ended or curve.finite).values)
+            if name.startswith("time_share/") and (found := select_finite(curve)):
+                ended = [point for point in found if point.step in epochs]
+                shares[name.removeprefix("time_share/")] = mean(point.value for point in ended or found)
         return shares
 
 
