@@ -116,8 +116,8 @@ def describe_field(loss: DistillationLoss, kd: KDLoss, num_classes: int) -> dict
 
     Returns:
         `confidence`: the grid. `loss`, at three progresses, `kd` and `cross_entropy`: each with its `gradient` (rows
-        are the teacher's confidence, columns the student's) and its `rest`: for each of the teacher's confidences the
-        student's probability at which the gradient is zero, where the loss would leave it.
+        are the teacher's confidence, columns the student's) and its `rest`: where the loss would leave the student, for
+        each of the teacher's confidences (`find_rest`).
     """
 
     def describe(each: DistillationLoss, progress: float) -> dict[str, Any]:
@@ -432,19 +432,18 @@ def inspect_loss(
     """Find out what a loss does, without training anything.
 
     The loss is asked about made-up logits (of students and teachers of every confidence) and, if it reads features,
-    made-up features of four stages; nothing is read, written or changed.
+    made-up features of four stages, `STAGES`; nothing is read, written or changed.
 
     Args:
-        loss: A learned loss or any other. One that reads features must take those of `STAGES`; a learned loss does.
+        loss: A learned loss or any other.
         kd: KD to compare with; by default of weight 0.5 and temperature 4.
         num_classes: Number of classes, at least 2.
         seed: Of what is made up.
 
     Returns:
-        A tree that JSON can hold: `parts`, `parameters`, `kd` and `num_classes`; `field` (see `describe_field`) and
-        `balance` (`imply_balance`), each None for a loss that only reads features; `own_balance` (`read_own_balance`);
-        `choices` (`describe_choices`), None for a loss that reads neither trust nor the context of a batch;
-        `shares`, each term's of the gradient (`gradient_shares`), and `pairing` of features (`describe_pairing`).
+        A tree that JSON can hold: `parts`, `parameters`, `kd`, `num_classes`, and what these say: `describe_field` and
+        `imply_balance` (None for a loss that only reads features), `read_own_balance`, `describe_choices` (None for one
+        that reads neither trust nor the context of a batch), `gradient_shares` and `describe_pairing`.
     """
     kd = kd or KDLoss()
     loss = copy.deepcopy(loss).eval().requires_grad_(False)

@@ -42,9 +42,6 @@ def cache_answers(recipe: CacheRecipe) -> CacheFolder:
     """Ask the teacher about every training image under every augmentation seed; what is there already is kept.
 
     The processes of a torchrun job share the files, without talking to each other.
-
-    Returns:
-        The cache.
     """
     if recipe.teacher.cache is None:
         raise UserError("teacher.cache: missing; give the folder that the answers go to")

@@ -139,11 +139,7 @@ class Exported(NamedTuple):
 
 
 def export(recipe: ExportRecipe) -> dict[str, Exported]:
-    """Write every format, read it back, and compare its logits on random images with the network's.
-
-    Returns:
-        Format → what was written.
-    """
+    """Write every format, read it back, and compare its logits on random images with the network's."""
     for name in recipe.formats:
         check_choice("formats", name, FORMATS)
     if not recipe.formats:
@@ -202,11 +198,7 @@ def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
 
 
 def pack_dataset(recipe: PackRecipe) -> list[Path]:
-    """Pack the training and the test part of a data set into the folder `data.packed`.
-
-    Returns:
-        The index of each part.
-    """
+    """Pack the training and the test part of a data set into the folder `data.packed`; the index of each."""
     data = recipe.data
     if data.packed is None:
         raise UserError("data.packed: missing; give the folder that the packed images go to")

@@ -97,11 +97,7 @@ def list_facts(facts: dict[str, Any]) -> str:
 
 
 def push_loss(recipe: PushRecipe) -> str:
-    """Send a learned loss.
-
-    Returns:
-        Where it is, or the file of its card.
-    """
+    """Send a learned loss; where it is, or the file of its card."""
     path, reference = Path(recipe.loss), parse_reference(recipe.to)
     load_loss(path)  # what cannot be loaded is not sent
     card = write_card(path, recipe.to)
@@ -114,11 +110,7 @@ def push_loss(recipe: PushRecipe) -> str:
 
 
 def pull_loss(recipe: PullRecipe) -> Path:
-    """Fetch a learned loss and check it.
-
-    Returns:
-        The file.
-    """
+    """Fetch a learned loss and check it; the file."""
     found = fetch(recipe.loss)
     load_loss(found)
     with replaced_atomically(Path(recipe.out)) as temporary:

@@ -54,11 +54,7 @@ def parse_reference(name: str) -> HubReference | WandbReference:
 
 
 def fetch(name: str) -> Path:
-    """Download a remote file, unless it is in the cache already.
-
-    Returns:
-        The file on this machine.
-    """
+    """Download a remote file, unless it is in the cache already; the file on this machine."""
     reference = parse_reference(name)
     return download(reference) if isinstance(reference, HubReference) else download_artifact(reference)
 
@@ -82,16 +78,9 @@ def download(reference: HubReference) -> Path:
 
 
 def upload(path: Path, reference: HubReference, card: str, private: bool) -> str:
-    """Put a file and its model card into a repository, which is made if it is not there, as one commit.
+    """Put a file and its model card into a repository, as one commit, whose address is returned.
 
-    Args:
-        path: The file.
-        reference: Where to; its revision must be there already.
-        card: README.md of the repository.
-        private: Of a new repository, whether others cannot see it.
-
-    Returns:
-        The commit's address.
+    The repository is made if it is not there, `private` or not; a revision must be there already.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -152,11 +141,7 @@ def download_artifact(reference: WandbReference) -> Path:
 
 
 def upload_artifact(path: Path, reference: WandbReference, kind: str, metadata: dict[str, Any]) -> str:
-    """Put a file into an artifact, as its newest version, by a run of its own.
-
-    Returns:
-        The artifact's name with its version.
-    """
+    """Put a file into an artifact, as its newest version, by a run of its own; the artifact's name with its version."""
     import wandb
 
     entity, project = reference.project.split("/")

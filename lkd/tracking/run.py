@@ -227,9 +227,7 @@ def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
 def shorten_paths(tree: Any, here: Path | None = None) -> Any:
     """Absolute paths in a tree, reduced to their last part: a shared file should not tell where it was made.
 
-    Args:
-        tree: Dicts and lists.
-        here: A folder; paths below it become relative to it.
+    Paths below the folder `here` become relative to it.
     """
     if isinstance(tree, dict):
         return {key: shorten_paths(value, here) for key, value in tree.items()}

@@ -11,7 +11,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import write_json
 from lkd.core.tensor_files import drop_damaged
 from lkd.core.workers import LeaseWatch, finish_all, start_workers
-from lkd.evaluation.comparison.tables import UNLEARNED, figures_of, format_options, write_results
+from lkd.evaluation.comparison.tables import UNLEARNED, figures_of, write_results
 from lkd.evaluation.comparison.trials import (
     Row,
     Trial,
@@ -20,6 +20,7 @@ from lkd.evaluation.comparison.trials import (
     check_tuning,
     describe_other_threads,
     expand_grid,
+    format_options,
     open_inputs,
     pick_options,
     plan_report,
@@ -37,11 +38,7 @@ from lkd.training.optimizer import build_optimizer, build_scheduler
 
 
 def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
-    """Tune, run every trial, and write tables, picture, `picks.json` and `result.json`.
-
-    Returns:
-        The table's rows.
-    """
+    """Tune, run every trial, and write tables, picture, `picks.json` and `result.json`; the table's rows."""
     inputs = open_inputs(recipe)
     check_methods(recipe, inputs)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]

@@ -17,7 +17,8 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.core.files import write_text
 from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.core.tensor_files import read_result
-from lkd.evaluation.comparison.trials import Method, Row, plan_report, plan_tuning, trial_path
+from lkd.evaluation.comparison.trials import Method, Row, format_options, plan_report, plan_tuning, trial_path
+from lkd.evaluation.report.page import render
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
 from lkd.meta_training.log import plt, save_figure
 from lkd.tracking.run import shorten_paths
@@ -205,15 +206,6 @@ def list_trials(rows: list[Row]) -> list[Row]:
     return records
 
 
-def format_options(method: dict[str, Any] | str) -> str:
-    """A method's options as words; absolute paths are reduced to their last part."""
-    method = shorten_paths(method)
-    if isinstance(method, str):
-        return method
-    options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
-    return " ".join([str(method.get("name")), *(f"{key}={value}" for key, value in options.items())])
-
-
 def format_figure(figure: tuple[float, float], signed: bool = False) -> str:
     """Mean ± standard error; no ± where there is one seed only."""
     mean, error = figure
@@ -244,28 +236,18 @@ UNLEARNED = f"{NOT_LEARNED}: no look at reuse was better than the initial loss, 
 
 def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row], rows: list[Row]) -> list[str]:
     """What a reader of the table must know."""
-    notes = [
-        f"Test accuracy, mean ± standard error over {recipe.seeds} paired seeds; 95 % interval of the paired "
-        "difference by Student's t. Best: the epoch that is best on meta-validation.",
-        "Cost: medians over seeds; steps/s and peak memory of the training steps alone, evaluation left out, on a "
-        "machine shared by all workers; peak above what images, teacher and loss take.",
-        f"CPU threads of each training: {', '.join(sorted({str(row.get('threads', 'not written')) for row in rows}))}.",
-    ]
     tuned = {row["method"]: row["tuned_over"] for row in table}
-    if any(tuned.values()):
-        notes.append(
-            f"Tuned over: trainings on {recipe.students[0].name}, {recipe.tuning_seeds} for each point (one a seed), "
-            "from which the options below were picked on meta-validation"
-            + (f"; the budget was {recipe.tuning_trainings} for each." if recipe.tuning_trainings else ".")
-        )
-        short = [f"{label} ({count})" for label, count in tuned.items() if count < recipe.tuning_trainings]
-        if short:
-            notes.append(f"Less than the budget, because there is no more to choose from: {', '.join(short)}.")
-        notes += [f"  {label}: {format_options(picks[label])}" for label, count in tuned.items() if count]
-    unlearned = [row["method"] for row in table if row["learned"] is False]
-    notes += [f"  {label}: {UNLEARNED}" for label in dict.fromkeys(unlearned)]
-    diverged = [f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row]
-    return [*notes, *([f"Diverged, and counted as guessing: {', '.join(diverged)}."] if diverged else [])]
+    text = render(
+        "comparison/notes.txt",
+        recipe=recipe,
+        threads=sorted({str(row.get("threads", "not written")) for row in rows}),
+        picks={label: format_options(picks[label]) for label, count in tuned.items() if count},
+        short={label: count for label, count in tuned.items() if count < recipe.tuning_trainings},
+        unlearned=list(dict.fromkeys(row["method"] for row in table if row["learned"] is False)),
+        warning=UNLEARNED,
+        diverged=[f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row],
+    )
+    return text.splitlines()
 
 
 def figures_of(table: list[Row], baseline: str) -> dict[str, float]:

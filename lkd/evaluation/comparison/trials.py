@@ -32,6 +32,7 @@ from lkd.losses.learned.file import LossFile, was_learned
 from lkd.losses.learned.trust import Trust
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.remote import fetch_named
+from lkd.tracking.run import shorten_paths
 from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import Images, LossBuilder, OpenedTeacher, choose_student, open_teacher, prepare_images
 from lkd.training.distill import label_by_teacher, select_labelled, start_training
@@ -133,6 +134,15 @@ def place_point(method: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]
         placed["balance"] = ({"name": balance} if isinstance(balance, str) else balance) | weighed
     placed |= {key: value for key, value in point.items() if not key.startswith((TRAIN, BALANCE))}
     return placed | ({"train": train} if train else {})
+
+
+def format_options(method: dict[str, Any] | str) -> str:
+    """A method's options as words; absolute paths are reduced to their last part."""
+    method = shorten_paths(method)
+    if isinstance(method, str):
+        return method
+    options = {key: value for key, value in method.items() if key not in ("name", "train")} | method.get("train", {})
+    return " ".join([str(method.get("name")), *(f"{key}={value}" for key, value in options.items())])
 
 
 def choose_points(recipe: CompareRecipe, label: str) -> list[Method]:

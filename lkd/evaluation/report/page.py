@@ -72,11 +72,7 @@ def render(template: str, **fields: Any) -> str:
 
 
 def write_report(recipe: ReportRecipe) -> tuple[Path, int]:
-    """Write the page.
-
-    Returns:
-        The page, and how many runs it shows.
-    """
+    """Write the page; its path, and how many runs it shows."""
     out = Path(recipe.out)
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"out: {out} does not end in .html")

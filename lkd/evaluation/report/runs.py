@@ -15,7 +15,7 @@ from lkd.config.parse import COMMANDS
 from lkd.core.errors import UserError
 from lkd.core.files import flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
-from lkd.evaluation.comparison.tables import format_options
+from lkd.evaluation.comparison.trials import format_options
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned, was_learned
 from lkd.tracking.lineage import list_sources
 from lkd.tracking.run import shorten_paths
