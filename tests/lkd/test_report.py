@@ -168,7 +168,7 @@ def test_surfaces_are_the_losses_or_say_why_there_are_none(copies: Path) -> None
     row = [0.01 + 0.98 * place / (points - 1) - 1 for place in range(points)]
     assert frame == pytest.approx(row * points, abs=1e-3)
     assert kd["panels"] != default["panels"]
-    for loss, reason in (("dist", "images of a batch"), ("fitnet", "features"), ("gone.safetensors", "no longer")):
+    for loss, reason in (("dist", "compares images"), ("fitnet", "features"), ("gone.safetensors", "no longer")):
         change_recipe("kd", loss=loss)
         (record,) = build("kd").data["losses"]
         assert reason in record["note"]

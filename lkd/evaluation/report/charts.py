@@ -1,11 +1,9 @@
 """The curves and losses of runs as data for the page to draw."""
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +114,19 @@ BALANCE = ("weight of the teacher, α", "temperature, τ")
 MOST_SURFACES = 16  # losses on a page
 
 
-@dataclass
-class LossRecord:
-    """A loss, the runs that used or made it, and what it does; or why there is nothing to draw."""
-
-    name: str
-    runs: list[str] = field(default_factory=list)
-    panels: dict[str, list[list[float | None]]] = field(default_factory=dict)  # title → [progress][teacher × student]
-    note: str | None = None
-
-
 def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The losses that runs name or learned, each once, and a hand-made one to compare them with."""
-    records: dict[str, LossRecord] = {}
+    """The losses that runs name or learned, each once, and a hand-made one to compare them with; see `draw_loss`."""
+    records: dict[str, dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: run.command != "meta-train"):  # whose names say where a loss is from
         for name, specification in list_losses(run):
             key = identify(specification, run.path)
             if key not in records and len(records) < MOST_SURFACES:
                 records[key] = draw_loss(name, specification, run.path)
-            if key in records and run.label not in records[key].runs:
-                records[key].runs.append(run.label)
-    if any(len(record.panels) > 1 for record in records.values()) and identify(REFERENCE) not in records:
+            if key in records and run.label not in records[key]["runs"]:
+                records[key]["runs"].append(run.label)
+    if any(len(record["panels"]) > 1 for record in records.values()) and identify(REFERENCE) not in records:
         records["reference"] = draw_loss(f"{describe_loss(REFERENCE)}, to compare", REFERENCE, Path.cwd())
-    return [dataclasses.asdict(record) for record in records.values()]
+    return list(records.values())
 
 
 def identify(specification: Any, folder: Path = Path()) -> str:
@@ -161,23 +149,25 @@ def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
     return [(describe_loss(loss, run.path), loss) for loss in losses]
 
 
-def draw_loss(name: str, specification: Any, folder: Path) -> LossRecord:
-    """The surfaces of one loss, or why there are none."""
-    record, size = LossRecord(name), SURFACE_POINTS
+def draw_loss(name: str, specification: Any, folder: Path) -> dict[str, Any]:
+    """A loss, whose runs are yet to be named: `panels`, title → [progress][teacher × student], or why there are none.
+
+    A panel has one progress only if it does not matter.
+    """
+    panels: dict[str, list[list[float | None]]] = {}
+    record: dict[str, Any] = {"name": name, "runs": [], "panels": panels, "note": None}
     try:
         loss = open_loss(specification, folder)
-        frames = [gradient_surface(loss, progress, points=size) for progress in PROGRESS]
-        coarse = gradient_surface(loss, 0.5, points=1 + (size - 1) // STRIDE)
+        frames = [gradient_surface(loss, progress, points=SURFACE_POINTS) for progress in PROGRESS]
+        coarse = gradient_surface(loss, 0.5, points=1 + (SURFACE_POINTS - 1) // STRIDE)
     except UserError as error:
-        record.note = str(error)
-        return record
+        return record | {"note": str(error)}
     if not torch.allclose(frames[2][::STRIDE, ::STRIDE], coarse, rtol=1e-2, atol=1e-5):
-        record.note = "compares the images of a batch with each other: no function of one image's confidence"
-        return record
-    record.panels["gradient at the target logit"] = to_frames(frames)
+        return record | {"note": "compares images of a batch with each other: no function of one image's confidence"}
+    panels["gradient at the target logit"] = to_frames(frames)
     if isinstance(loss, LearnedLoss | ReplayedLoss) and "logits" in loss.at(0.0).parts:
-        balances = zip(*(balance_surface(loss.at(p), p, points=size) for p in PROGRESS), strict=True)
-        record.panels |= {title: to_frames(surfaces) for title, surfaces in zip(BALANCE, balances, strict=True)}
+        balances = zip(*(balance_surface(loss.at(p), p, points=SURFACE_POINTS) for p in PROGRESS), strict=True)
+        panels |= {title: to_frames(surfaces) for title, surfaces in zip(BALANCE, balances, strict=True)}
     return record
 
 

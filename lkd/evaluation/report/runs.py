@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median_high
@@ -170,12 +170,11 @@ class RunRecord:
 
     @property
     def time_shares(self) -> dict[str, float]:
-        """Part of the steps' time by part; the mean over epochs, or over what was logged before the first one ended."""
-        epochs, shares = {point.step for point in self.epochs or ()}, {}
+        """Mean part of the steps' time by part."""
+        shares = {}
         for name, curve in self.log.curves.items():
             if name.startswith("time_share/") and (found := select_finite(curve)):
-                ended = [point for point in found if point.step in epochs]
-                shares[name.removeprefix("time_share/")] = mean(point.value for point in ended or found)
+                shares[name.removeprefix("time_share/")] = mean(point.value for point in found)
         return shares
 
 
@@ -330,32 +329,24 @@ def describe_data(run: RunRecord) -> str:
 DEPTH = 5
 
 
-@dataclass
-class Ancestor:
-    """A file or folder that something was made of: the setting that names it, and what is known of it."""
+def trace_recipe(
+    recipe: dict[str, Any], folder: Path, runs: Sequence[RunRecord], depth: int = DEPTH
+) -> list[dict[str, Any]]:
+    """What a recipe's settings name: the setting, the name, what is known of it, and what that was made of.
 
-    role: str
-    name: str
-    facts: str = ""
-    ancestors: list["Ancestor"] = field(default_factory=list)
-
-
-def trace_recipe(recipe: dict[str, Any], folder: Path, runs: Sequence[RunRecord], depth: int = DEPTH) -> list[Ancestor]:
-    """What a recipe's settings name; `folder` is where its run is, near which relative names are looked for."""
+    `folder` is where the recipe's run is, near which relative names are looked for.
+    """
     found = []
     for role, (_, name) in list_sources(recipe).items() if depth else ():
-        found.append(Ancestor(role, simplify(name)))
-        path = find_near(name, folder)
-        if path is None:
-            continue
-        header = read_header(path)
-        makers = [run for run in runs if path.is_relative_to(run.path) and run.path != folder]
-        made_by = max(makers, key=lambda run: len(run.path.parts), default=None)
-        found[-1].facts = "; ".join([*([f"made by {made_by.label}"] if made_by else []), *describe_header(header)])
-        if made_by:
-            found[-1].ancestors = trace_recipe(made_by.recipe, made_by.path, runs, depth - 1)
-        else:
-            found[-1].ancestors = trace_recipe(read_part(header, "provenance", "recipe"), path.parent, runs, depth - 1)
+        path, facts, ancestors = find_near(name, folder), [], []
+        if path:
+            header = read_header(path)
+            makers = [run for run in runs if path.is_relative_to(run.path) and run.path != folder]
+            made_by = max(makers, key=lambda run: len(run.path.parts), default=None)
+            facts = [*([f"made by {made_by.label}"] if made_by else []), *describe_header(header)]
+            above = made_by.recipe if made_by else read_part(header, "provenance", "recipe")
+            ancestors = trace_recipe(above, made_by.path if made_by else path.parent, runs, depth - 1)
+        found.append({"role": role, "name": simplify(name), "facts": "; ".join(facts), "ancestors": ancestors})
     return found
 
 
