@@ -52,7 +52,6 @@ PICTURES = ("comparison.png", "fidelity.png", "influence.png", "quickstart.png")
 PICTURE_BYTES = 2_000_000  # of a page, before encoding
 MOST_TRAININGS = 40  # of a pool that are drawn
 EXTREMES = 5  # most helpful and most harmful images
-TEXTS = {"quickstart": "*/table.txt"}  # command → where its tables lie, if not in its folder
 LEFT_OUT = ("resume",)  # says how a run was gone on with, not what it is
 
 TEMPLATES = Environment(
@@ -247,7 +246,7 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
         figures = read_dict(run.path / "result.json").get("figures")
         if not isinstance(figures, dict):
             figures = {name: curve[-1].value for name, curve in run.log.curves.items()}
-    texts = sorted(run.path.glob(TEXTS.get(run.command, "table.txt")))
+    texts = sorted(run.path.glob("*/table.txt" if run.command == "quickstart" else "table.txt"))
     ages: dict[Any, list[float]] = {}
     for entry in list_dicts(read_dict(run.path / "pool" / "index.json").get("students")):
         if isinstance(entry.get("progress"), int | float):
@@ -256,7 +255,7 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
         "figures": [(key, f"{value:.6g}" if isinstance(value, float) else value) for key, value in figures.items()],
         "trust": find_trust(run),
         "tables": list_tables(run),
-        "texts": [path.read_text(errors="replace") for path in texts],
+        "texts": [(path.relative_to(run.path), path.read_text(errors="replace")) for path in texts],
         "pool": list(ages.values()),
         "pictures": [(path, fits) for path, fits in pictures.items() if path.parent == run.path],
     }
