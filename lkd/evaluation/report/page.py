@@ -275,7 +275,7 @@ def list_tables(run: RunRecord) -> list[tuple[str, Sequence[str], Table]]:
     """Tables of influence, of a meta-training's worlds, of a comparison's finished trainings: title, header, rows."""
     if run.command == "influence" and (run.path / "influence.csv").is_file():
         with (run.path / "influence.csv").open(newline="", encoding="utf-8", errors="replace") as file:
-            header, *rows = csv.reader(file)
+            header, *rows = [*csv.reader(file)] or [[]]
         chosen = rows if len(rows) <= 2 * EXTREMES else [*rows[:EXTREMES], *rows[-EXTREMES:]]
         return [(f"Most helpful first, most harmful last, of {len(rows):,}.", header, chosen)]
     if run.command == "meta-train" and (worlds := tabulate_worlds(run)):
