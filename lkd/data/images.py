@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: Normalised images, [B, C, H, W], float32.
-        target: Class indices [B].
+        target: Class indices [B], or distributions [B, C].
         index: Each image's position in its source data set, [B]: its identity, whatever the order of the batches.
         augmentation: Each image's augmentation seed, int64, [B]; 0 for none. With `index` it says how the image looks.
     """

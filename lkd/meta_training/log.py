@@ -62,14 +62,9 @@ def measure_training_seconds(worlds: list[World], loss: LearnedLoss) -> float:
 def summarize_cost(
     pool_trainings: float, reuse_trainings: float, outer_seconds: float, training_seconds: float
 ) -> dict[str, Any]:
-    """What a learned loss's provenance says of its cost.
+    """What a learned loss's provenance says of its cost; both seconds are by `read_clock`.
 
-    Args:
-        pool_trainings: Of all pools, in trainings: a pool's students are trained a known part of their way.
-        reuse_trainings: Of all looks at reuse, in trainings.
-        outer_seconds: By `read_clock`, of the outer steps: rollouts, hypergradients, and the trainings that the loss
-            alternated with.
-        training_seconds: By `read_clock`, of one training.
+    Of the outer steps count rollouts, hypergradients, and the trainings that the loss alternated with.
     """
     parts = {"pool": pool_trainings, "outer_steps": outer_seconds / training_seconds, "reuse": reuse_trainings}
     return {
@@ -194,11 +189,8 @@ def describe_reuse(
 ) -> list[str]:
     """Which loss is saved, that of the best look's row, and whether it is worth more than a guess.
 
-    Args:
-        best: The row.
-        steps: Outer steps taken.
-        classes: Name → number of classes of each world; "" for the only one.
-        start: The learned loss that it started from; None for fresh networks.
+    `classes`: name → number of classes of each world; "" for the only one. `start`: the learned loss that it started
+    from; None for fresh networks.
     """
     lines = [f"best by reuse: the loss after outer step {best['step']} of {steps}"]
     if best["step"] == 0:

@@ -124,13 +124,7 @@ def compute_inner_loss(
 ) -> tuple[Tensor, Tensors]:
     """The loss of one student step, and the student's buffers after it.
 
-    Args:
-        student: The network, to which `parameters` and `buffers` belong.
-        loss: The loss.
-        parameters: The student's.
-        buffers: The student's.
-        hyper: Parameters of the loss; those left out keep the module's own values.
-        batch: Of `list_inner_batches`.
+    `hyper`: parameters of the loss; those left out keep the module's own values.
     """
     images, teacher, progress = batch
     outputs, buffers = call_module(student, parameters, buffers, images.images)

@@ -27,14 +27,9 @@ from lkd.training.introduce import introduce_network, introduce_teacher
 
 @dataclass(frozen=True)
 class OpenedWorld:
-    """A world whose files have been read, before any work.
+    """A world whose files have been read, before any work; its teacher is asked anew.
 
-    Attributes:
-        recipe: Its own data, teacher, student and training.
-        world: The world; its teacher is asked anew.
-        teacher: The teacher's network.
-        pool_loss: Builds the loss that its pool is trained with.
-        reference: Builds the loss that looks at reuse are compared with, if there is one.
+    `pool_loss` builds the loss that its pool is trained with, `reference` the one that looks at reuse are compared to.
     """
 
     recipe: StudentRecipe

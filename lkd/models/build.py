@@ -128,15 +128,8 @@ class LogitNetwork(nn.Module):
 def adapt_given(network: nn.Module, role: str, num_classes: int | None, image_shape: tuple[int, int, int]) -> nn.Module:
     """Make a network return `Outputs`, and check by a dry run that it fits the images.
 
-    Args:
-        network: Returns logits, or an object that has them as `logits`, or several outputs of which they are the first,
-            or `Outputs`; of a timm model, features are read too.
-        role: What it is, for messages.
-        num_classes: Of the images; None takes any.
-        image_shape: Channels, height, width.
-
-    Returns:
-        The network itself, or around it a module that returns `Outputs`.
+    It returns logits, or an object that has them as `logits`, or several outputs of which they are the first, or
+    `Outputs`; of a timm model, features are read too. `num_classes` None takes any.
     """
     name = type(network).__name__
     if next(network.parameters(), None) is None:

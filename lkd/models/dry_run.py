@@ -16,11 +16,7 @@ NO_GRADIENT = "no gradient reaches these parameters from the logits: "
 def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, int], size: int) -> list[str]:
     """Check by a dry run, forward and backward in train mode, that a network can be trained; it stays as it is.
 
-    Args:
-        network: The network, returning `Outputs`.
-        role: What it is, for messages.
-        image_shape: Channels, height, width.
-        size: Images that it sees at a time.
+    `role`: what it is, for messages. `size`: images that it sees at a time.
 
     Returns:
         Lines about what a user may not expect: of several outputs one is trained; and `no gradient: NAME, ...`, which

@@ -25,13 +25,7 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow has it
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of a picture.
-
-    Attributes:
-        picture: Its path.
-        classes: Class names, the most probable first.
-        probabilities: Theirs.
-    """
+    """The most probable classes of a picture, by name, the most probable first."""
 
     picture: str
     classes: list[str]
@@ -39,31 +33,18 @@ class Prediction(NamedTuple):
 
 
 class Input(NamedTuple):
-    """How pictures are prepared for a network, and its classes' names.
+    """How pictures are prepared for a network, and its classes' names."""
 
-    Attributes:
-        shape: Channels, height, width.
-        mean: Of each channel.
-        std: Standard deviation of each channel.
-        crop: Size over the shorter side that a picture is scaled to; its centre is cut out.
-        classes: The classes' names.
-    """
-
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # channels, height, width
     mean: Sequence[float]
     std: Sequence[float]
-    crop: float
+    crop: float  # size over the shorter side that a picture is scaled to; its centre is cut out
     classes: Sequence[str]
 
 
 @torch.no_grad()
 def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
-    """Classify pictures.
-
-    Args:
-        recipe: Which network, and which pictures.
-        say: Told of pictures that cannot be read, which are left out.
-    """
+    """Classify pictures; `say` is told of those that cannot be read, which are left out."""
     pictures = list_pictures(recipe.pictures)
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint, recipe.name)
