@@ -26,18 +26,8 @@ OF_NO_EFFECT = {
     *("path", "name", "pretrained", "cache"),
     *("root", "train_size", "meta_validation_size", "split_seed", "augmentation_seeds"),
     *("label_noise", "label_noise_kind", "meta_validation_noise", "imbalance"),
-    *(
-        "repeats",
-        "mixup",
-        "cutmix",
-        "random_erasing",
-        "workers",
-        "damaged_limit",
-        "read_timeout",
-        "packed",
-        "class_map",
-    ),
-    "evaluation_batch_size",
+    *("repeats", "mixup", "cutmix", "random_erasing"),
+    *("workers", "damaged_limit", "read_timeout", "packed", "class_map", "evaluation_batch_size"),
 }
 
 
