@@ -26,10 +26,10 @@ from lkd.evaluation.comparison.trials import (
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, mark_unlearned, read_provenance, was_learned
+from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.log import plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
-from lkd.training.answers import measure_teacher
 from lkd.training.build import choose_student, open_teacher, prepare_images
 from lkd.training.introduce import introduce_network, introduce_teacher
 
@@ -298,9 +298,9 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         run.say(f"{setting}: picture of the universal loss")
         kd: Any = build_loss(pick["KD"])
         label = f"KD({kd.weight:g}, {kd.temperature:g})"
-        own = prepare_images(compare_recipes[setting].data)
-        trust = measure_teacher(open_teacher(compare_recipes[setting].teacher, own.train), own, run.device)
-        loss: Any = load_loss(UNIVERSAL, trust)
+        told = next(trial for trial in trials[setting] if trial.method == UNIVERSAL)
+        figures = read_result(trial_path(compare_recipes[setting], told, run.path / setting))["trust"]
+        loss: Any = load_loss(UNIVERSAL, Trust(TrustFigures.from_json(figures)))
         plot_learned_loss(loss, kd, label, run.path / setting / "learned-loss.png", UNIVERSAL)
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
