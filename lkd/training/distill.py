@@ -54,6 +54,7 @@ def distill(
     """
     images, loss = parts.images, parts.loss
     run.say(introduce_images(images))
+    build_batches(images.train, train, images.settings, seed, run.device, (0, count_processes()))  # may be refused
     run.say(introduce_network("student", parts.student, images, run.device, train, count_processes()))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)

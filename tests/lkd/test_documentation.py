@@ -112,3 +112,11 @@ def test_the_pages_build(tmp_path) -> None:
     pages = "".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
     assert not re.search(r'<(?:link|script)[^>]+(?:href|src)="(?:https?:)?//', pages)  # nothing is asked of others
     assert "measure_trust" in (tmp_path / "site/api/index.html").read_text(), "docstrings are in the reference"
+
+
+def test_every_command_and_every_loss_is_in_the_reference() -> None:
+    commands, losses = ((ROOT / "docs" / name).read_text() for name in ("commands.md", "loss_options.md"))
+    for name, (recipe, _) in COMMANDS.items():
+        assert f'::: {recipe.__module__}.{recipe.__name__}\n    options: {{heading: "lkd {name}"' in commands
+    for name, loss in LOSSES.items():
+        assert f'::: {loss.__module__}.{loss.__name__}\n    options: {{heading: "{name}"' in losses
