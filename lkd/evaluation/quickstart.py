@@ -302,6 +302,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         figures = read_result(trial_path(compare_recipes[setting], told, run.path / setting))["trust"]
         loss: Any = load_loss(UNIVERSAL, Trust(TrustFigures.from_json(figures)))
         plot_learned_loss(loss, kd, label, run.path / setting / "learned-loss.png", UNIVERSAL)
+    run.say("all settings in one picture, and the page")
     grid, bold = grid_accuracies(compare_recipes, picks, run.path)
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
