@@ -101,8 +101,8 @@ def write_torch_export(model: nn.Module, architecture: dict[str, Any], images: T
     """A `torch.export` program for any batch size; `torch.export.load(path).module()` runs it."""
     path = folder / "student.pt2"
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with replaced_atomically(path) as temporary:
-        torch.export.save(program, temporary)
+    with replaced_atomically(path) as temporary, temporary.open("wb") as file:  # by name it warns of all but .pt2
+        torch.export.save(program, file)
     return path, torch.no_grad()(torch.export.load(path).module())
 
 
