@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cosine_similarity, normalize
 
 import lkd
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
@@ -12,7 +13,7 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import FeatureLoss, LearnedLoss
 from lkd.losses.build import build_loss
-from lkd.losses.learned.features import draw_projection
+from lkd.losses.learned.features import attend_places, draw_projection, project_channels, relate_images
 from lkd.losses.learned.file import save_loss
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.training.build import prepare_images
@@ -225,3 +226,18 @@ def test_a_saved_loss_trains_a_student_with_its_features(path: str, adapters: bo
 def test_impossible_options_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}: {value} is not"):
         FeatureLoss(**{name: value})
+
+
+def test_comparisons_are_attention_maps_cosines_and_projections() -> None:
+    features = [torch.randn(5, channels, 8, 8, dtype=torch.float64) for channels in (3, 20)]
+    places = attend_places(features, 4)
+    centred = [feature.mean((2, 3)) - feature.mean((0, 2, 3)) for feature in features]
+    drawn = [draw_projection(rows.shape[1], 6, "student") for rows in centred]
+    images, channels = relate_images(centred), project_channels(centred, drawn)
+    for stage, (feature, rows) in enumerate(zip(features, centred, strict=True)):
+        attention = avg_pool2d(feature.square().mean(1), 2).flatten(1)
+        torch.testing.assert_close(places[stage], 4 * normalize(attention), rtol=1e-6, atol=0)
+        cosines = cosine_similarity(rows.unsqueeze(1), rows.unsqueeze(0), dim=2)
+        torch.testing.assert_close(images[stage], cosines, rtol=0, atol=1e-6)
+        projected = normalize(rows @ drawn[stage].double().T)
+        torch.testing.assert_close(channels[stage], 6**0.5 * projected, rtol=1e-5, atol=1e-6)

@@ -31,26 +31,26 @@ def attend_places(features: Sequence[Tensor], grid: int) -> Tensor:
     From features [B, c, h, w], or tokens [B, n, c], to [stages, B, grid²].
     """
     maps = [adaptive_avg_pool2d(as_map(f).square().mean(1, keepdim=True), (grid, grid)).flatten(1) for f in features]
-    return torch.stack([m * (m.square().mean(1, keepdim=True) + EPSILON).rsqrt() for m in maps])
+    return scale_rows(torch.stack(maps), grid**2)
 
 
-def relate_images(features: Sequence[Tensor]) -> Tensor:
+def relate_images(centred: Sequence[Tensor]) -> Tensor:
     """How alike two images are: cosines between their pooled features, centred over the batch, [stages, B, B].
 
     Similarity-preserving distillation (Tung, Mori, ICCV 2019) on centred, pooled features.
     """
-    directions = [scale_rows(centre_pooled(f)) for f in features]
-    return torch.stack([d @ d.T for d in directions])
+    products = torch.stack([rows @ rows.T for rows in centred])
+    scale = (products.diagonal(dim1=1, dim2=2) + EPSILON).rsqrt()
+    return products * (scale.unsqueeze(1) * scale.unsqueeze(2))
 
 
-def project_channels(features: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+def project_channels(centred: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
     """Which channels respond: pooled features, centred over the batch, projected by [m, c], of root mean square 1.
 
     [stages, B, m].
     """
-    pooled = [centre_pooled(f) for f in features]
-    projected = [x @ projection.to(x).T for x, projection in zip(pooled, projections, strict=True)]
-    return torch.stack([scale_rows(x) * x.shape[1] ** 0.5 for x in projected])
+    projected = torch.stack([rows @ p.to(rows).T for rows, p in zip(centred, projections, strict=True)])
+    return projected.shape[2] ** 0.5 * scale_rows(projected, 1)
 
 
 def centre_pooled(feature: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ def centre_pooled(feature: Tensor) -> Tensor:
     return pooled - pooled.mean(0, keepdim=True)
 
 
-def scale_rows(rows: Tensor) -> Tensor:
-    """Rows of unit length; shorter ones than 1e-4 are left shorter."""
-    return rows * (rows.square().sum(1, keepdim=True) + EPSILON).rsqrt()
+def scale_rows(rows: Tensor, squares: int) -> Tensor:
+    """Rows along the last dimension whose squares sum to `squares`; those under 1e-4 of it are left shorter."""
+    return rows * (rows.square().sum(2, keepdim=True) / squares + EPSILON).rsqrt()
 
 
 @lru_cache
@@ -206,10 +206,11 @@ class FeatureLoss(DistillationLoss):
             [draw_projection(map_shape(tuple(f.shape[1:]))[0], self.channels, role) for f in features]
             for role, features in (("student", student), ("teacher", teacher))
         )
+        centred = [[centre_pooled(feature) for feature in features] for features in (student, teacher)]
         return [
             (attend_places(student, self.grid), attend_places(teacher, self.grid)),
-            (relate_images(student), relate_images(teacher)),
-            (project_channels(student, list(self.adapters) or ours), project_channels(teacher, theirs)),
+            (relate_images(centred[0]), relate_images(centred[1])),
+            (project_channels(centred[0], list(self.adapters) or ours), project_channels(centred[1], theirs)),
         ]
 
     def weigh_stages(self, depths: Tensor, progress: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""What a meta-training with the defaults costs: `python benchmarks/meta_train_speed.py RUN_DIR [OUT]`.
+
+Runs `lkd meta-train configs/embedded/meta-train.yaml`, or goes on with it, and records what the loss's provenance says:
+its cost in trainings of the student, that of each part, and the seconds that so many trainings take there. Some 200 s
+on two cores with nothing else.
+"""
+
+import argparse
+from pathlib import Path
+
+from rows import matching, median, write_row
+from speed_report import OUT, record
+
+from lkd.cli import main as run_command
+from lkd.losses.learned.file import SUFFIX, read_provenance
+
+RECIPE = Path(__file__).parents[1] / "configs" / "embedded" / "meta-train.yaml"
+PARTS = ("pool", "outer_steps", "reuse")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    options = parser.parse_args()
+    rows = options.out / "meta_train.csv"
+    if not matching(rows):
+        if status := run_command(["meta-train", str(RECIPE), "--run_dir", str(options.run_dir), "--resume", "auto"]):
+            raise SystemExit(status)
+        found = read_provenance(options.run_dir / f"loss{SUFFIX}")
+        whole = found["cost_in_trainings"] * found["training_seconds"]
+        figures = [found["cost_in_trainings"], *(found["parts_in_trainings"][part] for part in PARTS), round(whole, 1)]
+        write_row(rows, ["trainings", *PARTS, "seconds"], figures)
+    figures = {"meta_train_trainings": median(rows, "trainings"), "meta_train_seconds": median(rows, "seconds")}
+    figures |= {f"meta_train_{part}_trainings": median(rows, part) for part in PARTS}
+    record(options.out, "meta_train_speed.py RUN_DIR", figures)
+
+
+if __name__ == "__main__":
+    main()
