@@ -185,7 +185,7 @@ class DecoupledLoss(LogitForm):
         suspected = contradicted.nan_to_num(0.0) * (4 * networks.as_progress(progress, seen[:, 0]) - 2).clamp(0, 1)
         wrong = (1 - training / validation * (1 - suspected) - NOISE).clamp(0, 1).nan_to_num(0.0)
         column = networks.name_sample_inputs(self.conditioning).index("calibrated target probability")
-        right = (1 + seen[:, column]) / 2
+        right = (1 + seen[:, column].detach()) / 2  # of the teacher alone
         joint = (1 - wrong) * right
         return torch.where(wrong > 0, joint / (joint + wrong * (1 - right)).clamp_min(FLOOR), 1.0)
 
