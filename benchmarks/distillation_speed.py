@@ -77,7 +77,8 @@ def make_batches(case: Case) -> Batches:
 
 def start_lkd(case: Case, loss: nn.Module, teacher: TeacherFunction | None) -> Callable[[int], object]:
     """`Training.run_step` of this package."""
-    recipe = TrainRecipe(1000, case.batch_size, SGD["lr"], SGD["momentum"], weight_decay=SGD["weight_decay"])
+    rates = {"learning_rate": SGD["lr"], "momentum": SGD["momentum"], "weight_decay": SGD["weight_decay"]}
+    recipe = TrainRecipe(1000, case.batch_size, **rates)
     training = Training(build(case.student, CLASSES), loss, teacher, make_batches(case), recipe)
     return lambda step: training.run_step()
 
