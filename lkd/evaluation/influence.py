@@ -20,7 +20,7 @@ from lkd.data.images import ImageSet
 from lkd.evaluation.comparison.tables import format_csv
 from lkd.evaluation.report.page import render
 from lkd.influence.influence import RESIDUAL_LIMIT, Influence, measure_influence
-from lkd.influence.weighted_loss import save_weights, weigh_examples
+from lkd.influence.weighted_loss import find_kurtosis, save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.losses.functions import cross_entropies
 from lkd.meta_training.log import plt, save_figure
@@ -88,6 +88,8 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     found = measure_influence(network, loss, teacher, *parts, run.device, recipe.influence, seed=recipe.seed)
     seconds = time.perf_counter() - started
     weights = weigh_examples(found.scores, recipe.influence)
+    if len(weights) and bool((weights == 1).all()):
+        run.say("all weights are 1: too few images stand out for many labels to be wrong")
     say_how(recipe, found, seconds, run)
     path = run.path / "influence.csv"
     positions = find_positions(images, found.index)
@@ -108,6 +110,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
         "helpful_fraction": float((found.scores < 0).double().mean()),
         "least_weight": float(weights.min()),
         "largest_weight": float(weights.max()),
+        "kurtosis": find_kurtosis(found.scores),
     }
     figures["labels_to_check"] = int(issues.sum())
     if wrong is not None and bool(wrong.any()) and not bool(wrong.all()):
@@ -233,8 +236,10 @@ def draw_page(
         count=f"{len(order):,}",
         objective=recipe.influence.objective.replace("_", "-" if "cross" in recipe.influence.objective else " "),
         suggested=f"{int(issues.sum()):,}",
+        weighted=not bool((judged.weights == 1).all()),
         warnings=[
-            f"The linear system is not solved: relative residual {found.residual:.2g}; raise influence.iterations."
+            f"The linear system is not solved: relative residual {found.residual:.2g}; raise influence.iterations "
+            "or influence.damping."
         ]
         if found.residual > RESIDUAL_LIMIT
         else [],
@@ -242,7 +247,8 @@ def draw_page(
         areas=[area_under_curve(each.numpy(), wrong.numpy()) for each in scores] if known and wrong is not None else [],
         wrong=f"{int(wrong.sum()):,}" if wrong is not None else "",
         parts=[
-            (title, [draw_card(judged, row, asked) for row in rows[: recipe.shown].tolist()]) for title, rows in halves
+            (title, [draw_card(judged, row, asked, wrong) for row in rows[: recipe.shown].tolist()])
+            for title, rows in halves
         ],
         classes=[
             [
@@ -258,7 +264,9 @@ def draw_page(
     )
 
 
-def draw_card(judged: Judged, row: int, asked: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def draw_card(
+    judged: Judged, row: int, asked: dict[str, tuple[Tensor, Tensor]], wrong: Tensor | None
+) -> dict[str, Any]:
     """An image as the page shows it."""
     images, names = judged.images, judged.images.class_names
     normalized = images.batch(torch.tensor([row]), torch.device("cpu")).images[0]
@@ -268,7 +276,9 @@ def draw_card(judged: Judged, row: int, asked: dict[str, tuple[Tensor, Tensor]])
         "picture": base64.b64encode(buffer.getvalue()).decode(),
         "label": names[int(images.labels[row])],
         "answers": {who: names[int(answers[row])] for who, (answers, _) in asked.items()},
-        "influence": f"{float(judged.influence[row]):.2g}",
+        "flipped": wrong is not None and bool(wrong[row]),
+        "influence": f"{float(judged.influence[row]):.2g}".replace("-", "\N{MINUS SIGN}"),
+        "weight": f"{float(judged.weights[row]):.2f}",
         "index": int(images.index[row]),
     }
 

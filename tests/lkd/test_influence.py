@@ -276,6 +276,21 @@ def test_weights_have_mean_1_and_favour_what_they_should(form: str) -> None:
     assert torch.equal(weigh_examples(torch.full((3,), 2.0), InfluenceSettings(weights=form)), torch.ones(3))
 
 
+def test_few_images_that_stand_out_are_no_wrong_labels() -> None:
+    """Two groups are weighted with the whole sharpness, a few far out are not, and a part of it lies between."""
+    normal = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    groups, few, some = normal.clone(), normal.clone(), normal.clone()
+    groups[:300] += 5
+    few[:20] += 15
+    some[:50] += 6
+    settings = InfluenceSettings()
+    expected = torch.sigmoid(-3 * (groups - groups.mean()) / groups.std(correction=0))
+    torch.testing.assert_close(weigh_examples(groups, settings), expected / expected.mean())
+    assert torch.equal(weigh_examples(few, settings), torch.ones(1000))
+    weights = weigh_examples(some, settings)
+    assert 0 < float(weights[:50].mean()) < 0.9 < float(weights[50:].mean())
+
+
 def test_the_exponential_form_spans_e_squared() -> None:
     weights = weigh_examples(torch.tensor([1.0, 5.0, 2.0]), InfluenceSettings(weights="exponential"))
     assert float(weights.max() / weights.min()) == pytest.approx(math.e**2)
