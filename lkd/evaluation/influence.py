@@ -89,7 +89,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     seconds = time.perf_counter() - started
     weights = weigh_examples(found.scores, recipe.influence)
     if len(weights) and bool((weights == 1).all()):
-        run.say("all weights are 1: too few images stand out for many labels to be wrong")
+        run.say("all weights are 1, as few images stand out: few labels are wrong, or this network cannot tell")
     say_how(recipe, found, seconds, run)
     path = run.path / "influence.csv"
     positions = find_positions(images, found.index)
