@@ -255,7 +255,7 @@ def measure_speed(data: Path) -> list[float]:
     torch.set_num_threads(1)
     recipe = DataRecipe(SETS["rest"][0], root=str(data), train_size=12000, meta_validation_size=1000)
     images, loss, settings = prepare_images(recipe), CrossEntropyLoss(), InfluenceSettings()
-    network = choose_student(ModelRecipe(), images.train).build(0, CPU).eval()
+    network = train(images, None, loss, 0)[0].eval()
     parts = network, loss, None, images.train, images.meta_validation, CPU, settings
     started = time.process_time()
     measure_influence(*parts)
