@@ -16,7 +16,7 @@ import lkd
 from lkd.losses.learned.file import load_loss, save_loss
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.learned.networks import KNOWN_CONDITIONING
-from lkd.losses.learned.trust import Trust, TrustFigures
+from lkd.losses.learned.trust import OWN_ACCURACY, Trust, TrustFigures
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -142,7 +142,7 @@ def test_trust_is_a_buffer_of_a_loss_compiled_or_exported(universal: Path, tmp_p
     inputs, seen = draw_inputs(5, 10), set()
     for own_accuracy in (0.2, 0.5, 0.9):
         for buffer in buffers:
-            buffer[-1] = own_accuracy  # as `update_trust` does
+            buffer[OWN_ACCURACY] = own_accuracy  # as `update_trust` does
         expected = loss(*inputs).detach()
         torch.testing.assert_close(torch.stack([compiled(*inputs), exported(*inputs)]), expected.expand(2))
         seen.add(float(expected))

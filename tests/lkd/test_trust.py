@@ -1,6 +1,7 @@
 """Trust: measured rightly, told to the loss, renewed while a student trains, and never a part of a loss's file."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, Tr
 from lkd.core import tensor_files
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
+from lkd.core.plugins import MODULE
 from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.evaluation.comparison.trials import Trial, run_trial
 from lkd.evaluation.report.page import build_page
@@ -104,6 +106,7 @@ def test_of_a_teacher_that_answers_at_random_what_the_training_gets_is_measured(
 
 def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "KEPT_FROM", 0.0)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)  # an earlier test's own code: nothing would be kept
     asked: list[int] = []
 
     def start(data: DataRecipe, teacher: TeacherRecipe) -> tuple[bool, str, TrustFigures]:
