@@ -182,8 +182,11 @@ def draw_regrets(found: Worlds, path: Path) -> None:
         axis.hlines(statistics.fmean(gaps), place - 0.3, place + 0.3, color="black")
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_yscale("symlog", linthresh=2)
+    axis.set_yticks([-30, -10, -5, -2, -1, 0, 1], ["−30", "−10", "−5", "−2", "−1", "0", "1"], minor=False)
+    axis.minorticks_off()
+    axis.set_ylim(-40, 1.8)
     axis.set_xticks(range(len(shown)), shown, rotation=20, ha="right")
-    axis.set_ylabel("accuracy − best hand-made loss of the world, points")
+    axis.set_ylabel("points over the best hand-made loss")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
