@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loader import BATCH_SIZE, CLASSES, SIZE, open_ours, open_timm
+from loader import BATCH_SIZE, CLASSES, SIZE, measure, open_ours, open_timm
 from photographs import write_folder
 from rows import matching, median, write_row
 from speed_report import OUT, record
@@ -31,15 +31,9 @@ def measure_loaders(path: Path, root: Path) -> None:
     if matching(path, round=ROUNDS - 1, loader="ours"):
         return
     loaders = {"timm": open_timm(root, False), "ours": open_ours("image_folder", root, None, False)}
-    for number in range(-1, ROUNDS):
-        for name, load in loaders.items():
-            started, images = time.process_time(), 0
-            for batch in load():
-                assert batch.shape[1:] == (3, SIZE, SIZE)
-                images += len(batch)
-            rate = images / (time.process_time() - started)
-            if number >= 0:
-                write_row(path, ["round", "loader", "images_per_core_second"], [number, name, round(rate, 2)])
+    for row in measure(loaders, ROUNDS):
+        columns = ["round", "loader", "images_per_core_second"]
+        write_row(path, columns, [row[column] for column in columns])
 
 
 def measure_parts(path: Path, root: Path) -> None:
