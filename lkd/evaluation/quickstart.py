@@ -14,7 +14,7 @@ from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import count_threads, finish_all, start_workers
 from lkd.evaluation.comparison.compare import submit
-from lkd.evaluation.comparison.tables import UNLEARNED, format_figure, name_method, write_results
+from lkd.evaluation.comparison.tables import format_figure, name_method, write_results
 from lkd.evaluation.comparison.trials import (
     Trial,
     describe_other_threads,
@@ -25,7 +25,7 @@ from lkd.evaluation.comparison.trials import (
 )
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
-from lkd.losses.learned.file import SUFFIX, load_loss, mark_unlearned, read_provenance, was_learned
+from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance, was_learned
 from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.log import plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
@@ -46,7 +46,7 @@ SEEN, UNSEEN = ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")
 LEARNING_RATE = 0.2  # of all losses here: better for each of them than 0.1
 GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0]}
 ADAPTED = "noisy"  # the setting in which a second student is trained, and the universal loss adapted
-UNIVERSAL = "universal"
+UNIVERSAL, GONE_ON = "universal", "adapted"
 LEARNING = "learning"
 
 
@@ -77,8 +77,8 @@ def compare_recipe(recipe: QuickstartRecipe, setting: str, folder: Path) -> Comp
     """The recipe of one setting's comparison."""
     grid = {"weight": [0.5, 1.0], "temperature": [4.0]} if recipe.short else GRID
     losses: dict[str, Any] = {"CE": "cross_entropy", "KD": {"name": "kd", "grid": grid}, UNIVERSAL: UNIVERSAL}
-    if setting == ADAPTED:
-        losses["adapted"] = str(adapted_path(folder))
+    if setting == ADAPTED and not was_start_kept(folder):
+        losses[GONE_ON] = str(adapted_path(folder))
     return CompareRecipe(
         run_dir=str(folder / setting),
         methods=losses,
@@ -108,6 +108,12 @@ def adapted_path(folder: Path) -> Path:
     return folder / "adapted" / f"loss{SUFFIX}"
 
 
+def was_start_kept(folder: Path) -> bool:
+    """Whether adapting made nothing better, so that the adapted loss is the universal one."""
+    path = adapted_path(folder)
+    return path.exists() and not was_learned({"provenance": read_provenance(path)})
+
+
 def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The evidence's figures: test accuracy, percent, mean over seeds, less tuned KD's; and standard errors."""
     figures: dict[str, float] = {}
@@ -116,8 +122,9 @@ def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
             if row["method"] != "KD":
                 name = f"{row['method'].lower()}_{setting}" + ("" if row["student"] == SEEN.name else "_unseen")
                 figures[name], figures[f"{name}_se"] = (round(value, 4) for value in row["difference"][:2])
-    gains = [figures[f"adapted_{ADAPTED}{end}"] - figures[f"{UNIVERSAL}_{ADAPTED}{end}"] for end in ("", "_unseen")]
-    return figures | {"adapted_gain": round(sum(gains) / len(gains), 4)}
+    names = [f"{ADAPTED}{end}" for end in ("", "_unseen") if f"{GONE_ON}_{ADAPTED}{end}" in figures]
+    gains = [figures[f"{GONE_ON}_{name}"] - figures[f"{UNIVERSAL}_{name}"] for name in names]
+    return figures | {"adapted_gain": round(sum(gains) / len(gains), 4) if gains else 0.0}  # 0 where the start was kept
 
 
 def grid_accuracies(
@@ -179,6 +186,7 @@ def write_page(
         run=run,
         summary=summarize(tables),
         regret=regret,
+        adapted=GONE_ON in picks[ADAPTED],
         seen=SEEN.name,
         unseen=UNSEEN.name,
         settings=[(setting, NAMES[setting], list_table(tables[setting]), picks[setting]["KD"]) for setting in tables],
@@ -198,8 +206,8 @@ def summarize(tables: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
         for row in table:
             if row["method"] not in ("CE", "KD"):
                 over_ce = f"{row['last'][0] - last[row['student'], 'CE']:+.2f}"
-                name = mark_unlearned(row["method"], row["learned"])
-                rows.append([NAMES[setting], row["student"], name, format_figure(row["difference"], True), over_ce])
+                difference = format_figure(row["difference"], True)
+                rows.append([NAMES[setting], row["student"], row["method"], difference, over_ce])
     return rows
 
 
@@ -267,11 +275,17 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
             return jobs
 
         def describe(label: str, result: dict[str, Any]) -> str | None:
-            """Once the loss is adapted, students are trained with it."""
+            """Once the loss is adapted, students are trained with it, unless it is the universal one still."""
             if label != LEARNING:
                 return None
-            jobs.update(start({ADAPTED: trials[ADAPTED]}))
-            return describe_adapted(result)
+            waiting = [trial for trial in trials[ADAPTED] if trial.method == GONE_ON]
+            if kept := was_start_kept(run.path):
+                compare_recipes[ADAPTED] = compare_recipe(recipe, ADAPTED, run.path)
+                del picks[ADAPTED][GONE_ON]
+            else:
+                jobs.update(start({ADAPTED: waiting}))
+            better = "was no better on held-out images: the universal loss is kept" if kept else "is adapted"
+            return f"{ADAPTED}: the universal loss went on learning for {result['seconds']:.0f} s and {better}"
 
         jobs = start({setting: plan_tuning(compare) for setting, compare in compare_recipes.items()})
         finish_all(jobs, lambda *_: None, "tune KD")
@@ -283,7 +297,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         if not adapted.exists():
             jobs[workers.submit(learn_in_worker, adapt_recipe(recipe, run.path))] = LEARNING
         ready = {
-            setting: [trial for trial in own if trial.method != "adapted" or not jobs]
+            setting: [trial for trial in own if trial.method != GONE_ON or not jobs]
             for setting, own in sorted(trials.items(), key=lambda pair: pair[0] != ADAPTED)
         }
         jobs |= start(ready)
@@ -333,12 +347,6 @@ def learn_in_worker(recipe: MetaTrainRecipe) -> dict[str, Any]:
     with open_run(recipe, "meta-train", quiet=True) as run:
         path = meta_train(recipe, run)
     return {"path": str(path), "seconds": time.perf_counter() - started}
-
-
-def describe_adapted(result: dict[str, Any]) -> str:
-    """One line about the adapted loss."""
-    kept = "" if was_learned({"provenance": read_provenance(result["path"])}) else f"; {UNLEARNED}"
-    return f"{ADAPTED}: the universal loss went on learning for {result['seconds']:.0f} s{kept}"
 
 
 def plot_settings(

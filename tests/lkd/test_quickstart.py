@@ -2,20 +2,34 @@
 
 import csv
 import re
+from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lkd
 from lkd.cli import main
 from lkd.core.files import read_json
+from lkd.evaluation.comparison.compare import submit
 from lkd.evaluation.quickstart import SETTINGS, regrets
+
+submitted: Counter[Path] = Counter()  # trainings, by run
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "run"
-    assert main(["quickstart", "--short", "--run_dir", str(path), "--seeds", "2"]) == 0
+
+    def count(*arguments: Any) -> dict[Future[Any], str]:
+        jobs = submit(*arguments)
+        submitted[path] += len(jobs)
+        return jobs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lkd.evaluation.quickstart.submit", count)
+        assert main(["quickstart", "--short", "--run_dir", str(path), "--seeds", "2"]) == 0
     return path
 
 
@@ -43,6 +57,24 @@ def test_the_page_stands_alone(quickstart: Path) -> None:
 def test_the_adapted_loss_can_be_used(quickstart: Path) -> None:
     loss = lkd.load_loss(quickstart / "adapted" / "loss.lkd.safetensors")
     assert sum(p.numel() for p in loss.parameters()) < 50_000
+
+
+def test_where_the_start_was_kept_nothing_is_trained_with_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.evaluation.quickstart.was_learned", lambda _: False)
+    for resume in ("never", "auto"):
+        options = ["--run_dir", str(tmp_path / "run"), "--seeds", "1", "--resume", resume]
+        assert main(["quickstart", "--short", *options]) == 0
+    assert not list((tmp_path / "run" / "noisy" / "cells").glob("report-adapted*"))
+    figures = read_json(tmp_path / "run" / "result.json")["figures"]
+    assert figures["adapted_gain"] == 0.0
+    assert "adapted_noisy" not in figures
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "so it was kept as it is" in page
+    assert "/adapted/loss.lkd.safetensors" not in page
+
+
+def test_no_training_is_done_twice(quickstart: Path) -> None:
+    assert submitted[quickstart] == len(list(quickstart.glob("*/cells/*.json")))
 
 
 def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) -> None:
