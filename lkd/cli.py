@@ -5,6 +5,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         where whoever reads what is printed has gone.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own calls of it
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     if not words or words[0] in ("-h", "--help"):
