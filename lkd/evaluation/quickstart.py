@@ -13,19 +13,19 @@ from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.files import read_json, write_json, write_text
 from lkd.core.tensor_files import read_result
 from lkd.core.workers import count_threads, finish_all, start_workers
-from lkd.evaluation.comparison.compare import submit
+from lkd.evaluation.comparison.compare import place_trials
 from lkd.evaluation.comparison.tables import format_figure, name_method, write_results
 from lkd.evaluation.comparison.trials import (
     Trial,
-    describe_other_threads,
     pick_options,
     plan_report,
     plan_tuning,
+    run_trial,
     trial_path,
 )
 from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
-from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance, was_learned
+from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
 from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.log import plot_learned_loss, plt, save_figure
 from lkd.meta_training.meta_train import meta_train
@@ -111,7 +111,7 @@ def adapted_path(folder: Path) -> Path:
 def was_start_kept(folder: Path) -> bool:
     """Whether adapting made nothing better, so that the adapted loss is the universal one."""
     path = adapted_path(folder)
-    return path.exists() and not was_learned({"provenance": read_provenance(path)})
+    return path.exists() and read_provenance(path).get("kept_step") == 0
 
 
 def figures_of(tables: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
@@ -261,7 +261,6 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         f"{len(images.test):,} test images; three settings, {recipe.seeds} paired seeds"
     )
     phases: dict[str, float] = {}
-    device = str(run.device)
     adapted = adapted_path(run.path)
     with start_workers(recipe.workers, threads=recipe.threads) as workers:
 
@@ -269,9 +268,10 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
             """Give the workers what has no result yet."""
             jobs: dict[Future[Any], str] = {}
             for setting, own in trials.items():
-                compare, folder = compare_recipes[setting], run.path / setting
-                run.say(*describe_other_threads([trial_path(compare, trial, folder) for trial in own]))
-                jobs |= submit(compare, own, folder, workers, device)
+                compare = compare_recipes[setting]
+                for path, trial in place_trials(compare, own, run.path / setting, run.say).items():
+                    if not path.exists():
+                        jobs[workers.submit(run_trial, compare, trial, path, str(run.device))] = trial.method
             return jobs
 
         def describe(label: str, result: dict[str, Any]) -> str | None:

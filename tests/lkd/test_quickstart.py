@@ -4,7 +4,8 @@ import csv
 import re
 import shutil
 from collections import Counter
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import lkd
 from lkd.cli import main
 from lkd.core.files import read_json
-from lkd.evaluation.comparison.compare import submit
-from lkd.evaluation.quickstart import SETTINGS, regrets
+from lkd.config import MetaTrainRecipe
+from lkd.evaluation.comparison.trials import run_trial
+from lkd.evaluation.quickstart import SETTINGS, adapt_recipe, regrets
 
+submit = ProcessPoolExecutor.submit
 submitted: Counter[Path] = Counter()  # trainings, by run
 
 
@@ -23,13 +26,12 @@ submitted: Counter[Path] = Counter()  # trainings, by run
 def quickstart(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quickstart") / "run"
 
-    def count(*arguments: Any) -> dict[Future[Any], str]:
-        jobs = submit(*arguments)
-        submitted[path] += len(jobs)
-        return jobs
+    def count(own: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        submitted[path] += work is run_trial
+        return submit(own, work, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lkd.evaluation.quickstart.submit", count)
+        patch.setattr(ProcessPoolExecutor, "submit", count)
         assert main(["quickstart", "--short", "--run_dir", str(path), "--seeds", "2"]) == 0
     return path
 
@@ -61,10 +63,15 @@ def test_the_adapted_loss_can_be_used(quickstart: Path) -> None:
 
 
 def test_where_the_start_was_kept_nothing_is_trained_with_it(quickstart: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lkd.evaluation.quickstart.was_learned", lambda _: False)
+    def stand_still(*arguments: Any) -> MetaTrainRecipe:
+        recipe = adapt_recipe(*arguments)
+        recipe.meta.learning_rate, recipe.meta.reuse_every = 0.0, recipe.meta.outer_steps
+        return recipe
+
+    monkeypatch.setattr("lkd.evaluation.quickstart.adapt_recipe", stand_still)
     run = tmp_path / "run"
     shutil.copytree(quickstart, run)
-    (run / "adapted" / "loss.lkd.safetensors").unlink()
+    shutil.rmtree(run / "adapted")
     for cell in run.glob("noisy/cells/report-adapted*"):
         cell.unlink()
     assert main(["quickstart", "--short", "--run_dir", str(run), "--seeds", "2", "--resume", "auto"]) == 0

@@ -1,6 +1,7 @@
 """Losses × students × paired seeds, each a training of its own; finished ones are kept and never run again."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from lkd.evaluation.comparison.trials import (
     plan_report,
     plan_tuning,
     run_leased,
-    run_trial,
     split_method,
     trial_path,
     was_method_learned,
@@ -82,16 +82,14 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
                 raise UserError(f"methods.{label}: {error}") from error
 
 
-def submit(
-    recipe: CompareRecipe, trials: list[Trial], folder: Path, workers: ProcessPoolExecutor, device: str
-) -> "dict[Future[Any], str]":
-    """Give the trials that have no result yet to the workers."""
-    jobs = [(trial, trial_path(recipe, trial, folder)) for trial in trials]
-    return {
-        workers.submit(run_trial, recipe, trial, path, device): trial.method
-        for trial, path in jobs
-        if not path.exists()
-    }
+def place_trials(
+    recipe: CompareRecipe, trials: list[Trial], folder: Path, say: Callable[..., None]
+) -> dict[Path, Trial]:
+    """Where the trials' results are, or will be: damaged ones go, and those of other numbers of threads are named."""
+    paths = {trial_path(recipe, trial, folder): trial for trial in trials}
+    drop_damaged(paths, say)
+    say(*describe_other_threads(paths))
+    return paths
 
 
 def finish_trials(
@@ -102,9 +100,7 @@ def finish_trials(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM.
     """
-    paths = {trial_path(recipe, trial, run.path): trial for trial in trials}
-    drop_damaged(paths, run.say)
-    run.say(*describe_other_threads(paths))
+    paths = place_trials(recipe, trials, run.path, run.say)
     watch = LeaseWatch()
     told = False
     while missing := [path for path in paths if not path.exists()]:
