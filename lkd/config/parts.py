@@ -118,7 +118,8 @@ class TeacherRecipe:
         random_answers: Fraction of the images on which the teacher's logits are permuted at random, to test robustness
             to a bad teacher.
         logit_scale: Factor of the teacher's logits: above 1 it is more confident than it was trained to be.
-        cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked.
+        cache: Folder that `lkd cache` has filled with this teacher's answers; the teacher is then never asked, but of
+            images that are not augmented, for their labels (`labelled_size`) or influence, where the others are.
     """
 
     path: str = "embedded"

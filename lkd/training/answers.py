@@ -117,9 +117,12 @@ def prepare_teacher(
     data, cache = images.settings, teacher.settings.cache
     if cache:
         check_stages(stages)
-        return open_cache(
-            Path(cache), identify_answers(teacher, images), choose_cached_seeds(data), images.train, device
-        )
+        seeds = choose_cached_seeds(data)
+        cached = open_cache(Path(cache), identify_answers(teacher, images), seeds, images.train, device)
+        if not seeds.start:
+            return cached
+        # A cache of augmented images has no answer to plain ones, which pseudo-labels and influence are of.
+        return lambda batch: (cached if batch.augmentation.all() else ask_anew(teacher, images, device))(batch)
     shapes = teacher.find_stages(images.train.image_shape) if stages else {}
     size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
     changing = data.augmentation != "none" or data.mixup or data.cutmix or data.random_erasing

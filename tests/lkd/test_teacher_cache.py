@@ -57,6 +57,9 @@ def test_a_full_cache_answers_as_the_teacher_does_in_float16_to_the_bit(where, a
         batch = batches.at(step)
         answers, expected = cached(batch).logits, live(batch).logits
         assert torch.equal(answers, expected.half().float())
+    if augmented:  # to images as they are, of which the cache knows nothing
+        plain = images.train.batch(torch.arange(size), CPU)
+        assert torch.equal(cached(plain).logits, live(plain).logits)
     fewer = images.train.select(torch.arange(0, len(images.train), 2))
     batch = Batches(fewer, 8, 1, data.augmentation, augmentation_seeds=data.augmentation_seeds).at(0)
     found = prepare_teacher(RANDOM, data, dataclasses.replace(images, train=fewer), CPU)(batch).logits
