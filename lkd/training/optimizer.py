@@ -24,6 +24,7 @@ from lkd.models.stages import find_head, is_within
 FUSED_DEVICES = ("cpu", "cuda")
 DIFFERENTIABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimisers that have an adjoint in `meta.optim`; torch has a fused step of each."""
+STEP_EPOCHS = 90  # of timm's schedule step
 FIELDS = ("lr", "weight_decay", "momentum", "nesterov")  # of the recipe, no options
 
 
@@ -232,7 +233,12 @@ def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.de
 
 
 def check_milestones(recipe: TrainRecipe) -> None:
-    """Check the milestones of a multistep schedule."""
+    """Check the milestones of a multistep schedule, and that a step schedule has any."""
+    if recipe.schedule == "step" and recipe.epochs - recipe.cooldown_epochs <= STEP_EPOCHS:
+        raise UserError(
+            f"train.schedule: step is timm's, whose rate falls every {STEP_EPOCHS} epochs, and never in train.epochs "
+            f"{recipe.epochs}; take multistep, with train.milestones"
+        )
     if recipe.schedule != "multistep":
         if recipe.milestones:
             raise UserError(
