@@ -101,7 +101,10 @@ def predict(recipe: config.PredictRecipe) -> None:
     """`lkd predict`."""
     found = predict_pictures(recipe, partial(print, file=sys.stderr))
     if recipe.out:
-        with replaced_atomically(Path(recipe.out)) as temporary, temporary.open("w", newline="") as file:
+        with (
+            replaced_atomically(Path(recipe.out)) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
             count = write_csv(found, file)
         print(f"{recipe.out}: {count:,} pictures")
     elif any(Path(name).is_dir() for name in recipe.pictures):
