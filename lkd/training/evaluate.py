@@ -29,9 +29,10 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared:
         DivergedError: If a logit is not finite, and all pixels are.
         BrokenInputError: If a pixel is not finite.
     """
+    own = torch.arange(len(images))
     if shared:
         copy_buffers_from_main(network)
-    own = torch.arange(own_rank(), len(images), count_processes()) if shared else torch.arange(len(images))
+        own = own[own_rank() :: count_processes()]
     rows, broken = [], [own[:0].to(device)]
     try:
         with evaluating(network):
