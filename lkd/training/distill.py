@@ -32,7 +32,7 @@ from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
 from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher
 from lkd.training.throughput import Throughput, format_throughput
-from lkd.training.training import Training
+from lkd.training.training import Training, check_settings
 
 FIRST_PAUSE = 1.0  # seconds between the first reports of how fast it goes
 REPORTS = 1000  # after so many they are logged half as often
@@ -53,19 +53,23 @@ def distill(
         the best epoch, or None, and trust where the loss reads it.
     """
     images, loss = parts.images, parts.loss
+    if report_test and not len(images.test):
+        raise UserError("report_test: images that are given from Python have no test split; evaluate the student there")
     run.say(introduce_images(images))
-    build_batches(images.train, train, images.settings, seed, run.device, (0, count_processes()))  # may be refused
+    batches = build_batches(images.train, train, images.settings, seed, run.device, (0, count_processes()))
+    check_settings(train, batches, loss, parts.balance)  # before the teacher is asked about all images
+    known = select_labelled(images, labelled_size)
+    if labelled_size:
+        parts.teacher.check_classes(images.train)
     run.say(introduce_network("student", parts.student, images, run.device, train, count_processes()))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:
-        trust = measure_teacher(parts.teacher, select_labelled(images, labelled_size), run.device, teacher)
+        trust = measure_teacher(parts.teacher, known, run.device, teacher)
         loss.set_trust(trust)
         run.say(str(trust))
         told = {"trust": trust.figures.to_json()}
-    if labelled_size:
-        parts.teacher.check_classes(images.train)
     labelled = label_by_teacher(images, labelled_size, teacher, run.device)
     training = start_training(
         parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
@@ -122,8 +126,6 @@ def train_to_the_end(
     Raises:
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    if report_test and not len(images.test):
-        raise UserError("report_test: images that are given from Python have no test split; evaluate the student there")
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
@@ -194,14 +196,15 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     `seen`: what `Training.run_step` told its `watch` in the latest step.
 
     Returns:
-        `gradient_norm`: of the step, over all parameters; `train/agreement`: percent of the images that student and
-        teacher give the same class; `share/TERM`: each term's share of the gradient at the student's outputs
-        (`gradient_shares`), weighed as the balance does. A loss that remembers images is not asked for shares: asking
-        would change its memory.
+        `gradient_norm`: of the step, over all parameters, before clipping; `train/agreement`: percent of the images
+        that student and teacher give the same class; `share/TERM`: each term's share of the gradient at the student's
+        outputs (`gradient_shares`), weighed as the balance does. A loss that remembers images is not asked for shares:
+        asking would change its memory.
     """
     batch, teacher, progress = seen
     gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
-    figures = {"gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
+    norm = training.norm_before_clipping if training.is_clipped else torch.nn.utils.get_total_norm(gradients)
+    figures = {"gradient_norm": float(norm)}
     with running_dry(training.student):
         student: Outputs = training.student(batch.images)
     if teacher is not None:

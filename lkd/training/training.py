@@ -89,7 +89,7 @@ class Training:
         self.scheduler.step_update(0)
         self.autocast = build_autocast(recipe, batches.device)
         self.scaler = torch.amp.GradScaler(batches.device.type, enabled=recipe.precision == "float16")
-        self.is_clipped = False
+        self.is_clipped, self.norm_before_clipping = False, torch.tensor(torch.nan)
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.epoch_average = AveragedModel(student, use_buffers=True) if recipe.swa_epochs else None
         self.clock = StepClock(batches.device)
@@ -216,7 +216,8 @@ class Training:
 
     def clip_gradient(self) -> None:
         """Scale the gradient of all that the optimiser steps down to the recipe's norm."""
-        clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.clip_norm)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.norm_before_clipping = clip_grad_norm_(parameters, self.recipe.clip_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-exactly; batches are a function of the step. All that share it must ask."""
