@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lkd.config.parts import DataRecipe, TrainRecipe
 from lkd.core.files import refusing_malformed
 from lkd.core.plugins import MODULE
 from lkd.core.tensor_files import digest, keep_result
+from lkd.data.image_files import DamagedImageError
+from lkd.data.images import ImageSet
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.models.build import GIVEN
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher
@@ -66,11 +69,23 @@ def keep_figures(
     """Figures of a teacher on these images, measured once; of a network whose code may change they are not kept."""
     if teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
         return measure()
-    data, looked_at = images.settings, images.meta_validation.images
-    pixels = looked_at if isinstance(looked_at, torch.Tensor) else data.root
     made_with = json.dumps([identify_answers(teacher, images), describe_surroundings(device)])
-    key = [what, made_with, data.evaluation_batch_size, identify_labels(images), pixels]
-    return keep_result(key, measure, shared)
+    key = [what, made_with, images.settings.evaluation_batch_size, identify_labels(images)]
+    return keep_result([*key, *map(identify_pixels, (images.train, images.meta_validation))], measure, shared)
+
+
+def identify_pixels(part: ImageSet) -> Any:
+    """The images, for a hash; of those in files, whose names may be those of others, the bytes of some."""
+    files = part.images
+    if isinstance(files, torch.Tensor):
+        return files
+
+    def read(position: int) -> torch.Tensor | None:
+        with suppress(OSError, DamagedImageError):
+            return files.source.read(position)
+        return None
+
+    return [read(position) for position in files.positions[:SAMPLED].tolist()]
 
 
 def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
@@ -99,6 +114,7 @@ def choose_cached_seeds(data: DataRecipe) -> range:
     return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix, data.random_erasing)
 
 
+SAMPLED = 20  # images in files by which they are told from others of the same names
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
 

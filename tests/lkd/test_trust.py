@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,6 +41,7 @@ from lkd.training.distill import select_labelled
 from lkd.training.introduce import introduce_teacher
 from tests.lkd.parts import prepare_teacher, start_training
 from tests.lkd.test_invariances import wander
+from tests.lkd.tiny_images import write_image_folder
 
 SEEN = ["progress", "state", "answer", "context", "calibration", "agreement", "images_per_class", "own_accuracy"]
 DATA = DataRecipe(train_size=200, meta_validation_size=150)
@@ -104,7 +106,7 @@ def test_of_a_teacher_that_answers_at_random_what_the_training_gets_is_measured(
     assert figures[1].temperature > 2 * figures[0].temperature
 
 
-def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensor_files, "KEPT_FROM", 0.0)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)  # an earlier test's own code: nothing would be kept
     asked: list[int] = []
@@ -130,6 +132,12 @@ def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch
         measured, _, figures = start(data, teacher)
         assert measured
         assert figures != first[2]
+    root = write_image_folder(tmp_path / "images")
+    files = DataRecipe("image_folder", root, meta_validation_size=8, image_size=32), TeacherRecipe("random", "tiny_cnn")
+    assert [start(*files)[0] for _ in range(2)] == [True, False]
+    for path in Path(root).glob("train/*/*"):
+        Image.new("RGB", (40, 40)).save(path)
+    assert start(*files)[0], "other images of the same names"
 
 
 @pytest.mark.parametrize(
