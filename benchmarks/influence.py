@@ -134,7 +134,8 @@ def measure(data: Path, name: str, kind: str, noise: float, loss: str, seed: int
     images = prepare_images(DataRecipe(**split, **flips))
     true = prepare_images(DataRecipe(**split)).train.labels
     teacher_recipe = TeacherRecipe(path=path.replace("DATA", str(data)))
-    teacher = prepare_teacher(open_teacher(teacher_recipe, images.train), images, CPU)
+    everything = add_meta_validation(images)  # on which the teacher is asked, as one arm trains on it
+    teacher = prepare_teacher(open_teacher(teacher_recipe, images.train), everything, CPU)
     if kind == "semi_supervised":
         images = label_by_teacher(images, 4000, teacher, CPU)
     wrong = true != images.train.labels

@@ -99,6 +99,8 @@ def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str)
 class TabulatedTeacher:
     """A teacher's answers to every image of a set, computed once: right as long as the images are not augmented.
 
+    Its answers to images of another set are NaN, which stops a training.
+
     Args:
         teacher: The teacher.
         images: The images that it will be asked about.
@@ -121,7 +123,9 @@ class TabulatedTeacher:
         except (MemoryError, RuntimeError) as error:
             refuse_exhaustion(error, "teacher", SMALLER_PARTS)
             raise
-        index, self.logits, *features = (torch.cat(column) for column in zip(*rows, strict=True))
+        index, *answers = (torch.cat(column) for column in zip(*rows, strict=True))
+        # The last row is what an image that is not in the table is answered.
+        self.logits, *features = (torch.cat([each, torch.full_like(each[:1], torch.nan)]) for each in answers)
         self.features = dict(zip(stages, features, strict=True))
         self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
         self.row[index] = torch.arange(len(index), device=device)

@@ -241,7 +241,7 @@ def test_a_teacher_out_of_memory_is_one_line(images) -> None:
     from lkd.models.teacher import TabulatedTeacher, Teacher
 
     teacher = Teacher(Greedy())
-    assert len(TabulatedTeacher(teacher, images.train, CPU).logits) == 100
+    assert len(TabulatedTeacher(teacher, images.train, CPU).logits) == 100 + 1
     assert len(label_by_teacher(images, 10, teacher, CPU).train) == 100
     with pytest.raises(UserError, match=r"data\.evaluation_batch_size"):
         TabulatedTeacher(teacher, replace(images.train, at_once=31), CPU)

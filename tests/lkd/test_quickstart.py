@@ -13,8 +13,8 @@ import pytest
 
 import lkd
 from lkd.cli import main
-from lkd.core.files import read_json
 from lkd.config import MetaTrainRecipe
+from lkd.core.files import read_json
 from lkd.evaluation.comparison.trials import run_trial
 from lkd.evaluation.quickstart import SETTINGS, adapt_recipe, regrets
 

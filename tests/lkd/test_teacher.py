@@ -34,6 +34,9 @@ def test_a_table_answers_as_the_network_does(images) -> None:
     torch.testing.assert_close(table(batch).logits, teacher(batch).logits)
     assert not any(module.training for module in teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+    unknown = [index for index in range(int(images.train.index.max())) if index not in images.train.index]
+    others = batch._replace(index=torch.tensor(unknown[:50]))
+    assert bool(table(others).logits.isnan().all()), "another image's answer would be taken for theirs"
 
 
 def test_scaled_logits_wherever_the_teacher_is_asked(images, tmp_path) -> None:
