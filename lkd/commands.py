@@ -27,6 +27,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.losses.learned.trust import Trust
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
+from lkd.models.dry_run import check_image_size
 from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
@@ -73,6 +74,7 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else images.meta_validation
     network = fit_to_images(recipe.checkpoint, network, header, images.train)
+    check_image_size(recipe.checkpoint, network, images.train.image_shape)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
     print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")

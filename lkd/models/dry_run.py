@@ -95,6 +95,16 @@ def find_fixed_size(network: nn.Module, options: dict[str, Any] | None = None) -
     return size if isinstance(size, int) else 0
 
 
+def check_image_size(path: str, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Check by a dry run that a file's network takes such images."""
+    try:
+        with running_dry(network) as device:
+            network(torch.zeros(1, *image_shape, device=device))
+    except MALFORMED as error:
+        size = "×".join(map(str, image_shape[1:]))
+        raise UserError(f"{path}: takes no images of {size} ({first_line(error)}): give another image_size") from error
+
+
 def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Options with which a network of a fixed image size takes these images."""
     import timm

@@ -18,6 +18,7 @@ from lkd.data.image_files import DamagedImageError, decode
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
 from lkd.models.build import unwrap
+from lkd.models.dry_run import check_image_size
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import choose_device
 
@@ -49,6 +50,7 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint, recipe.name)
     wanted = read_input(network, header, recipe)
+    check_image_size(recipe.checkpoint, network, wanted.shape)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
     network, count = network.to(device), 0
     for first in range(0, len(pictures), recipe.batch_size):

@@ -24,7 +24,7 @@ from lkd.core.outputs import Outputs
 from lkd.data.embedded import TEACHER
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models import build
-from lkd.models.files import load_network
+from lkd.models.files import load_network, save_network
 from lkd.training.build import prepare_images
 from lkd.training.distill import label_by_teacher
 from lkd.training.evaluate import evaluate
@@ -92,6 +92,16 @@ def test_predict_without_pictures_is_one_line(words: list[str], capsys) -> None:
     Path("empty").mkdir()
     assert main(["predict", "embedded", *words]) == 2
     assert "pictures" in capsys.readouterr().err
+
+
+def test_a_size_that_a_network_does_not_take_is_one_line(shoe: Path, capsys) -> None:
+    images = prepare_images(DataRecipe(train_size=100, meta_validation_size=100)).train
+    options = {"img_size": 28, "patch_size": 7, "depth": 1, "embed_dim": 24}
+    vit = {"name": "vit_tiny_patch16_224", "num_classes": 10, "in_chans": 1, "options": options}
+    save_network(Path("vit.safetensors"), build(**vit), vit, {}, images)
+    assert main(["predict", "vit.safetensors", str(shoe)]) == 0
+    assert main(["predict", "vit.safetensors", str(shoe), "--image_size", "32"]) == 2
+    assert "32×32" in capsys.readouterr().err
 
 
 @pytest.mark.outside(41)
