@@ -124,8 +124,8 @@ def load_network(
         check_size(path, architecture, tensors)
         if name not in (None, architecture["name"]):
             raise UserError(
-                f"{path}: holds a {architecture['name']}, not the {name} of the recipe: leave the name out, or give "
-                f"the file of a {name}, or `pretrained` for timm's weights"
+                f"{path}: holds a {architecture['name']}, not the {name} of the recipe (teacher.name, student.name): "
+                f"give the name {architecture['name']}, the file of a {name}, or `pretrained` for timm's weights"
             )
         if options and options != architecture.get("options"):
             raise UserError(f"teacher.options, student.options: {options} do not apply to {path}, which has its own")
