@@ -191,8 +191,9 @@ PACKAGES = ("lkd", "torch", "torchvision", "timm", "higher", "wandb", "safetenso
 def environment() -> dict[str, Any]:
     """Versions, platform and the source's commit."""
     words = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty"]
+    own = os.environ | {"GIT_CEILING_DIRECTORIES": str(PACKAGE.parents[1])}  # not of a project that lkd is installed in
     try:
-        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(words, capture_output=True, text=True, check=False, env=own).stdout.strip()
     except OSError:  # there is no git
         commit = ""
     return {

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 import lkd
 from lkd.cli import main
 from lkd.config import DataRecipe
+from lkd.core import files
 from lkd.core.errors import UserError
 from lkd.core.files import environment
 from lkd.core.outputs import Outputs
@@ -197,6 +198,16 @@ def test_without_git_a_run_has_no_commit(error, monkeypatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", fail)
     assert environment()["commit"] is None
+
+
+def test_the_commit_is_not_that_of_a_project_that_the_package_is_installed_in(tmp_path: Path, monkeypatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "mine"]):
+        subprocess.run([*git, *words], check=True)
+    for folder, has_commit in (("lkd", True), (".venv/site-packages/lkd", False)):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(files, "PACKAGE", tmp_path / folder)
+        assert bool(environment()["commit"]) is has_commit
 
 
 @pytest.fixture
