@@ -262,6 +262,12 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
         trial_path(recipe, Trial("L", f"{n}.lkd.safetensors", ModelRecipe(), 0, reported=True), tmp_path) for n in "abc"
     ]
     assert learned[0] == learned[1] != learned[2], "a learned loss is its content, not its path"
+    files = {n: {"name": f"{n}.lkd.safetensors"} for n in "abc"}
+    losses = [files["a"] | {"adapters": True}, *({"name": "influence_weighted", "loss": files[n]} for n in "ac")]
+    others = {trial_path(recipe, Trial("L", loss, ModelRecipe(), 0, reported=True), tmp_path) for loss in losses}
+    Path("a.lkd.safetensors").write_bytes(Path("c.lkd.safetensors").read_bytes())
+    others.add(trial_path(recipe, Trial("L", losses[1], ModelRecipe(), 0, reported=True), tmp_path))
+    assert len(others - set(learned)) == 4, "nor is one that another loss weighs"
 
 
 def test_only_the_blocks_are_timed() -> None:

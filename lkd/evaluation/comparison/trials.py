@@ -24,7 +24,7 @@ from lkd.config.evaluation import CompareRecipe, FidelityRecipe
 from lkd.config.parse import make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
-from lkd.core.files import find_pretrained, hash_file, write_json
+from lkd.core.files import find_pretrained, flatten, hash_file, write_json
 from lkd.core.tensor_files import read_result, write_result
 from lkd.core.workers import count_threads, hold_lease, own_device
 from lkd.losses.build import is_learned
@@ -191,8 +191,8 @@ def check_tuning(recipe: CompareRecipe) -> None:
             if not isinstance(value, dict):
                 raise UserError(f"methods.{label}.{key}: {value!r} is not a mapping, such as {{option: ...}}")
         for name, values in grid.items():
-            if not isinstance(values, list) or not values:
-                raise UserError(f"methods.{label}.grid.{name}: {values!r} is not a list of values to try")
+            if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+                raise UserError(f"methods.{label}.grid.{name}: {values!r} is not a list of values to try, each once")
             for value in values if name.startswith(TRAIN) else []:
                 make_recipe(TrainRecipe, {name.removeprefix(TRAIN): value}, f"methods.{label}.grid.train")
         make_recipe(TrainRecipe, train, f"methods.{label}.train")
@@ -222,8 +222,8 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
     The number of threads, unless it is one, is the name's end, so that `describe_other_threads` finds the others.
     """
     train = dataclasses.asdict(split_method(trial.loss, recipe.train)[1])
-    learned = hash_content(trial.loss["name"] if isinstance(trial.loss, dict) else trial.loss)
-    weights = hash_content(str(trial.loss.get("weights"))) if isinstance(trial.loss, dict) else None
+    loss = flatten(trial.loss if isinstance(trial.loss, dict) else {"name": trial.loss})
+    learned = hash_content(str(loss["name"]))
     cell = dataclasses.asdict(trial) | ({"loss": learned} if learned else {})
     start = cell["student"].pop("path")
     if start:
@@ -234,11 +234,11 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
         **identify_inputs(recipe),
         "train": {name: value for name, value in train.items() if not name.startswith("checkpoint")},
         "every": recipe.evaluate_every,
-        **({"weights": weights} if weights else {}),
+        **{key: found for key in ("weights", "loss", "loss.name") if (found := hash_content(str(loss.get(key))))},
         **({"labelled": recipe.labelled_size} if recipe.labelled_size else {}),
     }
-    if learned and balance_of(trial.loss):
-        identity["balance"] = balance_of(trial.loss)
+    if learned and isinstance(trial.loss, dict):
+        identity |= {key: trial.loss[key] for key in ("balance", "adapters") if trial.loss.get(key)}
     kind = "report" if trial.reported else "tune"
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
     threads = count_threads(recipe.threads)
