@@ -25,6 +25,7 @@ from lkd.evaluation.comparison.trials import (
     trial_path,
 )
 from lkd.evaluation.fidelity_results import list_objectives, write_results
+from lkd.losses.learned.trust import Trust
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
     build_inner_optimizer,
@@ -33,7 +34,7 @@ from lkd.meta_training.rollouts import (
     compute_outer_logits,
     list_inner_batches,
 )
-from lkd.pool.pool import INDEX, Pool, World, build_pool, open_pool
+from lkd.pool.pool import Pool, World, build_pool, open_pool
 from lkd.tracking.run import Run
 from lkd.training.build import LossBuilder, StudentBuilder, choose_student
 from lkd.training.introduce import introduce_network, introduce_teacher
@@ -75,7 +76,7 @@ def find_students(pool: list[dict[str, Any]], age: float, total_steps: int) -> l
     return [position for position, entry in enumerate(pool) if abs(entry["progress"] - age) * total_steps <= 0.5 + 1e-3]
 
 
-def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> Path:
+def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Pool, folder: Path) -> Path:
     """Where a draw's result lies: named by all that decides it."""
     names = {label: loss.get("name") if isinstance(loss, dict) else loss for label, loss in recipe.losses.items()}
     threads = count_threads(recipe.threads)
@@ -89,7 +90,7 @@ def draw_path(recipe: FidelityRecipe, draw: Draw, pool: Path, folder: Path) -> P
         **identify_inputs(recipe),
         "student": dataclasses.asdict(recipe.student),
         "train": dataclasses.asdict(recipe.train),
-        "pool": hash_content(str(pool / INDEX)),
+        "student_file": hash_content(str(pool.folder / pool.index["students"][draw.student]["file"])),
         "seed": recipe.seed,
         **({"threads": threads} if threads != 1 else {}),
     }
@@ -136,6 +137,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
             outer_batch,
             build_inner_optimizer(student, recipe.train, start.learning_rate, draw.annealing, draw.steps),
         )
+        torch.manual_seed(seed)  # of dropout
         end = rollout(problem)
         with torch.no_grad():
             logits = problem.evaluate(end)
@@ -179,7 +181,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
         trainings = plan_trainings(recipe)
         finish_trials(as_comparison(recipe), trainings, run, workers, "full trainings")
         draws = {
-            draw_path(recipe, draw, pool.folder, run.path): draw
+            draw_path(recipe, draw, pool, run.path): draw
             for draw in plan_draws(recipe, pool.index["students"], total_steps)
         }
         drop_damaged(draws, run.say)
@@ -218,8 +220,10 @@ def plan_trainings(recipe: FidelityRecipe) -> list[Trial]:
 def make_pool(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBuilder, run: Run) -> Pool:
     """Build the pool in the run directory."""
     losses = LossBuilder(recipe.pool.loss, inputs.teacher, inputs.images)
-    teacher = inputs.answers(str(run.device), losses.build(student, recipe.seed).teacher_stages)
-    trained_in = World(inputs.images, teacher, student, recipe.train, recipe.seed, run.device)
+    loss = losses.build(student, recipe.seed)
+    teacher = inputs.answers(str(run.device), loss.teacher_stages)
+    trust = inputs.measure(str(run.device)) if loss.reads_trust else Trust()
+    trained_in = World(inputs.images, teacher, student, recipe.train, recipe.seed, run.device, trust=trust)
     return build_pool(trained_in, recipe.pool, losses.build, run.path / "pool", run)
 
 

@@ -28,7 +28,7 @@ from lkd.models.files import fit_to_images
 from lkd.models.teacher import TeacherFunction, load_teacher_network
 from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run, evidence
-from lkd.training.answers import prepare_teacher
+from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import Images, check_network, open_teacher, prepare_images
 
 SHEET_COLUMNS = 8
@@ -85,6 +85,9 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     started = time.perf_counter()
     parts = images.train, images.meta_validation
     network = fit_to_images(recipe.checkpoint, network, header, images.train).to(run.device)
+    if loss.reads_trust:
+        loss.set_trust(measure_teacher(opened, images, run.device, teacher))
+        loss.update_trust(network)
     found = measure_influence(network, loss, teacher, *parts, run.device, recipe.influence, seed=recipe.seed)
     seconds = time.perf_counter() - started
     weights = weigh_examples(found.scores, recipe.influence)

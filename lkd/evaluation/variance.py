@@ -16,8 +16,9 @@ from lkd.core.files import read_mapping, write_json
 from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import fit_to_images, load_network
 from lkd.tracking.run import choose_device
-from lkd.training.answers import prepare_teacher
+from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import build, build_batches, check_network
+from lkd.training.distill import label_by_teacher, select_labelled
 
 SHARES = [k / 20 for k in range(21)]
 
@@ -60,12 +61,21 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     parts = build(distilled)
     student, header = load_network(folder / "student.safetensors")
     check_network(str(folder / "student.safetensors"), header["architecture"], parts.images.train)
-    loss = parts.loss.to(device)
-    teacher = prepare_teacher(parts.teacher, parts.images, device, loss.teacher_stages)
-    train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
-    batches = build_batches(parts.images.train, train, distilled.data, 1, device)
-    student = fit_to_images(str(folder / "student.safetensors"), student, header, parts.images.train)
+    loss, images = parts.loss.to(device), parts.images
+    if loss.needs_index or any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError(
+            f"run_dir: {folder} was trained with a loss whose memory or adapters no file keeps; take a run without them"
+        )
+    teacher = prepare_teacher(parts.teacher, images, device, loss.teacher_stages)
+    student = fit_to_images(str(folder / "student.safetensors"), student, header, images.train)
     student = student.to(device).eval().requires_grad_(True)
+    if loss.reads_trust:
+        known = select_labelled(images, distilled.labelled_size)
+        loss.set_trust(measure_teacher(parts.teacher, known, device, teacher))
+        loss.update_trust(student)
+    images = label_by_teacher(images, distilled.labelled_size, teacher, device)
+    train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
+    batches = build_batches(images.train, train, distilled.data, 1, device)
     parameters = list(student.parameters())
     pairs = []
     for step in range(recipe.samples):
