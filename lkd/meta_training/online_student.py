@@ -35,7 +35,8 @@ class OnlineStudent:
     def __init__(self, world: World, loss: LearnedLoss, number: int, rollout_steps: int) -> None:
         self.seed, self.rollout_steps = draw_seed(world.seed, 6, number), rollout_steps
         loss.requires_grad_(False)  # so that the student's optimiser leaves the loss alone
-        self.training = world.start(loss, self.seed)
+        self.loss = share_parameters(loss)  # told this student's own accuracy
+        self.training = world.start(self.loss, self.seed)
         loss.requires_grad_(True)
         hyper = dict(loss.named_parameters())
         student, optimizer, clip_norm = self.training.student, self.training.optimizer, world.train.clip_norm
@@ -53,6 +54,11 @@ class OnlineStudent:
         while self.training.step < step:
             self.training.run_step(watch if step - self.training.step <= self.rollout_steps else None)
         return recorded
+
+
+def share_parameters(loss: LearnedLoss) -> LearnedLoss:
+    """A copy that has the same parameters, but buffers of its own."""
+    return copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
 
 
 def assemble_loss(networks: LearnedLoss, points: Sequence[Point]) -> LearnedLoss | ReplayedLoss:

@@ -1,6 +1,5 @@
 """The outer loop, a step at a time: draw students, roll them out, differentiate their outer loss, update the loss."""
 
-import copy
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.learned.trust import TrustFigures, measure_own_accuracy
 from lkd.meta_training.log import check_rows, measure_balance, read_clock
-from lkd.meta_training.online_student import OnlineStudent, Point, check_points, copy_state
+from lkd.meta_training.online_student import OnlineStudent, Point, check_points, copy_state, share_parameters
 from lkd.meta_training.rollouts import (
     OBJECTIVES,
     InnerBatch,
@@ -263,11 +262,11 @@ class OuterLoop:
         updates, update = self.settings.outer_steps - start, self.step + 1 - start
         batches = own.advance(training.total_steps * update // updates)
         parameters, buffers = split_state(student)
-        self.balances.append(measure_balance(self.loss, student, parameters, buffers, batches[-1]))
+        self.balances.append(measure_balance(own.loss, student, parameters, buffers, batches[-1]))
         torch.manual_seed(draw_seed(self.seed, 8, self.step, number))
         outer_batch = self.draw_outer_batch(batches, seeded_generator(self.seed, 5, self.step, number))
         return own.tape.hypergradient(
-            partial(compute_inner_loss, student, self.loss), self.outer_loss(student), outer_batch
+            partial(compute_inner_loss, student, own.loss), self.outer_loss(student), outer_batch
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,11 +305,6 @@ class OuterLoop:
             self.estimator.load_state_dict(state["estimator"])
         for number, own in self.own.items():
             own.training.load_state_dict(state["own"][number])
-
-
-def share_parameters(loss: LearnedLoss) -> LearnedLoss:
-    """A copy that has the same parameters, but buffers of its own."""
-    return copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
 
 
 def clip(hypergradient: Hypergradient, largest: float) -> Hypergradient:

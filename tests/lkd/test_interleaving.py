@@ -1,5 +1,7 @@
 """The dynamic strategy: the loss is updated while students are trained with it, and replayed by progress."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.random import draw_seed
 from lkd.losses import DecoupledLoss, LearnedLoss, ReplayedLoss
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
+from lkd.losses.learned.trust import OWN_ACCURACY, Trust
 from lkd.meta_training.meta_train import check_alternation
 from lkd.meta_training.rollouts import compute_inner_loss, half_cosine
 from lkd.models.files import load_network
@@ -16,7 +19,7 @@ from meta import Problem, State, Tape
 from meta.estimators import ESTIMATORS
 from meta.optim import SGD, Clipped, Optimizer, read_slots
 from meta.tensors import cosine_similarity
-from tests.lkd.meta_recipes import SMALL, make_loop, open_world, run_recipe, tiny_recipe
+from tests.lkd.meta_recipes import CPU, SMALL, make_loop, open_world, run_recipe, tiny_recipe
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
@@ -68,6 +71,19 @@ def test_the_replayed_loss_trains_the_same_student_again(interleaving: str, star
     first, last = loss.losses[0], loss.losses[-1]
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters(), strict=True))
     assert len(read_provenance(path)["curve"]) == 6
+
+
+def test_each_student_in_training_is_told_its_own_accuracy() -> None:
+    recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5)
+    recipe.meta.loss = {"conditioning": ["own_accuracy"]}
+    world = open_world(recipe)
+    looks = Trust.choose_looks(world.images.meta_validation, CPU)
+    loop = make_loop(recipe, replace(world, trust=Trust(looks=looks)))
+    loop.run_step()
+    first, second = (own.training for own in loop.own.values())
+    seen = first.loss.forms()[0].trust[OWN_ACCURACY].item()
+    assert second.loss.forms()[0].trust[OWN_ACCURACY].item() != seen
+    assert all(a is b for a, b in zip(first.loss.parameters(), loop.loss.parameters(), strict=True))
 
 
 def test_a_replayed_loss_is_in_steps_and_survives_its_file(tmp_path) -> None:
