@@ -10,8 +10,8 @@ from typing import Any
 
 from lkd.config.meta_training import MetaSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import count_processes, gather_objects, is_main, own_rank, share_from_main
-from lkd.core.interrupt import StopRequest
+from lkd.core.distributed import any_process, count_processes, gather_objects, is_main, own_rank, share_from_main
+from lkd.core.interrupt import Interrupted, StopRequest
 from lkd.core.random import draw_seed
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.loss import DistillationLoss
@@ -108,17 +108,23 @@ class Reuse:
         """Train the fresh students of each world with its loss; each world's mean figures."""
         shared, count = not self.worlds[0].name, self.settings.reuse_students
         own: dict[int, dict[str, float]] = {}
+        stopped: Interrupted | None = None
         for place, (world, loss) in enumerate(zip(self.worlds, losses, strict=True)):
             if not shared and place % count_processes() != own_rank():
                 continue
             folder = self.run.path / LOOK / look
-            rows = [
-                self.train_student(
-                    world, number, copy.deepcopy(loss), folder / f"student-{place * count + number:03d}", stop, shared
-                )
-                for number in range(count)
-            ]
+            places = [folder / f"student-{place * count + number:03d}" for number in range(count)]
+            try:
+                rows = [
+                    self.train_student(world, number, copy.deepcopy(loss), path, stop, shared)
+                    for number, path in enumerate(places)
+                ]
+            except Interrupted as error:
+                stopped = error
+                break
             own[place] = average_rows(rows)
+        if any_process(bool(stopped), self.run.device):  # those whose students are done would wait for the others
+            raise stopped or Interrupted(f"stopped in {look}")
         if shared:
             own = share_from_main(own)
         found = {place: row for part in gather_objects(own) for place, row in part.items()}

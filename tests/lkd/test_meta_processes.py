@@ -95,3 +95,16 @@ def test_a_loss_that_differs_between_processes_is_an_error(monkeypatch) -> None:
         linear.weight[0, 0].nextafter_(torch.tensor(9.0))
     with pytest.raises(UserError, match="outer step 7: the loss of process 1 is not that of process 0"):
         check_identical(loop)
+
+
+def test_a_job_that_is_stopped_in_a_look_is_stopped_in_all_processes(unused_tcp_port: int) -> None:
+    """One whose worlds are done waits for the others, and learns from them that the look goes on later."""
+    worlds = "{short: {train: {epochs: 1}}, long: {train: {epochs: 200}}}"
+    words = [*WORDS, "--pool.snapshots", "1", "--pool.max_age", "0", "--meta.reuse_epochs", "0", "--worlds", worlds]
+    job = start_job([*words, "--run_dir", "r"], unused_tcp_port)
+    job[0].wait_for(lambda: list(Path("r").glob("look/*/student-000/000000010*")))
+    job[1].wait_for(lambda: list(Path("r").glob("look/*/student-001/*")))
+    for process in job:
+        process.send_signal(signal.SIGTERM)
+    assert finish(job) == [128 + signal.SIGTERM] * 2, Path("output-1.txt").read_text()
+    assert "stopped in step-000000" in Path("output-0.txt").read_text()
