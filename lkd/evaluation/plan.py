@@ -207,6 +207,10 @@ def build_loss_networks(world: PlannedWorld) -> DistillationLoss:
     recipe, shapes = world.recipe, world.images.train
     students = [choose_student(model, shapes) for model in recipe.students or [recipe.student]]
     teacher = open_teacher(recipe.teacher, shapes)
+    if world.meta.start and not is_missing(world.meta.start):
+        with torch.device("cpu"):
+            started = LossBuilder(world.meta.start, teacher, world.images).build(students[0], 0)
+        return started.to("meta").requires_grad_(True)
     return prepare_learned_loss(world.meta.kind, world.meta.loss, students, teacher, world.images, 0)
 
 
@@ -392,7 +396,7 @@ def add_outer_loop(plan: dict[str, Any], worlds: Sequence[PlannedWorld], hours: 
     reused = sum(each * (meta.reuse_epochs or whole) / whole for each, whole in zip(hours, epochs, strict=True))
     seconds = [rollout["seconds"] for rollout in plan["rollout"].values()]
     students = meta.students_per_step or len(worlds)
-    plan["loss"] = f"learned: {meta.kind}, {meta.loss.get('form', 'decoupled')}"
+    plan["loss"] = f"learned: {meta.start or ', '.join((meta.kind, meta.loss.get('form', 'decoupled')))}"
     plan["precision"] += "; rollouts float32"
     plan["hours_of_one_training"] = mean(hours)
     plan["hours"] = {
