@@ -110,7 +110,9 @@ def kill_and_resume(command: str, number: int, folder: Path) -> dict[str, Any]:
             time.sleep(seconds)
             with suppress(ProcessLookupError):  # it is through
                 process.send_signal(signal.SIGKILL)
-            killed = process.wait() != 0
+            if (code := process.wait()) not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"lkd {' '.join(words)}: exit code {code}; see {folder / 'output.txt'}")
+            killed = code != 0
         found = [str(path.relative_to(run_dir).with_suffix("")) for path in run_dir.rglob("[0-9]*.safetensors")]
         finish(words, folder / "output.txt")
         expected, results = read_results(whole), read_results(run_dir)

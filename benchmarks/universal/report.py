@@ -126,7 +126,7 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
         figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
         kept = [read_provenance(path) for path in folder.glob("adapted/*/loss.lkd.safetensors")]
-        figures["adapted_cost_in_trainings"] = max(one["cost"]["cost_in_trainings"] for one in kept)
+        figures["adapted_cost_in_trainings"] = max(one["cost_in_trainings"] for one in kept)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
 
 
