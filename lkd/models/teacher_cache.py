@@ -143,8 +143,6 @@ class CachedTeacher:
 
     def __init__(self, cache: CacheFolder, seeds: range, device: torch.device) -> None:
         self.cache, self.first_seed, self.device = cache, seeds.start, device
-        self.rows = torch.zeros(int(cache.index.max()) + 1, dtype=torch.int64)
-        self.rows[cache.index] = torch.arange(len(cache.index))
         self.paths = [cache.path(seed, shard) for seed in seeds for shard in range(cache.shards)]
         self.parts = [open_part(cache, path, check=False) for path in self.paths]
         for number, (path, part) in enumerate(zip(self.paths, self.parts, strict=True)):
@@ -164,7 +162,10 @@ class CachedTeacher:
 
     def look_up(self, index: Tensor, augmentation: Tensor) -> dict[str, Tensor]:
         """What is kept of the answers to these images under these augmentation seeds, each [B]."""
-        rows, size = self.rows[index], self.cache.header["shard_size"]
+        known, size = self.cache.index, self.cache.header["shard_size"]
+        rows = torch.searchsorted(known, index).clamp(max=len(known) - 1)
+        if not torch.equal(known[rows], index):
+            raise UserError(f"teacher.cache: {self.cache.folder} has no answers but to training images: leave it out")
         part = (augmentation - self.first_seed) * self.cache.shards + rows // size
         found = {name: tensor.new_empty(len(index), *tensor.shape[1:]) for name, tensor in self.parts[0].items()}
         for number in part.unique().tolist():

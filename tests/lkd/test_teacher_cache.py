@@ -57,6 +57,8 @@ def test_a_full_cache_answers_as_the_teacher_does_in_float16_to_the_bit(where, a
         batch = batches.at(step)
         answers, expected = cached(batch).logits, live(batch).logits
         assert torch.equal(answers, expected.half().float())
+    with pytest.raises(UserError, match=r"teacher\.cache"):
+        cached(batch._replace(index=images.meta_validation.index[:1].expand(size)))
     if augmented:  # to images as they are, of which the cache knows nothing
         plain = images.train.batch(torch.arange(size), CPU)
         assert torch.equal(cached(plain).logits, live(plain).logits)
