@@ -257,11 +257,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def evidence(command: str, environment: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:
-    """What `result.json` holds: the line that makes it again, what `lkd.core.files.environment` saw, the figures."""
+    """What `result.json` holds: the line that makes it again, what `lkd.core.files.environment` saw, the figures.
+
+    Those that are NaN, as a standard error of one seed, are left out: JSON has no such number.
+    """
     return {
         "command": command,
         "commit": environment["commit"],
         "versions": environment["versions"],
         "machine": environment["platform"],
-        "figures": figures,
+        "figures": {name: value for name, value in figures.items() if value == value},
     }
