@@ -231,8 +231,8 @@ class InfluenceWeightedLossSettings:
 
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd"})
     weights: str | None = None
-    first_epoch: ranges.NonNegativeInt = 3
-    refresh_epochs: ranges.NonNegativeInt = 0
+    first_epoch: ranges.NonNegativeInt = 2
+    refresh_epochs: ranges.NonNegativeInt = 2
     weigh: Literal["task", "loss"] = "task"
     teacher_rate: ranges.NonNegativeFloat = 0.0
     influence: InfluenceSettings = field(default_factory=InfluenceSettings)
