@@ -107,7 +107,7 @@ def test_a_log_that_a_crash_cut_off_is_still_read(tmp_path) -> None:
 
 
 def shorten_waits() -> None:
-    for name in ("WANDB_API_KEY", "NETRC"):
+    for name in ("WANDB_API_KEY", "NETRC", "WANDB_SERVICE"):  # the last: of another test, whose service has ended
         os.environ.pop(name, None)
     os.environ |= {"HOME": os.getcwd(), "WANDB_SILENT": "true", **json.loads(os.environ.pop("ONLINE", "{}"))}
     service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 3
