@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -324,8 +325,14 @@ def make_recipe(kind: type[Recipe], values: Mapping[str, Any], role: str = "") -
             raise UserError(f"{place}{name}: {value!r} is text, not a number")
         if dataclasses.is_dataclass(hint) and not isinstance(value, Mapping):
             raise UserError(f"{place}{name}: {value!r} is not a mapping of its fields")
-    parser = build_parser(kind)
+    parser = keep_parser(kind)  # type: ignore[arg-type]  # a class is hashable
     return instantiate(kind, parser, lambda: parser.parse_object(dict(values)), role)
+
+
+@cache
+def keep_parser(kind: type) -> ArgumentParser:
+    """`build_parser` of parts that are made again and again: the worlds of a meta-training, say."""
+    return build_parser(kind)
 
 
 def parse_recipe(command: str, words: list[str]) -> Any:

@@ -20,7 +20,7 @@ from lkd.models.files import load_network, save_network
 SHAPE = {"image_shape": [3, 32, 32]}
 
 
-def save_student(path: Path, name: str = "mobilenetv2_035", **architecture) -> torch.nn.Module:
+def save_student(path: Path, name: str = "test_efficientnet", **architecture) -> torch.nn.Module:
     torch.manual_seed(0)
     described = {"name": name, "num_classes": 5, "in_chans": 3, "options": {}} | architecture
     network = build(**described)
@@ -41,7 +41,7 @@ def test_every_format_gives_the_students_logits(tmp_path: Path) -> None:
     images = torch.randn(7, 3, 32, 32)
     with torch.no_grad():
         expected = student(images).logits
-        read = timm.create_model("mobilenetv2_035", num_classes=5, checkpoint_path=str(written["timm"].path)).eval()
+        read = timm.create_model("test_efficientnet", num_classes=5, checkpoint_path=str(written["timm"].path)).eval()
         torch.testing.assert_close(read(images), expected)
         read.load_state_dict(load_file(written["safetensors"].path))
         torch.testing.assert_close(read(images), expected)
