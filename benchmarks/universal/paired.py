@@ -22,7 +22,7 @@ def main() -> int:
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             if row["arm"] in (arm, other):
-                figure = row["top1"] if "top1" in row else row["meta_validation_top1"]
+                figure = row.get("top1") or row["meta_validation_top1"]
                 found[row["world"]][row["arm"]][int(row["seed"])] = float(figure)
     gains = {name: compare(world, arm, other)[0] for name, world in found.items() if world[arm].keys() & world[other]}
     for name, gain in gains.items():

@@ -248,7 +248,7 @@ def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str
         images = replace(images, train=replace(images.train, **both))
     changed = inputs if images is inputs.images else TrialInputs(images, inputs.teacher)
     if not arm.told:
-        changed = replace(inputs, measured={("cpu", 0): Trust()})
+        changed = replace(changed, measured={("cpu", 0): Trust()})
     with mock.patch.object(trials, "open_inputs", return_value=changed):
         return run_trial(recipe, trial, path)
 

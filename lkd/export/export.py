@@ -16,6 +16,7 @@ from lkd.data.image_files import ImageFiles, LoadingOptions
 from lkd.data.packed import pack
 from lkd.data.readers import load_dataset
 from lkd.models.build import OWN_NETWORKS, plain_state_dict
+from lkd.models.dry_run import check_image_size
 from lkd.models.files import load_network
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,6 +147,7 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
     network, header = load_network(Path(recipe.checkpoint), recipe.name)
     images = draw_images(header, recipe)
+    check_image_size(recipe.checkpoint, network, tuple(images.shape[1:]))
     model = Logits(network).eval()
     with torch.no_grad():
         expected = model(images)

@@ -1,5 +1,6 @@
 """What images a network takes, and what of it cannot be trained: found by dry runs, before any training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def find_fixed_size(network: nn.Module, options: dict[str, Any] | None = None) -
     return size if isinstance(size, int) else 0
 
 
-def check_image_size(path: str, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+def check_image_size(path: str, network: nn.Module, image_shape: Sequence[int]) -> None:
     """Check by a dry run that a file's network takes such images."""
     try:
         with running_dry(network) as device:
