@@ -1,11 +1,12 @@
 """Does the universal loss hold for students and optimisers that it never met? A ViT, a ConvNeXt and a CNN.
 
 python -m benchmarks.students DATA RUN_DIR [--only STUDENTS] [--seeds 4] [--workers 2] [--out docs/evidence/students]
+python -m benchmarks.students DATA --check
 
 DATA is that of benchmarks/universal/README.md. Every training is a row of RUN_DIR/rows.csv, and none is done twice: a
 call goes on with what earlier ones left. The test split is read once a training, for the rows. Then resumed trainings
-are compared with whole ones, bit by bit, for each of `OPTIMIZERS`, and tables and result.json are written of all rows
-that are there.
+are compared with whole ones, bit by bit, for each of `OPTIMIZERS`, and table and result.json are written of all rows
+that are there. --check trains two arms of one student anew, and compares them with the committed rows.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import csv
 import itertools
 import re
 import statistics
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,16 +22,18 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from benchmarks.checking import SEED_NOISE, check
 from benchmarks.universal.run import (
-    GRID,
     Arm,
     Planned,
     Record,
     build_recipe,
+    name_cell,
     pick_rate,
     pick_tuned,
     plan_grid,
     plan_rates,
+    train,
 )
 from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
 from lkd.config.parse import make_recipe, merge
@@ -38,13 +42,14 @@ from lkd.core.files import PACKAGE, environment, hash_file, write_json, write_te
 from lkd.core.statistics import mean_and_error
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.core.workers import start_workers
-from lkd.evaluation.comparison.trials import Trial
+from lkd.evaluation.comparison.trials import Method, Trial
 from lkd.losses import CrossEntropyLoss
 from lkd.tracking.run import evidence
 from lkd.training.build import choose_student, prepare_images
 from lkd.training.distill import start_training
 from lkd.training.training import Training
 
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "students"
 CE, UNIVERSAL, TUNED = "cross-entropy", "universal", "tuned DKD"
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadamw", "lamb", "lion", "muon", "adan", "adopt", "adafactorbv", "rmsproptf")
 Worlds = dict[str, tuple[StudentRecipe, list[float]]]
@@ -54,14 +59,17 @@ Worlds = dict[str, tuple[StudentRecipe, list[float]]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, nargs="?")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default=".*", help="IMAGES-STUDENT whose whole names match")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence/students"))
+    parser.add_argument("--out", type=Path, default=EVIDENCE)
     options = parser.parse_args()
     content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     worlds = read_worlds(content, options.data.resolve())
+    if options.check or not options.run_dir:
+        return check_student("fashion-cnn", worlds["fashion-cnn"][0], content["arms"])
     worlds = {name: world for name, world in worlds.items() if re.fullmatch(options.only, name)}
     folder = options.run_dir.resolve()
     train_all(content, worlds, Record(folder), folder, options.seeds, options.workers)
@@ -81,8 +89,27 @@ def read_worlds(content: dict, data: Path) -> Worlds:
     return worlds
 
 
+def check_student(name: str, world: StudentRecipe, losses: dict[str, Method]) -> int:
+    """Train the first seed of two arms anew."""
+    torch.set_num_threads(1)
+    rows = {(row["arm"], row["seed"]): row for row in Record(EVIDENCE).rows.values() if row["world"] == name}
+    status = 0
+    for label in ("KD(0.5, 4)", UNIVERSAL):
+        committed, arm = rows[label, "0"], Arm(losses[label])
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = build_recipe(Path(folder) / name, world, float(committed["learning_rate"]))
+            trial = Trial(label, arm.loss, recipe.students[0], 0, True)
+            found = train(recipe, trial, arm, Path(folder) / "row.json")
+        made = {"cell": name_cell(recipe, trial, arm), "top1": found["last"]["top1"]}
+        status |= check(committed, made, noise=SEED_NOISE)
+    return status
+
+
 def train_all(content: dict, worlds: Worlds, record: Record, folder: Path, seeds: int, workers: int) -> None:
-    """Pick learning rates and DKD's options on meta-validation, then train all arms with paired seeds."""
+    """Pick learning rates and DKD's options on meta-validation, then train all arms with paired seeds.
+
+    Rows of another learning rate, or of options that are no longer the best ones, are dropped.
+    """
     with start_workers(workers) as pool:
         rates = {name: plan_rates(folder / name, *each) for name, each in worlds.items()}
         record.finish(pool, [each for planned in rates.values() for each in planned])
@@ -90,14 +117,17 @@ def train_all(content: dict, worlds: Worlds, record: Record, folder: Path, seeds
             name: build_recipe(folder / name, world, pick_rate(record, folder / name, world, tried))
             for name, (world, tried) in worlds.items()
         }
-        grid = content["grid"]
-        record.finish(pool, [each for recipe in recipes.values() for each in plan_grid(recipe, grid)])
+        grids = [each for recipe in recipes.values() for each in plan_grid(recipe, content["grid"])]
+        record.finish(pool, grids)
         planned: Planned = []
         for recipe in recipes.values():
-            arms = content["arms"] | {TUNED: pick_tuned(record, recipe, grid)}
+            arms = content["arms"] | {TUNED: pick_tuned(record, recipe, content["grid"])}
             for seed, (label, loss) in itertools.product(range(seeds), arms.items()):
                 planned.append((recipe, Trial(label, loss, recipe.students[0], seed, True), Arm(loss)))
         record.finish(pool, sorted(planned, key=lambda each: each[1].seed))
+    own = {name_cell(*each) for each in [*itertools.chain(*rates.values()), *grids, *planned]}
+    record.rows = {cell: row for cell, row in record.rows.items() if cell in own or row["world"] not in worlds}
+    record.write()
 
 
 def is_resumed_to_the_bit(optimizer: str, folder: Path) -> bool:
@@ -128,10 +158,11 @@ def is_resumed_to_the_bit(optimizer: str, folder: Path) -> bool:
 def report(folder: Path, out: Path, resumed: float) -> None:
     """Write rows.csv, table.md and result.json of the rows that are there."""
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    text = (folder / "rows.csv").read_text()
+    text, rates = (folder / "rows.csv").read_text(), {}
     for row in csv.DictReader(text.splitlines()):
-        if row["top1"] and row["arm"] != GRID:
+        if row["top1"]:
             found[row["world"]][row["arm"]][int(row["seed"])] = float(row["top1"])
+            rates[row["world"]] = row["learning_rate"]
     students = sorted({name.partition("-")[2] for name in found})
     figures: dict[str, float] = {
         "students": len(students),
@@ -147,8 +178,8 @@ def report(folder: Path, out: Path, resumed: float) -> None:
             figures[key] = round(statistics.fmean(mean for mean, _ in parts), 3)
             figures[f"{key}_se"] = round(sum(error**2 for _, error in parts) ** 0.5 / len(parts), 3)
     arms = [CE, "KD(0.5, 4)", TUNED, UNIVERSAL]
-    table = [[world, *(format_mean(own[arm]) for arm in arms)] for world, own in sorted(found.items())]
-    head = ["images-student", *arms]
+    table = [[world, rates[world], *(format_mean(own[arm]) for arm in arms)] for world, own in sorted(found.items())]
+    head = ["images-student", "learning rate", *arms]
     write_text(out / "table.md", tabulate(table, head, tablefmt="github", disable_numparse=True) + "\n")
     write_text(out / "rows.csv", text)
     command = "python -m benchmarks.students DATA RUN_DIR"
