@@ -1,8 +1,8 @@
 """What a meta-training with the defaults costs: `python benchmarks/meta_train_speed.py RUN_DIR [OUT]`.
 
-Runs `lkd meta-train configs/embedded/meta-train.yaml`, or goes on with it, and records what the loss's provenance says:
-its cost in trainings of the student, that of each part, and the seconds that so many trainings take there. Some 200 s
-on two cores with nothing else.
+Runs `lkd meta-train configs/embedded/meta-train.yaml` and records what the loss's provenance says: its cost in trainings
+of the student, that of each part, and the processor seconds that so many trainings take; and the seconds from the run's
+first file to its last, which mean something on a machine with nothing else to do. A run that is there is only read.
 """
 
 import argparse
@@ -25,13 +25,16 @@ def main() -> None:
     options = parser.parse_args()
     rows = options.out / "meta_train.csv"
     if not matching(rows):
-        if status := run_command(["meta-train", str(RECIPE), "--run_dir", str(options.run_dir), "--resume", "auto"]):
-            raise SystemExit(status)
+        if not (options.run_dir / f"loss{SUFFIX}").exists():
+            if status := run_command(["meta-train", str(RECIPE), "--run_dir", str(options.run_dir)]):
+                raise SystemExit(status)
         found = read_provenance(options.run_dir / f"loss{SUFFIX}")
         whole = found["cost_in_trainings"] * found["training_seconds"]
-        figures = [found["cost_in_trainings"], *(found["parts_in_trainings"][part] for part in PARTS), round(whole, 1)]
-        write_row(rows, ["trainings", *PARTS, "seconds"], figures)
-    figures = {"meta_train_trainings": median(rows, "trainings"), "meta_train_seconds": median(rows, "seconds")}
+        first, last = ((options.run_dir / name).stat().st_mtime for name in ("config.json", f"loss{SUFFIX}"))
+        parts = [found["parts_in_trainings"][part] for part in PARTS]
+        figures = [found["cost_in_trainings"], *parts, round(whole, 1), round(last - first, 1)]
+        write_row(rows, ["trainings", *PARTS, "processor_seconds", "seconds"], figures)
+    figures = {f"meta_train_{name}": median(rows, name) for name in ("trainings", "seconds", "processor_seconds")}
     figures |= {f"meta_train_{part}_trainings": median(rows, part) for part in PARTS}
     record(options.out, "meta_train_speed.py RUN_DIR", figures)
 
