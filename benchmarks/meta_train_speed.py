@@ -1,7 +1,7 @@
 """What a meta-training with the defaults costs: `python benchmarks/meta_train_speed.py RUN_DIR [OUT]`.
 
-Runs `lkd meta-train configs/embedded/meta-train.yaml` and records what the loss's provenance says: its cost in trainings
-of the student, that of each part, and the processor seconds that so many trainings take; and the seconds from the run's
+Runs `lkd meta-train configs/embedded/meta-train.yaml` and records what the loss's provenance says: its cost in
+trainings of the student, that of each part, and the processor seconds that so many trainings take; and the seconds from the run's
 first file to its last, which mean something on a machine with nothing else to do. A run that is there is only read.
 """
 
@@ -25,12 +25,13 @@ def main() -> None:
     options = parser.parse_args()
     rows = options.out / "meta_train.csv"
     if not matching(rows):
-        if not (options.run_dir / f"loss{SUFFIX}").exists():
-            if status := run_command(["meta-train", str(RECIPE), "--run_dir", str(options.run_dir)]):
-                raise SystemExit(status)
-        found = read_provenance(options.run_dir / f"loss{SUFFIX}")
+        path = options.run_dir / f"loss{SUFFIX}"
+        words = ["meta-train", str(RECIPE), "--run_dir", str(options.run_dir)]
+        if not path.exists() and (status := run_command(words)):
+            raise SystemExit(status)
+        found = read_provenance(path)
         whole = found["cost_in_trainings"] * found["training_seconds"]
-        first, last = ((options.run_dir / name).stat().st_mtime for name in ("config.json", f"loss{SUFFIX}"))
+        first, last = (each.stat().st_mtime for each in (options.run_dir / "config.json", path))
         parts = [found["parts_in_trainings"][part] for part in PARTS]
         figures = [found["cost_in_trainings"], *parts, round(whole, 1), round(last - first, 1)]
         write_row(rows, ["trainings", *PARTS, "processor_seconds", "seconds"], figures)
