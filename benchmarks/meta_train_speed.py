@@ -1,8 +1,9 @@
 """What a meta-training with the defaults costs: `python benchmarks/meta_train_speed.py RUN_DIR [OUT]`.
 
 Runs `lkd meta-train configs/embedded/meta-train.yaml` and records what the loss's provenance says: its cost in
-trainings of the student, that of each part, and the processor seconds that so many trainings take; and the seconds from the run's
-first file to its last, which mean something on a machine with nothing else to do. A run that is there is only read.
+trainings of the student, that of each part, and the processor seconds that so many trainings take; and the seconds from
+the run's first file to its last, which mean something on a machine with nothing else to do. A run that is there is only
+read.
 """
 
 import argparse
