@@ -21,6 +21,7 @@ from lkd.training.build import (
     open_teacher,
     prepare_images,
     prepare_learned_loss,
+    read_any_student,
 )
 from lkd.training.introduce import introduce_network, introduce_teacher
 
@@ -63,9 +64,21 @@ def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[Opene
                 opened.append(OpenedWorld(each, world, teacher, pool_loss, reference))
         except UserError as error:
             raise name_world(error, name) from error
-    if listed and recipe.meta.kind != "logits":
-        raise UserError(f"meta.kind: {recipe.meta.kind} over several worlds is not learned: take logits")
+    if recipe.meta.kind != "logits":
+        check_stages(opened)
     return opened
+
+
+def check_stages(opened: Sequence[OpenedWorld]) -> None:
+    """Check that the teachers' stages have the same names in all worlds: one loss reads them all."""
+    first, *others = ([*each.teacher.find_stages(each.images.train.image_shape)] for each in opened)
+    for each, stages in zip(opened[1:], others, strict=True):
+        if stages != first:
+            raise UserError(
+                f"worlds.{each.world.name}.teacher: its stages are {', '.join(stages) or 'none'}, those of "
+                f"{opened[0].world.name}'s teacher {', '.join(first) or 'none'}: a loss over features is learned with "
+                "teachers of one kind; or take meta.kind logits"
+            )
 
 
 def name_world(error: UserError, name: str) -> UserError:
@@ -75,8 +88,7 @@ def name_world(error: UserError, name: str) -> UserError:
 
 def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> LearnedLoss:
     """The loss that is to be learned: fresh networks, or those of a file."""
-    first = opened[0]
-    students = [each.world.student for each in opened] if not first.world.name else [first.world.student]
+    first, students = opened[0], [each.world.student for each in opened]
     if recipe.meta.start is None:
         return prepare_learned_loss(
             recipe.meta.kind, recipe.meta.loss, students, first.teacher, first.images, recipe.seed
@@ -84,6 +96,8 @@ def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) 
     loss = LossBuilder(recipe.meta.start, first.teacher, first.images).build(first.world.student, recipe.seed)
     if not isinstance(loss, LearnedLoss):
         raise UserError(f"meta.start: {recipe.meta.start} is a {type(loss).__name__}, not one learned loss")
+    if len(students) > 1:
+        read_any_student(loss)
     return loss.requires_grad_(True)
 
 

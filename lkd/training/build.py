@@ -365,9 +365,14 @@ def prepare_learned_loss(
         torch.manual_seed(seed)
         loss = build_learned_loss(kind, options, *stages)
     if len(students) > 1:
-        for part in find_feature_parts(loss):
-            part.free_student()
+        read_any_student(loss)
     return loss
+
+
+def read_any_student(loss: LearnedLoss) -> None:
+    """Let a loss read the features of whichever student it meets."""
+    for part in find_feature_parts(loss):
+        part.free_student()
 
 
 def copy_module(module: Copied, role: str) -> Copied:
