@@ -64,9 +64,30 @@ def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[Opene
                 opened.append(OpenedWorld(each, world, teacher, pool_loss, reference))
         except UserError as error:
             raise name_world(error, name) from error
-    if recipe.meta.kind != "logits":
-        check_stages(opened)
     return opened
+
+
+def name_world(error: UserError, name: str) -> UserError:
+    """The error, which says of which world it is."""
+    return UserError(f"worlds.{name}: {error}" if name else str(error))
+
+
+def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> LearnedLoss:
+    """The loss that is to be learned: fresh networks, or those of a file."""
+    first, students = opened[0], [each.world.student for each in opened]
+    if recipe.meta.start is None:
+        if recipe.meta.kind != "logits":
+            check_stages(opened)
+        return prepare_learned_loss(
+            recipe.meta.kind, recipe.meta.loss, students, first.teacher, first.images, recipe.seed
+        )
+    loss = LossBuilder(recipe.meta.start, first.teacher, first.images).build(first.world.student, recipe.seed)
+    if not isinstance(loss, LearnedLoss):
+        raise UserError(f"meta.start: {recipe.meta.start} is a {type(loss).__name__}, not one learned loss")
+    if loss.teacher_stages and len(students) > 1:
+        check_stages(opened)
+        read_any_student(loss)
+    return loss.requires_grad_(True)
 
 
 def check_stages(opened: Sequence[OpenedWorld]) -> None:
@@ -79,26 +100,6 @@ def check_stages(opened: Sequence[OpenedWorld]) -> None:
                 f"{opened[0].world.name}'s teacher {', '.join(first) or 'none'}: a loss over features is learned with "
                 "teachers of one kind; or take meta.kind logits"
             )
-
-
-def name_world(error: UserError, name: str) -> UserError:
-    """The error, which says of which world it is."""
-    return UserError(f"worlds.{name}: {error}" if name else str(error))
-
-
-def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> LearnedLoss:
-    """The loss that is to be learned: fresh networks, or those of a file."""
-    first, students = opened[0], [each.world.student for each in opened]
-    if recipe.meta.start is None:
-        return prepare_learned_loss(
-            recipe.meta.kind, recipe.meta.loss, students, first.teacher, first.images, recipe.seed
-        )
-    loss = LossBuilder(recipe.meta.start, first.teacher, first.images).build(first.world.student, recipe.seed)
-    if not isinstance(loss, LearnedLoss):
-        raise UserError(f"meta.start: {recipe.meta.start} is a {type(loss).__name__}, not one learned loss")
-    if len(students) > 1:
-        read_any_student(loss)
-    return loss.requires_grad_(True)
 
 
 def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -> list[World]:
