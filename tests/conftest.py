@@ -2,6 +2,7 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def universal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(files, "PACKAGE", tmp_path / "package")
     monkeypatch.setitem(PRETRAINED, "universal", files.hash_file(path))
     return path
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread in the place of worker processes: starting them takes longer than their work."""
+    for module in ("comparison.compare", "fidelity"):
+        monkeypatch.setattr(f"lkd.evaluation.{module}.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
 
 
 @pytest.fixture

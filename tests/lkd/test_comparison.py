@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json, write_json
 from lkd.core.workers import start_workers
+from lkd.evaluation.comparison import tables
 from lkd.evaluation.comparison.compare import check_methods, compare
 from lkd.evaluation.comparison.tables import (
     format_csv,
@@ -50,27 +50,15 @@ TOPS = {"KD": [80.0, 82.0, 81.0], "A&B_100%": [81.0, 83.5, 81.5], "CE": [79.0, 8
 
 
 @pytest.fixture
-def _one_process(monkeypatch) -> None:
-    """No worker processes: starting them takes longer than their work."""
-
-    @contextmanager
-    def start_thread(count: int, device: object, threads: int, plugins: str | None):
-        with ThreadPoolExecutor(1) as executor:
-            yield executor
-
-    monkeypatch.setattr("lkd.evaluation.comparison.compare.start_workers", start_thread)
+def _no_plot(monkeypatch) -> None:
+    monkeypatch.setattr(tables, "plot_table", lambda rows, baseline, path: path.write_bytes(b""))
 
 
 def tiny_recipe(**changes) -> CompareRecipe:
     methods = {"CE": "cross_entropy", "KD": {"name": "kd", "grid": {"weight": [0.0, 1.0], "temperature": [2.0]}}}
-    settings = {
-        "run_dir": "compare",
-        "data": DataRecipe(train_size=200, meta_validation_size=100),
-        "train": TrainRecipe(epochs=2, batch_size=50),
-        "methods": methods,
-        "seeds": 2,
-        "workers": 1,
-    }
+    data, train = DataRecipe(train_size=200, meta_validation_size=100), TrainRecipe(epochs=2, batch_size=50)
+    settings = {"run_dir": "compare", "data": data, "train": train, "methods": methods, "seeds": 2, "workers": 1}
+    settings["students"] = [ModelRecipe("tiny_cnn")]
     return CompareRecipe(**(settings | changes))
 
 
@@ -230,7 +218,7 @@ def test_workers_have_the_threads_that_are_asked_for_however_many_they_are(monke
     assert given == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process", "_no_plot")
 def test_the_number_of_threads_is_part_of_a_trial_and_stands_in_its_results(capsys) -> None:
     learned = {"methods": {"CE": "cross_entropy"}, "baseline": "CE", "seeds": 1, "train": TrainRecipe(epochs=1)}
     for threads, said in ((1, ""), (2, "1 with 1"), (3, "1 with 1, 1 with 2"), (1, "")):
@@ -292,7 +280,7 @@ def test_the_peak_is_that_of_the_blocks_whatever_came_before() -> None:
         assert cost.peak_mib == pytest.approx(64, abs=6)
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process", "_no_plot")
 def test_a_comparison_runs_once_and_reports_every_seed() -> None:
     recipe = tiny_recipe()
     with open_run(recipe, "compare", quiet=True) as run:
@@ -318,7 +306,7 @@ def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     assert first["meta_validation"] == second["meta_validation"]
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process", "_no_plot")
 def test_a_training_that_diverges_is_a_result() -> None:
     methods = {
         "CE": {"name": "cross_entropy", "grid": {"train.learning_rate": [1e30, 0.1]}},
@@ -330,7 +318,7 @@ def test_a_training_that_diverges_is_a_result() -> None:
     assert read_json(run.path / "picks.json")["CE"]["train"]["learning_rate"] == 0.1
     assert found[0]["last"][0] != 10.0
     assert found[1]["last"][0] == found[1]["best"][0] == 10.0
-    assert "Diverged, and counted as guessing: wild on small_cnn, seed 0." in (run.path / "table.txt").read_text()
+    assert "Diverged, and counted as guessing: wild on tiny_cnn, seed 0." in (run.path / "table.txt").read_text()
     diverged = [row["diverged_at"] for row in csv.DictReader((run.path / "cells.csv").open())]
     assert diverged[0] == ""
     assert 0 < int(diverged[1]) < 8

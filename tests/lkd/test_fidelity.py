@@ -3,8 +3,6 @@
 import csv
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -105,22 +103,11 @@ def test_where_nothing_ranks_nothing_is_recommended() -> None:
     assert "Recommended: nothing." in (run.path / "table.txt").read_text()
 
 
-@pytest.fixture
-def _one_process(monkeypatch) -> None:
-    """No worker processes: starting them takes longer than their work."""
-
-    @contextmanager
-    def start_thread(count: int, device: object, threads: int, plugins: str | None):
-        with ThreadPoolExecutor(1) as executor:
-            yield executor
-
-    monkeypatch.setattr("lkd.evaluation.fidelity.start_workers", start_thread)
-
-
 RECIPE = """
 run_dir: run
 data: {train_size: 400, meta_validation_size: 200}
 teacher: {random_answers: 1}
+student: {name: tiny_cnn}
 train: {epochs: 5, batch_size: 50}
 pool: {students: 2, snapshots: 2, max_age: 0.5}
 losses:
@@ -136,7 +123,7 @@ rollouts: 2
 """
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_a_teacher_of_noise_is_ranked_last_and_nothing_is_done_twice(capsys) -> None:
     """The more of a teacher that answers at random, the worse: that ranking is known beforehand."""
     Path("recipe.yaml").write_text(RECIPE)
@@ -186,7 +173,6 @@ KD = {"name": "kd"}
         ({"losses": {"KD": KD}}, r"losses: 1 given \(KD\); a ranking needs at least 3"),
         ({"losses": {"a": KD, "b": "kd", "c": "kdd"}}, r"losses\.c: loss: unknown name 'kdd'; nearest: kd"),
         ({"losses": {"a": KD, "b": KD, "c": KD | {"grid": {}}}}, r"losses\.c: takes no `grid`"),
-        ({"losses": {"a": KD, "b": KD, "c": KD | {"train": {}}}}, r"losses\.c: takes no `train`"),
         ({"losses": {"a": KD, "b": KD, "c": "fitnet"}}, r"losses\.c: has parts that are trained along"),
         ({"ages": [0.0, 0.75]}, r"ages: 0\.75 is not an age of the pool, which has 0, 0\.1, .*0\.8; take one of these"),
         ({"ages": []}, r"ages: \[\] must hold at least one"),
@@ -194,7 +180,6 @@ KD = {"name": "kd"}
         ({"rollout_lengths": [20, 21]}, r"21 steps .* at age 0\.8, 20 of 100 steps are left"),
         ({"objectives": ["brierr"]}, "objectives: unknown name 'brierr'"),
         ({"annealing": []}, r"annealing: \[\] must hold"),
-        ({"train": TrainRecipe(schedule="cosin")}, "train.schedule: 'cosin'"),
     ],
 )
 def test_mistakes_show_before_any_training(changes, message: str) -> None:
