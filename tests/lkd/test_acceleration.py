@@ -13,7 +13,6 @@ from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.losses import KDLoss
-from lkd.models import build
 from lkd.models.build import build_forward
 from lkd.models.files import load_network, save_network
 from lkd.training.build import prepare_images
@@ -84,9 +83,9 @@ def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
-    forward = build_forward(build("tiny_cnn", 7, 1), compiled=True)
+    forward = build_forward(torch.nn.Linear(3, 3), compiled=True)
     with pytest.raises(UserError, match=r"train\.compile: torch\.compile does not work here .*leave it out"):
-        forward(torch.zeros(3, 1, 28, 28))
+        forward(torch.zeros(2, 3))
 
 
 def test_the_checks_of_a_gpu_run_in_short_on_a_cpu(tmp_path: Path) -> None:

@@ -170,10 +170,8 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
         ({"growth": 1.0}, "balance: .* has no `name`"),
         ({"name": "constant", "weight": -1.0}, r"balance 'constant': weight: -1.0 is not in \[0"),
         ({"name": "dynamic", "maximum": float("inf")}, "balance 'dynamic': minimum 0.0, maximum inf"),
-        ({"name": "linear", "end": -0.5}, "balance 'linear': minimum -0.5"),
         ({"name": "dynamic", "direction": -1}, "balance 'dynamic': .*'direction'"),
         ({"name": "dynamic", "normalize": 1}, "balance.normalize: 1 is neither"),
-        ({"name": "variance_optimal", "samples": 1}, "balance 'variance_optimal': samples: 1 is not in"),
         ({"name": "dto_kd", "every": "two"}, "balance 'dto_kd': "),
     ],
 )
