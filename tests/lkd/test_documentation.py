@@ -22,10 +22,7 @@ from tests.tables import TABLES, write_table
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 GROUPS = {"pool": PoolSettings, "meta": MetaSettings}
-ELSEWHERE = {  # pages whose Python blocks have tests of their own
-    "reuse.md": "test_reuse_examples.py",
-    "python.md": "test_reuse_examples.py",
-}
+ELSEWHERE = ("reuse.md", "python.md")  # their Python blocks: test_reuse_examples.py
 
 
 def find_blocks(path: Path, *languages: str) -> list[str]:
@@ -35,7 +32,7 @@ def find_blocks(path: Path, *languages: str) -> list[str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if find_blocks(p, "python")], ids=lambda page: page.name)
 def test_python_blocks_run_one_after_another(page: Path, monkeypatch) -> None:
     if page.name in ELSEWHERE:
-        assert page.name in (ROOT / "tests" / "lkd" / ELSEWHERE[page.name]).read_text()
+        assert page.name in Path(__file__).with_name("test_reuse_examples.py").read_text()
         return
     monkeypatch.setitem(LOSSES, "kept", LOSSES["kd"])  # what a block registers goes when the test ends
     monkeypatch.setattr("lkd.losses.build.LOSSES", dict(LOSSES))
@@ -65,18 +62,12 @@ def test_every_command_of_a_page_is_one_that_the_parser_takes(page: Path) -> Non
             assert isinstance(recipe, COMMANDS[words[0]][0]), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_yaml_and_json_blocks_can_be_read(page: Path) -> None:
-    for block in find_blocks(page, "yaml"):
-        assert yaml.safe_load(block)
-    for block in find_blocks(page, "json"):
-        json.loads(block)
-
-
-def test_every_page_is_in_the_table_of_contents() -> None:
+def test_yaml_and_json_blocks_can_be_read_and_every_page_is_in_the_table_of_contents() -> None:
+    for page in PAGES:
+        assert all(yaml.safe_load(block) for block in find_blocks(page, "yaml")), page
+        assert all(json.loads(block) for block in find_blocks(page, "json")), page
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = set(re.findall(r"\w+\.md", json.dumps(navigation)))
-    assert listed == {page.name for page in PAGES}
+    assert set(re.findall(r"\w+\.md", json.dumps(navigation))) == {page.name for page in PAGES}
 
 
 @pytest.mark.parametrize(("page", "table"), [entry[:2] for entry in TABLES])

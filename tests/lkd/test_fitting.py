@@ -229,14 +229,3 @@ def test_the_least_meta_training_learns(estimator: str) -> None:
     meta = {"outer_steps": 1, "students_per_step": 1, "rollout_steps": 1, "estimator": estimator}
     loss = lkd.load_loss(run_recipe(tiny_recipe(pool=YOUNG, **meta)))
     assert all(torch.isfinite(parameter).all() for parameter in loss.parameters())
-
-
-@pytest.mark.outside(44)
-@pytest.mark.parametrize("field", ["meta.outer_steps", "meta.rollout_steps", "pool.students", "pool.snapshots"])
-def test_nothing_to_do_is_one_line(field: str) -> None:
-    part, name = field.split(".")
-    with pytest.raises(UserError, match=f"{field}: 0 is not a whole number >0"):
-        parse_recipe("meta-train", [f"--{field}", "0"])
-    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 2
-    with pytest.raises(UserError, match=f"{name}.* is not a whole number >0"):
-        lkd.meta_train("tiny_cnn", nn.Flatten(), images, **{part: {name: 0}})

@@ -75,21 +75,17 @@ def test_tiny_imagenets_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.outside(25)
-@pytest.mark.parametrize("part", ["validation", "valid", "test"])
-def test_the_test_images_folder_has_several_names(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "suffix"),
+    [("validation", ".bmp"), ("valid", ".tif"), ("test", ".tiff"), ("val", ".gif"), ("val", ".BMP")],
+)
+def test_names_of_the_test_images_folder_and_formats(part: str, suffix: str, tmp_path: Path) -> None:
     for folder in ("train", part):
         for name in ("a", "b"):
-            write(tmp_path / folder / name / "0.png")
-    assert load("image_folder", tmp_path).test.labels.tolist() == [0, 1]
-
-
-@pytest.mark.outside(25)
-@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".tiff", ".gif", ".BMP"])
-def test_formats(suffix: str, tmp_path: Path) -> None:
-    for folder in ("train", "val"):
-        for name in ("a", "b"):
             write(tmp_path / folder / name / f"0{suffix}", 90)
-    assert brightness(load("image_folder", tmp_path)) == [90, 90]
+    found = load("image_folder", tmp_path)
+    assert found.test.labels.tolist() == [0, 1]
+    assert brightness(found) == [90, 90]
 
 
 @pytest.mark.outside(25)

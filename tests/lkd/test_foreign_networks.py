@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lkd.cli import main
+from lkd.config import DataRecipe, TrainRecipe
 from lkd.core.errors import UserError
+from lkd.core.workers import prepare_worker
+from lkd.losses import CrossEntropyLoss
 from lkd.models.build import build
 from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
 from lkd.models.foreign_weights import load_foreign_network
+from lkd.training.build import build_batches, prepare_images
 from lkd.training.training import Training
+from tests.processes import FORK
 
 networks = importlib.import_module("lkd.models.build")  # its package has a function of that name
 S = [
@@ -178,13 +183,10 @@ def test_an_own_architecture_on_the_command_line(plugin, capsys) -> None:
     assert len(saved["plugins"]) == 64
     assert "code" in {row["kind"] for row in json.loads(Path("r/lineage.json").read_text())["used"]}
     networks.REGISTERED.clear()
-    for command in (
-        ["evaluate", "--checkpoint", "r/student.safetensors"],
-        ["export", "--checkpoint", "r/student.safetensors"],
-    ):
-        assert main(command) == 2, "a file of results imports no code"
+    for command in ("evaluate", "export"):
+        assert main([command, "r/student.safetensors"]) == 2, "a file of results imports no code"
         assert "plugins" in capsys.readouterr().err
-        assert main([*command, *plugin]) == 0
+        assert main([command, "r/student.safetensors", *plugin]) == 0
         networks.REGISTERED.clear()
     assert main([*words, *plugin, "--resume", "auto"]) == 0
     Path("nets.py").write_text(PLUGIN + "#")
@@ -194,19 +196,14 @@ def test_an_own_architecture_on_the_command_line(plugin, capsys) -> None:
 
 @pytest.mark.outside(19)
 def test_workers_of_a_comparison_run_the_file(plugin) -> None:
-    from multiprocessing import get_context
-
-    from lkd.core.workers import prepare_worker
-
-    context = get_context("fork")
-    worker = context.Process(target=run_worker, args=(prepare_worker, context.Value("i", 0)))
+    worker = FORK.Process(target=run_worker, args=(FORK.Value("i", 0),))
     worker.start()
     worker.join(60)
     assert worker.exitcode == 0
 
 
-def run_worker(prepare, counter) -> None:
-    prepare(1, counter, "nets.py")
+def run_worker(counter) -> None:
+    prepare_worker(1, counter, "nets.py")
     build("own", 3)
 
 
@@ -317,19 +314,14 @@ def test_torchvisions_googlenet_is_trained_by_its_logits(monkeypatch) -> None:
 
 @pytest.mark.outside(23)
 def test_parameters_without_a_gradient_are_named_and_shared_trainings_allow_them(monkeypatch) -> None:
-    from lkd.config import DataRecipe, TrainRecipe
-    from lkd.losses.logits import CrossEntropyLoss
-    from lkd.training import training as module
-    from lkd.training.build import build_batches, prepare_images
-
     network = networks.adapt_given(TwoOutputs(), "student", 10, (1, 28, 28))
     assert "unused.weight" in check_trainable(network, "student", (1, 28, 28), 4)[-1]
     seen = {}
-    monkeypatch.setattr(module, "DistributedDataParallel", lambda net, gpu, **options: seen.update(options) or net)
+    parallel = lambda network, gpu, **options: seen.update(options) or network  # noqa: E731
+    monkeypatch.setattr("lkd.training.training.DistributedDataParallel", parallel)
     data, train = DataRecipe(train_size=100, meta_validation_size=100), TrainRecipe(epochs=1, batch_size=50)
     batches = build_batches(prepare_images(data).train, train, data, 0, torch.device("cpu"), (0, 2))
     Training(network, CrossEntropyLoss(), None, batches, train)
     assert seen == {"find_unused_parameters": True}
-    plain = build("tiny_cnn", 10, 1)
-    Training(plain, CrossEntropyLoss(), None, batches, train)
+    Training(build("tiny_cnn", 10, 1), CrossEntropyLoss(), None, batches, train)
     assert seen == {"find_unused_parameters": False}
