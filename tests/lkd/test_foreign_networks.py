@@ -28,16 +28,8 @@ from lkd.training.training import Training
 from tests.processes import FORK
 
 networks = importlib.import_module("lkd.models.build")  # its package has a function of that name
-S = [
-    "--data.train_size",
-    "100",
-    "--data.meta_validation_size",
-    "100",
-    "--train.epochs",
-    "1",
-    "--train.batch_size",
-    "50",
-]
+DATA = ["--data.train_size=100", "--data.meta_validation_size=100"]
+S = [*DATA, "--train.epochs=1", "--train.batch_size=50"]
 CE = ["--loss", "cross_entropy"]
 NAME = "mobilenetv3_small_050"
 
@@ -131,7 +123,7 @@ def test_an_own_checkpoint_teaches_starts_a_student_and_is_evaluated(model: nn.M
     trained, _ = load_network(Path("r/student.safetensors"))
     assert torch.equal(trained.model.classifier.weight, model.classifier.weight)
     assert {"network", "teacher"} <= {row["kind"] for row in json.loads(Path("r/lineage.json").read_text())["used"]}
-    assert main(["evaluate", "--checkpoint", "m.pth", "--name", NAME]) == 0
+    assert main(["evaluate", "--checkpoint", "m.pth", "--name", NAME, *DATA, "--split", "meta_validation"]) == 0
 
 
 @pytest.mark.outside(18)
