@@ -96,6 +96,13 @@ class Command:
             time.sleep(0.002)
 
 
+def fork_workers() -> None:
+    """Have the workers of a comparison be forks of its own process: they need not import anything anew."""
+    from lkd.core import workers
+
+    workers.CONTEXT = FORK
+
+
 def start_job(words: list[str], port: int, size: int = 2, output: str = "output-{rank}.txt") -> list[Command]:
     """Start a command in several processes that meet at a port, as torchrun would."""
     job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -18,12 +18,13 @@ from lkd.core.errors import UserError
 from lkd.core.files import read_json
 from lkd.core.workers import own_device, process_exists
 from lkd.tracking.run import open_run
-from tests.processes import Command
+from tests.processes import Command, fork_workers
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
-    "data": {"train_size": 400, "meta_validation_size": 200},
+    "data": {"train_size": 400, "meta_validation_size": 100},
     "train": {"epochs": 4, "batch_size": 50},
+    "students": [{"name": "tiny_cnn"}],
     "methods": {
         "CE": "cross_entropy",
         "KD": {"name": "kd", "grid": {"weight": [0.2, 0.5, 1.0], "train.learning_rate": [0.05, 0.1]}},
@@ -35,7 +36,7 @@ RECIPE = {
 
 
 def start(output: str, *options: str) -> Command:
-    return Command(["compare", "recipe.yaml", "--run_dir", "shared", *options], output)
+    return Command(["compare", "recipe.yaml", "--run_dir", "shared", *options], output, prepare=fork_workers)
 
 
 def trained(output: str) -> list[str]:
@@ -112,13 +113,7 @@ def test_another_comparison_is_not_joined() -> None:
 
 @pytest.mark.parametrize(
     ("device", "worker", "gpus", "expected"),
-    [
-        ("cpu", 3, 0, "cpu"),
-        ("cpu", 3, 2, "cpu"),
-        ("cuda", 0, 1, "cuda:0"),
-        ("cuda", 5, 4, "cuda:1"),
-        ("cuda:1", 2, 4, "cuda:1"),
-    ],
+    [("cpu", 3, 2, "cpu"), ("cuda", 5, 4, "cuda:1"), ("cuda:1", 2, 4, "cuda:1")],
 )
 def test_workers_take_turns_on_the_gpus(device: str, worker: int, gpus: int, expected: str, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkd.core.outputs import Outputs
-from lkd.losses import DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
+from lkd.losses import DecoupledLoss, FeatureLoss, GenericLoss, LearnedLoss
 from lkd.losses.dkd import DecoupledDivergences, DKDLoss, decoupled_divergences
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss, reference_logits
@@ -44,7 +44,7 @@ def batches(draw):
     return student, teacher, torch.randn(size, classes, generator=generator, dtype=torch.float64).softmax(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     batch=batches(),
     form=st.sampled_from(sorted(FORMS)),
@@ -92,7 +92,7 @@ def test_conditioning_says_what_is_seen(form: str, conditioning: list[str]) -> N
         FORMS[form](conditioning=["weather"])
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONING[1:])  # with context no iteration leads to the fixed point
+@pytest.mark.parametrize("conditioning", CONDITIONING[1::2])  # with context no iteration leads to the fixed point
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_generic_form_is_at_rest_where_the_student_equals_its_target(conditioning, dense: bool) -> None:
     loss = wander(GenericLoss(conditioning=conditioning))
@@ -149,12 +149,12 @@ def test_without_progress_every_part_of_a_loss_is_as_at_the_end_and_outside_of_a
     torch.testing.assert_close(mapped, torch.stack([ask(0.25), ask(1.0)]))
 
 
-@pytest.mark.parametrize("classes", [2, 6])
+@pytest.mark.parametrize("classes", [2, 4])
 def test_closed_forms_have_all_derivatives(classes: int) -> None:
     """Against finite differences and, for the values, against the distributions written out."""
-    student, teacher = (2 * torch.randn(4, classes, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    temperatures = [(1 + torch.rand(4, dtype=torch.float64)).requires_grad_() for _ in range(2)]
-    label = torch.randint(classes, (4,))
+    student, teacher = (2 * torch.randn(3, classes, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    temperatures = [(1 + torch.rand(3, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    label = torch.randint(classes, (3,))
     inputs = student, teacher, *temperatures
     decoupled, seen = lambda *x: DecoupledDivergences.apply(*x, label), teacher.detach().log_softmax(1)
     places = torch.stack([label, seen.argmax(1)], 1)
@@ -179,21 +179,9 @@ def test_a_compiled_loss_takes_any_progress() -> None:
     loss, graphs = build_learned_loss("logits", {}), []
     compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     batch = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
-    for step in range(12):
-        torch.testing.assert_close(total(compiled, *batch, step / 12), total(loss, *batch, step / 12))
+    for progress in (0.0, 0.3, 0.6, 0.9):
+        torch.testing.assert_close(total(compiled, *batch, progress), total(loss, *batch, progress))
     assert len(graphs) == 2, "one for the first number, one for all others"
-
-
-def test_the_decoupled_form_is_twice_kd_where_beta_is_what_the_teacher_leaves_to_the_other_classes() -> None:
-    student, target = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
-    rest = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=torch.float64) * 0.25
-    at_temperature = torch.cat([rest[:2], torch.tensor([0.75]), rest[2:]]).unsqueeze(0)
-    loss = DecoupledLoss(initial_weight=0.3, initial_temperature=2.5, warmup=0.0, conditioning=[]).double()
-    with torch.no_grad():
-        loss.body.head.bias[2] = math.atanh(math.log(0.25) / math.log(8))
-    teacher = 2.5 * at_temperature.log()
-    kd = sum(KDLoss(0.3, 2.5)(Outputs(student, {}), Outputs(teacher, {}), target).values())
-    torch.testing.assert_close(total(loss, student, teacher, target), 2 * kd, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -255,9 +243,7 @@ def bilevel_problem(loss: LearnedLoss, student: nn.Module, steps: int = 4):
     return Problem(inner_loss, outer_loss, state, hyper, inner, draw(), SGD(0.3, momentum=0.9))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"normalize_gradient": True}, {"lipschitz": 4.0}], ids=["plain", "norm", "lip"]
-)
+@pytest.mark.parametrize("options", [{"normalize_gradient": True}, {"lipschitz": 4.0}], ids=["norm", "lip"])
 @pytest.mark.parametrize("form", FORMS)
 def test_hypergradients_of_every_form_are_right(form: str, options) -> None:
     """In float64 against central differences; and two estimators that share no code agree."""
@@ -270,10 +256,9 @@ def test_hypergradients_of_every_form_are_right(form: str, options) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("normalize", [False, True])
-def test_the_gradient_is_that_of_a_function(form: str, normalize: bool) -> None:
+def test_the_gradient_is_that_of_a_function(form: str) -> None:
     """Nothing is detached: its Jacobian is symmetric."""
-    loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": normalize}))
+    loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": True}))
     student, teacher = (2 * torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
     target = torch.randint(4, (3,))
     jacobian = torch.autograd.functional.hessian(lambda s: total(loss, s, teacher, target), student).view(12, 12)
@@ -281,8 +266,7 @@ def test_the_gradient_is_that_of_a_function(form: str, normalize: bool) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("classes", [2, 1000])
+@pytest.mark.parametrize(("classes", "normalize"), [(2, False), (1000, True)])
 def test_gradients_and_their_derivatives_stay_finite_at_extreme_gaps(form: str, classes: int, normalize: bool) -> None:
     """In float32, with logits 1e4 apart, in agreement and against each other, also through the second derivative."""
     loss = wander(build_learned_loss("logits", {"form": form, "normalize_gradient": normalize})).float()

@@ -7,7 +7,6 @@ import torch
 
 import lkd
 from lkd.cli import main
-from lkd.config import DataRecipe, MetaSettings, MetaTrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import KDLoss
@@ -17,16 +16,13 @@ from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.learned.networks import read_logits
 from lkd.losses.learned.shares import find_saturated, gradient_shares
-from lkd.training.build import prepare_images
-from tests.lkd.parts import prepare_learned_loss
 from tests.lkd.test_invariances import wander
 
 STAGES = {"first": (4, 6, 6), "last": (8, 3, 3)}
 
 
-def draw_outputs(batch: int = 8, classes: int = 10) -> Outputs:
-    features = {name: torch.randn(batch, *shape) for name, shape in STAGES.items()}
-    return Outputs(2 * torch.randn(batch, classes), features)
+def draw_outputs() -> Outputs:
+    return Outputs(2 * torch.randn(8, 10), {name: torch.randn(8, *shape) for name, shape in STAGES.items()})
 
 
 @pytest.mark.parametrize("kind", ["logits", "features", "both"])
@@ -41,14 +37,12 @@ def test_the_kind_says_which_parts_there_are(kind: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("classes", [2, 1000])
-def test_every_form_survives_its_file(tmp_path, form: str, normalize: bool, classes: int) -> None:
-    options = {"form": form, "hidden": 5, "conditioning": ["state"], "lipschitz": 3.0, "normalize_gradient": normalize}
+def test_every_form_survives_its_file(tmp_path, form: str) -> None:
+    options = {"form": form, "hidden": 5, "conditioning": ["state"], "lipschitz": 3.0, "normalize_gradient": True}
     loss = wander(build_learned_loss("both", options, STAGES, STAGES)).float()
     save_loss(tmp_path / "a.lkd.safetensors", loss, {})
     loaded = lkd.load_loss(tmp_path / "a.lkd.safetensors")
-    call = draw_outputs(classes=classes), draw_outputs(classes=classes), torch.randint(classes, (8,)), 0.6
+    call = draw_outputs(), draw_outputs(), torch.randint(10, (8,)), 0.6
     for name, value in loss(*call).items():
         assert torch.equal(loaded(*call)[name], value), name
     assert loaded.parts["logits"].architecture == loss.parts["logits"].architecture
@@ -69,8 +63,7 @@ def test_a_loss_that_the_package_carries_is_found_by_its_name_and_must_be_whole(
     [
         ("logit", {}, "meta.kind: unknown name 'logit'; nearest: logits"),
         ("logits", {"form": "balance"}, "meta.loss.form: unknown name 'balance'; nearest: decoupled, generic"),
-        ("logits", {"hiden": 3}, "meta.loss: unknown option 'hiden'; form decoupled takes hidden, initial_weight"),
-        ("logits", {"form": "generic", "warmup": 0.5}, "unknown option 'warmup'; form generic takes"),
+        ("logits", {"form": "generic", "warmup": 0.5}, "meta.loss: unknown option 'warmup'; form generic takes"),
         ("logits", {"initial_weight": 2.0}, r"meta.loss: initial_weight: 2.0 is not in \(0, 1\)"),
         ("logits", {"hidden": "wide"}, "meta.loss: "),
         ("logits", {"conditioning": "state"}, "meta.loss: conditioning: 'state' is not a list"),
@@ -87,37 +80,19 @@ def test_impossible_recipes_are_one_clear_line(kind: str, options, message: str)
     assert "\n" not in str(error.value)
 
 
-def test_a_recipe_names_its_loss_and_seeds_it() -> None:
-    recipe = MetaTrainRecipe(data=DataRecipe(train_size=100, meta_validation_size=50))
-    images = prepare_images(recipe.data)
-    recipe.meta = MetaSettings(kind="both", loss={"form": "generic", "features": {"deepest": 2}})
-    first, again = prepare_learned_loss(recipe, images), prepare_learned_loss(recipe, images)
-    recipe.seed = 1
-    other = prepare_learned_loss(recipe, images)
-    assert first.teacher_stages == ("stage2", "stage3")
-    weights = [loss.parts["features"].entries.hidden.weight for loss in (first, again, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-TINY = [
-    *("--data.train_size", "120", "--data.meta_validation_size", "60", "--train.epochs", "1"),
-    *("--train.batch_size", "20"),
-]
-META = [
-    *("--pool.students", "1", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--meta.outer_steps", "2"),
-    *("--meta.rollout_steps", "3", "--meta.students_per_step", "1", "--meta.outer_batch_size", "50"),
-    *("--meta.reuse_every", "0"),
-]
+TINY = ["--data.train_size", "120", "--data.meta_validation_size", "60", "--train.epochs", "1"]
+TINY += ["--train.batch_size", "20"]
+META = ["--pool.students", "1", "--pool.snapshots", "2", "--pool.max_age", "0.5", "--meta.outer_steps", "2"]
+META += ["--meta.rollout_steps", "3", "--meta.students_per_step", "1", "--meta.outer_batch_size", "50"]
+META += ["--meta.reuse_every", "0"]
 
 
 @pytest.mark.parametrize(
     ("kind", "loss"),
     [
-        ("logits", "{form: generic, normalize_gradient: true}"),
         ("logits", "{conditioning: [], lipschitz: 8.0}"),
         ("features", "{features: {hidden: 4}}"),
-        ("both", "{form: generic, features: {hidden: 4, deepest: 1}}"),
+        ("both", "{form: generic, normalize_gradient: true, features: {hidden: 4, deepest: 1}}"),
     ],
 )
 def test_a_loss_of_every_kind_is_learned_and_reused(kind: str, loss: str) -> None:
@@ -149,23 +124,16 @@ def test_gradient_shares_are_those_of_the_terms() -> None:
     assert weak == pytest.approx({"task": 0.1, "distillation": 0}, abs=1e-5), "beside cross-entropy"
 
 
-def test_shares_of_a_learned_loss_count_features_and_leave_the_student_alone() -> None:
-    loss = build_learned_loss("both", {}, STAGES, STAGES)
-    student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
-    student.logits.requires_grad_()
-    with torch.no_grad():
-        shares = gradient_shares(loss, student, teacher, target, 0.5)
-    assert set(shares) == set(loss(student, teacher, target, 0.5))
-    assert all(0 < share < 1 for share in shares.values())
-    assert student.logits.grad is None
-    assert find_saturated(shares) == []
-
-
 def test_a_saturated_network_is_found() -> None:
     loss = build_learned_loss("both", {"form": "generic", "conditioning": ["progress"]}, STAGES, STAGES)
     student, teacher, target = draw_outputs(), draw_outputs(), torch.randint(10, (8,))
-    with torch.no_grad():
+    student.logits.requires_grad_()
+    with torch.no_grad():  # as a log asks
+        shares = gradient_shares(loss, student, teacher, target, 0.5)
         loss.parts["features"].weights.head.bias.fill_(-20.0)
+    assert set(shares) == set(loss(student, teacher, target, 0.5))
+    assert find_saturated(shares) == []
+    assert student.logits.grad is None
     assert find_saturated(gradient_shares(loss, student, teacher, target)) == ["features"]
     optimum = loss.parts["logits"].mix_target(read_logits(student.logits, teacher.logits, target)).log().detach()
     at_rest = gradient_shares(loss, Outputs(optimum, student.features), teacher, target)

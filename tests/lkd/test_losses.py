@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.losses import DecoupledLoss, DistillationLoss, KDLoss, LearnedLoss, wrap_loss
+from lkd.losses import DistillationLoss, wrap_loss
 from lkd.losses.build import FEATURE_LOSSES, build_loss
 from lkd.losses.features import RKDLoss
 
@@ -97,15 +97,6 @@ def test_sp_equals_torchdistill_but_for_the_norm(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_kd_gradient_tends_to_logit_matching_at_high_temperature() -> None:
-    """Hinton et al., section 2.1: for zero-mean logits the gradient tends to (student − teacher) / C."""
-    student, teacher, target = draw()
-    sum(KDLoss(1.0, 1e6)(student, teacher, target).values()).backward()
-    gap = student.logits.detach() - teacher.logits
-    expected = (gap - gap.mean(1, keepdim=True)) / gap.numel()
-    torch.testing.assert_close(student.logits.grad, expected, rtol=1e-3, atol=1e-7)
-
-
 @pytest.mark.parametrize("classes", [2, 7])
 def test_dkd_is_two_divergences_between_explicit_distributions(classes: int) -> None:
     student, teacher, target = draw(classes=classes)
@@ -123,13 +114,8 @@ def test_dkd_is_two_divergences_between_explicit_distributions(classes: int) -> 
     torch.testing.assert_close(terms, expected)
 
 
-def test_dkd_with_kd_s_own_weight_is_kd_and_ramps_the_teacher_up() -> None:
-    """Eq. 6 of the paper: KD = TCKD + (1 − p_target of the teacher) · NCKD, one sample at a time."""
-    student, teacher, target = draw(batch=1)
-    rest = 1 - F.softmax(teacher.logits / 4, 1)[0, target].item()
-    dkd = build_loss({"name": "dkd", "task": 0.0, "alpha": 1.0, "beta": rest})(student, teacher, target)
-    kd = build_loss({"name": "kd", "weight": 1.0})(student, teacher, target)
-    check_equal(sum(dkd.values()), kd["distillation"], student)
+def test_dkd_ramps_the_teacher_up() -> None:
+    student, teacher, target = draw()
     loss = build_loss({"name": "dkd", "warmup": 0.2})
     full, half = loss(student, teacher, target, 0.9), loss(student, teacher, target, 0.1)
     torch.testing.assert_close(half["other_classes"], full["other_classes"] / 2)
@@ -233,16 +219,6 @@ def test_a_feature_loss_needs_stages_and_rkd_two_images() -> None:
         build_loss("sp", {"tokens": (5, 7)}, TEACHER)
     with pytest.raises(UserError, match=r"'rkd' compares images with each other: a batch of 1"):
         RKDLoss(STUDENT, TEACHER)(*draw(batch=1))
-
-
-def test_learned_loss_is_a_sum_of_named_parts() -> None:
-    student, teacher, target = draw(torch.float32)
-    first, second = DecoupledLoss(), DecoupledLoss(initial_weight=0.9)
-    both = LearnedLoss({"first": first, "second": second})
-    terms = both(student, teacher, target, 0.5)
-    assert set(terms) == {f"{p}/{t}" for p in ("first", "second") for t in ("task", "target_class", "other_classes")}
-    alone = [sum(part(student, teacher, target, 0.5).values()) for part in (first, second)]
-    torch.testing.assert_close(sum(terms.values()), sum(alone))
 
 
 def test_a_user_s_function_or_module_becomes_a_loss() -> None:

@@ -1,5 +1,7 @@
 """Every loss, ours and torchdistill's, trains real pairs of networks and is checkpointed with all it holds."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import one_hot
@@ -36,21 +38,21 @@ def specify(name: str) -> dict:
     return {"name": name, **SMALL_MEMORY.get(name, {})}
 
 
-def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "none", batch_size: int = 20) -> Training:
+def start(images, name: str, student: ModelRecipe = CNN, augmentation: str = "none") -> Training:
     loss = prepare_loss(specify(name), student, TeacherRecipe(), images, 3)
     data = DataRecipe(augmentation=augmentation)
     teacher = prepare_teacher(TeacherRecipe(), data, images, CPU, loss.teacher_stages)
-    recipe = TrainRecipe(epochs=2, batch_size=batch_size, learning_rate=0.001)
+    recipe = TrainRecipe(epochs=2, batch_size=20, learning_rate=0.001)
     return start_training(student, images.train, loss, teacher, recipe, DataRecipe(augmentation=augmentation), 3, CPU)
 
 
-@pytest.mark.parametrize("student", [CNN, VIT], ids=["cnn", "vit"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_loss_trains_every_student(images, tmp_path, name: str, student: ModelRecipe) -> None:
-    if name == "torchdistill/FSPLoss" and student is VIT:
-        with pytest.raises(UserError, match="FSP is about the flow between stages and needs two pairs, not 1"):
-            start(images, name, student)
-        return
+OF_TOKENS = ("fitnet", "torchdistill/CRDLoss", "torchdistill/HierarchicalContextLoss")  # a map, a vector, pyramids
+
+
+@pytest.mark.parametrize(
+    ("name", "student"), [*((name, CNN) for name in NAMES), *((name, VIT) for name in OF_TOKENS)], ids=str
+)
+def test_every_loss_trains_a_student(images, tmp_path, name: str, student: ModelRecipe) -> None:
     training = start(images, name, student)
     save_checkpoint(tmp_path / "checkpoint", training.state_dict())
     batch = training.batches.at(0)
@@ -67,6 +69,20 @@ def test_every_loss_trains_every_student(images, tmp_path, name: str, student: M
     moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert all(moved[len(list(training.student.parameters())) :]), "an adapter that nothing trains"
     assert any(moved[: len(list(training.student.parameters()))])
+    recipe = RECIPES.get(name.removeprefix("torchdistill/"))
+    one = images.train.batch(images.train.index.new_zeros(1), CPU)
+    ask = partial(training.loss, training.student(one.images), training.teacher(one), one.target, 0.5)
+    identity = {"index": one.index} if identity else {}
+    if recipe and recipe.several_images:
+        with pytest.raises(UserError, match=f"{name}' needs at least 2 images a batch"):
+            ask(**identity)
+    elif recipe:
+        assert all(torch.isfinite(value) for value in ask(**identity).values())
+
+
+def test_fsp_is_refused_where_all_stages_have_one_size(images) -> None:
+    with pytest.raises(UserError, match="FSP is about the flow between stages and needs two pairs, not 1"):
+        start(images, "torchdistill/FSPLoss", VIT)
 
 
 def test_crd_remembers_the_batch_and_contrasts_with_other_classes(images) -> None:
@@ -91,13 +107,13 @@ def test_crd_draws_every_other_image_equally_often() -> None:
     loss = TorchdistillLoss("CRDLoss", STAGES, STAGES)
     loss.enroll(torch.arange(7) + 30, labels)
     times = torch.zeros(3, 7)
-    for _ in range(2000):
+    for _ in range(1000):
         negatives = loss.draw_negatives(torch.tensor([31, 33, 30]), torch.tensor([0, 1, 2]))["contrast_idx"][:, 1:]
         times.scatter_add_(1, negatives, torch.ones(negatives.shape))
     for label in range(3):
         assert (times[label][labels == label] == 0).all()
         others = times[label][labels != label]
-        torch.testing.assert_close(others / others.mean(), torch.ones(len(others)), rtol=0.06, atol=0)
+        torch.testing.assert_close(others / others.mean(), torch.ones(len(others)), rtol=0.09, atol=0)
 
 
 @pytest.mark.parametrize("name", ["torchdistill/SPKDLoss", "torchdistill/ATLoss", "torchdistill/DISTLoss"])
@@ -143,16 +159,6 @@ def test_adapters_are_a_function_of_the_seed(images) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_batch_of_one_is_refused_by_the_losses_that_compare_images(images, name: str) -> None:
-    training = start(images, f"torchdistill/{name}", batch_size=1)
-    if RECIPES[name].several_images:
-        with pytest.raises(UserError, match=f"torchdistill/{name}' needs at least 2 images a batch"):
-            training.run_step()
-    else:
-        assert all(torch.isfinite(value) for value in training.run_step().values())
-
-
 def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
     import torchdistill.losses.mid_level as mid_level
 
@@ -193,10 +199,8 @@ def test_crd_must_be_told_the_images() -> None:
         loss.enroll(torch.arange(4), torch.zeros(4, dtype=torch.int64))
 
 
-TINY = [
-    *("--data.train_size", "60", "--data.meta_validation_size", "40", "--train.epochs", "1"),
-    *("--train.batch_size", "20"),
-]
+TINY = ["--data.train_size", "60", "--data.meta_validation_size", "40", "--train.epochs", "1"]
+TINY += ["--train.batch_size", "20"]
 
 
 def test_commands_run_losses_over_features() -> None:

@@ -1,5 +1,6 @@
 """Meta-training of loss networks over features: several architectures, alternation, the log."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from lkd.config import ModelRecipe
 from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import digest
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.log import describe_saturation
@@ -45,6 +47,7 @@ def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapte
     images = prepare_images(recipe.data)
     networks = prepare_learned_loss(recipe, images)
     early = copy_state(networks)
+    assert digest(copy_state(prepare_learned_loss(replace(recipe, seed=1), images))) != digest(early)
     late = {name: tensor + 0.3 for name, tensor in early.items()}
     path = tmp_path / "replayed.lkd.safetensors"
     save_loss(path, assemble_loss(networks, [(0.0, early), (0.5, late)]), {})

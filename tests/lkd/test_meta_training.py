@@ -195,12 +195,13 @@ def test_live_students_are_trained_with_the_loss_as_it_is(world, monkeypatch) ->
 
 def test_meta_training_leaves_a_bad_balance() -> None:
     """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
-    recipe = tiny_recipe(YOUNG, outer_steps=12, rollout_steps=15, learning_rate=0.1, outer_batch_size=100)
+    recipe = tiny_recipe(YOUNG, outer_steps=8, rollout_steps=10, learning_rate=0.15, students_per_step=1)
+    recipe.meta.outer_batch_size = 100
     recipe.meta.loss = {"initial_weight": 0.9}
     recipe.teacher.random_answers = 1.0
     path = run_recipe(recipe)
     curve = read_provenance(path)["curve"]
-    assert len(curve) == 12
+    assert len(curve) == 8
     assert curve[0]["loss/weight"] == pytest.approx(0.9, abs=1e-5)
     assert curve[-1]["loss/weight"] < 0.6
     assert all(math.isfinite(row["outer/hypergradient_norm"]) for row in curve)
@@ -320,11 +321,7 @@ def test_the_log_and_the_pictures_of_a_run_are_bounded() -> None:
 
 @pytest.mark.parametrize(
     ("step", "score", "said"),
-    [
-        (20, 0.5, ["step 20 of 30"]),
-        (0, 2.302, ["not learned", "more than a guess"]),
-        (0, math.inf, ["not learned", "more than a guess"]),
-    ],
+    [(20, 0.5, ["step 20 of 30"]), (0, 2.302, ["not learned", "more than a guess"])],
 )
 def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: float, said: list[str]) -> None:
     lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, {"": 10})
@@ -344,25 +341,15 @@ def test_the_kept_loss_is_said_with_its_mean_regret_and_its_worst_world() -> Non
 
 
 VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.1}
-CONVNEXT = {"patch_size": 2, "stem_type": "patch", "output_stride": 8, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "layer_decay"),
-    [
-        ("vit_tiny_patch16_224", VIT, 1.0),
-        ("convnext_atto", CONVNEXT, 0.8),
-    ],
-)
-def test_a_loss_is_learned_with_modern_students_and_their_optimizer(
-    name: str, options: dict, layer_decay: float
-) -> None:
+def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
     """From a pool, with looks at reuse; by first_order, where attention has no double backward."""
     recipe = tiny_recipe(SMALL, estimator="first_order", reuse_every=3, learning_rate=0.1)
-    recipe.student = ModelRecipe(name, options=options)
+    recipe.student = ModelRecipe("vit_tiny_patch16_224", options=VIT)
     recipe.train = TrainRecipe(
         epochs=2, batch_size=20, optimizer="adamw", learning_rate=2e-3, weight_decay=0.05, clip_norm=1.0,
-        warmup_steps=3, label_smoothing=0.1, layer_decay=layer_decay,
+        warmup_steps=3, label_smoothing=0.1, layer_decay=0.8,
     )  # fmt: skip
     provenance = read_provenance(run_recipe(recipe))
     assert provenance["hypergradients"]["counted"] == 6

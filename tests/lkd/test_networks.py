@@ -21,19 +21,15 @@ from lkd.models.small import SMALL_NETWORKS
 from meta import call_module
 
 ROOT = Path(__file__).parents[2]
-# Parameters with 100 classes, and a hash of the names and shapes that RepDistiller's code gives its weights.
+# Of each family: parameters with 100 classes, and a hash of the names and shapes that RepDistiller's code gives its
+# weights. The parameters of all others are in docs/networks.md.
 PUBLISHED = {
     "resnet8": (83_892, "b4faf54f7b37"),
     "resnet20": (278_324, "75666e3e546c"),
-    "resnet32": (472_756, "f3e40b448511"),
-    "resnet44": (667_188, "b957c60f03bc"),
-    "resnet56": (861_620, "84a117835b2e"),
-    "resnet110": (1_736_564, "72812511d17b"),
     "resnet8x4": (1_233_540, "70bbd2a0a18e"),
     "resnet32x4": (7_433_860, "4128398af90f"),
     "cifar_resnet50": (23_705_252, "ac953ac24853"),
     "wrn_16_2": (703_284, "d945e8e12fa2"),
-    "wrn_40_1": (569_780, "3b5000730bd4"),
     "wrn_40_2": (2_255_156, "98e306a74611"),
     "cifar_vgg8": (3_965_028, "917e90058a63"),
     "cifar_vgg13": (9_462_180, "4ab781141246"),
@@ -67,9 +63,7 @@ def test_sizes_names_and_stages(name: str) -> None:
         assert (sum(p.numel() for p in network.parameters()), digest) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8", "wrn_16_2", "cifar_vgg8", "cifar_mobilenetv2_half", "cifar_shufflenetv2", "tiny_cnn"]
-)
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "cifar_vgg8", "cifar_mobilenetv2_half", "cifar_shufflenetv2"])
 def test_images_may_be_grey(name: str) -> None:
     assert build(name, 7, 1)(torch.rand(2, 1, 32, 32)).logits.shape == (2, 7)
 
@@ -212,7 +206,6 @@ def test_features_come_without_hooks_under_functional_call() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet19", {}, "resnet18"),
         ("smal_cnn", {}, "small_cnn"),
         ("resnet50.tv_in2k", {}, r"resnet50\.tv_in1k"),
         ("small_cnn", {"act_layer": "relu"}, "options"),

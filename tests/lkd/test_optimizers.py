@@ -101,9 +101,6 @@ def test_a_training_equals_a_plain_loop(images) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        ADAMW,
-        {"optimizer": "lamb"},
-        {"optimizer": "lion"},
         {"optimizer": "muon"},
         {"optimizer": "adan"},
         {"optimizer": "adafactorbv"},
@@ -161,7 +158,7 @@ def test_only_optimizers_with_an_adjoint_teach_a_loss() -> None:
         check_differentiable(TrainRecipe(optimizer="adam", optimizer_options={"amsgrad": True}))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "tiny_cnn", "resnet8"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "tiny_cnn", "resnet8"])
 def test_the_head_has_a_rate_of_its_own(name: str) -> None:
     network = build(name, 10, 3)
     optimizer = build_optimizer(network, TrainRecipe(learning_rate=0.1, head_learning_rate=0.4))
@@ -208,8 +205,7 @@ def test_smoothed_and_mixed_labels_add_up(images) -> None:
 @pytest.mark.parametrize(
     ("name", "stages", "frozen"),
     [
-        ("resnet18", ["stem", "stage1"], ("conv1", "bn1", "layer1")),
-        ("resnet18", ["layer1.0"], ("layer1.0",)),
+        ("resnet18", ["stem", "layer1.0"], ("conv1", "bn1", "layer1.0")),
         ("vit_tiny_patch16_224", ["stem", "stage2"], ("cls_token", "pos_embed", "patch_embed", "blocks.1", "norm.")),
         ("convnext_atto", ["stem"], ("stem",)),
         ("small_cnn", ["stages.stage1"], ("stages.stage1",)),
