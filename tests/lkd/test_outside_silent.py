@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import math
 import sys
 import tarfile
 from pathlib import Path
@@ -61,7 +60,7 @@ RAMP = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
 
 
 @pytest.mark.outside(1)
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bits_of_grey_are_scaled(form: str) -> None:
     pixels = decode(encode(Image.fromarray(RAMP), form), "ramp").float()
     assert pixels.shape == (3, 4, 256)
@@ -77,8 +76,7 @@ def test_numbers_without_a_range_are_refused(kind: type) -> None:
 
 @pytest.mark.outside(1)
 @pytest.mark.parametrize(
-    ("mode", "form"),
-    [*((mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")), ("CMYK", "TIFF"), ("CMYK", "JPEG")],
+    ("mode", "form"), [*((mode, "PNG") for mode in ("1", "LA", "P", "RGBA")), ("CMYK", "TIFF"), ("CMYK", "JPEG")]
 )
 def test_every_other_mode_keeps_what_is_seen(mode: str, form: str) -> None:
     grey = Image.fromarray((RAMP // 257).astype(np.uint8))
@@ -250,19 +248,10 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Path:
 def test_a_users_folder_in_every_path_of_a_recipe(home: Path) -> None:
     (home / "base.yaml").write_text("data: {root: ~/images}\nloss: {name: ~/loss.lkd.safetensors}\n")
     Path("recipe.yaml").write_text('base: "~/base.yaml"\nrun_dir: ~/run\n')
-    words = [
-        "--teacher.path",
-        "~/t.pth",
-        "--teacher.cache=~/cache",
-        "--data.packed",
-        "~/packed",
-        "--data.name",
-        "hfds/~/x",
-    ]
-    for recipe in (
-        parse_recipe("distill", ["recipe.yaml", *words]),
-        parse_recipe("distill", ["--config=~/../recipe.yaml", *words]),
-    ):
+    words = ["--teacher.path", "~/t.pth", "--teacher.cache=~/cache", "--data.packed", "~/packed"]
+    words += ["--data.name", "hfds/~/x"]
+    for file in ("recipe.yaml", "--config=~/../recipe.yaml"):
+        recipe = parse_recipe("distill", [file, *words])
         found = [recipe.run_dir, recipe.data.root, recipe.loss["name"], recipe.teacher.path, recipe.teacher.cache]
         assert found == [f"{home}/{name}" for name in ("run", "images", "loss.lkd.safetensors", "t.pth", "cache")]
         assert (recipe.data.packed, recipe.data.name) == (f"{home}/packed", f"hfds/{home}/x")
@@ -302,15 +291,13 @@ def test_class_folders_of_numbers_and_a_class_map(tmp_path) -> None:
 
 
 @pytest.mark.outside(6)
-@pytest.mark.parametrize(("top1", "warned"), [(9.0, ["chance", "order"]), (16.0, ["order"]), (95.0, [])])
+@pytest.mark.parametrize(("top1", "warned"), [(9.0, ["chance", "order it"]), (16.0, ["order it"]), (95.0, [])])
 def test_a_teacher_that_may_have_another_order_is_doubted(top1: float, warned: list[str]) -> None:
     names = tuple(sorted(map(str, range(12))))
     labels = torch.arange(12).repeat(100)
     part = ImageSet(torch.zeros(1200, 1, 1, 1), labels, torch.arange(1200), names, (0.0,), (1.0,))
     said = explain_doubts(top1, Images("x", part, part, part, ""), TeacherRecipe(path="t.pth"))
-    assert [word for word in ("chance", "order it") if word in said] == [
-        word.replace("order", "order it") for word in warned
-    ]
+    assert [word for word in ("chance", "order it") if word in said] == warned
 
 
 @pytest.mark.outside(7)
@@ -568,14 +555,12 @@ def test_lightning_logs_the_whole_loss_whatever_is_accumulated(example, monkeypa
 
     monkeypatch.setattr(example.Distillation, "training_step", watched)
     monkeypatch.setattr(example.Distillation, "log_dict", lambda module, values, **_: logged.append(dict(values)))
-    example.run("l.lkd.safetensors", images=256, epochs=1, accumulate_grad_batches=2)
+    example.run("l.lkd.safetensors", images=128, epochs=1, accumulate_grad_batches=2)
     assert [float(row["loss"]) for row in logged] == pytest.approx(losses)
 
 
 @pytest.mark.outside(17)
-@pytest.mark.parametrize(
-    ("steps", "seconds", "progress"), [(math.inf, 4, 0.4), (20, 4, 0.4), (10, 1, 0.5), (-1, 3, 0.3)]
-)
+@pytest.mark.parametrize(("steps", "seconds", "progress"), [(20, 4, 0.4), (10, 1, 0.5), (-1, 3, 0.3)])
 def test_lightning_progress_is_of_time_too(example, steps: float, seconds: float, progress: float) -> None:
     timer = example.Timer({"seconds": 10})
     timer.time_elapsed = lambda stage=None: seconds

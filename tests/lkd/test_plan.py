@@ -55,10 +55,10 @@ def multiply_adds(network: nn.Module, images: torch.Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("student", ["small_mobilenet", "small_resnet"])
-def test_flops_are_those_of_the_definition(student: str) -> None:
+def test_flops_are_those_of_the_definition() -> None:
     """Forward, and twice that backward, but for the gradient of the images; convolutions by channel too."""
-    step, images = count(student), torch.zeros(8, 3, 32, 32)
+    student, images = "small_mobilenet", torch.zeros(8, 3, 32, 32)
+    step = count(student)
     forward = multiply_adds(build(student, 10, 3), images)
     assert step.flops["student"] == 2 * (3 * sum(forward) - forward[0])
     assert step.flops["teacher"] == 2 * sum(multiply_adds(build("small_resnet", 10, 3), images))
@@ -107,9 +107,8 @@ def test_the_planned_peak_is_the_measured_one() -> None:
     process.join()
 
 
-@pytest.mark.parametrize("estimator", ["first_order", "unrolled"])
-def test_long_rollouts_lie_on_the_line_of_short_ones(estimator: str) -> None:
-    length = 7
+def test_long_rollouts_lie_on_the_line_of_short_ones() -> None:
+    estimator, length = "unrolled", 5
     recipe = make_recipe(student=ModelRecipe("small_cnn"), train=TrainRecipe(batch_size=16))
     recipe.meta = MetaSettings(rollout_steps=length, outer_batch_size=16)
     recipe.teacher.name = "tiny_cnn"
@@ -165,37 +164,30 @@ def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
     assert cached["hours"]["training"] == pytest.approx(one["hours"]["training"] - saved, rel=0.02)
 
 
-def test_a_meta_training_is_the_sum_of_its_parts() -> None:
-    words = "--meta.outer_steps 6 --meta.rollout_steps 2 --meta.reuse_every 4 --meta.reuse_epochs 2 --train.epochs 8 "
-    words += "--meta.students_per_step 3 --meta.estimator first_order --pool.students 5 --pool.max_age 0.4"
-    found = plan(*words.split())
-    training = found["hours_of_one_training"]
-    assert found["command"] == "meta-train"
-    assert found["hours"]["pool"] == pytest.approx(5 * 0.4 * training)
-    looks = 3  # before step 0 and 4, and after step 6
-    assert found["hours"]["reuse"] == pytest.approx(looks * 3 * 2 / 8 * training), "three students in each"
-    assert found["hours"]["outer steps"] == pytest.approx(6 * 3 * found["rollout"]["first_order"]["seconds"] / 3600)
-    assert found["gpu_hours"] == pytest.approx(sum(found["hours"].values()))
-    assert "a hypergradient by first_order" in found["memory_gigabytes"]
-
-
-def test_the_plan_of_several_worlds_is_the_sum_of_each() -> None:
+def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
     worlds = "{few: {data: {train_size: 6000}, train: {epochs: 9}}, tiny: {student: {name: tiny_cnn}}}"
-    words = "--meta.outer_steps 6 --meta.rollout_steps 2 --meta.reuse_every 6 --meta.reuse_students 1 --train.epochs 8 "
-    words += "--meta.students_per_step 0 --meta.estimator first_order --pool.students 2 --pool.max_age 0.5"
-    small = "--meta.rollout_steps 2 --meta.estimator first_order"
-    alone = [
-        plan(*small.split(), *own.split())
-        for own in ("--data.train_size 6000 --train.epochs 9", "--student.name tiny_cnn --train.epochs 8")
-    ]
-    found = plan(*words.split(), "--worlds", worlds, "--meta.reference", "kd")
-    hours = [each["hours_of_one_training"] for each in alone]
-    assert found["hours_of_one_training"] == pytest.approx(sum(hours) / 2)
+    words = "--meta.outer_steps 6 --meta.rollout_steps 2 --meta.reuse_every 4 --meta.reuse_epochs 2 --train.epochs 8 "
+    words += "--meta.reuse_students 3 --meta.estimator first_order --pool.students 5 --pool.max_age 0.4"
+    differences = ("--data.train_size 6000 --train.epochs 9", "--student.name tiny_cnn")
+    alone = [plan(*words.split(), "--meta.students_per_step", "3", *own.split()) for own in differences]
+    for found, epochs in zip(alone, (9, 8), strict=True):
+        training, hours = found["hours_of_one_training"], found["hours"]
+        assert found["command"] == "meta-train"
+        assert hours["pool"] == pytest.approx(5 * 0.4 * training)
+        looks = 3  # before step 0 and 4, and after step 6
+        assert hours["reuse"] == pytest.approx(looks * 3 * 2 / epochs * training), "three students in each"
+        assert hours["outer steps"] == pytest.approx(6 * 3 * found["rollout"]["first_order"]["seconds"] / 3600)
+        assert found["gpu_hours"] == pytest.approx(sum(hours.values()))
+        assert "a hypergradient by first_order" in found["memory_gigabytes"]
+    words += " --meta.students_per_step 0 --meta.reference kd"
+    found, sums = plan(*words.split(), "--worlds", worlds), {}
+    for part in alone[0]["hours"]:
+        sums[part] = sum(each["hours"][part] for each in alone)
+    assert found["hours_of_one_training"] == pytest.approx(sum(each["hours_of_one_training"] for each in alone) / 2)
     assert found["steps"] == sum(each["steps"] for each in alone)
-    assert found["hours"]["pool"] == pytest.approx(2 * 0.5 * sum(hours))
-    assert found["hours"]["reuse"] == pytest.approx((2 + 1) * sum(hours)), "two looks, and the reference's"
-    outer = 6 * sum(each["rollout"]["first_order"]["seconds"] for each in alone) / 3600
-    assert found["hours"]["outer steps"] == pytest.approx(outer), "one student in each world"
+    assert found["hours"]["pool"] == pytest.approx(sums["pool"])
+    assert found["hours"]["reuse"] == pytest.approx(sums["reuse"] * (looks + 1) / looks), "and the reference's"
+    assert found["hours"]["outer steps"] == pytest.approx(sums["outer steps"] / 3), "one student in each world"
     assert main(["plan", *SMALL, "--worlds", "{far: {data: {name: npz/far}}}"]) == 2
 
 
