@@ -54,15 +54,15 @@ def test_what_the_columns_share_is_no_noise() -> None:
 
 
 def test_the_interval_covers_the_true_correlation() -> None:
-    """Of 100 noisy measurements of a ranking whose ρ is known, the interval holds it in most."""
+    """Of 60 noisy measurements of a ranking whose ρ is known, the interval holds it in most."""
     a, b = np.arange(8.0), np.array([1.0, 0, 3, 2, 5, 7, 4, 6])
     true, held, noise = float(spearman(a, b)), 0, draw()
-    for number in range(100):
+    for number in range(60):
         noisy = [mean + 1.5 * noise.normal(size=(8, 8)) for mean in (a, b)]
         low, high = percentile_interval(bootstrap_correlation(*noisy, draw(number), 300))
         assert -1 <= low < high <= 1
         held += low <= true <= high
-    assert held >= 85
+    assert held >= 50
 
 
 def test_halves_are_disjoint_and_noise_alone_has_no_ceiling() -> None:

@@ -87,10 +87,3 @@ def test_every_draw_of_a_sweep_is_a_run_of_its_own_that_logs_what_is_optimised(p
     run = next(record["run"] for record in read_wandb(folder) if record["type"] == "run")
     assert (run["run_id"], run["sweep_id"]) == ("abc123", "sweep123")
     assert (folder / "wandb_run_id").read_text() == "abc123"
-
-
-def test_a_recipe_file_with_bases_can_be_given_with_an_equals_sign() -> None:
-    path = ROOT / "configs/cifar100/resnet56-resnet20.yaml"
-    assert parse_recipe("distill", [f"--config={path}", "--seed=3"]) == parse_recipe(
-        "distill", [str(path), "--seed", "3"]
-    )

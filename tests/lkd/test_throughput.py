@@ -94,9 +94,8 @@ def test_every_part_gets_its_own_time(parts: int, monkeypatch) -> None:
 
 def test_a_run_logs_its_throughput(monkeypatch) -> None:
     monkeypatch.setattr(distillation, "FIRST_PAUSE", 0.0)
-    assert (
-        main(["distill", "--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]) == 0
-    )
+    sizes = ["--data.train_size", "200", "--data.meta_validation_size", "100"]
+    assert main(["distill", *sizes, "--train.epochs", "1"]) == 0
     rows = [json.loads(line) for line in Path("runs/run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 3], "every report, and the epoch"
     for row in rows:

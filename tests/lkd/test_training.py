@@ -9,10 +9,9 @@ from torch.nn.functional import cross_entropy
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import digest
 from lkd.data import Batches
 from lkd.losses import CrossEntropyLoss, DistillationLoss, KDLoss
-from lkd.models import build
-from lkd.models.teacher import Teacher
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
 from tests.lkd.parts import prepare_loss, prepare_student, prepare_teacher, start_training
@@ -29,8 +28,7 @@ def images():
 
 def start(images, loss=None, **changes) -> Training:
     recipe = TrainRecipe(**{**vars(RECIPE), **changes})
-    teacher = Teacher(build("small_cnn", 10, 1)) if isinstance(loss, KDLoss) else None
-    return start_training(ModelRecipe("small_cnn"), images, loss or CrossEntropyLoss(), teacher, recipe, DATA, 7, CPU)
+    return start_training(ModelRecipe("small_cnn"), images, loss or CrossEntropyLoss(), None, recipe, DATA, 7, CPU)
 
 
 def test_training_equals_a_plain_loop(images) -> None:
@@ -53,8 +51,7 @@ def test_training_equals_a_plain_loop(images) -> None:
 def test_equal_seeds_pair_the_losses(images) -> None:
     first, second = start(images), start(images, KDLoss())
     assert torch.equal(first.batches.at(4).images, second.batches.at(4).images)
-    for a, b in zip(first.student.parameters(), second.student.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert digest(first.student.state_dict()) == digest(second.student.state_dict())
 
 
 def test_the_learning_rate_warms_up_and_ends_low(images) -> None:
@@ -99,7 +96,7 @@ def test_bfloat16_trains_nearly_as_float32_with_weights_and_losses_in_float32() 
         teacher = prepare_teacher(taught, DataRecipe(), images, CPU, built.teacher_stages)
         train = TrainRecipe(epochs=1, batch_size=40, learning_rate=0.02, precision=precision)
         training = start_training(recipe, images.train, built, teacher, train, DataRecipe(), 0, CPU)
-        rows = [training.run_step() for _ in range(5)]
+        rows = [training.run_step() for _ in range(3)]
         assert all(term.dtype == torch.float32 for row in rows for term in row.values())
         assert all(p.dtype == torch.float32 for p in training.student.parameters())
         values[precision] = torch.tensor([float(sum(row.values())) for row in rows])

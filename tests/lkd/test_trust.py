@@ -143,9 +143,7 @@ def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        (TRUST._replace(validation_agreement=1.2), "validation_agreement 1.2 is not in [0, 1]"),
         (TRUST._replace(own_accuracy=-0.1), "own_accuracy -0.1 is not in [0, 1]"),
-        (TRUST._replace(temperature=0.0), "temperature 0.0 is not in (0, ∞)"),
         (TRUST._replace(images_per_class=math.inf), "images_per_class inf is not in (0, ∞)"),
     ],
 )
@@ -163,9 +161,7 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
         measure_trust(Table(), [], [(images, torch.tensor([0, 1, 2, 2, 1, 0]))])
 
 
-@pytest.mark.parametrize("classes", [2, 10, 21_841])
-@pytest.mark.parametrize("size", [1, 5])
-@pytest.mark.parametrize("scale", [0.25, 4.0])
+@pytest.mark.parametrize(("classes", "size", "scale"), [(2, 1, 4.0), (10, 5, 0.25), (21_841, 1, 0.25), (10, 1, 4.0)])
 def test_any_batch_any_classes_any_scale_known_or_not(classes: int, size: int, scale: float) -> None:
     for dense in (False, True):
         for figures in (TRUST, TrustFigures()):
@@ -231,11 +227,11 @@ def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
 
 
 def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
-    """Counted among half a million labels of two classes, of which three in ten are flipped."""
+    """Counted among many labels of two classes, of which three in ten are flipped."""
     torch.manual_seed(0)
     loss = build_learned_loss("logits", {"conditioning": SEEN, "judges_labels": True})
     form = loss.parts["logits"]
-    first = torch.rand(500_000)
+    first = torch.rand(300_000)
     true = (torch.rand(len(first)) > first).long()
     label = torch.where(torch.rand(len(first)) < 0.3, 1 - true, true)
     teacher = 2 * torch.stack([first, 1 - first], 1).log()  # calibrated at temperature 2
@@ -247,7 +243,7 @@ def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
 
     judged = judge(TrustFigures(1.0, 1 - 0.3 - NOISE, 2.0))
     for bin in judged.argsort().chunk(20):
-        assert judged[bin].mean().item() == pytest.approx((label == true)[bin].double().mean().item(), abs=0.015)
+        assert judged[bin].mean().item() == pytest.approx((label == true)[bin].double().mean().item(), abs=0.02)
     torch.testing.assert_close(
         judge(TrustFigures(0.7, 0.7 - NOISE, 2.0, contradicted=0.3)), judged, atol=0.01, rtol=0.0
     )
@@ -322,6 +318,11 @@ def test_a_cache_holds_the_trust_of_its_teacher_in_the_labels_that_it_was_made_w
 
     told = distil("live")
     assert "agrees with" in told
+    header = read_tensors(tmp_path / "live" / "student.safetensors", "network", 1)[1]
+    images = prepare_images(replace(DATA, meta_validation_size=100, label_noise=0.3))
+    trust = measure_teacher(open_teacher(TeacherRecipe(), images.train), select_labelled(images, 120), CPU)
+    assert TrustFigures.from_json(header["provenance"]["trust"])[:4] == trust.figures[:4]
+    assert str(trust) in build_page(read_runs([str(tmp_path / "live")]))
     assert distil("cached", *cached) == told
     other = distil("other", *cached, "--data.label_noise", "0.1")
     assert other.startswith("trust: unknown, as ")
@@ -330,19 +331,6 @@ def test_a_cache_holds_the_trust_of_its_teacher_in_the_labels_that_it_was_made_w
     assert distil("old", *cached).startswith("trust: unknown, as ")
     assert main(["cache", *words, *cached]) == 0
     assert distil("anew", *cached) == told
-
-
-def test_distilling_measures_trust_and_says_so(tmp_path: Path, capsys) -> None:
-    lkd.save_loss(tmp_path / "x.lkd.safetensors", build_loss(), {})
-    words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1", "--loss"]
-    assert main(["distill", *words, str(tmp_path / "x.lkd.safetensors"), "--run_dir", str(tmp_path / "r")]) == 0
-    assert "trust: the teacher agrees with" in capsys.readouterr().out
-    images = prepare_images(replace(DATA, meta_validation_size=100))
-    expected = measure_teacher(open_teacher(TeacherRecipe(), images.train), images, CPU)
-    assert str(expected) in (tmp_path / "r" / "output.txt").read_text()
-    header = read_tensors(tmp_path / "r" / "student.safetensors", "network", 1)[1]
-    assert TrustFigures.from_json(header["provenance"]["trust"])[:4] == expected.figures[:4]
-    assert str(expected) in build_page(read_runs([str(tmp_path / "r")]))
 
 
 def test_a_trial_says_what_its_loss_was_told_of_the_labels_that_are_known(tmp_path: Path) -> None:
