@@ -113,12 +113,13 @@ def list_files_of_a_step() -> list[str]:
     """The files of `lkd` that a step of `lkd distill` enters, with KD on embedded images, once it has warmed up."""
     import torch
 
-    from lkd.config import DistillRecipe
+    from lkd.config import DataRecipe, DistillRecipe
     from lkd.training.answers import prepare_teacher
     from lkd.training.build import build
     from lkd.training.distill import start_training
 
-    recipe, device = DistillRecipe(loss="kd"), torch.device("cpu")
+    data = DataRecipe(train_size=200, meta_validation_size=100)
+    recipe, device = DistillRecipe(data=data, loss="kd"), torch.device("cpu")
     parts = build(recipe)
     teacher = prepare_teacher(parts.teacher, parts.images, device, parts.loss.teacher_stages)
     training = start_training(parts.student, parts.images, parts.loss, teacher, recipe.train, recipe.seed, device)
