@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from meta import Hypergradient, State, outer_step
+from tests.processes import FORK
 
 
 def draw(student: int) -> Hypergradient:
@@ -30,7 +30,11 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    processes = [FORK.Process(target=work, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
     parameters, value, norm = step([0, 1, 2, 3])
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -40,22 +40,14 @@ OPTIMIZERS = SGDS | {
 
 
 @pytest.mark.parametrize("optimizer", SGDS)
-@pytest.mark.parametrize("carry_momentum", [True, False])
-def test_exact_estimators_agree(optimizer, carry_momentum):
-    problem = learned_loss_problem(steps=4, optimizer=SGDS[optimizer], carry_momentum=carry_momentum)
+def test_exact_estimators_agree(optimizer):
+    problem = learned_loss_problem(steps=4, optimizer=SGDS[optimizer])
     reference = higher(problem)
     for name, estimator in EXACT.items():
         result = estimator(problem)
         assert relative_distance(result.grads, reference.grads) < 1e-8, name
         torch.testing.assert_close(result.norm, reference.norm)
         torch.testing.assert_close(result.outer_value, reference.outer_value)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_exact_estimators_agree_with_central_differences(name):
-    outcome = verify(EXACT[name], learned_loss_problem(steps=4))
-    assert outcome.relative_error < 1e-6
-    assert outcome.measured.abs().min() > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -95,7 +87,7 @@ def test_the_bias_of_differences_is_of_the_order_it_claims():
 
 def test_verify_sees_a_wrong_hypergradient():
     def doubled(problem):
-        result = ESTIMATORS["unrolled"](problem)
+        result = unrolled(problem)
         return result._replace(grads={name: 2 * gradient for name, gradient in result.grads.items()})
 
     assert verify(doubled, learned_loss_problem()).relative_error == pytest.approx(1, rel=1e-4)
@@ -144,15 +136,6 @@ def test_the_final_state_is_the_rollouts_and_nothing_is_written_to(name):
     for kept, original in zip(problem.state[:2], before[:2], strict=True):
         assert all(torch.equal(kept[key], original[key]) for key in original)
     assert not any(tensor.requires_grad for tensor in (*problem.hyper.values(), *end.parameters.values()))
-
-
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_two_windows_continue_as_one(name):
-    problem = learned_loss_problem(steps=4)
-    first = ESTIMATORS[name](replace(problem, inner_batches=problem.inner_batches[:2]))
-    second = ESTIMATORS[name](replace(problem, state=first.final_state, inner_batches=problem.inner_batches[2:]))
-    whole = rollout(problem)
-    assert relative_distance(second.final_state.parameters, whole.parameters) < 1e-12
 
 
 def test_the_walk_logs_the_adjoint():
@@ -298,8 +281,8 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-@pytest.mark.parametrize("name", DIFFERENTIATING)
-def test_bad_input_is_one_clear_error(name, case):
+def test_bad_input_is_one_clear_error(case):
     spoil, message = BAD_INPUT[case]
-    with pytest.raises(ValueError, match=message):
-        ESTIMATORS[name](spoil(learned_loss_problem()))
+    for name in DIFFERENTIATING:
+        with pytest.raises(ValueError, match=message):
+            ESTIMATORS[name](spoil(learned_loss_problem()))

@@ -38,7 +38,7 @@ PROMISES = {
     "truncated": Promise(partial(truncated, steps=5, estimator=ESTIMATORS["adjoint"]), (1, 2, 5), 1e-6),
     "last_step": Promise(last_step, (1,), 1e-6),
     "implicit": Promise(partial(implicit, solver="conjugate_gradient", terms=8), (150,), 1e-4, quadratic=True),
-    "evolution": Promise(partial(evolution, pairs=300, spread=0.01), (2,), 0.6),  # a random direction: 1.4
+    "evolution": Promise(partial(evolution, pairs=100, spread=0.01), (2,), 0.6),  # a random direction: 1.4
 }
 
 

@@ -1,5 +1,6 @@
 """Trouble that users of bi-level code report: starts at zero, odd settings, inputs of the wrong kind."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -49,14 +50,10 @@ def test_every_estimator_starts_at_zero(optimizer, trained) -> None:
     assert verify(adjoint, problem).relative_error < 1e-6
     assert relative_distance(CENTRAL(problem).grads, exact.grads) < 1e-3
     for name, estimator in ESTIMATORS.items():
-        if (name == "higher" and not isinstance(optimizer, SGD)) or (
-            name == "implicit" and hasattr(optimizer, "max_norm")
-        ):
-            continue
-        result = estimator(problem)
-        assert result.fault is None, name
-        assert torch.isfinite(result.norm), name
-        assert result.norm > 0, name
+        takes_sgd_alone, wrapped = name == "higher", hasattr(optimizer, "max_norm")
+        if not (takes_sgd_alone and not isinstance(optimizer, SGD)) and not (name == "implicit" and wrapped):
+            result = estimator(problem)
+            assert (result.fault, 0 < result.norm < math.inf) == (None, True), name
 
 
 @pytest.mark.outside(43)
@@ -108,13 +105,6 @@ def test_lengths_that_are_none_are_refused() -> None:
         implicit(problem, terms=0)
     with pytest.raises(ValueError, match="lengths"):
         horizon(problem, lengths=[0, 2])
-
-
-@pytest.mark.outside(43)
-def test_a_hypergradient_that_is_zero_is_verified_as_such() -> None:
-    problem = regression()
-    flat = replace(problem, outer_loss=lambda p, b, batch: 0 * p["weight"].sum() + 1)
-    assert verify(adjoint, flat).relative_error == 0
 
 
 def weights_of_each_step() -> Problem:
@@ -224,6 +214,7 @@ def test_parameters_too_coarse_for_differences_are_refused(dtype) -> None:
 def test_implicit_of_a_zero_outer_gradient_is_zero(solver) -> None:
     problem = regression()
     flat = replace(problem, outer_loss=lambda p, b, batch: 0 * p["weight"].sum() + 1)
+    assert verify(adjoint, flat).relative_error == 0
     result = implicit(flat, solver=solver)
     assert result.fault is None
     assert result.norm == 0
@@ -231,12 +222,12 @@ def test_implicit_of_a_zero_outer_gradient_is_zero(solver) -> None:
 
 
 @pytest.mark.outside(47)
-@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"evolution"}))
-def test_a_loss_of_outer_parameters_alone_is_refused_by_all(name) -> None:
+def test_a_loss_of_outer_parameters_alone_is_refused_by_all() -> None:
     problem = learned_loss_problem()
     alone = replace(problem, inner_loss=lambda p, buffers, hyper, batch: (hyper["weight"].sum(), buffers))
-    with pytest.raises(ValueError, match="the inner loss does not depend on"):
-        ESTIMATORS[name](alone)
+    for name in ESTIMATORS.keys() - {"evolution"}:
+        with pytest.raises(ValueError, match="the inner loss does not depend on"):
+            ESTIMATORS[name](alone)
 
 
 def _with_batches_of_inference(problem: Problem) -> Problem:
