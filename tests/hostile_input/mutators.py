@@ -226,20 +226,8 @@ def change_tensor(rng: random.Random, name: str, tensor: torch.Tensor) -> dict[s
 # ----------------------------------------------------------------------------------------------------------------------
 # Tar files: headers that lie, hostile names, links, nests.
 
-NAMES = (
-    *(
-        "../../evil.jpg",
-        "/tmp/evil.jpg",
-        "c/\0x.jpg",
-        "",
-        ".",
-        "..",
-        "a" * 300 + ".jpg",
-        "x.tar",
-        "c/0.cls",
-        "\udcff.jpg",
-    ),
-)
+NAMES = ("../../evil.jpg", "/tmp/evil.jpg", "c/\0x.jpg", "", ".", "..", "a" * 300 + ".jpg", "x.tar", "c/0.cls")
+NAMES += ("\udcff.jpg",)
 FIELDS = {"name": (0, 100), "size": (124, 12), "typeflag": (156, 1), "linkname": (157, 100), "magic": (257, 8)}
 FIELDS |= {"devmajor": (329, 8), "prefix": (345, 155), "whole": (0, 512)}
 TYPES = b"01234567gxLKSDVNM\0"
@@ -423,15 +411,8 @@ MERGE_BOMB = "m0: &m0 {x: 1, y: 2}\n" + "".join(
 LINES = (
     *(ALIAS_BOMB, MERGE_BOMB, "base: recipe.yaml", "base: ../../../etc/passwd", "base: 3", "config: recipe.yaml"),
     *("base: [/dev/null, /proc/self/environ]", "__path__: x", "class_path: evil_module.Evil", "init_args: {}"),
-    *(
-        "print_config: true",
-        "data.name: embedded",
-        "? [a, b]\n: c",
-        "? {a: b}\n: c",
-        "1: 2",
-        "null: 1",
-        "--- {}\n--- {}",
-    ),
+    *("print_config: true", "data.name: embedded", "? [a, b]\n: c", "? {a: b}\n: c", "1: 2", "null: 1"),
+    "--- {}\n--- {}",
     *("%YAML 9.9\n---", "\t\tx: 1", "\0: 1", "\ufeffx: 1", "- 1"),
 )
 

@@ -14,6 +14,10 @@ from lkd.training import answers, build, distill
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher
 from lkd.training.training import Training
 
+VIT = ModelRecipe(  # LayerNorm, no BatchNorm: its statistics would be those of a part of a batch
+    "vit_tiny_patch16_224", options={"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
+)
+
 
 def prepare_teacher(
     recipe: TeacherRecipe,

@@ -17,13 +17,10 @@ from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
 from lkd.models.teacher import TabulatedTeacher, Teacher
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
-from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
+from tests.lkd.parts import VIT, prepare_loss, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 CNN = ModelRecipe("small_cnn")
-VIT = ModelRecipe(
-    "vit_tiny_patch16_224", options={"img_size": 28, "patch_size": 7, "depth": 2, "embed_dim": 24, "num_heads": 2}
-)
 NAMES = [*LOSSES, *(f"torchdistill/{name}" for name in RECIPES)]
 SMALL_MEMORY = {"torchdistill/CRDLoss": {"num_negative_samples": 64}}
 STAGES = {"a": (8, 4, 4), "b": (12, 2, 2)}

@@ -1,10 +1,9 @@
-"""The outer loop and its options, each against what it says."""
+"""The outer loop and its options, each against what it says; loss networks over features and several architectures."""
 
 import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,15 +12,17 @@ from lkd.config import DataRecipe, MetaTrainRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
 from lkd.core.outputs import Outputs
+from lkd.core.tensor_files import digest
 from lkd.data import Batches
-from lkd.losses import DecoupledLoss, DistillationLoss, LearnedLoss
-from lkd.losses.learned.file import load_loss, read_provenance
-from lkd.meta_training.log import describe_reuse, is_logged, is_pictured, measure_training_seconds
+from lkd.losses.build import build_loss, find_feature_parts, reads_features
+from lkd.losses.learned.file import load_loss, read_provenance, save_loss
+from lkd.meta_training.log import describe_reuse, describe_saturation, is_logged, is_pictured, measure_training_seconds
 from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_settings
-from lkd.meta_training.outer_loop import OuterGuard
+from lkd.meta_training.online_student import assemble_loss, copy_state
+from lkd.meta_training.outer_loop import OuterGuard, OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
 from lkd.pool.pool import Pool, World, count_pool_trainings
-from lkd.training.build import prepare_images
+from lkd.training.build import choose_student, open_teacher, prepare_images
 from meta import ESTIMATORS, Problem, rollout, verify
 from tests.lkd.meta_recipes import (
     CPU,
@@ -34,6 +35,7 @@ from tests.lkd.meta_recipes import (
     run_recipe,
     tiny_recipe,
 )
+from tests.lkd.parts import VIT, prepare_learned_loss
 
 
 @pytest.fixture(scope="module")
@@ -208,29 +210,6 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     assert load_loss(path).parts["logits"].architecture["initial_weight"] == 0.9
 
 
-class FeaturePart(DistillationLoss):
-    """A loss network over one stage of both networks."""
-
-    architecture: ClassVar[dict] = {}
-    teacher_stages = ("stage2",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, student: Outputs, teacher: Outputs, target, progress=None) -> dict[str, torch.Tensor]:
-        assert set(teacher.features) == {"stage2"}
-        a, b = (outputs.features["stage2"].mean((1, 2, 3)) for outputs in (student, teacher))
-        return {"difference": self.weight.exp() * (a - b).square().mean()}
-
-
-def test_the_teachers_stages_that_the_loss_reads_are_given_to_it(monkeypatch) -> None:
-    networks = LearnedLoss({"logits": DecoupledLoss(), "features": FeaturePart()})
-    monkeypatch.setattr("lkd.meta_training.worlds.prepare_learned_loss", lambda *_: networks)
-    path = run_recipe(tiny_recipe(SMALL, interleaving="both", outer_steps=2, reuse_every=2, picture_every=0))
-    assert all(row["weights/features"] > 0 for row in read_provenance(path)["curve"])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused before any long work.
 
@@ -329,24 +308,10 @@ def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: floa
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
-def test_the_kept_loss_is_said_with_its_mean_regret_and_its_worst_world() -> None:
-    regrets, scores = {"easy": -0.2, "hard": 0.1}, {"easy": 0.3, "hard": 4.61}
-    best = {"step": 20, "calibrated_cross_entropy": 2.5, "regret": -0.05}
-    best |= {f"world/{name}/regret": regret for name, regret in regrets.items()}
-    best |= {f"world/{name}/calibrated_cross_entropy": score for name, score in scores.items()}
-    _, regret, guess = describe_reuse(best, 30, {"easy": 10, "hard": 100})
-    assert "-0.0500" in regret
-    assert regret.endswith("+0.1000 in hard")
-    assert guess.startswith("warning: hard: "), "4.61 is a guess among 100 classes, 2.5 in the mean none"
-
-
-VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.1}
-
-
 def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
     """From a pool, with looks at reuse; by first_order, where attention has no double backward."""
     recipe = tiny_recipe(SMALL, estimator="first_order", reuse_every=3, learning_rate=0.1)
-    recipe.student = ModelRecipe("vit_tiny_patch16_224", options=VIT)
+    recipe.student = replace(VIT, options=VIT.options | {"drop_path_rate": 0.1})
     recipe.train = TrainRecipe(
         epochs=2, batch_size=20, optimizer="adamw", learning_rate=2e-3, weight_decay=0.05, clip_norm=1.0,
         warmup_steps=3, label_smoothing=0.1, layer_decay=0.8,
@@ -356,9 +321,65 @@ def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
     assert len(provenance["reuse"]) == 2
 
 
-def test_an_optimizer_without_an_adjoint_is_refused() -> None:
-    recipe = tiny_recipe()
-    recipe.train.optimizer = "lion"
-    with pytest.raises(UserError, match=r"train.optimizer: lion: .* sgd, adam and adamw serve"):
-        run_recipe(recipe)
-    assert not Path("run/pool").exists()
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss networks over features.
+
+
+def test_one_loss_over_features_is_learned_with_two_architectures(monkeypatch, capsys) -> None:
+    """From pools and while it alternates; a part that is saturated is told once even if the run goes on later."""
+    monkeypatch.setattr("lkd.meta_training.log.find_saturated", lambda shares: ["features"])
+    recipe = tiny_recipe(YOUNG, outer_steps=4, interleaving="both", kind="features", checkpoint_every=1)
+    recipe.students, recipe.resume = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")], "auto"
+    run_step = OuterLoop.run_step
+    with monkeypatch.context() as context:
+        context.setattr(OuterLoop, "run_step", lambda loop: run_step(loop) if loop.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(recipe, quiet=False)
+    path = run_recipe(recipe, quiet=False)
+    assert capsys.readouterr().out.count("warning: saturated") == 1
+    initial = build_loss_networks(recipe).state_dict()
+    last = load_loss(path).losses[-1].state_dict()
+    changed = [name for name, tensor in last.items() if not torch.equal(tensor, initial[name])]
+    assert any("features" in name for name in changed)
+    for row in read_provenance(path)["curve"]:
+        assert "loss/weight" not in row
+        shares = {name: value for name, value in row.items() if name.startswith("share/")}
+        assert set(shares) >= {"share/task/task", "share/features/places"}
+        assert 0.5 < sum(shares.values()) < 1.0001
+
+
+def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapters(tmp_path: Path) -> None:
+    recipe = tiny_recipe(kind="both", loss={"features": {"channels": 4}})
+    images = prepare_images(recipe.data)
+    networks = prepare_learned_loss(recipe, images)
+    early = copy_state(networks)
+    assert digest(copy_state(prepare_learned_loss(replace(recipe, seed=1), images))) != digest(early)
+    late = {name: tensor + 0.3 for name, tensor in early.items()}
+    path = tmp_path / "replayed.lkd.safetensors"
+    save_loss(path, assemble_loss(networks, [(0.0, early), (0.5, late)]), {})
+    assert reads_features(str(path))
+    shape = images.train.image_shape
+    networks = choose_student(recipe.student, images.train), open_teacher(recipe.teacher, images.train)
+    stages = [network.find_stages(shape) for network in networks]
+    loss = build_loss({"name": str(path), "adapters": True}, *stages)
+    assert len(find_feature_parts(loss)) == 2
+    assert loss.teacher_stages
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    assert len(trained) == len(find_feature_parts(loss)[0].adapters) == 3
+    student, teacher = (
+        Outputs(torch.randn(4, 10), {n: torch.randn(4, *s) for n, s in each.items()}) for each in stages
+    )
+    target = torch.arange(4)
+    values = []
+    for progress in (0.0, 0.9):
+        total = sum(loss(student, teacher, target, progress).values())
+        values.append(total.item())
+        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(total, trained))
+    assert values[0] != values[1]
+
+
+def test_a_saturated_part_is_described_and_a_teaching_one_is_not() -> None:
+    row = {"outer/value": 1.0, "share/logits/task": 0.6, "share/features/places": 1e-6, "share/features/images": 1e-7}
+    assert "features" in str(describe_saturation(row))
+    assert "logits" not in str(describe_saturation(row))
+    assert describe_saturation(row | {"share/features/images": 0.1}) is None

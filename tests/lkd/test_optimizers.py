@@ -23,12 +23,9 @@ from lkd.training.build import choose_student, prepare_images
 from lkd.training.introduce import introduce_network
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
 from lkd.training.training import Training
-from tests.lkd.parts import prepare_student, start_training
+from tests.lkd.parts import VIT, prepare_student, start_training
 
 CPU = torch.device("cpu")
-VIT = ModelRecipe(
-    "vit_tiny_patch16_224", options={"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
-)
 CONVNEXT = {"patch_size": 2, "stem_type": "patch", "output_stride": 8, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
 ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05}
 

@@ -1,23 +1,33 @@
-"""Teachers: live, tabulated, unreliable."""
+"""Teachers: live, tabulated, unreliable; a cache of one answers as it would, and only for what it was made with."""
 
 import dataclasses
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from lkd.config import CacheRecipe, DataRecipe, TeacherRecipe
+from lkd.cli import main
+from lkd.config import CacheRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.data import Batches
+from lkd.data.batches import OrderedBatches
 from lkd.data.embedded import TEACHER
 from lkd.export.cache import cache_answers
 from lkd.models import build
-from lkd.models.files import load_network
+from lkd.models.files import load_network, save_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
+from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logits, restore_logits
 from lkd.training import answers as asking
 from lkd.training.answers import ask_anew
-from lkd.training.build import check_network, open_teacher, prepare_images
+from lkd.training.build import check_network, choose_student, open_teacher, prepare_images
 from lkd.training.introduce import introduce_teacher
 from tests.lkd.parts import prepare_teacher
+from tests.lkd.tiny_images import write_image_folder
+from tests.processes import Command
 
 CPU = torch.device("cpu")
 
@@ -88,3 +98,168 @@ def test_a_teacher_that_does_not_fit_is_refused(images, tmp_path) -> None:
         check_network("t", {"num_classes": 10, "in_chans": 3}, images.train)
     with pytest.raises(UserError, match="no such file"):
         prepare_teacher(TeacherRecipe("missing.safetensors"), DataRecipe(), images, CPU)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Caches.
+
+IN_MEMORY = DataRecipe(train_size=200, meta_validation_size=100, augmentation="flip_and_crop", augmentation_seeds=2)
+RANDOM = TeacherRecipe("random", "tiny_cnn", random_answers=0.3, cache="cache")
+WORDS = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--data.augmentation", "flip_and_crop"]
+WORDS += ["--data.augmentation_seeds", "2", "--device", "cpu", "--train.batch_size", "40", "--train.epochs", "2"]
+CACHE = ["--teacher.cache", "cache"]
+
+
+def in_files(tmp_path: Path) -> DataRecipe:
+    """A data set in files; one cannot be decoded."""
+    root = Path(write_image_folder(tmp_path / "images"))
+    (root / "train" / "n00000002" / "5.JPEG").write_bytes(b"no picture")
+    return DataRecipe(
+        "image_folder", str(root), 0, 4, augmentation="random_resized_crop", augmentation_seeds=2, image_size=32
+    )
+
+
+@pytest.mark.parametrize(("where", "augmented"), [("memory", False), ("files", True)])
+def test_a_full_cache_answers_as_the_teacher_does_in_float16_to_the_bit(where, augmented, tmp_path) -> None:
+    data = IN_MEMORY if where == "memory" else in_files(tmp_path)
+    data = data if augmented else dataclasses.replace(data, augmentation="none", augmentation_seeds=0)
+    size = 40 if where == "memory" else 7
+    recipe = CacheRecipe(data=data, teacher=RANDOM, train=TrainRecipe(batch_size=size), shard_size=2 * size)
+    cache_answers(recipe)
+    images = prepare_images(data)
+    cached = prepare_teacher(RANDOM, data, images, CPU)
+    live = prepare_teacher(dataclasses.replace(RANDOM, cache=None), data, images, CPU)
+    batches = Batches(images.train, size, 5, data.augmentation, augmentation_seeds=data.augmentation_seeds)
+    for step in range(3 * batches.steps_per_epoch):
+        batch = batches.at(step)
+        answers, expected = cached(batch).logits, live(batch).logits
+        assert torch.equal(answers, expected.half().float())
+    with pytest.raises(UserError, match=r"teacher\.cache"):
+        cached(batch._replace(index=images.meta_validation.index[:1].expand(size)))
+    if augmented:  # to images as they are, of which the cache knows nothing
+        plain = images.train.batch(torch.arange(size), CPU)
+        assert torch.equal(cached(plain).logits, live(plain).logits)
+    fewer = images.train.select(torch.arange(0, len(images.train), 2))
+    batch = Batches(fewer, 8, 1, data.augmentation, augmentation_seeds=data.augmentation_seeds).at(0)
+    found = prepare_teacher(RANDOM, data, dataclasses.replace(images, train=fewer), CPU)(batch).logits
+    torch.testing.assert_close(found, live(batch).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_the_pixels_that_are_cached_are_those_of_training(where, tmp_path) -> None:
+    data = IN_MEMORY if where == "memory" else in_files(tmp_path)
+    train = prepare_images(data).train
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for seed in (1, 2):
+        for batch in OrderedBatches(train, 12, data.augmentation, seed, CPU):
+            assert len(batch.images) == len(batch.index)
+            seen |= {(int(i), seed): image for i, image in zip(batch.index, batch.images, strict=True)}
+    assert len(seen) == 2 * (len(train) - (where == "files"))
+    batches = Batches(train, 7, 3, data.augmentation, augmentation_seeds=2)
+    for step in range(2 * batches.steps_per_epoch):
+        batch = batches.at(step)
+        for index, seed, image in zip(batch.index, batch.augmentation, batch.images, strict=True):
+            assert torch.equal(seen[int(index), int(seed)], image)
+
+
+@pytest.mark.parametrize("classes", [10, 40_000])
+def test_top_k_keeps_the_probabilities_of_the_largest_and_their_rest(classes: int) -> None:
+    logits = 3 * torch.randn(6, classes)
+    kept = compress_logits(logits, 3)
+    assert sum(tensor.numel() * tensor.itemsize for tensor in kept.values()) == 6 * bytes_of_answer(classes, 3)
+    restored, expected = restore_logits(kept, classes).softmax(1), logits.softmax(1)
+    largest = expected.topk(3, 1).indices
+    torch.testing.assert_close(restored.gather(1, largest), expected.gather(1, largest), rtol=0.02, atol=1e-4)
+    rest = restored.scatter(1, largest, 0)
+    torch.testing.assert_close(rest.sum(1), expected.scatter(1, largest, 0).sum(1), rtol=0.02, atol=1e-4)
+    assert torch.equal((rest > 0).sum(1), torch.full((6,), classes - 3))
+    with pytest.raises(UserError, match="its logits reach 100000, float16 holds up to 65504"):
+        compress_logits(torch.tensor([[1e5, 0.0, 0.0]]), 0)
+    check_top_k(4, 10)
+    for wrong in (-1, 5):
+        with pytest.raises(UserError, match=f"top_k: {wrong} of 10 classes; 0 keeps them all, more than 4 save"):
+            check_top_k(wrong, 10)
+
+
+def test_distillation_never_asks_a_cached_teacher(monkeypatch) -> None:
+    assert main(["cache", *WORDS, *CACHE, "--top_k", "3"]) == 0
+    monkeypatch.setattr(Teacher, "__call__", lambda *arguments: pytest.fail("asked"))
+    assert main(["distill", *WORDS, *CACHE]) == 0
+    assert "98.00 % on meta-validation when its answers were cached" in Path("runs/run/output.txt").read_text()
+
+
+def test_what_a_cache_was_not_made_for_is_refused(capsys, monkeypatch) -> None:
+    assert main(["distill", *WORDS, *CACHE]) == 2
+    assert "cache holds no teacher cache; make one with lkd cache" in capsys.readouterr().err
+    full = shutil.disk_usage(".")._replace(free=3000)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: full)
+        assert main(["cache", *WORDS, *CACHE]) == 2
+    assert "teacher.cache: cache has" in capsys.readouterr().err
+    assert not list(Path("cache").glob("*"))
+    teachers = ["--teacher.path", "random", "--teacher.name", "tiny_cnn"]
+    assert main(["cache", *WORDS, *teachers, *CACHE, "--shard_size", "90"]) == 0
+    capsys.readouterr()
+    for number, (wrong, message) in enumerate(
+        [
+            (["--teacher.path", "embedded", "--teacher.name", "null"], "teacher.network"),
+            (["--teacher.random_answers", "0.1"], "teacher.random_answers"),
+            (["--data.augmentation", "flip_and_crop_4"], "data.augmentation"),
+            (["--data.augmentation_seeds", "3"], "lacks 3 of the 9 files for data.augmentation_seeds 3"),
+            (["--data.augmentation_seeds", "0"], "data.augmentation_seeds: 0"),
+            (["--data.mixup", "0.2"], "data.mixup"),
+            (["--data.train_size", "300"], "data.train_size"),
+            (["--loss", "fitnet"], "holds logits alone"),
+        ]
+    ):
+        assert main(["distill", *WORDS, *teachers, *CACHE, *wrong, "--run_dir", f"refused-{number}"]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    for wrong, message in [
+        (["--top_k", "3"], "top_k: 3, but the cache in cache has 0"),
+        (["--data.split_seed", "1"], "holds answers to other images"),
+        (["--loss", "fitnet"], "holds logits alone"),
+        (["--data.cutmix", "1.0"], "holds no answers to mixed"),
+    ]:
+        assert main(["cache", *WORDS, *teachers, *CACHE, "--shard_size", "90", *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_another_network_of_the_same_name_and_files_of_another_cache_are_refused() -> None:
+    recipe = CacheRecipe(data=IN_MEMORY, teacher=TeacherRecipe("random", "small_cnn", cache="cache"))
+    cache = cache_answers(recipe)
+    images = prepare_images(IN_MEMORY)
+    architecture = choose_student(ModelRecipe("small_cnn"), images.train).architecture
+    torch.manual_seed(1)
+    save_network(Path("other.safetensors"), build(**architecture), architecture, {})
+    with pytest.raises(UserError, match=r"was made with teacher\.weights '\w+', not with '\w+'"):
+        prepare_teacher(TeacherRecipe("other.safetensors", cache="cache"), IN_MEMORY, images, CPU)
+    smaller = dataclasses.replace(recipe, top_k=2, teacher=dataclasses.replace(recipe.teacher, cache="smaller"))
+    shutil.copy(cache_answers(smaller).path(2, 0), cache.path(2, 0))
+    with pytest.raises(UserError, match="belongs to another cache"):
+        prepare_teacher(recipe.teacher, IN_MEMORY, images, CPU)
+    cache.path(2, 0).write_bytes(cache.path(1, 0).read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        prepare_teacher(recipe.teacher, IN_MEMORY, images, CPU)
+
+
+def test_a_killed_cache_goes_on_to_the_same_bytes_and_processes_share_it(monkeypatch) -> None:
+    words = ["cache", *WORDS, "--shard_size", "40", "--threads", "1"]
+    assert main([*words, "--teacher.cache", "whole"]) == 0
+    words += CACHE
+    command = Command(words)
+    command.wait_for(lambda: list(Path("cache").glob("seed-*")))
+    time.sleep(random.Random(0).uniform(0, 0.02))
+    command.send_signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL, command.text
+    begun = {path: path.stat().st_mtime_ns for path in Path("cache").glob("seed-*")}
+    assert 0 < len(begun) < 10
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+        assert (len(list(Path("cache").glob("seed-*"))) == 10) == (rank == "0")
+    assert all(path.stat().st_mtime_ns == when for path, when in begun.items()), "what was there is kept"
+    for path in Path("whole").iterdir():
+        assert path.read_bytes() == (Path("cache") / path.name).read_bytes()
