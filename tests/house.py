@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import FrameType
 
@@ -79,34 +80,15 @@ def find_wrong_arrows() -> list[str]:
     return wrong
 
 
-def find_circles() -> list[list[str]]:
-    """Groups of files that import each other, directly or by way of others (Tarjan's strongly connected parts)."""
+def find_circle() -> list[str]:
+    """Files that import each other, directly or by way of others; none where there is no circle."""
     modules = list_files()
     graph = {name: {target for target, _ in list_imports(path, modules)} - {name} for name, path in modules.items()}
-    order: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    circles: list[list[str]] = []
-
-    def visit(module: str) -> None:
-        order[module] = low[module] = len(order)
-        stack.append(module)
-        for target in graph[module]:
-            if target not in order:
-                visit(target)
-                low[module] = min(low[module], low[target])
-            elif target in stack:
-                low[module] = min(low[module], order[target])
-        if low[module] == order[module]:
-            part = stack[stack.index(module) :]
-            del stack[stack.index(module) :]
-            if len(part) > 1:
-                circles.append(sorted(part))
-
-    for module in graph:
-        if module not in order:
-            visit(module)
-    return circles
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        return circle.args[1]
+    return []
 
 
 def list_files_of_a_step() -> list[str]:
@@ -141,4 +123,4 @@ def list_files_of_a_step() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*find_wrong_arrows(), *find_circles(), sep="\n")
+    print(*find_wrong_arrows(), *find_circle(), sep="\n")

@@ -24,7 +24,6 @@ class Fault:
         inject: From a moment to what is done to the process; None if the fault comes from outside.
         codes: Exit codes that keep the promise.
         says: What the run must have said, as a regular expression.
-        again: What the run that goes on must say.
         files: Whether it needs images in files.
         exact: Whether the result is that of the undisturbed run to the bit; else that of the run with `reference`.
         reference: Another fault that must have the same result when it comes at the same call.
@@ -38,7 +37,6 @@ class Fault:
     inject: Callable[[Moment], Injection] | None = None
     codes: tuple[int, ...] = (2,)
     says: str = "^lkd: error: "
-    again: str = ""
     files: bool = False
     exact: bool = True
     reference: str = ""

@@ -139,11 +139,7 @@ def write_report(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_json(folder / "result.json", evidence(COMMAND, environment(), figures))
     lines = [f"| fault | {' | '.join(ALL)} | longest, s |", f"|---|{'---|' * len(ALL)}---|"]
     lines += [format_fault(label, rows) for label in FAULTS]
-    lines += [
-        "",
-        "A cell: runs that kept the promise / runs, most steps done again; — where the fault does not apply:",
-        "",
-    ]
+    lines += ["", LEGEND, ""]
     lines += [f"* {label}: {fault.elsewhere}" for label, fault in FAULTS.items() if fault.elsewhere]
     kept = sum(row["kept"] for row in rows)
     counts = COUNTS.format(kept=kept, equal=sum(exact), exact=len(exact), **figures)

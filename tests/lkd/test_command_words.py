@@ -1,62 +1,24 @@
 """Words that lead a command line: recipe files, or the values of one field."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lkd.cli import main, overview
+from lkd.cli import main
 from lkd.config import DistillRecipe, TrainRecipe
-from lkd.config.parse import COMMANDS, POSITIONAL, make_recipe, parse_recipe, split_files, usage
+from lkd.config.parse import make_recipe, parse_recipe, split_files
 from lkd.core.errors import UserError
 
 
-@dataclass
-class Listed:
-    """Takes any number of folders.
-
-    Args:
-        runs: Folders.
-        out: A file.
-    """
-
-    runs: list[str] = field(default_factory=list)
-    out: str = "page.html"
-
-
-@dataclass
-class Single:
-    """Takes one loss.
-
-    Args:
-        loss: A loss.
-    """
-
-    loss: dict[str, Any] | str = "kd"
-
-
-@pytest.fixture(autouse=True)
-def _commands(monkeypatch) -> None:
-    monkeypatch.setitem(COMMANDS, "show", (Listed, "show runs"))
-    monkeypatch.setitem(COMMANDS, "look", (Single, "look at a loss"))
-    monkeypatch.setitem(POSITIONAL, "show", "runs")
-    monkeypatch.setitem(POSITIONAL, "look", "loss")
-
-
-def test_leading_words_fill_a_list() -> None:
+def test_leading_words_fill_a_list_or_a_single_value() -> None:
     odd = ["a b", "null", "[1, 2]", "3", "{x: 1}", 'q"uote']
-    recipe = parse_recipe("show", [*odd, "--out", "o.html"])
+    recipe = parse_recipe("report", [*odd, "--out", "o.html"])
     assert (recipe.runs, recipe.out) == (odd, "o.html")
-    assert parse_recipe("show", []).runs == []
-    assert parse_recipe("show", ["--runs", "[a, b]"]).runs == ["a", "b"]
-
-
-def test_a_leading_word_is_a_single_value() -> None:
-    assert parse_recipe("look", ["runs/x.lkd.safetensors"]).loss == "runs/x.lkd.safetensors"
-    assert parse_recipe("look", ["{name: kd, weight: 0.5}"]).loss == {"name": "kd", "weight": 0.5}
+    assert parse_recipe("report", ["--runs", "[a, b]"]).runs == ["a", "b"]
+    assert parse_recipe("inspect", ["runs/x.lkd.safetensors"]).loss == "runs/x.lkd.safetensors"
+    assert parse_recipe("inspect", ["{name: kd, weight: 0.5}"]).loss == {"name": "kd", "weight": 0.5}
     with pytest.raises(UserError, match="loss: one is taken, but 2 are given: a b"):
-        parse_recipe("look", ["a", "b"])
+        parse_recipe("inspect", ["a", "b"])
 
 
 def test_recipe_files_come_first_or_after_config() -> None:
@@ -65,11 +27,10 @@ def test_recipe_files_come_first_or_after_config() -> None:
 
 
 def test_help_and_mistakes_speak_of_them(capsys) -> None:
-    assert (usage(Listed, "runs"), usage(Single, "loss")) == ("RUN ...", "LOSS")
-    assert main(["show", "--help"]) == 0
-    assert "usage: lkd show RUN ... [--key value ...]" in capsys.readouterr().out
-    assert "show runs" in overview()
-    assert main(["show", "--out", "o.html", "a"]) == 2
+    for command, words in (("report", "RUN ..."), ("inspect", "LOSS")):
+        assert main([command, "--help"]) == 0
+        assert f"usage: lkd {command} {words} [--key value ...]" in capsys.readouterr().out
+    assert main(["report", "--out", "o.html", "a"]) == 2
     assert "'a' is not an option, nor a value of one; files and folders go before" in capsys.readouterr().err
 
 

@@ -17,30 +17,9 @@ from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json, write_json
 from lkd.core.workers import start_workers
-from lkd.evaluation.comparison import tables
+from lkd.evaluation.comparison import tables, trials
 from lkd.evaluation.comparison.compare import check_methods, compare
-from lkd.evaluation.comparison.tables import (
-    format_csv,
-    format_latex,
-    format_table,
-    list_lines,
-    list_rows,
-    plot_table,
-    summarize,
-)
-from lkd.evaluation.comparison.trials import (
-    Cost,
-    Trial,
-    choose_points,
-    expand_grid,
-    open_inputs,
-    pick_options,
-    plan_report,
-    plan_tuning,
-    run_trial,
-    split_method,
-    trial_path,
-)
+from lkd.evaluation.comparison.trials import Trial, trial_path
 from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.learned.file import save_loss
 from lkd.tracking.run import open_run
@@ -71,17 +50,16 @@ def write_score(recipe: CompareRecipe, trial: Trial, folder: Path, top1: float) 
     write_json(trial_path(recipe, trial, folder), {"meta_validation": figures})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Options, grids, and the tuning budget.
 
 
 def test_a_grid_expands_to_all_its_points_and_may_hold_the_learning_rate() -> None:
     method = {"name": "kd", "weight": 0.5, "grid": {"weight": [0.2, 1.0], "train.learning_rate": [0.03, 0.1]}}
-    points = expand_grid(method)
+    points = trials.expand_grid(method)
     assert len(points) == 4
     assert {"name": "kd", "weight": 1.0, "train": {"learning_rate": 0.03}} in points
-    assert expand_grid("kd") == ["kd"]
-    loss, train = split_method(points[0], TrainRecipe(epochs=3))
+    assert trials.expand_grid("kd") == ["kd"]
+    loss, train = trials.split_method(points[0], TrainRecipe(epochs=3))
     assert loss == {"name": "kd", "weight": 0.2}
     assert (train.learning_rate, train.epochs) == (0.03, 3)
 
@@ -93,34 +71,34 @@ def test_the_budget_is_the_same_for_all_and_spread_over_the_values(budget: int) 
         KD={"name": "kd", "weight": 0.8, "temperature": 4.0, "grid": GRID},
         CE={"name": "cross_entropy", "grid": {"train.learning_rate": [0.03, 0.1]}},
     )
-    points = choose_points(recipe, "KD")
+    points = trials.choose_points(recipe, "KD")
     assert len(points) == budget == len({str(point) for point in points})
     assert {"name": "kd", "weight": 0.8, "temperature": 4.0} in points, "the method's own options are among them"
     for option in GRID:
         assert set(Counter(point[option] for point in points).values()) == {budget // 4}
-    assert points == choose_points(recipe, "KD")
-    assert len(choose_points(recipe, "CE")) == 2
+    assert points == trials.choose_points(recipe, "KD")
+    assert len(trials.choose_points(recipe, "CE")) == 2
     recipe.seed = 1
-    assert points != choose_points(recipe, "KD")
+    assert points != trials.choose_points(recipe, "KD")
 
 
 def test_the_first_point_holds_the_recipes_learning_rate() -> None:
     recipe = tuned_recipe(1, KD={"name": "kd", "grid": {"train.learning_rate": [0.03, 0.1], "weight": [0.2, 0.5]}})
     recipe.train.learning_rate = 0.1
-    assert choose_points(recipe, "KD") == [{"name": "kd", "weight": 0.2, "train": {"learning_rate": 0.1}}]
+    assert trials.choose_points(recipe, "KD") == [{"name": "kd", "weight": 0.2, "train": {"learning_rate": 0.1}}]
 
 
 def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their_mean(tmp_path) -> None:
     recipe = tuned_recipe(8, 2, KD={"name": "kd", "grid": GRID}, CE="cross_entropy")
-    trials = plan_tuning(recipe)
-    assert len(trials) == 8
-    assert {trial.seed for trial in trials} == {0, 1}
-    best, lucky = trials[1].loss, trials[2].loss
-    for trial in trials:
+    planned = trials.plan_tuning(recipe)
+    assert len(planned) == 8
+    assert {trial.seed for trial in planned} == {0, 1}
+    best, lucky = planned[1].loss, planned[2].loss
+    for trial in planned:
         lucks = {0: 85.0, 1: 70.0}
         top1 = 80.0 if trial.loss == best else lucks[trial.seed] if trial.loss == lucky else 60.0
         write_score(recipe, trial, tmp_path, top1)
-    assert pick_options(recipe, tmp_path) == {"KD": best, "CE": "cross_entropy"}
+    assert trials.pick_options(recipe, tmp_path) == {"KD": best, "CE": "cross_entropy"}
 
 
 @pytest.mark.parametrize(
@@ -142,10 +120,9 @@ def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their
 def test_a_mistake_is_one_line_before_any_training(changes: dict, named: str) -> None:
     recipe = tiny_recipe(**changes)
     with pytest.raises(UserError, match=named):
-        check_methods(recipe, open_inputs(recipe))
+        check_methods(recipe, trials.open_inputs(recipe))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Statistics and tables.
 
 
@@ -166,7 +143,7 @@ def table(seeds: int = 3) -> list[dict]:
         for method, tops in TOPS.items()
         for seed, top1 in enumerate(tops[:seeds])
     ]
-    return [row | {"tuned_over": 8} for row in summarize(rows, "KD")]
+    return [row | {"tuned_over": 8} for row in tables.summarize(rows, "KD")]
 
 
 def test_differences_are_paired_over_seeds() -> None:
@@ -179,13 +156,13 @@ def test_differences_are_paired_over_seeds() -> None:
 
 
 def test_the_table_is_text_latex_and_csv() -> None:
-    lines = list_lines(table(), "KD")
-    text = format_table(lines, ["100 % of it"])
+    lines = tables.list_lines(table(), "KD")
+    text = tables.format_table(lines, ["100 % of it"])
     assert text.splitlines()[2].startswith(
         "s_1      A&B_100%  82.00 ± 0.76  83.00 ± 0.76  +1.00 ± 0.29  [−0.24, +2.24]  3"
     )
     assert text.endswith("\n\n100 % of it\n")
-    latex = format_latex(lines, ["100 % of it"])
+    latex = tables.format_latex(lines, ["100 % of it"])
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + 6
     assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {10}
@@ -193,15 +170,14 @@ def test_the_table_is_text_latex_and_csv() -> None:
     assert r"$\pm$" in latex
     assert all(line.startswith("%") or not re.search(r"(?<!\\)[%#_]|[−±]", line) for line in latex.splitlines())
     assert latex.count(r"\midrule") == 2, "one below the header, one between the students"
-    rows = list(csv.DictReader(io.StringIO(format_csv(list_rows(table(seeds=1))))))
+    rows = list(csv.DictReader(io.StringIO(tables.format_csv(tables.list_rows(table(seeds=1))))))
     assert float(rows[1]["last"]) == 81.0
     assert rows[1]["interval_low"] == rows[2]["peak_mib"] == "", "nothing where nothing is known"
     for seeds in (1, 3):
-        plot_table(table(seeds=seeds), "KD", Path("comparison.png"))
+        tables.plot_table(table(seeds=seeds), "KD", Path("comparison.png"))
         assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Trials: their place, their cost, their results.
 
 
@@ -259,7 +235,7 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
 
 
 def test_only_the_blocks_are_timed() -> None:
-    cost = Cost(torch.device("cpu"))
+    cost = trials.Cost(torch.device("cpu"))
     for _ in range(2):
         time.sleep(0.2)
         with cost.measured():
@@ -271,7 +247,7 @@ def test_only_the_blocks_are_timed() -> None:
 def test_the_peak_is_that_of_the_blocks_whatever_came_before() -> None:
     for earlier in (1, 400):
         torch.ones(earlier * 2**18)  # MiB, freed at once
-        cost = Cost(torch.device("cpu"))
+        cost = trials.Cost(torch.device("cpu"))
         torch.ones(200 * 2**18)  # evaluation
         with cost.measured():
             torch.ones(64 * 2**18)
@@ -288,9 +264,9 @@ def test_a_comparison_runs_once_and_reports_every_seed() -> None:
     assert [row["method"] for row in found] == ["CE", "KD"]
     rows = list(csv.DictReader((run.path / "cells.csv").open()))
     assert sorted((row["method"], row["seed"]) for row in rows) == [("CE", "0"), ("CE", "1"), ("KD", "0"), ("KD", "1")]
-    for trial in plan_tuning(recipe):
+    for trial in trials.plan_tuning(recipe):
         assert "last" not in read_json(trial_path(recipe, trial, run.path)), "tuning must not read the test split"
-    assert len(plan_report(recipe, read_json(run.path / "picks.json"))) == 4
+    assert len(trials.plan_report(recipe, read_json(run.path / "picks.json"))) == 4
     before = {path: path.stat().st_mtime_ns for path in (run.path / "cells").iterdir()}
     recipe.resume = "auto"
     with open_run(recipe, "compare", quiet=True) as run:
@@ -300,8 +276,10 @@ def test_a_comparison_runs_once_and_reports_every_seed() -> None:
 
 def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     losses = ["cross_entropy", {"name": "kd", "weight": 0.0, "temperature": 2.0}]
-    trials = [Trial("x", loss, ModelRecipe(), 5, reported=True) for loss in losses]
-    first, second = (run_trial(tiny_recipe(), trial, tmp_path / f"{n}.json") for n, trial in enumerate(trials))
+    first, second = (
+        trials.run_trial(tiny_recipe(), Trial("x", loss, ModelRecipe(), 5, reported=True), tmp_path / f"{number}.json")
+        for number, loss in enumerate(losses)
+    )
     assert first["last"] == second["last"]
     assert first["meta_validation"] == second["meta_validation"]
 

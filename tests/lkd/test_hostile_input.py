@@ -34,28 +34,8 @@ from lkd.models.files import load_network, save_network
 from lkd.models.foreign_weights import load_foreign_network
 from lkd.pool.pool import INDEX
 from lkd.training.checkpoints import Checkpoints
-from tests.hostile_input import worker
-from tests.hostile_input.mutators import (
-    ALIAS_BOMB,
-    IMPORT,
-    MERGE_BOMB,
-    PICKLES,
-    Payload,
-    claim_size,
-    fit_checksum,
-    nest_tars,
-)
-from tests.hostile_input.readers import (
-    READERS,
-    TINY,
-    draw_picture,
-    read_pool,
-    tiny_training,
-    write_losses,
-    write_npz,
-    write_pool,
-    write_shards,
-)
+from tests.hostile_input import mutators, readers, worker
+from tests.hostile_input.readers import READERS, TINY
 
 SOURCES = [
     path
@@ -98,11 +78,11 @@ FEWER = {"recipe": 15, "foreign checkpoint": 15, "meta-training checkpoint": 20}
 
 def test_pickles_are_refused_not_run(tmp_path, no_evil) -> None:
     path = tmp_path / "teacher.pth"
-    for content in PICKLES:
+    for content in mutators.PICKLES:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"teacher\.pth"):
             load_foreign_network(path, "resnet8")
-    torch.save({"model": Payload()}, path)
+    torch.save({"model": mutators.Payload()}, path)
     with pytest.raises(UserError, match="cannot be read as a checkpoint of weights only"):
         load_foreign_network(path, "resnet8")
     torch.save({"model": {"w": torch.zeros(1000)}}, path)
@@ -117,13 +97,13 @@ def test_pickles_are_refused_not_run(tmp_path, no_evil) -> None:
     [
         "seed: !!python/object/apply:os.system ['touch EVIL']",
         "loss: !!python/object/new:evil_module.Evil []",
-        f"data: {IMPORT}",
+        f"data: {mutators.IMPORT}",
         "data: evil_module.Evil",
-        f"data: '{IMPORT}'",
-        f"loss: {{name: kd, weight: [{IMPORT}]}}",
-        f"loss: {{name: {IMPORT}}}",
-        f"student: {{options: {{a: {IMPORT}}}}}",
-        f"student: {IMPORT}",
+        f"data: '{mutators.IMPORT}'",
+        f"loss: {{name: kd, weight: [{mutators.IMPORT}]}}",
+        f"loss: {{name: {mutators.IMPORT}}}",
+        f"student: {{options: {{a: {mutators.IMPORT}}}}}",
+        f"student: {mutators.IMPORT}",
         "loss: {name: kd, weight: [{class_path: subprocess.Popen, init_args: {args: [touch, EVIL]}}]}",
     ],
 )
@@ -148,8 +128,8 @@ def test_a_recipe_names_no_file_that_is_run(tmp_path, no_evil) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ALIAS_BOMB, "line 2: aliases"),
-        (MERGE_BOMB, "line 2: aliases"),
+        (mutators.ALIAS_BOMB, "line 2: aliases"),
+        (mutators.MERGE_BOMB, "line 2: aliases"),
         ("a: &a [*a]", "line 1: aliases"),
         ("a: " + "[" * 30 + "]" * 30, "nested more than 20 deep"),
         ("a: " + "[" * 100_000, "is not YAML"),
@@ -209,7 +189,7 @@ def test_what_is_too_long_or_nested_too_deeply_is_refused_before_it_is_read(tmp_
 def test_a_loss_of_any_size_or_of_a_newer_package_is_refused_before_it_is_made(
     arguments: dict, message: str, tmp_path
 ) -> None:
-    write_losses(tmp_path)
+    readers.write_losses(tmp_path)
     weights, header = read_tensors(tmp_path / "decoupled.lkd.safetensors", KIND, VERSION)
     header["architecture"]["parts"]["logits"]["arguments"] = arguments
     write_tensors(tmp_path / "l", weights, KIND, VERSION, {key: header[key] for key in ("architecture", "provenance")})
@@ -250,32 +230,32 @@ def test_a_network_file_has_its_weights_and_three_channels(tmp_path) -> None:
 
 def test_a_pool_reads_its_own_folder_alone_and_students_of_its_shapes(tmp_path) -> None:
     for file in ("../student.safetensors", "/tmp/student.safetensors", "..", ""):
-        write_pool(tmp_path, students=[{"file": file, "training": 0, "progress": 0.5}])
+        readers.write_pool(tmp_path, students=[{"file": file, "training": 0, "progress": 0.5}])
         with pytest.raises(UserError, match="is not a name of a file in the pool's folder"):
-            read_pool(tmp_path / "pool" / INDEX)
-    write_pool(tmp_path, architecture=TINY | {"in_chans": 3})
+            readers.read_pool(tmp_path / "pool" / INDEX)
+    readers.write_pool(tmp_path, architecture=TINY | {"in_chans": 3})
     with pytest.raises(UserError, match=r"is not a good pool student .*stages.stage1.0.weight is"):
-        read_pool(tmp_path / "pool" / INDEX, TINY | {"in_chans": 3})
+        readers.read_pool(tmp_path / "pool" / INDEX, TINY | {"in_chans": 3})
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", TrainRecipe(), str)
     checkpoints.save(3, {"training": {"step": 3, "student": {"x": torch.zeros(1)}}})
     with pytest.raises(UserError, match="is not a good folder of checkpoints of this training"):
-        checkpoints.resume_training(tiny_training())
+        checkpoints.resume_training(readers.tiny_training())
     header = {"tree": {"dict": [["a", {"tensor": "7"}]]}}
     write_tensors(tmp_path / "c" / "000000009.safetensors", {"0": torch.zeros(1)}, "checkpoint", 2, header)
     assert checkpoints.load()["training"]["step"] == 3, "the one before takes its place"
     save_checkpoint(tmp_path / "d" / "000000003.safetensors", {})
     with pytest.raises(UserError, match="is not a good folder of checkpoints of this training"):
-        Checkpoints(tmp_path / "d", TrainRecipe(), str).resume_training(tiny_training())
+        Checkpoints(tmp_path / "d", TrainRecipe(), str).resume_training(readers.tiny_training())
 
 
 @pytest.mark.parametrize("tree", [None, []])
 def test_a_checkpoint_of_nothing_does_not_begin_a_training_anew_in_silence(tree, tmp_path) -> None:
     said: list[str] = []
     save_checkpoint(tmp_path / "000000003.safetensors", tree)
-    assert Checkpoints(tmp_path, TrainRecipe(), said.append).resume_training(tiny_training()) == {}
+    assert Checkpoints(tmp_path, TrainRecipe(), said.append).resume_training(readers.tiny_training()) == {}
     assert f"holds a {type(tree).__name__}, not what a training saves" in said[0]
 
 
@@ -324,7 +304,7 @@ def test_weights_that_are_none_are_refused(weight: torch.Tensor, tmp_path) -> No
 
 
 def test_a_list_of_shards_does_not_lead_out_of_its_folder(tmp_path) -> None:
-    write_shards(tmp_path)
+    readers.write_shards(tmp_path)
     for name in ("../../evil.tar", "/tmp/evil.tar", "a/../../evil.tar", "evil\0.tar"):
         write_json(tmp_path / "_info.json", {"splits": {"train": {"filenames": [name]}}})
         with pytest.raises(UserError, match="is not a file in that folder"):
@@ -332,7 +312,7 @@ def test_a_list_of_shards_does_not_lead_out_of_its_folder(tmp_path) -> None:
 
 
 def test_a_name_that_is_too_long_is_no_file(tmp_path, capsys) -> None:
-    write_shards(tmp_path)
+    readers.write_shards(tmp_path)
     write_json(tmp_path / "_info.json", {"splits": {"train": {"filenames": ["x" * 300]}}})
     with pytest.raises(UserError, match=r"x: no such shard, but _info\.json names it"):
         load_dataset("wds/x", str(tmp_path))
@@ -351,7 +331,7 @@ def test_members_of_a_tar_are_never_written_anywhere(name, kind, tmp_path) -> No
     folder.mkdir(parents=True)
     for part in ("train", "val"):
         with tarfile.open(folder / f"{part}.tar", "w") as tar:
-            add_member(tar, "c/0.jpg", draw_picture(0))
+            add_member(tar, "c/0.jpg", readers.draw_picture(0))
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             member.size = 4 if kind == tarfile.REGTYPE else 0
@@ -373,18 +353,18 @@ def test_a_tar_member_of_an_impossible_size_is_refused(size: int, tmp_path) -> N
             add_member(tar, f"c/{number}.jpg", b"x" * 600)
     content, lead = path.read_bytes(), b"\xff" if size < 0 else b"\x80"
     header = content[:124] + lead + (size % 2**88).to_bytes(11, "big") + content[136:512]
-    path.write_bytes(fit_checksum(header) + content[512:])
+    path.write_bytes(mutators.fit_checksum(header) + content[512:])
     with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
         list(index_tar(path))
 
 
 def test_tars_in_tars_and_classes_have_an_end(tmp_path) -> None:
-    (tmp_path / "a.tar").write_bytes(nest_tars(10))
+    (tmp_path / "a.tar").write_bytes(mutators.nest_tars(10))
     with pytest.raises(UserError, match="lie in each other, more than 3 deep"):
         list(index_tar(tmp_path / "a.tar"))
     for part in ("train", "val"):
         with tarfile.open(tmp_path / f"{part}-0.tar", "w") as tar:
-            add_member(tar, "0.jpg", draw_picture(0))
+            add_member(tar, "0.jpg", readers.draw_picture(0))
             add_member(tar, "0.cls", b"99999999999")
     with pytest.raises(UserError, match="label 99,999,999,999 of a training image"):
         load_dataset("wds/x", str(tmp_path))
@@ -392,7 +372,7 @@ def test_tars_in_tars_and_classes_have_an_end(tmp_path) -> None:
 
 def test_arrays_claim_no_more_than_the_file_holds(tmp_path, no_evil) -> None:
     """A header may say any shape, a directory of an archive any size: nothing is allocated for them."""
-    write_npz(tmp_path)
+    readers.write_npz(tmp_path)
     with zipfile.ZipFile(tmp_path / "plain.npz") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     shape, claimed = b"(3, 8, 8), }", b"(3, 8, 800000000000), }"
@@ -404,7 +384,7 @@ def test_arrays_claim_no_more_than_the_file_holds(tmp_path, no_evil) -> None:
             archive.writestr(name, content)
     with pytest.raises(UserError, match=r"evil\.npz: cannot be read.*train_images\.npy claims uint8"):
         load_dataset("npz/evil", str(tmp_path))
-    for content in PICKLES:
+    for content in mutators.PICKLES:
         with zipfile.ZipFile(tmp_path / "evil.npz", "w") as archive:
             archive.writestr("train_images.npy", content)
         with pytest.raises(UserError, match=r"evil\.npz: cannot be read"):
@@ -415,11 +395,11 @@ def test_arrays_claim_no_more_than_the_file_holds(tmp_path, no_evil) -> None:
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_an_image_that_claims_to_be_huge_is_refused_unread(format: str, width: int, height: int) -> None:
     with pytest.raises(DamagedImageError, match=r"^bomb: cannot be decoded"):
-        decode(as_bytes(claim_size(draw_picture(0, format), width, height)), "bomb")
+        decode(as_bytes(mutators.claim_size(readers.draw_picture(0, format), width, height)), "bomb")
 
 
 def test_an_animation_and_sixteen_bits_give_one_image_of_eight() -> None:
-    frames = [Image.open(io.BytesIO(draw_picture(number))).resize((20, 20)) for number in range(3)]
+    frames = [Image.open(io.BytesIO(readers.draw_picture(number))).resize((20, 20)) for number in range(3)]
     moving, deep = io.BytesIO(), io.BytesIO()
     frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
     Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(deep, "PNG")

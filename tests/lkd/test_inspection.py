@@ -16,19 +16,8 @@ from torch import Tensor, nn
 from lkd.cli import main
 from lkd.config import InspectRecipe
 from lkd.core.outputs import Outputs
-from lkd.evaluation.inspection import (
-    STAGES,
-    TYPICAL_TEMPERATURE,
-    WORLDS,
-    States,
-    describe_field,
-    draw_batch,
-    draw_states,
-    find_rest,
-    fit_balance,
-    inspect_loss,
-    logit_gradient,
-)
+from lkd.evaluation import inspection
+from lkd.evaluation.inspection import States, draw_batch, draw_states, fit_balance, inspect_loss, logit_gradient
 from lkd.evaluation.inspection_report import inspect_recipe
 from lkd.losses import CrossEntropyLoss, DecoupledLoss, FeatureLoss, GenericLoss, KDLoss, LearnedLoss
 from lkd.losses.build import build_loss
@@ -110,9 +99,9 @@ def test_the_fit_is_the_least_of_all_squares() -> None:
 
 
 def test_the_rest_is_where_the_gradient_turns() -> None:
-    assert find_rest(torch.tensor([-3.0, -1.0, 1.0])) == pytest.approx((0.5 + 0.99) / 2)
-    assert (find_rest(-torch.ones(5)), find_rest(torch.ones(5))) == (1.0, 0.0)
-    field = describe_field(CrossEntropyLoss(), KDLoss(1.0, 1.0), 10)
+    assert inspection.find_rest(torch.tensor([-3.0, -1.0, 1.0])) == pytest.approx((0.5 + 0.99) / 2)
+    assert (inspection.find_rest(-torch.ones(5)), inspection.find_rest(torch.ones(5))) == (1.0, 0.0)
+    field = inspection.describe_field(CrossEntropyLoss(), KDLoss(1.0, 1.0), 10)
     assert field["kd"]["rest"][3:-3] == pytest.approx(field["confidence"][3:-3], abs=0.02), "KD pulls to the teacher"
     assert set(field["loss"][0]["rest"]) == {1.0}, "cross-entropy pulls to the label"
     student = field["confidence"][5]
@@ -155,7 +144,7 @@ def test_a_form_s_own_balance_is_shown_over_progress() -> None:
 @pytest.fixture
 def learned_file(tmp_path) -> Path:
     path = tmp_path / "both.lkd.safetensors"
-    save_loss(path, build_learned_loss("both", {}, STAGES, STAGES), {})
+    save_loss(path, build_learned_loss("both", {}, inspection.STAGES, inspection.STAGES), {})
     return path
 
 
@@ -207,7 +196,9 @@ def test_a_made_up_batch_is_of_the_world_that_it_is_to_be_of() -> None:
     assert figures.training_agreement == pytest.approx(0.7 * 0.9 + 0.3 * 0.1 / 9, abs=0.03)
     clean = draw_batch(0.0, 0.9, 0.6, 10, 0)
     assert torch.equal(clean.teacher, batch.teacher)
-    assert find_best_temperature(clean.teacher, clean.target, 0.1, 10.0) == pytest.approx(TYPICAL_TEMPERATURE, rel=0.1)
+    assert find_best_temperature(clean.teacher, clean.target, 0.1, 10.0) == pytest.approx(
+        inspection.TYPICAL_TEMPERATURE, rel=0.1
+    )
     assert len(draw_batch(0.3, 0.9, 0.6, 21_841, 0).target) == 200
 
 
@@ -215,7 +206,7 @@ def test_what_is_set_in_made_up_worlds_is_what_the_form_sets() -> None:
     conditioning = ["state", "context", "agreement", "calibration"]
     loss = wander(build_learned_loss("logits", {"conditioning": conditioning}))
     choices = inspect_loss(loss.float())["choices"]
-    part, batch = loss.double().parts["logits"], draw_batch(*WORLDS["wrong labels"], 10, 0)
+    part, batch = loss.double().parts["logits"], draw_batch(*inspection.WORLDS["wrong labels"], 10, 0)
     for column, figures in (("told", batch.figures), ("not told", TrustFigures())):
         loss.tell(figures)
         answers = [batch.student.argmax(1), batch.teacher.argmax(1)]
@@ -231,7 +222,7 @@ def test_what_is_set_in_made_up_worlds_is_what_the_form_sets() -> None:
     assert inspect_loss(build_learned_loss("logits", {}))["choices"] is None
     two = inspect_loss(build_learned_loss("logits", {"form": "generic", "conditioning": ["context"]}), num_classes=2)
     assert two["choices"]["agreement"]["progress 0"]["all differ"] == {"weight": None, "temperature": None}
-    assert (two["choices"]["trust"], list(two["choices"]["context"])) == (None, list(WORLDS))
+    assert (two["choices"]["trust"], list(two["choices"]["context"])) == (None, list(inspection.WORLDS))
 
 
 def test_a_loss_that_the_package_carries_is_inspected_by_its_name(universal: Path, capsys) -> None:
