@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ META = "--meta.outer_steps 1 --meta.rollout_steps 2 --meta.students_per_step 1"
 STEP = "--data.train_size 4 --data.meta_validation_size 4 --train.batch_size 4 --train.epochs 1"
 RANDOM_TEACHER = "--teacher.path random --teacher.pretrained false"  # nobody's weights are at hand
 FIDELITY = "--pool.max_age 0.5 --ages [0.0,0.5] --rollout_lengths [1,2] --workers 1 --rollouts 2 --full_seeds 2"
-COMPARE = "--tuning_trainings 1 --tuning_seeds 1 --students '[{name: small_cnn}]' --seeds 1 --workers 1"
+COMPARE = "--tuning_trainings 1 --tuning_seeds 1 --students '[{name: tiny_cnn}]' --seeds 1 --workers 1"
 INFLUENCE = "--influence.parameters classifier --influence.iterations 2 --influence.curvature_examples 50"
 SMALL = {  # what makes a command small; others are
     "teacher": TRAINING,
@@ -158,6 +159,7 @@ def fashion_root(tmp_path_factory) -> str:
     return write_fashion_mnist(tmp_path_factory.mktemp("fashion"))
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("recipe", sorted(RECIPES - set(" ".join(readme_commands()).split())))
 def test_every_recipe_that_the_readme_does_not_run_runs(recipe: str, fashion_root: str) -> None:
     found = re.search(r"lkd ([\w-]+) configs/", (ROOT / recipe).read_text())
@@ -166,7 +168,7 @@ def test_every_recipe_that_the_readme_does_not_run_runs(recipe: str, fashion_roo
     run(found[1], ROOT / recipe, root, SMALL[found[1]])
 
 
-def test_every_command_in_the_readme_runs(fashion_root: str) -> None:
+def test_every_command_in_the_readme_runs(fashion_root: str, monkeypatch) -> None:
     """And in docs/tour.md; in their own order, one after another: later commands use the files of earlier ones."""
     Path("configs").symlink_to(ROOT / "configs")
     Path("photos").mkdir()
@@ -174,6 +176,7 @@ def test_every_command_in_the_readme_runs(fashion_root: str) -> None:
     pictures = write_image_folder(Path("pictures").resolve())
     timm_network = timm.create_model("resnet18", num_classes=len(os.listdir(f"{pictures}/train")))
     torch.save({"state_dict": timm_network.state_dict()}, "teacher.pth")
+    monkeypatch.setattr("lkd.evaluation.comparison.compare.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
     commands = readme_commands()
     assert len(commands) >= 20
     for line in commands:

@@ -74,18 +74,17 @@ def test_fashion_mnist_and_its_rest(tmp_path) -> None:
             load_dataset("fashion_mnist", write_fashion_mnist(tmp_path / name, **options))
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_cifar_is_read_and_split(name: str, classes: int, tmp_path, monkeypatch) -> None:
-    root = write_cifar(tmp_path, name, monkeypatch)
-    images = prepare_images(DataRecipe(name, root, 0, 100, augmentation="flip_and_crop_4"))
+def test_cifar_is_read_and_split(tmp_path, monkeypatch) -> None:
+    root = write_cifar(tmp_path, "cifar100", monkeypatch)
+    images = prepare_images(DataRecipe("cifar100", root, 0, 100, augmentation="flip_and_crop_4"))
     assert (len(images.train), len(images.meta_validation), len(images.test)) == (300, 100, 100)
-    assert (images.train.num_classes, images.train.image_shape) == (classes, (3, 32, 32))
-    assert torch.bincount(images.meta_validation.labels, minlength=classes).tolist() == [100 // classes] * classes
+    assert (images.train.num_classes, images.train.image_shape) == (100, (3, 32, 32))
+    assert torch.bincount(images.meta_validation.labels).tolist() == [1] * 100
     assert Batches(images.train, 8, 0, "flip_and_crop_4").at(0).images.shape == (8, 3, 32, 32)
-    with next(tmp_path.glob("cifar-*/*train*" if classes == 100 else "cifar-*/data_batch_1")).open("ab") as file:
+    with next(tmp_path.glob("cifar-*/*train*")).open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"data\.root: cifar-.* cannot be read") as caught:
-        load_dataset(name, root)
+        load_dataset("cifar100", root)
     assert "\n" not in str(caught.value)
 
 
@@ -123,10 +122,6 @@ def test_flipped_labels_are_wrong_and_uniform() -> None:
     shift = torch.bincount((noisy - labels)[changed] % 10, minlength=10)
     assert shift[0] == 0
     assert (shift[1:] - 4000 / 9).abs().max() < 100
-    clean, noised = (prepare_images(DataRecipe(label_noise=noise)) for noise in (0.0, 0.4))
-    assert (clean.train.labels != noised.train.labels).float().mean() == pytest.approx(0.4)
-    assert torch.equal(clean.meta_validation.labels, noised.meta_validation.labels), "meta-validation is left alone"
-    assert clean.fingerprint == noised.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pairs", "by_student"])

@@ -70,7 +70,7 @@ def test_it_hardly_depends_on_the_size_of_the_images() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 1.0, 100.0]), batch=st.integers(1, 5))
-def test_it_is_not_negative_and_blind_to_scale_and_order(seed: int, scale: float, batch: int) -> None:
+def test_it_is_not_negative_and_blind_to_scale(seed: int, scale: float, batch: int) -> None:
     torch.manual_seed(seed)
     loss = wander(FeatureLoss(), seed=seed)
     student, teacher = (draw_outputs(SMALL, batch, dtype=torch.float64) for _ in range(2))
@@ -78,11 +78,6 @@ def test_it_is_not_negative_and_blind_to_scale_and_order(seed: int, scale: float
     assert value >= 0
     scaled = Outputs(student.logits, {name: scale * feature for name, feature in student.features.items()})
     torch.testing.assert_close(total(loss, scaled, teacher), value, rtol=1e-2, atol=1e-3)
-    order = torch.randperm(batch)
-    shuffled = [Outputs(o.logits[order], {n: f[order] for n, f in o.features.items()}) for o in (student, teacher)]
-    target = torch.arange(batch) % 5
-    terms = loss(*shuffled, target[order], 0.4)
-    torch.testing.assert_close(torch.stack(list(terms.values())).sum(), value)
 
 
 def test_equal_entries_are_at_rest() -> None:
