@@ -80,14 +80,14 @@ def find_wrong_arrows() -> list[str]:
     return wrong
 
 
-def find_circle() -> list[str]:
-    """Files that import each other, directly or by way of others; none where there is no circle."""
+def find_circles() -> list[list[str]]:
+    """Files that import each other, directly or by way of others: the first circle that is found."""
     modules = list_files()
     graph = {name: {target for target, _ in list_imports(path, modules)} - {name} for name, path in modules.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as circle:
-        return circle.args[1]
+        return [circle.args[1]]
     return []
 
 
@@ -123,4 +123,4 @@ def list_files_of_a_step() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*find_wrong_arrows(), *find_circle(), sep="\n")
+    print(*find_wrong_arrows(), *find_circles(), sep="\n")

@@ -257,17 +257,18 @@ def test_other_commands_find_it_too(command: str, role: str, capsys) -> None:
 
 
 class TwoOutputs(nn.Module):
-    """In train mode an auxiliary head's logits, too."""
+    """In train mode an auxiliary head's logits, too; in some form."""
 
-    def __init__(self) -> None:
+    def __init__(self, form=lambda logits: (logits, 2 * logits)) -> None:
         super().__init__()
+        self.form = form
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
         self.norm = nn.BatchNorm1d(10)
         self.unused = nn.Linear(3, 3)
 
     def forward(self, x):
         logits = self.norm(self.body(x))
-        return (logits, 2 * logits) if self.training else logits
+        return self.form(logits) if self.training else logits
 
 
 @pytest.mark.outside(22)
@@ -291,16 +292,9 @@ def test_deits_two_heads_are_refused_and_their_mean_is_not() -> None:
 
 
 @pytest.mark.outside(22)
-def test_torchvisions_googlenet_is_trained_by_its_logits(monkeypatch) -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(784, 10)
-
-        def forward(self, x):
-            return torchvision.models.GoogLeNetOutputs(self.body(x.flatten(1)), x, None)
-
-    network = networks.adapt_given(Named(), "student", 10, (1, 28, 28))
+def test_torchvisions_googlenet_is_trained_by_its_logits() -> None:
+    named = TwoOutputs(lambda logits: torchvision.models.GoogLeNetOutputs(logits, 0 * logits, None))
+    network = networks.adapt_given(named, "student", 10, (1, 28, 28))
     assert "3 outputs" in check_trainable(network, "student", (1, 28, 28), 2)[0]
 
 

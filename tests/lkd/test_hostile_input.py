@@ -37,11 +37,7 @@ from lkd.training.checkpoints import Checkpoints
 from tests.hostile_input import mutators, readers, worker
 from tests.hostile_input.readers import READERS, TINY
 
-SOURCES = [
-    path
-    for package in (Path(lkd.__file__).parent, Path(lkd.__file__).parents[1] / "meta")
-    for path in package.rglob("*.py")
-]
+SOURCES = [path for name in ("lkd", "meta") for path in (Path(lkd.__file__).parents[1] / name).rglob("*.py")]
 
 
 @pytest.fixture

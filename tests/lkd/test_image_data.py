@@ -23,11 +23,7 @@ from tests.lkd.tiny_images import write_image_folder
 
 
 def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path) -> None:
-    recipe, one_thread = (
-        DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24, workers=3),
-        LoadingOptions(24, 1),
-    )
-    images = prepare_images(recipe)
+    images = prepare_images(DataRecipe("image_folder", write_image_folder(tmp_path), 0, 8, image_size=24, workers=3))
     assert (len(images.train), len(images.meta_validation), len(images.test)) == (24, 8, 8)
     assert images.train.image_shape == (3, 24, 24)
     assert torch.bincount(images.meta_validation.labels).tolist() == [2] * 4
@@ -41,7 +37,9 @@ def test_an_image_folder_is_split_and_batched_as_a_function_of_the_step(tmp_path
         assert torch.equal(second.at(step).images, in_order[step].images)
         assert torch.equal(second.at(step).target, in_order[step].target)
     assert not torch.equal(first.at(0).images, Batches(images.train, 5, 4, "random_resized_crop").at(0).images)
-    alone = dataclasses.replace(images.train, images=dataclasses.replace(images.train.images, loading=one_thread))
+    alone = dataclasses.replace(
+        images.train, images=dataclasses.replace(images.train.images, loading=LoadingOptions(24, 1))
+    )
     assert torch.equal(Batches(alone, 5, 3, "random_resized_crop").at(4).images, in_order[4].images)
     assert first.wait_seconds > 0
     plain, changed = (Batches(images.train, 24, 0, name).at(0) for name in ("random_resized_crop", "rand_augment"))
@@ -79,9 +77,8 @@ def test_random_crops_cover_what_the_literature_says() -> None:
     assert 0.74 < ratio.min() < 0.77
     assert 1.3 < ratio.max() < 1.35
     draw = transforms.RandomResizedCrop.get_params
-    theirs = torch.tensor(
-        [draw(torch.empty(3, height, width), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(2000)]
-    ).double()
+    whole = torch.empty(3, height, width)
+    theirs = torch.tensor([draw(whole, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(2000)]).double()
     assert abs(area.mean() - (theirs[:, 2] * theirs[:, 3]).mean() / (width * height)) < 0.03
     assert abs(left.mean() - theirs[:, 1].mean()) < 10
     assert choose_crop((100, 10), [[1.0, 0.5, 0.0, 0.0]] * 10) == (43, 0, 56, 10)
@@ -120,10 +117,8 @@ def test_an_image_looks_as_its_index_and_augmentation_seed_say(tmp_path) -> None
     looks: dict[tuple[int, int], torch.Tensor] = {}
     for step in range(4 * 3):  # four epochs
         batch = batches.at(step)
-        for image, index, augmentation in zip(
-            batch.images, batch.index.tolist(), batch.augmentation.tolist(), strict=True
-        ):
-            assert torch.equal(looks.setdefault((index, augmentation), image), image)
+        for image, *look in zip(batch.images, batch.index.tolist(), batch.augmentation.tolist(), strict=True):
+            assert torch.equal(looks.setdefault(tuple(look), image), image)
     assert len(looks) == 2 * 24
     assert {augmentation for _, augmentation in looks} == {1, 2}
     for index in images.index.tolist():

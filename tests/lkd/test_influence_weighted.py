@@ -27,12 +27,8 @@ from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
 
 CPU = torch.device("cpu")
 TEACHER = TeacherRecipe(path="random", name="small_cnn")
-WEIGHTED = {
-    "name": "influence_weighted",
-    "loss": "kd",
-    "first_epoch": 1,
-    "influence": {"iterations": 2, "curvature_examples": 50},
-}
+SMALL = {"iterations": 2, "curvature_examples": 50}
+WEIGHTED = {"name": "influence_weighted", "loss": "kd", "first_epoch": 1, "influence": SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +131,9 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
     flags = [row["is_label_issue"] for row in issues]
     assert flags == sorted(flags, reverse=True)  # "True" before "False"
     harm = {row["position"]: float(row["influence"]) for row in rows}
-    assert all(
-        (row["is_label_issue"] == "True")
-        == (harm[row["position"]] > 0 and row["given_label"] != row["predicted_label"])
-        for row in issues
-    )
+    for row in issues:
+        harmful = harm[row["position"]] > 0 and row["given_label"] != row["predicted_label"]
+        assert row["is_label_issue"] == str(harmful)
     page = Path("r/influence.html").read_text()
     assert page.count("data:image/png") == 48
     assert page.count("<polyline") == 2
@@ -162,7 +156,6 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
         ({"influence": {"method": "newton"}}, "influence.method: .*conjugate_gradient.*newton"),
         ({"influence": 3}, "influence: .*3"),
         ({"weights": "none.safetensors"}, "none.safetensors: no such file"),
-        ({"first_epoch": -1}, "first_epoch: -1"),
     ],
 )
 def test_what_cannot_be_is_said(images, loss, message: str) -> None:
