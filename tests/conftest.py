@@ -2,12 +2,15 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.gallery import make_gallery
@@ -39,6 +42,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # of runs that several tests read
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_pictures() -> Iterator[None]:
+    """Pictures are small and nothing in them makes room for anything else: most of the second that one takes."""
+    plain = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *arguments, **options: plain(*arguments, **options | {"dpi": 50}))
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

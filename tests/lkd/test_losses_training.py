@@ -200,8 +200,7 @@ TINY = ["--data.train_size", "60", "--data.meta_validation_size", "40", "--train
 TINY += ["--train.batch_size", "20"]
 
 
-def test_commands_run_losses_over_features() -> None:
-    assert main(["distill", *TINY, "--train.learning_rate", "0.01", "--loss", "torchdistill/CRDLoss"]) == 0
+def test_a_pool_is_trained_with_a_loss_over_features() -> None:
     assert main(["pool", *TINY, "--pool.loss", "fitnet", "--pool.students", "1", "--run_dir", "pool"]) == 0
 
 

@@ -308,6 +308,12 @@ def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: floa
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
+def test_a_world_whose_students_guess_is_named_by_its_own_classes() -> None:
+    scores = {"world/easy/calibrated_cross_entropy": 0.3, "world/hard/calibrated_cross_entropy": 4.61}
+    _, guess = describe_reuse({"step": 20} | scores, 30, {"easy": 10, "hard": 100})
+    assert guess.startswith("warning: hard: ")
+
+
 def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
     """From a pool, with looks at reuse; by first_order, where attention has no double backward."""
     recipe = tiny_recipe(SMALL, estimator="first_order", reuse_every=3, learning_rate=0.1)

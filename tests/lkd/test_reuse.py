@@ -1,6 +1,5 @@
 """The best loss by reuse is saved, not the last one; one that nothing taught is not called learned."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,7 +60,7 @@ def test_the_loss_of_the_best_look_is_saved(monkeypatch, scores, best: int) -> N
     assert (path.parent / "pictures" / "kept-loss.png").exists()
 
 
-def test_a_loss_that_nothing_taught_is_nowhere_called_learned(monkeypatch, capsys) -> None:
+def test_a_loss_that_nothing_taught_is_nowhere_called_learned(monkeypatch, capsys, one_process) -> None:
     script_scores(monkeypatch, [1, 2, 3])
     path = run_recipe(tiny_recipe(YOUNG, run_dir="m", outer_steps=2, rollout_steps=1, reuse_every=1))
     assert (read_provenance(path)["learned"], read_provenance(path)["kept_step"]) == (False, 0)
@@ -77,7 +76,6 @@ def test_a_loss_that_nothing_taught_is_nowhere_called_learned(monkeypatch, capsy
 
     methods = {"learned": str(path), "KD": "kd"}
     shared = {"data": DataRecipe(train_size=200, meta_validation_size=100), "train": TrainRecipe(epochs=1)}
-    monkeypatch.setattr("lkd.evaluation.comparison.compare.start_workers", lambda *_, **__: ThreadPoolExecutor(1))
     recipe = CompareRecipe(run_dir="c", methods=methods, seeds=1, workers=1, **shared)
     with open_run(recipe, "compare") as run:
         compare(recipe, run)
