@@ -110,7 +110,7 @@ def test_a_meta_training_that_is_stopped_and_killed_goes_on_to_the_same_bits(mon
     pool = SMALL | {"sampling": "live", "refresh_every": 1}
     meta = {"outer_steps": 4, "interleaving": "both", "initial_rollout_steps": 1, "average": 0.5, "reuse_every": 2}
     whole = run_recipe(tiny_recipe(pool, run_dir="whole", checkpoint_every=2, **meta))
-    calls, kills, stops = 0, (8, 35, 66, 110), (5, 24, 50, 95)
+    calls, kills, stops = 0, (8, 50, 110), (24, 66, 95)
 
     def interrupt(function):
         def interrupted(*arguments):
@@ -135,7 +135,7 @@ def test_a_meta_training_that_is_stopped_and_killed_goes_on_to_the_same_bits(mon
             break
         except (Interrupted, Killed) as end:
             ends.append(type(end))
-    assert min(ends.count(Interrupted), ends.count(Killed)) >= 3
+    assert min(ends.count(Interrupted), ends.count(Killed)) >= 2
     assert digest(load_file(whole)) == digest(load_file(resumed))
     assert len(list((resumed.parent / "live").iterdir())) <= 1, "those that are drawn from no more are gone"
     expected, found = read_provenance(whole), read_provenance(resumed)
