@@ -25,17 +25,6 @@ def draw_outputs() -> Outputs:
     return Outputs(2 * torch.randn(8, 10), {name: torch.randn(8, *shape) for name, shape in STAGES.items()})
 
 
-@pytest.mark.parametrize("kind", ["logits", "features", "both"])
-def test_the_kind_says_which_parts_there_are(kind: str) -> None:
-    loss = build_learned_loss(kind, {}, STAGES, STAGES)
-    parts = {"logits": ["logits"], "features": ["task", "features"], "both": ["logits", "features"]}
-    assert list(loss.parts) == parts[kind]
-    assert loss.teacher_stages == (() if kind == "logits" else ("first", "last"))
-    terms = loss(draw_outputs(), draw_outputs(), torch.randint(10, (8,)), 0.2)
-    assert {name.partition("/")[0] for name in terms} == set(parts[kind])
-    assert 0 < sum(parameter.numel() for parameter in loss.parameters()) <= 2_000
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_survives_its_file(tmp_path, form: str) -> None:
     options = {"form": form, "hidden": 5, "conditioning": ["state"], "lipschitz": 3.0, "normalize_gradient": True}

@@ -7,25 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.variance_problems import LeastSquares, flat_labels, softmax_gradients, train_svrg
+from benchmarks.variance_problems import LeastSquares, flat_labels, train_svrg
 from lkd.balance.rules import GradientMoments, Moment, VarianceOptimalBalance, optimal_share
 from lkd.cli import main
 from lkd.core.files import read_json
-from lkd.core.outputs import Outputs
-from lkd.losses import KDLoss
-
-
-def test_the_gradient_of_kd_is_the_students_minus_lambda_times_the_teachers() -> None:
-    images = torch.randn(20, 30, dtype=torch.float64)
-    labels = torch.randint(10, (20,))
-    student, teacher = (torch.randn(30, 10, dtype=torch.float64) for _ in range(2))
-    for share in (0.0, 0.3, 0.7, 1.0):
-        leaf = student.clone().requires_grad_(True)
-        terms = KDLoss(share, 1.0)(Outputs(images @ leaf, {}), Outputs(images @ teacher, {}), labels)
-        sum(terms.values()).backward()
-        both = torch.stack([student, teacher], 1)[None]
-        own, taught = softmax_gradients(images[None], flat_labels(labels)[None].double(), both)[0].unbind(1)
-        assert float((leaf.grad - (own - share * taught)).abs().max()) < 1e-12
 
 
 def test_a_snapshot_teacher_with_its_full_gradient_is_svrg() -> None:
