@@ -165,15 +165,15 @@ def test_a_dead_process_of_this_host_loses_its_lease_at_once_to_one_heir(tmp_pat
 
 
 def test_another_hosts_lease_is_stale_only_if_its_time_stands_still(tmp_path: Path) -> None:
-    result, watch = tmp_path / "trial.json", LeaseWatch(stale_after=0.2)
+    result, watch = tmp_path / "trial.json", LeaseWatch(stale_after=0.3)
     lease = write_lease(result, 0, host="elsewhere", pid=DEAD)
     os.utime(lease, (0, 0))  # the other host's clock may be wrong
     for _ in range(3):
         assert watch.find_free(result) is None
-        time.sleep(0.1)
+        time.sleep(0.15)
         os.utime(lease)
     assert watch.find_free(result) is None
-    time.sleep(0.25)
+    time.sleep(0.4)
     assert watch.find_free(result) == lease_path(result, 1)
 
 

@@ -57,10 +57,7 @@ PAIRS = {
     for n, s, t in (("first", "middle", "high"), ("second", "deep", "top"))
 }
 ORACLES = {
-    "kd": (
-        {"weight": 0.3, "temperature": 3.0},
-        lambda: oracle.KDLoss(**LOGITS, temperature=3.0, alpha=0.7, beta=0.3),
-    ),
+    "kd": ({"weight": 0.3, "temperature": 3.0}, lambda: oracle.KDLoss(**LOGITS, temperature=3.0, alpha=0.7, beta=0.3)),
     "dist": (
         {"task": 0.0, "beta": 1.5, "gamma": 0.7, "temperature": 2.0},
         lambda: oracle.DISTLoss(**LOGITS, beta=1.5, gamma=0.7, tau=2.0),

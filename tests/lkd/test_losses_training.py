@@ -169,7 +169,6 @@ def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
         ({"name": "torchdistill/DISTPlusLoss"}, r"DISTPlusLoss cannot be run here: its channel term .* ATLoss"),
         ({"name": "torchdistill/CRD"}, "unknown name 'torchdistill/CRD'; nearest: torchdistill/CRDLoss"),
         ({"name": "torchdistill/PKTLoss", "temperature": 2}, "option temperature; it takes task, distill.*, stages"),
-        ({"name": "torchdistill/VIDLoss", "stages": [["a", "c"]]}, "teacher has no stage 'c'; it has a"),
         ({"name": "torchdistill/PKTLoss", "stages": [["a", "a"], ["b", "b"]]}, "takes one pair .* not 2"),
         ({"name": "torchdistill/ATLoss", "mode": "neither"}, "mode `neither`"),
         ({"name": "torchdistill/RKDLoss", "task": -1}, "task: -1 is negative"),

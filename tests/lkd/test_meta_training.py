@@ -299,8 +299,7 @@ def test_the_log_and_the_pictures_of_a_run_are_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "score", "said"),
-    [(20, 0.5, ["step 20 of 30"]), (0, 2.302, ["not learned", "more than a guess"])],
+    ("step", "score", "said"), [(20, 0.5, ["step 20 of 30"]), (0, 2.302, ["not learned", "more than a guess"])]
 )
 def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: float, said: list[str]) -> None:
     lines = describe_reuse({"step": step, "calibrated_cross_entropy": score}, 30, {"": 10})
@@ -308,9 +307,11 @@ def test_a_saved_loss_that_is_worth_nothing_is_said_to_be(step: int, score: floa
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
-def test_a_world_whose_students_guess_is_named_by_its_own_classes() -> None:
-    scores = {"world/easy/calibrated_cross_entropy": 0.3, "world/hard/calibrated_cross_entropy": 4.61}
-    _, guess = describe_reuse({"step": 20} | scores, 30, {"easy": 10, "hard": 100})
+def test_the_worst_world_is_named_and_one_whose_students_guess_by_its_own_classes() -> None:
+    best = {"step": 20, "regret": -0.05, "world/easy/regret": -0.2, "world/hard/regret": 0.1}
+    best |= {"world/easy/calibrated_cross_entropy": 0.3, "world/hard/calibrated_cross_entropy": 4.61}
+    _, regret, guess = describe_reuse(best, 30, {"easy": 10, "hard": 100})
+    assert regret.endswith("+0.1000 in hard")
     assert guess.startswith("warning: hard: ")
 
 

@@ -524,10 +524,13 @@ def test_what_decides_digits_is_said_where_a_cache_goes_on(capsys) -> None:
 @pytest.mark.outside(16)
 def test_an_audit_is_said_in_words() -> None:
     estimator = Audited()
+    assert describe_audit(estimator, 1, "") == ""
     estimator.audits[0] = Audit(0.996, 75.0, 0.1, {})
     said = describe_audit(estimator, 1, "")
     assert all(word in said for word in ("0.996", "75 times", "first_order is kept"))
     assert describe_audit(estimator, 2, said) == "", "once"
+    estimator.exact = True
+    assert "adjoint" in describe_audit(estimator, 3, said)
 
 
 @pytest.fixture

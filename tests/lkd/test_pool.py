@@ -161,9 +161,7 @@ def test_a_pool_of_adamw_keeps_its_moments_and_not_what_is_frozen() -> None:
     for _ in range(13):
         training.run_step(batches.append if training.step >= 10 else None)
     rates = [0.003 * half_cosine(step / 20) for step in (10, 11, 12)]
-    optimizer = PerStep(
-        lambda step: (build_inner_optimizer(network, recipe.train, rates[step], "constant", 1), step),
-    )
+    optimizer = PerStep(lambda step: (build_inner_optimizer(network, recipe.train, rates[step], "constant", 1), step))
     inner_loss = partial(compute_inner_loss, network, build_loss(recipe.pool.loss))
     end = rollout(Problem(inner_loss, partial(compute_outer_logits, network), half.state, {}, batches, None, optimizer))
     for name, parameter in training.student.named_parameters():
