@@ -55,7 +55,7 @@ def test_a_stopped_job_goes_on_with_another_number_of_processes_and_learns_the_l
 
 def test_students_of_the_pool_and_of_looks_are_those_of_one_process(unused_tcp_port: int) -> None:
     """All processes train each of them together."""
-    words = [*WORDS, "--student", VIT, "--meta.outer_steps", "1"]
+    words = [*WORDS, "--student", VIT, "--meta.outer_steps", "1", "--train.epochs", "1"]
     job = start_job([*words, "--run_dir", "two"], unused_tcp_port)
     run([*words, "--run_dir", "one"])
     assert finish(job) == [0, 0], Path("output-0.txt").read_text()

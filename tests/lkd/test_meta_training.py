@@ -335,11 +335,11 @@ def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
 def test_one_loss_over_features_is_learned_with_two_architectures(monkeypatch, capsys) -> None:
     """From pools and while it alternates; a part that is saturated is told once even if the run goes on later."""
     monkeypatch.setattr("lkd.meta_training.log.find_saturated", lambda shares: ["features"])
-    recipe = tiny_recipe(YOUNG, outer_steps=4, interleaving="both", kind="features", checkpoint_every=1)
+    recipe = tiny_recipe(YOUNG, outer_steps=3, interleaving="both", kind="features", checkpoint_every=1)
     recipe.students, recipe.resume = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")], "auto"
     run_step = OuterLoop.run_step
     with monkeypatch.context() as context:
-        context.setattr(OuterLoop, "run_step", lambda loop: run_step(loop) if loop.step < 3 else 1 / 0)
+        context.setattr(OuterLoop, "run_step", lambda loop: run_step(loop) if loop.step < 2 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_recipe(recipe, quiet=False)
     path = run_recipe(recipe, quiet=False)

@@ -115,7 +115,7 @@ def shorten_waits() -> None:
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_SERVICE"):  # the last: of another test, whose service has ended
         os.environ.pop(name, None)
     os.environ |= {"HOME": os.getcwd(), "WANDB_SILENT": "true", **json.loads(os.environ.pop("ONLINE", "{}"))}
-    service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 3
+    service.START_TIMEOUT, service.FINISH_TIMEOUT = 30, 1
 
 
 def test_a_network_that_dies_costs_no_more_than_a_warning() -> None:
