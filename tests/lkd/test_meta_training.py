@@ -149,6 +149,7 @@ def test_the_hypergradient_of_the_loss_networks_is_right(world, pool) -> None:
 
 def test_architectures_take_turns_and_costs_are_in_student_trainings() -> None:
     recipe = tiny_recipe(SMALL | {"sampling": "fixed_step"}, outer_steps=2, students_per_step=3, reuse_every=2)
+    recipe.meta.estimator = "first_order"
     recipe.students = [ModelRecipe("small_cnn"), ModelRecipe("small_mobilenet")]
     path = run_recipe(recipe)
     architectures = [read_json(path.parent / "pool" / str(n) / "index.json")["architecture"]["name"] for n in (0, 1)]
@@ -174,6 +175,7 @@ def test_architectures_take_turns_and_costs_are_in_student_trainings() -> None:
 def test_live_students_are_trained_with_the_loss_as_it_is(world, monkeypatch) -> None:
     monkeypatch.setattr("lkd.meta_training.meta_train.drop_superseded_pools", lambda *arguments: None)
     recipe = tiny_recipe(SMALL | {"sampling": "live", "refresh_every": 2}, outer_steps=5, learning_rate=0.1)
+    recipe.meta.estimator, recipe.meta.students_per_step = "first_order", 1
     path = run_recipe(recipe)
     folders = sorted((path.parent / "live").iterdir())
     assert [folder.name for folder in folders] == ["step-000002", "step-000004"]
@@ -198,6 +200,7 @@ def test_live_students_are_trained_with_the_loss_as_it_is(world, monkeypatch) ->
 def test_meta_training_leaves_a_bad_balance() -> None:
     """With a teacher that answers at random everywhere, the learned loss must turn to the labels."""
     recipe = tiny_recipe(YOUNG, outer_steps=8, rollout_steps=10, learning_rate=0.15, students_per_step=1)
+    recipe.meta.estimator = "first_order"
     recipe.meta.outer_batch_size = 100
     recipe.meta.loss = {"initial_weight": 0.9}
     recipe.teacher.random_answers = 1.0
