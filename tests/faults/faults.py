@@ -56,18 +56,14 @@ NOT_FINITE: dict[str, Any] = {
     "commands": ("pool", "distill", "compare", "cache"),
     "elsewhere": "pool and looks are trained as in `pool`; rollouts: below",
 }
+AS_IF_NOT_DRAWN = "that student's hypergradient is left out and counted, as if the student had not been drawn"
 LEFT_OUT: dict[str, Any] = {
     **{"commands": ("meta-train",), "codes": (0,), "says": "1 of 8 hypergradients were left out"},
     **{"exact": False, "reference": "not finite: hypergradient"},
 }
 
 FAULTS = {
-    "kill": Fault(
-        "SIGKILL",
-        f"at most the steps since the last checkpoint are lost{SAME}",
-        codes=(-9,),
-        says="",
-    ),
+    "kill": Fault("SIGKILL", f"at most the steps since the last checkpoint are lost{SAME}", codes=(-9,), says=""),
     "terminate": Fault(
         "SIGTERM",
         f"exit 143 after a checkpoint at the next step (while preparing, and in `cache`: at once){SAME}",
@@ -105,14 +101,8 @@ FAULTS = {
         files=True,
         says="^lkd: error: .*data: ",
     ),
-    "image damaged": Fault(
-        "an image file is overwritten while the run reads it",
-        **SKIPPED,
-    ),
-    "image gone": Fault(
-        "an image file vanishes",
-        **SKIPPED,
-    ),
+    "image damaged": Fault("an image file is overwritten while the run reads it", **SKIPPED),
+    "image gone": Fault("an image file vanishes", **SKIPPED),
     "read hangs": Fault(
         "a read never returns",
         f"exit 2 with one line that names the image, `data.read_timeout` seconds later{SAME}",
@@ -141,14 +131,14 @@ FAULTS = {
     ),
     "not finite: rollout's batch": Fault(
         "one pixel of a batch of a rollout is NaN or infinite",
-        "that student's hypergradient is left out and counted, as if the student had not been drawn",
+        AS_IF_NOT_DRAWN,
         inject=lambda moment: partial(injections.spoil_batch, moment, in_rollouts=True),
         elsewhere=NO_ROLLOUTS,
         **LEFT_OUT,
     ),
     "not finite: rollout's teacher": Fault(
         f"{IN_TEACHER} in a rollout",
-        "that student's hypergradient is left out and counted, as if the student had not been drawn",
+        AS_IF_NOT_DRAWN,
         inject=lambda moment: partial(injections.spoil_teacher, moment, in_rollouts=True),
         elsewhere=NO_ROLLOUTS,
         **LEFT_OUT,

@@ -11,22 +11,12 @@ from typing import Any
 from benchmarks.local_server import QuietHandler, start_server
 
 VIEWER = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+BUCKET = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0}
+PROJECT = {"name": "lkd", "entity": {"name": "me"}}
 LAST_PAGE = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
 ANSWERS: dict[str, dict[str, Any]] = {
     "Viewer": {"viewer": VIEWER},
-    "UpsertBucket": {
-        "upsertBucket": {
-            "inserted": True,
-            "bucket": {
-                "id": "1",
-                "name": "run",
-                "displayName": "run",
-                "config": "{}",
-                "historyLineCount": 0,
-                "project": {"name": "lkd", "entity": {"name": "me"}},
-            },
-        }
-    },
+    "UpsertBucket": {"upsertBucket": {"inserted": True, "bucket": BUCKET | {"project": PROJECT}}},
     "CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
     "GetDefaultEntity": {"viewer": {"id": "1", "entity": "me"}},
     "ProjectInternalId": {"project": {"internalId": "7"}},

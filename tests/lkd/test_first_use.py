@@ -118,9 +118,6 @@ def test_evaluate_goes_by_the_files_data_and_a_test_figure_is_read_once(monkeypa
     assert "nearest: name" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Own(DistillationLoss):
     """Returns one tensor, and takes no progress."""
 
@@ -170,9 +167,6 @@ def test_data_by_name_needs_no_split_sizes() -> None:
     options = {"epochs": 1, "batch_size": 9, "root": ".", "quiet": True}
     result = lkd.distill("tiny_cnn", {"path": "random", "name": "tiny_cnn"}, "npz/own", loss="cross_entropy", **options)
     assert result.last["step"] == 5, "45 images to train on"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.outside(27)

@@ -104,7 +104,6 @@ def test_a_student_learns_features_of_a_teacher_without_classes() -> None:
     assert found.path.exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Lazy networks, and functions.
 
 
@@ -160,7 +159,6 @@ def unfinished():
 
 
 FUNCTIONS = {
-    "function": mean_error,
     "partial": functools.partial(mean_error, scale=2.0),
     "a cell that is empty": unfinished(),
     "progress by name alone": lambda student, teacher, target, *, progress: (
@@ -191,7 +189,6 @@ def test_a_function_is_known_by_what_it_was_given() -> None:
     assert not wrap_loss(nn.CrossEntropyLoss()).reads_logits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Estimators and networks; the least meta-trainings.
 
 

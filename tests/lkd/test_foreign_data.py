@@ -97,9 +97,6 @@ def test_tars_called_test(tmp_path: Path) -> None:
     assert load("tar", tmp_path).test.labels.tolist() == [0, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def write_shards(root: Path, samples: list[dict[str, bytes]]) -> None:
     buffer = io.BytesIO()
     paint(5).save(buffer, "PNG")

@@ -92,11 +92,10 @@ def test_timms_safetensors(model: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.outside(18)
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5"])
-def test_torchvisions_networks(name: str, tmp_path: Path) -> None:
-    theirs = torchvision.models.get_model(name, num_classes=7).eval()
+def test_torchvisions_networks(tmp_path: Path) -> None:
+    theirs = torchvision.models.get_model("mobilenet_v3_small", num_classes=7).eval()
     torch.save({"model": theirs.state_dict(), "lr_scheduler": {}}, tmp_path / "m.pth")
-    network, _ = load_network(tmp_path / "m.pth", name)
+    network, _ = load_network(tmp_path / "m.pth", "mobilenet_v3_small")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(images).logits, theirs(images))
@@ -135,8 +134,6 @@ def test_a_start_of_another_number_of_classes_keeps_all_but_the_classifier(tmp_p
     trained = load_network(Path("r/student.safetensors"))[0]
     assert torch.equal(trained.conv1.weight, torch.load("m.pth")["conv1.weight"])
 
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 PLUGIN = """
 import lkd
@@ -205,9 +202,6 @@ def test_a_plugin_that_fails_is_one_line(content, plugin, capsys) -> None:
     Path("nets.py").write_text(content) if content else Path("nets.py").unlink()
     assert main(["distill", *plugin]) == 2
     assert "\n" not in capsys.readouterr().err.strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.outside(20)

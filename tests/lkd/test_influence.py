@@ -152,7 +152,6 @@ def test_unit_queries_have_gradients_of_norm_1() -> None:
     torch.testing.assert_close(torch.cat([entry.flatten() for entry in problem.differentiate_validation()]), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Which wrong labels the objectives find, whatever the network's confidence: three blobs.
 
 

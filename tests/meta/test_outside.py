@@ -10,7 +10,7 @@ from bilevel_problems import learned_loss_problem, relative_distance
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from meta import ESTIMATORS, Audited, Problem, State, Tape, audit, horizon, rollout, verify
+from meta import ESTIMATORS, Audited, Problem, State, audit, horizon, rollout, verify
 from meta.estimators import adjoint, evolution, first_order, higher, implicit, last_step, truncated
 from meta.linear_solvers import solve_conjugate_gradient
 from meta.optim import SGD, Adam, Averaged, Clipped, Grouped
@@ -287,10 +287,3 @@ def test_inference_mode_is_refused_and_a_number_is_no_outer_loss_but_for_evoluti
     torch.testing.assert_close(
         ESTIMATORS["evolution"](number).grads, ESTIMATORS["evolution"](problem).grads, rtol=1e-4, atol=1e-5
     )
-
-
-@pytest.mark.outside(48)
-def test_a_tape_takes_an_optimizer_and_no_class() -> None:
-    module = torch.nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="SGD"):
-        Tape(module, torch.optim.SGD, {"a": torch.ones(())}, 2)
