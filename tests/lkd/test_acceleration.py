@@ -83,7 +83,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
-    forward = build_forward(torch.nn.Linear(3, 3), compiled=True)
+    forward = build_forward(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), compiled=True)
     with pytest.raises(UserError, match=r"train\.compile: torch\.compile does not work here .*leave it out"):
         forward(torch.zeros(2, 3))
 

@@ -74,7 +74,7 @@ def test_an_empty_tape_and_an_unknown_optimizer_are_errors():
     student = Student()
     with pytest.raises(ValueError, match="unsupported inner optimiser Adagrad"):
         Tape(student, torch.optim.Adagrad(student.parameters()), {}, steps=2)
-    with pytest.raises(ValueError, match="SGD.*is no optimiser"):
+    with pytest.raises(ValueError, match=r"SGD.*is no optimiser"):
         Tape(student, torch.optim.SGD, {}, steps=2)
     tape = Tape(student, torch.optim.SGD(student.parameters(), lr=0.1), {}, steps=2)
     with pytest.raises(ValueError, match="tape is empty"):
