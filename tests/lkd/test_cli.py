@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import lkd.core.workers
 from lkd.cli import main
 from lkd.config import DistillRecipe, TrainRecipe
 from lkd.config.parse import COMMANDS, make_recipe, parse_recipe, split_files
 from lkd.core.errors import UserError
 from lkd.models.files import load_network
 from lkd.training.training import Training
-from tests.processes import FORK, Command
+from tests.processes import Command, fork_workers
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -144,7 +143,7 @@ def slow_down() -> None:
         return run_step(training, *watch)
 
     Training.run_step = run_slowly
-    lkd.core.workers.CONTEXT = FORK  # forks start at once
+    fork_workers()
 
 
 def test_an_interrupted_run_resumes_to_the_same_student() -> None:

@@ -28,11 +28,6 @@ GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
 TOPS = {"KD": [80.0, 82.0, 81.0], "A&B_100%": [81.0, 83.5, 81.5], "CE": [79.0, 80.0, 78.0]}
 
 
-@pytest.fixture
-def _no_plot(monkeypatch) -> None:
-    monkeypatch.setattr(tables, "plot_table", lambda rows, baseline, path: path.write_bytes(b""))
-
-
 def tiny_recipe(**changes) -> CompareRecipe:
     methods = {"CE": "cross_entropy", "KD": {"name": "kd", "grid": {"weight": [0.0, 1.0], "temperature": [2.0]}}}
     data, train = DataRecipe(train_size=200, meta_validation_size=100), TrainRecipe(epochs=2, batch_size=50)
@@ -194,7 +189,7 @@ def test_workers_have_the_threads_that_are_asked_for_however_many_they_are(monke
     assert given == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.usefixtures("one_process", "_no_plot")
+@pytest.mark.usefixtures("one_process")
 def test_the_number_of_threads_is_part_of_a_trial_and_stands_in_its_results(capsys) -> None:
     learned = {"methods": {"CE": "cross_entropy"}, "baseline": "CE", "seeds": 1, "train": TrainRecipe(epochs=1)}
     for threads, said in ((1, ""), (2, "1 with 1"), (3, "1 with 1, 1 with 2"), (1, "")):
@@ -256,7 +251,7 @@ def test_the_peak_is_that_of_the_blocks_whatever_came_before() -> None:
         assert cost.peak_mib == pytest.approx(64, abs=6)
 
 
-@pytest.mark.usefixtures("one_process", "_no_plot")
+@pytest.mark.usefixtures("one_process")
 def test_a_comparison_runs_once_and_reports_every_seed() -> None:
     recipe = tiny_recipe()
     with open_run(recipe, "compare", quiet=True) as run:
@@ -284,7 +279,7 @@ def test_weight_zero_kd_is_paired_with_cross_entropy(tmp_path) -> None:
     assert first["meta_validation"] == second["meta_validation"]
 
 
-@pytest.mark.usefixtures("one_process", "_no_plot")
+@pytest.mark.usefixtures("one_process")
 def test_a_training_that_diverges_is_a_result() -> None:
     methods = {
         "CE": {"name": "cross_entropy", "grid": {"train.learning_rate": [1e30, 0.1]}},
