@@ -16,6 +16,7 @@ from lkd.core.files import read_json
 from lkd.export.export import draw_images, export
 from lkd.models import build
 from lkd.models.files import save_network
+from tests.lkd.parts import VIT
 
 SHAPE = {"image_shape": [3, 32, 32]}
 
@@ -65,6 +66,7 @@ def test_the_command_exports_what_others_run(tmp_path: Path, capsys) -> None:
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     save_student(tmp_path / "s.safetensors", "small_cnn")
+    save_student(tmp_path / "vit.safetensors", VIT.name, options=VIT.options)
     recipe = ExportRecipe(str(tmp_path / "s.safetensors"), str(tmp_path / "out"))
     for changes, message in (
         ({"formats": ["tflite"]}, "formats: unknown name .tflite"),
@@ -72,6 +74,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None
         ({"formats": ["timm"]}, "formats: timm has no small_cnn"),
         ({"formats": ["onnx"]}, r"onnxruntime; pip install 'lkd\[export\]'"),
         ({"checkpoint": "missing.safetensors"}, "missing.safetensors"),
+        ({"checkpoint": str(tmp_path / "vit.safetensors")}, r"vit.safetensors: takes no images of 32×32 .* image_size"),
         ({"tolerance": -1.0}, "student.safetensors: its logits differ"),
     ):
         with pytest.raises(UserError, match=message):

@@ -358,6 +358,19 @@ def test_one_loss_over_features_is_learned_with_two_architectures(monkeypatch, c
         assert 0.5 < sum(shares.values()) < 1.0001
 
 
+def test_a_loss_over_features_is_learned_over_worlds_and_gone_on_from() -> None:
+    recipe = tiny_recipe(YOUNG, outer_steps=1, students_per_step=0, kind="both")
+    recipe.worlds = {"clean": {}, "noisy": {"student": {"name": "small_mobilenet"}, "data": {"label_noise": 0.3}}}
+    first = run_recipe(recipe)
+    recipe.run_dir, recipe.meta.start = "more", str(first)
+    before, after = load_loss(first).state_dict(), load_loss(run_recipe(recipe)).state_dict()
+    assert before.keys() == after.keys()
+    assert any("features" in name and not torch.equal(before[name], after[name]) for name in before)
+    recipe.run_dir, recipe.worlds["other"] = "wrong", {"teacher": {"path": "random", "name": "tiny_cnn"}}
+    with pytest.raises(UserError, match=r"worlds\.other\.teacher: its stages are .* meta\.kind logits"):
+        run_recipe(recipe)
+
+
 def test_a_replayed_loss_over_features_attaches_every_one_with_one_set_of_adapters(tmp_path: Path) -> None:
     recipe = tiny_recipe(kind="both", loss={"features": {"channels": 4}})
     images = prepare_images(recipe.data)
