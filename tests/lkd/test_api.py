@@ -1,6 +1,7 @@
 """lkd.distill and lkd.meta_train: the commands' bits, from objects; images and networks of a caller's own."""
 
 import copy
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
@@ -24,6 +26,7 @@ from lkd.core.tensor_files import digest
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
 from lkd.losses import KDLoss
+from lkd.losses.learned.file import save_loss
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.models import build
 from lkd.models.build import adapt_given
@@ -32,6 +35,7 @@ from lkd.models.small import SMALL_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.training.build import prepare_images
 from lkd.training.training import Training
+from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
 
 SIZES = {"train_size": 200, "meta_validation_size": 100}
 TINY = {"epochs": 2, "batch_size": 50, "quiet": True}
@@ -187,6 +191,24 @@ def test_a_function_is_a_loss_and_the_config_knows_which(images) -> None:
     other = lambda student, teacher, target, progress: {"hard": soft(student, teacher, target)}  # noqa: E731
     with pytest.raises(lkd.UserError, match=r"loss: is .* a resumed run keeps its config"):
         lkd.distill(*arguments, loss=other, run_dir="terms", resume="auto", **TINY)
+
+
+def test_teacher_and_loss_are_opened_once_a_run(monkeypatch) -> None:
+    save_loss("l.lkd.safetensors", build_loss_networks(tiny_recipe(kind="both")), {})
+    opened: Counter[str] = Counter()
+
+    def count(path, **options):
+        opened[Path(path).name] += 1
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("lkd.core.tensor_files.safe_open", count)
+    words = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--train.epochs", "1"]
+    assert main(["distill", *words, "--loss", "l.lkd.safetensors", "--run_dir", "d"]) == 0
+    assert opened == {"teacher.safetensors": 1, "l.lkd.safetensors": 1}
+    opened.clear()
+    words += ["--pool.students", "2", "--pool.snapshots", "2", "--pool.loss", "l.lkd.safetensors"]
+    assert main(["pool", *words, "--run_dir", "p"]) == 0
+    assert opened == {"teacher.safetensors": 1, "l.lkd.safetensors": 1}
 
 
 @pytest.mark.parametrize(

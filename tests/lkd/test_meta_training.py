@@ -318,10 +318,14 @@ def test_the_worst_world_is_named_and_one_whose_students_guess_by_its_own_classe
     assert guess.startswith("warning: hard: ")
 
 
-def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer() -> None:
+CONVNEXT = {"patch_size": 2, "stem_type": "patch", "output_stride": 8, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
+
+
+@pytest.mark.parametrize("student", [VIT, ModelRecipe("convnext_atto", options=CONVNEXT)], ids=lambda each: each.name)
+def test_a_loss_is_learned_with_a_modern_student_and_its_optimizer(student: ModelRecipe) -> None:
     """From a pool, with looks at reuse; by first_order, where attention has no double backward."""
     recipe = tiny_recipe(SMALL, estimator="first_order", reuse_every=3, learning_rate=0.1)
-    recipe.student = replace(VIT, options=VIT.options | {"drop_path_rate": 0.1})
+    recipe.student = replace(student, options=student.options | {"drop_path_rate": 0.1})
     recipe.train = TrainRecipe(
         epochs=2, batch_size=20, optimizer="adamw", learning_rate=2e-3, weight_decay=0.05, clip_norm=1.0,
         warmup_steps=3, label_smoothing=0.1, layer_decay=0.8,

@@ -161,6 +161,34 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
         measure_trust(Table(), [], [(images, torch.tensor([0, 1, 2, 2, 1, 0]))])
 
 
+@pytest.mark.parametrize("classes", [2, 10, 21_841])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_any_batch_any_classes_any_scale_known_or_not(classes: int, size: int, scale: float) -> None:
+    for dense in (False, True):
+        for figures in (TRUST, TrustFigures()):
+            loss = build_loss()
+            loss.tell(figures)
+            student, teacher = 3 * torch.randn(2, size, classes)
+            target = torch.randn(size, classes).softmax(1) if dense else torch.randint(classes, (size,))
+            student.requires_grad_()
+            total(loss, student, scale * teacher, target).backward()
+            assert student.grad.isfinite().all()
+            assert student.grad.abs().sum() > 0
+
+
+def test_a_part_of_a_batch_sees_its_own_context() -> None:
+    """What several processes, or parts of a batch, change: an eighth of a batch has noisier means."""
+    loss = build_loss()
+    loss.tell(TRUST)
+    student, teacher, target = 2 * torch.randn(256, 10), 2 * torch.randn(256, 10), torch.randint(10, (256,))
+    whole = total(loss, student, teacher, target)
+    parts = [total(loss, *each) for each in zip(student.chunk(8), teacher.chunk(8), target.chunk(8), strict=True)]
+    mean = torch.stack(parts).mean().item()
+    assert mean == pytest.approx(whole.item(), rel=0.05)
+    assert mean != whole.item()
+
+
 def test_the_gradient_is_that_of_a_function_of_the_whole_batch() -> None:
     loss = build_loss().double()
     loss.tell(TRUST)
