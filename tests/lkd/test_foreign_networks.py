@@ -99,6 +99,8 @@ def test_torchvisions_networks(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(images).logits, theirs(images))
+    grey = build("torchvision/mobilenet_v3_small", 7, 1)
+    assert grey(torch.randn(2, 1, 32, 32)).logits.shape == (2, 7)
 
 
 @pytest.mark.outside(18)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lkd
 from lkd.cli import main
 from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config.training import InfluenceWeightedLossSettings
 from lkd.core import tensor_files
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
@@ -23,8 +24,9 @@ from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.evaluation.comparison.trials import Trial, run_trial
 from lkd.evaluation.report.page import build_page
 from lkd.evaluation.report.runs import read_runs
+from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.learned.forms import NOISE
-from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
+from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss, build_learned_loss
 from lkd.losses.learned.networks import KNOWN_CONDITIONING, read_logits
 from lkd.losses.learned.trust import (
     OWN_ACCURACY,
@@ -34,6 +36,7 @@ from lkd.losses.learned.trust import (
     measure_own_accuracy,
     measure_trust,
 )
+from lkd.losses.loss import WrappedLoss
 from lkd.models.teacher_cache import INDEX, INDEX_KIND, VERSION
 from lkd.training.answers import measure_teacher
 from lkd.training.build import open_teacher, prepare_images
@@ -276,6 +279,34 @@ def test_a_file_holds_no_trust(tmp_path: Path) -> None:
     assert total(loaded, student, teacher, target) != total(loss, student, teacher, target)
     loaded = lkd.load_loss(tmp_path / "x.lkd.safetensors", trust=Trust(TRUST))
     assert torch.equal(total(loaded, student, teacher, target), total(loss, student, teacher, target))
+
+
+def test_losses_inside_of_others_are_told() -> None:
+    """In a replayed course each one, and the student is asked once for all."""
+    images = prepare_images(DATA)
+    inner = [build_loss() for _ in range(4)]
+    replayed = ReplayedLoss(inner[:2], [0, 0.5])
+    weighted = InfluenceWeightedLoss(inner[2], images.meta_validation, InfluenceWeightedLossSettings())
+    looks, asked = (torch.randn(6, 1, 8, 8), torch.arange(6) % 3), []
+
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            asked.append(len(images))
+            return self.bias.expand(len(images), 3)
+
+    for loss in (replayed, weighted, WrappedLoss(inner[3])):
+        assert loss.reads_trust
+        loss.set_trust(Trust(TRUST, (looks,)))
+        loss.update_trust(Student())
+    assert asked == [6, 6, 6]
+    for loss in inner:
+        told = loss.parts["logits"].trust
+        assert told[0] == pytest.approx(0.7)
+        assert told[OWN_ACCURACY] == pytest.approx(1 / 3)
 
 
 def test_own_accuracy_is_renewed_and_a_training_goes_on_to_the_same_bits() -> None:
