@@ -11,7 +11,7 @@ from torch import Tensor
 from lkd.core.errors import UserError
 from lkd.data.image_files import LoadingOptions, to_8_bits
 from lkd.data.images import ImageSet, measure
-from lkd.data.readers import wrap_images
+from lkd.data.readers import label_images
 from lkd.data.sources import MEAN, STD, LabelledSource, check_class_names, wrap_source
 
 MEMORY_LIMIT = 2**33  # bytes of images that are read into memory
@@ -49,9 +49,8 @@ def read_images(
     if (mean is None) != (std is None):
         raise UserError("read_images: mean and std go together: give both, or neither")
     if image_size is not None:
-        labels = torch.tensor(read_labels(source))
-        part = LabelledSource(wrap_images(source, type(source).__name__), labels.tolist())
-        classes = name_classes(source, labels, num_classes)
+        part = label_in_place(source)
+        classes = name_classes(source, torch.tensor(part.labels), num_classes)
         opened = wrap_source("train", part, classes, LoadingOptions(image_size, workers))
         return replace(opened, mean=tuple(mean or MEAN), std=tuple(std or STD))
     is_pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source)
@@ -134,18 +133,18 @@ def read_item(dataset: Any, position: int) -> tuple[Tensor, int]:
         raise UserError(f"read_images: label {position} is {label!r}, not a class index") from error
 
 
-def read_labels(dataset: Any) -> list[int]:
-    """The labels of a dataset whose images can be decoded when they are needed."""
+def label_in_place(dataset: Any) -> LabelledSource:
+    """The images of a dataset, decoded when they are needed, and their labels."""
     kind = type(dataset).__name__
-    labels = getattr(dataset, "targets", None)
-    if labels is None:
-        raise UserError(f"read_images: image_size needs the labels beforehand, but this {kind} has no `targets`")
     if getattr(dataset, "transform", None) is not None or getattr(dataset, "target_transform", None) is not None:
         raise UserError(
             f"read_images: with image_size the images are cut and augmented by options of the training; the transform "
             f"of this {kind} would not be used: leave it out"
         )
-    return [int(label) for label in labels]
+    try:
+        return label_images(dataset, kind)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"read_images: with image_size labels are needed beforehand, but {error}") from error
 
 
 def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST
+from torchvision.datasets.folder import default_loader
 
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import MALFORMED
@@ -301,33 +302,49 @@ def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Da
         loading: How images are loaded.
 
     Raises:
-        UserError: If the name is unknown, the files are missing, or the data set has no list of labels.
+        UserError: If the name is unknown, the files are missing, the data set has no list of labels, or its parts
+            number their classes differently or are the same images.
     """
     from timm.data import create_dataset
 
     folder = str(check_root(root, f"torchvision's {name}"))
     title = f"torch/{name}"
-    parts = []
+    parts, names = [], []
     for split in ("train", "validation"):
         try:
             images = create_dataset(title, folder, split)
+            parts.append(label_images(images, f"{title}/{split}"))
         except (AssertionError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"data.root: {title} cannot be read from {folder!r} ({reason})") from error
-        labels = getattr(images, "targets", None)
-        if labels is None:
-            raise UserError(f"data.name: {title} does not say its labels beforehand; take another form of it")
-        parts.append(LabelledSource(wrap_images(images, f"{title}/{split}"), [int(label) for label in labels]))
-    classes = tuple(str(entry) for entry in getattr(images, "classes", range(1 + max(parts[0].labels))))
-    return build_dataset(title, parts, classes, loading, folder)
+        names.append(tuple(map(str, getattr(images, "classes", range(1 + max(parts[0].labels))))))
+    if names[0] != names[1]:  # each part numbers the folders that it has
+        other = min(set(names[0]) ^ set(names[1]), default="their order")
+        raise UserError(
+            f"data.root: {folder}: {title} has {len(names[0])} classes to train on and {len(names[1])} for validation "
+            f"({other} is not in both): take data.name image_folder, or make them alike"
+        )
+    files = [part.source.names for part in parts if isinstance(part.source, FileSource)]
+    if files and files[0] == files[1]:
+        raise UserError(f"data.root: {folder} has no folders train and val: {title} would test on its training images")
+    return build_dataset(title, parts, names[0], loading, folder)
 
 
-def wrap_images(images: Any, title: str) -> ImageSource:
-    """The images' files, if the data set is a list of files; else the data set."""
-    files = getattr(images, "imgs", None)
-    if not files:
-        return TorchvisionSource(images, title)
-    return FileSource(Path("/"), [str(Path(path).absolute())[1:] for path, _ in files])
+def label_images(images: Any, title: str) -> LabelledSource:
+    """The files and labels of a data set that is a list of files; else the data set, and its `targets`.
+
+    Raises:
+        ValueError: If it does not say its labels, one for each image, or they are not numbers.
+    """
+    in_folders = isinstance(images, DatasetFolder)  # of whose lists its items come from `samples` alone
+    files = images.samples if in_folders else getattr(images, "imgs", None)
+    labels = [label for _, label in images.samples] if in_folders else getattr(images, "targets", None)
+    if labels is None or len(labels) != len(images):
+        raise ValueError(f"{title} has no `targets` that say the label of each image")
+    source: ImageSource = TorchvisionSource(images, title)
+    if files and getattr(images, "loader", default_loader) is default_loader:
+        source = FileSource(Path("/"), [str(Path(path).absolute())[1:] for path, _ in files])
+    return LabelledSource(source, [int(label) for label in labels])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

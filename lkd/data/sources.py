@@ -1,5 +1,6 @@
 """Image folders, tar files, WebDataset shards and Hugging Face data sets: images that are found one by one."""
 
+import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,8 @@ def build_dataset(
             f"data.root: {len(empty)} of the {len(classes)} classes have no training images in {place} ({named}): "
             "add some, or remove the classes"
         )
+    if len(classes) < 2:
+        raise UserError(f"data.root: {place} holds {len(classes)} class ({', '.join(classes)}); at least 2 are needed")
     return Dataset(name, *(wrap_source(*part, classes, loading) for part in zip(("train", "val"), parts, strict=True)))
 
 
@@ -127,17 +130,26 @@ def read_annotations(folder: Path, classes: tuple[str, ...]) -> LabelledSource |
     if len(lists) != 1:
         return None
     try:
-        rows = [re.split(r"[\t,; ]+", line) for line in lists[0].read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lists[0].read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.root: {lists[0]}: cannot be read: {error}") from error
-    places = [("images/" if (folder / "images").is_dir() else "") + row[0] for row in rows]
-    pairs = [
-        (place, row[1])
-        for place, row in zip(places, rows, strict=True)
-        if len(row) > 1 and place.lower().endswith(SUFFIXES)
-    ]
-    labels = number_classes((name for _, name in pairs), classes, str(lists[0]))
-    return LabelledSource(FileSource(folder, [place for place, _ in pairs]), labels)
+    rows = [split_row(line) for line in lines]
+    of_images = [len(row) > 1 and row[0].lower().endswith(SUFFIXES) for row in rows]
+    if not any(of_images):
+        return None
+    if not all(of_images[1:]):  # the first may be a header
+        line = lines[of_images.index(False, 1)]
+        raise UserError(f"data.root: {lists[0]}: {line[:100]!r} is not an image's file and its class: correct it")
+    pairs = [row for row, of_image in zip(rows, of_images, strict=True) if of_image]
+    labels = number_classes((row[1] for row in pairs), classes, str(lists[0]))
+    inner = "images/" if (folder / "images").is_dir() else ""
+    return LabelledSource(FileSource(folder, [inner + row[0] for row in pairs]), labels)
+
+
+def split_row(line: str) -> list[str]:
+    """The columns of a line, divided by tabs, commas or semicolons, whichever there are first; else by spaces."""
+    sign = next((sign for sign in "\t,;" if sign in line), None)
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=sign))] if sign else line.split()
 
 
 def list_class_folders(root: Path, part: str) -> tuple[str, ...]:
@@ -163,7 +175,12 @@ def find_images(folder: Path, classes: tuple[str, ...]) -> LabelledSource:
 
 def list_files(folder: Path) -> Iterator[str]:
     """Files in a folder and in folders in it, by their path in it."""
-    for path, _, files in os.walk(folder):
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:  # a link leads in a circle
+            folders.clear()
+            continue
+        seen.add(real)
         within = os.path.relpath(path, folder)
         yield from files if within == "." else (f"{within}/{file}" for file in files)
 

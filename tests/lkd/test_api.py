@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 
 import lkd
 from lkd.api import name_images, name_student
@@ -302,6 +303,22 @@ def test_pictures_of_a_torchvision_dataset_stay_where_they_are() -> None:
     pictures.transform = lambda image: image
     with pytest.raises(lkd.UserError, match="would not be used: leave it out"):
         read_images(pictures, image_size=8)
+
+
+def test_an_image_folder_that_was_cut_down_keeps_its_labels(tmp_path: Path) -> None:
+    for name, value in (("a", 0), ("b", 100), ("c", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (9, 9), (value, 0, 0)).save(tmp_path / name / f"{number}.png")
+    folder = ImageFolder(tmp_path)
+    folder.samples = folder.samples[2:]  # as torchvision's items then are; `imgs` and `targets` are as before
+    images = read_images(folder, image_size=8, workers=1)
+    pixels, _ = next(images.load([torch.arange(4)], torch.device("cpu")))
+    assert [round(float(each[0].float().mean())) for each in pixels] == [100, 100, 200, 200]
+    assert images.labels.tolist() == [folder[position][1] for position in range(4)] == [1, 1, 2, 2]
+    negative = ImageFolder(tmp_path, loader=lambda path: ImageOps.invert(Image.open(path)))
+    inverted, _ = next(read_images(negative, image_size=8).load([torch.tensor([0])], torch.device("cpu")))
+    assert int(inverted.min()) == 255, "read by the loader that it was given"
 
 
 def shift_at_random(image: Image.Image) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from lkd.core.errors import UserError
 from lkd.data import Dataset, load_dataset
@@ -72,6 +73,34 @@ def test_tiny_imagenets_layout(tmp_path: Path) -> None:
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn03\n")
     with pytest.raises(UserError, match=r"val_annotations\.txt: 'n03'"):
         load("image_folder", tmp_path)
+
+
+def test_a_list_of_files_with_spaces_in_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "train" / name / "0.png")
+    for number, value in enumerate((200, 100)):
+        write(tmp_path / "val" / f"my cat, {number}.png", value)
+    rows = '\ufefffile,label\n"my cat, 1.png",a\n"my cat, 0.png", b\n\n'
+    (tmp_path / "val" / "labels.csv").write_text(rows)
+    dataset = load("image_folder", tmp_path)
+    assert dataset.test.labels.tolist() == [0, 1]
+    assert brightness(dataset) == [100, 200]
+    (tmp_path / "val" / "labels.csv").write_text(rows + "2.jp2,a\n")
+    with pytest.raises(UserError, match=r"labels\.csv: '2\.jp2,a'"):
+        load("image_folder", tmp_path)
+
+
+def test_links_to_folders_of_images(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "0.png")
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            write(tmp_path / part / name / "1.png")
+            (tmp_path / part / name / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train" / "a")
+    expected = [label for _, label in ImageFolder(tmp_path / "val").samples]
+    dataset = load("image_folder", tmp_path)
+    assert dataset.test.labels.tolist() == expected == [0, 0, 1, 1]
+    assert dataset.train.labels.tolist() == expected, "a circle is left"
 
 
 @pytest.mark.outside(25)

@@ -172,6 +172,12 @@ def test_torchvisions_data_sets(folder, tmp_path) -> None:
     for name in ("imagenett", "places365"):
         with pytest.raises(UserError, match=rf"data\.root: torch/{name}"):
             load(f"torch/{name}", tmp_path)
+    with pytest.raises(UserError, match="would test on its training images"):
+        load("torch/image_folder", tmp_path / "images" / "train")
+    shutil.rmtree(tmp_path / "images" / "val" / "n00000000")  # torchvision numbers the others from 0 then
+    with pytest.raises(UserError, match=r"4 classes to train on and 3 for validation \(n00000000"):
+        load("torch/image_folder", tmp_path / "images")
+    assert load("image_folder", tmp_path / "images").test.labels.tolist() == [1, 1, 2, 2, 3, 3]
 
 
 def test_shards_that_cannot_be_used_are_one_line(folder, tmp_path) -> None:
