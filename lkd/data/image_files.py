@@ -178,6 +178,10 @@ class ImageSource:
         """The bytes of an image as they are kept, uint8, [N]."""
         raise NotImplementedError
 
+    def sizes(self) -> Tensor | None:
+        """Bytes of each image, int64, [N], by which one is found that was replaced; None if that takes reading all."""
+        return None
+
     def load(self, position: int) -> Tensor:
         """Decode an image: uint8, [3, H, W].
 
@@ -206,6 +210,15 @@ class FileSource(ImageSource):
 
     def read(self, position: int) -> Tensor:
         return torch.from_numpy(np.fromfile(f"{self.root}/{self.names[position]}", np.uint8))
+
+    def sizes(self) -> Tensor:
+        def measure(name: str) -> int:
+            try:
+                return os.stat(f"{self.root}/{name}").st_size
+            except OSError:  # a list names it, but it is not there
+                return -1
+
+        return torch.tensor([measure(name) for name in self.names])
 
 
 class LoadingOptions(NamedTuple):

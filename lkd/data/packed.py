@@ -31,7 +31,7 @@ class PackedSource(ImageSource):
     """
 
     def __init__(self, source: ImageSource, path: Path, shapes: Tensor) -> None:
-        self.names = source.names
+        self.names, self.sizes = source.names, source.sizes
         self.shapes = shapes
         self.ends = (3 * shapes.prod(1)).cumsum(0)
         self.pixels = np.memmap(path, np.uint8, "c", shape=int(self.ends[-1]))  # torch warns of "r"
@@ -86,7 +86,7 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
                 files.damage.record(len(positions), failures)
                 watch(len(positions))
         index.unlink(missing_ok=True)  # of pixels that are replaced now
-    header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source)}
+    header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source), "sizes": hash_sizes(source)}
     write_tensors(index, {"shapes": shapes}, KIND, VERSION, header)
     return index
 
@@ -107,6 +107,10 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
         raise UserError(
             f"data.packed: {folder} holds {count:,} {part} images that are not the {len(source.names):,} of data.root "
             "(or not by the same names): pack them anew"
+        )
+    if header.get("sizes") not in (None, hash_sizes(source)):  # None: packed before they were kept, or not known
+        raise UserError(
+            f"data.packed: {folder} holds {part} images of data.root's names that have other sizes now: pack them anew"
         )
     if shorter_side < needed:
         raise UserError(
@@ -134,3 +138,9 @@ def hash_names(source: ImageSource) -> str:
     for name in source.names:
         digest.update(name.encode(errors="surrogateescape") + b"\n")  # a name that is no UTF-8
     return digest.hexdigest()
+
+
+def hash_sizes(source: ImageSource) -> str | None:
+    """A hash of the images' sizes in bytes, in order; None if they are not known."""
+    sizes = source.sizes()
+    return None if sizes is None else hashlib.sha256(sizes.numpy().tobytes()).hexdigest()

@@ -65,6 +65,9 @@ class TarSource(ImageSource):
         tar, start, size = self.places[position].tolist()
         return torch.from_numpy(np.fromfile(self.paths[tar], np.uint8, size, offset=start))
 
+    def sizes(self) -> Tensor:
+        return self.places[:, 2]
+
 
 def index_tar(path: Path) -> Iterator[Member]:
     """List the files in a tar file, those of tars in it too; only headers are read."""

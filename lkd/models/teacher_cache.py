@@ -16,7 +16,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
-from lkd.data.packed import PackedSource, hash_names
+from lkd.data.packed import PackedSource, hash_names, hash_sizes
 
 KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
 INDEX = "index.safetensors"
@@ -226,6 +226,7 @@ def identify(
     if isinstance(images.images, ImageFiles):
         source = images.images.source
         look |= {"files": hash_names(source)}
+        look |= {"sizes": hash_sizes(source)} if teacher["cache"] else {}  # to ask for them takes seconds
         look |= {"packed": digest(source.shapes) if isinstance(source, PackedSource) else None}
     return json.loads(json.dumps({"teacher": taught_by, "data": look}))
 
@@ -233,6 +234,8 @@ def identify(
 def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
     """Check that a cache holds the answers of this teacher to these images."""
     for key, before, now in find_differences(cache.header["made_with"], made_with):
+        if key == "data.sizes" and before is None:  # made before they were kept
+            continue
         raise UserError(
             f"teacher.cache: {cache.folder} was made with {key} {before!r}, not with {now!r}: take the same, or make "
             "another cache in another folder"

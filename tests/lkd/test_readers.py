@@ -327,6 +327,10 @@ def test_what_does_not_belong_to_the_images_is_refused(folders, tmp_path, monkey
     more = shutil.copytree(folders[0], tmp_path / "more")
     (more / "train" / "n00000000" / "0.JPEG").rename(more / "train" / "n00000000" / "00.JPEG")
     refuse(r"32 train images that are not the 32 of data\.root", root=more)
+    (more / "train" / "n00000000" / "00.JPEG").rename(more / "train" / "n00000000" / "0.JPEG")
+    read_with(more, folders[1])
+    shutil.copy(more / "train" / "n00000001" / "3.JPEG", more / "train" / "n00000000" / "0.JPEG")
+    refuse("train images of data.root's names that have other sizes now", root=more)
     cut = shutil.copytree(folders[1], tmp_path / "cut")
     with (cut / "train.pixels").open("r+b") as file:
         file.truncate(1000)

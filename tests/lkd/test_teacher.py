@@ -19,7 +19,7 @@ from lkd.export.cache import cache_answers
 from lkd.models import build
 from lkd.models.files import load_network, save_network
 from lkd.models.teacher import TabulatedTeacher, Teacher, UnreliableTeacher
-from lkd.models.teacher_cache import bytes_of_answer, check_top_k, compress_logits, restore_logits
+from lkd.models.teacher_cache import bytes_of_answer, check_made_with, check_top_k, compress_logits, restore_logits
 from lkd.training import answers as asking
 from lkd.training.answers import ask_anew
 from lkd.training.build import check_network, choose_student, open_teacher, prepare_images
@@ -206,6 +206,17 @@ def test_what_a_cache_was_not_made_for_is_refused(capsys, monkeypatch) -> None:
     ]:
         assert main(["cache", *WORDS, *teachers, *CACHE, "--shard_size", "90", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_cache_is_not_of_an_image_that_was_replaced(tmp_path) -> None:
+    data, teacher = in_files(tmp_path), dataclasses.replace(RANDOM, random_answers=0.0)
+    made = cache_answers(CacheRecipe(data=data, teacher=teacher, train=TrainRecipe(batch_size=7)))
+    (Path(str(data.root)) / "train" / "n00000001" / "3.JPEG").write_bytes(b"another picture")
+    now = prepare_images(data)
+    with pytest.raises(UserError, match=r"was made with data\.sizes"):
+        prepare_teacher(teacher, data, now, CPU)
+    del made.header["made_with"]["data"]["sizes"]  # as in caches from before
+    check_made_with(made, asking.identify_answers(open_teacher(teacher, now.train), now))
 
 
 def test_another_network_of_the_same_name_and_files_of_another_cache_are_refused() -> None:
