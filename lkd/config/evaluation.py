@@ -165,6 +165,8 @@ class PlanRecipe(StudentRecipe):
         students: Networks to learn a loss with instead of `student` (meta-training).
         loss: What distillation trains with; a learned-loss file that is not there yet is planned as the default one.
         balance: What weighs its terms (distillation); checked, its own backward passes are not counted.
+        labelled_size: Training images whose labels are known (distillation); asking for the others' is not counted.
+        report_test: Of distillation; not counted.
         pool: The pool (meta-training).
         pool_dir: A pool to use instead, which is then not planned (meta-training).
         meta: The outer loop (meta-training).
@@ -183,6 +185,8 @@ class PlanRecipe(StudentRecipe):
     students: list[ModelRecipe] = field(default_factory=list)
     loss: dict[str, Any] | str = "universal"
     balance: dict[str, Any] | str | None = None
+    labelled_size: ranges.NonNegativeInt = 0
+    report_test: bool = False
     pool: PoolSettings | None = None
     pool_dir: str | None = None
     meta: MetaSettings | None = None

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import PlanRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
-from lkd.config.parts import DataRecipe, TeacherRecipe
+from lkd.config.parts import DataRecipe, ModelRecipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError, explained
 from lkd.core.files import flatten, write_json, write_text
@@ -24,6 +24,7 @@ from lkd.core.outputs import Outputs
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.data.splits import choose_meta_validation_size
+from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.meta_train import check_settings
@@ -44,7 +45,8 @@ HOUR = 3600.0
 LENGTHS = (2, 3)  # inner steps that are run; longer rollouts lie on the line through both
 # Training images, classes, channels, pixels of what is planned without its files; 0: as many as the recipe says.
 KNOWN = {"image_folder": (1_281_167, 1000, 3, 0), "cifar10": (50_000, 10, 3, 32), "cifar100": (50_000, 100, 3, 32)}
-KNOWN |= dict.fromkeys(("fashion_mnist", "fashion_mnist_unseen", "fashion_mnist_rest"), (60_000, 10, 1, 28))
+KNOWN |= {"fashion_mnist": (60_000, 10, 1, 28), "fashion_mnist_unseen": (12_000, 10, 1, 28)}
+KNOWN |= {"fashion_mnist_rest": (48_000, 10, 1, 28)}
 
 
 class Gpu(NamedTuple):
@@ -62,7 +64,7 @@ class Gpu(NamedTuple):
     def build_counter(self, precision: str) -> OperationCounter:
         """What counts operations on this GPU."""
         return OperationCounter(
-            1e12 * (self.bfloat16 if precision == "bfloat16" else self.tensorfloat32), 1e9 * self.bandwidth
+            1e12 * (self.tensorfloat32 if precision == "float32" else self.bfloat16), 1e9 * self.bandwidth
         )
 
 
@@ -127,7 +129,7 @@ class Counted(NamedTuple):
 def count_step(world: PlannedWorld) -> Counted:
     """Take two steps of a training; the second one, with momentum there, is counted."""
     train, shapes, precision = world.recipe.train, world.images.train, choose_precision(world.recipe)
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision != "float32")
     counter = GPUS[world.recipe.gpu].build_counter(precision)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         builder, teacher = choose_student(world.recipe.student, shapes), open_teacher(world.recipe.teacher, shapes)
@@ -221,7 +223,7 @@ def is_missing(loss: dict[str, Any] | str) -> bool:
 
 def choose_precision(recipe: PlanRecipe) -> str:
     """What a training computes in on a GPU."""
-    return "float32" if recipe.train.precision == "float32" else "bfloat16"
+    return "bfloat16" if recipe.train.precision == "auto" else recipe.train.precision
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,15 +343,23 @@ def open_world(recipe: PlanRecipe, is_learned: bool) -> PlannedWorld:
     untrained = replace(
         recipe,
         gpus=gpus,
-        teacher=TeacherRecipe(path="random", name=network, options=options, cache=teacher.cache),
-        student=replace(recipe.student, pretrained=False, path=None),
-        students=[replace(model, pretrained=False, path=None) for model in recipe.students],
+        teacher=replace(teacher, path="random", name=network, pretrained=False, options=options, classes=None),
+        student=untrain(recipe.student),
+        students=[untrain(model) for model in recipe.students],
     )
     images, count, decoded = count_images(recipe.data)
     if not 1 <= train.batch_size <= count:
         raise UserError(f"train.batch_size: {train.batch_size} is not between 1 and the {count} training images")
     meta, pool = recipe.meta or MetaSettings(), recipe.pool or PoolSettings()
-    return PlannedWorld(untrained, meta, pool, pool.loss if is_learned else recipe.loss, images, count, decoded)
+    loss = pool.loss if is_learned else recipe.loss
+    if isinstance(loss, dict) and loss.get("name") == INFLUENCE_WEIGHTED:
+        loss = loss.get("loss", "kd")
+    return PlannedWorld(untrained, meta, pool, loss, images, count, decoded)
+
+
+def untrain(model: ModelRecipe) -> ModelRecipe:
+    """The network with random weights."""
+    return replace(model, pretrained=False, path=None, new_head=False)
 
 
 def count_images(data: DataRecipe) -> tuple[Images, int, bool]:

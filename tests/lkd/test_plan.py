@@ -3,7 +3,7 @@
 import ctypes
 import multiprocessing
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,29 @@ import torch
 from torch import nn
 
 from lkd.cli import main
-from lkd.config import DataRecipe, MetaSettings, ModelRecipe, PlanRecipe, TeacherRecipe, TrainRecipe
+from lkd.config import (
+    DataRecipe,
+    DistillRecipe,
+    MetaSettings,
+    MetaTrainRecipe,
+    ModelRecipe,
+    PlanRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+)
 from lkd.core.files import read_json
 from lkd.data import Batches, ImageSet
+from lkd.data.readers import load_embedded
 from lkd.evaluation.comparison.trials import Cost
-from lkd.evaluation.plan import LENGTHS, Counted, count_hypergradient, count_rollout, count_step, open_world
+from lkd.evaluation.plan import (
+    LENGTHS,
+    Counted,
+    count_hypergradient,
+    count_images,
+    count_rollout,
+    count_step,
+    open_world,
+)
 from lkd.losses import KDLoss
 from lkd.models import build
 from lkd.models.teacher import Teacher
@@ -190,6 +208,27 @@ def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
     assert found["hours"]["reuse"] == pytest.approx(sums["reuse"] * (looks + 1) / looks), "and the reference's"
     assert found["hours"]["outer steps"] == pytest.approx(sums["outer steps"] / 3), "one student in each world"
     assert main(["plan", *SMALL, "--worlds", "{far: {data: {name: npz/far}}}"]) == 2
+
+
+def test_any_recipe_of_both_commands_is_planned() -> None:
+    ours, *theirs = ({field.name for field in fields(kind)} for kind in (PlanRecipe, DistillRecipe, MetaTrainRecipe))
+    assert not set.union(*theirs) - ours
+    plain = plan("--loss", "kd")
+    assert plan("--loss", "kd", "--train.precision", "float16")["precision"] == "float16"
+    weighted = plan(
+        *("--loss", '{"name": "influence_weighted", "loss": {"name": "kd"}}'),
+        *("--labelled_size", "4000", "--student.path", "no.pth", "--student.new_head", "true"),
+    )
+    assert weighted["step"] == plain["step"]
+    scaled = plan("--loss", "kd", "--teacher.image_size", "64")["step"]
+    assert scaled["teacher"]["gflops_an_image"] == pytest.approx(4 * plain["step"]["teacher"]["gflops_an_image"], 0.02)
+    assert scaled["student"]["gflops_an_image"] == plain["step"]["student"]["gflops_an_image"]
+
+
+def test_known_data_sets_are_of_the_size_that_they_are() -> None:
+    for name, there in (("unseen", len(load_embedded().train)), ("rest", 60_000 - len(load_embedded().train))):
+        _, count, _ = count_images(DataRecipe(f"fashion_mnist_{name}", meta_validation_size=100))
+        assert count == there - 100
 
 
 @pytest.mark.parametrize(
