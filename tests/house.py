@@ -81,14 +81,18 @@ def find_wrong_arrows() -> list[str]:
 
 
 def find_circles() -> list[list[str]]:
-    """Files that import each other, directly or by way of others: the first circle that is found."""
+    """Files that import each other, directly or by way of others; circles that share an import count as one."""
     modules = list_files()
     graph = {name: {target for target, _ in list_imports(path, modules)} - {name} for name, path in modules.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as circle:
-        return [circle.args[1]]
-    return []
+    circles = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as circle:
+            circles.append(circle.args[1])  # a file is imported by the next one
+            graph[circles[-1][1]].discard(circles[-1][0])
+        else:
+            return circles
 
 
 def list_files_of_a_step() -> list[str]:

@@ -10,14 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from lkd import load_loss, save_loss
 from lkd.cli import main
 from lkd.config import CompareRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json
+from lkd.core.tensor_files import write_tensors
 from lkd.evaluation.report.charts import describe_curve
 from lkd.evaluation.report.page import build_page, command_line
 from lkd.evaluation.report.runs import Point, name_apart, read_curves, read_runs, thin
+from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.learned.shares import gradient_surface
+from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.tracking.tracker import read_log
 
 PLANTED = [
@@ -173,6 +179,26 @@ def test_surfaces_are_the_losses_or_say_why_there_are_none(copies: Path) -> None
         (record,) = build("kd").data["losses"]
         assert reason in record["note"]
         assert not record["panels"]
+
+
+def test_a_loss_that_reads_trust_is_drawn_as_the_run_told_it(copies: Path) -> None:
+    loss = build_learned_loss("logits", {"conditioning": ["progress", "agreement"]})
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    save_loss("trusting.lkd.safetensors", loss, {})
+    change_recipe("kd", loss="trusting.lkd.safetensors")
+    (unknown, _) = build("kd").data["losses"]
+    figures = TrustFigures(0.5, 0.4, 1.5, 20.0)
+    told = {"provenance": {"trust": figures.to_json()}}
+    write_tensors(Path("kd/student.safetensors"), {}, "network", 1, told)
+    (known, _) = build("kd").data["losses"]
+    assert unknown["trust"].startswith("trust: unknown")
+    assert "50.0% of the meta-validation labels" in known["trust"]
+    for record, trust in ((unknown, Trust()), (known, Trust(figures))):
+        surface = gradient_surface(load_loss("trusting.lkd.safetensors", trust=trust), 0.5, points=21)
+        drawn = record["panels"]["gradient at the target logit"][2]
+        assert drawn == pytest.approx(surface.flatten().tolist(), rel=1e-3)
+    assert known["panels"] != unknown["panels"]
 
 
 def test_worlds_have_a_line_each_and_the_worst_regret_of_the_kept_loss_comes_first(copies: Path) -> None:

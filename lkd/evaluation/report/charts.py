@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lkd.evaluation.report.runs import (
     find_near,
     read_dict,
     read_header,
+    read_part,
     select_finite,
     simplify,
     thin,
@@ -28,6 +30,7 @@ from lkd.losses.build import build_loss, is_learned, reads_features
 from lkd.losses.learned.file import NOT_LEARNED, load_loss, was_learned
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.learned.shares import balance_surface, gradient_surface
+from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.losses.loss import DistillationLoss
 
 STEPPED = {"distill": "step", "teacher": "step", "pool": "step", "meta-train": "outer step"}  # command → its step
@@ -118,10 +121,12 @@ def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The losses that runs name or learned, each once, and a hand-made one to compare them with; see `draw_loss`."""
     records: dict[str, dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: run.command != "meta-train"):  # whose names say where a loss is from
+        trust = find_trust(run)
         for name, specification in list_losses(run):
-            key = identify(specification, run.path)
+            learned = specification.get("name") if isinstance(specification, dict) else specification
+            key = identify(specification, run.path) + (str(trust or "") if is_learned(str(learned)) else "")
             if key not in records and len(records) < MOST_SURFACES:
-                records[key] = draw_loss(name, specification, run.path)
+                records[key] = draw_loss(name, specification, run.path, trust)
             if key in records and run.label not in records[key]["runs"]:
                 records[key]["runs"].append(run.label)
     if any(len(record["panels"]) > 1 for record in records.values()) and identify(REFERENCE) not in records:
@@ -149,15 +154,30 @@ def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
     return [(describe_loss(loss, run.path), loss) for loss in losses]
 
 
-def draw_loss(name: str, specification: Any, folder: Path) -> dict[str, Any]:
+def find_trust(run: RunRecord) -> Trust | None:
+    """What a run's losses were told of teacher and labels; None if they were not, or it is not done."""
+    headers = [read_part(read_header(run.path / RESULTS["distill"]), "provenance")] if run.command == "distill" else []
+    if run.command == "compare":
+        headers = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
+    for told in (read_part(header, "trust") for header in headers):
+        with suppress(LookupError, TypeError, ValueError):  # damaged
+            if told:
+                return Trust(TrustFigures.from_json(told))
+    return None
+
+
+def draw_loss(name: str, specification: Any, folder: Path, trust: Trust | None = None) -> dict[str, Any]:
     """A loss, whose runs are yet to be named: `panels`, title → [progress][teacher × student], or why there are none.
 
-    A panel has one progress only if it does not matter.
+    A panel has one progress only if it does not matter. `trust`: what a loss that reads it is told, and then says.
     """
     panels: dict[str, list[list[float | None]]] = {}
-    record: dict[str, Any] = {"name": name, "runs": [], "panels": panels, "note": None}
+    record: dict[str, Any] = {"name": name, "runs": [], "panels": panels, "trust": "", "note": None}
     try:
         loss = open_loss(specification, folder)
+        if loss.reads_trust:
+            loss.set_trust(trust or Trust())
+            record["trust"] = str(trust or Trust())
         frames = [gradient_surface(loss, progress, points=SURFACE_POINTS) for progress in PROGRESS]
         coarse = gradient_surface(loss, 0.5, points=1 + (SURFACE_POINTS - 1) // STRIDE)
     except UserError as error:

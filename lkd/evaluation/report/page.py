@@ -21,10 +21,9 @@ from lkd.config.evaluation import ReportRecipe
 from lkd.config.parse import COMMANDS
 from lkd.core.errors import UserError
 from lkd.core.files import write_text
-from lkd.evaluation.report.charts import PROGRESS, SURFACE_POINTS, draw_losses, list_charts
+from lkd.evaluation.report.charts import PROGRESS, SURFACE_POINTS, draw_losses, find_trust, list_charts
 from lkd.evaluation.report.runs import (
     ABSENT,
-    RESULTS,
     TRAINED,
     Curve,
     Point,
@@ -38,13 +37,11 @@ from lkd.evaluation.report.runs import (
     list_dicts,
     list_settings,
     read_dict,
-    read_header,
     read_part,
     read_runs,
     trace_recipe,
 )
 from lkd.losses.learned.file import NOT_LEARNED
-from lkd.losses.learned.trust import Trust, TrustFigures
 
 SCRIPTS = ("charts.js", "surfaces.js", "report.js")
 COLORS = 8  # of the style sheet
@@ -214,19 +211,6 @@ def show(value: float, form: str) -> str:
     return ABSENT if math.isnan(value) else form.format(value)
 
 
-def find_trust(run: RunRecord) -> str:
-    """What a run's losses were told of teacher and labels, in one line; empty if they were not, or it is not done."""
-    headers = [read_part(read_header(run.path / RESULTS["distill"]), "provenance")] if run.command == "distill" else []
-    if run.command == "compare":
-        headers = [read_dict(path) for path in sorted((run.path / "cells").glob("*.json"))]
-    for told in (read_part(header, "trust") for header in headers):
-        try:
-            return str(Trust(TrustFigures.from_json(told)))
-        except (LookupError, TypeError, ValueError):  # none there, or damaged
-            continue
-    return ""
-
-
 def last_and_best(curve: Curve | None, best: Callable[..., Point], form: str) -> tuple[str, str]:
     """The last value of a curve, and the first of its best with its step; `ABSENT` where there is none."""
     if not curve:
@@ -253,7 +237,7 @@ def read_contents(run: RunRecord, pictures: dict[Path, bool]) -> dict[str, Any]:
             ages.setdefault(entry.get("training"), []).append(float(entry["progress"]))
     return {
         "figures": [(key, f"{value:.6g}" if isinstance(value, float) else value) for key, value in figures.items()],
-        "trust": find_trust(run),
+        "trust": str(find_trust(run) or ""),
         "tables": list_tables(run),
         "texts": [(path.relative_to(run.path), path.read_text(errors="replace")) for path in texts],
         "pool": list(ages.values()),

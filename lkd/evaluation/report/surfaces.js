@@ -62,6 +62,7 @@ function drawLosses(host, {losses, points, progress}) {
     const panels = Object.entries(loss.panels).map(([title, frames]) =>
       drawSurface(title, frames, rangeOf(drawn, title), points, slider, progress));
     return make("div", {}, make("h3", {}, loss.name), make("p", {class: "note"}, loss.runs.join(", ")),
+      ...(loss.trust ? [make("p", {class: "note"}, loss.trust)] : []),
       loss.note ? make("p", {}, loss.note) : make("div", {class: "surfaces"}, ...panels));
   })));
 }
