@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +246,37 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     Returns:
         The HTML page.
     """
-    started = time.time()
+    with keep_times(run.path / "phases.json") as begin:
+        return run_phases(recipe, run, begin)
+
+
+@contextmanager
+def keep_times(path: Path) -> Iterator[Callable[[str], dict[str, float]]]:
+    """Keep the seconds of each phase in a file, to which a run that goes on adds its own.
+
+    Gives what begins a phase, or none by an empty name, and returns the seconds so far.
+    """
+    seconds: dict[str, float] = read_json(path) if path.exists() else {}
+    phase, started = "", 0.0
+
+    def begin(name: str) -> dict[str, float]:
+        nonlocal phase, started
+        now = time.time()
+        if phase:
+            seconds[phase] = seconds.get(phase, 0.0) + now - started
+            write_json(path, seconds)
+        phase, started = name, now
+        return seconds
+
+    try:
+        yield begin
+    finally:
+        begin("")
+
+
+def run_phases(recipe: QuickstartRecipe, run: Run, begin: Callable[[str], dict[str, float]]) -> Path:
+    """Tune, train, adapt, report; see `keep_times`."""
+    begin("tune_KD")
     compare_recipes = {setting: compare_recipe(recipe, setting, run.path) for setting in SETTINGS}
     first = compare_recipes["clean"]
     images = prepare_images(first.data)
@@ -260,7 +292,6 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         f"{len(images.train):,} training, {len(images.meta_validation):,} meta-validation, "
         f"{len(images.test):,} test images; three settings, {recipe.seeds} paired seeds"
     )
-    phases: dict[str, float] = {}
     adapted = adapted_path(run.path)
     with start_workers(recipe.workers, threads=recipe.threads) as workers:
 
@@ -289,7 +320,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
 
         jobs = start({setting: plan_tuning(compare) for setting, compare in compare_recipes.items()})
         finish_all(jobs, lambda *_: None, "tune KD")
-        phases["tune_KD"] = time.time() - started
+        begin("train_students_and_adapt")
         picks = {setting: pick_options(compare, run.path / setting) for setting, compare in compare_recipes.items()}
         trials = {setting: plan_report(compare, picks[setting]) for setting, compare in compare_recipes.items()}
         trials[ADAPTED].sort(key=lambda trial: trial.student == SEEN)  # the longest first: no worker is left alone
@@ -302,7 +333,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
         }
         jobs |= start(ready)
         finish_all(jobs, describe, "train students, adapt the universal loss")
-        phases["train_students_and_adapt"] = time.time() - started - sum(phases.values())
+    begin("report")
     tables = {}
     for setting, compare in compare_recipes.items():
         tables[setting] = write_results(compare, picks[setting], run.path / setting)
@@ -321,11 +352,7 @@ def quickstart(recipe: QuickstartRecipe, run: Run) -> Path:
     plot_settings(grid, bold, tables, run.path / "quickstart.png")
     regret = compare_regrets(regrets(grid, bold))
     write_text(run.path / "regret.txt", regret + "\n")
-    phases["report"] = time.time() - started - sum(phases.values())
-    earlier = run.path / "phases.json"  # of a run that was gone on with
-    if earlier.exists():
-        phases = {name: seconds + read_json(earlier).get(name, 0.0) for name, seconds in phases.items()}
-    write_json(earlier, phases)
+    phases = begin("")
     result = evidence(
         "lkd quickstart" + (" --short" if recipe.short else ""),
         run.provenance()["environment"],

@@ -3,9 +3,11 @@
 import csv
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import lkd
 from lkd.cli import main
 from lkd.config import MetaTrainRecipe, QuickstartRecipe
 from lkd.core.files import read_json
+from lkd.core.interrupt import Interrupted
 from lkd.evaluation.comparison.trials import run_trial
-from lkd.evaluation.quickstart import SETTINGS, adapt_recipe, regrets, share_fields
+from lkd.evaluation.quickstart import SETTINGS, adapt_recipe, keep_times, regrets, share_fields
 
 submit = ProcessPoolExecutor.submit
 submitted: Counter[Path] = Counter()  # trainings, by run
@@ -105,6 +108,18 @@ def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) ->
     assert cells
     assert main(["quickstart", "--short", "--run_dir", str(quickstart), "--seeds", "2", "--resume", "auto"]) == 0
     assert {path: path.stat().st_mtime_ns for path in quickstart.glob("*/cells/*.json")} == cells
+
+
+def test_the_time_of_an_interrupted_run_counts(tmp_path: Path, monkeypatch) -> None:
+    now = iter([100.0, 107.0, 200.0, 203.0, 213.0, 214.0])
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    with suppress(Interrupted), keep_times(tmp_path / "phases.json") as begin:
+        begin("tune")
+        raise Interrupted
+    with keep_times(tmp_path / "phases.json") as begin:
+        begin("tune")
+        begin("train")
+        assert begin("") == read_json(tmp_path / "phases.json") == {"tune": 10.0, "train": 10.0}
 
 
 def test_regret_is_the_worst_gap_to_the_best_fixed_choice() -> None:
