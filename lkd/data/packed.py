@@ -31,7 +31,7 @@ class PackedSource(ImageSource):
     """
 
     def __init__(self, source: ImageSource, path: Path, shapes: Tensor) -> None:
-        self.names, self.sizes = source.names, source.sizes
+        self.source, self.names = source, source.names
         self.shapes = shapes
         self.ends = (3 * shapes.prod(1)).cumsum(0)
         self.pixels = np.memmap(path, np.uint8, "c", shape=int(self.ends[-1]))  # torch warns of "r"
@@ -40,6 +40,9 @@ class PackedSource(ImageSource):
         """The pixels of an image, one after another."""
         end = int(self.ends[position])
         return torch.from_numpy(self.pixels[end - 3 * int(self.shapes[position].prod()) : end])
+
+    def sizes(self) -> Tensor | None:
+        return self.source.sizes()
 
     def load(self, position: int) -> Tensor:
         height, width = self.shapes[position].tolist()
