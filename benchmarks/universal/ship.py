@@ -2,9 +2,10 @@
 
 python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [--name universal] [--part 0.5] [--out FILE]
 
-Rollouts are too short to learn three things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
-the shipped loss fades and judges labels (`DecoupledLoss`), and what was learned is kept in part: what the network adds
-to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything: the control.
+Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
+the shipped loss fades, judges labels and falls back (`DecoupledLoss`), and what was learned is kept in part: what the
+network adds to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything:
+the control.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -16,6 +17,8 @@ import torch
 
 from lkd.core.files import PACKAGE, hash_file
 from lkd.losses.learned.file import SUFFIX, LossFile, build_loss_from, read_provenance, save_loss
+
+RULES = ("fades", "judges_labels", "falls_back")
 
 
 def main() -> int:
@@ -30,7 +33,7 @@ def main() -> int:
     path = options.out or PACKAGE / "losses" / "pretrained" / f"{options.name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = LossFile.read(options.loss)
-    file.header["architecture"]["parts"]["logits"]["arguments"] |= {"fades": True, "judges_labels": True}
+    file.header["architecture"]["parts"]["logits"]["arguments"] |= dict.fromkeys(RULES, True)
     loss, start = file.build(), build_loss_from(file.header["architecture"])
     shrink(loss, start, options.part)
     save_loss(path, loss, (provenance | {"part": options.part}) if options.part else {"learned": False})

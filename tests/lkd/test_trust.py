@@ -231,6 +231,34 @@ def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
         build_learned_loss("logits", {"fades": True})
 
 
+def test_what_was_learned_does_not_count_under_a_teacher_that_knows_the_labels_by_heart() -> None:
+    torch.manual_seed(0)
+    options = {"conditioning": SEEN, "initial_weight": 0.3, "linear": True}
+    fresh, learned = (build_learned_loss("logits", options | {"falls_back": falls}) for falls in (False, True))
+    plain = build_learned_loss("logits", options)
+    for parameter in learned.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    plain.load_state_dict(learned.state_dict())
+    batch = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
+
+    def compare(figures: TrustFigures) -> list[tuple[torch.Tensor, ...]]:
+        for loss in (fresh, learned, plain):
+            loss.tell(figures)
+        return [loss.parts["logits"].set_balance(read_logits(*batch), 0.5) for loss in (fresh, learned, plain)]
+
+    for figures in (TrustFigures(), TRUST, TrustFigures(0.9, 0.94), TrustFigures(0.9, 0.5)):
+        before, found, after = compare(figures)
+        torch.testing.assert_close(found, after, rtol=0, atol=0)
+        assert not torch.allclose(before[0], after[0])
+    for figures in (TrustFigures(0.7, 1.0), TrustFigures(0.8, 0.95)):
+        before, found, _ = compare(figures)
+        torch.testing.assert_close(found, before)
+    before, found, after = (balance[0].logit() for balance in compare(TrustFigures(0.8, 0.9)))
+    torch.testing.assert_close(found, (before + after) / 2)
+    with pytest.raises(UserError, match="falls_back"):
+        build_learned_loss("logits", {"falls_back": True})
+
+
 def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
     """Counted among many labels of two classes, of which three in ten are flipped."""
     torch.manual_seed(0)

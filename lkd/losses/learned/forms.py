@@ -1,5 +1,6 @@
 """The forms of a learned loss over logits (our reconstruction)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lkd.losses.loss import DistillationLoss, Progress, Terms
 FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of the student by half
 NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
+USUAL, BY_HEART = 0.05, 0.15  # how much more a teacher agrees with training labels than with held-out ones
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -123,6 +125,8 @@ class DecoupledLoss(LogitForm):
         linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
         fades: Whether the loss turns into cross-entropy where the student has overtaken the teacher; see `stay`.
         judges_labels: Whether labels count by how likely they are right; see `judge_labels`.
+        falls_back: Whether what was learned does not count where the teacher knows the training labels by heart; see
+            `fall_back`.
     """
 
     def __init__(
@@ -138,12 +142,15 @@ class DecoupledLoss(LogitForm):
         linear: bool = False,
         fades: bool = False,
         judges_labels: bool = False,
+        falls_back: bool = False,
     ) -> None:
         super().__init__(locals())
         if fades and not {"agreement", "own_accuracy"} <= set(self.conditioning):
             raise ValueError("fades: true needs agreement and own_accuracy in conditioning, to be told who is ahead")
         if judges_labels and not {"agreement", "calibration"} <= set(self.conditioning):
             raise ValueError("judges_labels: true needs agreement and calibration in conditioning")
+        if falls_back and "agreement" not in self.conditioning:
+            raise ValueError("falls_back: true needs agreement in conditioning")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.warmup = warmup
@@ -156,12 +163,33 @@ class DecoupledLoss(LogitForm):
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
         seen = self.see(logs, progress)
-        free = self.body(seen)
+        free = self.fall_back(self.body(seen))
         weight, share, *rest = free.sigmoid().unbind(1)
         weight = 1 - (1 - weight) * self.judge_labels(seen, progress)
         factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
         own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
+
+    def fall_back(self, free: Tensor) -> Tensor:
+        """The network's answers, [B, outputs]; the first ones where the teacher knows the training labels by heart.
+
+        It agrees with them more than with held-out ones then. What it says of training images is not what it would say
+        of others, whether the labels are right or wrong; a student follows wrong ones only late in its training, after
+        the end of a rollout (docs/evidence/universal/tried.md).
+        """
+        if not self.architecture["falls_back"]:
+            return free
+        validation, training, *_ = self.trust.to(free).unbind()
+        learned = ((BY_HEART - training + validation) / (BY_HEART - USUAL)).clamp(0, 1).nan_to_num(1.0)
+        first = torch.stack([free.new_full((), answer) for answer in self.first_answers()])
+        return torch.lerp(first, free, learned)
+
+    def first_answers(self) -> list[float]:
+        """What the network says before it learned, whatever it sees."""
+        weight, temperature = self.architecture["initial_weight"], self.architecture["initial_temperature"]
+        share = (temperature - 1) / (self.maximal_temperature - 1)
+        answers = [math.log(weight / (1 - weight)), math.log(share / (1 - share)), 0.0, UNCALIBRATED]
+        return answers[: 3 + self.calibrates]
 
     def ramp(self, progress: Progress, like: Tensor) -> Tensor:
         """The part of the teacher's terms that counts at this progress, a scalar in [0, 1]."""
