@@ -77,7 +77,8 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     check_image_size(recipe.checkpoint, network, images.train.image_shape)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
-    print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}:")
+    said = "" if "input" in header else ", normalised as the data set says, since the file does not say how"
+    print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}{said}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
 

@@ -99,6 +99,8 @@ def read_input(network: torch.nn.Module, header: dict[str, Any], recipe: Predict
     """How pictures are prepared: what the file says, or else what is known of its data set, or of timm's network."""
     architecture, provenance = header["architecture"], header["provenance"]
     channels, count = architecture["in_chans"], architecture["num_classes"]
+    if channels not in (1, 3):
+        raise UserError(f"{recipe.checkpoint}: takes images of {channels} channels; pictures are read with 1 or 3")
     data = ((provenance.get("recipe") or {}).get("data") or {}).get("name", "")
     timms: dict[str, Any] = getattr(unwrap(network), "pretrained_cfg", None) or {}
     known = IN_MEMORY.get("fashion_mnist" if data in ("embedded", *FASHION) else data)

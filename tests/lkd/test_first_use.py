@@ -93,6 +93,10 @@ def test_a_size_that_a_network_does_not_take_is_one_line(shoe: Path, capsys) -> 
     assert main(["predict", "vit.safetensors", str(shoe)]) == 0
     assert main(["predict", "vit.safetensors", str(shoe), "--image_size", "32"]) == 2
     assert "32×32" in capsys.readouterr().err
+    four = {"name": "tiny_cnn", "num_classes": 10, "in_chans": 4}
+    save_network(Path("four.safetensors"), build(**four), four, {"image_shape": [4, 28, 28]})
+    assert main(["predict", "four.safetensors", str(shoe)]) == 2
+    assert "4 channels" in capsys.readouterr().err
 
 
 @pytest.mark.outside(41)

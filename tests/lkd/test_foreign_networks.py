@@ -125,6 +125,7 @@ def test_an_own_checkpoint_teaches_starts_a_student_and_is_evaluated(model: nn.M
     assert torch.equal(trained.model.classifier.weight, model.classifier.weight)
     assert {"network", "teacher"} <= {row["kind"] for row in json.loads(Path("r/lineage.json").read_text())["used"]}
     assert main(["evaluate", "--checkpoint", "m.pth", "--name", NAME, *DATA, "--split", "meta_validation"]) == 0
+    assert "since the file does not say how:" in capsys.readouterr().out
 
 
 @pytest.mark.outside(18)
