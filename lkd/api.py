@@ -1,12 +1,14 @@
 """`lkd.distill` and `lkd.meta_train`: the commands of the same name, for objects in the place of names and files."""
 
 import dataclasses
+import dis
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -373,22 +375,35 @@ def describe_images(images: ImageSet) -> list[Any]:
     return [pixels, images.labels, images.mean, images.std, images.num_classes]
 
 
-def describe_function(function: Any) -> list[Any]:
-    """What a function does: its code, and the numbers, words and tensors that it refers to."""
+def describe_function(function: Any, depth: int = 6) -> list[Any]:
+    """What a function does: its code, and the numbers, words, tensors and functions of its module that it refers to."""
     if isinstance(function, partial):
-        given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
-        return [describe_function(function.func), *map(describe_value, given)]
+        given = [*function.args, *sorted(function.keywords.items())]
+        return [describe_function(function.func, depth), describe_value(given, depth, "")]
     code = getattr(function, "__code__", None)
     if code is None:
         return [type(function).__qualname__]
     cells = [read_cell(cell) for cell in function.__closure__ or ()]
-    values = [*code.co_consts, *(function.__defaults__ or ()), *cells]
-    return [code.co_code.hex(), list(code.co_names), list(map(describe_value, values))]
+    named = sorted({each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"})
+    read = [function.__globals__.get(name) for name in named]
+    options = sorted((function.__kwdefaults__ or {}).items())
+    values = [*code.co_consts, *(function.__defaults__ or ()), *options, *cells, *read]
+    return [code.co_code.hex(), list(code.co_names), describe_value(values, depth, function.__module__)]
 
 
-def describe_value(value: Any) -> Any:
-    """A number, a word or a tensor; of anything else its type."""
-    return value if isinstance(value, int | float | str | Tensor) else type(value).__name__
+def describe_value(value: Any, depth: int, module: str) -> Any:
+    """A number, a word, a tensor, a function of this module, or some of them; of anything else its type."""
+    if isinstance(value, int | float | str | Tensor):
+        return value
+    if depth and isinstance(value, dict):
+        value = list(value.items())
+    if depth and isinstance(value, list | tuple):
+        return [describe_value(each, depth - 1, module) for each in value]
+    if depth and isinstance(value, CodeType):
+        return [value.co_code.hex(), describe_value(value.co_consts, depth - 1, module)]
+    if depth and isinstance(value, FunctionType) and value.__module__ == module:
+        return describe_function(value, depth - 1)
+    return type(value).__name__
 
 
 def read_cell(cell: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 import lkd
-from lkd.api import name_images, name_student
+from lkd.api import name_images, name_loss, name_student
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.core.files import read_json
@@ -192,6 +192,30 @@ def test_a_function_is_a_loss_and_the_config_knows_which(images) -> None:
     other = lambda student, teacher, target, progress: {"hard": soft(student, teacher, target)}  # noqa: E731
     with pytest.raises(lkd.UserError, match=r"loss: is .* a resumed run keeps its config"):
         lkd.distill(*arguments, loss=other, run_dir="terms", resume="auto", **TINY)
+
+
+SOFTNESS = 4.0
+
+
+def test_a_function_is_known_by_all_that_it_computes_with(monkeypatch) -> None:
+    def make(weights, temperature, inner):
+        def soften(logits):
+            return logits / temperature
+
+        def loss(student, teacher, target, *, scale=weights):
+            return scale[0] * soften(student.logits - SOFTNESS) + inner(teacher.logits).sum()
+
+        return loss
+
+    def name(*arguments) -> str:
+        return name_loss(make(*arguments), {})
+
+    first = (0.5, 2.0), 1.0, lambda logits: [logit + 1 for logit in logits]
+    assert name(*first) == name(*first)
+    others = [((0.5, 3.0), *first[1:]), (first[0], 2.0, first[2]), (*first[:2], lambda logits: [x + 2 for x in logits])]
+    names = {name(*arguments) for arguments in (first, *others)}
+    monkeypatch.setattr(f"{__name__}.SOFTNESS", 5.0)
+    assert len(names | {name(*first)}) == 5
 
 
 def test_teacher_and_loss_are_opened_once_a_run(monkeypatch) -> None:
