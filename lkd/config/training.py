@@ -286,7 +286,7 @@ class PullRecipe:
 
     Args:
         loss: `hf://OWNER/REPOSITORY[@REVISION][/FILE]` or `wandb://ENTITY/PROJECT/ARTIFACT[:VERSION]`. Other commands
-            such a name in the place of a file, too.
+            take such a name in the place of a file, too.
         out: The file to write.
     """
 

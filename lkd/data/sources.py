@@ -223,7 +223,7 @@ def find_class_images(root: Path, part: str) -> Labelled:
         source = TarSource.of(paths, [(number, member) for _, number, member in images])
         return source, [name for name, _, _ in images]
 
-    return keep_index(root, part, paths, build)
+    return keep_index(root, f"{part}.classes", paths, build)  # shards of the same files have other labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------

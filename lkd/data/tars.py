@@ -121,7 +121,7 @@ def keep_index(folder: Path, part: str, paths: list[Path], build: Callable[[], L
 
     Args:
         folder: The data set's folder.
-        part: Which images these are, `train` or `val`.
+        part: Which images these are, `train` or `val`, and what tells apart the labels that readers find.
         paths: The tar files in it; the same are those of the same names, sizes and times.
         build: Makes the index.
     """

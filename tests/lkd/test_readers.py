@@ -98,6 +98,20 @@ def test_an_index_is_kept_and_made_anew_for_other_files(folder, tmp_path, monkey
     assert len(list((tmp_path / "cache" / "lkd").iterdir())) == 1
 
 
+def test_an_index_of_tars_is_not_one_of_shards(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tars, "KEPT_FROM", 0.0)
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for number, shard in enumerate(("0000", "0001")):
+            with tarfile.open(tmp_path / part / f"{shard}.tar", "w") as tar:
+                for label in (0, 1, 2):
+                    add_member(tar, f"{number}{label}.jpg", next(folder.rglob("*.JPEG")).read_bytes())
+                    add_member(tar, f"{number}{label}.cls", str(label).encode())
+    for _ in range(2):  # by mistake, then as it is meant, and again
+        assert load("tar", tmp_path).train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert load("wds/mine", tmp_path).train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
 def start(root: str, counts: "Queue[int]") -> None:
     read = 0
 
