@@ -109,6 +109,7 @@ def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their
         ({"methods": {"KD": "missing.lkd.safetensors"}}, r"methods\.KD: missing\.lkd\.safetensors"),
         ({"baseline": "DKD"}, "baseline: 'DKD' .* CE, KD"),
         ({"students": []}, "students: none"),
+        ({"methods": {"KD": "kd", "kd +": "kd", "KD-": "dkd"}}, "methods: 'kd .' and 'KD-' are one name"),
         ({"tuning_trainings": 1, "tuning_seeds": 2}, "tuning_trainings: 1 .* tuning_seeds, 2"),
     ],
 )
@@ -211,6 +212,7 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
     path = trial_path(recipe, trial, tmp_path)
     moved, changed = tiny_recipe(), tiny_recipe()
     moved.data.root, changed.data.label_noise = "/elsewhere", 0.1
+    moved.data.workers, moved.data.read_timeout, moved.data.evaluation_batch_size = 3, 5.0, 100
     assert trial_path(moved, trial, tmp_path) == path
     assert trial_path(changed, trial, tmp_path) != path
     assert trial_path(recipe, Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=False), tmp_path) != path

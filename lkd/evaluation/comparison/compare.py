@@ -12,7 +12,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import write_json
 from lkd.core.tensor_files import drop_damaged
 from lkd.core.workers import LeaseWatch, finish_all, start_workers
-from lkd.evaluation.comparison.tables import UNLEARNED, figures_of, write_results
+from lkd.evaluation.comparison.tables import UNLEARNED, figure_key, figures_of, write_results
 from lkd.evaluation.comparison.trials import (
     Row,
     Trial,
@@ -63,6 +63,10 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training."""
     if recipe.baseline not in recipe.methods:
         raise UserError(f"baseline: {recipe.baseline!r} is not one of the methods {', '.join(recipe.methods)}")
+    keys: dict[str, str] = {}
+    for label in recipe.methods:
+        if (other := keys.setdefault(figure_key(label), label)) != label:
+            raise UserError(f"methods: {other!r} and {label!r} are one name in result.json: let letters tell them apart")
     names = [student.name for student in recipe.students]
     if len(set(names)) < max(1, len(names)):
         raise UserError(f"students: {', '.join(names) or 'none'}; at least one, each name once")
