@@ -66,7 +66,7 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
     keys: dict[str, str] = {}
     for label in recipe.methods:
         if (other := keys.setdefault(figure_key(label), label)) != label:
-            raise UserError(f"methods: {other!r} and {label!r} are one name in result.json: let letters tell them apart")
+            raise UserError(f"methods: {other!r} and {label!r} are one name in result.json: rename one")
     names = [student.name for student in recipe.students]
     if len(set(names)) < max(1, len(names)):
         raise UserError(f"students: {', '.join(names) or 'none'}; at least one, each name once")

@@ -258,7 +258,7 @@ def describe_other_threads(paths: Iterable[Path]) -> list[str]:
 
 
 def identify_inputs(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
-    """Images and teacher as they decide a result: not where images lie and how fast; a teacher by its file's content."""
+    """Images and teacher as they decide a result: not where images lie; a teacher by its file's content."""
     teacher = dataclasses.asdict(recipe.teacher)
     teacher["path"] = hash_content(recipe.teacher.path) or recipe.teacher.path
     if recipe.teacher.classes is None:  # results from before it was a setting stay good
