@@ -215,6 +215,13 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
     moved.data.workers, moved.data.read_timeout, moved.data.evaluation_batch_size = 3, 5.0, 100
     assert trial_path(moved, trial, tmp_path) == path
     assert trial_path(changed, trial, tmp_path) != path
+    for part, field in ((recipe.data, "class_map"), (recipe.teacher, "classes")):
+        setattr(part, field, "classes.txt")
+        Path("classes.txt").write_text("1 2")
+        before = trial_path(recipe, trial, tmp_path)
+        Path("classes.txt").write_text("2 1")
+        assert trial_path(recipe, trial, tmp_path) != before, field
+        setattr(part, field, None)
     assert trial_path(recipe, Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=False), tmp_path) != path
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(seed)

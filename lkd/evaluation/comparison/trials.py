@@ -259,13 +259,14 @@ def describe_other_threads(paths: Iterable[Path]) -> list[str]:
 
 def identify_inputs(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
     """Images and teacher as they decide a result: not where images lie; a teacher by its file's content."""
-    teacher = dataclasses.asdict(recipe.teacher)
-    teacher["path"] = hash_content(recipe.teacher.path) or recipe.teacher.path
+    data, teacher = dataclasses.asdict(recipe.data), dataclasses.asdict(recipe.teacher)
+    for part, name in ((data, "class_map"), (teacher, "path"), (teacher, "classes")):
+        part[name] = hash_content(str(part[name])) or part[name]
     if recipe.teacher.classes is None:  # results from before it was a setting stay good
         del teacher["classes"]
     usual = dataclasses.asdict(DataRecipe())
     alike = {name: usual[name] for name in ("root", "workers", "read_timeout", "evaluation_batch_size")}
-    return {"data": dataclasses.asdict(recipe.data) | alike, "teacher": teacher}
+    return {"data": data | alike, "teacher": teacher}
 
 
 def hash_identity(identity: dict[str, Any]) -> str:
