@@ -231,7 +231,7 @@ def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
         build_learned_loss("logits", {"fades": True})
 
 
-def test_what_was_learned_does_not_count_under_a_teacher_that_knows_the_labels_by_heart() -> None:
+def test_what_was_learned_does_not_count_under_a_weak_teacher() -> None:
     torch.manual_seed(0)
     options = {"conditioning": SEEN, "initial_weight": 0.3, "linear": True}
     fresh, learned = (build_learned_loss("logits", options | {"falls_back": falls}) for falls in (False, True))
@@ -246,14 +246,14 @@ def test_what_was_learned_does_not_count_under_a_teacher_that_knows_the_labels_b
             loss.tell(figures)
         return [loss.parts["logits"].set_balance(read_logits(*batch), 0.5) for loss in (fresh, learned, plain)]
 
-    for figures in (TrustFigures(), TRUST, TrustFigures(0.9, 0.94), TrustFigures(0.9, 0.5)):
+    for figures in (TrustFigures(), TrustFigures(0.9, 0.5), TrustFigures(0.5, 0.5, contradicted=0.45)):
         before, found, after = compare(figures)
         torch.testing.assert_close(found, after, rtol=0, atol=0)
         assert not torch.allclose(before[0], after[0])
-    for figures in (TrustFigures(0.7, 1.0), TrustFigures(0.8, 0.95)):
+    for figures in (TrustFigures(0.7, 1.0), TrustFigures(0.3, 0.3, contradicted=0.1)):
         before, found, _ = compare(figures)
         torch.testing.assert_close(found, before)
-    before, found, after = (balance[0].logit() for balance in compare(TrustFigures(0.8, 0.9)))
+    before, found, after = (balance[0].logit() for balance in compare(TrustFigures(0.8, 0.8)))
     torch.testing.assert_close(found, (before + after) / 2)
     with pytest.raises(UserError, match="falls_back"):
         build_learned_loss("logits", {"falls_back": True})

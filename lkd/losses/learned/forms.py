@@ -18,7 +18,7 @@ from lkd.losses.loss import DistillationLoss, Progress, Terms
 FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of the student by half
 NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
-USUAL, BY_HEART = 0.05, 0.15  # how much more a teacher agrees with training labels than with held-out ones
+WEAK, GOOD = 0.75, 0.85  # agreement with held-out labels of a teacher under which nothing learned counts, and all
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -125,8 +125,7 @@ class DecoupledLoss(LogitForm):
         linear: Whether a linear map of what is seen is added to the network (`networks.LinearPerceptron`).
         fades: Whether the loss turns into cross-entropy where the student has overtaken the teacher; see `stay`.
         judges_labels: Whether labels count by how likely they are right; see `judge_labels`.
-        falls_back: Whether what was learned does not count where the teacher knows the training labels by heart; see
-            `fall_back`.
+        falls_back: Whether what was learned does not count under a weak teacher; see `fall_back`.
     """
 
     def __init__(
@@ -171,16 +170,17 @@ class DecoupledLoss(LogitForm):
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
 
     def fall_back(self, free: Tensor) -> Tensor:
-        """The network's answers, [B, outputs]; the first ones where the teacher knows the training labels by heart.
+        """The network's answers, [B, outputs]; under a teacher that agrees little with held-out labels, its first ones.
 
-        It agrees with them more than with held-out ones then. What it says of training images is not what it would say
-        of others, whether the labels are right or wrong; a student follows wrong ones only late in its training, after
-        the end of a rollout (docs/evidence/universal/tried.md).
+        Of held-out labels, those count that do not contradict the teacher however sure it is. A weak teacher helps a
+        student early and harms it late, one that was taught wrong labels too; rollouts end before. What they teach,
+        to listen less from the start, costs what `stay` does at the right time (docs/evidence/universal/tried.md).
         """
         if not self.architecture["falls_back"]:
             return free
-        validation, training, *_ = self.trust.to(free).unbind()
-        learned = ((BY_HEART - training + validation) / (BY_HEART - USUAL)).clamp(0, 1).nan_to_num(1.0)
+        validation, *_, contradicted = self.trust.to(free).unbind()
+        agreement = validation / (1 - contradicted.nan_to_num(0.0))
+        learned = ((agreement - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
         first = torch.stack([free.new_full((), answer) for answer in self.first_answers()])
         return torch.lerp(first, free, learned)
 
