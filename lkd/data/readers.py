@@ -5,6 +5,7 @@ import io
 import math
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -426,7 +427,7 @@ def apply_class_map(dataset: Dataset, path: Path) -> Dataset:
         place = dict(zip(classes, range(len(classes)), strict=True))
     else:
         place = {name: number for number, name in enumerate(names)}
-        wrong = [*(set(classes) ^ place.keys()), *(name for name in names if names.count(name) > 1)]
+        wrong = [*(set(classes) ^ place.keys()), *(name for name, count in Counter(names).items() if count > 1)]
         if wrong:
             raise UserError(
                 f"data.class_map: {path}: lists {len(names)} classes, the data have {len(classes)}; {min(wrong)!r} is "
