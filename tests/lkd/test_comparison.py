@@ -210,6 +210,8 @@ def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:
     recipe = tiny_recipe()
     trial = Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=True)
     path = trial_path(recipe, trial, tmp_path)
+    slash = Trial("CE", "cross_entropy", ModelRecipe("torchvision/googlenet"), 0, reported=True)
+    assert trial_path(recipe, slash, tmp_path).parent == path.parent, "where a report looks"
     moved, changed = tiny_recipe(), tiny_recipe()
     moved.data.root, changed.data.label_noise = "/elsewhere", 0.1
     moved.data.workers, moved.data.read_timeout, moved.data.evaluation_batch_size = 3, 5.0, 100

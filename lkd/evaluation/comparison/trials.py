@@ -241,9 +241,9 @@ def trial_path(recipe: CompareRecipe, trial: Trial, folder: Path) -> Path:
         identity |= {key: trial.loss[key] for key in ("balance", "adapters") if trial.loss.get(key)}
     kind = "report" if trial.reported else "tune"
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
-    threads = count_threads(recipe.threads)
+    threads, student = count_threads(recipe.threads), trial.student.name.replace("/", "-")
     end = hash_identity(identity) + (f"-threads{threads}" if threads != 1 else "")
-    return folder / "cells" / f"{kind}-{label}-{trial.student.name}-seed{trial.seed}-{end}.json"
+    return folder / "cells" / f"{kind}-{label}-{student}-seed{trial.seed}-{end}.json"
 
 
 def describe_other_threads(paths: Iterable[Path]) -> list[str]:
