@@ -364,6 +364,12 @@ def read_like(source: Any, train: ImageSet) -> ImageSet:
         found, wanted = getattr(source, name), getattr(train, name)
         if found != wanted:
             raise UserError(f"meta_validation_set: its {name} is {found}, that of the training images is {wanted}")
+    for number, (own, other) in enumerate(zip(source.class_names, train.class_names, strict=True)):
+        if own != other and str(number) not in (own, other):
+            raise UserError(
+                f"meta_validation_set: its class {number} is {own!r}, that of the training images is {other!r}: a "
+                "folder of fewer classes numbers them otherwise; give its labels as those of the training images"
+            )
     return dataclasses.replace(source, index=1 + int(train.index.max()) + torch.arange(len(source)))
 
 

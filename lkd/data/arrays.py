@@ -148,7 +148,7 @@ def label_in_place(dataset: Any) -> LabelledSource:
 
 
 def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[str, ...]:
-    """The classes' names: the dataset's own, or else numbers."""
+    """The classes' names: the dataset's own, as far as it names them, or else numbers."""
     least, largest = int(labels.min()), int(labels.max())
     names = tuple(str(name) for name in getattr(source, "classes", ()))
     check_class_names(names, "read_images")
@@ -160,4 +160,4 @@ def name_classes(source: Any, labels: Tensor, num_classes: int | None) -> tuple[
     count = num_classes or max(len(names), largest + 1)
     if largest >= count or count < 2:
         raise UserError(f"read_images: label {largest} is none of {count} classes; at least 2 are needed")
-    return names if len(names) == count else tuple(str(number) for number in range(count))
+    return names[:count] + tuple(str(number) for number in range(len(names), count))

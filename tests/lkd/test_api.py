@@ -1,6 +1,8 @@
 """lkd.distill and lkd.meta_train: the commands' bits, from objects; images and networks of a caller's own."""
 
 import copy
+import dataclasses
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,6 +342,16 @@ def test_an_image_folder_that_was_cut_down_keeps_its_labels(tmp_path: Path) -> N
     pixels, _ = next(images.load([torch.arange(4)], torch.device("cpu")))
     assert [round(float(each[0].float().mean())) for each in pixels] == [100, 100, 200, 200]
     assert images.labels.tolist() == [folder[position][1] for position in range(4)] == [1, 1, 2, 2]
+    few = shutil.copytree(tmp_path, tmp_path.parent / "few")
+    shutil.rmtree(few / "a")  # torchvision numbers the others from 0 then
+    of_few = read_images(ImageFolder(few), image_size=8, num_classes=3)
+    whole = read_images(ImageFolder(tmp_path), image_size=8)
+    with pytest.raises(
+        lkd.UserError, match="meta_validation_set: its class 0 is 'b', that of the training images is 'a'"
+    ):
+        name_images(whole, of_few, DataRecipe(), {}, {})
+    numbered = dataclasses.replace(of_few, class_names=("0", "1", "2"))
+    name_images(whole, numbered, DataRecipe(), {}, {})
     negative = ImageFolder(tmp_path, loader=lambda path: ImageOps.invert(Image.open(path)))
     inverted, _ = next(read_images(negative, image_size=8).load([torch.tensor([0])], torch.device("cpu")))
     assert int(inverted.min()) == 255, "read by the loader that it was given"
