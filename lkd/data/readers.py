@@ -394,6 +394,8 @@ def load_dataset(name: str, root: str | None = None, loading: LoadingOptions | N
     """
     reader, _, rest = name.partition("/")
     loading = loading or LoadingOptions()
+    if loading.packed and (name in DATASETS or reader == "npz"):
+        raise UserError(f"data.packed: {name} is in memory as it is, and packed images would not be read: leave it out")
     if name in DATASETS:
         return DATASETS[name](root)
     if name in FILE_READERS:

@@ -337,6 +337,8 @@ def test_what_does_not_belong_to_the_images_is_refused(folders, tmp_path, monkey
             read_with(root, packed, size)
 
     refuse("lkd pack", packed=tmp_path)
+    with pytest.raises(UserError, match=r"data\.packed: embedded is in memory"):
+        prepare_images(DataRecipe(packed=str(folders[1])))
     refuse("shorter side 32, data.image_size 32 needs 37", size=32)
     more = shutil.copytree(folders[0], tmp_path / "more")
     (more / "train" / "n00000000" / "0.JPEG").rename(more / "train" / "n00000000" / "00.JPEG")
