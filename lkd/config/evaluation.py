@@ -94,7 +94,7 @@ class FidelityRecipe(StudentRecipe):
     losses: dict[str, dict[str, Any] | str] = field(default_factory=default_ranked_losses)
     ages: list[ranges.ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.1, 0.5, 0.8])
     rollout_lengths: list[ranges.PositiveInt] = field(default_factory=lambda: [20, 60])
-    rollout_epochs: ranges.PositiveInt = 13
+    rollout_epochs: ranges.PositiveInt = 2
     annealing: list[Literal["cosine", "constant"]] = field(default_factory=lambda: ["constant", "cosine"])
     objectives: list[str] = field(default_factory=list)
     outer_batch_size: ranges.PositiveInt = 1000

@@ -18,7 +18,7 @@ class PoolContents:
         loss: What they are trained with: a loss name, or {name: ..., ...}.
     """
 
-    students: ranges.PositiveInt = 4
+    students: ranges.PositiveInt = 2
     snapshots: ranges.PositiveInt = 9
     max_age: ranges.ClosedUnitInterval = 0.8
     loss: dict[str, Any] | str = field(default_factory=lambda: {"name": "kd", "weight": 0.5, "temperature": 4.0})
@@ -116,13 +116,13 @@ class MetaSettings:
             pictures at most.
     """
 
-    outer_steps: ranges.PositiveInt = 30
+    outer_steps: ranges.PositiveInt = 20
     interleaving: Literal["before", "alternate", "both"] = "before"
     batches: Literal["different", "same"] = "different"
     students_per_step: ranges.NonNegativeInt = 2
-    rollout_steps: ranges.PositiveInt = 100
+    rollout_steps: ranges.PositiveInt = 30
     initial_rollout_steps: ranges.NonNegativeInt = 0
-    rollout_epochs: ranges.PositiveInt = 13
+    rollout_epochs: ranges.PositiveInt = 2
     annealing: Literal["cosine", "constant"] = "cosine"
     average: ranges.FractionBelowOne = 0.0
     estimator: str = "audited"
@@ -138,7 +138,7 @@ class MetaSettings:
     loss: dict[str, Any] = field(default_factory=dict)
     reuse_every: ranges.NonNegativeInt = 10
     reference: dict[str, Any] | str | None = None
-    reuse_students: ranges.PositiveInt = 3
+    reuse_students: ranges.PositiveInt = 2
     reuse_epochs: ranges.NonNegativeInt = 0
     reuse_patience: ranges.NonNegativeInt = 0
     checkpoint_every: ranges.PositiveInt = 10

@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "865bc5ef319b030abd5a20b2bd2abfbe726ce376375515bdd7e901f081eada74",
+    "universal": "889c59b9d1794d8c1d530d11558a4480b99558c454f59b6abefcb8461b078576",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}
