@@ -171,7 +171,8 @@ class TrainRecipe:
         precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; float16,
             whose gradients are scaled, for GPUs without bfloat16; or auto, which is bfloat16 on a GPU that has it
             (NVIDIA's from compute capability 8.0 on; T4 and V100 only emulate it), else float32. Rollouts of
-            meta-training are in float32.
+            meta-training are in float32, and so are students that the loss alternates with, which are neither compiled
+            nor given a batch in parts.
         accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
             that do not fit in memory. BatchNorm sees a part at a time.
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is

@@ -187,7 +187,7 @@ def save_results(
     """Save the loss with all that was measured, and the first online student, which the dynamic strategy gives."""
     images = loop.worlds[0].images
     if loop.own:
-        student, place = loop.own[0].training.student, run.path / "student.safetensors"
+        student, place = loop.own[0].training.result, run.path / "student.safetensors"
         figures = evaluate(student, images.meta_validation, run.device)
         provenance = run.provenance() | {"meta_validation": {"last": figures}}
         save_network(place, student, loop.worlds[0].student.architecture, provenance, images.train)

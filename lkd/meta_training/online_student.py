@@ -7,6 +7,7 @@ replayed by progress.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class OnlineStudent:
         self.seed, self.rollout_steps = draw_seed(world.seed, 6, number), rollout_steps
         loss.requires_grad_(False)  # so that the student's optimiser leaves the loss alone
         self.loss = share_parameters(loss)  # told this student's own accuracy
-        self.training = world.start(self.loss, self.seed)
+        # The walk back takes differences from the recorded gradients: they must be those that it would compute itself.
+        train = replace(world.train, precision="float32", accumulation=1, compile=False)
+        self.training = replace(world, train=train).start(self.loss, self.seed)
         loss.requires_grad_(True)
         hyper = dict(loss.named_parameters())
         student, optimizer, clip_norm = self.training.student, self.training.optimizer, world.train.clip_norm
