@@ -20,17 +20,19 @@ from typing import Any
 from tqdm import tqdm
 
 from lkd.core.errors import UserError
+from lkd.core.files import create_json
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.plugins import import_plugins
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leases: who does which piece of work, among processes and hosts that share a folder. The lease of a result is a file
-# beside it, `RESULT.lease.N`, made with O_CREAT | O_EXCL, so that one process only gets it; it names host, process and
-# time. Its owner renews the file's time while it works. A lease is stale if its owner was a process of this host that
-# is no longer there, or if its time has not changed while an observer watched for `STALE_AFTER` seconds (on the
-# observer's own clock: clocks of hosts need not agree). A stale lease N is taken over by making lease N + 1, never by
-# removing N: of two that try, one gets it. An owner that was suspended for longer than that and comes back does its
-# work a second time; results are written atomically and are a function of the work, so that nothing else is harmed.
+# beside it, `RESULT.lease.N`, which only comes to be where there is none, so that one process only gets it; it names
+# host, process and time. Its owner renews the file's time while it works. A lease is stale if its owner was a process
+# of this host that is no longer there, or if its time has not changed while an observer watched for `STALE_AFTER`
+# seconds (on the observer's own clock: clocks of hosts need not agree). A stale lease N is taken over by making lease
+# N + 1, never by removing N: of two that try, one gets it. An owner that was suspended for longer than that and comes
+# back does its work a second time; results are written atomically and are a function of the work, so that nothing else
+# is harmed.
 
 RENEW_EVERY = 10.0
 STALE_AFTER = 60.0
@@ -58,7 +60,7 @@ class LeaseWatch:
         try:
             changed = lease.stat().st_mtime_ns
             owner = json.loads(lease.read_text())
-        except (FileNotFoundError, ValueError):  # released just now, or just made and still empty
+        except (FileNotFoundError, ValueError):  # released just now; or empty yet, on a disk without links
             changed, owner = 0, {}
         if owner.get("host") == host_name() and not process_exists(owner["pid"]):
             return True
@@ -101,14 +103,9 @@ def hold_lease(result: Path, lease: Path, renew_every: float = RENEW_EVERY) -> I
         lease: What `LeaseWatch.find_free` gave.
         renew_every: Seconds between renewals.
     """
-    lease.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(lease, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
+    if not create_json(lease, {"host": host_name(), "pid": os.getpid(), "time": time.time()}):
         yield False
         return
-    with os.fdopen(handle, "w") as file:
-        json.dump({"host": host_name(), "pid": os.getpid(), "time": time.time()}, file)
     over = threading.Event()
 
     def renew() -> None:

@@ -210,7 +210,8 @@ class Training:
                 f"step {self.step}: the loss is not finite ({values}) at learning rate {self.learning_rate:g}; "
                 "lower train.learning_rate"
             )
-        self.scaler.scale(total / self.recipe.accumulation).backward()
+        again = self.recipe.accumulation > 1 and self.loss.own_teacher is not None  # it has answered the whole batch
+        self.scaler.scale(total / self.recipe.accumulation).backward(retain_graph=again)
         self.clock.lap("student")
         return {name: value.detach() for name, value in terms.items()}
 

@@ -350,10 +350,11 @@ def test_weights_come_when_they_are_due(images) -> None:
     assert float(training.loss.weight.mean()) == pytest.approx(1, rel=1e-5)
 
 
-def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images, parts) -> None:
     def start_together(rate: float):
         loss = prepare_loss({**WEIGHTED, "teacher_rate": rate}, ModelRecipe(), TEACHER, images, 0)
-        train = TrainRecipe(epochs=2, batch_size=50, learning_rate=0.1, weight_decay=0.0, momentum=0.0)
+        train = TrainRecipe(2, 50, learning_rate=0.1, weight_decay=0.0, momentum=0.0, accumulation=parts)
         teacher = prepare_teacher(TEACHER, DataRecipe(augmentation="flip_and_crop"), images, CPU)
         return start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -150,6 +151,16 @@ def test_work_is_leased_once_and_released_whatever_happens(tmp_path: Path) -> No
     with hold_lease(result, lease) as ours:
         assert not ours, "finished meanwhile"
     assert [path.name for path in tmp_path.iterdir()] == ["trial.json"]
+
+
+def test_a_lease_is_there_only_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped as it writes its lease leaves none: an empty one would be waited for."""
+    result = tmp_path / "trial.json"
+    monkeypatch.setattr(json, "dump", stop := Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(json, "dumps", stop)
+    with pytest.raises(KeyboardInterrupt), hold_lease(result, lease_path(result, 0)):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_process_of_this_host_loses_its_lease_at_once_to_one_heir(tmp_path: Path) -> None:
