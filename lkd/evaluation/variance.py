@@ -4,9 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lkd.balance.balancing import split_terms, take_gradient
 from lkd.balance.rules import GradientMoments, optimal_share
 from lkd.config.parse import make_recipe
@@ -27,23 +24,21 @@ def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
     """Predict the noise from one half of the mini-batches and measure it on the other; write a figure and the numbers.
 
     The noise at share λ is Var(∇[(1 − λ) · task + λ · distillation]) + λ² (1 + horizon) |E h|², over its value at 0,
-    the loss's terms as it gives them. Predicted are the streamed moments' parabola and its minimum; measured is the
-    variance of the combined gradients themselves.
+    the loss's terms as it gives them: a parabola in λ, of moments that are streamed.
 
     Returns:
         What `variance.json` holds.
     """
-    pairs = collect_gradients(recipe)
-    halves = [fill_moments(pairs[start::2]) for start in (0, 1)]
+    halves = collect_moments(recipe)
     share, ratio = optimal_share(halves[0], recipe.horizon)
     result = {
         "optimal_share": share,
         "predicted_ratio": ratio,
         "horizon": recipe.horizon,
-        "samples": len(pairs),
+        "samples": recipe.samples,
         "shares": SHARES,
-        "predicted": [predict_noise(halves[0], s, recipe.horizon) for s in SHARES],
-        "measured": [measure_noise(pairs[1::2], s, recipe.horizon) for s in SHARES],
+        "predicted": [measure_noise(halves[0], s, recipe.horizon) for s in SHARES],
+        "measured": [measure_noise(halves[1], s, recipe.horizon) for s in SHARES],
     }
     folder = Path(recipe.run_dir) / "variance"
     write_json(folder / "variance.json", result)
@@ -51,8 +46,8 @@ def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
     return result
 
 
-def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of the task and of the distillation term of a finished run's student, of one mini-batch each."""
+def collect_moments(recipe: VarianceRecipe) -> list[GradientMoments]:
+    """The moments of g and h = g − ∇distillation of a finished run's student, over every other mini-batch each."""
     folder, device = Path(recipe.run_dir), choose_device(recipe.device)
     saved = read_mapping(folder / "config.json")
     if saved.get("command") != "distill":
@@ -77,36 +72,20 @@ def collect_gradients(recipe: VarianceRecipe) -> list[tuple[Tensor, Tensor]]:
     train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
     batches = build_batches(images.train, train, distilled.data, 1, device)
     parameters = list(student.parameters())
-    pairs = []
+    halves = [GradientMoments(), GradientMoments()]
     for step in range(recipe.samples):
         batch = batches.at(step)
-        task, distillation = split_terms(loss(student(batch.images), teacher(batch), batch.target, 1.0))
-        pairs.append((take_gradient(task, parameters), take_gradient(distillation, parameters)))
-    return pairs
+        terms = split_terms(loss(student(batch.images), teacher(batch), batch.target, 1.0))
+        task, distillation = (take_gradient(term, parameters) for term in terms)
+        halves[step % 2].add(task, task - distillation)
+    return halves
 
 
-def fill_moments(pairs: list[tuple[Tensor, Tensor]]) -> GradientMoments:
-    """The moments of g and h = g − ∇distillation."""
-    moments = GradientMoments()
-    for task, distillation in pairs:
-        moments.add(task, task - distillation)
-    return moments
-
-
-def predict_noise(moments: GradientMoments, share: float, horizon: float) -> float:
-    """N(λ) / N(0) by the parabola."""
+def measure_noise(moments: GradientMoments, share: float, horizon: float) -> float:
+    """N(λ) / N(0)."""
     noise, together, control = moments.covariances()
     bias = (1 + horizon) * moments.squared_bias()
     return (noise - 2 * share * together + share**2 * (control + bias)) / noise if noise else 1.0
-
-
-def measure_noise(pairs: list[tuple[Tensor, Tensor]], share: float, horizon: float) -> float:
-    """N(λ) / N(0) from the gradients of the combined loss."""
-    combined = torch.stack([(1 - share) * task + share * distillation for task, distillation in pairs])
-    plain = torch.stack([task for task, _ in pairs])
-    bias = share**2 * (1 + horizon) * fill_moments(pairs).squared_bias()
-    noise = float(plain.var(0).sum())
-    return (float(combined.var(0).sum()) + bias) / noise if noise else 1.0
 
 
 def plot_variance(result: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 import lkd
@@ -86,6 +86,10 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     scaled = measure_trust(lambda x: 4 * Table()(x), *parts)
     assert scaled.figures.temperature == pytest.approx(4 * trust.figures.temperature, rel=1e-3)
     assert measure_own_accuracy(Sequential(Table()), trust.looks) == pytest.approx(agreed[0])
+    smoothed = DataLoader(TensorDataset(images, 0.9 * one_hot(labels, 4) + 0.025), 4)  # as many as classes
+    dense = measure_trust(Table(), parts[0], smoothed)
+    assert dense.figures == pytest.approx(trust.figures, nan_ok=True)
+    assert measure_own_accuracy(Sequential(Table()), dense.looks) == pytest.approx(agreed[0])
     assert f"{agreed[0]:.1%}" in str(trust)
     assert "unknown" in str(measure_trust(Table(), parts[0], None))
 

@@ -11,6 +11,7 @@ from benchmarks.variance_problems import LeastSquares, flat_labels, train_svrg
 from lkd.balance.rules import GradientMoments, Moment, VarianceOptimalBalance, optimal_share
 from lkd.cli import main
 from lkd.core.files import read_json
+from lkd.evaluation.variance import measure_noise
 
 
 def test_a_snapshot_teacher_with_its_full_gradient_is_svrg() -> None:
@@ -45,6 +46,8 @@ def test_streamed_moments_are_those_of_the_whole_sample() -> None:
     noise += grid**2 * (1 + horizon) * moments.squared_bias()
     assert share == pytest.approx(grid[noise.argmin()], abs=1e-4)
     assert ratio == pytest.approx(noise.min() / noise[0], rel=1e-6)
+    combined = (g - 0.3 * h).var(0).sum() / g.var(0).sum()
+    assert measure_noise(moments, 0.3, -1.0) == pytest.approx(float(combined)), "without what bias costs"
 
 
 def test_limits_of_the_teacher_are_defined() -> None:

@@ -13,7 +13,7 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.images import Batch, ImageSet
-from lkd.losses.functions import find_best_temperature
+from lkd.losses.functions import find_best_temperature, label_of
 
 MEASURED = 10_000  # images of each part that the teacher is asked about, at most
 LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
@@ -157,7 +157,7 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
         if seen >= count:
             return
         seen += len(images)
-        yield Batch(images, labels, torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
+        yield Batch(images, label_of(labels), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
 
 
 def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -167,8 +167,7 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
         for batch in read_part(part, device, MEASURED):
             answers = teacher(batch if isinstance(part, ImageSet) else batch.images)
             logits = answers if isinstance(answers, Tensor) else answers.logits
-            target = batch.target.argmax(1) if batch.target.is_floating_point() else batch.target
-            rows.append((logits.float(), target.to(logits.device)))
+            rows.append((logits.float(), batch.target.to(logits.device)))
     if not rows:
         raise UserError(f"measure_trust: {name} has no images with labels; give some, or None where there are none")
     logits, target = (torch.cat(column)[:MEASURED] for column in zip(*rows, strict=True))
