@@ -101,12 +101,9 @@ class Tape:
             return
         batch, generators, buffers = self._watched
         self._watched = None
-        # Clipping writes into the gradients once they are recorded.
         gradients = {name: tensor.grad for name, tensor in self._parameters().items() if tensor.grad is not None}
         hyper_gradients = {name: tensor.grad for name, tensor in self.hyper.items() if tensor.grad is not None}
-        gradients = copy(gradients) if self._clip_norm else gradients
-        step = Step(0, self._read_state(buffers), batch, generators, gradients, copy(hyper_gradients))
-        self._steps.append(step)
+        self._steps.append(Step(0, self._read_state(buffers), batch, generators, gradients, hyper_gradients))
         optimizer = from_torch(self.optimizer, self.module)
         self._optimizers.append(Clipped(optimizer, self._clip_norm) if self._clip_norm else optimizer)
 

@@ -80,7 +80,7 @@ class Clipped:
         clipped = {name: _spread(factor, gradient) * gradient for name, gradient in gradients.items()}
         inner = self.optimizer.adjoint(before, clipped, step, cotangents)
         products = [inner.gradients[name] * gradient for name, gradient in gradients.items()]
-        along = torch.stack([x.flatten(1).sum(1) if self.stacked else x.sum() for x in products]).sum(0)
+        along = torch.stack([self._flatten(x).sum(-1) for x in products]).sum(0)
         # The factor max_norm / (norm + 1e-6) shrinks along the gradient; below the bound it is a constant 1.
         shrink = torch.where(factor < 1, factor * along / ((norm + 1e-6) * norm.clamp(min=1e-30)), 0.0)
         to_gradients = {
@@ -94,9 +94,12 @@ class Clipped:
         return True
 
     def _factor(self, gradients: Tensors) -> tuple[Tensor, Tensor]:
-        each = [gradient.flatten(1) if self.stacked else gradient.flatten() for gradient in gradients.values()]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dim=-1) for x in each]), dim=0)
+        each = [torch.linalg.vector_norm(self._flatten(gradient), dim=-1) for gradient in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack(each), dim=0)
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+    def _flatten(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(len(tensor), -1) if self.stacked else tensor.flatten()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bilevel_problems import learned_loss_problem, relative_distance
 
-from meta import stack_students, unstack_state
+from meta import State, stack_students, unstack_state
 from meta.estimators import adjoint, first_order
 from meta.optim import SGD, AdamW, Averaged, Clipped
 
@@ -34,6 +34,23 @@ def test_a_stack_gives_the_mean_hypergradient_and_every_students_state(optimizer
     for single, state in zip(singles, unstack_state(result.final_state), strict=True):
         assert relative_distance(state.parameters, single.final_state.parameters) < 1e-9
         torch.testing.assert_close(state.buffers, single.final_state.buffers)
+
+
+def test_each_student_is_clipped_by_its_own_norm_scalars_and_all():
+    """Against autograd through the update, and torch's clipping of each student alone."""
+    gradients = {name: torch.randn(shape, dtype=torch.float64) for name, shape in (("w", (2, 3)), ("scale", (2,)))}
+    before = State({name: torch.zeros_like(tensor) for name, tensor in gradients.items()}, {}, {})
+    clipped, cotangents = Clipped(SGD(1.0), 0.5, stacked=True), {n: torch.randn_like(g) for n, g in gradients.items()}
+    moved, pull_back = torch.func.vjp(lambda given: clipped.update(before, given, 0).parameters, gradients)
+    found = clipped.adjoint(before, gradients, 0, State(cotangents, {}, {})).gradients
+    assert relative_distance(found, pull_back(cotangents)[0]) < 1e-9
+    for student in range(2):
+        alone = [torch.nn.Parameter(torch.zeros_like(tensor[student])) for tensor in gradients.values()]
+        for parameter, tensor in zip(alone, gradients.values(), strict=True):
+            parameter.grad = -tensor[student].clone()
+        torch.nn.utils.clip_grad_norm_(alone, 0.5)
+        for parameter, after in zip(alone, moved.values(), strict=True):
+            torch.testing.assert_close(parameter.grad, after[student])
 
 
 def test_students_of_different_kinds_do_not_stack():
