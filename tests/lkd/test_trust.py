@@ -1,6 +1,8 @@
 """Trust: measured rightly, told to the loss, renewed while a student trains, and never a part of a loss's file."""
 
+import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lkd
 from lkd.cli import main
-from lkd.config import CompareRecipe, DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
+from lkd.config import CompareRecipe, DataRecipe, FidelityRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import InfluenceWeightedLossSettings
 from lkd.core import tensor_files
 from lkd.core.errors import UserError
@@ -22,6 +24,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.plugins import MODULE
 from lkd.core.tensor_files import digest, read_tensors, write_tensors
 from lkd.evaluation.comparison.trials import Trial, run_trial
+from lkd.evaluation.fidelity import Draw, run_draw
 from lkd.evaluation.report.page import build_page
 from lkd.evaluation.report.runs import read_runs
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
@@ -411,3 +414,38 @@ def test_a_trial_says_what_its_loss_was_told_of_the_labels_that_are_known(tmp_pa
     expected = measure_teacher(open_teacher(TeacherRecipe(), images.train), known, CPU)
     assert TrustFigures.from_json(learned["trust"])[:4] == expected.figures[:4]
     assert "trust" not in kd
+
+
+def measure_known_influence() -> None:
+    words = ["--data.train_size", "60", "--data.meta_validation_size", "50", "--influence.curvature_examples", "10"]
+    assert main(["influence", "--loss", "universal", "--influence.iterations", "1", *words]) == 0
+
+
+def measure_known_variance() -> None:
+    config = json.loads(Path("kd/config.json").read_text())
+    config["recipe"]["loss"] = "universal"
+    Path("kd/config.json").write_text(json.dumps(config))
+    assert main(["variance", "--run_dir", "kd", "--samples", "4", "--batch_size", "10"]) == 0
+
+
+def roll_out() -> None:
+    data, train = DataRecipe(train_size=200, meta_validation_size=100), TrainRecipe(epochs=2, batch_size=20)
+    recipe = FidelityRecipe(data=data, train=train, losses={"ours": "universal"}, rollout_epochs=1)
+    run_draw(recipe, Draw("cosine", 2, 0.5, 0, 1), Path("learned/pool"), Path("row.json"))
+
+
+@pytest.mark.parametrize("measure", [measure_known_influence, measure_known_variance, roll_out])
+def test_what_is_measured_of_a_loss_is_measured_of_one_that_is_told_trust(measure, gallery: Path, monkeypatch) -> None:
+    for run in ("kd", "learned"):
+        shutil.copytree(gallery / run, run)
+    seen, plain = [], LearnedLoss.forward
+
+    def forward(self: LearnedLoss, *arguments):
+        seen.append(self.forms()[0].trust.clone())
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(LearnedLoss, "forward", forward)
+    measure()
+    told = torch.stack(seen)
+    assert told.isfinite().all()
+    assert (told[:, 0] > 0.8).all(), "the embedded teacher's"
