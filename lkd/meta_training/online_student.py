@@ -54,6 +54,9 @@ class OnlineStudent:
             self.tape.watch(batch)
             recorded.append(batch)
 
+        first, looks = max(step - self.rollout_steps, self.training.step), self.training.looks
+        if within := looks & {*range(first + 1, step)}:  # the walk back is to meet the loss that these steps met
+            self.training.looks = looks - within | {first}
         while self.training.step < step:
             self.training.run_step(watch if step - self.training.step <= self.rollout_steps else None)
         return recorded

@@ -24,11 +24,19 @@ from tests.lkd.meta_recipes import CPU, SMALL, make_loop, open_world, run_recipe
 
 @pytest.mark.parametrize("train", [{}, {"clip_norm": 0.5}, {"precision": "bfloat16"}, {"accumulation": 2}])
 def test_the_tape_gives_the_hypergradient_of_the_students_own_steps(train: dict) -> None:
-    """Against the exact adjoint of the same steps, taken anew from the state before them."""
+    """Against the exact adjoint of the same steps, taken anew from the state before them.
+
+    The loss is told the student's accuracy anew meanwhile, but not between the steps that are walked back.
+    """
     recipe = tiny_recipe(interleaving="alternate", outer_steps=4, rollout_steps=5, students_per_step=1)
+    recipe.meta.loss = {"conditioning": ["progress", "state", "own_accuracy"]}
     recipe.train = replace(recipe.train, **train)
     clip_norm = recipe.train.clip_norm
-    loop = make_loop(recipe, open_world(recipe))
+    world = open_world(recipe)
+    looks = Trust.choose_looks(world.images.meta_validation, CPU)
+    loop = make_loop(recipe, replace(world, trust=Trust(looks=looks)))
+    for parameter in loop.loss.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     (own,) = loop.own.values()
     own.advance(5)
     student, optimizer = own.training.student, own.training.optimizer
@@ -39,7 +47,7 @@ def test_the_tape_gives_the_hypergradient_of_the_students_own_steps(train: dict)
     outer_batch = loop.draw_outer_batch(batches, torch.Generator().manual_seed(0))
 
     def inner_loss(*arguments):
-        return compute_inner_loss(student, loop.loss, *arguments)
+        return compute_inner_loss(student, own.loss, *arguments)
 
     taped = own.tape.hypergradient(inner_loss, loop.outer_loss(student), outer_batch)
     hyper = {name: parameter.detach() for name, parameter in loop.loss.named_parameters()}
@@ -81,7 +89,7 @@ def test_each_student_in_training_is_told_its_own_accuracy() -> None:
     world = open_world(recipe)
     looks = Trust.choose_looks(world.images.meta_validation, CPU)
     loop = make_loop(recipe, replace(world, trust=Trust(looks=looks)))
-    loop.run_step()
+    loop.run_step(), loop.run_step()
     first, second = (own.training for own in loop.own.values())
     seen = first.loss.forms()[0].trust[OWN_ACCURACY].item()
     assert second.loss.forms()[0].trust[OWN_ACCURACY].item() != seen
