@@ -435,6 +435,7 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
         ({"influence": {"method": "newton"}}, "influence.method: .*conjugate_gradient.*newton"),
         ({"influence": 3}, "influence: .*3"),
         ({"weights": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"loss": "fitnet"}, "reads features"),
     ],
 )
 def test_bad_options_of_a_weighted_loss_are_one_line(images, loss, message: str) -> None:
