@@ -55,6 +55,7 @@ def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[Opene
         try:
             images = prepare_images(each.data, given)
             teacher = open_teacher(each.teacher, images.train, given)
+            teacher.check_classes(images.train)  # every loss network reads its logits
             pool_loss = LossBuilder(recipe.pool.loss, teacher, images)
             reference = LossBuilder(recipe.meta.reference, teacher, images) if recipe.meta.reference else None
             for model in recipe.students or [each.student]:

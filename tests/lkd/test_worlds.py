@@ -116,11 +116,13 @@ def test_worlds_are_learned_in_by_one_process_or_two_that_are_killed_to_the_same
     assert last["regret"] == pytest.approx(sum(regrets) / 4)
 
 
-def test_a_world_that_does_not_fit_is_named_before_any_work(capsys) -> None:
+@pytest.mark.parametrize("teacher", [{"path": "nowhere.safetensors"}, {"classes": "0-4"}])
+def test_a_world_that_does_not_fit_is_named_before_any_work(teacher, capsys) -> None:
     from lkd.cli import main
 
-    worlds = {"good": {}, "wrong": {"teacher": {"path": "nowhere.safetensors"}}}
-    assert main([*WORDS, "--worlds", json.dumps(worlds), "--run_dir", "r"]) == 2
+    worlds = {"good": {}, "wrong": {"teacher": teacher}}
+    words = [*WORDS, "--worlds", json.dumps(worlds), "--pool.loss", "cross_entropy", "--run_dir", "r"]
+    assert main(words) == 2
     assert "worlds.wrong: " in capsys.readouterr().err
     assert not list(Path("r").glob("pool/*"))
 
