@@ -114,7 +114,7 @@ class StoredSteps(Sequence[Step]):
             row.number,
             State(self._read_tree(row, "parameters"), self._read_tree(row, "buffers"), slots),
             row.batch,
-            GeneratorStates(generators.pop("cpu"), {int(name): state for name, state in generators.items()}),
+            generators,
             self._read_tree(row, "gradients"),
             self._read_tree(row, "outer gradients"),
         )
@@ -209,13 +209,12 @@ class _Row(NamedTuple):
 
 def _list_trees(step: Step) -> dict[str, Tensors]:
     """All of a step's named tensors but the batch."""
-    cuda = {str(device): state for device, state in step.generators.cuda.items()}
     return {
         "parameters": step.before.parameters,
         "buffers": step.before.buffers,
         "gradients": step.gradients,
         "outer gradients": step.hyper_gradients,
-        "generators": {"cpu": step.generators.cpu, **cuda},
+        "generators": step.generators,
         **{SLOT + slot: tensors for slot, tensors in step.before.optimizer.items()},
     }
 

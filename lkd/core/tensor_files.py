@@ -172,18 +172,23 @@ def decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's global generators (dropout draws from them)."""
+    """The states of torch's global generators, by kind of device (dropout draws from them)."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(*name_generator(device))
     return state
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], *name_generator(device))
+
+
+def name_generator(device: torch.device) -> tuple[torch.device, ...]:
+    """What says whose generator is meant; MPS has one only, and older versions of torch take none."""
+    return () if device.type == "mps" else (device,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

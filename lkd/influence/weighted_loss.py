@@ -128,8 +128,8 @@ class InfluenceWeightedLoss(DistillationLoss):
             raise UserError("loss 'influence_weighted': its `loss` remembers images itself; take another")
         if loss.teacher_stages and not settings.weights:
             raise UserError(
-                "loss 'influence_weighted': its `loss` reads features, of which no influence is measured; take one over "
-                "logits, or give the `weights` of a file"
+                "loss 'influence_weighted': its `loss` reads features, of which no influence is measured; take one "
+                "over logits, or give the `weights` of a file"
             )
         self.loss = loss
         self.meta_validation = meta_validation

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ from lkd.config.parts import DataRecipe, WandbRecipe
 from lkd.core import files, workers
 from lkd.core.errors import UserError
 from lkd.core.interrupt import Interrupted
+from lkd.core.tensor_files import random_state, set_random_state
 from lkd.data import image_files
 from lkd.data.image_files import FileSource, LoadingOptions, decode, open_source
 from lkd.data.packed import hash_names, open_packed, pack
 from lkd.tracking.lineage import hash_folder
 from lkd.tracking.run import choose_device, open_run
 from lkd.tracking.tracker import start_wandb
+from meta.randomness import read_generators, replaying
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Disks.
@@ -216,6 +219,30 @@ def test_a_device_that_is_there_is_taken(kind: str, monkeypatch) -> None:
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="device: "):
         choose_device(f"{kind}:1")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_every_kind_of_device_goes_on_with_its_own_random_numbers(kind: str, monkeypatch) -> None:
+    device, state = torch.device(kind, 0), torch.zeros(2, dtype=torch.uint8)
+    places = 0 if kind == "mps" else 1  # torch 2.6's functions of MPS take no device
+
+    def read(*place):
+        assert len(place) == places
+        return state.clone()
+
+    def write(new: torch.Tensor, *place):
+        assert len(place) == places
+        state.copy_(new)
+
+    monkeypatch.setattr(torch.get_device_module(kind), "get_rng_state", read)
+    monkeypatch.setattr(torch.get_device_module(kind), "set_rng_state", write)
+    kept, generators = random_state(device), read_generators({"weight": Mock(device=device)})
+    state += 1
+    with replaying(generators):
+        assert state.tolist() == [0, 0]
+    assert state.tolist() == [1, 1]
+    set_random_state(kept, device)
+    assert state.tolist() == [0, 0]
 
 
 @pytest.mark.outside(36)
