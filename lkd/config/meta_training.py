@@ -184,7 +184,8 @@ class MetaTrainRecipe(StudentRecipe):
         students: Networks to learn with instead of `student`, in turn; each has a pool of its own. The loss is learned
             for their training.
         pool: The pool to build, and how students are drawn.
-        pool_dir: A pool to use instead: the `pool` folder of an earlier run, with the same network or `students`.
+        pool_dir: A pool to use instead: the `pool` folder of an earlier run, with the same split of the images and the
+            same network or `students`. If they were trained otherwise, a line says so.
         meta: The outer loop.
     """
 

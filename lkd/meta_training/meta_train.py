@@ -41,6 +41,7 @@ from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.meta_training.worlds import (
     OpenedWorld,
     build_loss_networks,
+    describe_pool,
     name_world,
     open_given_pools,
     open_worlds,
@@ -70,6 +71,8 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     opened = open_worlds(recipe, run, given)
     share_out(recipe.meta.students_per_step or len(opened), "meta.students_per_step")  # before any long work
     pools = open_given_pools(recipe, opened)
+    for line in describe_pool(recipe):
+        run.say(line)
     for each in opened:
         check_meta_validation(each.images)
     check_schedules(recipe, opened, pools)

@@ -1,16 +1,17 @@
 """From a recipe to the worlds that a loss is learned in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parts import StudentRecipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError
+from lkd.core.files import find_differences, read_mapping
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.pool.pool import Pool, World, open_pools
-from lkd.tracking.run import Run
+from lkd.tracking.run import MAY_DIFFER_ON_RESUME, Run
 from lkd.training.answers import ask_anew, measure_teacher, prepare_teacher
 from lkd.training.build import (
     Images,
@@ -123,6 +124,24 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
                 run.say(f"{name}{trust}")
         prepared.append(replace(world, teacher=answers, trust=trust))
     return prepared
+
+
+TRAINED_BY = ("data", "teacher", "train", "worlds", "draw")  # parts of a recipe
+
+
+def describe_pool(recipe: MetaTrainRecipe) -> list[str]:
+    """A line if the run that left the pool that is named trained its students otherwise: they serve all the same."""
+    config = Path(recipe.pool_dir or "").parent / "config.json"
+    if not (recipe.pool_dir and config.is_file()):
+        return []
+    saved, own = read_mapping(config).get("recipe") or {}, asdict(recipe)
+    theirs, ours = ({part: whole.get(part) or {} for part in TRAINED_BY} for whole in (saved, own))
+    changes = [
+        f"{key} {before!r} (here {now!r})"
+        for key, before, now in find_differences(theirs, ours)
+        if key not in MAY_DIFFER_ON_RESUME
+    ]
+    return [f"pool_dir: its students were trained with {', '.join(changes)}"] if changes else []
 
 
 def open_given_pools(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> list[Pool]:

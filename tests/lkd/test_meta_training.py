@@ -21,6 +21,7 @@ from lkd.meta_training.meta_train import check_meta_validation, check_schedule, 
 from lkd.meta_training.online_student import assemble_loss, copy_state
 from lkd.meta_training.outer_loop import OuterGuard, OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
+from lkd.meta_training.worlds import describe_pool
 from lkd.pool.pool import Pool, World, count_pool_trainings
 from lkd.training.build import choose_student, open_teacher, prepare_images
 from meta import ESTIMATORS, Problem, rollout, verify
@@ -165,6 +166,9 @@ def test_architectures_take_turns_and_costs_are_in_student_trainings() -> None:
     assert provenance["cost_in_trainings"] == pytest.approx(sum(parts.values()), abs=0.02)
     again = tiny_recipe(SMALL, run_dir="again")
     again.students, again.pool_dir = recipe.students[::-1], str(path.parent / "pool")
+    assert describe_pool(again) == []
+    again.data.label_noise, again.data.workers = 0.4, 7
+    assert describe_pool(again) == ["pool_dir: its students were trained with data.label_noise 0.0 (here 0.4)"]
     with pytest.raises(UserError, match=r"pool_dir: .* holds small_cnn students, not small_mobilenet"):
         run_recipe(again)
     again.students, again.run_dir = [], "third"
