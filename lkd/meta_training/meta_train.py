@@ -36,7 +36,7 @@ from lkd.meta_training.log import (
 )
 from lkd.meta_training.online_student import assemble_loss
 from lkd.meta_training.outer_loop import AUDITED, OuterLoop
-from lkd.meta_training.reuse import Reuse
+from lkd.meta_training.reuse import Reuse, shorten
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.meta_training.worlds import (
     OpenedWorld,
@@ -54,7 +54,7 @@ from lkd.tracking.run import Run
 from lkd.training.build import NOTHING, Images, Objects, build_batches
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
-from lkd.training.optimizer import check_differentiable
+from lkd.training.optimizer import check_differentiable, check_milestones
 from meta import ESTIMATORS
 
 
@@ -250,6 +250,8 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
             f"meta.reuse_epochs: {meta.reuse_epochs} is not between 0 (as many as train.epochs) and train.epochs, "
             f"{recipe.train.epochs}"
         )
+    if meta.reuse_every and meta.reuse_epochs:
+        check_milestones(shorten(recipe.train, meta.reuse_epochs))
     if meta.reuse_patience and not meta.reuse_every:
         raise UserError(f"meta.reuse_patience: {meta.reuse_patience} needs looks at reuse; set meta.reuse_every")
     if meta.interleaving != "before" and (recipe.worlds or recipe.draw.worlds):

@@ -167,4 +167,5 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
     names = "warmup_epochs", "warmup_steps", "cooldown_epochs", "swa_epochs"
     shorter = {name: round(getattr(train, name) * epochs / train.epochs) for name in names}
+    shorter["cooldown_epochs"] = min(shorter["cooldown_epochs"], epochs - 1)
     return replace(train, epochs=epochs, milestones=milestones, **shorter)

@@ -228,6 +228,7 @@ def test_meta_training_leaves_a_bad_balance() -> None:
         ("meta.objective", {}, {"objective": "accuracy"}),
         ("meta.initial_rollout_steps: 4 .* meta.rollout_steps 3", {}, {"initial_rollout_steps": 4}),
         ("meta.reuse_epochs: 3 .* train.epochs, 2", {}, {"reuse_every": 1, "reuse_epochs": 3}),
+        ("train.schedule: step", {}, {"reuse_every": 1, "train": TrainRecipe(epochs=200, schedule="step")}),
         ("meta.reuse_patience: 2", {}, {"reuse_patience": 2}),
         ("pool.sampling: latest", {"sampling": "latest"}, {"interleaving": "alternate"}),
         ("pool_dir: pool", {}, {"interleaving": "alternate", "pool_dir": "pool"}),
@@ -235,7 +236,7 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     ],
 )
 def test_impossible_settings_are_refused(field: str, pool, meta) -> None:
-    others = {name: meta.pop(name) for name in ("pool_dir", "students") if name in meta}
+    others = {name: meta.pop(name) for name in ("pool_dir", "students", "train") if name in meta}
     with pytest.raises(UserError, match=field):
         check_settings(replace(tiny_recipe(pool, **meta), **others))
 
