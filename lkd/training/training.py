@@ -307,6 +307,11 @@ def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss
             raise UserError(
                 "train.compile: a compiled student gives one gradient a step; this balance takes more, leave it"
             )
+        if recipe.precision == "float16":
+            raise UserError(
+                "train.precision: float16 loses small gradients unless they are scaled, as those of single terms, which "
+                "this balance takes, are not; take bfloat16 or float32"
+            )
         if shared:
             raise UserError(
                 "balance: this one takes gradients of each term, in one process; take dynamic or a schedule"

@@ -185,3 +185,5 @@ def test_what_cannot_be_weighed_is_refused(images, teacher) -> None:
         build_balance("constant", CrossEntropyLoss())
     with pytest.raises(UserError, match=r"train\.compile: .* leave it"):
         start(images, teacher, "dto_kd", compile=True)
+    with pytest.raises(UserError, match=r"train\.precision: float16 loses small gradients"):
+        start(images, teacher, "variance_optimal", precision="float16")
