@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from lkd.config.meta_training import PoolContents, PoolSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import count_processes, own_rank, wait_for_all
+from lkd.core.distributed import any_process, count_processes, own_rank, wait_for_all
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import read_mapping, refusing_malformed, write_json
-from lkd.core.interrupt import deferred_interrupts
+from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.losses.learned.trust import Trust
@@ -306,10 +306,15 @@ def build_pools(
     """
     shared = not worlds[0].name
     places = list_folders(worlds, folder)
-    for number in range(len(worlds)):
-        if shared or number % count_processes() == own_rank():
-            build_pool(worlds[number], settings, build_losses[number], places[number], run, first, shared)
-    wait_for_all()
+    stopped: Interrupted | None = None
+    try:
+        for number in range(len(worlds)):
+            if shared or number % count_processes() == own_rank():
+                build_pool(worlds[number], settings, build_losses[number], places[number], run, first, shared)
+    except Interrupted as error:
+        stopped = error
+    if any_process(bool(stopped), run.device):  # those whose pools are done would wait for the others
+        raise stopped or Interrupted("stopped while pools are built")
     return open_pools(worlds, folder)
 
 

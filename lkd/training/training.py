@@ -309,8 +309,8 @@ def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss
             )
         if recipe.precision == "float16":
             raise UserError(
-                "train.precision: float16 loses small gradients unless they are scaled, as those of single terms, which "
-                "this balance takes, are not; take bfloat16 or float32"
+                "train.precision: float16 loses small gradients unless they are scaled, and those of single terms, "
+                "which this balance takes, are not; take bfloat16 or float32"
             )
         if shared:
             raise UserError(

@@ -5,6 +5,8 @@ import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from lkd.config import DataRecipe, ModelRecipe, PoolSettings, TrainRecipe
 from lkd.core.errors import UserError
+from lkd.core.interrupt import Interrupted
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data import Batches
@@ -27,6 +30,7 @@ from lkd.meta_training.rollouts import (
     list_inner_batches,
     smoothed_error,
 )
+from lkd.pool import pool as pools
 from lkd.pool.pool import open_pool
 from lkd.pool.sampling import build_age_weights, check_sampling, find_drawable_ages
 from lkd.tracking.run import open_run
@@ -66,6 +70,21 @@ def test_a_pool_keeps_whole_students_and_goes_on_where_it_stopped() -> None:
         open_pool(pool.folder, images, choose_student(ModelRecipe("small_mobilenet"), images.train).architecture)
     with pytest.raises(UserError, match="holds no pool"):
         open_pool(Path(), images, architecture)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pools_that_one_process_was_stopped_at_stop_all(rank: int, monkeypatch) -> None:
+    """Those whose pools are done, too."""
+    asked, worlds, run = [], [SimpleNamespace(name="a"), SimpleNamespace(name="b")], Mock()
+    building = Mock(side_effect=Interrupted("in the middle") if rank == 0 else None)
+    monkeypatch.setattr(pools, "build_pool", building)
+    monkeypatch.setattr(pools, "count_processes", lambda: 2)
+    monkeypatch.setattr(pools, "own_rank", lambda: rank)
+    monkeypatch.setattr(pools, "any_process", lambda flag, _: asked.append(flag) or True)
+    with pytest.raises(Interrupted, match="in the middle" if rank == 0 else "while pools are built"):
+        pools.build_pools(worlds, PoolSettings(), [Mock()] * 2, Path("pool"), run)
+    assert asked == [rank == 0]
+    assert building.call_args.args[0] is worlds[rank], "each its own world"
 
 
 def test_a_diverging_student_is_kept_up_to_its_divergence() -> None:
