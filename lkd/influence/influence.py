@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lkd.config.training import InfluenceSettings
+from lkd.core.outputs import evaluating
 from lkd.data.images import ImageSet
 from lkd.influence.solvers import SOLVERS, InfluenceProblem, measure_with_ekfac
 from lkd.losses.loss import DistillationLoss
@@ -71,10 +72,8 @@ def measure_influence(
     Raises:
         UserError: If a setting is impossible or does not suit the network.
     """
-    modes = {module: module.training for module in network.modules()}
-    try:
-        parts = loss, teacher, train, meta_validation
-        problem = InfluenceProblem(network.eval(), *parts, device, settings, progress)
+    with evaluating(network):
+        problem = InfluenceProblem(network, loss, teacher, train, meta_validation, device, settings, progress)
         if settings.method == "ekfac":
             return Influence(*measure_with_ekfac(problem, settings), damping=math.nan)
         found = SOLVERS[settings.method](problem, problem.differentiate_validation(), settings, seed)
@@ -86,9 +85,6 @@ def measure_influence(
             )
         index, products = problem.project_gradients(found.vector)
         return Influence(index, -products, *found[1:])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 INFLUENCE_WEIGHTED = "influence_weighted"
