@@ -73,6 +73,26 @@ def adapt_pretrained(network: nn.Module, images: ImageSet, size: int = 0) -> nn.
     return adapt_input(network, given, (mean, std), size)
 
 
+class TakenClasses(nn.Module):
+    """A network of which some classes are taken.
+
+    Args:
+        network: The network, returning `Outputs`.
+        columns: Which of its logits, in the order of the data's classes.
+    """
+
+    columns: Tensor
+
+    def __init__(self, network: nn.Module, columns: list[int]) -> None:
+        super().__init__()
+        self.network, self.size = network, getattr(network, "size", 0)
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs = self.network(images)
+        return Outputs(outputs.logits[:, self.columns], outputs.features)
+
+
 class TimmNetwork(nn.Module):
     """A timm model whose forward pass returns logits and the features of every stage that its `feature_info` names.
 
@@ -315,7 +335,7 @@ COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module'
 
 def unwrap(network: Any) -> Any:
     """The network as its own library made it, without what ours, torch.compile and DataParallel put around it."""
-    if isinstance(network, AdaptedInput):
+    if isinstance(network, AdaptedInput | TakenClasses):
         return unwrap(network.network)
     if isinstance(network, TimmNetwork | LogitNetwork):
         return unwrap(network.model)

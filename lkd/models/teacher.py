@@ -14,7 +14,7 @@ from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
 from lkd.data.images import Batch, ImageSet
 from lkd.data.readers import IN_MEMORY
-from lkd.models.build import adapt_pretrained, build, build_forward
+from lkd.models.build import TakenClasses, adapt_pretrained, build, build_forward
 from lkd.models.dry_run import find_fixed_size
 from lkd.models.files import fit_to_images, load_network
 from lkd.models.foreign_weights import EFFICIENTNET_LITE
@@ -53,26 +53,6 @@ class Teacher:
         if self.logit_scale == 1:
             return outputs
         return Outputs(self.logit_scale * outputs.logits.float(), outputs.features)
-
-
-class TakenClasses(nn.Module):
-    """A network of which some classes are taken.
-
-    Args:
-        network: The network, returning `Outputs`.
-        columns: Which of its logits, in the order of the data's classes.
-    """
-
-    columns: Tensor
-
-    def __init__(self, network: nn.Module, columns: list[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("columns", torch.tensor(columns), persistent=False)
-
-    def forward(self, images: Tensor) -> Outputs:
-        outputs = self.network(images)
-        return Outputs(outputs.logits[:, self.columns], outputs.features)
 
 
 def take_classes(network: nn.Module, num_classes: int, classes: list[int] | str) -> TakenClasses:

@@ -17,6 +17,7 @@ from lkd.core.outputs import Outputs
 from lkd.losses.loss import wrap_loss
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.models.build import build as build_network
+from lkd.models.build import unwrap
 from lkd.models.teacher import take_classes
 from lkd.training.answers import identify_answers
 from lkd.training.build import build, choose_student, open_teacher, prepare_images
@@ -63,6 +64,7 @@ def test_the_classes_of_a_teacher_are_taken(classes, tmp_path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(parts.teacher.network(images).logits, whole(images).logits[:, columns])
     assert list(parts.teacher.network(images).features) == list(whole(images).features)
+    assert unwrap(parts.teacher.network) is unwrap(whole), "whose tag is said"
 
 
 @pytest.mark.outside(38)
