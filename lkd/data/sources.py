@@ -141,6 +141,9 @@ def read_annotations(folder: Path, classes: tuple[str, ...]) -> LabelledSource |
         line = lines[of_images.index(False, 1)]
         raise UserError(f"data.root: {lists[0]}: {line[:100]!r} is not an image's file and its class: correct it")
     pairs = [row for row, of_image in zip(rows, of_images, strict=True) if of_image]
+    outside = [row[0] for row in pairs if not is_within(row[0])]
+    if outside:
+        raise UserError(f"data.root: {lists[0]}: {outside[0]!r} is not a file in that folder: remove it")
     labels = number_classes((row[1] for row in pairs), classes, str(lists[0]))
     inner = "images/" if (folder / "images").is_dir() else ""
     return LabelledSource(FileSource(folder, [inner + row[0] for row in pairs]), labels)

@@ -85,9 +85,10 @@ def test_a_list_of_files_with_spaces_in_their_names(tmp_path: Path) -> None:
     dataset = load("image_folder", tmp_path)
     assert dataset.test.labels.tolist() == [0, 1]
     assert brightness(dataset) == [100, 200]
-    (tmp_path / "val" / "labels.csv").write_text(rows + "2.jp2,a\n")
-    with pytest.raises(UserError, match=r"labels\.csv: '2\.jp2,a'"):
-        load("image_folder", tmp_path)
+    for wrong, named in (("2.jp2,a", r"'2\.jp2,a'"), ("../train/a/0.png,a", r"'\.\./train/a/0\.png'")):
+        (tmp_path / "val" / "labels.csv").write_text(f"{rows}{wrong}\n")
+        with pytest.raises(UserError, match=rf"labels\.csv: {named}"):
+            load("image_folder", tmp_path)
 
 
 def test_links_to_folders_of_images(tmp_path: Path) -> None:
