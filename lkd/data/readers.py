@@ -318,7 +318,7 @@ def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Da
         except (AssertionError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"data.root: {title} cannot be read from {folder!r} ({reason})") from error
-        names.append(tuple(map(str, getattr(images, "classes", range(1 + max(parts[0].labels))))))
+        names.append(tuple(map(str, getattr(images, "classes", range(1 + max(parts[0].labels, default=-1))))))
     if names[0] != names[1]:  # each part numbers the folders that it has
         other = min(set(names[0]) ^ set(names[1]), default="their order")
         raise UserError(
