@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -93,6 +94,8 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     dense = measure_trust(Table(), parts[0], smoothed)
     assert dense.figures == pytest.approx(trust.figures, nan_ok=True)
     assert measure_own_accuracy(Sequential(Table()), dense.looks) == pytest.approx(agreed[0])
+    elsewhere = MagicMock(**{"to.return_value": images, "__len__.return_value": 300})  # a network lies on a GPU
+    assert measure_trust(Sequential(Table()), None, [(elsewhere, labels)]).figures[0] == pytest.approx(agreed[0])
     assert f"{agreed[0]:.1%}" in str(trust)
     assert "unknown" in str(measure_trust(Table(), parts[0], None))
 

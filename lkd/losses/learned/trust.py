@@ -103,7 +103,7 @@ def measure_trust(
 
     Args:
         teacher: What the training asks: a `TeacherFunction` where the parts are image sets, else a network, from
-            images to logits or to `Outputs`. A network is asked in eval mode, and its mode is restored.
+            images to logits or to `Outputs`. A network is asked in eval mode, where it lies; its mode is restored.
         train: The training images, with the labels that the student is trained on. Unknown if None.
         validation: Meta-validation images, disjoint from those. Unknown if None or empty.
         device: Where image sets are put; by default the CPU.
@@ -163,9 +163,11 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
 def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
     """The teacher's logits for a part, float32 [N, C], and the labels, [N]."""
     rows = []
+    first = next(teacher.parameters(), None) if isinstance(teacher, nn.Module) else None
     with evaluating(teacher):
         for batch in read_part(part, device, MEASURED):
-            answers = teacher(batch if isinstance(part, ImageSet) else batch.images)
+            images = batch.images if first is None else batch.images.to(first.device)
+            answers = teacher(batch if isinstance(part, ImageSet) else images)
             logits = answers if isinstance(answers, Tensor) else answers.logits
             rows.append((logits.float(), batch.target.to(logits.device)))
     if not rows:
