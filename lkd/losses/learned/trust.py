@@ -86,7 +86,10 @@ class Trust:
     def __str__(self) -> str:
         validation, training, temperature, images, _, contradicted = self.figures
         if validation != validation:
-            return f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows"
+            return (
+                f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows, which "
+                "under a weak teacher may be worse than none: better hold labelled images out (data.meta_validation_size)"
+            )
         surely = f"; {contradicted:.0%} of the meta-validation labels contradict it where it is sure"
         return (
             f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
