@@ -88,7 +88,7 @@ class Trust:
         if validation != validation:
             return (
                 f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows, which "
-                "under a weak teacher may be worse than none: better hold labelled images out (data.meta_validation_size)"
+                "under a weak teacher may be worse than none: better hold labelled images out (meta_validation_size)"
             )
         surely = f"; {contradicted:.0%} of the meta-validation labels contradict it where it is sure"
         return (
