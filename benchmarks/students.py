@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -106,7 +107,7 @@ def check_student(name: str, world: StudentRecipe, losses: dict[str, Method]) ->
 
 
 def train_all(content: dict, worlds: Worlds, record: Record, folder: Path, seeds: int, workers: int) -> None:
-    """Pick learning rates and DKD's options on meta-validation, then train all arms with paired seeds.
+    """Pick learning rates, DKD's options and its own rate on meta-validation, then train all arms with paired seeds.
 
     Rows of another learning rate, or of options that are no longer the best ones, are dropped.
     """
@@ -117,17 +118,28 @@ def train_all(content: dict, worlds: Worlds, record: Record, folder: Path, seeds
             name: build_recipe(folder / name, world, pick_rate(record, folder / name, world, tried))
             for name, (world, tried) in worlds.items()
         }
-        grids = [each for recipe in recipes.values() for each in plan_grid(recipe, content["grid"])]
-        record.finish(pool, grids)
+        grids = [plan_grid(recipe, content["grid"]) for recipe in recipes.values()]
+        record.finish(pool, list(itertools.chain(*grids)))
+        finer = {
+            name: list_rates(pick_tuned(record, recipe, content["grid"]), recipe.train.learning_rate, worlds[name][1])
+            for name, recipe in recipes.items()
+        }
+        grids += [plan_grid(recipe, finer[name]) for name, recipe in recipes.items()]
+        record.finish(pool, list(itertools.chain(*grids)))
         planned: Planned = []
-        for recipe in recipes.values():
-            arms = content["arms"] | {TUNED: pick_tuned(record, recipe, content["grid"])}
+        for name, recipe in recipes.items():
+            arms = content["arms"] | {TUNED: pick_tuned(record, recipe, finer[name])}
             for seed, (label, loss) in itertools.product(range(seeds), arms.items()):
                 planned.append((recipe, Trial(label, loss, recipe.students[0], seed, True), Arm(loss)))
         record.finish(pool, sorted(planned, key=lambda each: each[1].seed))
-    own = {name_cell(*each) for each in [*itertools.chain(*rates.values()), *grids, *planned]}
+    own = {name_cell(*each) for each in itertools.chain(*rates.values(), *grids, planned)}
     record.rows = {cell: row for cell, row in record.rows.items() if cell in own or row["world"] not in worlds}
     record.write()
+
+
+def list_rates(loss: Any, own: float, rates: list[float]) -> list[Method]:
+    """A loss as it is, and at each learning rate but that of its world."""
+    return [loss, *({**loss, "train": {"learning_rate": rate}} for rate in rates if rate != own)]
 
 
 def is_resumed_to_the_bit(optimizer: str, folder: Path) -> bool:

@@ -53,6 +53,7 @@ from lkd.evaluation.comparison.trials import (
 from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import open_run
+from lkd.training.answers import measure_teacher
 
 HERE = Path(__file__).parent
 EVIDENCE = HERE.parents[1] / "docs" / "evidence" / "universal"
@@ -73,6 +74,7 @@ class Arm:
         known: So many of the meta-validation images have known labels; all if None.
         added: Whether those are trained on too.
         told: Whether the loss is told what was measured of the teacher.
+        held_out: Whether that is measured on images that are held out; else on the training images.
         recipe: Of the meta-training that makes the loss in each world, if one does.
     """
 
@@ -81,6 +83,7 @@ class Arm:
     known: int | None = None
     added: bool = False
     told: bool = True
+    held_out: bool = True
     recipe: str = ""
 
 
@@ -226,6 +229,7 @@ def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
     loss = hash_content(learned) or trial.loss
     network = {name: value for name, value in asdict(trial.student).items() if asdict(ModelRecipe())[name] != value}
     identity = [own, network, loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
+    identity += [] if arm.held_out else ["not held out"]
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
     return f"{Path(recipe.run_dir).name}/{label}-{trial.seed}-{hash_identity({'all': identity})}"
 
@@ -236,7 +240,7 @@ def locate(recipe: CompareRecipe, trial: Trial, arm: Arm) -> Path:
 
 
 def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str, Any]:
-    """A training, with other images or without trust if the arm says so."""
+    """A training, with other images, or another trust or none, if the arm says so."""
     inputs = open_inputs(recipe)
     images = inputs.images
     if arm.known is not None or arm.added:
@@ -247,6 +251,9 @@ def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str
         both = {name: torch.cat(pair) for name, pair in zip(ARRAYS, pairs, strict=True)}
         images = replace(images, train=replace(images.train, **both))
     changed = inputs if images is inputs.images else TrialInputs(images, inputs.teacher)
+    if not arm.held_out:
+        none = replace(inputs.images, meta_validation=inputs.images.meta_validation.select(torch.arange(0)))
+        changed = replace(changed, measured={("cpu", 0): measure_teacher(inputs.teacher, none, torch.device("cpu"))})
     if not arm.told:
         changed = replace(changed, measured={("cpu", 0): Trust()})
     with mock.patch.object(trials, "open_inputs", return_value=changed):

@@ -44,18 +44,17 @@ def measure_teacher(
     """
     if teacher.settings.cache:
         return read_trust(Path(teacher.settings.cache), images, device)
-    if not len(images.meta_validation):
-        return Trust()
+    held_out = images.meta_validation if len(images.meta_validation) else None
 
     def measure() -> dict[str, Any]:
         anew = ask_anew(teacher, images, device)
-        known = measure_trust(anew, None, images.meta_validation, device).figures
+        known = measure_trust(anew, None if held_out else images.train, held_out, device).figures
         agreement = measure_agreement(answers or anew, images.train, device)
         per_class = len(images.train) / images.train.num_classes
         return known._replace(training_agreement=agreement, images_per_class=per_class).to_json()
 
     figures = keep_figures("trust", teacher, images, device, measure)
-    return Trust(TrustFigures.from_json(figures), Trust.choose_looks(images.meta_validation, device))
+    return Trust(TrustFigures.from_json(figures), Trust.choose_looks(held_out or images.train, device))
 
 
 def keep_figures(
@@ -90,7 +89,8 @@ def identify_pixels(part: ImageSet) -> Any:
 
 def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
     """What a cache knows of its teacher and these images' labels; unknown if it was measured of others, or never."""
-    header, looks = read_cache(cache).header, Trust.choose_looks(images.meta_validation, device)
+    looks = Trust.choose_looks(images.meta_validation if len(images.meta_validation) else images.train, device)
+    header = read_cache(cache).header
     if header.get("trust_of") != identify_labels(images):
         reason = f"as {cache} was made {'with other labels' if 'trust_of' in header else 'before it was measured'}"
         return Trust(looks=looks, reason=f"{reason} (lkd cache with this recipe adds it)")

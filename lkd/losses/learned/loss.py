@@ -109,11 +109,13 @@ class LearnedLoss(DistillationLoss):
         self.tell(trust.figures)
 
     def tell(self, figures: TrustFigures) -> None:
-        """Give the parts these figures."""
+        """Give the parts these figures; where no labels are held out, training labels stand in for them."""
         for name, value in figures._asdict().items():
             positive = name in ("temperature", "images_per_class")
             if value < 0 or (value in (0, math.inf) if positive else value > 1):
                 raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if positive else '[0, 1]'}, nor NaN")
+        if math.isnan(figures.validation_agreement):
+            figures = figures._replace(validation_agreement=figures.training_agreement)
         for part in self.forms():
             part.trust = torch.tensor(figures, device=next(part.parameters()).device)
 

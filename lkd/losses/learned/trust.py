@@ -32,7 +32,8 @@ class TrustFigures(NamedTuple):
     Attributes:
         validation_agreement: Part of the meta-validation images to which the teacher gives their label, in [0, 1].
         training_agreement: The same of the training images.
-        temperature: That of the teacher's logits at which their cross-entropy on meta-validation is least.
+        temperature: That of the teacher's logits at which their cross-entropy on meta-validation is least; where no
+            images are held out, on the training images, which then also stand in for them in the last two.
         images_per_class: Training images with a label, over the number of classes.
         own_accuracy: Part of some meta-validation images to which the student gives their label, now.
         contradicted: Part of the meta-validation labels that contradict the teacher however sure it is, as wrong labels
@@ -85,16 +86,19 @@ class Trust:
 
     def __str__(self) -> str:
         validation, training, temperature, images, _, contradicted = self.figures
-        if validation != validation:
+        held_out = validation == validation
+        if not held_out and training != training:
             return (
                 f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows, which "
-                "under a weak teacher may be worse than none: better hold labelled images out (meta_validation_size)"
+                "under a weak teacher may be worse than none"
             )
-        surely = f"; {contradicted:.0%} of the meta-validation labels contradict it where it is sure"
+        parts = f"{validation:.1%} of the meta-validation labels and " if held_out else ""
+        surely = f"{contradicted:.0%} of the {'meta-validation' if held_out else 'training'} labels"
         return (
-            f"trust: the teacher agrees with {validation:.1%} of the meta-validation labels and {training:.1%} of the "
-            f"training labels; its best temperature is {temperature:.2f}; {images:.0f} images a class"
-            f"{surely if contradicted > 0 else ''}"
+            f"trust: the teacher agrees with {parts}{training:.1%} of the training labels; its best temperature is "
+            f"{temperature:.2f}; {images:.0f} images a class"
+            f"{f'; {surely} contradict it where it is sure' if contradicted > 0 else ''}"
+            f"{'' if held_out else '; no labels are held out: one that was trained on these images looks too good'}"
         )
 
 
@@ -107,8 +111,10 @@ def measure_trust(
     Args:
         teacher: What the training asks: a `TeacherFunction` where the parts are image sets, else a network, from
             images to logits or to `Outputs`. A network is asked in eval mode, where it lies; its mode is restored.
-        train: The training images, with the labels that the student is trained on. Unknown if None.
-        validation: Meta-validation images, disjoint from those. Unknown if None or empty.
+        train: The training images, with the labels that the student is trained on. Agreement with them is unknown if
+            None.
+        validation: Meta-validation images, disjoint from those. If None or empty the training images stand in for them:
+            as good where the teacher was not trained on these.
         device: Where image sets are put; by default the CPU.
 
     Returns:
@@ -118,20 +124,21 @@ def measure_trust(
         UserError: If a part that is given has no labels, or the teacher has another number of classes.
     """
     place = device or torch.device("cpu")
-    if validation is None or (isinstance(validation, ImageSet) and not len(validation)):
+    held_out = validation is not None and not (isinstance(validation, ImageSet) and not len(validation))
+    part, name = (validation, "validation") if held_out else (train, "train")
+    if part is None:
         return Trust()
-    logits, target = ask("validation", teacher, validation, place)
+    logits, target = ask(name, teacher, part, place)
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
-    training = UNKNOWN if train is None else measure_agreement(teacher, train, place)
-    count = count_images(train)
-    figures = TrustFigures(
-        agree(logits, target),
-        training,
-        temperature,
-        count / logits.shape[1],
-        contradicted=find_contradicted(logits, target, temperature),
-    )
-    return Trust(figures, Trust.choose_looks(validation, place))
+    agreement = agree(logits, target)
+    if held_out:
+        both = agreement, UNKNOWN if train is None else measure_agreement(teacher, train, place)
+    else:
+        both = UNKNOWN, agreement
+    per_class = count_images(train) / logits.shape[1]
+    contradicted = find_contradicted(logits, target, temperature)
+    figures = TrustFigures(*both, temperature, per_class, contradicted=contradicted)
+    return Trust(figures, Trust.choose_looks(part, place))
 
 
 @torch.no_grad()
