@@ -13,6 +13,7 @@ there. The test split is read once a training, for the rows.
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import re
@@ -52,6 +53,7 @@ from lkd.evaluation.comparison.trials import (
 )
 from lkd.losses.learned.trust import Trust, TrustFigures
 from lkd.meta_training.meta_train import meta_train
+from lkd.models.files import load_network
 from lkd.tracking.run import open_run
 from lkd.training.answers import measure_teacher
 
@@ -225,13 +227,25 @@ def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
     world = {**asdict(recipe.data), "teacher": asdict(recipe.teacher), "train": asdict(recipe.train)}
     plain = {**asdict(DataRecipe()), "teacher": asdict(TeacherRecipe()), "train": asdict(TrainRecipe())}
     own = {key: value for key, value in flatten(world).items() if flatten(plain).get(key) != value}
-    own |= {"root": "", "teacher.path": hash_content(recipe.teacher.path) or recipe.teacher.path}
+    own |= {"root": "", "teacher.path": identify_teacher(recipe.teacher.path)}
     loss = hash_content(learned) or trial.loss
     network = {name: value for name, value in asdict(trial.student).items() if asdict(ModelRecipe())[name] != value}
     identity = [own, network, loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
     identity += [] if arm.held_out else ["not held out"]
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
     return f"{Path(recipe.run_dir).name}/{label}-{trial.seed}-{hash_identity({'all': identity})}"
+
+
+@functools.cache
+def identify_teacher(path: str) -> Any:
+    """How a teacher was trained, where it differs from the defaults; on a CPU of another kind its bits are others."""
+    if not Path(path).is_file():
+        return path
+    told = load_network(Path(path))[1]["provenance"]["recipe"]
+    parts = {"data": DataRecipe(), "model": ModelRecipe(), "train": TrainRecipe()}
+    plain = flatten({name: asdict(part) for name, part in parts.items()})
+    own = flatten({name: told[name] for name in (*parts, "seed")})
+    return {name: value for name, value in own.items() if name != "data.root" and plain.get(name) != value}
 
 
 def locate(recipe: CompareRecipe, trial: Trial, arm: Arm) -> Path:
