@@ -28,6 +28,7 @@ from lkd.tracking.run import evidence
 HERE = Path(__file__).parent
 ARMS = yaml.safe_load((HERE / "arms.yaml").read_text())
 CE, TUNED, UNIVERSAL, UNKNOWN, RULE = "cross-entropy", "tuned", "universal", "trust unknown", "rule"
+NOT_HELD_OUT = "no labels held out"
 UNTRAINED, FADING, FULL = "not learned", "not learned, fading", "learned in full, fading"
 HAND_MADE = (*ARMS["arms"], TUNED)
 NOISY_VALIDATION = "greek-noisy-validation"
@@ -120,8 +121,9 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
     for arm in others:
         own = [compare(world, arm, find_best(world))[0] for world in found.values() if arm in world]
         figures[f"mean_gain_{arm.rsplit(maxsplit=1)[1]}"] = statistics.fmean(own)
-    if unknown := [compare(world, UNKNOWN, CE) for world in found.values() if UNKNOWN in world]:
-        figures["minus_ce_worst_trust_unknown"] = min(each + 2 * error for each, error in unknown)
+    for arm, key in ((UNKNOWN, "trust_unknown"), (NOT_HELD_OUT, "no_labels_held_out")):
+        if over := [compare(world, arm, CE) for world in found.values() if arm in world]:
+            figures[f"minus_ce_worst_{key}"] = min(each + 2 * error for each, error in over)
     if adapted := [world for world in found.values() if "adapted" in world]:
         each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
         figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
@@ -199,12 +201,13 @@ def main() -> int:
     found = read_rows(options.run_dir)
     add_rule(found, options.run_dir)
     options.out.mkdir(parents=True, exist_ok=True)
-    changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN)]
+    changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN, NOT_HELD_OUT)]
     changed = [arm for arm in changed if any(arm in world for world in found.values())]
     seeds = sorted({arm for world in found.values() for arm in world if arm.startswith(f"{UNIVERSAL}, meta seed")})
     tables = [tabulate_worlds(found)]
-    if any(UNKNOWN in world for world in found.values()):
-        tables.append(tabulate_arms(found, [UNKNOWN], CE))
+    without = [arm for arm in (UNKNOWN, NOT_HELD_OUT) if any(arm in world for world in found.values())]
+    if without:
+        tables.append(tabulate_arms(found, without, CE))
     if changed or seeds:
         tables.append(tabulate_arms(found, [*changed, *seeds], UNIVERSAL))
     write_text(options.out / "table.md", "\n\n".join(tables) + "\n")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lkd.core.errors import UserError, first_line
 from lkd.core.files import MALFORMED, refusing_malformed
 from lkd.core.tensor_files import HEADER_KEY, check_header_size
-from lkd.models.build import build, check_name, plain_state_dict, unwrap
+from lkd.models.build import TORCHVISION, build, check_name, plain_state_dict, unwrap
 from lkd.models.cifar import CIFAR_NETWORKS
 
 NO_WIDTH = 7919  # a number of classes that is no layer's number of channels
@@ -26,6 +26,7 @@ BESIDE = (  # last parts of names of what networks of some versions save and tho
     "num_batches_tracked", "relative_position_index", "attn_mask", "total_ops", "total_params"
 )  # fmt: skip
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
+SHIFTING = ("googlenet", "inception_v3")  # torchvision's, whose own weights are of another normalisation
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that only a training uses
 NUMPY = ("dtype", "ndarray", "_core.multiarray.scalar", "core.multiarray.scalar", "core.multiarray._reconstruct")
 SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), path)"
@@ -79,6 +80,12 @@ def load_foreign_network(
         with refusing_malformed(path, "file of weights"):
             network = build(**architecture)
             unwrap(network).load_state_dict(found.tensors, strict=False)  # only what is in BESIDE can differ
+        shifts = candidate in [TORCHVISION + shifting for shifting in SHIFTING]
+        if shifts and "transform_input" not in architecture["options"]:
+            print(
+                f"warning: {path}: a {name} that starts from torchvision's own weights shifts its input: then give the "
+                "option transform_input: true (teacher.options, student.options); one trained from nothing does not"
+            )
         return network.eval(), architecture, found.prefix
     raise UserError(f"{path}: {explain_mismatch(state, name) or reasons[0]}")
 

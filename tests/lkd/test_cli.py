@@ -113,7 +113,8 @@ def test_without_meta_validation_images_the_last_weights_are_kept(capsys) -> Non
     none = [*TINY, "--data.meta_validation_size", "0"]
     for command, role, network in (("teacher", "teacher", "model"), ("distill", "student", "student")):
         assert main([command, "--run_dir", role, *none, f"--{network}.name", "tiny_cnn"]) == 0
-        assert "not evaluated: data.meta_validation_size is 0" in capsys.readouterr().out
+        assert "not evaluated: data.meta_validation_size is 0" in (said := capsys.readouterr().out)
+        assert ("no labels are held out" in said) == (command == "distill")
         assert load_network(Path(role, f"{role}.safetensors"))[1]["provenance"]["meta_validation"] is None
         log = Path(role, "log.jsonl").read_text()
         assert "learning_rate" in log

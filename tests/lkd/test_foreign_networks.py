@@ -19,7 +19,7 @@ from lkd.config import DataRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.workers import prepare_worker
 from lkd.losses import CrossEntropyLoss
-from lkd.models.build import build
+from lkd.models.build import build, unwrap
 from lkd.models.dry_run import check_trainable, fit_image_size
 from lkd.models.files import load_network
 from lkd.models.foreign_weights import load_foreign_network
@@ -104,6 +104,15 @@ def test_torchvisions_networks(tmp_path: Path) -> None:
 
 
 @pytest.mark.outside(18)
+def test_torchvisions_networks_that_shift_their_input_are_named(tmp_path: Path, capsys) -> None:
+    network = torchvision.models.googlenet(weights=None, num_classes=3, aux_logits=False, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    for options, said in (({}, True), ({"transform_input": True}, False)):
+        loaded = load_foreign_network(tmp_path / "x.pth", "googlenet", {"aux_logits": False, **options})[0]
+        assert ("transform_input" in capsys.readouterr().out) == said
+        assert unwrap(loaded).transform_input != said
+
+
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
     torch.save(build("resnet32", 10).state_dict(), tmp_path / "m.pth")
     with pytest.raises(UserError, match="holds a resnet32, not a resnet20"):

@@ -97,7 +97,24 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     elsewhere = MagicMock(**{"to.return_value": images, "__len__.return_value": 300})  # a network lies on a GPU
     assert measure_trust(Sequential(Table()), None, [(elsewhere, labels)]).figures[0] == pytest.approx(agreed[0])
     assert f"{agreed[0]:.1%}" in str(trust)
-    assert "unknown" in str(measure_trust(Table(), parts[0], None))
+    assert "unknown" in str(measure_trust(Table(), None, None))
+
+
+def test_without_held_out_labels_those_of_the_training_stand_in() -> None:
+    logits = 3 * torch.randn(300, 4)
+    labels = torch.distributions.Categorical(logits=logits / 2.5).sample()
+    train = DataLoader(TensorDataset(logits[:, None, None], labels), 70)
+    alone, held_out = measure_trust(Table(), train, None), measure_trust(Table(), None, train)
+    agreed = held_out.figures.validation_agreement
+    per_class = {"images_per_class": 75, "training_agreement": agreed, "validation_agreement": math.nan}
+    assert alone.figures == pytest.approx(held_out.figures._replace(**per_class), nan_ok=True)
+    assert "meta-validation" not in str(alone)
+    assert f"agrees with {agreed:.1%} of the training labels" in str(alone)
+    loss = lkd.load_loss("universal", alone)
+    assert [part.trust[:2].tolist() for part in loss.forms()] == [pytest.approx([agreed, agreed])]
+    student = Sequential(Table())
+    loss.update_trust(student)
+    assert loss.forms()[0].trust[OWN_ACCURACY] == pytest.approx(agreed), "of a student that is the teacher"
 
 
 class Sequential(nn.Sequential):
