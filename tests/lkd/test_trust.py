@@ -117,6 +117,22 @@ def test_without_held_out_labels_those_of_the_training_stand_in() -> None:
     assert loss.forms()[0].trust[OWN_ACCURACY] == pytest.approx(agreed), "of a student that is the teacher"
 
 
+def test_training_labels_that_contradict_the_teacher_leave_trust_unknown() -> None:
+    """They are wrong, or it is; a student that has learned them by heart would be believed to have overtaken it."""
+    logits = 20 * torch.randn(500, 4)
+    right = logits.argmax(1)
+    labels = torch.where(torch.rand(500) < 0.4, (right + 1) % 4, right)
+    train = [(logits[:, None, None], labels)]
+    trust = measure_trust(Table(), train, None)
+    assert trust.figures.contradicted > 0.3
+    loss = lkd.load_loss("universal", trust)
+    loss.update_trust(Sequential(Table()))
+    assert loss.forms()[0].trust.isnan().all()
+    held_out = lkd.load_loss("universal", measure_trust(Table(), train, train))
+    held_out.update_trust(Sequential(Table()))
+    assert not held_out.forms()[0].trust[[0, 1, 2, OWN_ACCURACY]].isnan().any()
+
+
 class Sequential(nn.Sequential):
     """A student with a parameter, which says where it is."""
 

@@ -105,16 +105,21 @@ class LearnedLoss(DistillationLoss):
         return [part for part in self.parts.values() if isinstance(part, LogitForm)]
 
     def set_trust(self, trust: Trust) -> None:
-        self.looks = trust.looks
+        self.looks = () if trust.figures.is_doubtful else trust.looks
         self.tell(trust.figures)
 
     def tell(self, figures: TrustFigures) -> None:
-        """Give the parts these figures; where no labels are held out, training labels stand in for them."""
+        """Give the parts these figures; where no labels are held out, training labels stand in for them.
+
+        Unless labels or teacher are wrong and it cannot be told which: then all are unknown.
+        """
         for name, value in figures._asdict().items():
             positive = name in ("temperature", "images_per_class")
             if value < 0 or (value in (0, math.inf) if positive else value > 1):
                 raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if positive else '[0, 1]'}, nor NaN")
-        if math.isnan(figures.validation_agreement):
+        if figures.is_doubtful:
+            figures = TrustFigures()
+        elif math.isnan(figures.validation_agreement):
             figures = figures._replace(validation_agreement=figures.training_agreement)
         for part in self.forms():
             part.trust = torch.tensor(figures, device=next(part.parameters()).device)

@@ -47,6 +47,15 @@ class TrustFigures(NamedTuple):
     own_accuracy: float = UNKNOWN
     contradicted: float = UNKNOWN
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether labels or teacher are wrong, and it cannot be told which: none are held out, and some contradict it.
+
+        The student's own accuracy would tell, but on images that it learns by heart it agrees with wrong labels too,
+        and then more than any teacher.
+        """
+        return math.isnan(self.validation_agreement) and self.contradicted > 0
+
     def to_json(self) -> dict[str, float | None]:
         """For a file; None for what is not known."""
         return {name: value if value == value else None for name, value in self._asdict().items()}
@@ -93,12 +102,15 @@ class Trust:
                 "under a weak teacher may be worse than none"
             )
         parts = f"{validation:.1%} of the meta-validation labels and " if held_out else ""
+        alone = "these or it are wrong: the loss goes by what each batch shows"
+        if not self.figures.is_doubtful:
+            alone = "one that was trained on these images looks too good"
         surely = f"{contradicted:.0%} of the {'meta-validation' if held_out else 'training'} labels"
         return (
             f"trust: the teacher agrees with {parts}{training:.1%} of the training labels; its best temperature is "
             f"{temperature:.2f}; {images:.0f} images a class"
             f"{f'; {surely} contradict it where it is sure' if contradicted > 0 else ''}"
-            f"{'' if held_out else '; no labels are held out: one that was trained on these images looks too good'}"
+            f"{'' if held_out else f'; no labels are held out: {alone}'}"
         )
 
 
@@ -113,8 +125,8 @@ def measure_trust(
             images to logits or to `Outputs`. A network is asked in eval mode, where it lies; its mode is restored.
         train: The training images, with the labels that the student is trained on. Agreement with them is unknown if
             None.
-        validation: Meta-validation images, disjoint from those. If None or empty the training images stand in for them:
-            as good where the teacher was not trained on these.
+        validation: Meta-validation images, disjoint from those. If None, or an image set without any, the training
+            images stand in for them, where a teacher that was trained on them looks too good, and so does a student.
         device: Where image sets are put; by default the CPU.
 
     Returns:
