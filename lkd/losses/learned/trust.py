@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
+from torch.utils.data import SubsetRandomSampler
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
@@ -95,20 +96,21 @@ class Trust:
 
     def __str__(self) -> str:
         validation, training, temperature, images, _, contradicted = self.figures
-        held_out = validation == validation
-        if not held_out and training != training:
+        held_out = not math.isnan(validation)
+        if not held_out and math.isnan(training):
             return (
                 f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows, which "
                 "under a weak teacher may be worse than none"
             )
-        parts = f"{validation:.1%} of the meta-validation labels and " if held_out else ""
+        agreed = {"meta-validation": validation, "training": training}
+        parts = [f"{share:.1%} of the {of} labels" for of, share in agreed.items() if not math.isnan(share)]
         alone = "these or it are wrong: the loss goes by what each batch shows"
         if not self.figures.is_doubtful:
             alone = "one that was trained on these images looks too good"
         surely = f"{contradicted:.0%} of the {'meta-validation' if held_out else 'training'} labels"
         return (
-            f"trust: the teacher agrees with {parts}{training:.1%} of the training labels; its best temperature is "
-            f"{temperature:.2f}; {images:.0f} images a class"
+            f"trust: the teacher agrees with {' and '.join(parts)}; its best temperature is {temperature:.2f}"
+            f"{'' if math.isnan(images) else f'; {images:.0f} images a class'}"
             f"{f'; {surely} contradict it where it is sure' if contradicted > 0 else ''}"
             f"{'' if held_out else f'; no labels are held out: {alone}'}"
         )
@@ -133,7 +135,8 @@ def measure_trust(
         The figures, each over at most 10,000 images: of an image set drawn at random, of batches the first ones.
 
     Raises:
-        UserError: If a part that is given has no labels, or the teacher has another number of classes.
+        UserError: If a part that is given has no labels, can be read only once, or comes class by class where only its
+            first images are looked at; or the teacher has another number of classes.
     """
     place = device or torch.device("cpu")
     held_out = validation is not None and not (isinstance(validation, ImageSet) and not len(validation))
@@ -141,6 +144,7 @@ def measure_trust(
     if part is None:
         return Trust()
     logits, target = ask(name, teacher, part, place)
+    check_order(name, part, target, LOOKED_AT + 1)
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
     agreement = agree(logits, target)
     if held_out:
@@ -150,18 +154,25 @@ def measure_trust(
     per_class = count_images(train) / logits.shape[1]
     contradicted = find_contradicted(logits, target, temperature)
     figures = TrustFigures(*both, temperature, per_class, contradicted=contradicted)
-    return Trust(figures, Trust.choose_looks(part, place))
+    looks = Trust.choose_looks(part, place)
+    if not looks:
+        raise UserError(f"measure_trust: {name} can be read only once; give a DataLoader, or a list of batches")
+    return Trust(figures, looks)
 
 
 @torch.no_grad()
 def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.device) -> float:
     """Part of at most 10,000 training images to which the teacher gives their label; see `measure_trust`."""
-    return agree(*ask("train", teacher, part, device))
+    logits, target = ask("train", teacher, part, device)
+    check_order("train", part, target, MEASURED)
+    return agree(logits, target)
 
 
 def count_images(part: Part | None) -> float:
     """How many images there are: of a DataLoader, in its dataset; NaN where that is not known, as of a list."""
     whole: Any = part if isinstance(part, ImageSet) else getattr(part, "dataset", None)
+    if isinstance(sampler := getattr(part, "sampler", None), SubsetRandomSampler):
+        whole = sampler
     try:
         return float(len(whole))
     except TypeError:
@@ -175,9 +186,16 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
         yield from part.batches(positions.sort().values.split(part.at_once), device)
         return
     seen = 0
-    for images, labels in part:
+    for batch in part:
         if seen >= count:
             return
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+        if not isinstance(labels, Tensor) or labels.ndim != 1 + labels.is_floating_point():
+            raise UserError(
+                f"measure_trust: a batch is a {type(batch).__name__}, not a pair (images, labels) with class indices "
+                "[B] or distributions [B, C] of floats; give pairs, or None where there are no labels"
+            )
+        images = batch[0]
         seen += len(images)
         yield Batch(images, label_of(labels), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
 
@@ -199,6 +217,19 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
         found = f"{int(target.min())} to {int(target.max())}"
         raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
     return logits, target
+
+
+def check_order(name: str, part: Part, target: Tensor, many: int) -> None:
+    """Check that of so many images, the first of which alone are looked at, these are not all of a few classes.
+
+    `target`: labels of the first images, [N].
+    """
+    by_class = int((target.diff() != 0).sum()) < len(target.unique())
+    if by_class and len(target) >= many and not isinstance(part, ImageSet):
+        raise UserError(
+            f"measure_trust: {name} comes class by class, and its first images alone are looked at; give it shuffled, "
+            "as by DataLoader(..., shuffle=True)"
+        )
 
 
 def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> float:
