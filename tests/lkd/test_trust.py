@@ -209,6 +209,8 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
     for batch in ((images,), images, {"images": images, "labels": images}, (images, None), (images, one_hot_labels)):
         with pytest.raises(lkd.UserError, match=f"a batch is a {type(batch).__name__}"):
             measure_trust(Table(), [batch], None)
+    with pytest.raises(lkd.UserError, match="mixed labels"):
+        measure_trust(Table(), [(images, 0.7 * one_hot_labels + 0.3 * one_hot_labels.roll(1, 0))], None)
 
 
 def test_batches_of_which_the_first_say_nothing_of_the_others_are_refused() -> None:

@@ -20,6 +20,7 @@ MEASURED = 10_000  # images of each part that the teacher is asked about, at mos
 LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
 COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
 NOTICED = 0.05  # honest teachers of every kind stay under 0.03 (docs/evidence/universal/tried.md)
+MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
 TINY = 1e-30
 UNKNOWN = float("nan")
 
@@ -120,7 +121,10 @@ class Trust:
 def measure_trust(
     teacher: Callable[[Any], Any], train: Part | None, validation: Part | None, device: torch.device | None = None
 ) -> Trust:
-    """Measure how far a teacher is to be trusted, without augmentation.
+    """Measure how far a teacher is to be trusted.
+
+    Image sets are read without augmentation. So should a DataLoader be that is made for this: with augmented training
+    images a teacher agrees less than with held-out ones, and the loss takes that for wrong labels.
 
     Args:
         teacher: What the training asks: a `TeacherFunction` where the parts are image sets, else a network, from
@@ -194,6 +198,15 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
             raise UserError(
                 f"measure_trust: a batch is a {type(batch).__name__}, not a pair (images, labels) with class indices "
                 "[B] or distributions [B, C] of floats; give pairs, or None where there are no labels"
+            )
+        if (
+            labels.ndim == 2
+            and len(labels.T) > 2
+            and bool((labels.topk(2).values[:, 1] - labels.amin(1) > MIXED).any())
+        ):
+            raise UserError(
+                "measure_trust: a batch has mixed labels, as of mixup, with which a teacher agrees less than with the "
+                "images' own; give a loader without it, or class indices"
             )
         images = batch[0]
         seen += len(images)
