@@ -90,6 +90,10 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     scaled = measure_trust(lambda x: 4 * Table()(x), *parts)
     assert scaled.figures.temperature == pytest.approx(4 * trust.figures.temperature, rel=1e-3)
     assert measure_own_accuracy(Sequential(Table()), trust.looks) == pytest.approx(agreed[0])
+    narrow = [[(x, y.int()) for x, y in part] for part in parts]
+    with torch.inference_mode():
+        again = measure_trust(Table(), *narrow).figures
+    assert again._replace(images_per_class=75.0) == pytest.approx(trust.figures, nan_ok=True)
     smoothed = DataLoader(TensorDataset(images, 0.9 * one_hot(labels, 4) + 0.025), 4)  # as many as classes
     dense = measure_trust(Table(), parts[0], smoothed)
     assert dense.figures == pytest.approx(trust.figures, nan_ok=True)
@@ -211,6 +215,13 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
             measure_trust(Table(), [batch], None)
     with pytest.raises(lkd.UserError, match="mixed labels"):
         measure_trust(Table(), [(images, 0.7 * one_hot_labels + 0.3 * one_hot_labels.roll(1, 0))], None)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits = torch.randn(6, 3)
+    logits[[1, 4]] = math.inf
+    with pytest.raises(lkd.UserError, match="logits of 2 of 6 images of train are not finite"):
+        measure_trust(Table(), [(logits, torch.tensor([0, 1, 2, 2, 1, 0]))], None)
 
 
 def test_batches_of_which_the_first_say_nothing_of_the_others_are_refused() -> None:

@@ -140,7 +140,7 @@ def measure_trust(
 
     Raises:
         UserError: If a part that is given has no labels, can be read only once, or comes class by class where only its
-            first images are looked at; or the teacher has another number of classes.
+            first images are looked at; or the teacher has another number of classes, or logits that are not finite.
     """
     place = device or torch.device("cpu")
     held_out = validation is not None and not (isinstance(validation, ImageSet) and not len(validation))
@@ -210,7 +210,9 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
             )
         images = batch[0]
         seen += len(images)
-        yield Batch(images, label_of(labels), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
+        yield Batch(
+            images, label_of(labels).long(), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64)
+        )
 
 
 def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -229,6 +231,11 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
     if int(target.max()) >= logits.shape[1] or int(target.min()) < 0:
         found = f"{int(target.min())} to {int(target.max())}"
         raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
+    if wrong := int((~logits.isfinite().all(1)).sum()):
+        raise UserError(
+            f"measure_trust: the teacher's logits of {wrong} of {len(logits)} images of {name} are not finite; check "
+            "these images, and the teacher"
+        )
     return logits, target
 
 
@@ -257,9 +264,7 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         target: Labels, [N].
         temperature: Where the search for τ starts.
     """
-    start = torch.tensor([math.log(temperature), -3.0], device=logits.device)
-    free, others = start.requires_grad_(), logits.shape[1] - 1
-    optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
+    others = logits.shape[1] - 1
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -269,7 +274,10 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         loss.backward()
         return loss
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, target = logits.clone(), target.clone()  # what was made in inference mode has no derivative
+        free = torch.tensor([math.log(temperature), -3.0], device=logits.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
         optimizer.step(closure)
     part = float(free[1].detach().sigmoid())
     return part if part >= NOTICED else 0.0
