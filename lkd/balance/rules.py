@@ -283,8 +283,9 @@ class GradientMoments:
         """Take in one mini-batch's g and h, both [P]."""
         g, h = gradient.detach(), control.detach()
         products = torch.stack([g @ g, g @ h, h @ h]).double()
-        self.products = products if self.products is None else self.products + products
-        self.sums = [total + new for total, new in zip(self.sums, (g, h), strict=True)] if self.sums else [g, h]
+        # A checkpoint's are on the CPU.
+        self.products = products if self.products is None else self.products.to(products) + products
+        self.sums = [total.to(new) + new for total, new in zip(self.sums, (g, h), strict=True)] if self.sums else [g, h]
         self.count += 1
 
     def covariances(self) -> tuple[float, float, float]:

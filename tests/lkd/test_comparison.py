@@ -23,6 +23,7 @@ from lkd.evaluation.comparison.trials import Trial, trial_path
 from lkd.losses import DecoupledLoss, LearnedLoss
 from lkd.losses.learned.file import save_loss
 from lkd.tracking.run import open_run
+from lkd.training.training import DivergedError, Training
 
 GRID = {"weight": [0.2, 0.5, 0.8, 1.0], "temperature": [1.0, 2.0, 4.0, 8.0]}
 TOPS = {"KD": [80.0, 82.0, 81.0], "A&B_100%": [81.0, 83.5, 81.5], "CE": [79.0, 80.0, 78.0]}
@@ -81,6 +82,21 @@ def test_the_first_point_holds_the_recipes_learning_rate() -> None:
     recipe = tuned_recipe(1, KD={"name": "kd", "grid": {"train.learning_rate": [0.03, 0.1], "weight": [0.2, 0.5]}})
     recipe.train.learning_rate = 0.1
     assert trials.choose_points(recipe, "KD") == [{"name": "kd", "weight": 0.2, "train": {"learning_rate": 0.1}}]
+
+
+def test_a_grid_may_hold_null() -> None:
+    recipe = tuned_recipe(
+        1, hints={"name": "fitnet", "grid": {"distillation": [1.0, 2.0], "stages": [[["a", "b"]], None]}}
+    )
+    assert trials.choose_points(recipe, "hints") == [{"name": "fitnet", "distillation": 1.0, "stages": [["a", "b"]]}]
+
+
+def test_the_first_point_holds_the_balances_own_options() -> None:
+    own = {"name": "dynamic", "growth": 0.5}
+    recipe = tuned_recipe(1, KD={"name": "kd", "balance": own, "grid": {"balance.growth": [0.1, 0.5]}})
+    assert trials.choose_points(recipe, "KD") == [{"name": "kd", "balance": own}]
+    named = {"name": "kd", "balance": "dynamic", "grid": {"balance.name": ["constant", "dynamic"]}}
+    assert trials.choose_points(tuned_recipe(1, KD=named), "KD") == [{"name": "kd", "balance": {"name": "dynamic"}}]
 
 
 def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their_mean(tmp_path) -> None:
@@ -306,3 +322,19 @@ def test_a_training_that_diverges_is_a_result() -> None:
     diverged = [row["diverged_at"] for row in csv.DictReader((run.path / "cells.csv").open())]
     assert diverged[0] == ""
     assert 0 < int(diverged[1]) < 8
+
+
+def test_what_diverges_right_after_its_best_epoch_still_has_that_epoch(monkeypatch, tmp_path) -> None:
+    run_step = Training.run_step
+
+    def run_an_epoch(training: Training, *rest) -> dict:
+        if training.step == training.batches.steps_per_epoch:
+            raise DivergedError("the loss is not finite")
+        return run_step(training, *rest)
+
+    monkeypatch.setattr(Training, "run_step", run_an_epoch)
+    trial = Trial("CE", "cross_entropy", ModelRecipe("tiny_cnn"), 0, reported=True)
+    row = trials.run_trial(tiny_recipe(), trial, tmp_path / "trial.json")
+    assert row["best_step"] == row["diverged_at"]
+    assert row["last"]["top1"] == 10.0
+    assert row["best"]["cross_entropy"] != row["last"]["cross_entropy"]

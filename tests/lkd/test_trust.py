@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import lkd
 from lkd.cli import main
@@ -90,6 +90,10 @@ def test_the_figures_are_those_counted_by_hand_and_a_scale_of_the_logits_is_thei
     scaled = measure_trust(lambda x: 4 * Table()(x), *parts)
     assert scaled.figures.temperature == pytest.approx(4 * trust.figures.temperature, rel=1e-3)
     assert measure_own_accuracy(Sequential(Table()), trust.looks) == pytest.approx(agreed[0])
+    narrow = [[(x, y.int()) for x, y in part] for part in parts]
+    with torch.inference_mode():
+        again = measure_trust(Table(), *narrow).figures
+    assert again._replace(images_per_class=75.0) == pytest.approx(trust.figures, nan_ok=True)
     smoothed = DataLoader(TensorDataset(images, 0.9 * one_hot(labels, 4) + 0.025), 4)  # as many as classes
     dense = measure_trust(Table(), parts[0], smoothed)
     assert dense.figures == pytest.approx(trust.figures, nan_ok=True)
@@ -189,6 +193,37 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
         measure_trust(Table(), None, [(images, torch.tensor([0, 1, 2, 7, 1, 0]))])
     with pytest.raises(lkd.UserError, match="train has no images with labels"):
         measure_trust(Table(), [], [(images, torch.tensor([0, 1, 2, 2, 1, 0]))])
+    one_hot_labels = one_hot(torch.tensor([0, 1, 2, 2, 1, 0]))
+    for batch in ((images,), images, {"images": images, "labels": images}, (images, None), (images, one_hot_labels)):
+        with pytest.raises(lkd.UserError, match=f"a batch is a {type(batch).__name__}"):
+            measure_trust(Table(), [batch], None)
+    with pytest.raises(lkd.UserError, match="mixed labels"):
+        measure_trust(Table(), [(images, 0.7 * one_hot_labels + 0.3 * one_hot_labels.roll(1, 0))], None)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits = torch.randn(6, 3)
+    logits[[1, 4]] = math.inf
+    with pytest.raises(lkd.UserError, match="logits of 2 of 6 images of train are not finite"):
+        measure_trust(Table(), [(logits, torch.tensor([0, 1, 2, 2, 1, 0]))], None)
+
+
+def test_batches_of_which_the_first_say_nothing_of_the_others_are_refused() -> None:
+    """Own accuracy is measured on the first 1,000 images: unshuffled, of a folder of pictures, those of few classes."""
+    logits = torch.randn(1500, 3)
+    labels = logits.argmax(1)
+    order = labels.argsort()
+    sorted_by_class, few = (DataLoader(TensorDataset(logits[o], labels[o]), 500) for o in (order, order.flip(0)[::7]))
+    with pytest.raises(lkd.UserError, match="validation comes class by class"):
+        measure_trust(Table(), few, sorted_by_class)
+    with pytest.raises(lkd.UserError, match="train comes class by class"):
+        measure_trust(Table(), sorted_by_class, None)
+    assert len(measure_trust(Table(), sorted_by_class, few).looks) == 1, "all of those are looked at"
+    with pytest.raises(lkd.UserError, match="validation can be read only once"):
+        measure_trust(Table(), None, iter([(logits, labels)]))
+    part = DataLoader(TensorDataset(logits, labels), 500, sampler=SubsetRandomSampler(range(300)))
+    assert measure_trust(Table(), part, few).figures.images_per_class == 100
+    assert "nan" not in str(measure_trust(Table(), None, few))
 
 
 @pytest.mark.parametrize("classes", [2, 10, 21_841])

@@ -50,6 +50,15 @@ def test_streamed_moments_are_those_of_the_whole_sample() -> None:
     assert measure_noise(moments, 0.3, -1.0) == pytest.approx(float(combined)), "without what bias costs"
 
 
+def test_moments_go_on_where_the_gradients_are() -> None:
+    """A checkpoint's are on the CPU."""
+    saved, moments = GradientMoments(), GradientMoments()
+    saved.add(torch.ones(3), torch.ones(3))
+    moments.load_state_dict(saved.state_dict())
+    moments.add(*torch.ones(2, 3, device="meta"))
+    assert {sums.device.type for sums in (*moments.sums, moments.products)} == {"meta"}
+
+
 def test_limits_of_the_teacher_are_defined() -> None:
     def share_of(control: torch.Tensor) -> tuple[float, float]:
         moments = GradientMoments()

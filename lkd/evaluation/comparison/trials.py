@@ -160,7 +160,12 @@ def choose_points(recipe: CompareRecipe, label: str) -> list[Method]:
     options: dict[str, list[Any]] = method["grid"]
     own = method | {f"{TRAIN}{key}": value for key, value in dataclasses.asdict(recipe.train).items()}
     own |= {f"{TRAIN}{key}": value for key, value in method.get("train", {}).items()}
-    first = tuple(values.index(own[name]) if own.get(name) in values else 0 for name, values in options.items())
+    balance = method.get("balance") or {}
+    balance = {"name": balance} if isinstance(balance, str) else balance
+    own |= {f"{BALANCE}{key}": value for key, value in balance.items()}
+    first = tuple(
+        values.index(own[name]) if name in own and own[name] in values else 0 for name, values in options.items()
+    )
     points = list(itertools.product(*(range(len(values)) for values in options.values())))
     random.Random(f"{recipe.seed}/{label}").shuffle(points)
     used: Counter[tuple[int, int]] = Counter()
@@ -436,7 +441,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         row["last"] = row["best"] = guess(images.test)
         if diverged_at is None:
             row["last"] = evaluate(training.result, images.test, place)
-        if best.get("step") == training.step:
+        if diverged_at is None and best["step"] == training.step:
             row["best"] = row["last"]
         elif best_weights:
             training.result.load_state_dict(best_weights)

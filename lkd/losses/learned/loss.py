@@ -109,7 +109,11 @@ class LearnedLoss(DistillationLoss):
         self.tell(trust.figures)
 
     def tell(self, figures: TrustFigures) -> None:
-        """Give the parts these figures; where no labels are held out, training labels stand in for them."""
+        """Give the parts these figures; where no labels are held out, training labels stand in for them.
+
+        Of a student that learns wrong labels by heart the loss then believes that it has overtaken the teacher, and
+        fades. Without its accuracy it would do so under no random teacher either, which costs more.
+        """
         for name, value in figures._asdict().items():
             positive = name in ("temperature", "images_per_class")
             if value < 0 or (value in (0, math.inf) if positive else value > 1):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
+from torch.utils.data import SubsetRandomSampler
 
 from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
@@ -19,6 +20,7 @@ MEASURED = 10_000  # images of each part that the teacher is asked about, at mos
 LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
 COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
 NOTICED = 0.05  # honest teachers of every kind stay under 0.03 (docs/evidence/universal/tried.md)
+MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
 TINY = 1e-30
 UNKNOWN = float("nan")
 
@@ -86,17 +88,18 @@ class Trust:
 
     def __str__(self) -> str:
         validation, training, temperature, images, _, contradicted = self.figures
-        held_out = validation == validation
-        if not held_out and training != training:
+        held_out = not math.isnan(validation)
+        if not held_out and math.isnan(training):
             return (
                 f"trust: unknown{self.reason and f', {self.reason}'}; the loss goes by what each batch shows, which "
                 "under a weak teacher may be worse than none"
             )
-        parts = f"{validation:.1%} of the meta-validation labels and " if held_out else ""
+        agreed = {"meta-validation": validation, "training": training}
+        parts = [f"{share:.1%} of the {of} labels" for of, share in agreed.items() if not math.isnan(share)]
         surely = f"{contradicted:.0%} of the {'meta-validation' if held_out else 'training'} labels"
         return (
-            f"trust: the teacher agrees with {parts}{training:.1%} of the training labels; its best temperature is "
-            f"{temperature:.2f}; {images:.0f} images a class"
+            f"trust: the teacher agrees with {' and '.join(parts)}; its best temperature is {temperature:.2f}"
+            f"{'' if math.isnan(images) else f'; {images:.0f} images a class'}"
             f"{f'; {surely} contradict it where it is sure' if contradicted > 0 else ''}"
             f"{'' if held_out else '; no labels are held out: one that was trained on these images looks too good'}"
         )
@@ -106,22 +109,26 @@ class Trust:
 def measure_trust(
     teacher: Callable[[Any], Any], train: Part | None, validation: Part | None, device: torch.device | None = None
 ) -> Trust:
-    """Measure how far a teacher is to be trusted, without augmentation.
+    """Measure how far a teacher is to be trusted.
+
+    Image sets are read without augmentation. So should a DataLoader be that is made for this: with augmented training
+    images a teacher agrees less than with held-out ones, and the loss takes that for wrong labels.
 
     Args:
         teacher: What the training asks: a `TeacherFunction` where the parts are image sets, else a network, from
             images to logits or to `Outputs`. A network is asked in eval mode, where it lies; its mode is restored.
         train: The training images, with the labels that the student is trained on. Agreement with them is unknown if
             None.
-        validation: Meta-validation images, disjoint from those. If None or empty the training images stand in for them:
-            as good where the teacher was not trained on these.
+        validation: Meta-validation images, disjoint from those. If None, or an image set without any, the training
+            images stand in for them, where a teacher that was trained on them looks too good, and so does a student.
         device: Where image sets are put; by default the CPU.
 
     Returns:
         The figures, each over at most 10,000 images: of an image set drawn at random, of batches the first ones.
 
     Raises:
-        UserError: If a part that is given has no labels, or the teacher has another number of classes.
+        UserError: If a part that is given has no labels, can be read only once, or comes class by class where only its
+            first images are looked at; or the teacher has another number of classes, or logits that are not finite.
     """
     place = device or torch.device("cpu")
     held_out = validation is not None and not (isinstance(validation, ImageSet) and not len(validation))
@@ -129,6 +136,7 @@ def measure_trust(
     if part is None:
         return Trust()
     logits, target = ask(name, teacher, part, place)
+    check_order(name, part, target, LOOKED_AT + 1)
     temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
     agreement = agree(logits, target)
     if held_out:
@@ -138,18 +146,25 @@ def measure_trust(
     per_class = count_images(train) / logits.shape[1]
     contradicted = find_contradicted(logits, target, temperature)
     figures = TrustFigures(*both, temperature, per_class, contradicted=contradicted)
-    return Trust(figures, Trust.choose_looks(part, place))
+    looks = Trust.choose_looks(part, place)
+    if not looks:
+        raise UserError(f"measure_trust: {name} can be read only once; give a DataLoader, or a list of batches")
+    return Trust(figures, looks)
 
 
 @torch.no_grad()
 def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.device) -> float:
     """Part of at most 10,000 training images to which the teacher gives their label; see `measure_trust`."""
-    return agree(*ask("train", teacher, part, device))
+    logits, target = ask("train", teacher, part, device)
+    check_order("train", part, target, MEASURED)
+    return agree(logits, target)
 
 
 def count_images(part: Part | None) -> float:
     """How many images there are: of a DataLoader, in its dataset; NaN where that is not known, as of a list."""
     whole: Any = part if isinstance(part, ImageSet) else getattr(part, "dataset", None)
+    if isinstance(sampler := getattr(part, "sampler", None), SubsetRandomSampler):
+        whole = sampler
     try:
         return float(len(whole))
     except TypeError:
@@ -163,11 +178,29 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
         yield from part.batches(positions.sort().values.split(part.at_once), device)
         return
     seen = 0
-    for images, labels in part:
+    for batch in part:
         if seen >= count:
             return
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+        if not isinstance(labels, Tensor) or labels.ndim != 1 + labels.is_floating_point():
+            raise UserError(
+                f"measure_trust: a batch is a {type(batch).__name__}, not a pair (images, labels) with class indices "
+                "[B] or distributions [B, C] of floats; give pairs, or None where there are no labels"
+            )
+        if (
+            labels.ndim == 2
+            and len(labels.T) > 2
+            and bool((labels.topk(2).values[:, 1] - labels.amin(1) > MIXED).any())
+        ):
+            raise UserError(
+                "measure_trust: a batch has mixed labels, as of mixup, with which a teacher agrees less than with the "
+                "images' own; give a loader without it, or class indices"
+            )
+        images = batch[0]
         seen += len(images)
-        yield Batch(images, label_of(labels), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64))
+        yield Batch(
+            images, label_of(labels).long(), torch.arange(len(images)), torch.zeros(len(images), dtype=torch.int64)
+        )
 
 
 def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -186,7 +219,25 @@ def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.devi
     if int(target.max()) >= logits.shape[1] or int(target.min()) < 0:
         found = f"{int(target.min())} to {int(target.max())}"
         raise UserError(f"measure_trust: {name} has labels {found}, the teacher has {logits.shape[1]} classes")
+    if wrong := int((~logits.isfinite().all(1)).sum()):
+        raise UserError(
+            f"measure_trust: the teacher's logits of {wrong} of {len(logits)} images of {name} are not finite; check "
+            "these images, and the teacher"
+        )
     return logits, target
+
+
+def check_order(name: str, part: Part, target: Tensor, many: int) -> None:
+    """Check that of so many images, the first of which alone are looked at, these are not all of a few classes.
+
+    `target`: labels of the first images, [N].
+    """
+    by_class = int((target.diff() != 0).sum()) < len(target.unique())
+    if by_class and len(target) >= many and not isinstance(part, ImageSet):
+        raise UserError(
+            f"measure_trust: {name} comes class by class, and its first images alone are looked at; give it shuffled, "
+            "as by DataLoader(..., shuffle=True)"
+        )
 
 
 def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> float:
@@ -201,9 +252,7 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         target: Labels, [N].
         temperature: Where the search for τ starts.
     """
-    start = torch.tensor([math.log(temperature), -3.0], device=logits.device)
-    free, others = start.requires_grad_(), logits.shape[1] - 1
-    optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
+    others = logits.shape[1] - 1
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -213,7 +262,10 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         loss.backward()
         return loss
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, target = logits.clone(), target.clone()  # what was made in inference mode has no derivative
+        free = torch.tensor([math.log(temperature), -3.0], device=logits.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
         optimizer.step(closure)
     part = float(free[1].detach().sigmoid())
     return part if part >= NOTICED else 0.0
