@@ -81,12 +81,13 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
     """
     theirs, ours = tuple(header.get("classes") or ()), images.class_names
     numbers = tuple(map(str, range(len(ours))))
-    if theirs != ours and len(theirs) == len(ours) and numbers not in (theirs, ours):
+    if theirs != ours and len(theirs) == len(ours):
         first = next(number for number, name in enumerate(ours) if name != theirs[number])
         line = f"{path}: class {first} is {theirs[first]!r} in the file, {ours[first]!r} in the data"
         if set(theirs) == set(ours):
             raise UserError(f"{line}: the same classes in another order; give data.class_map, a file of the order")
-        logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
+        if numbers not in (theirs, ours):  # names that nobody gave
+            logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
     given = images.mean, images.std
     own = header.get("input")
     return adapt_input(network, given, (tuple(own["mean"]), tuple(own["std"])) if own else given, size)

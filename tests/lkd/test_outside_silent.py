@@ -483,6 +483,12 @@ def test_a_teachers_file_of_other_classes_is_said(tmp_path, caplog) -> None:
     assert "class 2 is 'c' in the file, 'd' in the data" in caplog.text
     with pytest.raises(UserError, match=r"data\.class_map"):
         load_teacher(dataclasses.replace(own, class_names=("a", "c", "b")), file)
+    for names in (("0", "1", "2"), ("0", "2", "1")):  # of folders, which are names too
+        numbered = dataclasses.replace(own, class_names=names)
+        save_network(tmp_path / "t.safetensors", build(**architecture), architecture, {}, numbered)
+        load_teacher(numbered, file)
+        with pytest.raises(UserError, match=r"data\.class_map"):
+            load_teacher(dataclasses.replace(own, class_names=("2", "1", "0")), file)
 
 
 @pytest.mark.outside(14)
