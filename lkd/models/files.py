@@ -35,11 +35,13 @@ def save_network(
     """Write a network's weights, under its library's own names, with the keyword arguments of `build`.
 
     `provenance`: what it was trained with and what it reached; JSON. `images`: what it was trained on: the file then
-    says how they are prepared, and the classes' names.
+    says how they are prepared, as far as that is known, and the classes' names.
     """
     header: dict[str, Any] = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
     if images is not None:
-        header |= {"input": describe_input(network, images), "classes": list(images.class_names)}
+        if isinstance(network, AdaptedInput) or images.says_normalisation:
+            header["input"] = describe_input(network, images)
+        header["classes"] = list(images.class_names)
     write_tensors(path, plain_state_dict(thaw(network)), KIND, VERSION, header)
 
 
@@ -88,9 +90,8 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
             raise UserError(f"{line}: the same classes in another order; give data.class_map, a file of the order")
         if numbers not in (theirs, ours):  # names that nobody gave
             logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
-    given = images.mean, images.std
-    own = header.get("input")
-    return adapt_input(network, given, (tuple(own["mean"]), tuple(own["std"])) if own else given, size)
+    own = header.get("input") or {"mean": images.mean, "std": images.std}
+    return adapt_input(network, images, (tuple(own["mean"]), tuple(own["std"])), size)
 
 
 def load_network(

@@ -50,6 +50,9 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint, recipe.name)
     wanted = read_input(network, header, recipe)
+    if "input" not in header:
+        how = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
+        say(f"{recipe.checkpoint}: pictures are normalised by {how}, since the file does not say how")
     check_image_size(recipe.checkpoint, network, wanted.shape)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
     network, count = network.to(device), 0

@@ -57,6 +57,7 @@ def test_predict_names_the_classes_with_the_networks_own_probabilities(shoe: Pat
     assert line.startswith("photos/shoe.png: Ankle boot ")
     assert line.count("%") == 2
     assert main(["predict", str(TEACHER), str(shoe), "--out", "p.csv"]) == 0
+    assert "normalised by mean [0.286]" in capsys.readouterr().err, "which the file does not say"
     (row,) = csv.DictReader(Path("p.csv").read_text().splitlines())
     pixels = torch.from_numpy(np.asarray(Image.open(shoe)).copy()).float()[None, None] / 255
     with torch.no_grad():
