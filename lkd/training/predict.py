@@ -14,7 +14,7 @@ from torchvision.transforms.functional import center_crop
 from lkd.config.training import PredictRecipe
 from lkd.core.errors import UserError, refuse_exhaustion
 from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
-from lkd.data.image_files import DamagedImageError, decode
+from lkd.data.image_files import DamagedImageError, decode, is_hidden
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
 from lkd.models.build import unwrap
@@ -88,7 +88,7 @@ def list_pictures(named: Iterable[str]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
-            found += [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+            found += [path / file for file in inside if not is_hidden(file.as_posix())]
         elif path.is_file():
             found.append(path)
         else:

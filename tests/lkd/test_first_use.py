@@ -42,10 +42,12 @@ CPU = torch.device("cpu")
 def shoe() -> Path:
     """An embedded image of class 9, and one of class 1, as files."""
     images = prepare_images(DataRecipe(train_size=100, meta_validation_size=100)).train
-    Path("photos/.hidden").mkdir(parents=True)
+    for hidden in (".hidden", "@eaDir"):
+        Path("photos", hidden).mkdir(parents=True)
     for label, name in ((9, "shoe.png"), (1, "trouser.png")):
         pixels = images.images[(images.labels == label).nonzero()[0, 0], 0].numpy()
         Image.fromarray(pixels).save(Path("photos") / name)
+        Image.fromarray(pixels).save(Path("photos/@eaDir") / name)
     Path("photos/.hidden/not.png").write_bytes(b"no")
     return Path("photos/shoe.png")
 
