@@ -37,8 +37,8 @@ def read_images(
         num_classes: The number of classes; by default 1 + the largest label.
         mean: For each channel. uint8 images are normalised with `mean` and `std`, of pixels scaled to [0, 1]; by
             default those of the images themselves. Floating-point images are given to student and teacher as they are:
-            `mean` and `std`, by default 0 and 1, then say what they were normalised with, which only a teacher that is
-            timm's by name asks.
+            `mean` and `std`, by default 0 and 1, then say what they were normalised with, which only a network asks
+            that has a normalisation of its own: one of a file, or of timm's pretrained weights.
         std: Standard deviation for each channel.
         image_size: Height and width of the crops to cut.
         workers: With `image_size`, threads that decode; 0 for one for each CPU core.

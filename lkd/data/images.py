@@ -67,6 +67,15 @@ class ImageSet:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @property
+    def says_normalisation(self) -> bool:
+        """Whether `mean` and `std` are those of the pixels: 0 and 1 are of none that go beyond [0, 1]."""
+        pixels, (channels, *_) = self.images, self.image_shape
+        said = (self.mean, self.std) != ((0.0,) * channels, (1.0,) * channels)
+        if said or not isinstance(pixels, Tensor) or not pixels.is_floating_point() or not len(pixels):
+            return True
+        return bool(0 <= pixels.min() <= pixels.max() <= 1)
+
     def select(self, positions: Tensor) -> "ImageSet":
         """The images at these positions, in this order."""
         return replace(self, images=self.images[positions], labels=self.labels[positions], index=self.index[positions])

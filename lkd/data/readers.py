@@ -160,6 +160,14 @@ MOST_DEFLATED = 1100  # bytes that zlib can make of one
 MOST_NPZ = 2**33  # bytes of an array in memory
 
 
+def find_npz(name: str, root: str | None) -> Path:
+    """The file `root/name.npz`."""
+    path = check_root(root, NPZ_LAYOUT) / f"{name}.npz"
+    if not os.path.isfile(path):  # never raises, as Path's does
+        raise UserError(f"data.root: {path}: no such file; give the folder that holds {NPZ_LAYOUT}")
+    return path
+
+
 def load_npz(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
     """Load `root/name.npz` into memory.
 
@@ -174,9 +182,7 @@ def load_npz(name: str, root: str | None, loading: LoadingOptions) -> Dataset:
     Raises:
         UserError: If the file is missing or damaged, or an array is missing or of another shape or type.
     """
-    path = check_root(root, NPZ_LAYOUT) / f"{name}.npz"
-    if not os.path.isfile(path):  # never raises, as Path's does
-        raise UserError(f"data.root: {path}: no such file; give the folder that holds {NPZ_LAYOUT}")
+    path = find_npz(name, root)
     arrays = read_npz(path)
     splits = [split for split in NPZ_SPLITS if split != "val" or "val_images" in arrays]
     parts = {split: check_arrays(arrays, split, path) for split in splits}

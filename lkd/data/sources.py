@@ -111,12 +111,13 @@ def load_image_folder(root: str | None, loading: LoadingOptions) -> Dataset:
     """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, in folders in these too.
 
     The classes are those of `train`, sorted. `val` may be called `validation` or `test`, and may hold images beside a
-    list of their classes, as Tiny-ImageNet's does.
+    list of their classes in place of class folders, as Tiny-ImageNet's does.
     """
     folder = check_root(root, FOLDERS)
     classes = list_class_folders(folder, "train")
     part = next((name for name in TEST_FOLDERS if (folder / name).is_dir()), TEST_FOLDERS[0])
-    tested = read_annotations(folder / part, classes)
+    in_folders = any((folder / part / name).is_dir() for name in classes)  # a list beside them may be anything
+    tested = None if in_folders else read_annotations(folder / part, classes)
     if tested is None:
         number_classes(list_class_folders(folder, part), classes, f"{folder}/{part}")
         tested = find_images(folder / part, classes)
@@ -216,11 +217,21 @@ def find_class_images(root: Path, part: str) -> Labelled:
     def build() -> Labelled:
         images: list[tuple[str, int, Member]] = []
         for number, path in enumerate(paths):
+            first, place = "", None
             for member in index_tar(path):
                 if member.name.lower().endswith(SUFFIXES):
-                    name = Path(member.name).parent.name or ("" if path == whole else path.stem)
+                    parent = Path(member.name).parent
+                    name = parent.name or ("" if path == whole else path.stem)
                     if not name:
                         raise UserError(f"data.root: {path}: {member.name} lies in no class folder; expected {TARS}")
+                    lies_in = parent.parent.parent if parent.name == parent.parent.name else parent.parent
+                    depth = (bool(parent.name), lies_in)
+                    first, place = first or member.name, place or depth
+                    if place != depth:
+                        raise UserError(
+                            f"data.root: {path}: the folders of {first} and {member.name} do not lie in one folder: "
+                            "which are the classes? Put images right into their class's folder, or unpack the tar"
+                        )
                     images.append((name, number, member))
         images.sort(key=lambda entry: (entry[0], entry[2].name))
         source = TarSource.of(paths, [(number, member) for _, number, member in images])

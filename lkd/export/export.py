@@ -180,7 +180,7 @@ def write_configuration(header: dict[str, Any], folder: Path) -> None:
     configuration = {
         "architecture": architecture["name"].partition(".")[0],
         "num_classes": architecture["num_classes"],
-        "label_names": header["classes"],
+        **({"label_names": header["classes"]} if "classes" in header else {}),
         "model_args": {"in_chans": architecture["in_chans"], **(architecture.get("options") or {})},
         "pretrained_cfg": dict(header["input"]),
     }

@@ -51,8 +51,14 @@ class AdaptedInput(nn.Module):
         return outputs
 
 
-def adapt_input(network: nn.Module, given: Statistics, wanted: Statistics, size: int = 0) -> nn.Module:
-    """The network as it is, or adapted if what it wants differs from what it is given."""
+def adapt_input(network: nn.Module, images: ImageSet, wanted: Statistics, size: int = 0) -> nn.Module:
+    """The network as it is, or adapted if the normalisation that it wants differs from that of the images."""
+    given = images.mean, images.std
+    if given != wanted and not images.says_normalisation:
+        raise UserError(
+            "read_images: mean, std: the images are not in [0, 1], so they are normalised already, and a network of a "
+            "file or of timm's pretrained weights wants its own normalisation: say which mean and std they have"
+        )
     return AdaptedInput(network, given, wanted, size).train(network.training) if size or given != wanted else network
 
 
@@ -61,16 +67,10 @@ def adapt_pretrained(network: nn.Module, images: ImageSet, size: int = 0) -> nn.
 
     Of images of another number of channels than three, for which timm sums the first layer's weights, it is the mean.
     """
-    configuration, (channels, *_), given = unwrap(network).pretrained_cfg, images.image_shape, (images.mean, images.std)
+    configuration, (channels, *_) = unwrap(network).pretrained_cfg, images.image_shape
     parts = configuration["mean"], configuration["std"]
     mean, std = (tuple(p) if len(p) == channels else (sum(p) / len(p),) * channels for p in parts)
-    pixels, unsaid = images.images, given == ((0.0,) * channels, (1.0,) * channels)
-    if unsaid and isinstance(pixels, Tensor) and len(pixels) and not 0 <= pixels.min() <= pixels.max() <= 1:
-        raise UserError(
-            "read_images: mean, std: the images are not in [0, 1], so they are normalised already, and a network "
-            "with timm's pretrained weights wants its own normalisation: say which mean and std they have"
-        )
-    return adapt_input(network, given, (mean, std), size)
+    return adapt_input(network, images, (mean, std), size)
 
 
 class TakenClasses(nn.Module):

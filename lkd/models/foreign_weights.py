@@ -26,7 +26,7 @@ BESIDE = (  # last parts of names of what networks of some versions save and tho
     "num_batches_tracked", "relative_position_index", "attn_mask", "total_ops", "total_params"
 )  # fmt: skip
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-SHIFTING = ("googlenet", "inception_v3")  # torchvision's, whose own weights are of another normalisation
+SHIFTING = ("googlenet", "inception_v3")  # torchvision's, whose own weights, timm's too, are of another normalisation
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that only a training uses
 NUMPY = ("dtype", "ndarray", "_core.multiarray.scalar", "core.multiarray.scalar", "core.multiarray._reconstruct")
 SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), path)"
@@ -80,11 +80,12 @@ def load_foreign_network(
         with refusing_malformed(path, "file of weights"):
             network = build(**architecture)
             unwrap(network).load_state_dict(found.tensors, strict=False)  # only what is in BESIDE can differ
-        shifts = candidate in [TORCHVISION + shifting for shifting in SHIFTING]
-        if shifts and "transform_input" not in architecture["options"]:
+        shifting = candidate.removeprefix(TORCHVISION)
+        if shifting in SHIFTING and "transform_input" not in architecture["options"]:
             print(
-                f"warning: {path}: a {name} that starts from torchvision's own weights shifts its input: then give the "
-                "option transform_input: true (teacher.options, student.options); one trained from nothing does not"
+                f"warning: {path}: a {shifting} that starts from torchvision's own weights shifts its input: then give "
+                f"the name {TORCHVISION}{shifting} and the option transform_input: true (teacher.options, "
+                "student.options); one trained from nothing does not"
             )
         return network.eval(), architecture, found.prefix
     raise UserError(f"{path}: {explain_mismatch(state, name) or reasons[0]}")

@@ -17,7 +17,6 @@ from lkd.data.readers import IN_MEMORY
 from lkd.models.build import TakenClasses, adapt_pretrained, build, build_forward
 from lkd.models.dry_run import find_fixed_size
 from lkd.models.files import fit_to_images, load_network
-from lkd.models.foreign_weights import EFFICIENTNET_LITE
 
 SMALLER_PARTS = "a smaller data.evaluation_batch_size"
 TeacherFunction = Callable[[Batch], Outputs]
@@ -185,7 +184,7 @@ def load_teacher(
         architecture = header["architecture"] | {"taken": header.get("taken", ""), "is_input_said": "input" in header}
     size = image_size or find_fixed_size(network, architecture.get("options"))
     size = 0 if images.image_shape[1:] == (size, size) else size
-    if pretrained or (name in EFFICIENTNET_LITE and "input" not in header):
+    if pretrained:
         return adapt_pretrained(network.eval(), images, size), architecture
     return fit_to_images(path, network.eval(), header, images, size), architecture
 

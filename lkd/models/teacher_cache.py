@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lkd.core.errors import UserError
-from lkd.core.files import find_differences, refusing_malformed
+from lkd.core.files import find_differences, hash_file, refusing_malformed
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
 from lkd.data.packed import PackedSource, hash_names, hash_sizes
+from lkd.data.readers import find_npz
 
 KIND, INDEX_KIND, VERSION = "part of a teacher cache", "teacher cache", 1
 INDEX = "index.safetensors"
@@ -223,6 +224,9 @@ def identify(
     if teacher["random_answers"]:
         taught_by["seed"] = data["split_seed"]
     look |= {"shape": images.image_shape, "mean": images.mean, "std": images.std}
+    reader, _, named = data["name"].partition("/")
+    if reader == "npz" and teacher["cache"]:  # to hash it takes seconds
+        look |= {"file": hash_file(find_npz(named, data["root"]))}
     if isinstance(images.images, ImageFiles):
         source = images.images.source
         look |= {"files": hash_names(source)}
@@ -234,7 +238,7 @@ def identify(
 def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
     """Check that a cache holds the answers of this teacher to these images."""
     for key, before, now in find_differences(cache.header["made_with"], made_with):
-        if key == "data.sizes" and before is None:  # made before they were kept
+        if key in ("data.sizes", "data.file") and before is None:  # made before they were kept
             continue
         raise UserError(
             f"teacher.cache: {cache.folder} was made with {key} {before!r}, not with {now!r}: take the same, or make "

@@ -21,6 +21,7 @@ FIELDS = {  # a recipe's field that names a file, or its last part → its kind
     "plugins": "code",
     "cache": "cache",
     "packed": "packed",
+    "class_map": "classes",
     "pool_dir": "pool",
     "checkpoint": "network",
     "weights": "weights",
@@ -32,7 +33,7 @@ FIELDS = {  # a recipe's field that names a file, or its last part → its kind
 class Entry:
     """A file or folder that a run used or made."""
 
-    kind: str  # teacher, pool, loss, student, network, cache, packed, weights, fidelity or code
+    kind: str  # teacher, pool, loss, student, network, cache, packed, classes, weights, fidelity or code
     name: str  # file name, or what names a network without a file
     sha256: str | None  # of its content, see `hash_folder`; None without a file
     path: Path | None  # None without a file
@@ -94,15 +95,30 @@ def is_same_content(run: Path, before: dict[str, Any], now: dict[str, Any], fiel
     sources, kept = list_sources(now), list_sources(before)
     if field not in sources or field not in kept:
         return False
-    kind, name = kept[field]
-    alike = {other for each, other in kept.values() if each == kind and Path(other).name == Path(name).name}
-    known = {
-        row["sha256"]
-        for row in read_lineage(run)["used"]
-        if row["kind"] == kind and row["name"] in (name, Path(name).name)
-    }
-    found = identify_source(*sources[field])
-    return len(alike) == len(known) == 1 and found.kind == kind and found.sha256 is not None and {found.sha256} == known
+    kind = kept[field][0]
+    known, found = find_known(run, kept, field), identify_source(*sources[field])
+    return len(known) == 1 and found.kind == kind and found.sha256 is not None and {found.sha256} == known
+
+
+def find_replaced(run: Path, recipe: dict[str, Any]) -> tuple[str, str] | None:
+    """A dotted field and the file that it names, which is not of the content that a run has used; None if all are.
+
+    Folders are another matter: a cache grows, and who reads one checks what is in it.
+    """
+    sources = list_sources(recipe)
+    for field, (kind, name) in sources.items():
+        known = set() if Path(name).is_dir() else find_known(run, sources, field)
+        if len(known) == 1 and {identify_source(kind, name).sha256} != known:
+            return field, name
+    return None
+
+
+def find_known(run: Path, sources: dict[str, tuple[str, str]], field: str) -> set[str]:
+    """The recorded hash of the file that a field of a run's sources names; none if several are called the same."""
+    kind, name = sources[field]
+    alike = {other for each, other in sources.values() if each == kind and Path(other).name == Path(name).name}
+    used = read_lineage(run)["used"] if len(alike) == 1 else []
+    return {row["sha256"] for row in used if row["kind"] == kind and row["name"] in (name, Path(name).name)}
 
 
 def hash_folder(path: Path) -> str:

@@ -19,7 +19,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
 from lkd.core.plugins import hash_plugins
 from lkd.core.workers import count_cores, read_quotas
-from lkd.tracking.lineage import is_same_content
+from lkd.tracking.lineage import find_replaced, is_same_content
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
@@ -162,6 +162,11 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
         may_differ = {key, key.split(".")[0]} & MAY_DIFFER_ON_RESUME
         if not may_differ and not is_same_content(path, saved["recipe"], config["recipe"], key):
             raise UserError(f"{key}: is {now!r}, but the run in {path} has {before!r}; a resumed run keeps its config")
+    if replaced := find_replaced(path, config["recipe"]):
+        raise UserError(
+            f"{replaced[0]}: {replaced[1]} is not the file that the run in {path} was begun with; put that back, or "
+            "begin anew with another --run_dir"
+        )
 
 
 def describe_surroundings(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The teacher at work: what answers the batches of a training, and what is measured of it before."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -101,6 +102,15 @@ def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
 def identify_labels(images: Images) -> str:
     """A hash of which images are trained and measured on, and of their labels."""
     return digest([[part.index, part.labels] for part in (images.train, images.meta_validation)])
+
+
+def identify_images(images: Images) -> str:
+    """A hash of the images and their classes' names; of those in memory of the pixels, of files of folder and name."""
+    content: Any = images.train.images
+    if not isinstance(content, torch.Tensor):
+        names = "\n".join("/".join(name.split("/")[-2:]) for name in content.source.names)
+        content = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    return digest([images.fingerprint, list(images.train.class_names), content])
 
 
 def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: Im
         fresh = plain_state_dict(network)
         fitting = {key: tensor for key, tensor in start.items() if key not in anew}
         unwrap(network).load_state_dict(fresh | fitting)
-        return adapt_input(network, given, wanted)
+        return adapt_input(network, images, wanted)
 
     plain = build_network(**architecture)
     shapes, head = {key: tensor.shape for key, tensor in plain_state_dict(plain).items()}, find_head(plain)

@@ -26,7 +26,7 @@ from lkd.models.build import running_dry
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.answers import measure_teacher, prepare_teacher
+from lkd.training.answers import identify_images, measure_teacher, prepare_teacher
 from lkd.training.build import Images, Parts, StudentBuilder, build_batches
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
@@ -127,7 +127,13 @@ def train_to_the_end(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
-    history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
+    saved, identity = checkpoints.resume_training(training), identify_images(images)
+    if saved.get("images", identity) != identity:
+        raise UserError(
+            f"data: the images, their files' names or their classes are not those that the run in {run.path} was begun "
+            "with; put them back, or begin anew with another --run_dir"
+        )
+    history: list[dict[str, Any]] = saved.get("history", [])
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     reports, shown = 0, ""
@@ -146,7 +152,7 @@ def train_to_the_end(
             for measured in (lately, epoch):
                 measured.start(training.step)
             end = training.step - training.step % steps + steps
-            for terms in run_steps(training, end, stop, checkpoints, watch, history=history):  # noqa: B007
+            for terms in run_steps(training, end, stop, checkpoints, watch, history=history, images=identity):  # noqa: B007
                 bar.update()
                 if lately.elapsed >= FIRST_PAUSE * 2 ** (max(reports - 1, 0) // REPORTS):
                     reports += 1
@@ -170,7 +176,7 @@ def train_to_the_end(
             reached = f", top1 {figures['top1']:.2f}" if scored else ""
             shown = f"{reached}, lr {training.learning_rate:.4f}"
             bar.set_postfix_str(format_throughput(speed) + shown)
-            checkpoints.save_training(training, history=history)
+            checkpoints.save_training(training, history=history, images=identity)
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])} if scored else None
     tested = evaluate(training.result, images.test, run.device, shared=True) if report_test else None

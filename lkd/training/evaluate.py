@@ -27,7 +27,7 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared:
 
     Raises:
         DivergedError: If a logit is not finite, and all pixels are.
-        BrokenInputError: If a pixel is not finite.
+        BrokenInputError: If a pixel is not finite, or no image can be decoded.
     """
     own = torch.arange(len(images))
     if shared:
@@ -49,6 +49,8 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared:
     if shared:
         logits, target, unusable = gather_rows(logits), gather_rows(target), gather_rows(unusable)
     logits = logits.float()
+    if not len(logits):
+        raise BrokenInputError(f"evaluation: none of the {len(images)} images can be decoded: replace them")
     check_answers(logits, unusable)
     ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)
     temperature = find_best_temperature(logits, target)

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import center_crop
 from lkd.config.training import PredictRecipe
 from lkd.core.errors import UserError, refuse_exhaustion
 from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
-from lkd.data.image_files import DamagedImageError, decode
+from lkd.data.image_files import DamagedImageError, decode, is_hidden
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
 from lkd.models.build import unwrap
@@ -50,6 +50,9 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     device = choose_device(recipe.device)
     network, header = load_teacher_network(recipe.checkpoint, recipe.name)
     wanted = read_input(network, header, recipe)
+    if "input" not in header:
+        how = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
+        say(f"{recipe.checkpoint}: pictures are normalised by {how}, since the file does not say how")
     check_image_size(recipe.checkpoint, network, wanted.shape)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
     network, count = network.to(device), 0
@@ -85,7 +88,7 @@ def list_pictures(named: Iterable[str]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES)
-            found += [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+            found += [path / file for file in inside if not is_hidden(file.as_posix())]
         elif path.is_file():
             found.append(path)
         else:

@@ -344,7 +344,7 @@ def test_the_teacher_sees_the_same_pixels_its_own_way(images) -> None:
     scaled = interpolate(own, (28, 28), mode="bilinear", antialias=True)
     torch.testing.assert_close(AdaptedInput(Echo(), given, wanted, 28)(normalized).logits, scaled, rtol=1e-5, atol=1e-5)
     echo = Echo()
-    assert adapt_input(echo, given, given) is echo
+    assert adapt_input(echo, images.train, (images.train.mean, images.train.std)) is echo
     network, _ = load_teacher(images.train, "random", "small_cnn", image_size=14)
     batch = Batches(images.train, 4, 0).at(0)
     small = interpolate(batch.images, (14, 14), mode="bilinear", antialias=True)

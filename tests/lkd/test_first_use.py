@@ -42,10 +42,12 @@ CPU = torch.device("cpu")
 def shoe() -> Path:
     """An embedded image of class 9, and one of class 1, as files."""
     images = prepare_images(DataRecipe(train_size=100, meta_validation_size=100)).train
-    Path("photos/.hidden").mkdir(parents=True)
+    for hidden in (".hidden", "@eaDir"):
+        Path("photos", hidden).mkdir(parents=True)
     for label, name in ((9, "shoe.png"), (1, "trouser.png")):
         pixels = images.images[(images.labels == label).nonzero()[0, 0], 0].numpy()
         Image.fromarray(pixels).save(Path("photos") / name)
+        Image.fromarray(pixels).save(Path("photos/@eaDir") / name)
     Path("photos/.hidden/not.png").write_bytes(b"no")
     return Path("photos/shoe.png")
 
@@ -57,6 +59,7 @@ def test_predict_names_the_classes_with_the_networks_own_probabilities(shoe: Pat
     assert line.startswith("photos/shoe.png: Ankle boot ")
     assert line.count("%") == 2
     assert main(["predict", str(TEACHER), str(shoe), "--out", "p.csv"]) == 0
+    assert "normalised by mean [0.286]" in capsys.readouterr().err, "which the file does not say"
     (row,) = csv.DictReader(Path("p.csv").read_text().splitlines())
     pixels = torch.from_numpy(np.asarray(Image.open(shoe)).copy()).float()[None, None] / 255
     with torch.no_grad():

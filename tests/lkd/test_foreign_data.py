@@ -91,6 +91,15 @@ def test_a_list_of_files_with_spaces_in_their_names(tmp_path: Path) -> None:
             load("image_folder", tmp_path)
 
 
+def test_a_list_beside_class_folders_is_no_list_of_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            write(tmp_path / part / name / "0.png")
+    rows = "picture,class_1,probability_1\na/0.png,b,0.9\nb/0.png,b,0.9\n"  # of lkd predict
+    (tmp_path / "val" / "predictions.csv").write_text(rows)
+    assert load("image_folder", tmp_path).test.labels.tolist() == [0, 1]
+
+
 def test_links_to_folders_of_images(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "0.png")
     for part in ("train", "val"):
@@ -125,6 +134,27 @@ def test_tars_called_test(tmp_path: Path) -> None:
             for name in ("a", "b"):
                 tar.add(write(tmp_path / "x.bmp"), f"{name}/x.bmp")
     assert load("tar", tmp_path).test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        (["a/day", "a/night", "b/day", "b/night"], None),
+        (["a", "b", "b/more"], None),
+        (["./train/a", "train/b"], ("a", "b")),
+        (["a/a", "b/b"], ("a", "b")),  # of tars in a tar
+    ],
+)
+def test_folders_in_class_folders_of_a_tar_are_no_classes(folders: list[str], classes: Any, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            for name in folders:
+                tar.add(write(tmp_path / "x.bmp"), f"{name}/x.bmp")
+    if classes:
+        assert load("tar", tmp_path).train.class_names == classes
+    else:
+        with pytest.raises(UserError, match=r"which are the classes"):
+            load("tar", tmp_path)
 
 
 def write_shards(root: Path, samples: list[dict[str, bytes]]) -> None:

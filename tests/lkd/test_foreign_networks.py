@@ -18,11 +18,13 @@ from lkd.cli import main
 from lkd.config import DataRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.workers import prepare_worker
+from lkd.data.arrays import read_images
 from lkd.losses import CrossEntropyLoss
 from lkd.models.build import build, unwrap
 from lkd.models.dry_run import check_trainable, fit_image_size
-from lkd.models.files import load_network
+from lkd.models.files import fit_to_images, load_network
 from lkd.models.foreign_weights import load_foreign_network
+from lkd.models.teacher import load_teacher
 from lkd.training.build import build_batches, prepare_images
 from lkd.training.training import Training
 from tests.processes import FORK
@@ -104,15 +106,33 @@ def test_torchvisions_networks(tmp_path: Path) -> None:
 
 
 @pytest.mark.outside(18)
-def test_torchvisions_networks_that_shift_their_input_are_named(tmp_path: Path, capsys) -> None:
-    network = torchvision.models.googlenet(weights=None, num_classes=3, aux_logits=False, init_weights=False)
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_networks_that_shift_their_input_are_named(name: str, tmp_path: Path, capsys) -> None:
+    network = torchvision.models.get_model(name, weights=None, num_classes=3, aux_logits=False, init_weights=False)
     torch.save(network.state_dict(), tmp_path / "x.pth")
-    for options, said in (({}, True), ({"transform_input": True}, False)):
-        loaded = load_foreign_network(tmp_path / "x.pth", "googlenet", {"aux_logits": False, **options})[0]
-        assert ("transform_input" in capsys.readouterr().out) == said
-        assert unwrap(loaded).transform_input != said
+    load_foreign_network(tmp_path / "x.pth", name)  # inception_v3 is timm's too, with weights of the same names
+    assert f"torchvision/{name} and the option transform_input" in capsys.readouterr().out
+    options = {"aux_logits": False, "transform_input": True}
+    loaded = load_foreign_network(tmp_path / "x.pth", f"torchvision/{name}", options)[0]
+    assert not capsys.readouterr().out
+    assert unwrap(loaded).transform_input
 
 
+def test_efficientnet_lite_sees_images_in_its_own_normalisation_wherever_it_is_asked(tmp_path: Path) -> None:
+    network, path = timm.create_model("tf_efficientnet_lite0", num_classes=10).eval(), tmp_path / "x.pth"
+    torch.save(network.state_dict(), path)
+    pixels = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    images = read_images((pixels, torch.arange(12) % 10), mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    teacher, architecture = load_teacher(images, str(path), "tf_efficientnet_lite0")
+    evaluated = fit_to_images("x", *load_network(path, "tf_efficientnet_lite0"), images)
+    with torch.no_grad():
+        expected = network((pixels.float() / 255 - 0.5) / 0.5)
+        for each in (teacher, evaluated):
+            torch.testing.assert_close(each(images.normalize(pixels)).logits, expected, rtol=1e-3, atol=1e-4)
+    assert architecture["is_input_said"]
+
+
+@pytest.mark.outside(18)
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
     torch.save(build("resnet32", 10).state_dict(), tmp_path / "m.pth")
     with pytest.raises(UserError, match="holds a resnet32, not a resnet20"):

@@ -18,7 +18,9 @@ from lkd.core.random import draw_uniform
 from lkd.data import Batches, ImageSet, load_dataset
 from lkd.data.augment import choose_crop, cut_center, cut_random
 from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, LoadingOptions, open_source
+from lkd.models import build
 from lkd.training.build import prepare_images
+from lkd.training.evaluate import evaluate
 from tests.lkd.tiny_images import write_image_folder
 
 
@@ -175,6 +177,14 @@ def test_too_many_damaged_images_end_the_run(tmp_path, capsys) -> None:
     words += ["--data.name", "image_folder", "--data.image_size", "24", "--train.epochs", "1"]
     assert main(["distill", *words, "--run_dir", str(tmp_path / "stopped"), "--data.damaged_limit", "0"]) == 2
     assert f"({name})" in capsys.readouterr().err
+
+
+def test_an_evaluation_on_damaged_images_alone_is_one_line(tmp_path) -> None:
+    images = load_dataset("image_folder", write_image_folder(tmp_path, classes=2), LoadingOptions(24, 1)).train
+    images = images.select(torch.arange(3))
+    damage(images, [0, 1, 2])
+    with pytest.raises(UserError, match="evaluation: none of the 3 images"):
+        evaluate(build("tiny_cnn", 2), images, torch.device("cpu"))
 
 
 def test_folders_of_another_layout_are_one_line(tmp_path) -> None:

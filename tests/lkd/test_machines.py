@@ -134,8 +134,10 @@ MOVED = {
     "loss": lambda place: DistillRecipe(loss=f"{place}/loss.lkd.safetensors"),
     "loss with options": lambda place: DistillRecipe(loss={"name": f"{place}/loss.lkd.safetensors", "adapters": True}),
     "packed": lambda place: DistillRecipe(data=DataRecipe("image_folder", packed=f"{place}/folder")),
+    "class map": lambda place: DistillRecipe(data=DataRecipe("image_folder", class_map=f"{place}/classes.txt")),
     "pool": lambda place: MetaTrainRecipe(pool_dir=f"{place}/folder"),
 }
+NAMES = ("teacher.safetensors", "t.pth", "loss.lkd.safetensors", "classes.txt", "folder/index.json")
 
 
 @pytest.mark.outside(34)
@@ -143,11 +145,11 @@ MOVED = {
 def test_a_run_goes_on_with_files_of_the_same_content_elsewhere(case: str, tmp_path) -> None:
     first = tmp_path / "first"
     (first / "folder").mkdir(parents=True)
-    for name in ("teacher.safetensors", "t.pth", "loss.lkd.safetensors", "folder/index.json"):
+    for name in NAMES:
         (first / name).write_bytes(name.encode())
     shutil.copytree(first, tmp_path / "second")
     shutil.copytree(first, tmp_path / "third")
-    for name in ("teacher.safetensors", "t.pth", "loss.lkd.safetensors", "folder/index.json"):
+    for name in NAMES:
         (tmp_path / "third" / name).write_bytes(b"another")
 
     def open_with(place: str, resume: str) -> None:
@@ -161,6 +163,13 @@ def test_a_run_goes_on_with_files_of_the_same_content_elsewhere(case: str, tmp_p
     open_with("second", "auto")
     with pytest.raises(UserError, match="a resumed run keeps its config"):
         open_with("third", "auto")
+    for name in NAMES:
+        (tmp_path / "second" / name).write_bytes(b"another")
+    if case in ("cache", "packed", "pool"):  # folders: a cache grows
+        open_with("second", "auto")
+    else:
+        with pytest.raises(UserError, match=r"\w+: .*second/.* is not the file that the run in run was begun with"):
+            open_with("second", "auto")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

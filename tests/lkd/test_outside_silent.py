@@ -434,11 +434,20 @@ def test_a_pretrained_student_is_fed_its_own_normalisation(channels: int, tmp_pa
 
 
 @pytest.mark.outside(12)
-def test_normalised_pixels_that_do_not_say_how_are_not_normalised_twice() -> None:
+def test_normalised_pixels_that_do_not_say_how_are_not_normalised_twice(tmp_path) -> None:
     images = read_images((torch.randn(6, 3, 32, 32), torch.arange(6) % 3))
     network = build("test_vit", 3, options={"img_size": 32})
     with pytest.raises(UserError, match="mean, std"):
         adapt_pretrained(network, images)
+    grey = read_images((images.images[:, :1], images.labels))
+    with pytest.raises(UserError, match="mean, std"):
+        load_teacher(grey)  # embedded
+    architecture = {"name": "tiny_cnn", "num_classes": 3, "in_chans": 3}
+    save_network(tmp_path / "s.safetensors", build(**architecture), architecture, {}, images)
+    assert "input" not in load_network(tmp_path / "s.safetensors")[1], "nobody knows how to prepare pictures for it"
+    said = read_images((images.images, images.labels), mean=[0.5] * 3, std=[0.25] * 3)
+    for each in (said, read_images((images.images.sigmoid(), images.labels))):
+        adapt_pretrained(network, each)
 
 
 @pytest.mark.outside(12)
@@ -483,6 +492,12 @@ def test_a_teachers_file_of_other_classes_is_said(tmp_path, caplog) -> None:
     assert "class 2 is 'c' in the file, 'd' in the data" in caplog.text
     with pytest.raises(UserError, match=r"data\.class_map"):
         load_teacher(dataclasses.replace(own, class_names=("a", "c", "b")), file)
+    for names in (("0", "1", "2"), ("0", "2", "1")):  # of folders, which are names too
+        numbered = dataclasses.replace(own, class_names=names)
+        save_network(tmp_path / "t.safetensors", build(**architecture), architecture, {}, numbered)
+        load_teacher(numbered, file)
+        with pytest.raises(UserError, match=r"data\.class_map"):
+            load_teacher(dataclasses.replace(own, class_names=("2", "1", "0")), file)
 
 
 @pytest.mark.outside(14)

@@ -2,15 +2,18 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.interrupt import Interrupted
 from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
@@ -20,6 +23,7 @@ from lkd.training.build import prepare_images
 from lkd.training.training import Training
 from tests.lkd.meta_recipes import SMALL, run_recipe, tiny_recipe
 from tests.lkd.parts import prepare_loss, prepare_teacher, start_training
+from tests.lkd.tiny_images import write_image_folder
 from tests.processes import RUNS, Command, read_results
 
 MOMENTS = {  # what has to be there before a run is killed, for each time that it is
@@ -55,6 +59,39 @@ def test_a_killed_run_goes_on_to_the_same_bits(command: str) -> None:
     whole, killed = read_results(Path("whole")), read_results(Path("killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys) -> None:
+    root, arrays = Path(write_image_folder(tmp_path / "files")), tmp_path / "mine.npz"
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), np.arange(40) % 2
+    content = {
+        f"{part}_{kind}": each for part in ("train", "test") for kind, each in (("images", pixels), ("labels", labels))
+    }
+    np.savez(arrays, **content)
+
+    def train(name: str, folder: Path) -> int:
+        words = [
+            *("--data.name", name, "--data.root", str(folder), "--data.image_size", "16", "--model.name", "tiny_cnn")
+        ]
+        words += ["--train.batch_size", "6", "--train.epochs", "2", "--run_dir", name[:3], "--resume", "auto"]
+        return main(["teacher", *words, "--data.meta_validation_size", "4", "--threads", "1"])
+
+    def rename(part: str) -> None:
+        (root / part / "n00000000").rename(root / part / "n9")
+
+    for change in (
+        lambda: [rename(part) for part in ("train", "val")],
+        lambda: (root / "train" / "n00000001" / "3.JPEG").rename(root / "train" / "n00000001" / "x.JPEG"),
+        lambda: np.savez(arrays, **content | {"train_images": pixels[::-1]}),
+    ):
+        for name, folder in (("image_folder", root), ("npz/mine", tmp_path)):
+            shutil.rmtree(name[:3], ignore_errors=True)
+            assert train(name, folder) == 0
+            max(Path(name[:3], "checkpoints").iterdir()).unlink()
+            assert train(name, folder) == 0
+        change()
+        assert {train("image_folder", root), train("npz/mine", tmp_path)} == {0, 2}
+        assert "data: the images" in capsys.readouterr().err
 
 
 WEIGHTED = {"name": "influence_weighted", "loss": "kd", "first_epoch": 1}

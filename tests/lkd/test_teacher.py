@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,6 +218,25 @@ def test_a_cache_is_not_of_an_image_that_was_replaced(tmp_path) -> None:
         prepare_teacher(teacher, data, now, CPU)
     del made.header["made_with"]["data"]["sizes"]  # as in caches from before
     check_made_with(made, asking.identify_answers(open_teacher(teacher, now.train), now))
+
+
+def test_a_cache_is_not_of_arrays_in_another_order(tmp_path) -> None:
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 2
+    data = DataRecipe("npz/mine", str(tmp_path), meta_validation_size=4)
+    recipe = CacheRecipe(data=data, teacher=TeacherRecipe("random", "tiny_cnn", cache="cache"))
+    recipe.train.batch_size = 6
+    for order in (np.arange(40), np.arange(40).reshape(20, 2)[::-1].ravel()):  # of equal labels, mean and std
+        part = {"images": pixels[order], "labels": labels[order]}
+        np.savez(tmp_path / "mine.npz", **{f"{name}_{key}": part[key] for name in ("train", "test") for key in part})
+        if order[0]:
+            with pytest.raises(UserError, match=r"was made with data\.file"):
+                prepare_teacher(recipe.teacher, data, prepare_images(data), CPU)
+        else:
+            made = cache_answers(recipe)
+            prepare_teacher(recipe.teacher, data, prepare_images(data), CPU)
+    del made.header["made_with"]["data"]["file"]  # as in caches from before
+    now = prepare_images(data)
+    check_made_with(made, asking.identify_answers(open_teacher(recipe.teacher, now.train), now))
 
 
 def test_another_network_of_the_same_name_and_files_of_another_cache_are_refused() -> None:
