@@ -68,7 +68,7 @@ def influence(recipe: config.InfluenceRecipe) -> None:
 def evaluate(recipe: config.EvaluateRecipe) -> None:
     """`lkd evaluate`."""
     device = choose_device(recipe.device)
-    network, header = load_teacher_network(recipe.checkpoint, recipe.name)
+    network, header = load_teacher_network(recipe.checkpoint, recipe.name, recipe.options)
     data = choose_data(recipe, header["provenance"])
     images = prepare_images(data, scored=recipe.split != "test")
     check_network(recipe.checkpoint, header["architecture"], images.train)

@@ -55,6 +55,7 @@ class EvaluateRecipe:
             was trained. Of the test split no sizes are read.
         device: cpu, cuda or auto.
         name: The network that the file holds; needed by files of other programs.
+        options: What that network was built with beside its name, as in {act_layer: relu}.
         plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
@@ -63,6 +64,7 @@ class EvaluateRecipe:
     data: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     plugins: str | None = None
 
 
@@ -76,6 +78,7 @@ class PredictRecipe:
         checkpoint: File written by `lkd distill` or `lkd teacher`, or by another program; or `embedded`.
         pictures: Files, and folders of them.
         name: The network that the file holds; needed by files of other programs.
+        options: What that network was built with beside its name, as in {act_layer: relu}.
         plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
         top_k: Classes of each picture.
         image_size: Height and width of the input; 0 for that of the training images, which the file names.
@@ -87,6 +90,7 @@ class PredictRecipe:
     checkpoint: str = "runs/student/student.safetensors"
     pictures: list[str] = field(default_factory=list)
     name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     plugins: str | None = None
     top_k: ranges.PositiveInt = 5
     image_size: ranges.ZeroOrAtLeast8 = 0
@@ -128,6 +132,7 @@ class ExportRecipe:
         image_size: Height and width of the input; 0 for that of the training images, which the file names.
         tolerance: Largest difference of a logit, over the largest logit, between the file and the network.
         name: The network that the file holds; needed by files of other programs.
+        options: What that network was built with beside its name, as in {act_layer: relu}.
         plugins: File of Python that registers networks of your own (docs/networks.md). It is run.
     """
 
@@ -137,6 +142,7 @@ class ExportRecipe:
     image_size: ranges.ZeroOrAtLeast8 = 0
     tolerance: ranges.NonNegativeFloat = 1e-4
     name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     plugins: str | None = None
 
 

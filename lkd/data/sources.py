@@ -21,7 +21,7 @@ from lkd.data.packed import open_packed
 from lkd.data.tars import Label, Labelled, Member, TarSource, index_tar, keep_index
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's teachers expect
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg (or validation/, test/; or val/ with a list of files and classes)"
 TARS = (
     "train.tar and val.tar (of CLASS/ folders, or of CLASS.tar files), or train/CLASS.tar and val/CLASS.tar (or "

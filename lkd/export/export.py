@@ -145,13 +145,15 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         check_choice("formats", name, FORMATS)
     if not recipe.formats:
         raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
-    network, header = load_network(Path(recipe.checkpoint), recipe.name)
+    folder = Path(recipe.out_dir)
+    if (folder / "log.jsonl").exists():
+        raise UserError(f"out_dir: {folder} is a run directory, which has a config.json of its own; give another folder")
+    network, header = load_network(Path(recipe.checkpoint), recipe.name, recipe.options)
     images = draw_images(header, recipe)
     check_image_size(recipe.checkpoint, network, tuple(images.shape[1:]))
     model = Logits(network).eval()
     with torch.no_grad():
         expected = model(images)
-    folder = Path(recipe.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for name in recipe.formats:

@@ -48,7 +48,7 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     """Classify pictures; `say` is told of those that cannot be read, which are left out."""
     pictures = list_pictures(recipe.pictures)
     device = choose_device(recipe.device)
-    network, header = load_teacher_network(recipe.checkpoint, recipe.name)
+    network, header = load_teacher_network(recipe.checkpoint, recipe.name, recipe.options)
     wanted = read_input(network, header, recipe)
     if "input" not in header:
         how = f"mean {list(wanted.mean)} and std {list(wanted.std)}"

@@ -68,7 +68,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None
     save_student(tmp_path / "s.safetensors", "small_cnn")
     save_student(tmp_path / "vit.safetensors", VIT.name, options=VIT.options)
     recipe = ExportRecipe(str(tmp_path / "s.safetensors"), str(tmp_path / "out"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").touch()
     for changes, message in (
+        ({"out_dir": str(tmp_path / "run")}, "run is a run directory"),
         ({"formats": ["tflite"]}, "formats: unknown name .tflite"),
         ({"formats": []}, "formats: empty"),
         ({"formats": ["timm"]}, "formats: timm has no small_cnn"),

@@ -157,6 +157,20 @@ def test_an_own_checkpoint_teaches_starts_a_student_and_is_evaluated(model: nn.M
     assert "since the file does not say how:" in capsys.readouterr().out
 
 
+def test_what_a_foreign_network_was_built_with_is_given_by_options(model: nn.Module, tmp_path, capsys) -> None:
+    torch.save(model.state_dict(), "m.pth")
+    found = []
+    for options in ("{}", "{act_layer: relu}"):
+        words = ["m.pth", "--name", NAME, "--options", options]
+        assert main(["evaluate", *words, *DATA, "--split", "meta_validation"]) == 0
+        found.append(capsys.readouterr().out.partition("cross_entropy")[2])
+        assert main(["export", *words, "--image_size", "32", "--out_dir", "out", "--formats", "[safetensors]"]) == 0
+    assert found[0] != found[1], "another activation is another network"
+    assert json.loads(Path("out/export.json").read_text())["architecture"]["options"] == {"act_layer": "relu"}
+    assert main(["evaluate", "embedded", "--options", "{act_layer: relu}"]) == 2
+    assert "which has its own" in capsys.readouterr().err
+
+
 @pytest.mark.outside(18)
 def test_a_start_of_another_number_of_classes_keeps_all_but_the_classifier(tmp_path, capsys) -> None:
     torch.save(build("resnet8", 100, 1).state_dict(), tmp_path / "m.pth")
