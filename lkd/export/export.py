@@ -147,7 +147,7 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
     folder = Path(recipe.out_dir)
     if (folder / "log.jsonl").exists():
-        raise UserError(f"out_dir: {folder} is a run directory, which has a config.json of its own; give another folder")
+        raise UserError(f"out_dir: {folder} is a run directory, with a config.json of its own; give another folder")
     network, header = load_network(Path(recipe.checkpoint), recipe.name, recipe.options)
     images = draw_images(header, recipe)
     check_image_size(recipe.checkpoint, network, tuple(images.shape[1:]))
