@@ -1,11 +1,11 @@
 """Put a learned loss into the package: its weights, and how it came about without the curves that its run keeps.
 
-python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [--name universal] [--part 0.5] [--out FILE]
+python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
 
 Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
 the shipped loss fades, judges labels and falls back (`DecoupledLoss`), and what was learned is kept in part: what the
 network adds to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything:
-the control.
+the control. `--rules` leaves out those that are not named, to see what each is worth.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("loss", type=Path)
     parser.add_argument("--name", default="universal")
     parser.add_argument("--part", type=float, default=0.5)
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=RULES)
     parser.add_argument("--out", type=Path, help="somewhere else than in the package")
     options = parser.parse_args()
     provenance = read_provenance(options.loss)
@@ -33,7 +34,7 @@ def main() -> int:
     path = options.out or PACKAGE / "losses" / "pretrained" / f"{options.name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = LossFile.read(options.loss)
-    file.header["architecture"]["parts"]["logits"]["arguments"] |= dict.fromkeys(RULES, True)
+    file.header["architecture"]["parts"]["logits"]["arguments"] |= {rule: rule in options.rules for rule in RULES}
     loss, start = file.build(), build_loss_from(file.header["architecture"])
     shrink(loss, start, options.part)
     save_loss(path, loss, (provenance | {"part": options.part}) if options.part else {"learned": False})
