@@ -1,6 +1,6 @@
 """Put a learned loss into the package: its weights, and how it came about without the curves that its run keeps.
 
-python benchmarks/universal/ship.py RUN_DIR/loss.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
+python benchmarks/universal/ship.py LOSS.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
 
 Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
 the shipped loss fades, judges labels and falls back (`DecoupledLoss`), and what was learned is kept in part: what the
