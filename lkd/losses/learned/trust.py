@@ -96,12 +96,13 @@ class Trust:
             )
         agreed = {"meta-validation": validation, "training": training}
         parts = [f"{share:.1%} of the {of} labels" for of, share in agreed.items() if not math.isnan(share)]
+        seen = "so a teacher that was trained on these images looks too good"
         surely = f"{contradicted:.0%} of the {'meta-validation' if held_out else 'training'} labels"
         return (
             f"trust: the teacher agrees with {' and '.join(parts)}; its best temperature is {temperature:.2f}"
             f"{'' if math.isnan(images) else f'; {images:.0f} images a class'}"
             f"{f'; {surely} contradict it where it is sure' if contradicted > 0 else ''}"
-            f"{'' if held_out else '; no labels are held out: one that was trained on these images looks too good'}"
+            f"{'' if held_out else f'; no labels are held out, {seen}'}"
         )
 
 
