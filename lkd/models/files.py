@@ -135,7 +135,7 @@ def load_network(
                 f"give the name {architecture['name']}, the file of a {name}, or `pretrained` for timm's weights"
             )
         if options and options != architecture.get("options"):
-            raise UserError(f"options: {options} do not apply to {path}, which has its own; leave them out")
+            raise UserError(f"teacher.options, student.options, options: {options} do not apply: {path} has its own")
         network = build(**architecture)
         unwrap(network).load_state_dict(tensors)
         check_description(header, architecture)
