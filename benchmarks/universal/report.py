@@ -203,13 +203,14 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN, NOT_HELD_OUT)]
     changed = [arm for arm in changed if any(arm in world for world in found.values())]
-    seeds = sorted({arm for world in found.values() for arm in world if arm.startswith(f"{UNIVERSAL}, meta seed")})
+    kinds = (f"{UNIVERSAL}, meta seed", "without ")
+    files = sorted({arm for world in found.values() for arm in world if arm.startswith(kinds)})
     tables = [tabulate_worlds(found)]
     without = [arm for arm in (UNKNOWN, NOT_HELD_OUT) if any(arm in world for world in found.values())]
     if without:
         tables.append(tabulate_arms(found, without, CE))
-    if changed or seeds:
-        tables.append(tabulate_arms(found, [*changed, *seeds], UNIVERSAL))
+    if changed or files:
+        tables.append(tabulate_arms(found, [*changed, *files], UNIVERSAL))
     write_text(options.out / "table.md", "\n\n".join(tables) + "\n")
     draw_regrets(found, options.out / "regrets.png")
     command = "python benchmarks/universal/run.py DATA RUN_DIR && python benchmarks/universal/report.py RUN_DIR OUT"
