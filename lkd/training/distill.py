@@ -134,6 +134,7 @@ def train_to_the_end(
             "with; put them back, or begin anew with another --run_dir"
         )
     history: list[dict[str, Any]] = saved.get("history", [])
+    kept: dict[str, Any] = {"history": history, "images": identity}
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     reports, shown = 0, ""
@@ -152,7 +153,7 @@ def train_to_the_end(
             for measured in (lately, epoch):
                 measured.start(training.step)
             end = training.step - training.step % steps + steps
-            for terms in run_steps(training, end, stop, checkpoints, watch, history=history, images=identity):  # noqa: B007
+            for terms in run_steps(training, end, stop, checkpoints, watch, **kept):  # noqa: B007
                 bar.update()
                 if lately.elapsed >= FIRST_PAUSE * 2 ** (max(reports - 1, 0) // REPORTS):
                     reports += 1
@@ -176,7 +177,7 @@ def train_to_the_end(
             reached = f", top1 {figures['top1']:.2f}" if scored else ""
             shown = f"{reached}, lr {training.learning_rate:.4f}"
             bar.set_postfix_str(format_throughput(speed) + shown)
-            checkpoints.save_training(training, history=history, images=identity)
+            checkpoints.save_training(training, **kept)
     path = run.path / f"{role}.safetensors"
     results = {"last": history[-1], "best": max(history, key=lambda row: row["top1"])} if scored else None
     tested = evaluate(training.result, images.test, run.device, shared=True) if report_test else None
