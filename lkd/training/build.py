@@ -28,7 +28,7 @@ from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.build import attach_features, build_loss, find_feature_parts, is_learned, reads_features
 from lkd.losses.functions import Stages
-from lkd.losses.learned.file import LossFile
+from lkd.losses.learned.file import NOT_LEARNED, LossFile, was_learned
 from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.loss import DistillationLoss, wrap_loss
 from lkd.models.build import (
@@ -307,6 +307,21 @@ class LossBuilder:
         elif isinstance(name, str) and is_learned(here := fetch_named(name)):
             self.file, self.options = LossFile.read(here), options
 
+    @property
+    def title(self) -> str:
+        """The loss in words, with its options, and whether a file's was learned."""
+        given = self.specification
+        if callable(given):
+            return f"{getattr(given, '__name__', type(given).__name__)}, given from Python"
+        options = {"name": given} if isinstance(given, str) else dict(given)
+        name = str(options.pop("name", None))
+        if self.inner and "loss" in options:
+            options["loss"] = f"({self.inner.title})"
+        words = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        if not self.file:
+            return words
+        return f"{words}, {'learned' if was_learned(self.file.header) else NOT_LEARNED}"
+
     def build(self, student: StudentBuilder, seed: int) -> DistillationLoss:
         """A loss of its own; shapes of features are found by a dry run of both networks.
 
@@ -388,13 +403,20 @@ def copy_module(module: Copied, role: str) -> Copied:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a student is trained from: a loss that fits both networks; a balance, if the loss is not its terms' sum."""
+    """What a student is trained from.
+
+    Attributes:
+        loss: Fits both networks.
+        balance: Of the loss's terms, if it is not their sum.
+        loss_title: The loss in words.
+    """
 
     images: Images
     teacher: OpenedTeacher
     student: StudentBuilder
     loss: DistillationLoss
     balance: Balancing | None
+    loss_title: str
 
 
 def build(recipe: DistillRecipe, given: Objects = NOTHING) -> Parts:
@@ -403,5 +425,6 @@ def build(recipe: DistillRecipe, given: Objects = NOTHING) -> Parts:
     student = choose_student(recipe.student, images.train, given)
     teacher = open_teacher(recipe.teacher, images.train, given)
     specification = given.get(recipe.loss, recipe.loss) if isinstance(recipe.loss, str) else recipe.loss
-    loss = LossBuilder(specification, teacher, images).build(student, recipe.seed)
-    return Parts(images, teacher, student, loss, build_balance(recipe.balance, loss))
+    losses = LossBuilder(specification, teacher, images)
+    loss = losses.build(student, recipe.seed)
+    return Parts(images, teacher, student, loss, build_balance(recipe.balance, loss), losses.title)

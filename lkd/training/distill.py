@@ -63,6 +63,7 @@ def distill(
         parts.teacher.check_classes(images.train)
     run.say(introduce_network("student", parts.student, images, run.device, train, count_processes()))
     run.say(introduce_teacher(parts.teacher, images, run.device))
+    run.say(f"loss: {parts.loss_title}")
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:

@@ -13,6 +13,8 @@ from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import save_checkpoint
 from lkd.data import Batches
 from lkd.losses.build import LOSSES, build_loss
+from lkd.losses.learned.file import save_loss
+from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.torchdistill import RECIPES, REFUSED, TorchdistillLoss
 from lkd.models.teacher import TabulatedTeacher, Teacher
 from lkd.training.build import prepare_images
@@ -210,3 +212,20 @@ def test_a_stage_that_is_not_there_stops_a_command_before_any_training(command: 
     assert main([command, *TINY, *option]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the student has no stage 'stage9'; it has stage1 [8, 14, 14], stage2 [16, 7, 7]" in message
+
+
+def test_a_run_says_which_loss_it_trains_with(tmp_path, capsys) -> None:
+    words = ["--data.train_size", "50", "--data.meta_validation_size", "50", "--train.epochs", "1"]
+    words += ["--train.batch_size", "25"]
+
+    def distil(name: str, *more: str) -> list[str]:
+        assert main(["distill", *words, *more, "--run_dir", str(tmp_path / name)]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss: ")]
+
+    assert distil("default") == ["loss: universal, learned"]
+    assert distil("kd", "--loss", '{"name": "kd", "weight": 0.5}') == ["loss: kd weight=0.5"]
+    weighted = '{"name": "influence_weighted", "loss": {"name": "dkd", "beta": 2.0}}'
+    assert distil("weighted", "--loss", weighted) == ["loss: influence_weighted loss=(dkd beta=2.0)"]
+    save_loss(tmp_path / "first.lkd.safetensors", build_learned_loss("logits", {}), {"learned": False})
+    (said,) = distil("first", "--loss", str(tmp_path / "first.lkd.safetensors"))
+    assert said.endswith("first.lkd.safetensors, not learned")
