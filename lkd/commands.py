@@ -38,7 +38,7 @@ from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
 from lkd.training.introduce import introduce_network, introduce_teacher
-from lkd.training.optimizer import check_differentiable
+from lkd.training.optimizer import check_differentiable, check_names
 from lkd.training.predict import format_prediction, write_csv
 from lkd.training.predict import predict as predict_pictures
 
@@ -46,6 +46,7 @@ from lkd.training.predict import predict as predict_pictures
 def teacher(recipe: config.TrainTeacherRecipe) -> None:
     """`lkd teacher`."""
     with open_run(recipe, "teacher") as run:
+        check_names(recipe.train)
         images = prepare_images(recipe.data, scored=False)
         train_teacher(
             choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run, recipe.report_test

@@ -47,6 +47,7 @@ from lkd.models.files import load_network
 from lkd.models.stages import find_head, freeze_stages, is_within
 from lkd.models.teacher import load_teacher, take_classes
 from lkd.tracking.remote import fetch_named
+from lkd.training.optimizer import check_names
 
 Copied = TypeVar("Copied")
 Objects = Mapping[str, Any]
@@ -421,6 +422,7 @@ class Parts:
 
 def build(recipe: DistillRecipe, given: Objects = NOTHING) -> Parts:
     """Build all that a recipe names, with a caller's objects in the place of some names."""
+    check_names(recipe.train)
     images = prepare_images(recipe.data, given, scored=False)
     student = choose_student(recipe.student, images.train, given)
     teacher = open_teacher(recipe.teacher, images.train, given)

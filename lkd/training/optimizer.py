@@ -220,6 +220,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
     return scheduler
 
 
+def check_names(recipe: TrainRecipe) -> None:
+    """Check all of optimiser and schedule that needs no network, before the images are looked for."""
+    choose_optimizer(recipe)
+    build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), recipe, 1)
+
+
 def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.device) -> None:
     """Check that a network can be trained so, before any work."""
     if recipe.precision == "float16" and device.type == "cpu":

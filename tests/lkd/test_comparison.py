@@ -167,6 +167,12 @@ def test_differences_are_paired_over_seeds() -> None:
     assert (kd["last"][0], kd["best"][0]) == (81.0, 82.0)
 
 
+def test_labels_that_give_the_same_key_keep_their_own_figures() -> None:
+    rows = [row | {"method": {"KD": "kd-1", "learned": "kd 1"}.get(row["method"], row["method"])} for row in table()]
+    figures = tables.figures_of(rows, rows[0]["method"])
+    assert len([key for key in figures if key.endswith("_accuracy")]) == len(rows)
+
+
 def test_the_table_is_text_latex_and_csv() -> None:
     lines = tables.list_lines(table(), "KD")
     text = tables.format_table(lines, ["100 % of it"])

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
@@ -139,6 +140,16 @@ def test_what_cannot_be_is_refused_before_any_work(images, changes: dict, messag
     train = TrainRecipe(**{"epochs": 2, "batch_size": 25} | changes)
     with pytest.raises(UserError, match=message):
         introduce_network("student", choose_student(VIT, images.train), images, CPU, train)
+
+
+@pytest.mark.parametrize("command", ["teacher", "distill", "compare"])
+def test_a_misspelt_name_is_refused_before_images_are_looked_for(command: str, tmp_path, capsys) -> None:
+    words = [command, "--run_dir", str(tmp_path / "run"), "--data.name", "image_folder", "--data.root", "nowhere"]
+    assert main([*words, "--train.optimizer", "adamww"]) == 2
+    assert main([*words, "--train.schedule", "cosin"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "train.optimizer: unknown name 'adamww'" in first
+    assert "train.schedule: 'cosin'" in second
 
 
 def test_a_network_without_layers_has_no_layer_decay() -> None:

@@ -34,11 +34,12 @@ from lkd.evaluation.comparison.trials import (
 from lkd.tracking.run import Run, evidence
 from lkd.training.build import LossBuilder, choose_student
 from lkd.training.introduce import introduce_network, introduce_teacher
-from lkd.training.optimizer import build_optimizer, build_scheduler
+from lkd.training.optimizer import build_optimizer, build_scheduler, check_names
 
 
 def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     """Tune, run every trial, and write tables, picture, `picks.json` and `result.json`; the table's rows."""
+    check_names(recipe.train)
     inputs = open_inputs(recipe)
     check_methods(recipe, inputs)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -251,13 +252,18 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
 
 
 def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
-    """The figures of `result.json`: test accuracy, percent, last epoch; the first student's have no student's name."""
+    """The figures of `result.json`: test accuracy, percent, last epoch; the first student's have no student's name.
+
+    Where two labels give the same key, the later one is numbered.
+    """
     first = table[0]["student"]
     figures: dict[str, float] = {"methods": len({row["method"] for row in table}), "seeds": table[0]["seeds"]}
     if table[0]["threads"]:
         figures["threads"] = table[0]["threads"]
     for row in table:
-        key = figure_key(row["method"]) + ("" if row["student"] == first else f"_{figure_key(row['student'])}")
+        own = figure_key(row["method"]) + ("" if row["student"] == first else f"_{figure_key(row['student'])}")
+        names = itertools.chain([own], (f"{own}_{number}" for number in itertools.count(2)))
+        key = next(name for name in names if f"{name}_accuracy" not in figures)
         minus = f"{key}_minus_{figure_key(baseline)}"
         figures[f"{key}_accuracy"], figures[f"{key}_se"] = row["last"]
         if row["learned"] is False:
