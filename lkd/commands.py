@@ -32,7 +32,7 @@ from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
 from lkd.tracking.run import choose_device, open_run
-from lkd.training.answers import measure_teacher, prepare_teacher
+from lkd.training.answers import check_same_images, measure_teacher, prepare_teacher
 from lkd.training.build import LossBuilder, build, check_network, choose_student, open_teacher, prepare_images
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
@@ -164,6 +164,7 @@ def pool(recipe: config.PoolRecipe) -> None:
     check_differentiable(recipe.train)
     with open_run(recipe, "pool") as run:
         images = prepare_images(recipe.data)
+        check_same_images(images, run)
         student = choose_student(recipe.student, images.train)
         taught_by = open_teacher(recipe.teacher, images.train)
         losses = LossBuilder(recipe.pool.loss, taught_by, images)

@@ -36,6 +36,7 @@ from lkd.meta_training.rollouts import (
 )
 from lkd.pool.pool import Pool, World, build_pool, open_pool
 from lkd.tracking.run import Run
+from lkd.training.answers import check_same_images
 from lkd.training.build import LossBuilder, StudentBuilder, choose_student
 from lkd.training.introduce import introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
@@ -167,6 +168,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     """
     inputs = open_inputs(recipe)
     images = inputs.images
+    check_same_images(images, run)
     total_steps = recipe.train.epochs * (len(images.train) // recipe.train.batch_size)
     student = choose_student(recipe.student, images.train)
     check_recipe(recipe, inputs, student, total_steps)

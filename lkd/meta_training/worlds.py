@@ -12,7 +12,7 @@ from lkd.core.files import find_differences, read_mapping
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.pool.pool import Pool, World, open_pools
 from lkd.tracking.run import MAY_DIFFER_ON_RESUME, Run
-from lkd.training.answers import ask_anew, measure_teacher, prepare_teacher
+from lkd.training.answers import ask_anew, check_same_images, measure_teacher, prepare_teacher
 from lkd.training.build import (
     Images,
     LossBuilder,
@@ -110,6 +110,7 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
     for each in opened:
         world = each.world
         name = f"{world.name}: " if world.name else ""
+        check_same_images(world.images, run, world.name)
         run.say(name + introduce_network("student", world.student, world.images, run.device, world.train))
         if name or not prepared:  # else only the students differ
             readers = [loss, each.pool_loss.build(world.student, world.seed)]

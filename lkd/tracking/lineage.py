@@ -33,7 +33,7 @@ FIELDS = {  # a recipe's field that names a file, or its last part → its kind
 class Entry:
     """A file or folder that a run used or made."""
 
-    kind: str  # teacher, pool, loss, student, network, cache, packed, classes, weights, fidelity or code
+    kind: str  # images, teacher, pool, loss, student, network, cache, packed, classes, weights, fidelity or code
     name: str  # file name, or what names a network without a file
     sha256: str | None  # of its content, see `hash_folder`; None without a file
     path: Path | None  # None without a file

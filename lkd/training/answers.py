@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from lkd.config.parts import DataRecipe, TrainRecipe
+from lkd.core.distributed import is_main
+from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.plugins import MODULE
 from lkd.core.tensor_files import digest, keep_result
@@ -22,7 +24,8 @@ from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, mea
 from lkd.models.build import GIVEN
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher
 from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
-from lkd.tracking.run import describe_surroundings
+from lkd.tracking.lineage import Entry, read_lineage, record
+from lkd.tracking.run import Run, describe_surroundings
 from lkd.training.build import Images, OpenedTeacher
 
 
@@ -111,6 +114,19 @@ def identify_images(images: Images) -> str:
         names = "\n".join("/".join(name.split("/")[-2:]) for name in content.source.names)
         content = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     return digest([images.fingerprint, list(images.train.class_names), content])
+
+
+def check_same_images(images: Images, run: Run, world: str = "") -> None:
+    """Check that a run that is gone on with has the images that it was begun with; of one that begins, keep a hash."""
+    entry = Entry("images", world or images.name, identify_images(images), None)
+    kept = {(row["kind"], row["name"]): row["sha256"] for row in read_lineage(run.path)["used"]}
+    if kept.get((entry.kind, entry.name), entry.sha256) != entry.sha256:
+        raise UserError(
+            f"data{f' of world {world}' if world else ''}: the images, their files' names or their classes are not "
+            f"those that the run in {run.path} was begun with; put them back, or begin anew with another --run_dir"
+        )
+    if is_main():
+        record(run.path, "used", entry)
 
 
 def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:

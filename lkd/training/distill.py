@@ -26,7 +26,7 @@ from lkd.models.build import running_dry
 from lkd.models.files import save_network
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.run import Run
-from lkd.training.answers import identify_images, measure_teacher, prepare_teacher
+from lkd.training.answers import check_same_images, measure_teacher, prepare_teacher
 from lkd.training.build import Images, Parts, StudentBuilder, build_batches
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.evaluate import evaluate
@@ -128,14 +128,9 @@ def train_to_the_end(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
-    saved, identity = checkpoints.resume_training(training), identify_images(images)
-    if saved.get("images", identity) != identity:
-        raise UserError(
-            f"data: the images, their files' names or their classes are not those that the run in {run.path} was begun "
-            "with; put them back, or begin anew with another --run_dir"
-        )
-    history: list[dict[str, Any]] = saved.get("history", [])
-    kept: dict[str, Any] = {"history": history, "images": identity}
+    check_same_images(images, run)
+    history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
+    kept: dict[str, Any] = {"history": history}
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0
     lately, epoch = (Throughput(training.clock, training.batches.batch_size) for _ in range(2))
     reports, shown = 0, ""

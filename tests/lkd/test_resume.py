@@ -17,6 +17,7 @@ from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.interrupt import Interrupted
 from lkd.core.tensor_files import digest, load_checkpoint, save_checkpoint
+from lkd.evaluation.comparison.trials import open_once
 from lkd.losses.learned.file import read_provenance
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.training.build import prepare_images
@@ -92,6 +93,42 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys) -> None:
         change()
         assert {train("image_folder", root), train("npz/mine", tmp_path)} == {0, 2}
         assert "data: the images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("pool", ["--pool.students", "1"]),
+        ("meta-train", ["--pool.students", "1", "--meta.outer_steps", "1", "--meta.rollout_steps", "2"]),
+        ("compare", ["--seeds", "1", "--tuning_trainings", "1"]),
+    ],
+)
+def test_no_command_goes_on_with_other_images(command: str, words: list[str], tmp_path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    content = {"train_labels": np.arange(40) % 2, "test_labels": np.arange(10) % 2}
+    content |= {
+        f"{part}_images": rng.integers(0, 256, (n, 28, 28, 1), np.uint8)
+        for part, n in {"train": 40, "test": 10}.items()
+    }
+    np.savez(tmp_path / "mine.npz", **content)
+    words += ["--data.name", "npz/mine", "--data.root", str(tmp_path), "--data.meta_validation_size", "8"]
+    words += [
+        "--teacher.path",
+        "random",
+        "--teacher.name",
+        "tiny_cnn",
+        "--train.batch_size",
+        "8",
+        "--train.epochs",
+        "2",
+    ]
+    words += ["--threads", "1", "--run_dir", str(tmp_path / "run"), "--resume", "auto"]
+    assert main([command, *words]) == 0
+    assert main([command, *words]) == 0
+    np.savez(tmp_path / "mine.npz", **content | {"train_images": content["train_images"][::-1]})
+    open_once.cache_clear()  # a new process would have none
+    assert main([command, *words]) == 2
+    assert "data: the images" in capsys.readouterr().err
 
 
 WEIGHTED = {"name": "influence_weighted", "loss": "kd", "first_epoch": 1}

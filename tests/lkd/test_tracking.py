@@ -200,7 +200,7 @@ def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher(gallery
     assert made["loss"] == used["loss"]
     assert made["loss"]["sha256"] == hash_file(gallery / "learned/loss.lkd.safetensors")
     assert made["pool"]["sha256"] == hash_folder(gallery / "learned/pool")
-    assert {entry["kind"] for entry in learned["used"]} == {"teacher"}
+    assert {entry["kind"] for entry in learned["used"]} == {"images", "teacher"}
     assert [entry["name"] for entry in student["made"]] == ["student.safetensors"]
 
 

@@ -32,6 +32,7 @@ from lkd.evaluation.comparison.trials import (
     was_method_learned,
 )
 from lkd.tracking.run import Run, evidence
+from lkd.training.answers import check_same_images
 from lkd.training.build import LossBuilder, choose_student
 from lkd.training.introduce import introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_names
@@ -41,6 +42,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     """Tune, run every trial, and write tables, picture, `picks.json` and `result.json`; the table's rows."""
     check_names(recipe.train)
     inputs = open_inputs(recipe)
+    check_same_images(inputs.images, run)
     check_methods(recipe, inputs)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]
     run.say(*(introduce_network("student", student, inputs.images, run.device, recipe.train) for student in students))

@@ -254,7 +254,7 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
 def figures_of(table: list[Row], baseline: str) -> dict[str, float]:
     """The figures of `result.json`: test accuracy, percent, last epoch; the first student's have no student's name.
 
-    Where two labels give the same key, the later one is numbered.
+    Where a label looks like that of another method with its student, the later one is numbered.
     """
     first = table[0]["student"]
     figures: dict[str, float] = {"methods": len({row["method"] for row in table}), "seeds": table[0]["seeds"]}
