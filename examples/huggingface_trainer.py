@@ -36,6 +36,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *, teacher: nn.Module, loss_name: str, trust: Any = None, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: this loss computes from plain labels; leave it out")
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.learned = lkd.load_loss(loss_name, trust).to(self.args.device)
         self.add_callback(TrustCallback(self.learned))
