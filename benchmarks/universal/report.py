@@ -209,8 +209,10 @@ def main() -> int:
     without = [arm for arm in (UNKNOWN, NOT_HELD_OUT) if any(arm in world for world in found.values())]
     if without:
         tables.append(tabulate_arms(found, without, CE))
-    if changed or files:
-        tables.append(tabulate_arms(found, [*changed, *files], UNIVERSAL))
+    labels = [arm for arm in changed if arm.endswith(" labels")]
+    for arms in ([arm for arm in changed if arm not in labels] + files, labels):
+        if arms:
+            tables.append(tabulate_arms(found, arms, UNIVERSAL))
     write_text(options.out / "table.md", "\n\n".join(tables) + "\n")
     draw_regrets(found, options.out / "regrets.png")
     command = "python benchmarks/universal/run.py DATA RUN_DIR && python benchmarks/universal/report.py RUN_DIR OUT"
