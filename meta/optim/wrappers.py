@@ -180,6 +180,14 @@ def clip_each_student(optimizer: Optimizer) -> Optimizer:
         return replace(optimizer, optimizer=clip_each_student(optimizer.optimizer), stacked=True)
     if isinstance(optimizer, Averaged):
         return replace(optimizer, optimizer=clip_each_student(optimizer.optimizer))
+    if isinstance(optimizer, Grouped):
+        groups: dict[int, tuple[Optimizer, Optimizer]] = {}  # parameters of one group share one object
+
+        def select(name: str) -> Optimizer:
+            own = optimizer.select(name)
+            return groups.setdefault(id(own), (own, clip_each_student(own)))[1]
+
+        return Grouped(select)
     if isinstance(optimizer, PerStep):
 
         def choose(step: int) -> tuple[Optimizer, int]:

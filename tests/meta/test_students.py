@@ -6,7 +6,9 @@ from bilevel_problems import learned_loss_problem, relative_distance
 
 from meta import State, stack_students, unstack_state
 from meta.estimators import adjoint, first_order
-from meta.optim import SGD, AdamW, Averaged, Clipped
+from meta.optim import SGD, AdamW, Averaged, Clipped, Grouped
+
+CONVOLUTION, OTHERS = Clipped(SGD(0.05, 0.9), 0.05), Clipped(SGD(0.02, 0.9), 0.05)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,7 @@ from meta.optim import SGD, AdamW, Averaged, Clipped
         (AdamW(0.01), False),
         (Clipped(SGD(0.05, 0.9), 0.05), True),
         (Averaged(Clipped(AdamW(0.01), 0.05), 0.5), False),
+        (Grouped(lambda name: CONVOLUTION if name.startswith("0") else OTHERS), True),
     ],
 )
 def test_a_stack_gives_the_mean_hypergradient_and_every_students_state(optimizer, carry_momentum):
