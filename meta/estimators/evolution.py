@@ -27,7 +27,7 @@ def evolution(problem: Problem, *, pairs: int = 8, spread: float = 0.1, seed: in
         problem: The problem.
         pairs: Of rollouts under opposite perturbations.
         spread: Standard deviation of the perturbation of every outer parameter.
-        seed: Of the perturbations.
+        seed: Of the perturbations: equal seeds try equal directions, so an outer loop gives each call its own.
     """
     check_inputs(problem)
     if pairs < 1 or not 0 < spread < math.inf:
@@ -36,10 +36,8 @@ def evolution(problem: Problem, *, pairs: int = 8, spread: float = 0.1, seed: in
     draws = torch.Generator().manual_seed(seed)
 
     def run(values: Tensors) -> tuple[State, Tensor]:
-        # All rollouts draw the same random numbers: their differences come from the perturbations alone.
-        with replaying(generators):
-            end = rollout(replace(problem, hyper=values))
-            value = problem.evaluate(end)
+        end = rollout(replace(problem, hyper=values))
+        value = problem.evaluate(end)
         if value.dim() != 0:
             raise ValueError(f"the outer loss must be a scalar, but has shape {tuple(value.shape)}")
         return end, value
@@ -47,8 +45,11 @@ def evolution(problem: Problem, *, pairs: int = 8, spread: float = 0.1, seed: in
     grads: Tensors = {}
     for _ in range(pairs):
         drawn = {name: spread * torch.randn(value.shape, generator=draws).to(value) for name, value in hyper.items()}
-        _, ahead = run(add(hyper, drawn))
-        _, behind = run({name: value - drawn[name] for name, value in hyper.items()})
+        # All rollouts draw the same random numbers: their differences come from the perturbations alone.
+        with replaying(generators):
+            _, ahead = run(add(hyper, drawn))
+        with replaying(generators):
+            _, behind = run({name: value - drawn[name] for name, value in hyper.items()})
         weight = (ahead - behind) / (2 * spread**2 * pairs)
         grads = add(grads, {name: weight * perturbation for name, perturbation in drawn.items()})
     end, value = run(hyper)

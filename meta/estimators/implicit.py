@@ -9,6 +9,7 @@ from meta.estimators.parts import collect
 from meta.linear_solvers import Vector, solve_conjugate_gradient, sum_neumann
 from meta.optim import SGD, Adam, AdamW, build_optimizer, evaluation_parameters, setting_at
 from meta.problem import Hypergradient, Problem
+from meta.randomness import read_generators, replaying
 from meta.rollout import drop_missing, rollout, take_inner_loss
 from meta.tensors import as_leaves
 from meta.walk import outer_cotangents
@@ -54,7 +55,7 @@ def implicit(
     end = rollout(problem)
     value, cotangents = outer_cotangents(problem, end)
 
-    with torch.enable_grad():
+    with replaying(read_generators(end.parameters)), torch.enable_grad():
         point = as_leaves(evaluation_parameters(end))
         loss, _ = take_inner_loss(problem, point, end.buffers, leaves, problem.inner_batches[-1])
         found = torch.autograd.grad(loss, list(point.values()), create_graph=True, allow_unused=True)

@@ -180,6 +180,23 @@ def test_dropout_is_replayed(estimator):
     assert verify(estimator, replace(problem, inner_loss=noisy)).relative_error < 1e-4
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_random_numbers_are_drawn_as_by_the_rollout_alone(name):
+    """So that what is drawn next does not depend on the estimator."""
+    problem = learned_loss_problem()
+
+    def noisy(parameters, buffers, hyper, batch):
+        loss, buffers = problem.inner_loss(parameters, buffers, hyper, batch)
+        return loss * torch.rand(()), buffers
+
+    drawn = []
+    for solve in (rollout, ESTIMATORS[name]):
+        torch.manual_seed(0)
+        solve(replace(problem, inner_loss=noisy))
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("estimator", [partial(adjoint, chunk=1), first_order])
 def test_the_first_tensor_that_is_not_finite_is_named(estimator):
     problem = learned_loss_problem(steps=4)
