@@ -49,7 +49,7 @@ def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
     data, teacher, meta = (recipe.get(name, {}) for name in ("data", "teacher", "meta"))
     students = recipe.get("students") or [recipe.get("student", {})]
     facts = {
-        "learned": None if was_learned({"provenance": provenance}) else f"{NOT_LEARNED}: the initial loss was the best",
+        "learned": None if was_learned({"provenance": provenance}) else f"{NOT_LEARNED}: it is the initial one",
         "data": data.get("name"),
         "training images": data.get("train_size") or ("all" if data else None),
         "meta-validation images": data.get("meta_validation_size"),

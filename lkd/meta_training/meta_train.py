@@ -199,7 +199,8 @@ def save_results(
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
     kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
     start = loop.settings.start
-    learned = kept > 0 or not reuse.rows or start is not None
+    changed = kept > 0 if reuse.rows else loop.guard.counted > 0
+    learned = changed or start is not None
     provenance = run.provenance() | {
         "split": images.fingerprint,
         "learned": learned,

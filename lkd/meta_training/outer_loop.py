@@ -47,6 +47,7 @@ from meta import (
     Tensors,
     outer_step,
 )
+from meta.estimators import evolution
 from meta.optim import Averaged
 
 AUDITED = "audited"
@@ -131,7 +132,8 @@ class OuterLoop:
             self.course += [(progress, copy_state(self.loss))] if progress < 1 else []
         self.seconds += time.perf_counter() - started
         self.work_seconds += (read_clock(self.device) - work_started) * count_processes()
-        gathered = gather_objects((self.balances, result.left_out, result.norms))
+        own = [f"{self.numbers[int(index)]}: {why}" for index, _, why in (x.partition(": ") for x in result.left_out)]
+        gathered = gather_objects((self.balances, own, result.norms))
         self.balances, left_out, norms = (list(chain(*parts)) for parts in zip(*gathered, strict=True))
         self.warnings = self.guard.record(self.step, norms, left_out, 1 if self.course else self.rollout_length())
         return result._replace(left_out=tuple(left_out), norms=tuple(norms))
@@ -155,7 +157,10 @@ class OuterLoop:
     def differentiate_pool_student(self, number: int) -> Hypergradient:
         """Roll a student of the pool out, and differentiate its outer loss with respect to the loss's weights."""
         problem = self.build_problem(number)
-        hypergradient = self.estimator(problem)
+        estimator = self.estimator
+        if estimator is evolution:  # equal seeds would leave the loss in the span of a few directions
+            estimator = partial(evolution, seed=draw_seed(self.seed, 12, self.step, number))
+        hypergradient = estimator(problem)
         place = self.choose_world(number)[1]
         state, network, name = problem.state, self.networks[place], self.worlds[place].name
         batch = problem.inner_batches[0]

@@ -144,6 +144,16 @@ def test_the_hypergradient_of_the_loss_networks_is_right(world, pool) -> None:
     assert verify(ESTIMATORS["unrolled"], problem, step_size=1e-6).relative_error < 1e-3
 
 
+def test_evolution_tries_other_directions_in_every_rollout(world, pool) -> None:
+    """Of eight pairs each; were they the same, no hypergradient would leave the span of eight."""
+    loop = make_loop(tiny_recipe(estimator="evolution", students_per_step=1, rollout_steps=1), world, pool)
+    rows = []
+    for loop.step in range(10):
+        grads = loop.differentiate_pool_student(0).grads.values()
+        rows.append(torch.cat([gradient.flatten() for gradient in grads]))
+    assert torch.linalg.matrix_rank(torch.nn.functional.normalize(torch.stack(rows)), tol=1e-3) == 10
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs.
 
@@ -289,6 +299,21 @@ def test_the_guard_leaves_out_what_is_far_above_the_median_and_shortens_rollouts
     assert all(part in line for part in ("6 of 16", "halved 1 times", "ended at 0.5"))
     saved.record(17, [1.0], [], 1)
     assert saved.record(18, [], ["0: weight"], 1)[-1].startswith("outer step 18"), "the count starts anew"
+
+
+def test_a_student_that_is_left_out_is_named_by_its_own_number(world, pool, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.meta_training.outer_loop.share_out", lambda count, name: range(count // 2, count))
+    loop = make_loop(tiny_recipe(estimator="first_order"), world, pool)
+    monkeypatch.setattr(loop, "estimator", lambda problem: ESTIMATORS["first_order"](problem)._replace(fault="x"))
+    assert loop.run_step().left_out == ("1: x",), "of the second of two processes"
+
+
+def test_a_loss_of_no_hypergradient_was_not_learned() -> None:
+    recipe = tiny_recipe(YOUNG, outer_steps=1, estimator="first_order")
+    recipe.train.learning_rate = 1e25
+    provenance = read_provenance(run_recipe(recipe))
+    assert provenance["hypergradients"]["counted"] == 0
+    assert not provenance["learned"]
 
 
 def test_the_cost_of_a_training_that_diverges_is_measured(world) -> None:

@@ -232,7 +232,7 @@ def write_results(recipe: CompareRecipe, picks: dict[str, Method], folder: Path)
     return table
 
 
-UNLEARNED = f"{NOT_LEARNED}: no look at reuse was better than the initial loss, which is what its file holds."
+UNLEARNED = f"{NOT_LEARNED}: its file holds the initial loss; no look at reuse was better, or no hypergradient counted."
 
 
 def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row], rows: list[Row]) -> list[str]:

@@ -32,7 +32,8 @@ def save_loss(path: str | Path, loss: LearnedLoss | ReplayedLoss, provenance: di
         path: The file; by custom it ends in `.lkd.safetensors`.
         loss: The loss, or its course over a training.
         provenance: What it was trained with: recipe, data, splits, seeds, versions, validation curve; JSON. `learned`
-            is false of a loss that is what its meta-training began with: no look at reuse found a better one.
+            is false of a loss that is what its meta-training began with: no look at reuse found a better one, or no
+            hypergradient counted.
     """
     first: Any = loss.losses[0] if isinstance(loss, ReplayedLoss) else loss
     parts = {
