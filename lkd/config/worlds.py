@@ -81,6 +81,8 @@ def draw_value(field: str, values: Any, chance: random.Random) -> Any:
         log = values.get("log", False)
         if -math.inf < low <= high < math.inf and (low > 0 or not log):
             whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+            if whole and not log:  # rounding would draw the bounds half as often as what lies between
+                return chance.randint(round(low), round(high))
             value = math.exp(chance.uniform(math.log(low), math.log(high))) if log else chance.uniform(low, high)
             return round(value) if whole else float(f"{value:.4g}")
     raise UserError(

@@ -31,6 +31,7 @@ from lkd.tracking.run import Run
 from lkd.training.build import Images, StudentBuilder
 from lkd.training.checkpoints import Checkpoints, run_steps
 from lkd.training.distill import start_training
+from lkd.training.optimizer import scale_learning_rate
 from lkd.training.training import DivergedError, Training
 from meta import State
 from meta.optim import read_slots
@@ -79,7 +80,7 @@ class PoolStudent(NamedTuple):
 
     Attributes:
         state: Parameters, buffers and the optimiser's state.
-        learning_rate: Of its next step.
+        learning_rate: Of its next step; in a warm-up, the one that this goes up to.
         progress: Its age: the part of its training that was over, in [0, 1].
     """
 
@@ -101,7 +102,11 @@ def write_student(path: Path, training: Training) -> None:
     slots = read_slots(training.optimizer, training.student)
     parts: dict[str, dict[str, Any]] = {"parameters": parameters, "buffers": buffers, **slots}
     tensors: dict[str, Tensor] = {f"{part}:{name}": x for part, each in parts.items() for name, x in each.items()}
-    header = {"learning_rate": training.learning_rate, "progress": training.progress, "step": training.step}
+    recipe = training.recipe
+    warming = training.step < (recipe.warmup_steps or recipe.warmup_epochs * training.batches.steps_per_epoch)
+    # A rollout at a rate of next to nothing would learn nothing, and its hypergradient would vanish.
+    rate = scale_learning_rate(recipe) if warming else training.learning_rate
+    header = {"learning_rate": rate, "progress": training.progress, "step": training.step}
     write_tensors(path, tensors, KIND, VERSION, header)
 
 

@@ -72,6 +72,17 @@ def test_a_pool_keeps_whole_students_and_goes_on_where_it_stopped() -> None:
         open_pool(Path(), images, architecture)
 
 
+def test_rollouts_do_not_start_at_the_rate_of_a_warm_up() -> None:
+    """That of a fresh student would be 0, and so would its hypergradient."""
+    recipe = tiny_recipe({"students": 1})
+    recipe.train = TrainRecipe(epochs=2, batch_size=20, learning_rate=0.2, learning_rate_for_batch=40, warmup_epochs=1)
+    world = open_world(recipe)
+    with open_run(recipe, "pool", quiet=True) as run:
+        pool = make_pool(recipe, world, run.path / "pool", run)
+    rates = [pool.read(position, world.student.make()).learning_rate for position in range(3)]
+    assert rates == pytest.approx([0.1, 0.1 * half_cosine(0.5), 0])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_pools_that_one_process_was_stopped_at_stop_all(rank: int, monkeypatch) -> None:
     """Those whose pools are done, too."""

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def test_worlds_are_drawn_within_their_ranges_and_of_the_seed_alone() -> None:
     assert sum(world.teacher.logit_scale < 1 for world in drawn) in range(3, 14), "not even in the logarithm"
     assert {world.student.name for world in drawn} == {"tiny_cnn", "small_cnn"}
     assert all(isinstance(world.train.batch_size, int) for world in drawn)
+    drawn = expand({}, worlds=300, values={"train.epochs": {"low": 1, "high": 3}}).values()
+    counts = Counter(world.train.epochs for world in drawn)
+    assert all(75 < counts[epochs] < 125 for epochs in (1, 2, 3)), "whole numbers are not even"
 
 
 @pytest.mark.parametrize(
