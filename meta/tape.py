@@ -46,7 +46,7 @@ class Tape:
         """Start to record.
 
         Args:
-            module: The student. Only parameters that require gradients are recorded.
+            module: The student. Only parameters that require gradients and that the optimiser steps are recorded.
             optimizer: Its optimiser: SGD, Adam or AdamW of torch.
             hyper: The outer parameters.
             steps: How many steps to keep.
@@ -108,7 +108,9 @@ class Tape:
         self._optimizers.append(Clipped(optimizer, self._clip_norm) if self._clip_norm else optimizer)
 
     def _parameters(self) -> Tensors:
-        return {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
+        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        named = self.module.named_parameters()
+        return {name: tensor for name, tensor in named if tensor.requires_grad and id(tensor) in stepped}
 
     def _read_state(self, buffers: Tensors) -> State:
         return State(copy(self._parameters()), copy(buffers), read_slots(self.optimizer, self.module))

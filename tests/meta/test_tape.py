@@ -70,6 +70,33 @@ def test_the_tape_of_a_real_loop_equals_the_estimator(kind, functional):
     optimizer.step()
 
 
+def test_what_the_optimizer_does_not_step_is_held_constant():
+    """Though it has gradients, which nobody clears."""
+    torch.manual_seed(0)
+    student = Student().double().eval()
+    weights = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    batches = [(torch.randn(5, 6, dtype=torch.float64), torch.randint(3, (5,))) for _ in range(4)]
+    start = State({f"head.{n}": p.detach().clone() for n, p in student.head.named_parameters()}, {}, {})
+
+    def inner_loss(parameters, buffers, hyper, batch):
+        logits, buffers = call_module(student, parameters, buffers, batch[0])
+        return weighted_loss(logits, batch[1], hyper["weights"]), buffers
+
+    def outer_loss(parameters, buffers, batch):
+        return F.cross_entropy(call_module(student, parameters, buffers, batch[0])[0], batch[1])
+
+    optimizer = torch.optim.SGD(student.head.parameters(), lr=0.1)
+    tape = Tape(student, optimizer, {"weights": weights}, steps=3)
+    for batch in batches[:3]:
+        tape.watch(batch)
+        optimizer.zero_grad()
+        weighted_loss(student(batch[0]), batch[1], weights).backward()
+        optimizer.step()
+    taped = tape.hypergradient(inner_loss, outer_loss, batches[3])
+    problem = Problem(inner_loss, outer_loss, start, {"weights": weights}, batches[:3], batches[3], SGD(0.1))
+    assert relative_distance(taped.grads, first_order(problem).grads) < 1e-8
+
+
 def test_an_empty_tape_and_an_unknown_optimizer_are_errors():
     student = Student()
     with pytest.raises(ValueError, match="unsupported inner optimiser Adagrad"):
