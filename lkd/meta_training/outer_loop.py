@@ -335,9 +335,9 @@ class OuterGuard:
     """Keeps exploding hypergradients out of the loss and of the outer optimiser's moments.
 
     A hypergradient that is not finite is left out always; one whose norm is more than `factor` times the median of the
-    last 50 that counted (once 10 are known), too. After three outer steps in a row in which none counted rollouts are
-    halved, or, once they are one step long, the outer learning rate; the norms known so far are then forgotten: they
-    are those of longer rollouts.
+    last 50 that counted and did not vanish (once 10 are known), too. After three outer steps in a row in which none
+    counted rollouts are halved, or, once they are one step long, the outer learning rate; the norms known so far are
+    then forgotten: they are those of longer rollouts.
 
     Args:
         factor: How many times the median a norm may be; 0 for any finite norm.
@@ -375,7 +375,7 @@ class OuterGuard:
         Returns:
             What to tell the user.
         """
-        self.norms = [*self.norms, *norms][-WINDOW:]
+        self.norms = [*self.norms, *(norm for norm in norms if norm)][-WINDOW:]  # a median of 0 would bar all others
         self.counted += len(norms)
         self.left_out += len(left_out)
         short = [reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..." for reason in left_out]

@@ -289,6 +289,11 @@ def test_the_guard_leaves_out_what_is_far_above_the_median_and_shortens_rollouts
         assert said == [f"outer step {step}: hypergradient left out: student 0: norm 1e+03 > 100"]
     assert guard.record(13, [], ["0: weight"], 100)[-1].endswith("rollouts are halved to 50 steps")
     assert (guard.shorten(100), guard.shorten(1), guard.bound) == (50, 1, math.inf)
+    quiet = OuterGuard(100.0)
+    quiet.record(1, [0.0] * 20, [], 100)
+    assert quiet.bound == math.inf, "those that vanish say nothing of the others"
+    quiet.record(2, [0.0, 0.5] * 10, [], 100)
+    assert (quiet.bound, quiet.counted) == (50.0, 40)
     saved = OuterGuard(100.0)
     saved.load_state_dict(guard.state_dict())
     for step in (14, 15):
