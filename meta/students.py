@@ -27,7 +27,8 @@ def stack_students(problems: Sequence[Problem]) -> Problem:
             one architecture, and their optimisers have taken equally many steps.
 
     Raises:
-        ValueError: There are no students, or their states do not have the same names.
+        ValueError: There are no students, their states do not have the same names, or their optimisers have taken
+            different numbers of steps.
     """
     if not problems:
         raise ValueError("there are no students to stack")
@@ -36,6 +37,12 @@ def stack_students(problems: Sequence[Problem]) -> Problem:
     names = [{tree: sorted(tensors) for tree, tensors in student.items()} for student in trees]
     if any(found != names[0] for found in names):
         raise ValueError("the students' states do not have the same names")
+    counts = [[int(count) for count in state.optimizer.get("step", {}).values()] for state in states]
+    if any(found != counts[0] for found in counts):
+        raise ValueError(
+            "the students' optimisers have taken different numbers of steps, of which a stack has one: stack students "
+            "of one age, or with State(parameters, buffers, {})"
+        )
 
     def inner_loss(parameters: Tensors, buffers: Tensors, hyper: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
         over_students = torch.func.vmap(first.inner_loss, in_dims=(0, 0, None, 0), randomness="different")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bilevel_problems import learned_loss_problem, relative_distance
 
-from meta import State, stack_students, unstack_state
+from meta import State, rollout, stack_students, unstack_state
 from meta.estimators import adjoint, first_order
 from meta.optim import SGD, AdamW, Averaged, Clipped, Grouped
 
@@ -61,5 +61,10 @@ def test_students_of_different_kinds_do_not_stack():
     other = replace(problem, state=problem.state._replace(optimizer={}))
     with pytest.raises(ValueError, match="do not have the same names"):
         stack_students([problem, other])
+    problem = learned_loss_problem(2, AdamW(0.01), carry_momentum=False)
+    problem = replace(problem, state=rollout(problem))
+    older = replace(problem, state=rollout(problem))
+    with pytest.raises(ValueError, match="different numbers of steps"):
+        stack_students([problem, older])
     with pytest.raises(ValueError, match="no students"):
         stack_students([])
