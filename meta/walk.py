@@ -45,10 +45,9 @@ def outer_cotangents(problem: Problem, end: State) -> tuple[Tensor, State]:
         name: torch.zeros_like(tensor) if gradient is None else gradient
         for (name, tensor), gradient in zip(parameters.items(), found, strict=True)
     }
-    if "average" in end.optimizer:
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in end.parameters.items()}
-        return value.detach(), State(zeros, {}, {"average": cotangents})
-    return value.detach(), State(cotangents, {}, {})
+    average = {name: cotangents[name] for name in end.optimizer.get("average", {})}
+    plain = {name: torch.zeros_like(x) if name in average else x for name, x in cotangents.items()}
+    return value.detach(), State(plain, {}, {"average": average} if average else {})
 
 
 def walk_back(segments: Sequence[Segment], cotangents: State, pull_back: PullBack[Segment]) -> Walk:

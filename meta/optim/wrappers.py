@@ -171,7 +171,7 @@ class PerStep:
 
 def evaluation_parameters(state: State) -> Tensors:
     """Return the parameters that the outer loss sees: the averaged ones where there is an average."""
-    return state.optimizer.get("average", state.parameters)
+    return state.parameters | state.optimizer.get("average", {})  # of a group's parameters alone, perhaps
 
 
 def clip_each_student(optimizer: Optimizer) -> Optimizer:

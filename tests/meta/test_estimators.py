@@ -29,6 +29,7 @@ SGDS = {
 }
 DIFFERENTIATING = sorted(ESTIMATORS.keys() - {"evolution"})
 BIASED, PLAIN = AdamW(0.01), SGD(0.05, momentum=0.9, weight_decay=1e-2)
+SMOOTH = Averaged(BIASED, 0.6)
 OPTIMIZERS = SGDS | {
     "adam": Adam(0.01, weight_decay=1e-2),
     "adamw": AdamW(0.01, weight_decay=0.1),
@@ -36,6 +37,7 @@ OPTIMIZERS = SGDS | {
     "averaged": Averaged(SGD(0.05, momentum=0.9), 0.6),
     "clipped averaged adamw": Clipped(Averaged(AdamW(0.01), 0.6), 0.1),
     "grouped": Grouped(lambda name: BIASED if name.endswith("bias") else PLAIN),
+    "partly averaged": Grouped(lambda name: SMOOTH if name.endswith("bias") else PLAIN),
 }
 
 
@@ -57,6 +59,14 @@ def test_every_optimizer_is_differentiated_rightly(optimizer):
     assert verify(partial(adjoint, chunk=2), problem).relative_error < 1e-5
     for name, estimator in BY_DIFFERENCES.items():
         assert relative_distance(estimator(problem).grads, exact.grads) < 1e-4, name
+
+
+def test_the_outer_loss_sees_the_averages_of_a_group_and_the_last_iterates_of_the_rest():
+    problem = learned_loss_problem(optimizer=OPTIMIZERS["partly averaged"], carry_momentum=False)
+    end = rollout(problem)
+    seen = {name: end.optimizer["average"].get(name, tensor) for name, tensor in end.parameters.items()}
+    assert {name for name in seen if seen[name] is not end.parameters[name]} == {"0.bias", "1.bias", "5.bias"}
+    torch.testing.assert_close(adjoint(problem).outer_value, problem.outer_loss(seen, end.buffers, problem.outer_batch))
 
 
 @settings(max_examples=15, deadline=None)
