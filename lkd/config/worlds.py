@@ -16,7 +16,10 @@ PARTS = ("data", "teacher", "student", "train")
 def expand_worlds(recipe: MetaTrainRecipe) -> dict[str, StudentRecipe]:
     """Name → data, teacher, student and training of each world: those listed, then those drawn; empty without any."""
     differences = {name: find_differences(name, recipe.worlds) for name in recipe.worlds}
-    differences |= draw_worlds(recipe.draw, differences)
+    drawn = draw_worlds(recipe.draw, differences)
+    if taken := sorted(drawn.keys() & differences.keys()):
+        raise UserError(f"worlds.{taken[0]}: a drawn world has this name too; take another one")
+    differences |= drawn
     if not differences:
         return {}
     if recipe.students:

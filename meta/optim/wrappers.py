@@ -119,6 +119,8 @@ class Averaged:
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
+        if isinstance(self.optimizer, Averaged):
+            raise ValueError("Averaged: its optimiser averages already, and there is one slot for an average")
 
     def update(self, before: State, gradients: Tensors, step: int) -> State:
         old = evaluation_parameters(before)

@@ -86,6 +86,7 @@ def test_worlds_are_drawn_within_their_ranges_and_of_the_seed_alone() -> None:
         ({"a": {}}, {"worlds": 1, "of": ["c"]}, "draw.of: there is no world 'c'; there are a"),
         ({"a": {}}, {"worlds": 1, "values": {"data.label_noise": []}}, "draw.values.data.label_noise: nothing can be"),
         ({"a": {}}, {"worlds": 1, "values": {"train.epochs": {"low": 3, "high": 2}}}, "draw.values.train.epochs: noth"),
+        ({"drawn-00": {}}, {"worlds": 1}, "worlds.drawn-00: a drawn world has this name too"),
         ({"a": {}}, {"worlds": 1, "values": {"seed": [1]}}, "worlds.drawn-00: unknown key 'seed'"),
     ],
 )

@@ -197,3 +197,8 @@ def test_nesterov_needs_momentum_without_dampening():
         SGD(0.1, nesterov=True)
     with pytest.raises(ValueError, match="Nesterov"):
         SGD(0.1, momentum=0.9, dampening=0.1, nesterov=True)
+
+
+def test_an_average_of_an_average_is_refused():
+    with pytest.raises(ValueError, match="averages already"):
+        Averaged(Averaged(SGD(0.1), 0.9), 0.9)
