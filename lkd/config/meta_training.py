@@ -92,7 +92,8 @@ class MetaSettings:
         clip_each: Each student's hypergradient is scaled down to this norm before they are averaged: those of
             different worlds differ a hundredfold; 0 turns it off.
         hide_trust: Part of the rollouts in which a loss that reads trust (`Trust`) is not told it, so that it learns to
-            do without; the student's own accuracy is hidden in as many, independently.
+            do without; the student's own accuracy is hidden in as many, independently. A student that is trained while
+            the loss learns (`interleaving`) tells it all.
         start: The loss to start from, a file; fresh networks if left out. `loss` then has no say.
         exploding_norm: A hypergradient whose norm is more than so many times the median of the latest ones is left
             out; 0 leaves out only those that are not finite.
