@@ -114,6 +114,12 @@ class FitNetLoss(PairedLoss):
         return {"distillation": torch.stack(errors).mean()}
 
 
+def check_several(name: str, maps: Maps) -> None:
+    """Check that there are images to compare with each other: of one alone the distance is 0, whatever it shows."""
+    if len(maps[0][0]) < 2:
+        raise UserError(f"loss {name!r} compares images with each other: a batch of 1 has none; raise train.batch_size")
+
+
 class RKDLoss(PairedLoss):
     """Relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019, arXiv 1904.05068).
 
@@ -144,8 +150,7 @@ class RKDLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distance=distance, angle=angle)
 
     def measure(self, maps: Maps) -> Terms:
-        if len(maps[0][0]) < 2:
-            raise UserError("loss 'rkd' compares images with each other: a batch of 1 has none; raise train.batch_size")
+        check_several("rkd", maps)
         pooled = [(functions.pool(ours), functions.pool(theirs)) for ours, theirs in maps]
         distance = torch.stack([smooth_l1_loss(distances(ours), distances(theirs)) for ours, theirs in pooled])
         angle = torch.stack([smooth_l1_loss(angles(ours), angles(theirs)) for ours, theirs in pooled])
@@ -171,7 +176,7 @@ class SimilarityPreservingLoss(PairedLoss):
 
     task · CE + distillation / B² · Σ over pairs of ‖G(teacher) − G(student)‖²_F.
     G = Q Qᵀ with rows scaled to unit length, Q being the flattened features of the batch, [B, c · h · w]: no shapes
-    need agree. The weight 3000 is that of RepDistiller's recipe.
+    need agree. The weight 3000 is that of RepDistiller's recipe. A batch of one image is refused with `UserError`.
 
     Args:
         student: The student's stages.
@@ -187,6 +192,7 @@ class SimilarityPreservingLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
+        check_several("sp", maps)
         distances = [(similarities(ours) - similarities(theirs)).square().mean() for ours, theirs in maps]
         return {"distillation": torch.stack(distances).sum()}
 

@@ -9,7 +9,6 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import DistillationLoss, wrap_loss
 from lkd.losses.build import FEATURE_LOSSES, build_loss
-from lkd.losses.features import RKDLoss
 
 STUDENT = {"shallow": (6, 8, 8), "middle": (8, 4, 4), "deep": (12, 2, 2)}
 TEACHER = {"low": (10, 16, 16), "half": (9, 8, 8), "high": (7, 4, 4), "top": (20, 2, 2)}
@@ -197,15 +196,16 @@ def test_bad_specifications_are_one_clear_line(specification, message: str) -> N
     assert "\n" not in str(error.value)
 
 
-def test_a_feature_loss_needs_stages_and_rkd_two_images() -> None:
+def test_a_feature_loss_needs_stages_and_some_two_images() -> None:
     with pytest.raises(UserError, match="'at' reads features: give build_loss"):
         build_loss("at")
     with pytest.raises(UserError, match="the student gives no features"):
         build_loss("at", {}, TEACHER)
     with pytest.raises(UserError, match=r"shape \[5, 7\] is neither a map \[c, h, w\] nor a square grid of tokens"):
         build_loss("sp", {"tokens": (5, 7)}, TEACHER)
-    with pytest.raises(UserError, match=r"'rkd' compares images with each other: a batch of 1"):
-        RKDLoss(STUDENT, TEACHER)(*draw(batch=1))
+    for name in ("rkd", "sp"):
+        with pytest.raises(UserError, match=rf"'{name}' compares images with each other: a batch of 1"):
+            build_loss(name, STUDENT, TEACHER)(*draw(batch=1))
 
 
 def test_a_user_s_function_or_module_becomes_a_loss() -> None:
