@@ -352,6 +352,10 @@ class TorchdistillLoss(DistillationLoss):
         self.distillation = self.recipe.distillation if distillation is None else distillation
         check_options(task=self.task, distillation=self.distillation)
         self.options = self.recipe.options | options
+        if not self.options.get("alpha", 1):
+            raise ValueError(
+                f"alpha: at {self.options['alpha']} torchdistill leaves out beta and temperature²; take more"
+            )
         pairs = choose_pairs(stages, student_stages, teacher_stages, self.recipe.pairing) if self.recipe.pairing else []
         if len(pairs) > 1 and name not in (*ADAPTERS, "HierarchicalContextLoss"):
             raise ValueError(f"stages: it takes one pair [student stage, teacher stage], not {len(pairs)}")
@@ -361,7 +365,8 @@ class TorchdistillLoss(DistillationLoss):
         wiring = wire(name, self.criterion_class, shaped, self.options)
         self.criteria, self.student_taps, self.teacher_taps = (nn.ModuleList(part) for part in wiring[:3])
         self.term_names = wiring.terms
-        self.needs_index, self.reads_logits = name == "CRDLoss", not self.recipe.pairing
+        self.needs_index = name == "CRDLoss"
+        self.reads_logits = any(isinstance(tap, Tap) and tap.path == "logits" for tap in self.teacher_taps)
 
     def enroll(self, index: Tensor, labels: Tensor) -> None:
         """Learn which images there are, and lay out CRD's memory."""
@@ -389,7 +394,7 @@ class TorchdistillLoss(DistillationLoss):
             ValueError: If `enroll` was not called, or `index` (identity of each image, [B]) not given, where
                 `needs_index`.
         """
-        target = check_target(student.logits, target) if self.recipe.pairing else check_batch(student, teacher, target)
+        target = check_batch(student, teacher, target) if self.reads_logits else check_target(student.logits, target)
         if self.recipe.several_images and len(student.logits) < 2:
             raise UserError(f"loss 'torchdistill/{self.name}' needs at least 2 images a batch; raise train.batch_size")
         with full_precision(student.logits):

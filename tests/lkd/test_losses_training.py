@@ -174,12 +174,23 @@ def test_every_loss_of_torchdistill_is_run_or_refused() -> None:
         ({"name": "torchdistill/PKTLoss", "stages": [["a", "a"], ["b", "b"]]}, "takes one pair .* not 2"),
         ({"name": "torchdistill/ATLoss", "mode": "neither"}, "mode `neither`"),
         ({"name": "torchdistill/RKDLoss", "task": -1}, "task: -1 is negative"),
+        ({"name": "torchdistill/KDLoss", "alpha": 0, "beta": 9.0}, "alpha: at 0 torchdistill leaves out beta"),
+        ({"name": "torchdistill/LogitStdKDLoss", "alpha": None, "beta": 9.0}, "alpha: at None torchdistill"),
     ],
 )
 def test_bad_specifications_are_one_clear_line(specification, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build_loss(specification, STAGES, STAGES)
     assert "\n" not in str(error.value)
+
+
+def test_who_reads_the_teachers_logits_says_so() -> None:
+    loss = TorchdistillLoss("SRDLoss", STAGES, STAGES)
+    assert loss.reads_logits
+    assert not TorchdistillLoss("PKTLoss", STAGES, STAGES).reads_logits
+    features = {stage: torch.randn(4, *shape) for stage, shape in STAGES.items()}
+    with pytest.raises(UserError, match=r"the teacher's \[4, 7\]"):
+        loss(Outputs(torch.randn(4, 3), features), Outputs(torch.randn(4, 7), features), torch.arange(4) % 3)
 
 
 def test_without_torchdistill_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
