@@ -152,7 +152,7 @@ class TrainRecipe:
         layer_decay: Factor by which the learning rate falls from each layer to the one below it, from the head on
             (BEiT's); 1 for none.
         momentum: Of SGD, and of other optimisers that have one.
-        nesterov: Nesterov's momentum, of SGD.
+        nesterov: Nesterov's momentum, of sgd and sgdw.
         weight_decay: L2 penalty of sgd and adam, coupled as in torch; decoupled where the optimiser has it so (adamw).
         decay_norms_and_biases: Whether norms and biases, and what a network names in `no_weight_decay`, are decayed
             too. If left out yes with sgd, as the literature of distillation does, and no with others.
@@ -163,11 +163,11 @@ class TrainRecipe:
         schedule: timm's name of the learning-rate schedule, stepped every update (cosine, multistep, ...).
         milestones: Epochs at whose end the learning rate is multiplied by decay_rate; of schedule multistep only.
         decay_rate: Factor at every milestone (multistep, step), or the power (poly).
-        min_learning_rate: Where the schedule ends.
+        min_learning_rate: Where the schedule ends; multistep, step and constant have no such end.
         warmup_epochs: Linear warm-up.
         warmup_steps: The same in steps.
         warmup_learning_rate: Where warm-up starts.
-        cooldown_epochs: The last of `epochs`, after the schedule's end, at its last rate.
+        cooldown_epochs: The last of `epochs`, after the schedule's end, at `min_learning_rate`.
         precision: Of student and teacher: float32; bfloat16, by autocast, with weights and losses in float32; float16,
             whose gradients are scaled, for GPUs without bfloat16; or auto, which is bfloat16 on a GPU that has it
             (NVIDIA's from compute capability 8.0 on; T4 and V100 only emulate it), else float32. Rollouts of

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.optim import (
+    SGDW,
     create_optimizer_v2,
     get_optimizer_class,
     get_optimizer_info,
@@ -24,7 +25,9 @@ from lkd.models.stages import find_head, is_within
 FUSED_DEVICES = ("cpu", "cuda")
 DIFFERENTIABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimisers that have an adjoint in `meta.optim`; torch has a fused step of each."""
+WITH_NESTEROV = (torch.optim.SGD, SGDW)  # those that train.nesterov is of
 STEP_EPOCHS = 90  # of timm's schedule step
+ENDLESS = ("multistep", "step", "constant")  # schedules without a rate that they end with
 FIELDS = ("lr", "weight_decay", "momentum", "nesterov")  # of the recipe, no options
 
 
@@ -35,8 +38,8 @@ def build_optimizer(student: nn.Module, recipe: TrainRecipe, loss: nn.Module | N
     if kind in DIFFERENTIABLE and not {"fused", "foreach"} & options.keys():
         devices = {parameter.device.type for group in groups for parameter in group["params"]}
         options["fused"] = devices <= {*FUSED_DEVICES}
-    if kind is torch.optim.SGD:
-        options["nesterov"] = recipe.nesterov or recipe.optimizer == "nesterov"
+    if kind in WITH_NESTEROV:  # timm's own default of both is true
+        options["nesterov"] = recipe.nesterov or recipe.optimizer in ("nesterov", "nesterovw")
     rate, decay = scale_learning_rate(recipe), recipe.weight_decay
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     try:
@@ -64,8 +67,10 @@ def choose_optimizer(recipe: TrainRecipe) -> type:
             field = {"lr": "learning_rate"}.get(option, option)
             raise UserError(f"train.optimizer_options: {option} is a field of its own; give train.{field}")
         check_choice(f"train.optimizer_options of {name}", option, [*taken, "fallback_list"])
-    if recipe.nesterov and kind is not torch.optim.SGD:
-        raise UserError(f"train.nesterov: is of sgd, not of {name}; leave it out (timm has nadam, nadamw, nlars, ...)")
+    if recipe.nesterov and kind not in WITH_NESTEROV:
+        raise UserError(
+            f"train.nesterov: is of sgd and sgdw, not of {name}; leave it out (timm has nadam, nadamw, nlars, ...)"
+        )
     return kind
 
 
@@ -199,6 +204,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
             f"train.cooldown_epochs: {recipe.cooldown_epochs} leave nothing of train.epochs, {recipe.epochs}, before "
             "them; take fewer"
         )
+    for name in ("min_learning_rate", "cooldown_epochs"):
+        if recipe.schedule in ENDLESS and getattr(recipe, name):
+            raise UserError(
+                f"train.{name}: {getattr(recipe, name)} is of schedules that end at a rate (cosine, tanh, poly, wsd), "
+                f"not of {recipe.schedule}; leave it out"
+            )
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -133,6 +134,11 @@ def test_a_resumed_training_has_the_same_bits(images, changes: dict) -> None:
         ({"precision": "float16"}, "train.precision: float16"),
         ({"warmup_steps": 2, "warmup_epochs": 1}, "train.warmup_steps"),
         ({"cooldown_epochs": 2}, "train.cooldown_epochs: 2 leave nothing"),
+        (
+            {"schedule": "multistep", "milestones": [1], "cooldown_epochs": 1},
+            "train.cooldown_epochs: 1 is of schedules",
+        ),
+        ({"schedule": "constant", "min_learning_rate": 0.1}, "train.min_learning_rate: 0.1 is of schedules"),
         ({"swa_epochs": 1, "ema_decay": 0.9}, "train.swa_epochs"),
     ],
 )
@@ -140,6 +146,13 @@ def test_what_cannot_be_is_refused_before_any_work(images, changes: dict, messag
     train = TrainRecipe(**{"epochs": 2, "batch_size": 25} | changes)
     with pytest.raises(UserError, match=message):
         introduce_network("student", choose_student(VIT, images.train), images, CPU, train)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgdw", "momentum", "nesterov", "nesterovw"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_nesterovs_momentum_is_what_the_recipe_says(name: str, nesterov: bool) -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), TrainRecipe(optimizer=name, nesterov=nesterov))
+    assert optimizer.param_groups[0]["nesterov"] is (nesterov or name.startswith("nesterov"))
 
 
 @pytest.mark.parametrize("command", ["teacher", "distill", "compare"])
