@@ -168,4 +168,5 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     names = "warmup_epochs", "warmup_steps", "cooldown_epochs", "swa_epochs"
     shorter = {name: round(getattr(train, name) * epochs / train.epochs) for name in names}
     shorter["cooldown_epochs"] = min(shorter["cooldown_epochs"], epochs - 1)
+    shorter["warmup_epochs"] = min(shorter["warmup_epochs"], epochs - 1 - shorter["cooldown_epochs"])
     return replace(train, epochs=epochs, milestones=milestones, **shorter)

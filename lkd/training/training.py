@@ -298,6 +298,13 @@ def check_settings(recipe: TrainRecipe, batches: Batches, loss: DistillationLoss
         raise UserError(
             f"train.accumulation: {recipe.accumulation} does not divide the batch of one process, {size} images"
         )
+    last = recipe.epochs - recipe.cooldown_epochs
+    for name, steps in (("warmup_epochs", batches.steps_per_epoch), ("warmup_steps", 1)):
+        if (given := getattr(recipe, name)) and given * steps >= last * batches.steps_per_epoch:
+            raise UserError(
+                f"train.{name}: {given} leave nothing of train.epochs, {recipe.epochs}, before the cooldown: "
+                "train.learning_rate is never reached; take fewer"
+            )
     if recipe.sync_batchnorm and batches.device.type != "cuda":
         raise UserError("train.sync_batchnorm: works on GPUs only; leave it out")
     if shared and loss.needs_index:

@@ -145,5 +145,6 @@ def test_a_shorter_training_keeps_its_shape() -> None:
     short = shorten(whole, 24)
     assert (short.epochs, short.milestones, short.warmup_epochs) == (24, [15, 18, 21], 2)
     assert shorten(whole, 2).milestones == [1, 2]
+    assert shorten(TrainRecipe(epochs=5, warmup_epochs=3), 1).warmup_epochs == 0, "else it would be all of it"
     cool = TrainRecipe(epochs=10, cooldown_epochs=9)
     assert (shorten(cool, 5).cooldown_epochs, shorten(cool, 1).cooldown_epochs) == (4, 0)

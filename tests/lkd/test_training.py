@@ -87,6 +87,9 @@ def test_a_loss_that_is_not_finite_is_named(images) -> None:
         ({"schedule": "cosin"}, "train.schedule"),
         ({"schedule": "step"}, "train.schedule"),  # timm's falls every 90 epochs
         ({"accumulation": 3}, "train.accumulation"),
+        ({"epochs": 2, "warmup_epochs": 2}, "train.warmup_epochs: 2 leave nothing"),
+        ({"epochs": 3, "warmup_epochs": 1, "cooldown_epochs": 2}, "train.warmup_epochs: 1 leave nothing"),
+        ({"epochs": 1, "warmup_steps": 100}, "train.warmup_steps: 100 leave nothing"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(images, changes: dict, field: str) -> None:
