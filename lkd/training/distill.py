@@ -19,6 +19,7 @@ from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.images import Batch
 from lkd.data.splits import interleave_classes
+from lkd.influence.weighted_loss import InfluenceWeightedLoss
 from lkd.losses.learned.shares import gradient_shares
 from lkd.losses.logits import CrossEntropyLoss
 from lkd.losses.loss import DistillationLoss
@@ -64,6 +65,11 @@ def distill(
     run.say(introduce_network("student", parts.student, images, run.device, train, count_processes()))
     run.say(introduce_teacher(parts.teacher, images, run.device))
     run.say(f"loss: {parts.loss_title}")
+    if isinstance(loss, InfluenceWeightedLoss) and not loss.known and loss.settings.first_epoch >= train.epochs:
+        run.say(
+            f"warning: loss 'influence_weighted': first_epoch: {loss.settings.first_epoch} never comes in "
+            f"train.epochs, {train.epochs}, so that all weights stay 1"
+        )
     teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:

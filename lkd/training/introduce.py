@@ -39,7 +39,13 @@ def introduce_network(
         return line
     check_optimization(network, train, device)
     size = max(1, train.batch_size // (processes * train.accumulation))
-    return "\n".join([line, *check_trainable(network, role, shape, size)])
+    lines = [line, *check_trainable(network, role, shape, size)]
+    if train.milestones and train.milestones[0] >= train.epochs:
+        lines.append(
+            f"warning: train.milestones: {train.milestones}: none comes in train.epochs, {train.epochs}, so that the "
+            "learning rate never falls"
+        )
+    return "\n".join(lines)
 
 
 def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.device) -> str:

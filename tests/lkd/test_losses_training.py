@@ -231,12 +231,14 @@ def test_a_run_says_which_loss_it_trains_with(tmp_path, capsys) -> None:
 
     def distil(name: str, *more: str) -> list[str]:
         assert main(["distill", *words, *more, "--run_dir", str(tmp_path / name)]) == 0
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss: ")]
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("loss: ", "warning: loss"))]
 
     assert distil("default") == ["loss: universal, learned"]
     assert distil("kd", "--loss", '{"name": "kd", "weight": 0.5}') == ["loss: kd weight=0.5"]
     weighted = '{"name": "influence_weighted", "loss": {"name": "dkd", "beta": 2.0}}'
-    assert distil("weighted", "--loss", weighted) == ["loss: influence_weighted loss=(dkd beta=2.0)"]
+    named, warned = distil("weighted", "--loss", weighted)
+    assert named == "loss: influence_weighted loss=(dkd beta=2.0)"
+    assert "first_epoch: 2 never comes" in warned
     save_loss(tmp_path / "first.lkd.safetensors", build_learned_loss("logits", {}), {"learned": False})
     (said,) = distil("first", "--loss", str(tmp_path / "first.lkd.safetensors"))
     assert said.endswith("first.lkd.safetensors, not learned")

@@ -148,6 +148,15 @@ def test_what_cannot_be_is_refused_before_any_work(images, changes: dict, messag
         introduce_network("student", choose_student(VIT, images.train), images, CPU, train)
 
 
+def test_milestones_that_never_come_are_warned_of(images) -> None:
+    steps = {"epochs": 2, "batch_size": 25, "schedule": "multistep"}
+    said = [
+        introduce_network("student", choose_student(VIT, images.train), images, CPU, TrainRecipe(**steps, milestones=m))
+        for m in ([2, 3], [1, 2])
+    ]
+    assert ["train.milestones" in each for each in said] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["sgd", "sgdw", "momentum", "nesterov", "nesterovw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_nesterovs_momentum_is_what_the_recipe_says(name: str, nesterov: bool) -> None:
