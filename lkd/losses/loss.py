@@ -149,11 +149,17 @@ class WrappedLoss(DistillationLoss):
         inputs = (student.logits, target) if self.on_labels else (student, teacher, target, *places)
         terms = self.function(*inputs, **names, **identity)
         if isinstance(terms, Tensor):
-            return {"loss": terms}
+            terms = {"loss": terms}
         if not isinstance(terms, dict):
             raise UserError(
                 f"loss: the one given returns a {type(terms).__name__}; return a dict of scalar tensors, or one of them"
             )
+        for name, term in terms.items():
+            if not isinstance(term, Tensor) or term.numel() != 1:
+                what = f"of shape {list(term.shape)}" if isinstance(term, Tensor) else f"as {type(term).__name__}"
+                raise UserError(
+                    f"loss: the one given returns {name!r} {what}, not a scalar tensor; take the batch's mean"
+                )
         return terms
 
 

@@ -235,3 +235,8 @@ def test_a_user_s_function_or_module_becomes_a_loss() -> None:
     assert loss(outputs, outputs, target, 0.5, index=torch.arange(4)) == {"a": 1.0}
     with pytest.raises(UserError, match="float"):
         wrap_loss(lambda s, t, y: 1.0)(outputs, outputs, target)
+    with pytest.raises(UserError, match="'a' as float"):
+        wrap_loss(lambda s, t, y: {"a": 1.0})(outputs, outputs, target)
+    for each in (F.cross_entropy, lambda *inputs, **options: {"task": F.cross_entropy(*inputs, **options)}):
+        with pytest.raises(UserError, match=r"of shape \[4\], not a scalar"):
+            wrap_loss(lambda s, t, y, each=each: each(s.logits, y, reduction="none"))(outputs, outputs, target)
