@@ -135,6 +135,7 @@ class InfluenceWeightedLoss(DistillationLoss):
         self.meta_validation = meta_validation
         self.settings = settings
         self.teacher_stages, self.reads_trust = loss.teacher_stages, loss.reads_trust
+        self.reads_logits = loss.reads_logits or teacher is not None
         self.teacher = teacher.requires_grad_(True) if teacher else None
         self.known = load_weights(Path(settings.weights)) if settings.weights else None
 

@@ -206,9 +206,9 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
 
     Returns:
         `gradient_norm`: of the step, over all parameters, before clipping; `train/agreement`: percent of the images
-        that student and teacher give the same class; `share/TERM`: each term's share of the gradient at the student's
-        outputs (`gradient_shares`), weighed as the balance does. A loss that remembers images is not asked for shares:
-        asking would change its memory.
+        that student and teacher give the same class, where they have as many; `share/TERM`: each term's share of the
+        gradient at the student's outputs (`gradient_shares`), weighed as the balance does. A loss that remembers images
+        is not asked for shares: asking would change its memory.
     """
     batch, teacher, progress = seen
     gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
@@ -216,7 +216,7 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     figures = {"gradient_norm": float(norm)}
     with running_dry(training.student):
         student: Outputs = training.student(batch.images)
-    if teacher is not None:
+    if teacher is not None and teacher.logits.shape == student.logits.shape:  # else its classes are others
         same = student.logits.argmax(1) == teacher.logits.argmax(1)
         figures["train/agreement"] = 100 * same.float().mean().item()
     if training.loss.needs_index:

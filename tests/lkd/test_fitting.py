@@ -10,7 +10,7 @@ from torch import nn
 
 import lkd
 from lkd.api import describe_function, name_loss, name_student, name_teacher
-from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TeacherRecipe
+from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.parse import make_recipe, parse_recipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
@@ -19,10 +19,13 @@ from lkd.meta_training.outer_loop import OuterLoop
 from lkd.models.build import build as build_network
 from lkd.models.build import unwrap
 from lkd.models.teacher import take_classes
-from lkd.training.answers import identify_answers
+from lkd.training.answers import identify_answers, prepare_teacher
 from lkd.training.build import build, choose_student, open_teacher, prepare_images
+from lkd.training.distill import describe_batch, start_training
 from tests.lkd.meta_recipes import YOUNG, run_recipe, tiny_recipe
 
+WEIGHTED = {"name": "influence_weighted", "loss": "cross_entropy"}
+OVER_LOGITS = ["kd", "dkd", "dist", "logit_standardization", "universal", "torchdistill/KDLoss", "torchdistill/SRDLoss"]
 SMALL = DataRecipe(train_size=40, meta_validation_size=20)
 
 
@@ -36,17 +39,28 @@ def give(classes: int, **settings) -> tuple[DistillRecipe, dict[str, nn.Module]]
 
 @pytest.mark.outside(38)
 @pytest.mark.parametrize("classes", [12, 1])
-@pytest.mark.parametrize("loss", ["fitnet", "at", "sp", "rkd", "cross_entropy", "torchdistill/SPKDLoss"])
-def test_losses_over_features_take_a_teacher_of_any_classes(loss: str, classes: int) -> None:
+@pytest.mark.parametrize("loss", ["fitnet", "at", "sp", "rkd", "cross_entropy", "torchdistill/SPKDLoss", WEIGHTED])
+def test_losses_over_features_take_a_teacher_of_any_classes(loss: str | dict, classes: int) -> None:
     recipe, given = give(classes, loss=loss)
     parts = build(recipe, given)
     assert parts.teacher.architecture["num_classes"] == classes
     assert not parts.loss.reads_logits
 
 
+@pytest.mark.parametrize(("classes", "is_logged"), [(12, False), (10, True)])
+def test_classes_that_are_others_are_not_compared_in_the_log(classes: int, is_logged: bool) -> None:
+    recipe, given = give(classes, loss="at")
+    parts, cpu = build(recipe, given), torch.device("cpu")
+    teacher = prepare_teacher(parts.teacher, parts.images, cpu, parts.loss.teacher_stages)
+    training = start_training(parts.student, parts.images, parts.loss, teacher, TrainRecipe(1, 20), 0, cpu)
+    seen: list = []
+    training.run_step(seen.append)
+    assert ("train/agreement" in describe_batch(training, seen[0])) is is_logged
+
+
 @pytest.mark.outside(38)
-@pytest.mark.parametrize("loss", ["kd", "dkd", "dist", "logit_standardization", "universal", "torchdistill/KDLoss"])
-def test_losses_over_logits_say_how_to_take_the_classes(loss: str) -> None:
+@pytest.mark.parametrize("loss", [*OVER_LOGITS, WEIGHTED | {"loss": "kd"}, WEIGHTED | {"teacher_rate": 0.1}])
+def test_losses_over_logits_say_how_to_take_the_classes(loss: str | dict) -> None:
     recipe, given = give(12, loss=loss)
     with pytest.raises(UserError, match=r"has 12 classes, the data set and its students have 10: .*teacher\.classes"):
         build(recipe, given)
