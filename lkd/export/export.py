@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from lkd.config.training import ExportRecipe, PackRecipe
 from lkd.core.errors import UserError, check_choice
-from lkd.core.files import replaced_atomically, write_json
+from lkd.core.files import read_mapping, refusing_malformed, replaced_atomically, write_json
+from lkd.core.tensor_files import digest
 from lkd.data.image_files import ImageFiles, LoadingOptions
 from lkd.data.packed import pack
 from lkd.data.readers import load_dataset
@@ -152,6 +153,8 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
     images = draw_images(header, recipe)
     check_image_size(recipe.checkpoint, network, tuple(images.shape[1:]))
     model = Logits(network).eval()
+    weights = digest(copy_state(model))
+    kept = find_kept(folder, recipe.formats, weights)
     with torch.no_grad():
         expected = model(images)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +169,30 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
             )
         written[name] = Exported(path, difference)
     rows = {name: {"file": each.path.name, "difference": each.difference} for name, each in written.items()}
-    write_json(folder / "export.json", {"exported": rows, "shape": list(images.shape[1:]), **header})
+    said = {"exported": kept | rows, "weights": weights, "shape": list(images.shape[1:])}
+    write_json(folder / "export.json", {**said, **header})
     write_configuration(header, folder)
     return written
+
+
+def find_kept(folder: Path, formats: list[str], weights: str) -> dict[str, Any]:
+    """What an earlier export of this network left in the folder in other formats, as `export.json` says it.
+
+    That of another network is refused: whoever loads the folder, as timm does, could get it in the place of this one.
+
+    `weights`: a hash of the network's.
+    """
+    path = folder / "export.json"
+    if not path.is_file():
+        return {}
+    with refusing_malformed(path, "list of exported files"):
+        earlier = read_mapping(path)
+        others = {name: row for name, row in earlier["exported"].items() if name not in formats}
+        kept = {name: row for name, row in others.items() if (folder / row["file"]).is_file()}
+    if kept and earlier.get("weights") != weights:
+        first = next(iter(kept.values()))["file"]
+        raise UserError(f"out_dir: {folder} holds another network, as {first}; give another folder, or delete it")
+    return kept
 
 
 def write_configuration(header: dict[str, Any], folder: Path) -> None:

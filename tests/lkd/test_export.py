@@ -63,6 +63,24 @@ def test_the_command_exports_what_others_run(tmp_path: Path, capsys) -> None:
     assert all(each["difference"] < 1e-4 for each in exported.values())
 
 
+def test_a_folder_holds_one_network(tmp_path: Path) -> None:
+    """Else timm, told of the folder alone, would load the weights of the one and the configuration of the other."""
+    out = tmp_path / "out"
+    for number, name in enumerate(("first", "second")):
+        save_student(tmp_path / f"{name}.safetensors", num_classes=5 + number)
+    first, second = (
+        ExportRecipe(str(tmp_path / f"{n}.safetensors"), str(out), ["safetensors"]) for n in ("first", "second")
+    )
+    export(first)
+    export(replace(first, formats=["timm"]))
+    assert read_json(out / "export.json")["exported"].keys() == {"safetensors", "timm"}
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="out holds another network, as student"):
+        export(second)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    export(replace(second, formats=["safetensors", "timm"]))
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     save_student(tmp_path / "s.safetensors", "small_cnn")
