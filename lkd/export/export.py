@@ -170,6 +170,8 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         written[name] = Exported(path, difference)
     rows = {name: {"file": each.path.name, "difference": each.difference} for name, each in written.items()}
     said = {"exported": kept | rows, "weights": weights, "shape": list(images.shape[1:])}
+    if (folder / "export.json").is_file():  # what lies beside it is of the network before
+        (folder / "config.json").unlink(missing_ok=True)
     write_json(folder / "export.json", {**said, **header})
     write_configuration(header, folder)
     return written

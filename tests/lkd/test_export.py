@@ -78,7 +78,9 @@ def test_a_folder_holds_one_network(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out holds another network, as student"):
         export(second)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / "config.json").write_text("{}")  # as of a network that says how its images are prepared; the second does not
     export(replace(second, formats=["safetensors", "timm"]))
+    assert not (out / "config.json").exists()
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None:
