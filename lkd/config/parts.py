@@ -174,7 +174,8 @@ class TrainRecipe:
             meta-training are in float32, and so are students that the loss alternates with, which are neither compiled
             nor given a batch in parts.
         accumulation: Equal parts of a batch that are computed one after another, their gradients averaged: for batches
-            that do not fit in memory. BatchNorm sees a part at a time.
+            that do not fit in memory. BatchNorm, and losses that compare images (sp, rkd, dist, ...), see a part at a
+            time.
         ema_decay: Decay of a moving average of the student's weights, a step at a time (timm's ModelEmaV3), which is
             then evaluated and saved in the student's place; 0 for none. It is warmed up as timm does: after t steps it
             is at most 1 − t^(−2/3), so that a short training does not keep its initial weights.
