@@ -78,6 +78,11 @@ class Balancing:
 
 def split_terms(terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The task's part and the teacher's; a learned loss's terms are named `part/term`."""
+    if "teacher/task" in terms:
+        raise UserError(
+            "balance: with teacher_rate, influence_weighted trains the teacher by a term of its own, which no balance "
+            "weighs; leave one of them"
+        )
     own = [name for name in terms if name.rpartition("/")[2] == "task"]
     if len(own) in (0, len(terms)):
         missing = "`task`" if not own else "the teacher's"

@@ -246,6 +246,8 @@ def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.de
             f"train.swa_epochs: {recipe.swa_epochs} and train.ema_decay are two averages, of which one is saved; give "
             "one"
         )
+    if recipe.swa_epochs > recipe.epochs:
+        raise UserError(f"train.swa_epochs: {recipe.swa_epochs} are more than train.epochs, {recipe.epochs}; take fewer")
     build_scheduler(build_optimizer(network, recipe), recipe, 1)
 
 

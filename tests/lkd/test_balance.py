@@ -143,6 +143,8 @@ def test_terms_are_split_by_name() -> None:
     for terms, missing in (({"task": one}, "the teacher's"), ({"logits/divergence": one}, "`task`")):
         with pytest.raises(UserError, match=rf"balance: the loss has the terms .*, none of them {missing}"):
             split_terms(terms)
+    with pytest.raises(UserError, match="balance: with teacher_rate"):
+        split_terms({"task": one, "distillation": one, "teacher/task": one})
 
 
 def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:

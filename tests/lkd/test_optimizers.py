@@ -140,6 +140,7 @@ def test_a_resumed_training_has_the_same_bits(images, changes: dict) -> None:
         ),
         ({"schedule": "constant", "min_learning_rate": 0.1}, "train.min_learning_rate: 0.1 is of schedules"),
         ({"swa_epochs": 1, "ema_decay": 0.9}, "train.swa_epochs"),
+        ({"swa_epochs": 3}, "train.swa_epochs: 3 are more than train.epochs, 2"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(images, changes: dict, message: str) -> None:
