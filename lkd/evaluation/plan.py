@@ -38,7 +38,7 @@ from lkd.pool.pool import split_state
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
 from lkd.training.optimizer import build_optimizer, choose_optimizer
 from lkd.training.throughput import OperationCounter, StepClock
-from lkd.training.training import StudentLoss, keep_stages, widen_outputs
+from lkd.training.training import StudentLoss, cut, keep_stages, widen_outputs
 from meta import ESTIMATORS, Problem, State, Tensors
 
 HOUR = 3600.0
@@ -145,15 +145,18 @@ def count_step(world: PlannedWorld) -> Counted:
         optimizer = build_optimizer(student, train, fitted)
         for _ in range(2):
             optimizer.zero_grad()
-            columns = [column.split(world.part_of_batch // train.accumulation) for column in world.make_batch()]
+            batch, size = world.make_batch(), world.part_of_batch // train.accumulation
             counter.start()
-            for batch in map(Batch._make, zip(*columns, strict=True)):
-                with autocast():
-                    answers = widen_outputs(world.ask_teacher(teacher, batch.images, fitted.teacher_stages))
-                counter.lap("teacher")
-                identity = {"index": batch.index} if fitted.needs_index else {}
-                terms = computation(batch.images, answers, batch.target, 0.5, identity)
+            with autocast():
+                answers = widen_outputs(world.ask_teacher(teacher, batch.images, fitted.teacher_stages))
+            counter.lap("teacher")
+            for number in range(train.accumulation):
+                part = slice(number * size, (number + 1) * size)
+                own = Batch(*(column[part] for column in batch))
+                identity = {"index": own.index} if fitted.needs_index else {}
+                terms = computation(own.images, cut(answers, part), own.target, 0.5, identity)
                 torch.stack(list(terms.values())).sum().backward()
+                counter.lap("student")
             optimizer.step()
             counter.lap("student")
     networks = {"student": student, "teacher": teacher.network, "loss": fitted}

@@ -84,6 +84,13 @@ def test_flops_are_those_of_the_definition() -> None:
     assert 0 < step.seconds["loss"] < step.seconds["student"]
 
 
+def test_parts_of_a_batch_take_the_work_of_the_whole() -> None:
+    """The teacher is asked about all of it at once, and what is backward in each part is the student's."""
+    whole, parts = (count("small_cnn", batch_size=32, accumulation=parts) for parts in (1, 4))
+    assert parts.flops == whole.flops
+    assert parts.seconds["teacher"] == whole.seconds["teacher"]
+
+
 def test_a_known_network_has_its_known_flops_and_bfloat16_takes_half_the_memory() -> None:
     wide, narrow = (
         count("resnet18", "cross_entropy", 224, batch_size=64, precision=precision) for precision in ("float32", "auto")
