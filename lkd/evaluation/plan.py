@@ -23,7 +23,7 @@ from lkd.core.files import flatten, write_json, write_text
 from lkd.core.outputs import Outputs
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import Batch, ImageSet
-from lkd.data.splits import choose_meta_validation_size
+from lkd.data.splits import choose_meta_validation_size, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.loss import DistillationLoss
@@ -34,7 +34,7 @@ from lkd.meta_training.worlds import name_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
-from lkd.pool.pool import split_state
+from lkd.pool.pool import find_oldest, split_state
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
 from lkd.training.optimizer import build_optimizer, choose_optimizer
 from lkd.training.throughput import OperationCounter, StepClock
@@ -371,11 +371,14 @@ def count_images(data: DataRecipe) -> tuple[Images, int, bool]:
         clean = replace(data, label_noise=0.0, meta_validation_noise=0.0)  # wrong labels change no count
         train = prepare_images(clean, scored=False).train
         count, classes, shape = len(train), train.num_classes, train.image_shape
-        decoded = isinstance(train.images, ImageFiles)
+        decoded = isinstance(train.images, ImageFiles) and not data.packed
     elif data.name in KNOWN:
-        count, classes, channels, pixels = KNOWN[data.name]
-        size, decoded = data.meta_validation_size, not pixels
-        count = data.train_size or count - (choose_meta_validation_size(count) if size is None else size)
+        known, classes, channels, pixels = KNOWN[data.name]
+        size, decoded = data.meta_validation_size, not (pixels or data.packed)
+        size = choose_meta_validation_size(known) if size is None else size
+        index = torch.arange(known)  # of each class as many
+        whole = ImageSet(torch.zeros(known, 0), index % classes, index, tuple(map(str, range(classes))), (), ())
+        count = len(split_training_images(whole, data.train_size, size, data.split_seed, data.imbalance).train)
         shape = channels, pixels or data.image_size, pixels or data.image_size
     else:
         raise UserError(f"data.root: missing; without it only {', '.join(KNOWN)} can be planned, not {data.name}")
@@ -414,7 +417,7 @@ def add_outer_loop(plan: dict[str, Any], worlds: Sequence[PlannedWorld], hours: 
     plan["hours_of_one_training"] = mean(hours)
     plan["hours"] = {
         "outer steps": meta.outer_steps * students * seconds[0] / HOUR,
-        "pool": built * pool.students * pool.max_age * sum(hours),
+        "pool": built * pool.students * find_oldest(pool) * sum(hours),
         "reuse": looks * meta.reuse_students * reused,
         "own students": students * mean(hours) if meta.interleaving != "before" else 0.0,
     }

@@ -278,6 +278,11 @@ def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
     return sorted({round(step) for step in steps.tolist()})
 
 
+def find_oldest(settings: PoolContents) -> float:
+    """The age up to which students are trained."""
+    return settings.max_age if settings.snapshots > 1 else 0.0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The pools of all worlds that a loss is learned in, and their renewal while the loss improves.
 
@@ -361,5 +366,5 @@ def name_renewal(outer_step: int) -> str:
 def count_pool_trainings(settings: PoolSettings, first_pools: list[Pool], drawing_steps: int) -> float:
     """What the pools cost over so many outer steps that draw from them, renewals too, in units of one training."""
     renewals = max(drawing_steps - 1, 0) // settings.refresh_every if settings.sampling == "live" else 0
-    renewed = renewals * settings.students * settings.max_age * len(first_pools)
+    renewed = renewals * settings.students * find_oldest(settings) * len(first_pools)
     return sum(pool.trainings for pool in first_pools) + renewed

@@ -198,6 +198,7 @@ def test_live_students_are_trained_with_the_loss_as_it_is(world, monkeypatch) ->
     assert trainings == [[0, 0], [1, 1], [2, 2]]
     assert read_provenance(path)["parts_in_trainings"]["pool"] == 1.5
     assert count_pool_trainings(recipe.pool, [first], 4) == 1.0
+    assert count_pool_trainings(replace(recipe.pool, snapshots=1), [first], 4) == 0.5, "renewed at age 0"
     # Students trained again by the loss of that time are the same; by the initial loss they are not.
     loop = make_loop(recipe, world, first)
     for _ in range(2):

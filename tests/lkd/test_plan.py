@@ -176,6 +176,8 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
     assert loading.startswith("loading is the bottleneck: the cores decode 500 images/s")
     assert memory.startswith("memory: a step of training needs")
     assert "WARNING" in capsys.readouterr().out
+    packed = plan(*words, "--data.packed", "there")
+    assert [warning[:6] for warning in packed["warnings"]] == ["memory"], "what is packed is not decoded"
 
 
 def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
@@ -205,6 +207,8 @@ def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
         assert hours["outer steps"] == pytest.approx(6 * 3 * found["rollout"]["first_order"]["seconds"] / 3600)
         assert found["gpu_hours"] == pytest.approx(sum(hours.values()))
         assert "a hypergradient by first_order" in found["memory_gigabytes"]
+    fresh = plan(*words.split(), "--pool.snapshots", "1", "--pool.sampling", "live", "--pool.refresh_every", "2")
+    assert fresh["hours"]["pool"] == 0, "students of age 0 are not trained"
     words += " --meta.students_per_step 0 --meta.reference kd"
     found, sums = plan(*words.split(), "--worlds", worlds), {}
     for part in alone[0]["hours"]:
@@ -236,6 +240,10 @@ def test_known_data_sets_are_of_the_size_that_they_are() -> None:
     for name, there in (("unseen", len(load_embedded().train)), ("rest", 60_000 - len(load_embedded().train))):
         _, count, _ = count_images(DataRecipe(f"fashion_mnist_{name}", meta_validation_size=100))
         assert count == there - 100
+    tail = DataRecipe("cifar10", train_size=10_000, imbalance=100)
+    assert count_images(tail)[1] == pytest.approx(10_000, abs=10), "of 45,000 there are enough of each class"
+    long = 4500 * sum(100 ** -(label / 9) for label in range(10))
+    assert count_images(replace(tail, train_size=0))[1] == pytest.approx(long, abs=10)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +252,7 @@ def test_known_data_sets_are_of_the_size_that_they_are() -> None:
         (["--gpus", "3"], "train.batch_size: 64 "),
         (["--gpu", "h900"], "gpu"),
         (["--train.batch_size", "60000"], "train.batch_size: 60000 "),
+        (["--data.train_size", "60000"], "data.train_size + data.meta_validation_size: 60000 "),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], field: str, capsys) -> None:
