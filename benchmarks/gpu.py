@@ -193,7 +193,7 @@ def check_memory(bench: Bench) -> Figures:
     """Peak memory of a step against that of `lkd plan`."""
     if bench.short or bench.device.type != "cuda":
         return {}
-    data = DataRecipe("image_folder", image_size=bench.pixels)
+    data = DataRecipe("image_folder", image_size=bench.pixels, augmentation="random_resized_crop")
     train = TrainRecipe(1, bench.batch_size, precision="float32")
     networks = {"student": ModelRecipe(bench.student), "teacher": TeacherRecipe("random", bench.teacher)}
     planned = plan(PlanRecipe(data=data, train=train, **networks))["memory_gigabytes"]["a step of training"]  # type: ignore[arg-type]

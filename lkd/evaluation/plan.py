@@ -33,9 +33,18 @@ from lkd.meta_training.rollouts import OBJECTIVES, build_inner_optimizer, comput
 from lkd.meta_training.worlds import name_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
-from lkd.models.teacher_cache import bytes_of_answer, largest_top_k
+from lkd.models.teacher_cache import bytes_of_answer, check_stages, largest_top_k
 from lkd.pool.pool import find_oldest, split_state
-from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
+from lkd.training.answers import is_tabulated
+from lkd.training.build import (
+    Images,
+    LossBuilder,
+    OpenedTeacher,
+    choose_student,
+    open_teacher,
+    prepare_images,
+    prepare_learned_loss,
+)
 from lkd.training.optimizer import build_optimizer, choose_optimizer
 from lkd.training.throughput import OperationCounter, StepClock
 from lkd.training.training import StudentLoss, cut, keep_stages, widen_outputs
@@ -109,12 +118,18 @@ class PlannedWorld:
         labels = torch.zeros(size, dtype=torch.int64)
         return Batch(torch.zeros(size, *self.images.train.image_shape), labels, labels, labels)
 
-    def ask_teacher(self, teacher: Any, images: Tensor, stages: tuple[str, ...]) -> Outputs:
-        """The teacher's outputs; those of a cache cost nothing."""
-        if self.recipe.teacher.cache:
-            return Outputs(torch.empty(len(images), self.images.train.num_classes), {})
-        with torch.no_grad():
-            return keep_stages(teacher.network(images), stages)
+    def prepare_teacher(self, teacher: OpenedTeacher, stages: tuple[str, ...]) -> Callable[[Tensor], Outputs]:
+        """What answers a batch, as `prepare_teacher` has it; what a cache or a table holds costs nothing."""
+        classes, cached = self.images.train.num_classes, self.recipe.teacher.cache
+        if cached:
+            check_stages(stages)
+        if cached or is_tabulated(teacher, self.images, self.count, stages):
+            shapes = teacher.find_stages(self.images.train.image_shape) if stages else {}
+            return lambda images: Outputs(
+                torch.empty(len(images), classes),
+                {stage: torch.empty(len(images), *shapes[stage]) for stage in stages},
+            )
+        return torch.no_grad()(lambda images: keep_stages(teacher.network(images), stages))
 
 
 class Counted(NamedTuple):
@@ -143,12 +158,13 @@ def count_step(world: PlannedWorld) -> Counted:
         plain, clock = replace(train, compile=False, channels_last=False), cast(StepClock, counter)
         computation: Any = StudentLoss(student, fitted, autocast, plain, clock)
         optimizer = build_optimizer(student, train, fitted)
+        ask = world.prepare_teacher(teacher, fitted.teacher_stages)
         for _ in range(2):
             optimizer.zero_grad()
             batch, size = world.make_batch(), world.part_of_batch // train.accumulation
             counter.start()
             with autocast():
-                answers = widen_outputs(world.ask_teacher(teacher, batch.images, fitted.teacher_stages))
+                answers = widen_outputs(ask(batch.images))
             counter.lap("teacher")
             for number in range(train.accumulation):
                 part = slice(number * size, (number + 1) * size)
@@ -182,6 +198,7 @@ def count_rollout(world: PlannedWorld, estimator: str, length: int) -> tuple[flo
     with torch.device("meta"), counter:
         student = choose_student(world.recipe.student, shapes).make().train()
         teacher, loss = open_teacher(world.recipe.teacher, shapes), build_loss_networks(world)
+        ask = world.prepare_teacher(teacher, loss.teacher_stages)
         parameters, buffers = split_state(student)
         parameters = {name: p.detach() for name, p in parameters.items()}
         is_sgd = choose_optimizer(train) is torch.optim.SGD  # Adam's moments are there after the first step
@@ -196,7 +213,7 @@ def count_rollout(world: PlannedWorld, estimator: str, length: int) -> tuple[flo
 
         counter.start()
         batches = [world.make_batch() for _ in range(length)]
-        answers = [world.ask_teacher(teacher, batch.images, loss.teacher_stages) for batch in batches]
+        answers = [ask(batch.images) for batch in batches]
         inner_batches = [(batch, answer, 0.5) for batch, answer in zip(batches, answers, strict=True)]
         teacher_peak, counter.peak = counter.peak, counter.bytes
         optimizer = build_inner_optimizer(student, train, train.learning_rate, meta.annealing, length)
@@ -268,7 +285,7 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
         result["decoded_images_per_second"] = recipe.cores * recipe.decode_rate
     if is_learned:
         add_outer_loop(result, worlds, hours)
-    elif not recipe.teacher.cache:
+    elif "teacher" in result["step"]:
         result["cache"] = plan_cache(first, result["step"]["teacher"]["share"] * sum(hours))
     result["gpu_hours"] = sum(result["hours"].values()) * first.recipe.gpus
     result["warnings"] = find_warnings(result)

@@ -165,9 +165,13 @@ def prepare_teacher(
             return cached
         # A cache of augmented images has no answer to plain ones, which pseudo-labels and influence are of.
         return lambda batch: (cached if batch.augmentation.all() else ask_anew(teacher, images, device))(batch)
-    shapes = teacher.find_stages(images.train.image_shape) if stages else {}
-    size = 4 * len(images.train) * sum(math.prod(shapes[stage]) for stage in stages)
-    changing = data.augmentation != "none" or data.mixup or data.cutmix or data.random_erasing
-    if changing or size > TABLE_BYTES:
+    if not is_tabulated(teacher, images, len(images.train), stages):
         return ask_anew(teacher, images, device, train)
     return TabulatedTeacher(ask_anew(teacher, images, device), images.train, device, stages=stages)
+
+
+def is_tabulated(teacher: OpenedTeacher, images: Images, count: int, stages: tuple[str, ...]) -> bool:
+    """Whether the teacher's answers to so many training images, which nothing changes, are computed once."""
+    data, shapes = images.settings, teacher.find_stages(images.train.image_shape) if stages else {}
+    changing = data.augmentation != "none" or data.mixup or data.cutmix or data.random_erasing
+    return not changing and 4 * count * sum(math.prod(shapes[stage]) for stage in stages) <= TABLE_BYTES

@@ -41,12 +41,14 @@ from lkd.training.training import Training
 from tests.processes import FORK_SERVER
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--data.name", "cifar10", "--data.train_size", "0", "--teacher.name", "small_resnet"]
+SMALL = ["--data.name", "cifar10", "--data.augmentation", "flip_and_crop", "--teacher.name", "small_resnet"]
 
 
 def make_recipe(**fields) -> PlanRecipe:
     recipe = PlanRecipe(
-        data=DataRecipe(name="cifar10"), teacher=TeacherRecipe(name="small_resnet"), gpu="a100_sxm_80gb"
+        data=DataRecipe(name="cifar10", augmentation="flip_and_crop"),
+        teacher=TeacherRecipe(name="small_resnet"),
+        gpu="a100_sxm_80gb",
     )
     return replace(recipe, **fields)
 
@@ -54,7 +56,7 @@ def make_recipe(**fields) -> PlanRecipe:
 def count(student: str, loss: str = "kd", image_size: int = 0, **train) -> Counted:
     recipe = make_recipe(train=TrainRecipe(**{"batch_size": 8, "precision": "float32"} | train))
     if image_size:
-        recipe.data = DataRecipe(name="image_folder", image_size=image_size)
+        recipe.data = DataRecipe(name="image_folder", image_size=image_size, augmentation="random_resized_crop")
     return count_step(open_world(replace(recipe, student=ModelRecipe(student), loss=loss), False))
 
 
@@ -189,6 +191,22 @@ def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
     assert "teacher" not in cached["step"]
     saved = one["cache"]["saved_hours_of_another_training"]
     assert cached["hours"]["training"] == pytest.approx(one["hours"]["training"] - saved, rel=0.02)
+
+
+def test_a_teacher_that_is_asked_about_each_image_once_works_in_no_step(capsys) -> None:
+    plain, words = ("--data.augmentation", "none", "--train.batch_size", "512"), ("--teacher.cache", "answers")
+    cached = plan("--train.batch_size", "512", "--loss", "kd", *words)
+    tabulated = plan(*plain, "--loss", "kd")
+    assert "cache" not in tabulated, "there is nothing to save"
+    assert tabulated["step"] == cached["step"]
+    features = (*plain, "--loss", "sp", "--data.train_size")
+    assert "teacher" in plan(*features, "40000")["step"], "their features are too large to be kept"
+    assert plan(*features, "1000")["step"].keys() == {"student", "loss"}
+    meta = ("--meta.rollout_steps", "2", "--meta.estimator", "first_order")
+    rollouts = [plan(*own, *meta)["rollout"] for own in (plain, ("--train.batch_size", "512", *words))]
+    assert rollouts[0] == rollouts[1]
+    assert main(["plan", *SMALL, *words, "--loss", "fitnet"]) == 2
+    assert "teacher.cache: holds logits alone" in capsys.readouterr().err
 
 
 def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
