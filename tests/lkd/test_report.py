@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from lkd.core.files import read_json, write_json
 from lkd.core.tensor_files import write_tensors
 from lkd.evaluation.report.charts import describe_curve
 from lkd.evaluation.report.page import build_page, command_line
-from lkd.evaluation.report.runs import Point, name_apart, read_curves, read_runs, thin
+from lkd.evaluation.report.runs import Point, describe_header, name_apart, read_curves, read_runs, thin
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.losses.learned.shares import gradient_surface
 from lkd.losses.learned.trust import Trust, TrustFigures
@@ -179,6 +180,28 @@ def test_surfaces_are_the_losses_or_say_why_there_are_none(copies: Path) -> None
         (record,) = build("kd").data["losses"]
         assert reason in record["note"]
         assert not record["panels"]
+
+
+def list_drawn(*names: str) -> list[list[str]]:
+    """The runs of each loss that is drawn."""
+    return [record["runs"] for record in build(*names).data["losses"] if record["runs"]]
+
+
+def test_losses_of_different_files_are_drawn_apart_however_they_are_named(copies: Path) -> None:
+    change_recipe("kd", loss={"name": str(copies / "learned" / "loss.lkd.safetensors")})
+    assert list_drawn("student", "kd") == [["student", "kd"]]
+    for name in ("student", "kd"):
+        shutil.copytree("learned", Path("elsewhere", name))
+        change_recipe(name, loss={"name": str(copies / "elsewhere" / name / "loss.lkd.safetensors")})
+    Path("page").mkdir()
+    os.chdir("page")  # outside of which only the last part of a path is shown
+    assert list_drawn("../student", "../kd") == [["student"], ["kd"]]
+
+
+def test_a_learned_loss_is_said_to_reach_what_the_kept_one_did() -> None:
+    looks = [{"step": 0, "top1": 80.0, "calibrated_cross_entropy": 0.9}]
+    looks += [{"step": 9, "top1": 78.0, "calibrated_cross_entropy": 0.5}]
+    assert describe_header({"kind": "learned loss", "provenance": {"reuse": looks}})[1] == "78.00 % when reused"
 
 
 def test_a_loss_that_reads_trust_is_drawn_as_the_run_told_it(copies: Path) -> None:

@@ -115,6 +115,7 @@ PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REFERENCE = {"name": "kd", "weight": 0.5, "temperature": 4.0}
 BALANCE = ("weight of the teacher, α", "temperature, τ")
 MOST_SURFACES = 16  # losses on a page
+OF_TRAINING = ("train", "balance")  # of a comparison's method: no part of its loss
 
 
 def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -135,10 +136,12 @@ def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def identify(specification: Any, folder: Path = Path()) -> str:
-    """What two losses share if they are the same: their file or their options."""
-    named = {"name": specification} if isinstance(specification, str) else specification
-    path = find_near(specification, folder) if isinstance(specification, str) else None
-    return str(path) if path else json.dumps(simplify(named), sort_keys=True)
+    """What two losses share if they are the same: their file and their options."""
+    options = specification if isinstance(specification, dict) else {"name": specification}
+    options = {key: value for key, value in options.items() if key not in OF_TRAINING}
+    path = find_near(options["name"], folder) if isinstance(options.get("name"), str) else None
+    file = {"name": str(path)} if path and path.is_file() else {}  # in full: many are called alike
+    return json.dumps(simplify(options) | file, sort_keys=True)
 
 
 def list_losses(run: RunRecord) -> list[tuple[str, Any]]:
@@ -194,7 +197,7 @@ def draw_loss(name: str, specification: Any, folder: Path, trust: Trust | None =
 def open_loss(specification: Any, folder: Path) -> DistillationLoss:
     """Build a loss that is over logits alone; of a learned one that reads features too, its parts over logits."""
     if isinstance(specification, dict):
-        specification = {key: value for key, value in specification.items() if key not in ("train", "balance")}
+        specification = {key: value for key, value in specification.items() if key not in OF_TRAINING}
         if specification.get("name") == INFLUENCE_WEIGHTED:
             specification = specification.get("loss", "kd")
     name = str(specification.get("name") if isinstance(specification, dict) else specification)

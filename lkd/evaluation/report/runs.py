@@ -29,6 +29,7 @@ RESULTS = {
     "pool": "pool/index.json",
 }
 TRAINED = ("distill", "teacher")
+SCORE = "calibrated_cross_entropy"  # by which looks at reuse choose the loss to keep
 ABSENT = "—"
 
 
@@ -375,14 +376,15 @@ def describe_header(header: dict[str, Any]) -> list[str]:
     provenance = read_part(header, "provenance")
     last = read_part(provenance, "meta_validation", "last").get("top1")
     students = list_dicts(header.get("students"))
-    reused = [row["top1"] for row in list_dicts(provenance.get("reuse")) if isinstance(row.get("top1"), float)]
+    looks = [row for row in list_dicts(provenance.get("reuse")) if {"top1", SCORE} <= row.keys()]
+    reused = min(looks, key=lambda row: read_number(row[SCORE]), default=None)  # that of the loss which is kept
     commit = read_part(provenance, "environment").get("commit")
     facts = [
         header.get("kind"),
         read_part(header, "architecture").get("name"),
         f"{len(students)} students" if students else None,
         f"{last:.2f} % on meta-validation" if isinstance(last, float) else None,
-        f"{max(reused):.2f} % at best when reused" if reused else None,
+        f"{read_number(reused['top1']):.2f} % when reused" if reused else None,
         None if was_learned(header) else NOT_LEARNED,
         f"commit {commit}" if commit else None,
     ]
