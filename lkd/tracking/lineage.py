@@ -14,10 +14,10 @@ from lkd.tracking.remote import fetch, is_remote
 
 LINEAGE = "lineage.json"
 EMBEDDED_TEACHER = PACKAGE / "data" / "embedded" / "teacher.safetensors"
-FIELDS = {  # a recipe's field that names a file, or its last part → its kind
-    "path": "teacher",
-    "student.path": "network",
-    "model.path": "network",
+FIELDS = {  # the last parts of a recipe's field that names a file → its kind
+    "teacher.path": "teacher",
+    "teacher.classes": "classes",
+    "path": "network",
     "plugins": "code",
     "cache": "cache",
     "packed": "packed",
@@ -58,11 +58,16 @@ def identify(kind: str, path: str | Path, name: str | None = None) -> Entry:
 
 def list_sources(recipe: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The files and folders that a recipe names: field → (kind, name)."""
-    sources, flat = {}, flatten(recipe)
+    sources = {}
+    students = recipe.get("students")
+    flat = flatten(recipe | ({"students": dict(enumerate(students))} if isinstance(students, list) else {}))
     for field, name in flat.items():
         is_file = str(name).endswith(".safetensors") or is_remote(str(name)) or find_pretrained(str(name))
-        kind = FIELDS.get(field) or FIELDS.get(field.rpartition(".")[2], "loss" if is_file else None)
-        if isinstance(name, str) and kind and not (kind == "teacher" and flat.get("teacher.pretrained")):
+        above, last = field.split(".")[-2:] if "." in field else ("", field)
+        kind = FIELDS.get(f"{above}.{last}") or FIELDS.get(last, "loss" if is_file else None)
+        is_unused = kind == "teacher" and flat.get(field.removesuffix("path") + "pretrained")
+        is_span = kind == "classes" and re.fullmatch(r"\d+-\d+", str(name))
+        if isinstance(name, str) and kind and not (is_unused or is_span):
             sources[field] = (kind, name)
     return sources
 

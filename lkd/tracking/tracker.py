@@ -39,6 +39,8 @@ class Tracker:
         if recipe and recipe.trackio:
             self.services.append(start_trackio(recipe.trackio, path, config))
         self.file = (path / LOG).open("a", buffering=1, encoding="utf-8")
+        if (path / LOG).read_bytes()[-1:] not in (b"", b"\n"):  # cut off, as by a full disk
+            self.file.write("\n")
         for entry in used:
             self.use(entry)
 

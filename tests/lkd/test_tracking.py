@@ -109,6 +109,10 @@ def test_a_log_that_a_crash_cut_off_is_still_read(tmp_path) -> None:
     rows = '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a"'
     (tmp_path / "log.jsonl").write_text(rows)
     assert [row["a"] for row in read_log(tmp_path / "log.jsonl")] == [1, 3]
+    tracker = Tracker(tmp_path, None, {})
+    tracker.log(3, a=4.0)
+    tracker.finish()
+    assert [row["a"] for row in read_log(tmp_path / "log.jsonl")] == [1, 3, 4], "the first row of a run that goes on"
 
 
 def shorten_waits() -> None:
@@ -216,6 +220,16 @@ def test_files_are_found_wherever_a_recipe_names_them(tmp_path) -> None:
     assert found == {("teacher", "embedded"), ("cache", tmp_path.name), *losses}
     pretrained = {"teacher": {"path": "embedded", "pretrained": True, "name": "resnet50.tv_in1k"}}
     assert find_used(pretrained)[0].sha256 is None
+    other = {"teacher": {"pretrained": False, "path": "t.pth", "classes": "1-9"}, "student": {"path": "s.pth"}}
+    several = {"students": [{"name": "small_cnn", "path": None}, {"path": "n.pth"}], "worlds": {"other": other}}
+    several |= {"teacher": pretrained["teacher"] | {"classes": "classes.txt"}}
+    assert {(entry.kind, entry.name) for entry in find_used(several)} == {
+        ("teacher", "resnet50.tv_in1k"),
+        ("teacher", "t.pth"),
+        ("network", "s.pth"),
+        ("network", "n.pth"),
+        ("classes", "classes.txt"),
+    }
 
 
 def test_looking_at_a_batch_changes_nothing_nor_does_trackio_which_is_told_the_same(monkeypatch) -> None:
