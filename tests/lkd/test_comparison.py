@@ -196,6 +196,19 @@ def test_the_table_is_text_latex_and_csv() -> None:
         assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_notes_say_why_a_method_has_less_than_the_budget() -> None:
+    methods = {"KD": {"name": "kd", "grid": GRID}, "few": {"name": "kd", "grid": {"weight": [0.2, 0.5]}}, "CE": "kd"}
+    for budget, tuned_over in ((5, {"KD": 4, "few": 4, "CE": 0}), (3, {"KD": 0, "few": 0, "CE": 0})):
+        recipe = tuned_recipe(budget, 2, **methods)
+        planned = Counter(trial.method for trial in trials.plan_tuning(recipe))
+        assert {label: planned[label] for label in methods} == tuned_over
+        rows = [row for row in table() if row["method"] == "KD"][:1]
+        rows = [row | {"method": label, "tuned_over": count} for label, count in tuned_over.items() for row in rows]
+        notes = "\n".join(tables.write_notes(recipe, dict.fromkeys(methods, "kd"), rows, []))
+        assert "no more to choose from: few (4), CE (0)." in notes or budget == 3
+        assert f"2 seeds of one more point go beyond it: KD ({tuned_over['KD']})" in notes
+
+
 # Trials: their place, their cost, their results.
 
 

@@ -18,7 +18,16 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.core.files import write_text
 from lkd.core.statistics import confidence_interval, mean_and_error
 from lkd.core.tensor_files import read_result
-from lkd.evaluation.comparison.trials import Method, Row, format_options, plan_report, plan_tuning, trial_path
+from lkd.evaluation.comparison.trials import (
+    Method,
+    Row,
+    choose_points,
+    expand_grid,
+    format_options,
+    plan_report,
+    plan_tuning,
+    trial_path,
+)
 from lkd.evaluation.report.page import render
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
 from lkd.meta_training.log import plt, save_figure
@@ -238,12 +247,19 @@ UNLEARNED = f"{NOT_LEARNED}: its file holds the initial loss; no look at reuse w
 def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row], rows: list[Row]) -> list[str]:
     """What a reader of the table must know."""
     tuned = {row["method"]: row["tuned_over"] for row in table}
+    short = {label: count for label, count in tuned.items() if count < recipe.tuning_trainings}
+    rounded = {
+        label: count
+        for label, count in short.items()
+        if len(choose_points(recipe, label)) < len(expand_grid(recipe.methods[label]))
+    }
     text = render(
         "comparison/notes.txt",
         recipe=recipe,
         threads=sorted({str(row.get("threads", "not written")) for row in rows}),
         picks={label: format_options(picks[label]) for label, count in tuned.items() if count},
-        short={label: count for label, count in tuned.items() if count < recipe.tuning_trainings},
+        short={label: count for label, count in short.items() if label not in rounded},
+        rounded=rounded,
         unlearned=list(dict.fromkeys(row["method"] for row in table if row["learned"] is False)),
         warning=UNLEARNED,
         diverged=[f"{row['method']} on {row['student']}, seed {row['seed']}" for row in rows if "diverged_at" in row],
