@@ -186,7 +186,8 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
         "recipe": provenance["recipe"],
     }
     write_json(run.path / "fidelity.json", result)
-    write_json(run.path / "result.json", evidence("lkd fidelity", provenance["environment"], list_figures(found)))
+    figures = list_figures(found)
+    write_json(run.path / "result.json", evidence("lkd fidelity", provenance["environment"], figures))
     texts = {"losses": format_table(tabulate_losses(recipe, full)), "replicates": REPLICATES, "format_rho": format_rho}
     rows = {criterion: format_table(tabulate_rows(recipe, found, criterion)) for criterion in CRITERIA}
     write_text(run.path / "table.txt", render("fidelity.txt", recipe=recipe, found=found, rows=rows, **texts) + "\n")
@@ -194,6 +195,8 @@ def write_results(recipe: FidelityRecipe, full: list[Row], rollouts: list[Row], 
     for name, records in tables.items():
         write_text(run.path / f"{name}.csv", format_csv(records))
     plot_fidelity(found, run.path / "fidelity.png")
+    run.tracker.log(0, **figures)
+    run.tracker.show(0, "fidelity", run.path / "fidelity.png")
     return result
 
 

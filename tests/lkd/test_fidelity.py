@@ -17,6 +17,7 @@ from lkd.evaluation.comparison.trials import open_inputs
 from lkd.evaluation.fidelity import check_ages, check_recipe
 from lkd.evaluation.fidelity_results import Setting, SettingFidelity, average_ages, recommend, write_results
 from lkd.tracking.run import open_run
+from lkd.tracking.tracker import read_log
 from lkd.training.build import choose_student
 
 OBJECTIVES = ["cross_entropy", "calibrated_cross_entropy"]
@@ -87,6 +88,8 @@ def test_known_rankings_are_found_and_written() -> None:
     assert all(row["low"] <= row["high"] for row in result["rows"])
     assert result["ceilings"]["accuracy"]["rho"] == 1
     assert read_json(run.path / "fidelity.json") == result
+    (logged,) = read_log(run.path / "log.jsonl")
+    assert read_json(run.path / "result.json")["figures"].items() <= logged.items()
     assert {"commit", "versions", "recipe"} <= result.keys()
     table = (run.path / "table.txt").read_text()
     assert "--meta.rollout_steps 20 --meta.annealing cosine --meta.objective calibrated_cross_entropy" in table
