@@ -255,10 +255,7 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
     is_learned = bool(recipe.meta or recipe.pool or recipe.worlds or recipe.draw.worlds)
     worlds = open_worlds(recipe, is_learned)
     steps = count_each(worlds, count_step)
-    hours = [
-        world.steps * sum(step.seconds.values()) / recipe.efficiency / HOUR
-        for world, step in zip(worlds, steps, strict=True)
-    ]
+    hours = count_hours(worlds, steps)
     first, step = worlds[0], steps[0]
     result: dict[str, Any] = {
         "command": "meta-train" if is_learned else "distill",
@@ -300,6 +297,14 @@ def count_each(worlds: Sequence[PlannedWorld], count: Callable[[PlannedWorld], C
     distinct = {identify_step(world): world for world in worlds}
     counted = {key: count(world) for key, world in distinct.items()}
     return [counted[identify_step(world)] for world in worlds]
+
+
+def count_hours(worlds: Sequence[PlannedWorld], steps: Sequence[Counted]) -> list[float]:
+    """Hours of a whole training in each world."""
+    return [
+        world.steps * sum(step.seconds.values()) / world.recipe.efficiency / HOUR
+        for world, step in zip(worlds, steps, strict=True)
+    ]
 
 
 def identify_step(world: PlannedWorld) -> str:
@@ -412,7 +417,8 @@ def add_outer_loop(plan: dict[str, Any], worlds: Sequence[PlannedWorld], hours: 
     """
     meta, pool = worlds[0].meta, worlds[0].pool
     plan["rollout"] = {}
-    for name in ("first_order", "adjoint") if meta.estimator == AUDITED else (meta.estimator,):
+    audited = ("first_order", "adjoint") if meta.alternation_start else ("first_order",)  # which walks a tape back
+    for name in audited if meta.estimator == AUDITED else (meta.estimator,):
         counted = count_each(worlds, partial(count_hypergradient, estimator=name))
         plan["rollout"][name] = {
             "gflops": mean(each.flops[name] for each in counted) / 1e9,
@@ -436,10 +442,19 @@ def add_outer_loop(plan: dict[str, Any], worlds: Sequence[PlannedWorld], hours: 
         "outer steps": meta.outer_steps * students * seconds[0] / HOUR,
         "pool": built * pool.students * find_oldest(pool) * sum(hours),
         "reuse": looks * meta.reuse_students * reused,
-        "own students": students * mean(hours) if meta.interleaving != "before" else 0.0,
+        "own students": students * mean(count_own(worlds)) if meta.interleaving != "before" else 0.0,
     }
     rate = meta.rollout_steps * mean(world.recipe.train.batch_size for world in worlds) / min(seconds)
     plan["images_per_second"] = max(plan["images_per_second"], rate)
+
+
+def count_own(worlds: Sequence[PlannedWorld]) -> list[float]:
+    """Hours of a student that the loss alternates with in each world: in float32, of whole batches."""
+    plain = [
+        replace(w, recipe=replace(w.recipe, train=replace(w.recipe.train, precision="float32", accumulation=1)))
+        for w in worlds
+    ]
+    return count_hours(plain, count_each(plain, count_step))
 
 
 def plan_cache(world: PlannedWorld, hours: float) -> dict[str, Any]:

@@ -239,6 +239,17 @@ def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
     assert main(["plan", *SMALL, "--worlds", "{far: {data: {name: npz/far}}}"]) == 2
 
 
+def test_students_that_a_loss_alternates_with_are_in_float32() -> None:
+    words = "--meta.outer_steps 2 --meta.rollout_steps 2 --meta.reuse_every 0 --train.batch_size 4096"
+    kinds = (), ("--train.precision", "float32"), ("--train.accumulation", "4")
+    alternating = ("--meta.interleaving", "alternate", "--meta.students_per_step", "3", "--loss", "kd")
+    found = [plan(*words.split(), *alternating, *kind) for kind in kinds]
+    expected = 3 * found[1]["hours_of_one_training"]
+    assert [each["hours"]["own students"] for each in found] == pytest.approx([expected] * 3)
+    assert expected > 3 * found[0]["hours_of_one_training"]
+    assert found[0]["rollout"].keys() == {"first_order"}, "nothing else walks a tape back"
+
+
 def test_any_recipe_of_both_commands_is_planned() -> None:
     ours, *theirs = ({field.name for field in fields(kind)} for kind in (PlanRecipe, DistillRecipe, MetaTrainRecipe))
     assert not set.union(*theirs) - ours
