@@ -19,7 +19,7 @@ from lkd.config import CompareRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json
 from lkd.core.tensor_files import write_tensors
-from lkd.evaluation.report.charts import describe_curve
+from lkd.evaluation.report.charts import MOST_SURFACES, describe_curve
 from lkd.evaluation.report.page import build_page, command_line
 from lkd.evaluation.report.runs import Point, describe_header, name_apart, read_curves, read_runs, thin
 from lkd.losses.learned.loss import build_learned_loss
@@ -196,6 +196,16 @@ def test_losses_of_different_files_are_drawn_apart_however_they_are_named(copies
     Path("page").mkdir()
     os.chdir("page")  # outside of which only the last part of a path is shown
     assert list_drawn("../student", "../kd") == [["student"], ["kd"]]
+
+
+def test_losses_beyond_those_that_a_page_draws_are_named(copies: Path) -> None:
+    methods = {f"KD {number}": {"name": "kd", "temperature": 1 + number} for number in range(MOST_SURFACES + 2)}
+    change_recipe("comparison", methods=methods)
+    Path("comparison", "picks.json").unlink()
+    losses = [loss for loss in build("comparison").data["losses"] if loss["runs"]]
+    assert len(losses) == len(methods)
+    assert [bool(loss["panels"]) for loss in losses] == [True] * MOST_SURFACES + [False] * 2
+    assert all("left out" in loss["note"] for loss in losses[MOST_SURFACES:])
 
 
 def test_a_learned_loss_is_said_to_reach_what_the_kept_one_did() -> None:

@@ -115,6 +115,7 @@ PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REFERENCE = {"name": "kd", "weight": 0.5, "temperature": 4.0}
 BALANCE = ("weight of the teacher, α", "temperature, τ")
 MOST_SURFACES = 16  # losses on a page
+LEFT_OUT = "left out: the page draws enough losses"
 OF_TRAINING = ("train", "balance")  # of a comparison's method: no part of its loss
 
 
@@ -128,7 +129,9 @@ def draw_losses(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
             key = identify(specification, run.path) + (str(trust or "") if is_learned(str(learned)) else "")
             if key not in records and len(records) < MOST_SURFACES:
                 records[key] = draw_loss(name, specification, run.path, trust)
-            if key in records and run.label not in records[key]["runs"]:
+            elif key not in records:
+                records[key] = {"name": name, "runs": [], "panels": {}, "trust": "", "note": LEFT_OUT}
+            if run.label not in records[key]["runs"]:
                 records[key]["runs"].append(run.label)
     if any(len(record["panels"]) > 1 for record in records.values()) and identify(REFERENCE) not in records:
         records["reference"] = draw_loss(f"{describe_loss(REFERENCE)}, to compare", REFERENCE, Path.cwd())
