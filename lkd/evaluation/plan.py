@@ -36,15 +36,7 @@ from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, check_stages, largest_top_k
 from lkd.pool.pool import find_oldest, split_state
 from lkd.training.answers import is_tabulated
-from lkd.training.build import (
-    Images,
-    LossBuilder,
-    OpenedTeacher,
-    choose_student,
-    open_teacher,
-    prepare_images,
-    prepare_learned_loss,
-)
+from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
 from lkd.training.optimizer import build_optimizer, choose_optimizer
 from lkd.training.throughput import OperationCounter, StepClock
 from lkd.training.training import StudentLoss, cut, keep_stages, widen_outputs
@@ -118,7 +110,7 @@ class PlannedWorld:
         labels = torch.zeros(size, dtype=torch.int64)
         return Batch(torch.zeros(size, *self.images.train.image_shape), labels, labels, labels)
 
-    def prepare_teacher(self, teacher: OpenedTeacher, stages: tuple[str, ...]) -> Callable[[Tensor], Outputs]:
+    def prepare_teacher(self, teacher: Any, stages: tuple[str, ...]) -> Callable[[Tensor], Outputs]:
         """What answers a batch, as `prepare_teacher` has it; what a cache or a table holds costs nothing."""
         classes, cached = self.images.train.num_classes, self.recipe.teacher.cache
         if cached:

@@ -247,7 +247,9 @@ def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.de
             "one"
         )
     if recipe.swa_epochs > recipe.epochs:
-        raise UserError(f"train.swa_epochs: {recipe.swa_epochs} are more than train.epochs, {recipe.epochs}; take fewer")
+        raise UserError(
+            f"train.swa_epochs: {recipe.swa_epochs} are more than train.epochs, {recipe.epochs}; take fewer"
+        )
     build_scheduler(build_optimizer(network, recipe), recipe, 1)
 
 
