@@ -109,6 +109,7 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         "worst_gap": min(gains),
         "mean_gain": statistics.fmean(gains),
         "mean_gain_over_best_fixed": gain(find_best_fixed(found)),
+        "mean_gain_over_tuned": gain(TUNED),
         "mean_gain_over_untrained": gain(UNTRAINED),
         "mean_gain_over_untrained_fading": gain(FADING),
         "mean_gain_over_learned_in_full_fading": gain(FULL),
