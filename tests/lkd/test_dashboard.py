@@ -27,7 +27,7 @@ SIZES = "--data.train_size 100 --data.meta_validation_size 60 --train.epochs 1 -
 OUTER = "--pool.students 1 --pool.snapshots 2 --meta.outer_steps 2 --meta.rollout_steps 2 --meta.picture_every 2"
 METHODS = "--methods '{CE: cross_entropy, KD: {name: kd, weight: 0.5}}' --seeds 2 --workers 1"
 SMALL = {
-    "distill": f"{SIZES} --student.name tiny_cnn",
+    "distill": f"{SIZES} --student.name tiny_cnn --report_test true",
     "meta-train": f"{SIZES} --student.name tiny_cnn {OUTER} --meta.reuse_students 1 --meta.reuse_epochs 1",
     "compare": f"{SIZES} {METHODS} --students '[{{name: tiny_cnn}}]'",
 }
