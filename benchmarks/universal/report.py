@@ -125,6 +125,14 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
     for arm, key in ((UNKNOWN, "trust_unknown"), (NOT_HELD_OUT, "no_labels_held_out")):
         if over := [compare(world, arm, CE) for world in found.values() if arm in world]:
             figures[f"minus_ce_worst_{key}"] = min(each + 2 * error for each, error in over)
+    if all(TUNED in world for world in found.values()):
+        figures["mean_gain_over_tuned_se"] = mean_and_error([compare(w, UNIVERSAL, TUNED)[0] for w in found.values()])[
+            1
+        ]
+    for arm in (arm for arm in ARMS["changed"] if arm.endswith(" labels")):  # the mean over worlds, with its error
+        if over := [compare(world, arm, UNIVERSAL)[0] for world in found.values() if arm in world]:
+            key = f"{arm} minus universal"
+            figures[key], figures[f"{key} se"] = mean_and_error(over)
     if adapted := [world for world in found.values() if "adapted" in world]:
         each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
         figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
