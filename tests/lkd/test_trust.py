@@ -321,6 +321,21 @@ def test_what_was_learned_does_not_count_under_a_weak_teacher() -> None:
         build_learned_loss("logits", {"falls_back": True})
 
 
+def test_other_classes_count_more_where_images_are_few() -> None:
+    options = {"conditioning": SEEN, "initial_factor": 4.0}
+    loss, plain = build_learned_loss("logits", options), build_learned_loss("logits", {"conditioning": SEEN})
+    batch = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
+    for images, factor in ((math.nan, 1), (1000, 1), (200, 1), (100, 2), (50, 4), (1, 4)):
+        loss.tell(TrustFigures(images_per_class=images))
+        weight, temperature, found, own = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)
+        torch.testing.assert_close(found, torch.full((8,), float(factor)))
+        expected = plain.parts["logits"].set_balance(read_logits(*batch), 0.5)
+        torch.testing.assert_close((weight, temperature, own), (expected[0], expected[1], expected[3]))
+    for wrong in ({"initial_factor": 0.5}, {"initial_factor": 8.0}, {"initial_factor": 4.0, "conditioning": ["state"]}):
+        with pytest.raises(UserError, match="initial_factor"):
+            build_learned_loss("logits", options | wrong)
+
+
 def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
     """Counted among many labels of two classes, of which three in ten are flipped."""
     torch.manual_seed(0)

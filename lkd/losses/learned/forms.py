@@ -19,6 +19,7 @@ FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of 
 NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 WEAK, GOOD = 0.75, 0.85  # agreement with held-out labels of a teacher under which nothing learned counts, and all
+FEW = 50  # images a class up to which β starts at `initial_factor`
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -116,7 +117,9 @@ class DecoupledLoss(LogitForm):
         initial_weight: α before any meta-training, in (0, 1).
         initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
         maximal_temperature: Upper bound of τ.
-        maximal_factor: β starts at 1 and stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
+        maximal_factor: β stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
+        initial_factor: β before any meta-training where there are few training images of a class, from 1 to less than
+            `maximal_factor`; with many, or where their number is not known, it is 1. See `start_factor`.
         warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
             given they have their full weight, as at 1.
         conditioning: What the network sees besides the teacher: some of progress, state, answer, context, and, of
@@ -135,6 +138,7 @@ class DecoupledLoss(LogitForm):
         initial_temperature: float = 2.0,
         maximal_temperature: float = 4.0,
         maximal_factor: float = 8.0,
+        initial_factor: float = 1.0,
         warmup: float = 0.6,
         conditioning: Sequence[str] = CONDITIONING,
         lipschitz: float = 0.0,
@@ -150,8 +154,13 @@ class DecoupledLoss(LogitForm):
             raise ValueError("judges_labels: true needs agreement and calibration in conditioning")
         if falls_back and "agreement" not in self.conditioning:
             raise ValueError("falls_back: true needs agreement in conditioning")
+        if not 1 <= initial_factor < maximal_factor:
+            raise ValueError(f"initial_factor: {initial_factor} is not from 1 to less than maximal_factor {maximal_factor}")
+        if initial_factor > 1 and "images_per_class" not in self.conditioning:
+            raise ValueError(f"initial_factor: {initial_factor} needs images_per_class in conditioning")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
+        self.initial_factor = initial_factor
         self.warmup = warmup
         self.calibrates = "calibration" in self.conditioning
         self.judges_labels = judges_labels
@@ -165,9 +174,23 @@ class DecoupledLoss(LogitForm):
         free = self.fall_back(self.body(seen))
         weight, share, *rest = free.sigmoid().unbind(1)
         weight = 1 - (1 - weight) * self.judge_labels(seen, progress)
-        factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
+        factor = (self.log_factor * (free.unbind(1)[2] + self.start_factor(free)).tanh()).exp()
         own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
+
+    def start_factor(self, like: Tensor) -> Tensor:
+        """What is added to the network's answer for β, a scalar: with an answer of 0, β starts where the images ask.
+
+        That is at `initial_factor` with up to `FEW` training images of a class; with n of them it is
+        `initial_factor` · `FEW` / n, but at least 1. The fewer images show a student what the classes have in common,
+        the more it has to learn from what the teacher knows of it. Rollouts are too short to find this; the two
+        figures were chosen over whole trainings (docs/evidence/universal/tried.md).
+        """
+        if self.initial_factor == 1:
+            return like.new_zeros(())
+        images = self.trust[3].to(like).nan_to_num(math.inf)
+        factor = (self.initial_factor * FEW / images).clamp(1, self.initial_factor)
+        return (factor.log() / self.log_factor).atanh()
 
     def fall_back(self, free: Tensor) -> Tensor:
         """The network's answers, [B, outputs]; under a teacher that agrees little with held-out labels, its first ones.
