@@ -155,7 +155,7 @@ class DecoupledLoss(LogitForm):
         if falls_back and "agreement" not in self.conditioning:
             raise ValueError("falls_back: true needs agreement in conditioning")
         if not 1 <= initial_factor < maximal_factor:
-            raise ValueError(f"initial_factor: {initial_factor} is not from 1 to less than maximal_factor {maximal_factor}")
+            raise ValueError(f"initial_factor: {initial_factor} is not in [1, maximal_factor {maximal_factor})")
         if initial_factor > 1 and "images_per_class" not in self.conditioning:
             raise ValueError(f"initial_factor: {initial_factor} needs images_per_class in conditioning")
         if not 0 <= warmup <= 1:
