@@ -103,7 +103,9 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     if teacher:
         asked["teacher"] = ask(teacher, images, positions, run.device)
     issues = find_issues(judged, asked["network"][0])
-    write_text(run.path / "label_issues.csv", format_csv(list_issues(judged, positions, issues, asked["network"][0])))
+    quality = weights / weights.max() if recipe.influence.favour == "helpful" else weights.min() / weights
+    labels = list_issues(judged, positions, issues, asked["network"][0], quality)
+    write_text(run.path / "label_issues.csv", format_csv(labels))
     wrong = find_wrong(recipe, judged, positions)
     write_text(run.path / "influence.html", draw_page(recipe, found, judged, asked, issues, wrong))
     plot_sheet(images.train.select(positions), found.scores, recipe.shown, run.path / "influence.png")
@@ -193,11 +195,12 @@ def find_issues(judged: Judged, answers: Tensor) -> Tensor:
     return (judged.influence > 0) & (answers != judged.images.labels)
 
 
-def list_issues(judged: Judged, positions: Tensor, issues: Tensor, answers: Tensor) -> list[dict[str, Any]]:
+def list_issues(
+    judged: Judged, positions: Tensor, issues: Tensor, answers: Tensor, quality: Tensor
+) -> list[dict[str, Any]]:
     """A row for each image in cleanlab's column names: those to check first, most harmful first."""
     order = judged.influence.argsort(descending=True)
     order = torch.cat([order[issues[order]], order[~issues[order]]])
-    quality = judged.weights / judged.weights.max()
     return [
         {
             "position": int(positions[row]),

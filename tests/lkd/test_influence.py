@@ -389,11 +389,22 @@ def test_only_the_labels_that_are_known_are_kept(images) -> None:
         label_by_teacher(images, 201, teacher, CPU)
 
 
-def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
+@pytest.mark.parametrize("favour", ["helpful", "harmful"])
+def test_the_command_writes_what_the_loss_reads(images, tmp_path, favour: str) -> None:
     architecture = {"name": "small_cnn", "num_classes": 10, "in_chans": 1}
     save_network(tmp_path / "n.safetensors", build(**architecture), architecture, {})
     data = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--data.label_noise", "0.2"]
-    words = [*data, "--influence.iterations", "3", "--run_dir", "r", "--checkpoint", str(tmp_path / "n.safetensors")]
+    words = [
+        *data,
+        "--influence.iterations",
+        "3",
+        "--influence.favour",
+        favour,
+        "--run_dir",
+        "r",
+        "--checkpoint",
+        str(tmp_path / "n.safetensors"),
+    ]
     assert main(["influence", *words]) == 0
     rows = list(csv.DictReader(Path("r/influence.csv").read_text().splitlines()))
     influences = [float(row["influence"]) for row in rows]
@@ -413,6 +424,8 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path) -> None:
     for row in issues:
         harmful = harm[row["position"]] > 0 and row["given_label"] != row["predicted_label"]
         assert row["is_label_issue"] == str(harmful)
+    qualities = [float(row["label_quality"]) for row in sorted(issues, key=lambda row: harm[row["position"]])]
+    assert qualities == sorted(qualities, reverse=True)  # whichever images get more weight
     page = Path("r/influence.html").read_text()
     assert page.count("data:image/png") == 48
     assert page.count("<polyline") == 2
