@@ -11,6 +11,7 @@ from typing import Any
 from lkd.config.meta_training import MetaSettings
 from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import any_process, count_processes, gather_objects, is_main, own_rank, share_from_main
+from lkd.core.errors import UserError
 from lkd.core.interrupt import Interrupted, StopRequest
 from lkd.core.random import draw_seed
 from lkd.losses.learned.loss import LearnedLoss
@@ -81,11 +82,19 @@ class Reuse:
 
         Raises:
             Interrupted: If `stop` was asked for; the look goes on later.
+            UserError: If the loss that looks are compared with makes students diverge.
         """
         if self.references and not self.reference:
             builders = zip(self.references, self.worlds, strict=True)
             losses = [build(world.student, world.seed) for build, world in builders]
-            self.reference = [row[SCORE] for row in self.train_students(losses, "reference", stop)]
+            scores = [row[SCORE] for row in self.train_students(losses, "reference", stop)]
+            for world, score in zip(self.worlds, scores, strict=True):
+                if not math.isfinite(score):
+                    raise UserError(
+                        f"{world.name and f'world {world.name}: '}meta.reference: its students diverged, calibrated "
+                        f"cross-entropy {score}: lower train.learning_rate, or compare with another loss"
+                    )
+            self.reference = scores
         assembled = assemble_loss(networks, points)
         figures = self.train_students([assembled] * len(self.worlds), f"step-{step:06d}", stop)
         mean = average_rows(figures)

@@ -176,3 +176,8 @@ def test_a_start_is_gone_on_from_and_kept_where_nothing_is_better() -> None:
         assert read_provenance(path)["learned"]
     with pytest.raises(UserError, match="nowhere"):
         run_recipe(tiny_recipe(SMALL, "wrong", start="nowhere.safetensors"))
+
+
+def test_a_reference_that_diverges_is_no_reference() -> None:
+    with pytest.raises(UserError, match=r"^meta.reference: its students diverged, .*: lower train.learning_rate"):
+        run_recipe(tiny_recipe(SMALL, reuse_every=1, reference={"name": "dkd", "beta": 1e30}))
