@@ -3,9 +3,10 @@
 python benchmarks/universal/ship.py LOSS.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
 
 Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
-the shipped loss fades, judges labels and falls back (`DecoupledLoss`), and what was learned is kept in part: what the
-network adds to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything:
-the control. `--rules` leaves out those that are not named, to see what each is worth.
+the shipped loss fades, judges labels, falls back, and starts β higher where images are few (`DecoupledLoss`), and what
+was learned is kept in part: what the network adds to its first answers is multiplied by `--part`. With 0 it is the loss
+as it was before it learned anything: the control. `--rules` leaves out those that are not named, to see what each is
+worth.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -18,7 +19,8 @@ import torch
 from lkd.core.files import PACKAGE, hash_file
 from lkd.losses.learned.file import SUFFIX, LossFile, build_loss_from, read_provenance, save_loss
 
-RULES = ("fades", "judges_labels", "falls_back")
+RULES = {"fades": True, "judges_labels": True, "falls_back": True, "initial_factor": 4.0}
+WITHOUT = {"initial_factor": 1.0}
 
 
 def main() -> int:
@@ -26,7 +28,7 @@ def main() -> int:
     parser.add_argument("loss", type=Path)
     parser.add_argument("--name", default="universal")
     parser.add_argument("--part", type=float, default=0.5)
-    parser.add_argument("--rules", nargs="*", choices=RULES, default=RULES)
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES))
     parser.add_argument("--out", type=Path, help="somewhere else than in the package")
     options = parser.parse_args()
     provenance = read_provenance(options.loss)
@@ -34,10 +36,16 @@ def main() -> int:
     path = options.out or PACKAGE / "losses" / "pretrained" / f"{options.name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = LossFile.read(options.loss)
-    file.header["architecture"]["parts"]["logits"]["arguments"] |= {rule: rule in options.rules for rule in RULES}
+    file.header["architecture"]["parts"]["logits"]["arguments"] |= {
+        rule: value if rule in options.rules else WITHOUT.get(rule, False) for rule, value in RULES.items()
+    }
     loss, start = file.build(), build_loss_from(file.header["architecture"])
     shrink(loss, start, options.part)
-    save_loss(path, loss, (provenance | {"part": options.part}) if options.part else {"learned": False})
+    save_loss(
+        path,
+        loss,
+        (provenance | {"part": options.part * provenance.get("part", 1)}) if options.part else {"learned": False},
+    )
     print(f'    "{options.name}": "{hash_file(path)}",  # {path.stat().st_size:,} bytes')
     return 0
 

@@ -331,6 +331,11 @@ def test_other_classes_count_more_where_images_are_few() -> None:
         torch.testing.assert_close(found, torch.full((8,), float(factor)))
         expected = plain.parts["logits"].set_balance(read_logits(*batch), 0.5)
         torch.testing.assert_close((weight, temperature, own), (expected[0], expected[1], expected[3]))
+    loss = build_learned_loss("logits", options | {"falls_back": True})
+    for agreement, factor in ((0.7, 1), (0.9, 4)):
+        loss.tell(TrustFigures(agreement, images_per_class=20))
+        found = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)[2]
+        torch.testing.assert_close(found, torch.full((8,), float(factor)))
     for wrong in ({"initial_factor": 0.5}, {"initial_factor": 8.0}, {"initial_factor": 4.0, "conditioning": ["state"]}):
         with pytest.raises(UserError, match="initial_factor"):
             build_learned_loss("logits", options | wrong)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lkd.core.outputs import Outputs
 from lkd.losses.dkd import decoupled_divergences
@@ -171,15 +172,15 @@ class DecoupledLoss(LogitForm):
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
         seen = self.see(logs, progress)
-        free = self.fall_back(self.body(seen))
+        free = self.fall_back(self.body(seen) + self.start_factor(seen))
         weight, share, *rest = free.sigmoid().unbind(1)
         weight = 1 - (1 - weight) * self.judge_labels(seen, progress)
-        factor = (self.log_factor * (free.unbind(1)[2] + self.start_factor(free)).tanh()).exp()
+        factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
         own = (rest[1] * self.trust[2].log().nan_to_num(0.0)).exp() if self.calibrates else torch.ones_like(factor)
         return weight, 1 + share * (self.maximal_temperature - 1), factor, own
 
     def start_factor(self, like: Tensor) -> Tensor:
-        """What is added to the network's answer for β, a scalar: with an answer of 0, β starts where the images ask.
+        """What is added to the network's answers, [outputs]: with an answer of 0, β starts where the images ask.
 
         That is at `initial_factor` with up to `FEW` training images of a class; with n of them it is
         `initial_factor` · `FEW` / n, but at least 1. The fewer images show a student what the classes have in common,
@@ -187,17 +188,18 @@ class DecoupledLoss(LogitForm):
         figures were chosen over whole trainings (docs/evidence/universal/tried.md).
         """
         if self.initial_factor == 1:
-            return like.new_zeros(())
+            return like.new_zeros(3 + self.calibrates)
         images = self.trust[3].to(like).nan_to_num(math.inf)
         factor = (self.initial_factor * FEW / images).clamp(1, self.initial_factor)
-        return (factor.log() / self.log_factor).atanh()
+        return pad((factor.log() / self.log_factor).atanh().view(1), (2, int(self.calibrates)))
 
     def fall_back(self, free: Tensor) -> Tensor:
         """The network's answers, [B, outputs]; under a teacher that agrees little with held-out labels, its first ones.
 
-        Of held-out labels, those count that do not contradict the teacher however sure it is. A weak teacher helps a
-        student early and harms it late, one that was taught wrong labels too; rollouts end before. What they teach,
-        to listen less from the start, costs what `stay` does at the right time (docs/evidence/universal/tried.md).
+        With these β is 1, however few the images are: of the other classes a weak teacher knows little. Of held-out
+        labels, those count that do not contradict the teacher however sure it is. A weak teacher helps a student early
+        and harms it late, one that was taught wrong labels too; rollouts end before. What they teach, to listen less
+        from the start, costs what `stay` does at the right time (docs/evidence/universal/tried.md).
         """
         if not self.architecture["falls_back"]:
             return free
