@@ -325,15 +325,19 @@ def test_other_classes_count_more_where_images_are_few() -> None:
     options = {"conditioning": SEEN, "initial_factor": 4.0}
     loss, plain = build_learned_loss("logits", options), build_learned_loss("logits", {"conditioning": SEEN})
     batch = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
-    for images, factor in ((math.nan, 1), (1000, 1), (200, 1), (100, 2), (50, 4), (1, 4)):
-        loss.tell(TrustFigures(images_per_class=images))
+    told = TrustFigures(0.9, images_per_class=50, own_accuracy=0.5)
+    cases: list[tuple[dict[str, float], float]] = [({"images_per_class": math.nan}, 1), ({"images_per_class": 200}, 1)]
+    cases += [({"images_per_class": 100}, 2), ({}, 4), ({"images_per_class": 1}, 4)]
+    cases += [({"own_accuracy": accuracy}, 4**part) for accuracy, part in ((math.nan, 0), (0.95, 0), (0.85, 0.5))]
+    for changed, factor in cases:
+        loss.tell(told._replace(**changed))
         weight, temperature, found, own = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)
         torch.testing.assert_close(found, torch.full((8,), float(factor)))
         expected = plain.parts["logits"].set_balance(read_logits(*batch), 0.5)
         torch.testing.assert_close((weight, temperature, own), (expected[0], expected[1], expected[3]))
     loss = build_learned_loss("logits", options | {"falls_back": True})
     for agreement, factor in ((0.7, 1), (0.9, 4)):
-        loss.tell(TrustFigures(agreement, images_per_class=20))
+        loss.tell(told._replace(validation_agreement=agreement))
         found = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)[2]
         torch.testing.assert_close(found, torch.full((8,), float(factor)))
     for wrong in ({"initial_factor": 0.5}, {"initial_factor": 8.0}, {"initial_factor": 4.0, "conditioning": ["state"]}):
