@@ -328,7 +328,7 @@ def test_other_classes_count_more_where_images_are_few() -> None:
     told = TrustFigures(0.9, images_per_class=50, own_accuracy=0.5)
     cases: list[tuple[dict[str, float], float]] = [({"images_per_class": math.nan}, 1), ({"images_per_class": 200}, 1)]
     cases += [({"images_per_class": 100}, 2), ({}, 4), ({"images_per_class": 1}, 4)]
-    cases += [({"own_accuracy": accuracy}, 4**part) for accuracy, part in ((math.nan, 0), (0.95, 0), (0.85, 0.5))]
+    cases += [({"own_accuracy": accuracy}, 4**part) for accuracy, part in ((math.nan, 0), (0.95, 0), (0.775, 0.5))]
     for changed, factor in cases:
         loss.tell(told._replace(**changed))
         weight, temperature, found, own = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)

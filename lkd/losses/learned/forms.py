@@ -20,7 +20,7 @@ FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of 
 NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 WEAK, GOOD = 0.75, 0.85  # agreement with held-out labels of a teacher under which nothing learned counts, and all
-FEW, LEAD = 50, 0.1  # images a class up to which β starts at `initial_factor`; the teacher's lead from which it falls
+FEW, LEAD = 50, 0.25  # images a class up to which β starts at `initial_factor`; the teacher's lead from which it falls
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
