@@ -325,21 +325,17 @@ def test_other_classes_count_more_where_images_are_few() -> None:
     options = {"conditioning": SEEN, "initial_factor": 4.0}
     loss, plain = build_learned_loss("logits", options), build_learned_loss("logits", {"conditioning": SEEN})
     batch = torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,))
-    told = TrustFigures(0.9, images_per_class=50, own_accuracy=0.5)
+    told = TrustFigures(0.95, images_per_class=50)
     cases: list[tuple[dict[str, float], float]] = [({"images_per_class": math.nan}, 1), ({"images_per_class": 200}, 1)]
     cases += [({"images_per_class": 100}, 2), ({}, 4), ({"images_per_class": 1}, 4)]
-    cases += [({"own_accuracy": accuracy}, 4**part) for accuracy, part in ((math.nan, 0), (0.95, 0), (0.775, 0.5))]
+    cases += [({"validation_agreement": of}, 4**part) for of, part in ((math.nan, 0), (0.85, 0), (0.89, 0.5))]
+    cases += [({"validation_agreement": 0.5, "contradicted": 0.47}, 4)]
     for changed, factor in cases:
         loss.tell(told._replace(**changed))
         weight, temperature, found, own = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)
         torch.testing.assert_close(found, torch.full((8,), float(factor)))
         expected = plain.parts["logits"].set_balance(read_logits(*batch), 0.5)
         torch.testing.assert_close((weight, temperature, own), (expected[0], expected[1], expected[3]))
-    loss = build_learned_loss("logits", options | {"falls_back": True})
-    for agreement, factor in ((0.7, 1), (0.9, 4)):
-        loss.tell(told._replace(validation_agreement=agreement))
-        found = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)[2]
-        torch.testing.assert_close(found, torch.full((8,), float(factor)))
     for wrong in ({"initial_factor": 0.5}, {"initial_factor": 8.0}, {"initial_factor": 4.0, "conditioning": ["state"]}):
         with pytest.raises(UserError, match="initial_factor"):
             build_learned_loss("logits", options | wrong)

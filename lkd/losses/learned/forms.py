@@ -20,7 +20,7 @@ FADING, MARGIN = 60.0, 0.03  # how sharply the loss fades, and at which lead of 
 NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 WEAK, GOOD = 0.75, 0.85  # agreement with held-out labels of a teacher under which nothing learned counts, and all
-FEW, LEAD = 50, 0.25  # images a class up to which β starts at `initial_factor`; the teacher's lead from which it falls
+FEW, BEST = 50, 0.93  # images a class up to which β starts at `initial_factor`, under a teacher that agrees as much
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -119,9 +119,8 @@ class DecoupledLoss(LogitForm):
         initial_temperature: τ before any meta-training, between 1 and `maximal_temperature`.
         maximal_temperature: Upper bound of τ.
         maximal_factor: β stays between 1 / `maximal_factor` and `maximal_factor`; greater than 1.
-        initial_factor: β before any meta-training where there are few training images of a class and the student is
-            far behind the teacher, from 1 to less than `maximal_factor`; else, or where either is not known, it is 1.
-            See `start_factor`.
+        initial_factor: β before any meta-training where there are few training images of a class and the teacher is
+            good, from 1 to less than `maximal_factor`; else, or where either is not known, it is 1. See `start_factor`.
         warmup: Part of the training over which the teacher's terms are ramped up, in [0, 1]. Where `progress` is not
             given they have their full weight, as at 1.
         conditioning: What the network sees besides the teacher: some of progress, state, answer, context, and, of
@@ -158,10 +157,8 @@ class DecoupledLoss(LogitForm):
             raise ValueError("falls_back: true needs agreement in conditioning")
         if not 1 <= initial_factor < maximal_factor:
             raise ValueError(f"initial_factor: {initial_factor} is not in [1, maximal_factor {maximal_factor})")
-        if initial_factor > 1 and not {"agreement", "images_per_class", "own_accuracy"} <= set(self.conditioning):
-            raise ValueError(
-                f"initial_factor: {initial_factor} needs agreement, images_per_class and own_accuracy in conditioning"
-            )
+        if initial_factor > 1 and not {"agreement", "images_per_class"} <= set(self.conditioning):
+            raise ValueError(f"initial_factor: {initial_factor} needs agreement and images_per_class in conditioning")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup: {warmup} is not in [0, 1]")
         self.initial_factor = initial_factor
@@ -187,31 +184,32 @@ class DecoupledLoss(LogitForm):
 
         The fewer images show a student what the classes have in common, the more it has to learn from what the teacher
         knows of it: with up to `FEW` training images of a class β is `initial_factor`, with n of them
-        `initial_factor` · `FEW` / n, but at least 1. As the student's own accuracy comes within `LEAD` of the
-        teacher's agreement with held-out labels, it falls to 1: a student that is held to a weak teacher never
-        overtakes it. Rollouts are too short to find this; it was chosen over whole trainings
-        (docs/evidence/universal/tried.md).
+        `initial_factor` · `FEW` / n, but at least 1. That is under a teacher of at least `BEST`; under one of `GOOD` or
+        less, which a student should overtake, β is 1. Rollouts are too short to find this; it was chosen over whole
+        trainings (docs/evidence/universal/tried.md).
         """
         if self.initial_factor == 1:
             return like.new_zeros(3 + self.calibrates)
-        validation, _, _, images, own, _ = self.trust.to(like).unbind()
-        factor = (self.initial_factor * FEW / images.nan_to_num(math.inf)).clamp(1, self.initial_factor)
-        behind = ((validation - own) / LEAD).clamp(0, 1).nan_to_num(0.0)
-        return pad((behind * factor.log() / self.log_factor).atanh().view(1), (2, int(self.calibrates)))
+        images = self.trust[3].to(like).nan_to_num(math.inf)
+        factor = (self.initial_factor * FEW / images).clamp(1, self.initial_factor)
+        good = ((self.teacher_accuracy(like) - GOOD) / (BEST - GOOD)).clamp(0, 1).nan_to_num(0.0)
+        return pad((good * factor.log() / self.log_factor).atanh().view(1), (2, int(self.calibrates)))
+
+    def teacher_accuracy(self, like: Tensor) -> Tensor:
+        """Its agreement with those held-out labels that do not contradict it however sure it is; NaN if not known."""
+        validation, *_, contradicted = self.trust.to(like).unbind()
+        return validation / (1 - contradicted.nan_to_num(0.0))
 
     def fall_back(self, free: Tensor) -> Tensor:
         """The network's answers, [B, outputs]; under a teacher that agrees little with held-out labels, its first ones.
 
-        With these β is 1, however few the images are: of the other classes a weak teacher knows little. Of held-out
-        labels, those count that do not contradict the teacher however sure it is. A weak teacher helps a student early
-        and harms it late, one that was taught wrong labels too; rollouts end before. What they teach, to listen less
-        from the start, costs what `stay` does at the right time (docs/evidence/universal/tried.md).
+        A weak teacher helps a student early and harms it late, one that was taught wrong labels too; rollouts end
+        before. What they teach, to listen less from the start, costs what `stay` does at the right time
+        (docs/evidence/universal/tried.md).
         """
         if not self.architecture["falls_back"]:
             return free
-        validation, *_, contradicted = self.trust.to(free).unbind()
-        agreement = validation / (1 - contradicted.nan_to_num(0.0))
-        learned = ((agreement - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
+        learned = ((self.teacher_accuracy(free) - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
         first = torch.stack([free.new_full((), answer) for answer in self.first_answers()])
         return torch.lerp(first, free, learned)
 
