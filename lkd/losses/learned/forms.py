@@ -172,7 +172,10 @@ class DecoupledLoss(LogitForm):
     def set_balance(self, logs: LogProbabilities, progress: Progress) -> tuple[Tensor, ...]:
         """The α, τ, β and the temperature of the teacher alone of each sample, all [B]."""
         seen = self.see(logs, progress)
-        free = self.fall_back(self.body(seen) + self.start_factor(seen))
+        free = self.body(seen)
+        if self.initial_factor > 1:
+            free = free + self.start_factor(seen)
+        free = self.fall_back(free)
         weight, share, *rest = free.sigmoid().unbind(1)
         weight = 1 - (1 - weight) * self.judge_labels(seen, progress)
         factor = (self.log_factor * free.unbind(1)[2].tanh()).exp()
@@ -188,8 +191,6 @@ class DecoupledLoss(LogitForm):
         less, which a student should overtake, β is 1. Rollouts are too short to find this; it was chosen over whole
         trainings (docs/evidence/universal/tried.md).
         """
-        if self.initial_factor == 1:
-            return like.new_zeros(3 + self.calibrates)
         images = self.trust[3].to(like).nan_to_num(math.inf)
         factor = (self.initial_factor * FEW / images).clamp(1, self.initial_factor)
         good = ((self.teacher_accuracy(like) - GOOD) / (BEST - GOOD)).clamp(0, 1).nan_to_num(0.0)
