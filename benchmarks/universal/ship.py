@@ -19,8 +19,12 @@ import torch
 from lkd.core.files import PACKAGE, hash_file
 from lkd.losses.learned.file import SUFFIX, LossFile, build_loss_from, read_provenance, save_loss
 
-RULES = {"fades": True, "judges_labels": True, "falls_back": True, "initial_factor": 4.0}
-WITHOUT = {"initial_factor": 1.0}
+RULES = {  # the value of each with and without it
+    "fades": (True, False),
+    "judges_labels": (True, False),
+    "falls_back": (True, False),
+    "initial_factor": (4.0, 1.0),
+}
 SHIPPED = ["fades", "judges_labels", "falls_back"]
 
 
@@ -37,16 +41,12 @@ def main() -> int:
     path = options.out or PACKAGE / "losses" / "pretrained" / f"{options.name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = LossFile.read(options.loss)
-    file.header["architecture"]["parts"]["logits"]["arguments"] |= {
-        rule: value if rule in options.rules else WITHOUT.get(rule, False) for rule, value in RULES.items()
-    }
+    values = {rule: on if rule in options.rules else off for rule, (on, off) in RULES.items()}
+    file.header["architecture"]["parts"]["logits"]["arguments"] |= values
     loss, start = file.build(), build_loss_from(file.header["architecture"])
     shrink(loss, start, options.part)
-    save_loss(
-        path,
-        loss,
-        (provenance | {"part": options.part * provenance.get("part", 1)}) if options.part else {"learned": False},
-    )
+    provenance["part"] = options.part * provenance.get("part", 1)  # of a file that was shipped, a part of a part
+    save_loss(path, loss, provenance if options.part else {"learned": False})
     print(f'    "{options.name}": "{hash_file(path)}",  # {path.stat().st_size:,} bytes')
     return 0
 

@@ -394,17 +394,8 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path, favour: str) -
     architecture = {"name": "small_cnn", "num_classes": 10, "in_chans": 1}
     save_network(tmp_path / "n.safetensors", build(**architecture), architecture, {})
     data = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--data.label_noise", "0.2"]
-    words = [
-        *data,
-        "--influence.iterations",
-        "3",
-        "--influence.favour",
-        favour,
-        "--run_dir",
-        "r",
-        "--checkpoint",
-        str(tmp_path / "n.safetensors"),
-    ]
+    words = [*data, "--influence.iterations", "3", "--influence.favour", favour, "--run_dir", "r"]
+    words += ["--checkpoint", str(tmp_path / "n.safetensors")]
     assert main(["influence", *words]) == 0
     rows = list(csv.DictReader(Path("r/influence.csv").read_text().splitlines()))
     influences = [float(row["influence"]) for row in rows]

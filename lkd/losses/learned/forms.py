@@ -193,11 +193,11 @@ class DecoupledLoss(LogitForm):
         """
         images = self.trust[3].to(like).nan_to_num(math.inf)
         factor = (self.initial_factor * FEW / images).clamp(1, self.initial_factor)
-        good = ((self.teacher_accuracy(like) - GOOD) / (BEST - GOOD)).clamp(0, 1).nan_to_num(0.0)
+        good = ((self.estimate_teacher_accuracy(like) - GOOD) / (BEST - GOOD)).clamp(0, 1).nan_to_num(0.0)
         return pad((good * factor.log() / self.log_factor).atanh().view(1), (2, int(self.calibrates)))
 
-    def teacher_accuracy(self, like: Tensor) -> Tensor:
-        """Its agreement with those held-out labels that do not contradict it however sure it is; NaN if not known."""
+    def estimate_teacher_accuracy(self, like: Tensor) -> Tensor:
+        """Its agreement with the held-out labels that do not contradict it however sure it is; NaN if not known."""
         validation, *_, contradicted = self.trust.to(like).unbind()
         return validation / (1 - contradicted.nan_to_num(0.0))
 
@@ -210,7 +210,7 @@ class DecoupledLoss(LogitForm):
         """
         if not self.architecture["falls_back"]:
             return free
-        learned = ((self.teacher_accuracy(free) - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
+        learned = ((self.estimate_teacher_accuracy(free) - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
         first = torch.stack([free.new_full((), answer) for answer in self.first_answers()])
         return torch.lerp(first, free, learned)
 
