@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import string
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -43,11 +44,24 @@ def list_cjk() -> str:
     return "".join(each for each in characters if all(is_frequent(each, encoding) for encoding in blocks))
 
 
+def is_accented(character: str) -> bool:
+    """Whether it is a letter with an accent, as Unicode takes it apart."""
+    parts = unicodedata.decomposition(character)
+    return bool(parts) and not parts.startswith("<")
+
+
+def is_full(character: str) -> bool:
+    """Whether it is no small form of another."""
+    return "SMALL" not in unicodedata.name(character)
+
+
 SCRIPTS = {
     "latin": string.digits + string.ascii_letters + string.punctuation + "äöüéèñ",
     "cyrillic": "".join(map(chr, range(0x410, 0x450))) + "Ёё",
     "greek": "".join(map(chr, [*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA)])),
     "cjk": list_cjk(),
+    "accents": "".join(filter(is_accented, map(chr, range(0xC0, 0x180)))),
+    "kana": "".join(filter(is_full, map(chr, [*range(0x3041, 0x3094), *range(0x30A1, 0x30F5)]))),
 }
 
 

@@ -16,7 +16,7 @@ train() {
     name=$1
     shift
     test -e "$data/teachers/$name/teacher.safetensors" || python -m lkd.cli teacher --run_dir "$data/teachers/$name" \
-        --data.root "$data" --model.name small_resnet "$@"
+        --data.root "$data" --model.name small_resnet "$@" --resume auto
 }
 
 train glyphs-weak --data.name npz/glyphs --data.meta_validation_size 8000 --data.train_size 400 --train.epochs 20
@@ -49,3 +49,9 @@ train greek-noisy-own --data.name npz/greek --data.meta_validation_size 4000 --d
     --data.label_noise 0.35 --train.epochs 20
 train cjk-weak --data.name npz/cjk --data.meta_validation_size 10000 --data.train_size 4000 --train.epochs 12
 train cjk-strong --data.name npz/cjk --data.meta_validation_size 10000 --data.train_size 16000 --train.epochs 10
+
+# For the worlds that were made after every choice (confirmation.yaml).
+train accents-strong --data.name npz/accents --data.meta_validation_size 8000 --data.train_size 20000 --train.epochs 8
+train accents-equal --data.name npz/accents --data.meta_validation_size 8000 --data.train_size 6000 --train.epochs 10
+train kana-strong --data.name npz/kana --data.meta_validation_size 8000 --data.train_size 16000 --train.epochs 10
+train kana-own --data.name npz/kana --data.meta_validation_size 4000 --data.train_size 3000 --train.epochs 25
