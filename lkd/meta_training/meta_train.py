@@ -21,7 +21,7 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import digest
-from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, save_loss
+from lkd.losses.learned.file import NOT_LEARNED, SUFFIX, LossFile, save_loss, was_learned
 from lkd.meta_training.log import (
     describe_audit,
     describe_reuse,
@@ -50,6 +50,7 @@ from lkd.meta_training.worlds import (
 from lkd.models.files import save_network
 from lkd.pool.pool import Pool, build_pools, count_pool_trainings, drop_superseded_pools, list_snapshots, renew_pools
 from lkd.pool.sampling import build_age_weights, check_sampling
+from lkd.tracking.remote import fetch_named
 from lkd.tracking.run import Run
 from lkd.training.build import NOTHING, Images, Objects, build_batches
 from lkd.training.checkpoints import Checkpoints
@@ -77,6 +78,8 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
         check_meta_validation(each.images)
     check_schedules(recipe, opened, pools)
     loss = build_loss_networks(recipe, opened)
+    start = recipe.meta.start
+    start_learned = start is not None and was_learned(LossFile.read(fetch_named(start)).header)
     worlds = prepare_worlds(opened, loss, run)
     if recipe.meta.estimator in EXACT and recipe.meta.alternation_start:
         OuterLoop(
@@ -93,7 +96,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     training_seconds = learn(loop, reuse, run)
     path = run.path / f"loss{SUFFIX}"
     if is_main():
-        save_results(path, loop, reuse, pools, training_seconds, run)
+        save_results(path, loop, reuse, pools, training_seconds, start_learned, run)
     return path
 
 
@@ -185,9 +188,18 @@ def check_identical(loop: OuterLoop) -> None:
 
 
 def save_results(
-    path: Path, loop: OuterLoop, reuse: Reuse, pools: list[Pool], training_seconds: float, run: Run
+    path: Path,
+    loop: OuterLoop,
+    reuse: Reuse,
+    pools: list[Pool],
+    training_seconds: float,
+    start_learned: bool,
+    run: Run,
 ) -> None:
-    """Save the loss with all that was measured, and the first online student, which the dynamic strategy gives."""
+    """Save the loss with all that was measured, and the first online student, which the dynamic strategy gives.
+
+    `start_learned`: whether the loss that it began with was a learned one already.
+    """
     images = loop.worlds[0].images
     if loop.own:
         student, place = loop.own[0].training.result, run.path / "student.safetensors"
@@ -200,7 +212,7 @@ def save_results(
     kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
     start = loop.settings.start
     changed = kept > 0 if reuse.rows else loop.guard.counted > 0
-    learned = changed or start is not None
+    learned = changed or start_learned
     provenance = run.provenance() | {
         "split": images.fingerprint,
         "learned": learned,

@@ -16,7 +16,7 @@ from lkd.config.parse import merge, parse_recipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import digest, load_checkpoint
-from lkd.losses.learned.file import load_loss, read_provenance
+from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.meta_train import meta_train
 from lkd.models.build import build
 from lkd.models.files import save_network
@@ -174,6 +174,10 @@ def test_a_start_is_gone_on_from_and_kept_where_nothing_is_better() -> None:
         assert said == (digest(before) == digest(after))
         assert kept in (None, said)
         assert read_provenance(path)["learned"]
+    before_learning = Path("before.lkd.safetensors")
+    save_loss(before_learning, load_loss(first), {"learned": False})
+    recipe = tiny_recipe(SMALL, "kept", outer_steps=1, reuse_every=1, learning_rate=0.0, start=str(before_learning))
+    assert not read_provenance(run_recipe(recipe))["learned"], "nothing taught it, neither here nor before"
     with pytest.raises(UserError, match="nowhere"):
         run_recipe(tiny_recipe(SMALL, "wrong", start="nowhere.safetensors"))
 
