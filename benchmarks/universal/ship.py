@@ -3,10 +3,10 @@
 python benchmarks/universal/ship.py LOSS.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
 
 Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
-the shipped loss fades, judges labels and falls back (`DecoupledLoss`), and what was learned is kept in part: what the
-network adds to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything:
-the control. `--rules` takes others: without one that is shipped, to see what it is worth, or with `initial_factor`: β
-from 4 with few images under a good teacher.
+the shipped loss fades, judges labels, falls back, and starts from β = 4 with few images under a good teacher
+(`DecoupledLoss`), and what was learned is kept in part: what the network adds to its first answers is multiplied by
+`--part`. With 0 it is the loss as it was before it learned anything: the control. `--rules` leaves out some, to see
+what they are worth.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -25,7 +25,6 @@ RULES = {  # the value of each with and without it
     "falls_back": (True, False),
     "initial_factor": (4.0, 1.0),
 }
-SHIPPED = ["fades", "judges_labels", "falls_back"]
 
 
 def main() -> int:
@@ -33,7 +32,7 @@ def main() -> int:
     parser.add_argument("loss", type=Path)
     parser.add_argument("--name", default="universal")
     parser.add_argument("--part", type=float, default=0.5)
-    parser.add_argument("--rules", nargs="*", choices=RULES, default=SHIPPED)
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES))
     parser.add_argument("--out", type=Path, help="somewhere else than in the package")
     options = parser.parse_args()
     provenance = read_provenance(options.loss)

@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "889c59b9d1794d8c1d530d11558a4480b99558c454f59b6abefcb8461b078576",
+    "universal": "25dc8e14fa0ac89a9e2968b62752526683d74afe9f385966ea527a941d04108d",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}
