@@ -87,7 +87,7 @@ def find_best(world: dict[str, dict[int, float]]) -> str:
 
 def find_best_fixed(found: Worlds) -> str:
     """The one hand-made loss that is best over all worlds, with hindsight."""
-    everywhere = [arm for arm in ARMS["fixed"] if all(arm in world for world in found.values())]
+    everywhere = [arm for arm in ARMS["arms"] if all(arm in world for world in found.values())]
     return max(everywhere, key=lambda arm: statistics.fmean(mean(world, arm) for world in found.values()))
 
 
