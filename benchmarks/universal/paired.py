@@ -25,6 +25,9 @@ def main() -> int:
                 figure = row.get("top1") or row["meta_validation_top1"]
                 found[row["world"]][row["arm"]][int(row["seed"])] = float(figure)
     gains = {name: compare(world, arm, other)[0] for name, world in found.items() if world[arm].keys() & world[other]}
+    if not gains:
+        print(f"{path}: no world has both {arm!r} and {other!r}", file=sys.stderr)
+        return 2
     for name, gain in gains.items():
         print(f"{name:24} {gain:+.2f}")
     mean, error = mean_and_error(list(gains.values()))
