@@ -30,9 +30,9 @@ ARMS = yaml.safe_load((HERE / "arms.yaml").read_text())
 CE, TUNED, UNIVERSAL, UNKNOWN, RULE = "cross-entropy", "tuned", "universal", "trust unknown", "rule"
 NOT_HELD_OUT, OWN = "no labels held out", "learned for the world"
 UNTRAINED = "not learned"
-# What was not shipped, or before another rule; and of what was, before labels were judged.
-FORMER = "universal, β from 1"
-OTHERS = (FORMER, "learned in full, fading", "not learned, fading")
+# What was shipped before there was the rule for few images; and before labels were judged.
+FORMER, IN_FULL, UNTRAINED_FADING = "universal, β from 1", "learned in full, fading", "not learned, fading"
+OTHERS = (FORMER, IN_FULL, UNTRAINED_FADING)
 HAND_MADE = (*ARMS["arms"], TUNED)
 NOISY_VALIDATION = "greek-noisy-validation"
 Worlds = dict[str, dict[str, dict[int, float]]]
@@ -114,8 +114,8 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         "mean_gain_over_best_fixed": gain(find_best_fixed(found)),
         "mean_gain_over_tuned": gain(TUNED),
         "mean_gain_over_untrained": gain(UNTRAINED),
-        "mean_gain_over_untrained_fading": gain(OTHERS[2]),
-        "mean_gain_over_learned_in_full_fading": gain(OTHERS[1]),
+        "mean_gain_over_untrained_fading": gain(UNTRAINED_FADING),
+        "mean_gain_over_learned_in_full_fading": gain(IN_FULL),
         "mean_gain_over_rule": gain(RULE),
         "minus_ce_worst": min(each + 2 * error for each, error in over_ce.values()),
         "minus_ce_lowest_mean": min(each for each, _ in over_ce.values()),
