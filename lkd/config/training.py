@@ -32,7 +32,7 @@ class DistillRecipe(StudentRecipe):
     Args:
         loss: `universal`, the learned loss that the package carries; another loss name, {name: ..., ...} (see
             docs/losses.md); or the path of a learned-loss file.
-        balance: What weighs the teacher's terms of the loss against its task: {name: dynamic, ...} (see
+        balance: How the teacher's terms of the loss are weighed against its task: {name: dynamic, ...} (see
             docs/balance.md); without it the loss is the sum of its terms.
         labelled_size: Training images whose labels are known; the others get the teacher's. 0 for all.
         report_test: Measure the last weights on the test split, once, at the end.
