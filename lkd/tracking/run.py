@@ -171,8 +171,14 @@ def check_resumable(path: Path, config: dict[str, Any], resume: str) -> None:
 
 def describe_surroundings(device: torch.device) -> dict[str, Any]:
     """What decides digits and is no part of a recipe: versions, platform, threads, the device."""
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return environment() | {"threads": torch.get_num_threads(), "device": f"{device.type}{gpu}"}
+    return environment() | {"threads": torch.get_num_threads(), "device": describe_device(device)}
+
+
+def describe_device(device: torch.device) -> str:
+    """What a training's digits depend on: the GPU's name, or the instructions that torch uses on this CPU."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
 def describe_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -235,10 +235,24 @@ def test_the_number_of_threads_is_part_of_a_trial_and_stands_in_its_results(caps
         assert ("are not used" in printed) == bool(said)
         assert said in printed
         assert read_json(run.path / "result.json")["figures"]["threads"] == threads
-        assert f"CPU threads of each training: {threads}." in (run.path / "table.txt").read_text()
+        assert f"CPU threads of each training: {threads}; trained on cpu (" in (run.path / "table.txt").read_text()
     assert sorted(read_json(path)["threads"] for path in run.path.glob("cells/*.json")) == [1, 2, 3]
     trial = Trial("CE", "cross_entropy", ModelRecipe(), 0, reported=True)
     assert trial_path(tiny_recipe(), trial, Path()) == trial_path(tiny_recipe(threads=1), trial, Path())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_trainings_of_two_devices_are_called_so(monkeypatch) -> None:
+    train = TrainRecipe(epochs=1)
+    recipe = tiny_recipe(methods={"CE": "cross_entropy"}, baseline="CE", seeds=2, train=train, resume="auto")
+    for devices in (1, 2):
+        with open_run(recipe, "compare") as run:
+            compare(recipe, run)
+        notes = (run.path / "table.txt").read_text()
+        assert ("Devices round differently" in notes) == (devices == 2)
+        next(run.path.glob("cells/*.json")).unlink()
+        monkeypatch.setattr("lkd.evaluation.comparison.trials.describe_device", lambda _: "cuda (Tesla T4)")
+    assert ", cuda (Tesla T4)." in notes
 
 
 def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:

@@ -210,7 +210,8 @@ def list_trials(rows: list[Row]) -> list[Row]:
         record |= {f"test_{name}": f"{row[name]['top1']:.4f}" for name in ("last", "best")}
         record |= {"meta_validation_last": f"{row['meta_validation']['top1']:.4f}", "best_step": row["best_step"]}
         record |= {"diverged_at": row.get("diverged_at", ""), "seconds": f"{row['seconds']:.1f}"}
-        record |= {"threads": row.get("threads", ""), "steps_per_second": f"{row['steps_per_second']:.2f}"}
+        record |= {"threads": row.get("threads", ""), "device": row.get("device", "")}
+        record |= {"steps_per_second": f"{row['steps_per_second']:.2f}"}
         record |= {"loss_parameters": row["loss_parameters"], "peak_mib": "" if peak is None else f"{peak:.1f}"}
         records.append(record)
     return records
@@ -257,6 +258,7 @@ def write_notes(recipe: CompareRecipe, picks: dict[str, Method], table: list[Row
         "comparison/notes.txt",
         recipe=recipe,
         threads=sorted({str(row.get("threads", "not written")) for row in rows}),
+        devices=sorted({row.get("device", "not written") for row in rows}),
         picks={label: format_options(picks[label]) for label, count in tuned.items() if count},
         short={label: count for label, count in short.items() if label not in rounded},
         rounded=rounded,

@@ -32,7 +32,7 @@ from lkd.losses.learned.file import LossFile, was_learned
 from lkd.losses.learned.trust import Trust
 from lkd.models.teacher import TeacherFunction
 from lkd.tracking.remote import fetch_named
-from lkd.tracking.run import shorten_paths
+from lkd.tracking.run import describe_device, shorten_paths
 from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import Images, LossBuilder, OpenedTeacher, choose_student, open_teacher, prepare_images
 from lkd.training.distill import label_by_teacher, select_labelled, start_training
@@ -426,6 +426,7 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         "best_step": best.get("step", 0),
         "seconds": time.perf_counter() - started,
         "threads": torch.get_num_threads(),
+        "device": describe_device(training.batches.device),
         "steps_per_second": training.step / cost.seconds,
         "learned": was_method_learned(trial.loss),
         "loss_parameters": sum(parameter.numel() for parameter in training.loss.parameters()),
