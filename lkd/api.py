@@ -1,14 +1,12 @@
 """`lkd.distill` and `lkd.meta_train`: the commands of the same name, for objects in the place of names and files."""
 
 import dataclasses
-import dis
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +17,7 @@ from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_plain, make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe
+from lkd.core.content import describe
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import expand_home
@@ -162,6 +161,7 @@ def distill(
         path = distill_student(parts, recipe.train, recipe.seed, run, recipe.labelled_size, recipe.report_test)
         wait_for_all()
         make = given.get(recipe.student.name)
+        torch.manual_seed(recipe.seed)  # for what a function draws and no file keeps
         trained = make() if make else fit_to_images(str(path), *load_network(path), parts.images.train)
         if make:
             load_plain_state_dict(trained, read_tensors(path, KIND, VERSION)[0])
@@ -293,11 +293,16 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = make()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
-    tensors = list_tensors(network, "student")  # a lazy one has its shape from the first images, in a dry run
-    shapes = [[name, None if is_lazy(tensor) else list(tensor.shape)] for name, tensor in tensors.items()]
-    content: list[Any] = [shapes, [type(module).__name__ for module in network.modules()]]
+        if not isinstance(network, nn.Module):
+            raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
+        again = make() if make is student else None
+    if again and not {id(p) for p in network.parameters() if p.requires_grad}.isdisjoint(map(id, again.parameters())):
+        raise UserError(
+            f"student: the function given returns a {type(network).__name__} with the same weights each time, which "
+            "would be trained on: build one anew in it, or return copy.deepcopy(network)"
+        )
+    check_tensors(network, "student")
+    content = describe(network, weights=False)  # a lazy one has its shapes from the first images, in a dry run
     while (name := name_content(type(network).__name__, content)) in given:
         content = [content]  # two students of equal shapes are two students
     given[name] = make
@@ -307,9 +312,9 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
 def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
     """The teacher's recipe: a file, timm's of a name, or one that is given, of which a frozen copy is used."""
     if isinstance(teacher, nn.Module):
-        content = list_tensors(teacher, "teacher")
+        check_tensors(teacher, "teacher")
         frozen = copy_module(teacher, "teacher").eval().requires_grad_(False)
-        return TeacherRecipe(name_object(type(teacher).__name__, content, frozen, given))
+        return TeacherRecipe(name_object(type(teacher).__name__, describe(teacher), frozen, given))
     if isinstance(teacher, dict):
         return make_recipe(TeacherRecipe, teacher, "teacher")
     if not isinstance(teacher, str | Path):
@@ -323,8 +328,9 @@ def name_loss(loss: Any, given: dict[str, Any]) -> Any:
     """The loss as a recipe has it."""
     if not callable(loss):
         return make_plain(str(loss) if isinstance(loss, Path) else loss)
-    content = list_tensors(loss, "loss") if isinstance(loss, nn.Module) else describe_function(loss)
-    return name_object(getattr(loss, "__name__", type(loss).__name__), content, loss, given)
+    if isinstance(loss, nn.Module):
+        check_tensors(loss, "loss")
+    return name_object(getattr(loss, "__name__", type(loss).__name__), describe(loss), loss, given)
 
 
 def name_images(
@@ -381,56 +387,15 @@ def describe_images(images: ImageSet) -> list[Any]:
     return [pixels, images.labels, images.mean, images.std, images.num_classes]
 
 
-def describe_function(function: Any, depth: int = 6) -> list[Any]:
-    """What a function does: its code, and the numbers, words, tensors and functions of its module that it refers to."""
-    if isinstance(function, partial):
-        given = [*function.args, *sorted(function.keywords.items())]
-        return [describe_function(function.func, depth), describe_value(given, depth, "")]
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return [type(function).__qualname__]
-    cells = [read_cell(cell) for cell in function.__closure__ or ()]
-    named = sorted({each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"})
-    read = [function.__globals__.get(name) for name in named]
-    options = sorted((function.__kwdefaults__ or {}).items())
-    values = [*code.co_consts, *(function.__defaults__ or ()), *options, *cells, *read]
-    return [code.co_code.hex(), list(code.co_names), describe_value(values, depth, function.__module__)]
-
-
-def describe_value(value: Any, depth: int, module: str) -> Any:
-    """A number, a word, a tensor, a function of this module, or some of them; of anything else its type."""
-    if isinstance(value, int | float | str | Tensor):
-        return value
-    if depth and isinstance(value, dict):
-        value = list(value.items())
-    if depth and isinstance(value, list | tuple):
-        return [describe_value(each, depth - 1, module) for each in value]
-    if depth and isinstance(value, CodeType):
-        return [value.co_code.hex(), describe_value(value.co_consts, depth - 1, module)]
-    if depth and isinstance(value, FunctionType) and value.__module__ == module:
-        return describe_function(value, depth - 1)
-    return type(value).__name__
-
-
-def read_cell(cell: Any) -> Any:
-    """What a function refers to of the function around it; None if that has not said yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def list_tensors(module: nn.Module, role: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of a module."""
-    state = module.state_dict()
-    for name, value in state.items():
+def check_tensors(module: nn.Module, role: str) -> None:
+    """Check that a checkpoint can hold a module, and that it has its weights, but for a student's."""
+    for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"{role}: {name!r} of its state dict is a {type(value).__name__}, not a tensor")
         if is_lazy(value) and role != "student":
             raise UserError(
                 f"{role}: {name!r} has no weights yet; call this lazy module on a batch, or load its weights"
             )
-    return dict(state)
 
 
 def name_object(what: str, content: Any, value: Any, given: dict[str, Any]) -> str:

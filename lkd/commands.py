@@ -8,7 +8,10 @@ from typing import Any
 
 from lkd import config
 from lkd.config.parse import make_recipe
-from lkd.core.files import replaced_atomically
+from lkd.core.errors import UserError
+from lkd.core.files import MALFORMED, read_json, replaced_atomically
+from lkd.data.image_files import ImageFiles
+from lkd.data.images import ImageSet
 from lkd.evaluation.comparison.compare import compare as compare_methods
 from lkd.evaluation.dashboard import make_dashboard
 from lkd.evaluation.fidelity import measure_fidelity
@@ -33,7 +36,7 @@ from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
 from lkd.tracking.run import choose_device, open_run
 from lkd.training.answers import check_same_images, measure_teacher, prepare_teacher
-from lkd.training.build import LossBuilder, build, check_network, choose_student, open_teacher, prepare_images
+from lkd.training.build import Images, LossBuilder, build, check_network, choose_student, open_teacher, prepare_images
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
@@ -73,15 +76,29 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     data = choose_data(recipe, header["provenance"])
     images = prepare_images(data, scored=recipe.split != "test")
     check_network(recipe.checkpoint, header["architecture"], images.train)
-    part = images.test if recipe.split == "test" else images.meta_validation
+    part = images.test if recipe.split == "test" else choose_held_out(recipe, images, header["provenance"])
     network = fit_to_images(recipe.checkpoint, network, header, images.train)
     check_image_size(recipe.checkpoint, network, images.train.image_shape)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
     said = "" if "input" in header else ", normalised as the data set says, since the file does not say how"
-    print(f"{name} ({recipe.checkpoint}) on {len(part):,} {recipe.split} images of {images.name}{said}:")
+    lost = part.images.damage.damaged if isinstance(part.images, ImageFiles) else 0
+    said += f", {lost} that cannot be decoded left out" if lost else ""
+    print(f"{name} ({recipe.checkpoint}) on {len(part) - lost:,} {recipe.split} images of {images.name}{said}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
+
+
+def choose_held_out(recipe: config.EvaluateRecipe, images: Images, provenance: dict[str, Any]) -> ImageSet:
+    """The meta-validation images; of the data that the file was trained with they must be those held out there."""
+    trained = ((provenance.get("recipe") or {}).get("data") or {}).get("name")
+    if trained == images.settings.name and provenance.get("split", images.fingerprint) != images.fingerprint:
+        raise UserError(
+            f"split: {recipe.checkpoint} was trained on another part of {images.name} than these settings leave, so "
+            "some of these meta-validation images may have been trained on; put the images and settings back, or take "
+            "--split test"
+        )
+    return images.meta_validation
 
 
 def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> config.DataRecipe:
@@ -89,9 +106,13 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
     trained = {} if recipe.checkpoint == "embedded" else (provenance.get("recipe") or {}).get("data") or {}
     known = {field.name for field in dataclasses.fields(config.DataRecipe)}
     saved = {key: value for key, value in trained.items() if key in known and value is not None}
-    for folder in ("root", "packed"):  # of another machine: the file says their last part only
-        if folder in saved and not Path(saved[folder]).is_dir():
-            del saved[folder]
+    known_here = find_folders(Path(recipe.checkpoint))
+    for folder in ("root", "packed"):  # the file says their last part only: it may go to another machine
+        if folder in saved:
+            whole = known_here.get(folder)
+            saved[folder] = whole if whole and Path(whole).name == Path(saved[folder]).name else saved[folder]
+            if not Path(saved[folder]).is_dir():
+                del saved[folder]
     if "name" in recipe.data and recipe.data["name"] != saved.get("name"):
         saved = {key: saved[key] for key in ("image_size",) if key in saved}  # the rest is of other images
     data = make_recipe(config.DataRecipe, saved | recipe.data, "data")
@@ -99,6 +120,14 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
         return data
     clean: dict[str, Any] = {"label_noise": 0.0, "meta_validation_noise": 0.0, "imbalance": 1.0}
     return dataclasses.replace(data, train_size=0, meta_validation_size=0, **clean)
+
+
+def find_folders(checkpoint: Path) -> dict[str, Any]:
+    """Where the images of a run lie, by the config beside its network; empty if there is none."""
+    try:
+        return dict(read_json(checkpoint.parent / "config.json")["recipe"]["data"])
+    except (UserError, OSError, *MALFORMED):
+        return {}
 
 
 def predict(recipe: config.PredictRecipe) -> None:

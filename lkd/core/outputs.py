@@ -19,6 +19,14 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor]
 
 
+def take_logits(answer: Any) -> Any:
+    """The logits of what a network gives: its `logits`, or the first of several outputs (others are auxiliary)."""
+    if isinstance(answer, dict) and "logits" in answer:
+        return answer["logits"]
+    answer = getattr(answer, "logits", answer)
+    return answer[0] if isinstance(answer, tuple | list) and answer else answer
+
+
 @contextmanager
 def evaluating(network: Any) -> Iterator[None]:
     """Within, a network is in eval mode, if it is one; the mode of each of its modules is restored."""

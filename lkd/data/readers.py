@@ -344,6 +344,9 @@ def label_images(images: Any, title: str) -> LabelledSource:
         ValueError: If it does not say its labels, one for each image, or they are not numbers.
     """
     in_folders = isinstance(images, DatasetFolder)  # of whose lists its items come from `samples` alone
+    is_own = type(images).__getitem__ is not DatasetFolder.__getitem__
+    if in_folders and is_own:
+        raise ValueError(f"{title} has a __getitem__ of its own, which may give other images and labels than folders")
     files = images.samples if in_folders else getattr(images, "imgs", None)
     labels = [label for _, label in images.samples] if in_folders else getattr(images, "targets", None)
     if labels is None or len(labels) != len(images):

@@ -1,6 +1,7 @@
 """`lkd export`: a trained student in the formats that others read, each read back and compared; `lkd pack`."""
 
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,9 +211,16 @@ def write_configuration(header: dict[str, Any], folder: Path) -> None:
         "num_classes": architecture["num_classes"],
         **({"label_names": header["classes"]} if "classes" in header else {}),
         "model_args": {"in_chans": architecture["in_chans"], **(architecture.get("options") or {})},
-        "pretrained_cfg": dict(header["input"]),
+        "pretrained_cfg": {**header["input"], "crop_pct": round_down_crop(header["input"])},
     }
     write_json(folder / "config.json", configuration)
+
+
+def round_down_crop(prepared: dict[str, Any]) -> float:
+    """The `crop_pct` with which timm, which rounds the shorter side down, resizes as we do, to the nearest pixel."""
+    size, crop = prepared["input_size"][1], float(prepared["crop_pct"])
+    shorter = round(size / crop)
+    return crop if math.floor(size / crop) == shorter else size / (shorter + 0.25)
 
 
 def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lkd.core.errors import UserError, check_choice, first_line
 from lkd.core.files import MALFORMED
-from lkd.core.outputs import Outputs, evaluating
+from lkd.core.outputs import Outputs, evaluating, take_logits
 from lkd.data.images import ImageSet
 from lkd.models.cifar import CIFAR_NETWORKS
 from lkd.models.small import SMALL_NETWORKS
@@ -116,14 +116,6 @@ class TimmNetwork(nn.Module):
         last, intermediates = model.forward_intermediates(images)
         logits = take_logits(model.forward_head(last))
         return Outputs(logits, dict(zip(self.stage_names, intermediates, strict=True)))
-
-
-def take_logits(answer: Any) -> Any:
-    """The logits of what a network gives: its `logits`, or the first of several outputs (others are auxiliary)."""
-    if isinstance(answer, dict) and "logits" in answer:
-        return answer["logits"]
-    answer = getattr(answer, "logits", answer)
-    return answer[0] if isinstance(answer, tuple | list) and answer else answer
 
 
 GIVEN = "object/"  # what the name of a network starts with that was given as an object: no name builds it

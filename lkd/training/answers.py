@@ -108,12 +108,17 @@ def identify_labels(images: Images) -> str:
 
 
 def identify_images(images: Images) -> str:
-    """A hash of the images and their classes' names; of those in memory of the pixels, of files of folder and name."""
-    content: Any = images.train.images
-    if not isinstance(content, torch.Tensor):
-        names = "\n".join("/".join(name.split("/")[-2:]) for name in content.source.names)
-        content = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-    return digest([images.fingerprint, list(images.train.class_names), content])
+    """A hash of all parts, labels and classes' names: pixels of what is in memory, folders and names of files."""
+    parts = [[identify_content(part), part.labels] for part in (images.train, images.meta_validation, images.test)]
+    return digest([images.fingerprint, list(images.train.class_names), parts])
+
+
+def identify_content(part: ImageSet) -> torch.Tensor | str:
+    """The pixels, or of files a hash of all that lie where these do, by folder and name."""
+    if isinstance(part.images, torch.Tensor):
+        return part.images
+    names = "\n".join("/".join(name.split("/")[-2:]) for name in part.images.source.names)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def check_same_images(images: Images, run: Run, world: str = "") -> None:
@@ -122,7 +127,7 @@ def check_same_images(images: Images, run: Run, world: str = "") -> None:
     kept = {(row["kind"], row["name"]): row["sha256"] for row in read_lineage(run.path)["used"]}
     if kept.get((entry.kind, entry.name), entry.sha256) != entry.sha256:
         raise UserError(
-            f"data{f' of world {world}' if world else ''}: the images, their files' names or their classes are not "
+            f"data{f' of world {world}' if world else ''}: the images, their files' names, labels or classes are not "
             f"those that the run in {run.path} was begun with; put them back, or begin anew with another --run_dir"
         )
     if is_main():

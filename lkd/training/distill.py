@@ -185,7 +185,7 @@ def train_to_the_end(
     tested = evaluate(training.result, images.test, run.device, shared=True) if report_test else None
     if is_main():
         provenance = run.provenance() | {"meta_validation": results, "image_shape": list(images.train.image_shape)}
-        provenance |= {**known, **({"test": tested} if tested else {})}
+        provenance |= {"split": images.fingerprint, **known, **({"test": tested} if tested else {})}
         save_network(path, training.result, student.architecture, provenance, images.train)
         run.tracker.keep(role, path, **history[-1])
         if results:
@@ -226,8 +226,12 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
         terms: dict[str, Tensor] = training.loss(*arguments)
         return training.balance.scale(terms) if training.balance else terms
 
+    remembered = {name: buffer.clone() for name, buffer in training.loss.named_buffers()}
     with torch.random.fork_rng([batch.images.device] if batch.images.is_cuda else []):  # a loss may draw
         shares = gradient_shares(weighed, student, teacher, batch.target, progress)
+    for name, buffer in training.loss.named_buffers():
+        if name in remembered:
+            buffer.data.copy_(remembered[name])
     return figures | {SHARE + name: share for name, share in shares.items()}
 
 

@@ -171,7 +171,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         parameters = [parameter for group in own for parameter in group["params"]]
         for number, slots in state["state"].items():
             kept = optimizer.state[parameters[number]]
-            kept |= {k: v.to(kept[k].device, copy=True) for k, v in slots.items() if isinstance(v, Tensor)}
+            kept |= {name: copy_tensors(value, kept[name]) for name, value in slots.items()}
         return
     for parameter, slots in optimizer.state.items():
         if slots.keys() != next(iter(optimizer.state.values())).keys():
@@ -184,6 +184,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 slots[name] = torch.empty_like(parameter).copy_(value)
             elif value is not None:
                 raise ValueError(f"the optimiser's {name} does not fit a parameter of shape {tuple(parameter.shape)}")
+
+
+def copy_tensors(value: Any, like: Any) -> Any:
+    """A value, its tensors copied to where those like it lie: a file's lie as they come, which decides digits."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, copy=True)
+    if isinstance(value, list | tuple):
+        return type(value)(copy_tensors(*each) for each in zip(value, like, strict=True))
+    return value
 
 
 def list_kinds(optimizer: torch.optim.Optimizer) -> list[dict[str, type]]:

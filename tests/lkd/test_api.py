@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 import lkd
-from lkd.api import name_images, name_loss, name_student
+from lkd.api import name_images, name_loss, name_student, name_teacher
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.core.files import read_json
@@ -220,6 +220,58 @@ def test_a_function_is_known_by_all_that_it_computes_with(monkeypatch) -> None:
     assert len(names | {name(*first)}) == 5
 
 
+class Scaled(nn.Module):
+    """A loss that holds a number."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student, teacher, target):
+        return self.scale * (student.logits - teacher.logits).square().mean()
+
+
+class Callable:
+    """The same, no module."""
+
+    def __init__(self, scale) -> None:
+        self.scale = scale
+
+    def __call__(self, student, teacher, target):
+        return self.scale * (student.logits - teacher.logits).square().mean()
+
+
+HOLDERS = {
+    "a module": Scaled,
+    "an object": Callable,
+    "a method": lambda scale: Callable(scale).__call__,
+    "a function around a module": lambda scale: lambda s, t, target: Scaled(scale)(s, t, target),
+    "a function around a module that it was given": lambda scale, inner=Scaled: (
+        lambda loss: lambda s, t, target: loss(s, t, target)
+    )(inner(scale)),
+    "a list": lambda scale: Callable([scale, {"s": np.float32(scale)}]),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_loss_is_known_by_what_it_holds(holder: str) -> None:
+    first, again, other = (name_loss(HOLDERS[holder](scale), {}) for scale in (1.0, 1.0, 2.0))
+    assert first == again != other
+
+
+def test_a_teacher_is_known_by_what_it_holds_and_a_student_by_all_but_its_weights() -> None:
+    def make(rate: float, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(rate))
+        network.parent, network[1].sizes = [network], [(1, 2), {"rate": {rate}}]
+        return network
+
+    assert name_teacher(make(0.1, 0), {}) == name_teacher(make(0.1, 0), {})
+    assert len({name_teacher(make(*own), {}).path for own in ((0.1, 0), (0.2, 0), (0.1, 1))}) == 3
+    students = [name_student(make(*own), {}).name for own in ((0.1, 0), (0.1, 1), (0.2, 0))]
+    assert students[0] == students[1] != students[2]
+
+
 def test_teacher_and_loss_are_opened_once_a_run(monkeypatch) -> None:
     save_loss("l.lkd.safetensors", build_loss_networks(tiny_recipe(kind="both")), {})
     opened: Counter[str] = Counter()
@@ -263,7 +315,32 @@ def test_a_mistake_is_one_line(change: dict, message: str, images, teacher) -> N
     assert "\n" not in str(caught.value)
 
 
+class RandomFeatures(nn.Module):
+    """A head on features that are drawn once and that no file keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.randn(784, 60), persistent=False)
+        self.head = nn.Linear(60, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head((images.flatten(1) @ self.projection).relu())
+
+
+def test_the_student_that_is_returned_is_the_one_that_was_trained(images, teacher) -> None:
+    trained = lkd.distill(RandomFeatures, teacher, images.train, seed=3, **TINY | {"epochs": 6})
+    others = prepare_images(DataRecipe(train_size=2000)).train
+    pixels, labels = others.batch(torch.arange(2000), torch.device("cpu"))[:2]
+    right = (trained.student(pixels).argmax(1) == labels).float().mean()
+    assert 100 * right == pytest.approx(trained.history[-1]["top1"], abs=12)
+    assert right > 0.3
+
+
 def test_mistakes_of_meta_training(images, teacher) -> None:
+    network = Plain()
+    for same in (lambda: network, lambda: nn.Sequential(network, nn.Identity())):
+        with pytest.raises(lkd.UserError, match="the same weights each time"):
+            lkd.meta_train(same, teacher, images.train)
     with pytest.raises(lkd.UserError, match="students: a Plain has one set of weights"):
         lkd.meta_train(Plain(), teacher, images.train)
     with pytest.raises(lkd.UserError, match=r"unknown key 'meta.outer_step'; nearest: meta.outer_steps"):
@@ -352,6 +429,9 @@ def test_an_image_folder_that_was_cut_down_keeps_its_labels(tmp_path: Path) -> N
         name_images(whole, of_few, DataRecipe(), {}, {})
     numbered = dataclasses.replace(of_few, class_names=("0", "1", "2"))
     name_images(whole, numbered, DataRecipe(), {}, {})
+    own = type("Own", (ImageFolder,), {"__getitem__": lambda self, position: (Image.new("RGB", (8, 8)), 0)})(tmp_path)
+    with pytest.raises(lkd.UserError, match="a __getitem__ of its own"):
+        read_images(own, image_size=8)
     negative = ImageFolder(tmp_path, loader=lambda path: ImageOps.invert(Image.open(path)))
     inverted, _ = next(read_images(negative, image_size=8).load([torch.tensor([0])], torch.device("cpu")))
     assert int(inverted.min()) == 255, "read by the loader that it was given"

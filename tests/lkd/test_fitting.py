@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import lkd
-from lkd.api import describe_function, name_loss, name_student, name_teacher
+from lkd.api import name_loss, name_student, name_teacher
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.parse import make_recipe, parse_recipe
+from lkd.core.content import describe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.loss import wrap_loss
@@ -45,6 +46,31 @@ def test_losses_over_features_take_a_teacher_of_any_classes(loss: str | dict, cl
     parts = build(recipe, given)
     assert parts.teacher.architecture["num_classes"] == classes
     assert not parts.loss.reads_logits
+
+
+class Centred(nn.Module):
+    """A loss with a running mean of the teacher's logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def forward(self, student, teacher, target):
+        self.centre = 0.9 * self.centre + 0.1 * teacher.logits.mean()
+        return (student.logits - teacher.logits + self.centre).square().mean()
+
+
+def test_the_log_s_figures_leave_what_a_loss_remembers_alone() -> None:
+    recipe, given = give(10, loss="kd")
+    recipe.loss = name_loss(Centred(), given)
+    parts, cpu = build(recipe, given), torch.device("cpu")
+    teacher = prepare_teacher(parts.teacher, parts.images, cpu, parts.loss.teacher_stages)
+    training = start_training(parts.student, parts.images, parts.loss, teacher, TrainRecipe(1, 20), 0, cpu)
+    seen: list = []
+    training.run_step(seen.append)
+    [before] = [buffer.clone() for buffer in training.loss.buffers()]
+    describe_batch(training, seen[0])
+    assert list(training.loss.buffers()) == [before] != [0]
 
 
 @pytest.mark.parametrize(("classes", "is_logged"), [(12, False), (10, True)])
@@ -198,7 +224,7 @@ def test_a_function_is_a_loss(case: str) -> None:
 
 @pytest.mark.outside(32)
 def test_a_function_is_known_by_what_it_was_given() -> None:
-    one, two = (describe_function(functools.partial(mean_error, scale=scale)) for scale in (1.0, 2.0))
+    one, two = (describe(functools.partial(mean_error, scale=scale)) for scale in (1.0, 2.0))
     assert one != two
     with pytest.raises(UserError, match="loss: add takes"):
         wrap_loss(torch.add)  # a function that says nothing of its arguments

@@ -179,6 +179,25 @@ def test_too_many_damaged_images_end_the_run(tmp_path, capsys) -> None:
     assert f"({name})" in capsys.readouterr().err
 
 
+def test_an_evaluation_says_of_how_many_and_of_which_images_it_is(tmp_path, capsys) -> None:
+    root = write_image_folder(tmp_path, classes=2, train=10, val=6)
+    words = ["--data.name", "image_folder", "--data.root", root, "--data.image_size", "24", "--threads", "1"]
+    words += ["--model.name", "tiny_cnn", "--train.batch_size", "6", "--train.epochs", "1", "--run_dir", "t"]
+    assert main(["teacher", *words, "--data.meta_validation_size", "6"]) == 0
+    evaluate = ["evaluate", "t/teacher.safetensors", "--device", "cpu"]
+    assert main(evaluate) == 0
+    assert "on 12 test images of image_folder" in capsys.readouterr().out
+    assert main([*evaluate, "--split", "meta_validation"]) == 0
+    assert "on 6 meta_validation images" in capsys.readouterr().out
+    damage(load_dataset("image_folder", root, LoadingOptions(24)).test, [0, 7, 8])
+    assert main(evaluate) == 0
+    assert "on 9 test images of image_folder, 3 that cannot be decoded left out" in capsys.readouterr().out
+    first = next(Path(root, "train").glob("*/0.JPEG"))
+    first.with_name("00.JPEG").write_bytes(first.read_bytes())
+    assert main([*evaluate, "--split", "meta_validation"]) == 2
+    assert "may have been trained on" in capsys.readouterr().err
+
+
 def test_an_evaluation_on_damaged_images_alone_is_one_line(tmp_path) -> None:
     images = load_dataset("image_folder", write_image_folder(tmp_path, classes=2), LoadingOptions(24, 1)).train
     images = images.select(torch.arange(3))

@@ -84,6 +84,8 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys) -> None:
         lambda: [rename(part) for part in ("train", "val")],
         lambda: (root / "train" / "n00000001" / "3.JPEG").rename(root / "train" / "n00000001" / "x.JPEG"),
         lambda: np.savez(arrays, **content | {"train_images": pixels[::-1]}),
+        lambda: np.savez(arrays, **content | {"train_labels": 1 - labels}),
+        lambda: (root / "val" / "n00000001" / "1.JPEG").unlink(),
     ):
         for name, folder in (("image_folder", root), ("npz/mine", tmp_path)):
             shutil.rmtree(name[:3], ignore_errors=True)
@@ -125,10 +127,11 @@ def test_no_command_goes_on_with_other_images(command: str, words: list[str], tm
     words += ["--threads", "1", "--run_dir", str(tmp_path / "run"), "--resume", "auto"]
     assert main([command, *words]) == 0
     assert main([command, *words]) == 0
-    np.savez(tmp_path / "mine.npz", **content | {"train_images": content["train_images"][::-1]})
-    open_once.cache_clear()  # a new process would have none
-    assert main([command, *words]) == 2
-    assert "data: the images" in capsys.readouterr().err
+    for other in ("train_images", "test_images", "test_labels"):
+        np.savez(tmp_path / "mine.npz", **content | {other: content[other][::-1]})
+        open_once.cache_clear()  # a new process would have none
+        assert main([command, *words]) == 2
+        assert "data: the images" in capsys.readouterr().err
 
 
 WEIGHTED = {"name": "influence_weighted", "loss": "kd", "first_epoch": 1}
@@ -138,6 +141,7 @@ STATES: dict[str, dict[str, Any]] = {  # what a training of 10 steps in 2 epochs
     "memory bank": {"loss": {"name": "torchdistill/CRDLoss", "num_negative_samples": 64}},
     "adapters": {"loss": "torchdistill/HierarchicalContextLoss"},
     "example weights and teacher in training": {"loss": WEIGHTED | {"teacher_rate": 0.1}},
+    "an optimiser with lists of tensors": {"optimizer": "kron", "learning_rate": 1e-3},
     "dto_kd": {"balance": {"name": "dto_kd", "every": 3}},
     "variance_optimal": {"balance": {"name": "variance_optimal", "every": 5, "samples": 3}},
 }

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, SubsetRandomSampler, TensorDataset
 
 import lkd
 from lkd.cli import main
@@ -195,8 +195,11 @@ def test_parts_without_labels_or_of_other_classes_are_refused() -> None:
     for batch in ((images,), images, {"images": images, "labels": images}, (images, None), (images, one_hot_labels)):
         with pytest.raises(lkd.UserError, match=f"a batch is a {type(batch).__name__}"):
             measure_trust(Table(), [batch], None)
-    with pytest.raises(lkd.UserError, match="mixed labels"):
-        measure_trust(Table(), [(images, 0.7 * one_hot_labels + 0.3 * one_hot_labels.roll(1, 0))], None)
+    for mixed in (one_hot_labels, one_hot(torch.tensor([0, 1, 1, 0, 1, 0]))):
+        with pytest.raises(lkd.UserError, match="mixed labels"):
+            measure_trust(Table(), [(images, 0.7 * mixed + 0.3 * mixed.roll(1, 0))], None)
+    smoothed = 0.9 * one_hot(torch.tensor([0, 1, 1, 0, 1, 0])) + 0.05
+    assert measure_trust(Table(), [(images[..., :2], smoothed)], None).figures.training_agreement <= 1
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
@@ -219,9 +222,67 @@ def test_batches_of_which_the_first_say_nothing_of_the_others_are_refused() -> N
     assert len(measure_trust(Table(), sorted_by_class, few).looks) == 1, "all of those are looked at"
     with pytest.raises(lkd.UserError, match="validation can be read only once"):
         measure_trust(Table(), None, iter([(logits, labels)]))
-    part = DataLoader(TensorDataset(logits, labels), 500, sampler=SubsetRandomSampler(range(300)))
-    assert measure_trust(Table(), part, few).figures.images_per_class == 100
     assert "nan" not in str(measure_trust(Table(), None, few))
+
+
+def test_images_a_class_are_those_that_are_drawn_from() -> None:
+    logits = torch.randn(600, 3)
+    whole, some = TensorDataset(logits, logits.argmax(1)), SubsetRandomSampler(range(300))
+    batched = TensorDataset(logits.view(6, 100, 3), logits.argmax(1).view(6, 100))
+    for loader, expected in (
+        (DataLoader(whole, 100, shuffle=True), 200),
+        (DataLoader(Subset(whole, range(150)), 100, shuffle=True), 50),
+        (DataLoader(whole, 100, sampler=some), 100),
+        (DataLoader(whole, batch_sampler=BatchSampler(some, 100, drop_last=False)), 100),
+        (DataLoader(whole, 100, sampler=DistributedSampler(whole, 4, 0)), 200),
+        (DataLoader(batched, batch_size=None), math.nan),
+    ):
+        found = measure_trust(Table(), loader, None).figures.images_per_class
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
+class Writing(nn.Module):
+    """Takes its input's mean off in place, and answers in one of the ways that networks have."""
+
+    def __init__(self, answer=lambda logits: logits) -> None:
+        super().__init__()
+        self.scale, self.answer = nn.Parameter(torch.ones(())), answer
+
+    def forward(self, images: torch.Tensor):
+        assert images.dtype == self.scale.dtype
+        return self.answer(self.scale * images.sub_(0.5).square().flatten(1))
+
+
+def test_what_is_measured_twice_is_the_same_of_networks_that_write_into_their_input() -> None:
+    images = torch.rand(60, 1, 1, 3)
+    labels = (images - 0.5).square().flatten(1).argmax(1)
+    batches = [(images, labels)]
+    first, second = (measure_trust(Writing(), batches, batches) for _ in range(2))
+    assert str(first) == str(second)
+    assert first.figures.validation_agreement == 1
+    assert [measure_own_accuracy(Writing(), first.looks) for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("answer", [lambda logits: (logits, None), lambda logits: {"logits": logits}])
+def test_networks_are_asked_in_their_own_precision_however_they_answer(dtype, answer) -> None:
+    images = torch.rand(60, 1, 1, 3)
+    batches = [(images, (images - 0.5).square().flatten(1).argmax(1))]
+    network = Writing(answer).to(dtype)
+    assert measure_trust(network, batches, batches).figures.validation_agreement > 0.9
+    assert measure_own_accuracy(network, batches) > 0.9
+
+
+def test_a_loss_of_inference_mode_is_like_any_other() -> None:
+    labels = torch.arange(30) % 3
+    batches = [(5.0 * one_hot(labels).view(30, 1, 1, 3), labels)]
+    with torch.inference_mode():
+        loss = lkd.load_loss("universal", trust=measure_trust(Table(), batches, batches))
+    student = Writing()
+    loss.update_trust(student)
+    images = batches[0][0].clone()
+    total(loss, student(images), batches[0][0].flatten(1), labels).backward()
+    assert student.scale.grad is not None
 
 
 @pytest.mark.parametrize("classes", [2, 10, 21_841])

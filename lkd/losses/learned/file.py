@@ -70,7 +70,8 @@ class LossFile(NamedTuple):
                 raise ValueError(f"{len(parts)} networks, {len(starts)} times, for {len(self.tensors)} weights")
             with torch.device("meta"):  # a header can name any size: nothing of it is made
                 loss = build_loss_from(self.header["architecture"])
-            own = {name: tensor.to(torch.float32, copy=True) for name, tensor in self.tensors.items()}
+            with torch.inference_mode(False):  # what is made in it has no derivative outside of it
+                own = {name: tensor.to(torch.float32, copy=True) for name, tensor in self.tensors.items()}
             loss.load_state_dict(own, assign=True)
             loss.set_trust(Trust())  # its buffer is not in the file
         except UserError as error:

@@ -120,8 +120,9 @@ class LearnedLoss(DistillationLoss):
                 raise UserError(f"trust: {name} {value} is not in {'(0, ∞)' if positive else '[0, 1]'}, nor NaN")
         if math.isnan(figures.validation_agreement):
             figures = figures._replace(validation_agreement=figures.training_agreement)
-        for part in self.forms():
-            part.trust = torch.tensor(figures, device=next(part.parameters()).device)
+        with torch.inference_mode(False):  # what is made in it cannot be updated outside of it
+            for part in self.forms():
+                part.trust = torch.tensor(figures, device=next(part.parameters()).device)
 
     def update_trust(self, student: nn.Module) -> None:
         """Measure the student's own accuracy anew, on the meta-validation images of `set_trust`, if it is read."""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from torch.utils.data import SubsetRandomSampler
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from lkd.core.errors import UserError
-from lkd.core.outputs import evaluating
+from lkd.core.outputs import evaluating, take_logits
 from lkd.core.random import draw_positions, seeded_generator
 from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import find_best_temperature, label_of
@@ -162,10 +162,17 @@ def measure_agreement(teacher: Callable[[Any], Any], part: Part, device: torch.d
 
 
 def count_images(part: Part | None) -> float:
-    """How many images there are: of a DataLoader, in its dataset; NaN where that is not known, as of a list."""
+    """How many images there are: of a DataLoader, in its dataset, or in what a `SubsetRandomSampler` draws of it.
+
+    NaN where that is not known, as of a list, or of a dataset whose items are batches. Other samplers may leave images
+    to other processes or other epochs.
+    """
+    if isinstance(part, DataLoader) and part.batch_sampler is None:
+        return UNKNOWN
     whole: Any = part if isinstance(part, ImageSet) else getattr(part, "dataset", None)
-    if isinstance(sampler := getattr(part, "sampler", None), SubsetRandomSampler):
-        whole = sampler
+    for owner in (part, getattr(part, "batch_sampler", None)):
+        if isinstance(sampler := getattr(owner, "sampler", None), SubsetRandomSampler):
+            whole = sampler
     try:
         return float(len(whole))
     except TypeError:
@@ -188,11 +195,7 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
                 f"measure_trust: a batch is a {type(batch).__name__}, not a pair (images, labels) with class indices "
                 "[B] or distributions [B, C] of floats; give pairs, or None where there are no labels"
             )
-        if (
-            labels.ndim == 2
-            and len(labels.T) > 2
-            and bool((labels.topk(2).values[:, 1] - labels.amin(1) > MIXED).any())
-        ):
+        if labels.ndim == 2 and is_mixed(labels):
             raise UserError(
                 "measure_trust: a batch has mixed labels, as of mixup, with which a teacher agrees less than with the "
                 "images' own; give a loader without it, or class indices"
@@ -204,15 +207,23 @@ def read_part(part: Part, device: torch.device, count: int) -> Iterator[Batch]:
         )
 
 
+def is_mixed(labels: Tensor) -> bool:
+    """Whether distributions [B, C] are more than smoothed: then all lesser classes have as much, in all rows."""
+    if len(labels.T) < 2:
+        return False
+    second, least = labels.topk(2).values[:, 1], labels.amin(1)
+    apart = second - least if len(labels.T) > 2 else second - second.min()
+    return bool((apart > MIXED).any())
+
+
 def ask(name: str, teacher: Callable[[Any], Any], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
     """The teacher's logits for a part, float32 [N, C], and the labels, [N]."""
     rows = []
     first = next(teacher.parameters(), None) if isinstance(teacher, nn.Module) else None
     with evaluating(teacher):
         for batch in read_part(part, device, MEASURED):
-            images = batch.images if first is None else batch.images.to(first.device)
-            answers = teacher(batch if isinstance(part, ImageSet) else images)
-            logits = answers if isinstance(answers, Tensor) else answers.logits
+            images = batch.images if first is None else copy_for(first, batch.images)
+            logits = take_logits(teacher(batch if isinstance(part, ImageSet) else images))
             rows.append((logits.float(), batch.target.to(logits.device)))
     if not rows:
         raise UserError(f"measure_trust: {name} has no images with labels; give some, or None where there are none")
@@ -277,14 +288,19 @@ def agree(logits: Tensor, target: Tensor) -> float:
     return (logits.argmax(1) == target).double().mean().item()
 
 
+def copy_for(parameter: Tensor, images: Tensor) -> Tensor:
+    """A copy of images that a network with such parameters can read, and write into."""
+    dtype = parameter.dtype if images.is_floating_point() and parameter.is_floating_point() else images.dtype
+    return images.to(parameter.device, dtype, copy=True)
+
+
 @torch.no_grad()
 def measure_own_accuracy(student: nn.Module, looks: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Part of these images to which a student gives their label, in eval mode."""
     right = count = 0
     with evaluating(student):
         for images, labels in looks:
-            answers = student(images.to(next(student.parameters()).device))
-            logits = answers if isinstance(answers, Tensor) else answers.logits
+            logits = take_logits(student(copy_for(next(student.parameters()), images)))
             right += int((logits.argmax(1) == labels.to(logits.device)).sum())
             count += len(labels)
     return right / count
