@@ -346,7 +346,7 @@ def name_images(
             raise UserError(f"meta_validation_set: leave it out; that of {train_set} is split off by its data recipe")
         return dataclasses.replace(recipe, name=train_set)
     train = train_set if isinstance(train_set, ImageSet) else read_images(train_set)
-    unread = {"root", "image_size", "workers", "damaged_limit", "packed", "class_map"} & set(options)
+    unread = {"root", "image_size", "crop_pct", "workers", "damaged_limit", "packed", "class_map"} & set(options)
     if unread:
         raise UserError(f"{min(unread)}: is of data sets by name; lkd.read_images has options for given images")
     content = [describe_images(train)]

@@ -258,13 +258,13 @@ def explain(message: str, keys: list[str], place: str = "") -> str:
     if misplaced:
         return f"{misplaced[1]!r} is not an option, nor a value of one; files and folders go before the options"
     unknown = re.search(
-        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|(?:Option|Key) ')([\w.]+)", line
+        r"(?:unrecognized arguments: (?:--)?|does not accept (?:option|nested key) '|(?:Option|Key) ')([\w.-]+)", line
     )
     if unknown:
         group = re.search(r"Group '([\w.]+)'", line)
         name = f"{group[1]}.{unknown[1]}" if group and "." not in unknown[1] else unknown[1]
         near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5) or keys[:6]
-        return f"unknown key {place + name!r}; nearest: {', '.join(near)}"
+        return f"unknown key {place + name!r}; nearest: {', '.join(place + key for key in near)}"
     refused = re.search(r"Not of type (\w+): (?:invalid .*?: )?(\S+)", line)
     accepted = getattr(ranged, refused[1], None) if refused else None
     if refused and accepted:

@@ -38,6 +38,8 @@ class DataRecipe:
         random_erasing: Probability that a rectangle of a training image is overwritten with noise (timm's, mode pixel).
             The teacher sees the same.
         image_size: Pixels, height and width, of the crops that are cut from files; other data sets have their own size.
+        crop_pct: Their share of the shorter side, where the centre is cut out, as timm has it; the literature's 0.875
+            scales to 256 pixels for crops of 224. 1 for pictures that are small, or cut to their object.
         workers: Threads that decode images in files; 0 for one for each CPU core of the process.
         damaged_limit: Fraction of the images seen, of at least 10,000, that may be damaged before the run stops.
             Damaged images are skipped and named in the log.
@@ -65,6 +67,7 @@ class DataRecipe:
     cutmix: ranges.NonNegativeFloat = 0.0
     random_erasing: ranges.ClosedUnitInterval = 0.0
     image_size: ranges.AtLeast8 = 224
+    crop_pct: ranges.PositiveFraction = 0.875
     workers: ranges.NonNegativeInt = 0
     damaged_limit: ranges.ClosedUnitInterval = 0.001
     read_timeout: ranges.NonNegativeFloat = 600.0

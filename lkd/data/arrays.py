@@ -25,6 +25,7 @@ def read_images(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | None = None,
+    crop_pct: float = 0.875,
     workers: int = 0,
 ) -> ImageSet:
     """Make images of your own ready for `lkd.distill` and `lkd.meta_train`.
@@ -41,6 +42,7 @@ def read_images(
             that has a normalisation of its own: one of a file, or of timm's pretrained weights.
         std: Standard deviation for each channel.
         image_size: Height and width of the crops to cut.
+        crop_pct: With `image_size`, the crops' share of the shorter side; 1 for pictures that are small.
         workers: With `image_size`, threads that decode; 0 for one for each CPU core.
 
     Raises:
@@ -48,10 +50,12 @@ def read_images(
     """
     if (mean is None) != (std is None):
         raise UserError("read_images: mean and std go together: give both, or neither")
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"read_images: crop_pct {crop_pct} is not in (0, 1]")
     if image_size is not None:
         part = label_in_place(source)
         classes = name_classes(source, torch.tensor(part.labels), num_classes)
-        opened = wrap_source("train", part, classes, LoadingOptions(image_size, workers))
+        opened = wrap_source("train", part, classes, LoadingOptions(image_size, workers, crop_pct=crop_pct))
         return replace(opened, mean=tuple(mean or MEAN), std=tuple(std or STD))
     is_pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source)
     images, labels = check_tensors(*(source if is_pair else read_dataset(source)))

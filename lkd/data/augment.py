@@ -14,12 +14,11 @@ from lkd.data.image_files import ImageFiles
 
 ATTEMPTS = 10  # of a random crop to fit, as in torchvision
 CROP_NUMBERS = 4 * ATTEMPTS + 1
-SHORTER_SIDE = 256 / 224  # of an image whose centre is cut out, over the crop's size: the literature's
 
 
-def cut_center(image: Tensor, size: int) -> Tensor:
-    """Scale the shorter side of an image [3, H, W] to 256/224 of the size, cut out the centre, [3, size, size]."""
-    return center_crop(resize_shorter_side(image, round(size * SHORTER_SIDE)), [size, size])
+def cut_center(image: Tensor, size: int, shorter_side: int) -> Tensor:
+    """Scale an image [3, H, W] so that its shorter side has this length, cut out the centre, [3, size, size]."""
+    return center_crop(resize_shorter_side(image, shorter_side), [size, size])
 
 
 def resize_shorter_side(image: Tensor, length: int) -> Tensor:
@@ -157,12 +156,12 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Of images in memory: from pixels [B, C, H, W] and numbers [B, NUMBERS] to pixels."""
 
-FILE_AUGMENTATIONS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
-    "none": lambda image, size, numbers: cut_center(image, size),
-    "random_resized_crop": cut_random,
-    "rand_augment": cut_and_augment,
+FILE_AUGMENTATIONS: dict[str, Callable[[Tensor, ImageFiles, Tensor], Tensor]] = {
+    "none": lambda image, files, numbers: cut_center(image, files.size, files.shorter_side),
+    "random_resized_crop": lambda image, files, numbers: cut_random(image, files.size, numbers),
+    "rand_augment": lambda image, files, numbers: cut_and_augment(image, files.size, numbers),
 }
-"""Of images in files: from one image [3, H, W], the size and numbers [NUMBERS] to a crop [3, size, size]."""
+"""Of images in files: from one image [3, H, W], what it is one of and numbers [NUMBERS] to a crop [3, size, size]."""
 
 
 def augmentations_of(images: Tensor | ImageFiles) -> Iterable[str]:

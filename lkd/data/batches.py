@@ -149,7 +149,7 @@ class Batches:
 
         def cut(image: Tensor, slot: int) -> Tensor:
             own = numbers[slot] if slot in numbers else self.numbers_of(epoch, torch.tensor([slot]))[0]
-            return augment(image, files.size, own)
+            return augment(image, files, own)
 
         return Loading(files, slots, cut, replace=True, pin=self.device.type == "cuda")
 

@@ -229,6 +229,7 @@ class LoadingOptions(NamedTuple):
     damaged_limit: float = 0.001
     packed: str | None = None
     read_timeout: float = 600.0
+    crop_pct: float = 0.875
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,11 @@ class ImageFiles:
     @property
     def size(self) -> int:
         return self.loading.image_size
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels to which the shorter side is scaled before the centre is cut out."""
+        return round(self.size / self.loading.crop_pct)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

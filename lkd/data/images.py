@@ -118,7 +118,7 @@ class ImageSet:
             return
 
         def start(number: int) -> Loading:
-            cut = lambda image, slot: cut_center(image, files.size)  # noqa: E731
+            cut = lambda image, slot: cut_center(image, files.size, files.shorter_side)  # noqa: E731
             return Loading(files, parts[number], cut, replace=False, pin=device.type == "cuda")
 
         for loading in Prefetcher(start, len(parts)):

@@ -12,8 +12,8 @@ from torch import Tensor
 from lkd.core.errors import UserError
 from lkd.core.files import check_free_space, refusing_malformed, replaced_atomically
 from lkd.core.tensor_files import read_tensors, write_tensors
-from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
-from lkd.data.image_files import MOST_PIXELS, DamagedImageError, ImageFiles, ImageSource
+from lkd.data.augment import resize_shorter_side
+from lkd.data.image_files import MOST_PIXELS, DamagedImageError, ImageFiles, ImageSource, LoadingOptions
 from lkd.data.loader import start_threads
 
 KIND, VERSION = "packed images", 1
@@ -94,7 +94,7 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
     return index
 
 
-def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -> PackedSource:
+def open_packed(source: ImageSource, folder: Path, part: str, loading: LoadingOptions) -> PackedSource:
     """Open what `pack` wrote, checked against the source that it was made of."""
     path, index = folder / f"{part}.pixels", folder / f"{part}.index.safetensors"
     if not index.is_file():
@@ -105,7 +105,7 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
         count, shorter_side = header["images"], header["shorter_side"]
         if not type(count) is type(shorter_side) is int or count < 1 or not are_shapes(shapes, count):
             raise ValueError(f"{count!r} images of shorter side {shorter_side!r} and their shapes do not go together")
-    needed = round(image_size * SHORTER_SIDE)
+    needed = round(loading.image_size / loading.crop_pct)
     if (count, names) != (len(source.names), hash_names(source)):
         raise UserError(
             f"data.packed: {folder} holds {count:,} {part} images that are not the {len(source.names):,} of data.root "
@@ -117,8 +117,8 @@ def open_packed(source: ImageSource, folder: Path, part: str, image_size: int) -
         )
     if shorter_side < needed:
         raise UserError(
-            f"data.packed: {folder} holds images of shorter side {shorter_side}, data.image_size {image_size} needs "
-            f"{needed}: pack them anew with that shorter_side"
+            f"data.packed: {folder} holds images of shorter side {shorter_side}, data.image_size {loading.image_size} "
+            f"needs {needed}: pack them anew with that shorter_side"
         )
     size = 3 * int(shapes.prod(1).sum())
     if not path.is_file() or path.stat().st_size != size:

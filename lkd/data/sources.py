@@ -78,7 +78,7 @@ def wrap_source(part: str, labelled: LabelledSource, classes: tuple[str, ...], l
     """All images of a source as an image set."""
     source, labels = labelled.source, torch.tensor(labelled.labels)
     if loading.packed:
-        source = open_packed(source, Path(loading.packed), part, loading.image_size)
+        source = open_packed(source, Path(loading.packed), part, loading)
     return ImageSet(open_source(source, loading), labels, torch.arange(len(labels)), classes, MEAN, STD)
 
 
@@ -100,6 +100,8 @@ def check_root(root: str | None, layout: str) -> Path:
             f"data.root: {root} is a stream, in which a training cannot be resumed to the bit; copy it to a disk, or "
             "mount it, and give the folder"
         )
+    if not Path(root).is_dir():
+        raise UserError(f"data.root: {root}: no such folder; give the one that holds {layout}")
     return Path(root)
 
 

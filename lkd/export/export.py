@@ -81,7 +81,6 @@ def write_safetensors(model: nn.Module, architecture: dict[str, Any], images: Te
 def write_onnx(model: nn.Module, architecture: dict[str, Any], images: Tensor, folder: Path) -> Written:
     """ONNX with inputs `images` [batch, C, H, W] and output `logits`; any batch size."""
     runtime = import_extra("onnxruntime")
-    import_extra("onnxscript")
     path = folder / "student.onnx"
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
@@ -147,6 +146,8 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         check_choice("formats", name, FORMATS)
     if not recipe.formats:
         raise UserError(f"formats: empty; take some of {', '.join(FORMATS)}")
+    for package in ("onnxruntime", "onnxscript") if "onnx" in recipe.formats else ():
+        import_extra(package)  # before any is written
     folder = Path(recipe.out_dir)
     if (folder / "log.jsonl").exists():
         raise UserError(f"out_dir: {folder} is a run directory, with a config.json of its own; give another folder")

@@ -136,7 +136,8 @@ def describe_pool(recipe: MetaTrainRecipe) -> list[str]:
     if not (recipe.pool_dir and config.is_file()):
         return []
     saved, own = read_mapping(config).get("recipe") or {}, asdict(recipe)
-    theirs, ours = ({part: whole.get(part) or {} for part in TRAINED_BY} for whole in (saved, own))
+    known = [part for part in TRAINED_BY if part in saved]  # of `lkd pool` no worlds
+    theirs, ours = ({part: whole[part] or {} for part in known} for whole in (saved, own))
     changes = [
         f"{key} {before!r} (here {now!r})"
         for key, before, now in find_differences(theirs, ours)

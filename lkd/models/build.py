@@ -297,7 +297,7 @@ def check_name(name: str) -> list[str]:
         found.append(TORCHVISION + name.removeprefix(TORCHVISION))
     if not found:
         try:
-            check_choice("model", architecture, [*REGISTERED, *timm.list_models(), *OWN_NETWORKS, *classifiers])
+            check_choice("network", architecture, [*REGISTERED, *timm.list_models(), *OWN_NETWORKS, *classifiers])
         except UserError as error:
             raise UserError(f"{error}; a network of one's own is registered in a file that --plugins names") from error
     if tag:

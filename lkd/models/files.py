@@ -14,7 +14,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.tensor_files import read_tensors, write_tensors
-from lkd.data.augment import SHORTER_SIDE
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.models.build import GIVEN, AdaptedInput, adapt_input, build, plain_state_dict, unwrap
@@ -48,13 +47,12 @@ def save_network(
 def describe_input(network: nn.Module, images: ImageSet) -> dict[str, Any]:
     """How images are prepared for a network, in the words of timm's `pretrained_cfg`."""
     mean, std = network.wanted if isinstance(network, AdaptedInput) else (images.mean, images.std)
-    is_cut = isinstance(images.images, ImageFiles)
     return {
         "input_size": list(images.image_shape),
         "mean": list(mean),
         "std": list(std),
         "interpolation": "bilinear",
-        "crop_pct": 1 / SHORTER_SIDE if is_cut else 1.0,
+        "crop_pct": images.images.loading.crop_pct if isinstance(images.images, ImageFiles) else 1.0,
         "crop_mode": "center",
     }
 

@@ -196,7 +196,8 @@ def find_weights(
     expected = list_shapes(name, json.dumps(options or {}))
     first = next(iter(expected))
     prefixes = {key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")}
-    reasons = [] if prefixes else [f"holds no {name}: {first!r} is missing"]
+    prefixes = {prefix for prefix in prefixes if 2 * sum(prefix + key in state for key in expected) >= len(expected)}
+    reasons = [] if prefixes else [f"holds no {name}: {find_missing(state, expected)!r} is missing"]
     for prefix in sorted(prefixes, key=rank_prefix, reverse=True):
         within = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         reasons.append(compare_shapes(within, expected, name))
@@ -210,6 +211,11 @@ def find_weights(
         ours = dict(zip(expected, (state[key] for key in trim(shapes)), strict=True))  # timm's, by other names
         return Weights(ours, "", 1000, 3), ""
     return None, reasons[0]
+
+
+def find_missing(state: dict[str, Tensor], expected: dict[str, Any]) -> str:
+    """The first tensor of a network that is not in a file by its own name."""
+    return next((key for key in expected if key not in state), next(iter(expected)))
 
 
 def rank_prefix(prefix: str) -> tuple[bool, bool, int, str]:

@@ -14,7 +14,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import find_differences, hash_file, refusing_malformed
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors
-from lkd.data.image_files import ImageFiles
+from lkd.data.image_files import ImageFiles, LoadingOptions
 from lkd.data.images import Batch, ImageSet
 from lkd.data.packed import PackedSource, hash_names, hash_sizes
 from lkd.data.readers import find_npz
@@ -221,6 +221,8 @@ def identify(
         del taught_by["logit_scale"]
     if teacher["classes"] is None:
         del taught_by["classes"]
+    if data["crop_pct"] == LoadingOptions().crop_pct:
+        del look["crop_pct"]
     if teacher["random_answers"]:
         taught_by["seed"] = data["split_seed"]
     look |= {"shape": images.image_shape, "mean": images.mean, "std": images.std}

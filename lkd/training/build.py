@@ -22,7 +22,7 @@ from lkd.data.batches import Batches
 from lkd.data.image_files import LoadingOptions
 from lkd.data.images import Dataset, ImageSet
 from lkd.data.label_noise import add_label_noise
-from lkd.data.readers import apply_class_map, load_dataset
+from lkd.data.readers import FashionMNIST, apply_class_map, load_dataset
 from lkd.data.splits import choose_meta_validation_size, split_training_images
 from lkd.influence.influence import INFLUENCE_WEIGHTED
 from lkd.influence.weighted_loss import InfluenceWeightedLoss
@@ -82,7 +82,8 @@ def prepare_images(settings: DataRecipe, given: Objects = NOTHING, scored: bool 
         dataset = Dataset(settings.name, whole, whole.select(torch.arange(0)))
     else:
         loading = LoadingOptions(
-            settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout
+            *(settings.image_size, settings.workers, settings.damaged_limit, settings.packed, settings.read_timeout),
+            settings.crop_pct,
         )
         dataset = load_dataset(settings.name, settings.root, loading)
         if settings.class_map:
@@ -259,6 +260,8 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
             "in_chans": images.image_shape[0],
         }
     else:
+        if settings.path == "embedded" and not settings.pretrained:
+            check_embedded(images)
         network, architecture = load_teacher(
             images, settings.path, settings.name, settings.pretrained, settings.options, settings.image_size
         )
@@ -268,6 +271,17 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
     opened = OpenedTeacher(network, architecture, settings)
     check_network(opened.title, architecture | {"num_classes": images.num_classes}, images)
     return opened
+
+
+def check_embedded(images: ImageSet) -> None:
+    """Check that images may be those of the teacher that the package carries, which is taken where none is named."""
+    shape, names = (images.num_classes, images.image_shape[0]), images.class_names
+    if shape != (10, 1) or not (names == tuple(FashionMNIST.classes) or all(map(str.isdigit, names))):
+        raise UserError(
+            f"teacher.path: missing; embedded, the default, knows the 10 classes of Fashion-MNIST, the data set has "
+            f"{images.num_classes}, as {names[0]!r}, and {images.image_shape[0]} channels: give the file of a teacher, "
+            "or train without one by lkd teacher"
+        )
 
 
 def check_network(path: str, architecture: dict[str, Any], images: ImageSet) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lkd.config.parts import TeacherRecipe, TrainRecipe
+from lkd.data.image_files import ImageFiles
 from lkd.data.readers import sort_as_timm
 from lkd.models.build import describe, format_description
 from lkd.models.dry_run import check_trainable
@@ -14,13 +15,17 @@ from lkd.models.teacher_cache import read_cache
 from lkd.training.answers import keep_figures
 from lkd.training.build import Images, OpenedTeacher, StudentBuilder
 from lkd.training.evaluate import evaluate
-from lkd.training.optimizer import check_optimization
+from lkd.training.optimizer import check_optimization, doubt_learning_rate
 
 
 def introduce_images(images: Images) -> str:
     """Say how many images a training sees."""
     counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
-    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes"
+    files = images.train.images
+    crops = ""
+    if isinstance(files, ImageFiles):
+        crops = f", crops of {files.size}×{files.size}, their centres from a shorter side of {files.shorter_side}"
+    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{crops}"
 
 
 def introduce_network(
@@ -39,7 +44,7 @@ def introduce_network(
         return line
     check_optimization(network, train, device)
     size = max(1, train.batch_size // (processes * train.accumulation))
-    lines = [line, *check_trainable(network, role, shape, size)]
+    lines = [line, *check_trainable(network, role, shape, size), *doubt_learning_rate(train)]
     if train.milestones and train.milestones[0] >= train.epochs:
         lines.append(
             f"warning: train.milestones: {train.milestones}: none comes in train.epochs, {train.epochs}, so that the "
@@ -72,6 +77,16 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
 
 
+CHANCE = (
+    "it is no better than chance: has it other classes, another order of them (data.class_map), or another image size"
+)
+
+
+def may_be(top1: float, share: float, count: int) -> bool:
+    """Whether an accuracy in percent, of so many images, may be one of this share, within twice its standard error."""
+    return top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / count)
+
+
 def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:
     """Warnings of a teacher that knows no more than a guess, or whose classes may be numbered in another order.
 
@@ -80,22 +95,15 @@ def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) 
     `top1`: its accuracy on meta-validation, in percent; None if there is none.
     """
     labels, classes = images.meta_validation.labels, images.train.class_names
-
-    def may_be(share: float) -> bool:
-        return top1 is None or top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels))
-
     doubts = []
     if settings.path == "random":
         return ""
-    if top1 is not None and may_be(1 / len(classes)):
-        doubts.append(
-            "it is no better than chance: has it other classes, another order of them (data.class_map), or another "
-            "image size (teacher.image_size)?"
-        )
+    if top1 is not None and may_be(top1, 1 / len(classes), len(labels)):
+        doubts.append(f"{CHANCE} (teacher.image_size)?")
     theirs = None if images.settings.class_map else sort_as_timm(classes)
     if theirs:
         alike = torch.tensor([own == other for own, other in zip(classes, theirs, strict=True)])
-        if may_be(float(alike[labels].float().mean()) if len(labels) else 0):
+        if top1 is None or may_be(top1, float(alike[labels].float().mean()), len(labels)):
             number = int(alike.int().argmin())
             doubts.append(
                 f"class {number} is {classes[number]!r}, as text is sorted (torchvision's order), in timm's order it "

@@ -74,6 +74,18 @@ def choose_optimizer(recipe: TrainRecipe) -> type:
     return kind
 
 
+ADAPTIVE = ("adam", "adan", "adopt", "lamb", "lion", "laprop", "adabelief", "kron", "mars")  # in names of optimisers
+LARGEST_ADAPTIVE = 0.02  # learning rate that these are trained with
+
+
+def doubt_learning_rate(recipe: TrainRecipe) -> list[str]:
+    """A warning of a learning rate that is SGD's, with an optimiser of another kind."""
+    name, rate = recipe.optimizer, recipe.learning_rate
+    if rate <= LARGEST_ADAPTIVE or not any(kind in name for kind in ADAPTIVE):
+        return []
+    return [f"warning: train.learning_rate: {rate:g} is a rate of SGD; {name} is mostly given 0.0001 to 0.003"]
+
+
 def check_differentiable(recipe: TrainRecipe) -> None:
     """Check that a loss can be learned through an optimiser's steps."""
     if choose_optimizer(recipe) not in DIFFERENTIABLE:

@@ -13,8 +13,8 @@ from torchvision.transforms.functional import center_crop
 
 from lkd.config.training import PredictRecipe
 from lkd.core.errors import UserError, refuse_exhaustion
-from lkd.data.augment import SHORTER_SIDE, resize_shorter_side
-from lkd.data.image_files import DamagedImageError, decode, is_hidden
+from lkd.data.augment import resize_shorter_side
+from lkd.data.image_files import DamagedImageError, LoadingOptions, decode, is_hidden
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
 from lkd.models.build import unwrap
@@ -121,7 +121,7 @@ def read_input(network: torch.nn.Module, header: dict[str, Any], recipe: Predict
     if min(shape) < 1:
         raise UserError(f"image_size: {recipe.checkpoint} does not say which images it was trained on; give their size")
     classes = header.get("classes") or (FashionMNIST.classes if known and count == 10 and channels == 1 else None)
-    crop = own.get("crop_pct") or (1.0 if known else 1 / SHORTER_SIDE)
+    crop = own.get("crop_pct") or (1.0 if known else LoadingOptions().crop_pct)
     return Input((channels, *shape[1:]), mean, std, crop, classes or [str(number) for number in range(count)])
 
 

@@ -264,7 +264,7 @@ def draw_picture(seed: int, format: str = "JPEG") -> bytes:
 def use_image(image: torch.Tensor) -> None:
     """Check that what was decoded is an image."""
     assert (image.dtype, image.dim(), image.shape[0]) == (torch.uint8, 3, 3)
-    assert cut_center(image, SIZE).shape == (3, SIZE, SIZE)
+    assert cut_center(image, SIZE, round(SIZE / 0.875)).shape == (3, SIZE, SIZE)
     assert cut_random(image, SIZE, torch.full((CROP_NUMBERS,), 0.4)).shape == (3, SIZE, SIZE)
 
 
@@ -335,7 +335,7 @@ def source_of(folder: Path) -> FileSource:
 
 def read_packed(path: Path) -> None:
     """Open packed images and look at each."""
-    packed = open_packed(source_of(path.parents[1]), path.parent, "train", SIZE)
+    packed = open_packed(source_of(path.parents[1]), path.parent, "train", LoadingOptions(SIZE))
     for position in range(len(packed.names)):
         try:
             use_image(packed.load(position))

@@ -69,12 +69,15 @@ def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None
         (["distill", "missing.yaml"], "missing.yaml"),
         (["distill", "wrong.yaml"], "unknown key 'train.epoch'; nearest: train.epochs"),
         (["distill", "broken.yaml"], "broken.yaml"),
-        (["distill", "--student.name", "smal_cnn"], "model: unknown name 'smal_cnn'; nearest: small_cnn"),
+        (["distill", "--student.name", "smal_cnn"], "network: unknown name 'smal_cnn'; nearest: small_cnn"),
         (["distill", "--loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
         (["distill", "--loss", "{name: kd, tau: 3}"], "tau"),
         (["distill", "--data.name", "fashion_mnist"], "data.root: missing"),
         (["distill", "--teacher.path", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["distill", "--device", "cuda:99"], "device"),
+        (["distill", "--help-me"], "unknown key 'help-me'"),
+        (["distill", "--data.name", "image_folder", "--data.root", "/nowhere"], "data.root: /nowhere: no such folder"),
+        (["report", "."], "it has no config.json; name some in it: one two"),
         (["distill", "--run_dir", "/proc/nowhere"], "run_dir: /proc/nowhere cannot be written"),
         (["meta-train", "--meta.estimator", "magic"], "meta.estimator: unknown name 'magic'"),
         (["pool", "--pool.loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
@@ -85,6 +88,9 @@ def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None
 def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
     Path("wrong.yaml").write_text("train: {epoch: 3}\n")
     Path("broken.yaml").write_text("train: [\n")
+    for run in ("one", "two"):
+        Path(run).mkdir()
+        Path(run, "config.json").touch()
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -244,7 +250,7 @@ def test_plain_values_are_checked_as_the_command_line_is() -> None:
         ({"learning_rate": -1}, "train.learning_rate: -1"),
         ({"epochs": True}, "train.epochs: True"),
         ({"epochs": "3"}, "train.epochs: '3'"),
-        ({"epoch": 3}, "'train.epoch'; nearest: epochs"),
+        ({"epoch": 3}, "'train.epoch'; nearest: train.epochs"),
         ({"schedule": 3}, "train.schedule: .*3"),
     ):
         with pytest.raises(UserError, match=named):

@@ -95,13 +95,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None
         ({"formats": ["tflite"]}, "formats: unknown name .tflite"),
         ({"formats": []}, "formats: empty"),
         ({"formats": ["timm"]}, "formats: timm has no small_cnn"),
-        ({"formats": ["onnx"]}, r"onnxruntime; pip install 'lkd\[export\]'"),
+        ({"formats": ["safetensors", "onnx"]}, r"onnxruntime; pip install 'lkd\[export\]'"),
         ({"checkpoint": "missing.safetensors"}, "missing.safetensors"),
         ({"checkpoint": str(tmp_path / "vit.safetensors")}, r"vit.safetensors: takes no images of 32×32 .* image_size"),
         ({"tolerance": -1.0}, "student.safetensors: its logits differ"),
     ):
         with pytest.raises(UserError, match=message):
             export(replace(recipe, **changes))
+        assert "safetensors" not in changes.get("formats", []) or not list(Path(recipe.out_dir).glob("*")), "too late"
 
 
 def test_the_size_comes_from_the_file_or_the_recipe() -> None:

@@ -122,7 +122,7 @@ def test_evaluate_goes_by_the_files_data_and_a_test_figure_is_read_once(monkeypa
     assert "12 meta_validation images" in measured
     assert f"{provenance['meta_validation']['last']['top1']:.4f}" in measured, "the figure of the training itself"
     assert main(["evaluate", "--checkpoint", "r/student.safetensors", "--data.nane", "x"]) == 2
-    assert "nearest: name" in capsys.readouterr().err
+    assert "nearest: data.name" in capsys.readouterr().err
 
 
 class Own(DistillationLoss):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -16,9 +17,11 @@ from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.core.random import draw_uniform
 from lkd.data import Batches, ImageSet, load_dataset
+from lkd.data.arrays import read_images
 from lkd.data.augment import choose_crop, cut_center, cut_random
 from lkd.data.image_files import DamagedImageError, FileSource, ImageFiles, LoadingOptions, open_source
 from lkd.models import build
+from lkd.models.files import load_network
 from lkd.training.build import prepare_images
 from lkd.training.evaluate import evaluate
 from tests.lkd.tiny_images import write_image_folder
@@ -61,10 +64,30 @@ def write_picture(folder: Path, width: int, height: int) -> ImageFiles:
 def test_the_centre_is_torchvisions(width: int, height: int, tmp_path) -> None:
     image = write_picture(tmp_path, width, height).load(0)
     cut = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
-    assert torch.equal(cut_center(image, 224), cut(v2.functional.pil_to_tensor(Image.open(tmp_path / "p.png"))))
+    assert torch.equal(cut_center(image, 224, 256), cut(v2.functional.pil_to_tensor(Image.open(tmp_path / "p.png"))))
     pillow = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
     theirs = pillow(Image.open(tmp_path / "p.png"))
-    assert (cut_center(image, 224).int() - theirs.int()).abs().max() <= 1, "the usual path, but for rounding"
+    assert (cut_center(image, 224, 256).int() - theirs.int()).abs().max() <= 1, "the usual path, but for rounding"
+
+
+def test_small_pictures_are_taken_whole(tmp_path, capsys) -> None:
+    root = write_image_folder(tmp_path, classes=2, train=4)
+    for path in Path(root).glob("*/*/*"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(path, "PNG")
+    images = prepare_images(DataRecipe("image_folder", root, image_size=32, crop_pct=1.0)).train
+    pixels = next(images.load([torch.arange(1)], torch.device("cpu")))[0][0]
+    path = next(Path(root, "train").glob("*/0.JPEG"))
+    assert torch.equal(pixels, v2.functional.pil_to_tensor(Image.open(path)))
+    batch = Batches(images, 1, 0, "none").at(0)
+    alone = images.batch((images.index == batch.index).nonzero()[0], torch.device("cpu"))
+    assert torch.equal(batch.images, alone.images), "training sees the same centre"
+    whole = read_images(ImageFolder(f"{root}/train"), image_size=32, crop_pct=1.0)
+    assert torch.equal(next(whole.load([torch.arange(1)], torch.device("cpu")))[0][0], pixels)
+    words = ["--data.name", "image_folder", "--data.root", root, "--data.image_size", "32", "--data.crop_pct", "1"]
+    words += ["--model.name", "tiny_cnn", "--train.batch_size", "2", "--train.epochs", "1", "--run_dir", "t"]
+    assert main(["teacher", *words]) == 0
+    assert "crops of 32×32, their centres from a shorter side of 32" in capsys.readouterr().out
+    assert load_network(Path("t/teacher.safetensors"))[1]["input"]["crop_pct"] == 1
 
 
 def test_random_crops_cover_what_the_literature_says() -> None:
@@ -191,7 +214,7 @@ def test_an_evaluation_says_of_how_many_and_of_which_images_it_is(tmp_path, caps
     assert "on 6 meta_validation images" in capsys.readouterr().out
     damage(load_dataset("image_folder", root, LoadingOptions(24)).test, [0, 7, 8])
     assert main(evaluate) == 0
-    assert "on 9 test images of image_folder, 3 that cannot be decoded left out" in capsys.readouterr().out
+    assert "on 9 test images of image_folder, 24×24, 3 that cannot be decoded left out" in capsys.readouterr().out
     first = next(Path(root, "train").glob("*/0.JPEG"))
     first.with_name("00.JPEG").write_bytes(first.read_bytes())
     assert main([*evaluate, "--split", "meta_validation"]) == 2
@@ -231,3 +254,9 @@ def test_folders_of_another_layout_are_one_line(tmp_path) -> None:
     broken = load_dataset("image_folder", str(tmp_path), LoadingOptions(24)).train
     with pytest.raises(UserError, match=r"no image can be decoded \(.../a\.jpg"):
         Batches(broken, 1, 0).at(0)
+
+
+def test_the_teacher_of_the_package_is_for_its_own_images_alone(tmp_path, capsys) -> None:
+    words = ["--data.name", "image_folder", "--data.root", write_image_folder(tmp_path), "--data.image_size", "24"]
+    assert main(["distill", *words, "--loss", "cross_entropy"]) == 2
+    assert "teacher.path: missing; embedded, the default, knows the 10 classes" in capsys.readouterr().err

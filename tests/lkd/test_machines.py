@@ -77,7 +77,7 @@ def test_names_that_are_no_utf_8_are_packed_and_cached(tmp_path) -> None:
     source = FileSource(pictures, ["a.png", NAME])
     loading = LoadingOptions(image_size=28, workers=1)
     pack(open_source(source, loading), tmp_path, "train", 32, lambda count: None)
-    packed = open_packed(source, tmp_path, "train", 28)
+    packed = open_packed(source, tmp_path, "train", loading)
     assert packed.load(1).shape == (3, 32, 32)
     assert hash_names(source) != hash_names(FileSource(pictures, ["a.png", "caf.png"])), "which a cache is known by"
     assert hash_folder(pictures)

@@ -146,6 +146,9 @@ def test_crds_checkpoints_are_loaded_and_others_refused_in_one_line(tmp_path) ->
     refuse("resnet33x4", "b.pth", "nearest: resnet32x4")
     torch.save({"model": {"w": torch.zeros(())}}, tmp_path / "c.pth")
     refuse("resnet8", "c.pth", "holds no resnet8: 'conv1.weight' is missing")
+    other = {"layer1.0.conv1.weight": torch.zeros(8, 3, 3, 3), "layer1.0.bn1.weight": torch.zeros(8)}
+    torch.save(other, tmp_path / "f.pth")
+    refuse("resnet18", "f.pth", "holds no resnet18: 'conv1.weight' is missing")
     torch.save([1, 2], tmp_path / "d.pth")
     refuse("resnet8", "d.pth", "holds no weights")
     (tmp_path / "e.pth").write_bytes(b"nothing")

@@ -23,7 +23,7 @@ from lkd.models.files import load_network, save_network
 from lkd.models.stages import find_head, freeze_stages
 from lkd.training.build import choose_student, prepare_images
 from lkd.training.introduce import introduce_network
-from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
+from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable, doubt_learning_rate
 from lkd.training.training import Training
 from tests.lkd.parts import VIT, prepare_student, start_training
 
@@ -282,3 +282,15 @@ def test_a_head_is_kept_or_starts_anew(images) -> None:
         assert torch.equal(anew[name], tensor) != name.startswith(find_head(saved)[0])
     with pytest.raises(UserError, match=r"student.new_head: is of the classifier in student.path"):
         choose_student(ModelRecipe("tiny_cnn", new_head=True), images.train)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "said"),
+    [
+        *[("adamw", 0.1, True), ("lion", 0.1, True), ("nadam", 0.05, True), ("adamw", 0.001, False)],
+        *[("lamb", 0.01, False), ("sgd", 0.1, False), ("rmsproptf", 0.1, False), ("adadelta", 1.0, False)],
+    ],
+)
+def test_a_learning_rate_of_another_kind_of_optimiser_is_doubted(name: str, rate: float, said: bool) -> None:
+    doubts = doubt_learning_rate(TrainRecipe(optimizer=name, learning_rate=rate))
+    assert bool(doubts) == said

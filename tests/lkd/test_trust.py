@@ -273,6 +273,17 @@ def test_networks_are_asked_in_their_own_precision_however_they_answer(dtype, an
     assert measure_own_accuracy(network, batches) > 0.9
 
 
+@pytest.mark.parametrize("part", [nn.Dropout(), nn.BatchNorm1d(3), nn.ReLU()])
+def test_a_teacher_that_trains_while_it_is_asked_is_said(part: nn.Module, caplog) -> None:
+    teacher = nn.Sequential(nn.Flatten(), part)
+    batches = [(torch.randn(30, 1, 1, 3), torch.arange(30) % 3)]
+    measure_trust(teacher, batches, batches)
+    assert ("the teacher is in train mode" in caplog.text) == (not isinstance(part, nn.ReLU))
+    caplog.clear()
+    measure_trust(teacher.eval(), batches, batches)
+    assert not caplog.text
+
+
 def test_a_loss_of_inference_mode_is_like_any_other() -> None:
     labels = torch.arange(30) % 3
     batches = [(5.0 * one_hot(labels).view(30, 1, 1, 3), labels)]

@@ -81,7 +81,11 @@ def test_worlds_are_drawn_within_their_ranges_and_of_the_seed_alone() -> None:
         ({"a": {"of": "b"}}, {}, "worlds.a.of: 'b' is not another world; there are a"),
         ({"a": {"of": "b"}, "b": {"of": "a"}}, {}, "is not another world"),
         ({"a": {"pool": {}}}, {}, "worlds.a: unknown key 'pool'; a world differs in data, teacher, student, train"),
-        ({"a": {"data": {"label_nois": 1}}}, {}, "unknown key 'worlds.a.data.label_nois'; nearest: data.label_noise"),
+        (
+            {"a": {"data": {"label_nois": 1}}},
+            {},
+            "'worlds.a.data.label_nois'; nearest: worlds.a.data.label_noise",
+        ),
         ({"a": 3}, {}, "worlds.a: 3 is not a mapping"),
         ({"a": {}}, {"worlds": 1, "of": ["c"]}, "draw.of: there is no world 'c'; there are a"),
         ({"a": {}}, {"worlds": 1, "values": {"data.label_noise": []}}, "draw.values.data.label_noise: nothing can be"),

@@ -270,6 +270,8 @@ def identify_inputs(recipe: CompareRecipe | FidelityRecipe) -> dict[str, Any]:
     if recipe.teacher.classes is None:  # results from before it was a setting stay good
         del teacher["classes"]
     usual = dataclasses.asdict(DataRecipe())
+    if recipe.data.crop_pct == usual["crop_pct"]:
+        del data["crop_pct"]
     alike = {name: usual[name] for name in ("root", "workers", "read_timeout", "evaluation_batch_size")}
     return {"data": data | alike, "teacher": teacher}
 

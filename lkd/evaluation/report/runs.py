@@ -207,7 +207,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"runs: {path} is not a folder; name a run directory (--run_dir of an earlier command)")
     if not (path / "config.json").is_file():
-        raise UserError(f"runs: {path} is not a run directory: it has no config.json")
+        inner = [str(each.parent) for each in sorted(path.glob("*/config.json"))]
+        named = f"; name some in it: {' '.join(inner[:5])}{' ...' * (len(inner) > 5)}" if inner else ""
+        raise UserError(f"runs: {path} is not a run directory: it has no config.json{named}")
     config = read_json(path / "config.json")
     if not (isinstance(config, dict) and config.get("command") in COMMANDS and isinstance(config.get("recipe"), dict)):
         raise UserError(f"runs: {path / 'config.json'} is not one that an lkd command wrote")

@@ -1,5 +1,6 @@
 """Trust: what is measured of teacher, labels and student, so that a learned loss knows whom to believe (ours)."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ NOTICED = 0.05  # honest teachers of every kind stay under 0.03 (docs/evidence/u
 MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
 TINY = 1e-30
 UNKNOWN = float("nan")
+
+OF_MODE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # what train mode changes
 
 Part = ImageSet | Iterable[tuple[Tensor, Tensor]]
 """Images and labels: an image set, or batches of (images, labels), such as a DataLoader."""
@@ -131,6 +134,11 @@ def measure_trust(
         UserError: If a part that is given has no labels, can be read only once, or comes class by class where only its
             first images are looked at; or the teacher has another number of classes, or logits that are not finite.
     """
+    if isinstance(teacher, nn.Module) and any(m.training and isinstance(m, OF_MODE) for m in teacher.modules()):
+        logging.getLogger("lkd").warning(
+            "measure_trust: the teacher is in train mode, and is measured in eval mode: call teacher.eval() before the "
+            "training, where it would answer otherwise"
+        )
     place = device or torch.device("cpu")
     held_out = validation is not None and not (isinstance(validation, ImageSet) and not len(validation))
     part, name = (validation, "validation") if held_out else (train, "train")
