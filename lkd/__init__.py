@@ -2,7 +2,7 @@
 
 *Our reconstruction* of Ran, Huang, Yang, PLOS ONE 20(6): e0325599, 2025.
 
-loss = lkd.load_loss("universal", trust=lkd.measure_trust(teacher, train_loader, validation_loader))
+loss = lkd.load_loss("universal", trust=lkd.measure_trust(teacher.eval(), train_loader, validation_loader))
 sum(loss(student_outputs, teacher_outputs, target, progress).values()).backward()
 """
 
