@@ -216,7 +216,7 @@ def weighted(loss: str, images: Images, weights: Tensor, arm: str) -> nn.Module:
     """The loss with these weights; those of the settings before weigh all of its terms."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
-        save_weights(path, images.train.index, weights, weights, {})
+        save_weights(path, images.train, weights, weights, {})
         scope = "loss" if arm == "before" else "task"
         settings = InfluenceWeightedLossSettings(weights=str(path), weigh=scope)
         return InfluenceWeightedLoss(LOSSES[loss](), images.meta_validation, settings)

@@ -97,8 +97,8 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     path = run.path / "influence.csv"
     positions = find_positions(images, found.index)
     write_text(path, format_csv(list_rows(images.train, positions, found.scores, weights)))
-    save_weights(run.path / "weights.safetensors", found.index, weights, found.scores, run.provenance())
     judged = Judged(images.train.select(positions), found.scores, weights)
+    save_weights(run.path / "weights.safetensors", judged.images, weights, found.scores, run.provenance())
     asked = {"network": ask(lambda batch: network.eval()(batch.images), images, positions, run.device)}
     if teacher:
         asked["teacher"] = ask(teacher, images, positions, run.device)

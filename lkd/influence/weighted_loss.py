@@ -1,5 +1,7 @@
 """Any loss with a weight for every training example, from a file or from the influence of the student in training."""
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lkd.config.training import InfluenceSettings, InfluenceWeightedLossSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.influence.influence import measure_influence
 from lkd.losses.learned.trust import Trust
@@ -65,14 +68,25 @@ def weigh_examples(influence: Tensor, settings: InfluenceSettings) -> Tensor:
     return (weights / weights.mean()).to(influence.dtype)
 
 
-def save_weights(path: Path, index: Tensor, weights: Tensor, influence: Tensor, provenance: dict[str, Any]) -> None:
-    """Write the weight and the influence of each example, [N] each, by its index."""
-    tensors = {"index": index, "weight": weights, "influence": influence}
+def save_weights(path: Path, images: ImageSet, weights: Tensor, influence: Tensor, provenance: dict[str, Any]) -> None:
+    """Write the weight and the influence of each example, [N] each, by its index, and a hash of its image."""
+    tensors = {"index": images.index, "weight": weights, "influence": influence, "example": hash_examples(images)}
     write_tensors(path, tensors, KIND, VERSION, {"provenance": provenance})
 
 
-def load_weights(path: Path) -> tuple[Tensor, Tensor]:
-    """Read index and weight of each example, [N] each.
+def hash_examples(images: ImageSet) -> Tensor:
+    """A hash of each image, int64, [N]: of those in memory of the pixels, of files of the name."""
+    files = images.images
+
+    def read(slot: int) -> bytes:
+        return os.fsencode(files.name(slot)) if isinstance(files, ImageFiles) else files[slot].numpy().tobytes()
+
+    found = (hashlib.blake2b(read(slot), digest_size=8).digest() for slot in range(len(images)))
+    return torch.tensor([int.from_bytes(each, "little", signed=True) for each in found])
+
+
+def load_weights(path: Path) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read index and weight of each example and its hash, if the file has it, [N] each; see `hash_examples`.
 
     Raises:
         UserError: If the file is missing, damaged or another one.
@@ -80,10 +94,12 @@ def load_weights(path: Path) -> tuple[Tensor, Tensor]:
     tensors, _ = read_tensors(path, KIND, VERSION)
     nothing = torch.empty(0)
     index, weight = tensors.get("index", nothing), tensors.get("weight", nothing)
-    good = index.dtype == torch.int64 and index.dim() == 1 and index.shape == weight.shape
+    example = tensors.get("example")
+    good = example is None or (example.dtype == torch.int64 and example.shape == index.shape)
+    good &= index.dtype == torch.int64 and index.dim() == 1 and index.shape == weight.shape
     if not (good and weight.is_floating_point() and bool((weight >= 0).all() and weight.isfinite().all())):
         raise UserError(f"{path}: has not one index (int64) and one weight of at least 0 for each example: replace it")
-    return index, weight
+    return index, weight, example
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,6 +208,8 @@ class InfluenceWeightedLoss(DistillationLoss):
             teacher: The teacher.
             progress: How far the training is, in [0, 1].
         """
+        if self.known:
+            self.check_examples(images, *self.known)
         first, every = self.settings.first_epoch, self.settings.refresh_epochs
         due = epoch == first or (every > 0 and epoch > first and (epoch - first) % every == 0)
         if self.settings.weights or not due:
@@ -202,6 +220,19 @@ class InfluenceWeightedLoss(DistillationLoss):
             student, self.loss, frozen, images, self.meta_validation, device, self.settings.influence, progress, epoch
         )
         self.set_weights(found.index, weigh_examples(found.scores, self.settings.influence))
+
+    def check_examples(self, images: ImageSet, index: Tensor, weight: Tensor, example: Tensor | None) -> None:
+        """Check that the file's weights are of these images; older files do not say."""
+        if example is None:
+            return
+        known = dict(zip(index.tolist(), example.tolist(), strict=True))
+        found = zip(images.index.tolist(), hash_examples(images).tolist(), strict=True)
+        if others := sum(known[position] != each for position, each in found):
+            raise UserError(
+                f"loss 'influence_weighted': {self.settings.weights} has weights of other images than {others:,} of the "
+                f"{len(images):,} training images; make it with the same `data` as this training"
+            )
+        self.known = None  # that was all that is asked of it
 
     def forward(
         self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None, index: Tensor | None = None

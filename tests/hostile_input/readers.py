@@ -25,7 +25,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import write_json
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import write_tensors
-from lkd.data import Batch, load_dataset
+from lkd.data import Batch, ImageSet, load_dataset
 from lkd.data.augment import CROP_NUMBERS, cut_center, cut_random
 from lkd.data.image_files import DamagedImageError, FileSource, LoadingOptions, as_bytes, decode, open_source
 from lkd.data.packed import open_packed, pack
@@ -219,11 +219,13 @@ def read_pool(path: Path, architecture: dict[str, Any] = TINY) -> None:
 
 
 def write_weights(folder: Path) -> None:
-    save_weights(folder / "weights.safetensors", torch.arange(9), torch.ones(9), torch.zeros(9), {"seed": 0})
+    pixels = torch.zeros(9, 1, 2, 2, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.arange(9), torch.arange(9), tuple("abcdefghi"), (0.0,), (1.0,))
+    save_weights(folder / "weights.safetensors", images, torch.ones(9), torch.zeros(9), {"seed": 0})
 
 
 def read_weights(path: Path) -> None:
-    index, weight = load_weights(path)
+    index, weight, _ = load_weights(path)
     assert index.dtype == torch.int64
     assert index.shape == weight.shape
     assert bool((weight >= 0).all())

@@ -4,6 +4,8 @@ import copy
 import csv
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -401,7 +403,7 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path, favour: str) -
     influences = [float(row["influence"]) for row in rows]
     assert len(rows) == 200
     assert influences == sorted(influences)
-    index, weights = load_weights(Path("r/weights.safetensors"))
+    index, weights, _ = load_weights(Path("r/weights.safetensors"))
     by_index = dict(zip(index.tolist(), weights.tolist(), strict=True))
     for row in rows:
         assert float(row["weight"]) == pytest.approx(by_index[int(row["index"])], rel=1e-4)
@@ -448,8 +450,16 @@ def test_bad_options_of_a_weighted_loss_are_one_line(images, loss, message: str)
 
 
 def test_weights_of_other_images_are_refused(images, tmp_path) -> None:
-    save_weights(tmp_path / "w", images.train.index[:7], torch.ones(7), torch.ones(7), {})
+    save_weights(tmp_path / "w", images.train.select(torch.arange(7)), torch.ones(7), torch.ones(7), {})
     loss = {"name": "influence_weighted", "loss": "kd", "weights": str(tmp_path / "w")}
     prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
     with pytest.raises(UserError, match="has no weight for 193 of the 200 training images"):
         prepared.enroll(images.train.index, images.train.labels)
+    moved = replace(images.train, images=images.train.images.roll(1, 0))
+    for whole, refused in ((images.train, False), (moved, True)):
+        save_weights(tmp_path / "w", whole, torch.ones(200), torch.ones(200), {})
+        prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
+        prepared.enroll(images.train.index, images.train.labels)
+        asked = nn.Identity(), images.train.relabel(1 - images.train.labels.clamp_max(1)), None, 0.0
+        with pytest.raises(UserError, match="weights of other images than 200 of") if refused else nullcontext():
+            prepared.begin_epoch(0, *asked)
