@@ -229,8 +229,8 @@ class InfluenceWeightedLoss(DistillationLoss):
         found = zip(images.index.tolist(), hash_examples(images).tolist(), strict=True)
         if others := sum(known[position] != each for position, each in found):
             raise UserError(
-                f"loss 'influence_weighted': {self.settings.weights} has weights of other images than {others:,} of the "
-                f"{len(images):,} training images; make it with the same `data` as this training"
+                f"loss 'influence_weighted': {self.settings.weights} has weights of other images than {others:,} of "
+                f"the {len(images):,} training images; make it with the same `data` as this training"
             )
         self.known = None  # that was all that is asked of it
 

@@ -50,6 +50,11 @@ def introduce_network(
             f"warning: train.milestones: {train.milestones}: none comes in train.epochs, {train.epochs}, so that the "
             "learning rate never falls"
         )
+    if train.milestones and train.milestones[0] < train.warmup_epochs:
+        lines.append(
+            f"warning: train.milestones: {train.milestones[0]} is within the {train.warmup_epochs} train.warmup_epochs, "
+            "so that train.learning_rate is never reached"
+        )
     return "\n".join(lines)
 
 

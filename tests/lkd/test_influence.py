@@ -461,5 +461,7 @@ def test_weights_of_other_images_are_refused(images, tmp_path) -> None:
         prepared = prepare_loss(loss, ModelRecipe(), TEACHER, images, 0)
         prepared.enroll(images.train.index, images.train.labels)
         asked = nn.Identity(), images.train.relabel(1 - images.train.labels.clamp_max(1)), None, 0.0
-        with pytest.raises(UserError, match="weights of other images than 200 of") if refused else nullcontext():
+        with (
+            pytest.raises(UserError, match="weights of other images than 200 of the 200") if refused else nullcontext()
+        ):
             prepared.begin_epoch(0, *asked)
