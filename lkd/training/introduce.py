@@ -52,8 +52,8 @@ def introduce_network(
         )
     if train.milestones and train.milestones[0] < train.warmup_epochs:
         lines.append(
-            f"warning: train.milestones: {train.milestones[0]} is within the {train.warmup_epochs} train.warmup_epochs, "
-            "so that train.learning_rate is never reached"
+            f"warning: train.milestones: {train.milestones[0]} is within the {train.warmup_epochs} epochs of warm-up: "
+            "train.learning_rate is never reached"
         )
     return "\n".join(lines)
 

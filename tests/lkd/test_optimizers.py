@@ -150,12 +150,19 @@ def test_what_cannot_be_is_refused_before_any_work(images, changes: dict, messag
 
 
 def test_milestones_that_never_come_are_warned_of(images) -> None:
-    steps = {"epochs": 2, "batch_size": 25, "schedule": "multistep"}
+    steps = {"epochs": 4, "batch_size": 25, "schedule": "multistep"}
+    cases = (([4, 5], 0), ([1, 2], 0), ([1, 3], 2), ([2, 3], 2))
     said = [
-        introduce_network("student", choose_student(VIT, images.train), images, CPU, TrainRecipe(**steps, milestones=m))
-        for m in ([2, 3], [1, 2])
+        introduce_network(
+            "student",
+            choose_student(VIT, images.train),
+            images,
+            CPU,
+            TrainRecipe(**steps, milestones=milestones, warmup_epochs=warmup),
+        )
+        for milestones, warmup in cases
     ]
-    assert ["train.milestones" in each for each in said] == [True, False]
+    assert ["train.milestones" in each for each in said] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgdw", "momentum", "nesterov", "nesterovw"])
