@@ -296,9 +296,8 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
         if not isinstance(network, nn.Module):
             raise UserError(f"student: the function given builds a {type(network).__name__}, not a torch.nn.Module")
         again = make() if make is student else None
-    if again is not None and not {id(p) for p in network.parameters() if p.requires_grad}.isdisjoint(
-        map(id, again.parameters())
-    ):
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    if again is not None and not trained.isdisjoint(map(id, again.parameters())):
         raise UserError(
             f"student: the function given returns a {type(network).__name__} with the same weights each time, which "
             "would be trained on: build one anew in it, or return copy.deepcopy(network)"
