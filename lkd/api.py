@@ -17,7 +17,7 @@ from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parse import make_plain, make_recipe
 from lkd.config.parts import DataRecipe, ModelRecipe, RunRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.training import DistillRecipe
-from lkd.core.content import describe
+from lkd.core.content import describe_content
 from lkd.core.distributed import wait_for_all
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import expand_home
@@ -303,7 +303,7 @@ def name_student(student: Student, given: dict[str, Any]) -> ModelRecipe:
             "would be trained on: build one anew in it, or return copy.deepcopy(network)"
         )
     check_tensors(network, "student")
-    content = describe(network, weights=False)  # a lazy one has its shapes from the first images, in a dry run
+    content = describe_content(network, weights=False)  # a lazy one has its shapes from the first images, in a dry run
     while (name := name_content(type(network).__name__, content)) in given:
         content = [content]  # two students of equal shapes are two students
     given[name] = make
@@ -315,7 +315,7 @@ def name_teacher(teacher: Teacher, given: dict[str, Any]) -> TeacherRecipe:
     if isinstance(teacher, nn.Module):
         check_tensors(teacher, "teacher")
         frozen = copy_module(teacher, "teacher").eval().requires_grad_(False)
-        return TeacherRecipe(name_object(type(teacher).__name__, describe(teacher), frozen, given))
+        return TeacherRecipe(name_object(type(teacher).__name__, describe_content(teacher), frozen, given))
     if isinstance(teacher, dict):
         return make_recipe(TeacherRecipe, teacher, "teacher")
     if not isinstance(teacher, str | Path):
@@ -331,7 +331,7 @@ def name_loss(loss: Any, given: dict[str, Any]) -> Any:
         return make_plain(str(loss) if isinstance(loss, Path) else loss)
     if isinstance(loss, nn.Module):
         check_tensors(loss, "loss")
-    return name_object(getattr(loss, "__name__", type(loss).__name__), describe(loss), loss, given)
+    return name_object(getattr(loss, "__name__", type(loss).__name__), describe_content(loss), loss, given)
 
 
 def name_images(

@@ -40,7 +40,7 @@ from lkd.training.build import Images, LossBuilder, build, check_network, choose
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
-from lkd.training.introduce import CHANCE, introduce_network, introduce_teacher, may_be
+from lkd.training.introduce import CHANCE, describe_crops, introduce_network, introduce_teacher, may_be
 from lkd.training.optimizer import check_differentiable, check_names
 from lkd.training.predict import format_prediction, write_csv
 from lkd.training.predict import predict as predict_pictures
@@ -81,11 +81,10 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     check_image_size(recipe.checkpoint, network, images.train.image_shape)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
-    height, width = images.train.image_shape[1:]
     said = "" if "input" in header else ", normalised as the data set says, since the file does not say how"
     lost = part.images.damage.damaged if isinstance(part.images, ImageFiles) else 0
     said += f", {lost} that cannot be decoded left out" if lost else ""
-    seen = f"{len(part) - lost:,} {recipe.split} images of {images.name}, {height}×{width}"
+    seen = f"{len(part) - lost:,} {recipe.split} images of {images.name}{describe_crops(part)}"
     print(f"{name} ({recipe.checkpoint}) on {seen}{said}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")

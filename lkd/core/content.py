@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 OWN = vars(nn.Module()).keys()  # what every module holds
 
 
-def describe(value: Any, weights: bool = True) -> Any:
+def describe_content(value: Any, weights: bool = True) -> Any:
     """A tree that is another where an object would compute something else, as far as that can be seen.
 
     Of a function: its code, and what it refers to; of a bound method and of an object with a call also what the object
@@ -30,7 +30,7 @@ def describe(value: Any, weights: bool = True) -> Any:
 
 
 class Description:
-    """Describes objects, each once; see `describe`."""
+    """Describes objects, each once; see `describe_content`."""
 
     def __init__(self, weights: bool) -> None:
         self.weights = weights

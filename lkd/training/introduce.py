@@ -1,13 +1,15 @@
 """What a run says first: its images, its student, its teacher, and what is doubtful of them."""
 
 import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lkd.config.parts import TeacherRecipe, TrainRecipe
-from lkd.data.image_files import ImageFiles
+from lkd.data.image_files import DamagedImageError, ImageFiles
+from lkd.data.images import ImageSet
 from lkd.data.readers import sort_as_timm
 from lkd.models.build import describe, format_description
 from lkd.models.dry_run import check_trainable
@@ -17,15 +19,28 @@ from lkd.training.build import Images, OpenedTeacher, StudentBuilder
 from lkd.training.evaluate import evaluate
 from lkd.training.optimizer import check_optimization, doubt_learning_rate
 
+LOOKED_AT = 5  # pictures whose size is looked at
+
 
 def introduce_images(images: Images) -> str:
     """Say how many images a training sees."""
     counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
-    files = images.train.images
-    crops = ""
-    if isinstance(files, ImageFiles):
-        crops = f", crops of {files.size}×{files.size}, their centres from a shorter side of {files.shorter_side}"
-    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{crops}"
+    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{describe_crops(images.train)}"
+
+
+def describe_crops(images: ImageSet) -> str:
+    """How pictures in files are cut, with a warning where they are of that size already and lose their edge."""
+    files = images.images
+    if not isinstance(files, ImageFiles):
+        return ""
+    size, first = files.size, []
+    for slot in range(min(LOOKED_AT, len(images))):
+        with suppress(DamagedImageError, OSError):
+            first.append(min(files.load(slot).shape[1:]))
+    said = f", crops of {size}×{size}, their centres from a shorter side of {files.shorter_side}"
+    if files.shorter_side == size or set(first) != {size}:
+        return said
+    return f"{said}; warning: they have that size, and are enlarged and cut: --data.crop_pct 1 takes them whole"
 
 
 def introduce_network(

@@ -12,7 +12,7 @@ import lkd
 from lkd.api import name_loss, name_student, name_teacher
 from lkd.config import DataRecipe, DistillRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.config.parse import make_recipe, parse_recipe
-from lkd.core.content import describe
+from lkd.core.content import describe_content
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.loss import wrap_loss
@@ -224,7 +224,7 @@ def test_a_function_is_a_loss(case: str) -> None:
 
 @pytest.mark.outside(32)
 def test_a_function_is_known_by_what_it_was_given() -> None:
-    one, two = (describe(functools.partial(mean_error, scale=scale)) for scale in (1.0, 2.0))
+    one, two = (describe_content(functools.partial(mean_error, scale=scale)) for scale in (1.0, 2.0))
     assert one != two
     with pytest.raises(UserError, match="loss: add takes"):
         wrap_loss(torch.add)  # a function that says nothing of its arguments

@@ -24,6 +24,7 @@ from lkd.models import build
 from lkd.models.files import load_network
 from lkd.training.build import prepare_images
 from lkd.training.evaluate import evaluate
+from lkd.training.introduce import introduce_images
 from tests.lkd.tiny_images import write_image_folder
 
 
@@ -83,7 +84,11 @@ def test_small_pictures_are_taken_whole(tmp_path, capsys) -> None:
     assert torch.equal(batch.images, alone.images), "training sees the same centre"
     whole = read_images(ImageFolder(f"{root}/train"), image_size=32, crop_pct=1.0)
     assert torch.equal(next(whole.load([torch.arange(1)], torch.device("cpu")))[0][0], pixels)
-    words = ["--data.name", "image_folder", "--data.root", root, "--data.image_size", "32", "--data.crop_pct", "1"]
+    words = ["--data.name", "image_folder", "--data.root", root, "--data.image_size", "32"]
+    for size, warned in ((32, True), (24, False)):
+        said = introduce_images(prepare_images(DataRecipe("image_folder", root, image_size=size)))
+        assert ("--data.crop_pct 1 takes them whole" in said) == warned
+    words += ["--data.crop_pct", "1"]
     words += ["--model.name", "tiny_cnn", "--train.batch_size", "2", "--train.epochs", "1", "--run_dir", "t"]
     assert main(["teacher", *words]) == 0
     assert "crops of 32×32, their centres from a shorter side of 32" in capsys.readouterr().out
@@ -214,7 +219,9 @@ def test_an_evaluation_says_of_how_many_and_of_which_images_it_is(tmp_path, caps
     assert "on 6 meta_validation images" in capsys.readouterr().out
     damage(load_dataset("image_folder", root, LoadingOptions(24)).test, [0, 7, 8])
     assert main(evaluate) == 0
-    assert "on 9 test images of image_folder, 24×24, 3 that cannot be decoded left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "on 9 test images of image_folder" in said
+    assert "a shorter side of 27, 3 that cannot be decoded left out" in said
     first = next(Path(root, "train").glob("*/0.JPEG"))
     first.with_name("00.JPEG").write_bytes(first.read_bytes())
     assert main([*evaluate, "--split", "meta_validation"]) == 2

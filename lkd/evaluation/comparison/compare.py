@@ -34,7 +34,7 @@ from lkd.evaluation.comparison.trials import (
 from lkd.tracking.run import Run, evidence
 from lkd.training.answers import check_same_images
 from lkd.training.build import LossBuilder, choose_student
-from lkd.training.introduce import introduce_network, introduce_teacher
+from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_names
 
 
@@ -45,6 +45,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     check_same_images(inputs.images, run)
     check_methods(recipe, inputs)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]
+    run.say(introduce_images(inputs.images))
     run.say(*(introduce_network("student", student, inputs.images, run.device, recipe.train) for student in students))
     run.say(introduce_teacher(inputs.teacher, inputs.images, run.device))
     unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
