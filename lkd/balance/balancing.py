@@ -47,6 +47,11 @@ class Balancing:
         if self.rule.wants_gradients(step):
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             gradients = take_gradient(task, trained), take_gradient(distillation, trained)
+            if step == 0 and not (task.detach() or gradients[0].any()):
+                raise UserError(
+                    "balance: the term `task` is 0, and so is its gradient: there is nothing to weigh the teacher "
+                    "against; give the labels a share of the loss, as kd with weight below 1 does"
+                )
         values = torch.stack([task, distillation]).detach()
         if count_processes() > 1:
             values = gather_rows(values.unsqueeze(0)).mean(0)

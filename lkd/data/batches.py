@@ -72,6 +72,11 @@ class Batches:
                 f"train.batch_size: {size} is the batch of all {parts} processes together and does not divide among "
                 f"them; take a multiple of {parts}"
             )
+        if 0 < self.augmentation_seeds < self.repeats:
+            raise UserError(
+                f"data.repeats: {self.repeats} times an image in a batch, of which data.augmentation_seeds, "
+                f"{self.augmentation_seeds}, makes some alike; take more of these, or 0 for new ones"
+            )
         if self.repeats > 1 and self.augmentation == "none":
             raise UserError(f"data.repeats: {self.repeats} would repeat images without augmentation; take 1")
         if (self.mixup or self.cutmix) and size // parts % 2:

@@ -34,6 +34,7 @@ from lkd.meta_training.rollouts import (
     compute_outer_logits,
     list_inner_batches,
 )
+from lkd.meta_training.worlds import describe_pool
 from lkd.pool.pool import Pool, World, build_pool, open_pool
 from lkd.tracking.run import Run
 from lkd.training.answers import check_same_images
@@ -136,7 +137,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
             {},
             inner_batches,
             outer_batch,
-            build_inner_optimizer(student, recipe.train, start.learning_rate, draw.annealing, draw.steps),
+            build_inner_optimizer(student, recipe.train, start.rate_in(recipe.train), draw.annealing, draw.steps),
         )
         torch.manual_seed(seed)  # of dropout
         end = rollout(problem)
@@ -174,6 +175,7 @@ def measure_fidelity(recipe: FidelityRecipe, run: Run) -> dict[str, Any]:
     check_recipe(recipe, inputs, student, total_steps)
     pool = open_pool(Path(recipe.pool_dir), images, student.architecture) if recipe.pool_dir else None
     check_ages(recipe, pool, total_steps)
+    run.say(*describe_pool(recipe))
     run.say(introduce_network("student", student, images, run.device, recipe.train))
     run.say(introduce_teacher(inputs.teacher, images, run.device))
     pool = pool or make_pool(recipe, inputs, student, run)

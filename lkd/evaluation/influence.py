@@ -104,6 +104,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
         asked["teacher"] = ask(teacher, images, positions, run.device)
     issues = find_issues(judged, asked["network"][0])
     quality = weights / weights.max() if recipe.influence.favour == "helpful" else weights.min() / weights
+    quality = quality.nan_to_num(1.0)  # 0 / 0: nothing is better
     labels = list_issues(judged, positions, issues, asked["network"][0], quality)
     write_text(run.path / "label_issues.csv", format_csv(labels))
     wrong = find_wrong(recipe, judged, positions)

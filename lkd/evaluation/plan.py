@@ -303,7 +303,9 @@ def identify_step(world: PlannedWorld) -> str:
     """What two worlds share if a step of theirs takes the same."""
     train, shapes, recipe = world.recipe.train, world.images.train, world.recipe
     batch = train.batch_size, train.accumulation, train.precision, bool(train.ema_decay), bool(train.momentum)
-    more = train.optimizer, bool(train.swa_epochs)
+    data = world.images.settings
+    changing = data.augmentation, data.mixup, data.cutmix, data.random_erasing
+    more = train.optimizer, bool(train.swa_epochs), changing, world.count
     return repr((recipe.student, recipe.teacher, batch, more, shapes.image_shape, shapes.num_classes))
 
 
@@ -427,11 +429,12 @@ def add_outer_loop(plan: dict[str, Any], worlds: Sequence[PlannedWorld], hours: 
     reused = sum(each * (meta.reuse_epochs or whole) / whole for each, whole in zip(hours, epochs, strict=True))
     seconds = [rollout["seconds"] for rollout in plan["rollout"].values()]
     students = meta.students_per_step or len(worlds)
+    grown = (1 + (meta.initial_rollout_steps or meta.rollout_steps) / meta.rollout_steps) / 2  # on average, of K
     plan["loss"] = f"learned: {meta.start or ', '.join((meta.kind, meta.loss.get('form', 'decoupled')))}"
     plan["precision"] += "; rollouts float32"
     plan["hours_of_one_training"] = mean(hours)
     plan["hours"] = {
-        "outer steps": meta.outer_steps * students * seconds[0] / HOUR,
+        "outer steps": meta.outer_steps * students * seconds[0] * grown / HOUR,
         "pool": built * pool.students * find_oldest(pool) * sum(hours),
         "reuse": looks * meta.reuse_students * reused,
         "own students": students * mean(count_own(worlds)) if meta.interleaving != "before" else 0.0,

@@ -12,6 +12,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import read_mapping, write_json
 from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import fit_to_images, load_network
+from lkd.models.stages import freeze_stages
 from lkd.tracking.run import choose_device
 from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import build, build_batches, check_network
@@ -63,7 +64,7 @@ def collect_moments(recipe: VarianceRecipe) -> list[GradientMoments]:
         )
     teacher = prepare_teacher(parts.teacher, images, device, loss.teacher_stages)
     student = fit_to_images(str(folder / "student.safetensors"), student, header, images.train)
-    student = student.to(device).eval().requires_grad_(True)
+    student = freeze_stages(student.to(device).eval().requires_grad_(True), distilled.student.freeze).eval()
     if loss.reads_trust:
         known = select_labelled(images, distilled.labelled_size)
         loss.set_trust(measure_teacher(parts.teacher, known, device, teacher))
@@ -71,7 +72,7 @@ def collect_moments(recipe: VarianceRecipe) -> list[GradientMoments]:
     images = label_by_teacher(images, distilled.labelled_size, teacher, device)
     train = dataclasses.replace(distilled.train, batch_size=recipe.batch_size)
     batches = build_batches(images.train, train, distilled.data, 1, device)
-    parameters = list(student.parameters())
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     halves = [GradientMoments(), GradientMoments()]
     for step in range(recipe.samples):
         batch = batches.at(step)

@@ -114,12 +114,6 @@ class FitNetLoss(PairedLoss):
         return {"distillation": torch.stack(errors).mean()}
 
 
-def check_several(name: str, maps: Maps) -> None:
-    """Check that there are images to compare with each other: of one alone the distance is 0, whatever it shows."""
-    if len(maps[0][0]) < 2:
-        raise UserError(f"loss {name!r} compares images with each other: a batch of 1 has none; raise train.batch_size")
-
-
 class RKDLoss(PairedLoss):
     """Relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019, arXiv 1904.05068).
 
@@ -150,7 +144,7 @@ class RKDLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distance=distance, angle=angle)
 
     def measure(self, maps: Maps) -> Terms:
-        check_several("rkd", maps)
+        functions.check_several("rkd", len(maps[0][0]))
         pooled = [(functions.pool(ours), functions.pool(theirs)) for ours, theirs in maps]
         distance = torch.stack([smooth_l1_loss(distances(ours), distances(theirs)) for ours, theirs in pooled])
         angle = torch.stack([smooth_l1_loss(angles(ours), angles(theirs)) for ours, theirs in pooled])
@@ -192,7 +186,7 @@ class SimilarityPreservingLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distillation=distillation)
 
     def measure(self, maps: Maps) -> Terms:
-        check_several("sp", maps)
+        functions.check_several("sp", len(maps[0][0]))
         distances = [(similarities(ours) - similarities(theirs)).square().mean() for ours, theirs in maps]
         return {"distillation": torch.stack(distances).sum()}
 

@@ -94,6 +94,12 @@ def check_target(logits: Tensor, target: Tensor) -> Tensor:
     return target
 
 
+def check_several(name: str, count: int) -> None:
+    """Check that there are images to compare with each other: of one alone the distance is 0, whatever it shows."""
+    if count < 2:
+        raise UserError(f"loss {name!r} compares images with each other: a batch of 1 has none; raise train.batch_size")
+
+
 def check_batch(student: Outputs, teacher: Outputs | None, target: Tensor) -> Tensor:
     """Check that student, teacher and target speak of the same images and classes; return what `check_target` does.
 

@@ -7,6 +7,7 @@ from lkd.losses.functions import (
     centre,
     check_batch,
     check_options,
+    check_several,
     check_target,
     cross_entropies,
     kl_divergences,
@@ -57,6 +58,7 @@ class DISTLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `inter_class` and `intra_class`."""
         target = check_batch(student, teacher, target)
+        check_several("dist", len(target))
         p, q = ((widen(logits) / self.temperature).softmax(1) for logits in (student.logits, teacher.logits))
         scale = self.temperature**2
         return {

@@ -55,7 +55,7 @@ from lkd.tracking.run import Run
 from lkd.training.build import NOTHING, Images, Objects, build_batches
 from lkd.training.checkpoints import Checkpoints
 from lkd.training.evaluate import evaluate
-from lkd.training.optimizer import check_differentiable, check_milestones
+from lkd.training.optimizer import ENDLESS, check_differentiable, check_milestones
 from meta import ESTIMATORS
 
 
@@ -77,6 +77,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     for each in opened:
         check_meta_validation(each.images)
     check_schedules(recipe, opened, pools)
+    run.say(*doubt_ages(recipe, pools))
     loss = build_loss_networks(recipe, opened)
     start = recipe.meta.start
     start_learned = start is not None and was_learned(LossFile.read(fetch_named(start)).header)
@@ -300,6 +301,20 @@ def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pool
             check_schedule(own, each.images, pools[number : number + 1])
         except UserError as error:
             raise name_world(error, each.world.name) from error
+
+
+def doubt_ages(recipe: MetaTrainRecipe, opened: list[Pool]) -> list[str]:
+    """A warning of students at the end of their training, whose rate is 0: rollouts from them change nothing."""
+    train, planned = recipe.train, torch.linspace(0, recipe.pool.max_age, recipe.pool.snapshots, dtype=torch.float64)
+    ends_at_0 = train.schedule not in ENDLESS and train.min_learning_rate == 0
+    if not (recipe.meta.alternation_start and ends_at_0):
+        return []
+    if max(check_sampling(recipe.pool, ages) for ages in [pool.ages for pool in opened] or [planned]) < 1:
+        return []
+    return [
+        "warning: pool.max_age: students of age 1 are drawn, at the end of the schedule, where the learning rate is 0: "
+        "outer steps from them learn nothing; take at most 0.9"
+    ]
 
 
 def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> None:

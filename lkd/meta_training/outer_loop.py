@@ -201,7 +201,7 @@ class OuterLoop:
         )
         stages = self.loss.teacher_stages
         inner_batches = list_inner_batches(batches, world.teacher, student.progress, steps, stages)
-        rate, annealing = student.learning_rate, settings.annealing
+        rate, annealing = student.rate_in(world.train), settings.annealing
         optimizer = build_inner_optimizer(network, world.train, rate, annealing, steps)
         return Problem(
             partial(compute_inner_loss, network, loss),

@@ -172,10 +172,27 @@ class Reuse:
 
 
 def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
-    """A training of fewer epochs whose warm-up, milestones, cooldown and average shrink in proportion."""
-    milestones = sorted({max(1, round(milestone * epochs / train.epochs)) for milestone in train.milestones})
+    """A training of fewer epochs whose warm-up, milestones, cooldown and average shrink in proportion.
+
+    None of them vanishes: each milestone has an epoch of its own, and an average has one.
+
+    Raises:
+        UserError: If there are too few epochs for the milestones.
+    """
+    reached = [milestone for milestone in train.milestones if milestone < train.epochs]
+    if len(reached) >= epochs:
+        raise UserError(
+            f"meta.reuse_epochs: {epochs} epochs have no room for the {len(reached)} milestones of train; take "
+            f"{len(reached) + 1} or more"
+        )
+    milestones = [
+        max(number + 1, min(round(milestone * epochs / train.epochs), epochs - len(reached) + number))
+        for number, milestone in enumerate(reached)
+    ]
     names = "warmup_epochs", "warmup_steps", "cooldown_epochs", "swa_epochs"
     shorter = {name: round(getattr(train, name) * epochs / train.epochs) for name in names}
+    for name in ("warmup_steps", "swa_epochs"):
+        shorter[name] = max(shorter[name], min(1, getattr(train, name)))
     shorter["cooldown_epochs"] = min(shorter["cooldown_epochs"], epochs - 1)
     shorter["warmup_epochs"] = min(shorter["warmup_epochs"], epochs - 1 - shorter["cooldown_epochs"])
     return replace(train, epochs=epochs, milestones=milestones, **shorter)

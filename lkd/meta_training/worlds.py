@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lkd.config.evaluation import FidelityRecipe
 from lkd.config.meta_training import MetaTrainRecipe
 from lkd.config.parts import StudentRecipe
 from lkd.config.worlds import expand_worlds
@@ -130,20 +131,25 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
 TRAINED_BY = ("data", "teacher", "train", "worlds", "draw")  # parts of a recipe
 
 
-def describe_pool(recipe: MetaTrainRecipe) -> list[str]:
+def describe_pool(recipe: MetaTrainRecipe | FidelityRecipe) -> list[str]:
     """A line if the run that left the pool that is named trained its students otherwise: they serve all the same."""
     config = Path(recipe.pool_dir or "").parent / "config.json"
     if not (recipe.pool_dir and config.is_file()):
         return []
     saved, own = read_mapping(config).get("recipe") or {}, asdict(recipe)
-    known = [part for part in TRAINED_BY if part in saved]  # of `lkd pool` no worlds
+    known = [part for part in TRAINED_BY if part in saved and part in own]  # `lkd pool` has no worlds
     theirs, ours = ({part: whole[part] or {} for part in known} for whole in (saved, own))
     changes = [
         f"{key} {before!r} (here {now!r})"
         for key, before, now in find_differences(theirs, ours)
         if key not in MAY_DIFFER_ON_RESUME
     ]
-    return [f"pool_dir: its students were trained with {', '.join(changes)}"] if changes else []
+    if not changes:
+        return []
+    return [
+        f"pool_dir: its students were trained with {', '.join(changes)}; rollouts take their age from them, and "
+        "optimiser and learning rate from here"
+    ]
 
 
 def open_given_pools(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> list[Pool]:

@@ -82,11 +82,18 @@ class PoolStudent(NamedTuple):
         state: Parameters, buffers and the optimiser's state.
         learning_rate: Of its next step; in a warm-up, the one that this goes up to.
         progress: Its age: the part of its training that was over, in [0, 1].
+        whole_rate: The learning rate of its training where the schedule takes nothing off; NaN in older pools.
     """
 
     state: State
     learning_rate: float
     progress: float
+    whole_rate: float = math.nan
+
+    def rate_in(self, train: TrainRecipe) -> float:
+        """The learning rate that a training with another one has at this age, by this student's schedule."""
+        scaled = self.learning_rate * (scale_learning_rate(train) / self.whole_rate)
+        return self.learning_rate if math.isnan(self.whole_rate) else scaled
 
 
 def split_state(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -107,6 +114,7 @@ def write_student(path: Path, training: Training) -> None:
     # A rollout at a rate of next to nothing would learn nothing, and its hypergradient would vanish.
     rate = scale_learning_rate(recipe) if warming else training.learning_rate
     header = {"learning_rate": rate, "progress": training.progress, "step": training.step}
+    header["whole_rate"] = scale_learning_rate(recipe)
     write_tensors(path, tensors, KIND, VERSION, header)
 
 
@@ -131,9 +139,10 @@ def read_student(path: Path, network: nn.Module) -> PoolStudent:
             raise ValueError(f"{', '.join(slots)} are not kept of the same parameters")
         state = State(**parts, optimizer=slots)
         learning_rate, progress = float(header["learning_rate"]), float(header["progress"])
-        if not (0 <= learning_rate < math.inf and 0 <= progress <= 1):
-            raise ValueError(f"learning_rate {learning_rate}, progress {progress}")
-    return PoolStudent(state, learning_rate, progress)
+        whole_rate = float(header.get("whole_rate", math.nan))
+        if not (0 <= learning_rate < math.inf and 0 <= progress <= 1) or whole_rate <= 0 or whole_rate == math.inf:
+            raise ValueError(f"learning_rate {learning_rate} of {whole_rate}, progress {progress}")
+    return PoolStudent(state, learning_rate, progress, whole_rate)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

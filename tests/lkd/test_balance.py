@@ -105,6 +105,12 @@ def test_a_constant_weight_is_that_of_the_loss_itself(images, teacher) -> None:
     assert set(terms) == {"task", "distillation"}
 
 
+@pytest.mark.parametrize("name", ["dto_kd", "variance_optimal"])
+def test_a_loss_without_a_share_for_the_labels_is_refused(images, teacher, name: str) -> None:
+    with pytest.raises(UserError, match="the term `task` is 0"):
+        start(images, teacher, name, weight=1.0).run_step()
+
+
 def test_accumulated_parts_share_one_weight(images, teacher) -> None:
     training = start(images, teacher, {"name": "dynamic", "smoothing": 0.0}, accumulation=3)
     seen = []

@@ -282,6 +282,8 @@ def test_repeats_are_different_looks_of_one_image(images) -> None:
         assert len(looks) == 30
         assert set(batch.augmentation.tolist()) == {1, 2, 3}
     assert set(batches.at(10).augmentation.tolist()) == {4, 5, 6}
+    with pytest.raises(UserError, match=r"data\.repeats: 3 times .* makes some alike"):
+        Batches(part, 30, 0, "flip_and_crop", repeats=3, augmentation_seeds=2)
     with pytest.raises(UserError, match=r"data\.repeats: 3 .* without augmentation"):
         Batches(part, 30, 0, repeats=3)
 

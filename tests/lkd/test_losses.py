@@ -206,6 +206,8 @@ def test_a_feature_loss_needs_stages_and_some_two_images() -> None:
     for name in ("rkd", "sp"):
         with pytest.raises(UserError, match=rf"'{name}' compares images with each other: a batch of 1"):
             build_loss(name, STUDENT, TEACHER)(*draw(batch=1))
+    with pytest.raises(UserError, match="'dist' compares images"):
+        build_loss("dist")(*draw(batch=1))
 
 
 def test_a_user_s_function_or_module_becomes_a_loss() -> None:

@@ -17,7 +17,7 @@ from lkd.data import Batches
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.log import describe_reuse, describe_saturation, is_logged, is_pictured, measure_training_seconds
-from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_settings
+from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_settings, doubt_ages
 from lkd.meta_training.online_student import assemble_loss, copy_state
 from lkd.meta_training.outer_loop import OuterGuard, OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
@@ -178,7 +178,8 @@ def test_architectures_take_turns_and_costs_are_in_student_trainings() -> None:
     again.students, again.pool_dir = recipe.students[::-1], str(path.parent / "pool")
     assert describe_pool(again) == []
     again.data.label_noise, again.data.workers = 0.4, 7
-    assert describe_pool(again) == ["pool_dir: its students were trained with data.label_noise 0.0 (here 0.4)"]
+    [said] = describe_pool(again)
+    assert said.startswith("pool_dir: its students were trained with data.label_noise 0.0 (here 0.4); rollouts take")
     with pytest.raises(UserError, match=r"pool_dir: .* holds small_cnn students, not small_mobilenet"):
         run_recipe(again)
     again.students, again.run_dir = [], "third"
@@ -272,6 +273,19 @@ def test_rollouts_that_do_not_fit_into_the_training_are_refused(world, pool) -> 
     check_schedule(recipe, world.images, [])
     with pytest.raises(UserError, match=r"11 steps at a constant rate .* of age 0.5, which has 10 of 20"):
         check_schedule(recipe, world.images, [pool])
+
+
+def test_students_at_the_end_of_a_schedule_are_doubted(pool) -> None:
+    for max_age, train, warned in (
+        (1.0, {}, True),
+        (0.9, {}, False),
+        (1.0, {"min_learning_rate": 1e-3}, False),
+        (1.0, {"schedule": "constant"}, False),
+    ):
+        recipe = tiny_recipe({"max_age": max_age})
+        recipe.train = replace(recipe.train, **train)
+        assert bool(doubt_ages(recipe, [])) == warned
+    assert not doubt_ages(tiny_recipe({"max_age": 1.0}), [pool]), "whose students are younger"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -209,6 +209,17 @@ def test_a_teacher_that_is_asked_about_each_image_once_works_in_no_step(capsys) 
     assert "teacher.cache: holds logits alone" in capsys.readouterr().err
 
 
+def test_worlds_take_what_they_take_whatever_their_order() -> None:
+    worlds = {"still": "{data: {augmentation: none}}", "moving": "{data: {augmentation: flip_and_crop}}"}
+    found = [
+        plan("--worlds", f"{{{', '.join(f'{name}: {worlds[name]}' for name in order)}}}", "--meta.outer_steps", "1")
+        for order in (("still", "moving"), ("moving", "still"))
+    ]
+    assert found[0]["hours_of_one_training"] == pytest.approx(found[1]["hours_of_one_training"])
+    alone = plan("--worlds", f"{{moving: {worlds['moving']}}}", "--meta.outer_steps", "1")["hours_of_one_training"]
+    assert found[0]["hours_of_one_training"] < alone, "the teacher's answers are kept of images that stay the same"
+
+
 def test_a_meta_training_is_the_sum_of_its_parts_in_every_world() -> None:
     worlds = "{few: {data: {train_size: 6000}, train: {epochs: 9}}, tiny: {student: {name: tiny_cnn}}}"
     words = "--meta.outer_steps 6 --meta.rollout_steps 2 --meta.reuse_every 4 --meta.reuse_epochs 2 --train.epochs 8 "

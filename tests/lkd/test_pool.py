@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,9 @@ def test_a_pool_keeps_whole_students_and_goes_on_where_it_stopped() -> None:
     fresh, half, old = (pool.read(position, network) for position in range(3))
     assert fresh.state.optimizer == {}
     assert (fresh.learning_rate, half.learning_rate) == pytest.approx((0.1, 0.05))
+    assert half.rate_in(recipe.train) == half.learning_rate
+    assert half.rate_in(replace(recipe.train, learning_rate=0.001)) == pytest.approx(0.0005)
+    assert half._replace(whole_rate=math.nan).rate_in(TrainRecipe(learning_rate=7.0)) == half.learning_rate
     assert set(half.state.optimizer["momentum_buffer"]) == set(half.state.parameters)
     assert old.state.buffers["stages.stage1.1.num_batches_tracked"] == 20
     assert not torch.equal(fresh.state.parameters["classifier.weight"], old.state.parameters["classifier.weight"])

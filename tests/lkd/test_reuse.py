@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lkd.config import CompareRecipe, DataRecipe, InspectRecipe, TrainRecipe
+from lkd.core.errors import UserError
 from lkd.core.files import read_json
 from lkd.core.interrupt import StopRequest
 from lkd.core.random import draw_seed
@@ -144,7 +145,10 @@ def test_a_shorter_training_keeps_its_shape() -> None:
     whole = TrainRecipe(epochs=240, schedule="multistep", milestones=[150, 180, 210], warmup_epochs=24)
     short = shorten(whole, 24)
     assert (short.epochs, short.milestones, short.warmup_epochs) == (24, [15, 18, 21], 2)
-    assert shorten(whole, 2).milestones == [1, 2]
+    assert (shorten(whole, 5).milestones, shorten(whole, 4).milestones) == ([2, 3, 4], [1, 2, 3]), "no decay is lost"
+    with pytest.raises(UserError, match="3 epochs have no room for the 3 milestones"):
+        shorten(whole, 3)
+    assert shorten(TrainRecipe(epochs=100, swa_epochs=5), 10).swa_epochs == 1
     assert shorten(TrainRecipe(epochs=5, warmup_epochs=3), 1).warmup_epochs == 0, "else it would be all of it"
     cool = TrainRecipe(epochs=10, cooldown_epochs=9)
     assert (shorten(cool, 5).cooldown_epochs, shorten(cool, 1).cooldown_epochs) == (4, 0)
