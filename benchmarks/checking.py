@@ -40,7 +40,7 @@ def check(committed: Mapping[str, Any], made: Mapping[str, Any], tolerance: floa
     return int(differs > 0)
 
 
-def check_trial(recipe: CompareRecipe, cells: Path, method: str) -> int:
+def check_trial(recipe: CompareRecipe, cells: Path, method: str, noise: float = SEED_NOISE) -> int:
     """Train a method of a comparison anew, with the first student and seed of its cells.csv and the options picked."""
     torch.set_num_threads(1)
     with cells.open(newline="") as file:
@@ -55,4 +55,4 @@ def check_trial(recipe: CompareRecipe, cells: Path, method: str) -> int:
         trial = Trial(method, loss, student, int(row["seed"]), reported=True)
         found = run_trial(recipe, trial, Path(folder) / "row.json")
     made = {"test_last": found["last"]["top1"], "meta_validation_last": found["meta_validation"]["top1"]}
-    return check(row, made, noise=SEED_NOISE)
+    return check(row, made, noise=noise)
