@@ -28,7 +28,7 @@ EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "students" / "shape
 SHAPES = ("cross", "disc", "ring", "square", "star", "triangle")
 SIZE, FINER = 32, 4  # pixels of a picture; drawn so many times as large
 COUNTS = {"students/train": 1500, "students/val": 2000, "teacher/train": 6000}
-NOISE = 6.0  # points: three standard deviations over seeds of these short trainings
+NOISE = 25.0  # points: three standard deviations over seeds of these short trainings
 KEPT = ("table.txt", "cells.csv", "result.json", "comparison.png")
 
 
