@@ -96,7 +96,7 @@ def check_target(logits: Tensor, target: Tensor) -> Tensor:
 
 def check_several(name: str, count: int) -> None:
     """Check that there are images to compare with each other: of one alone the distance is 0, whatever it shows."""
-    if count < 2:
+    if count == 1:
         raise UserError(f"loss {name!r} compares images with each other: a batch of 1 has none; raise train.batch_size")
 
 

@@ -29,7 +29,7 @@ STAGES = {"a": (4, 6, 6), "b": (6, 3, 3)}
 WITH_TEMPERATURE = ("kd", "dkd", "dist")
 LEARNED = (*FORMS, "features")
 MEASURED = {"seconds", "steps_per_second", "peak_mib", "cpu_seconds"}  # of the machine
-ALONE = {"rkd", "sp"}  # cannot do with one image, and say so
+ALONE = {"dist", "rkd", "sp"}  # cannot do with one image, and say so
 
 
 def build(name: str, temperature: float) -> nn.Module:
