@@ -40,7 +40,7 @@ from lkd.training.build import Images, LossBuilder, build, check_network, choose
 from lkd.training.distill import distill as distill_student
 from lkd.training.distill import train_teacher
 from lkd.training.evaluate import evaluate as evaluate_network
-from lkd.training.introduce import CHANCE, describe_crops, introduce_network, introduce_teacher, may_be
+from lkd.training.introduce import CHANCE, describe_crops, introduce_network, introduce_teacher, is_no_better_than
 from lkd.training.optimizer import check_differentiable, check_names
 from lkd.training.predict import format_prediction, write_csv
 from lkd.training.predict import predict as predict_pictures
@@ -88,7 +88,7 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     print(f"{name} ({recipe.checkpoint}) on {seen}{said}:")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
-    if may_be(figures["top1"], 1 / part.num_classes, len(part)):
+    if is_no_better_than(figures["top1"], 1 / part.num_classes, len(part)):
         print(f"warning: {CHANCE} (data.image_size)?")
 
 

@@ -117,8 +117,10 @@ class ImageSet:
             yield from ((files[positions], positions) for positions in parts)
             return
 
+        def cut(image: Tensor, slot: int) -> Tensor:
+            return cut_center(image, files.size, files.shorter_side)
+
         def start(number: int) -> Loading:
-            cut = lambda image, slot: cut_center(image, files.size, files.shorter_side)  # noqa: E731
             return Loading(files, parts[number], cut, replace=False, pin=device.type == "cuda")
 
         for loading in Prefetcher(start, len(parts)):

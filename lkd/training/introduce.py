@@ -19,7 +19,7 @@ from lkd.training.build import Images, OpenedTeacher, StudentBuilder
 from lkd.training.evaluate import evaluate
 from lkd.training.optimizer import check_optimization, doubt_learning_rate
 
-LOOKED_AT = 5  # pictures whose size is looked at
+MEASURED = 5  # pictures whose size is looked at
 
 
 def introduce_images(images: Images) -> str:
@@ -34,7 +34,7 @@ def describe_crops(images: ImageSet) -> str:
     if not isinstance(files, ImageFiles):
         return ""
     size, first = files.size, []
-    for slot in range(min(LOOKED_AT, len(images))):
+    for slot in range(min(MEASURED, len(images))):
         with suppress(DamagedImageError, OSError):
             first.append(min(files.load(slot).shape[1:]))
     said = f", crops of {size}×{size}, their centres from a shorter side of {files.shorter_side}"
@@ -102,7 +102,7 @@ CHANCE = (
 )
 
 
-def may_be(top1: float, share: float, count: int) -> bool:
+def is_no_better_than(top1: float, share: float, count: int) -> bool:
     """Whether an accuracy in percent, of so many images, may be one of this share, within twice its standard error."""
     return top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / count)
 
@@ -118,12 +118,12 @@ def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) 
     doubts = []
     if settings.path == "random":
         return ""
-    if top1 is not None and may_be(top1, 1 / len(classes), len(labels)):
+    if top1 is not None and is_no_better_than(top1, 1 / len(classes), len(labels)):
         doubts.append(f"{CHANCE} (teacher.image_size)?")
     theirs = None if images.settings.class_map else sort_as_timm(classes)
     if theirs:
         alike = torch.tensor([own == other for own, other in zip(classes, theirs, strict=True)])
-        if top1 is None or may_be(top1, float(alike[labels].float().mean()), len(labels)):
+        if top1 is None or is_no_better_than(top1, float(alike[labels].float().mean()), len(labels)):
             number = int(alike.int().argmin())
             doubts.append(
                 f"class {number} is {classes[number]!r}, as text is sorted (torchvision's order), in timm's order it "

@@ -13,7 +13,7 @@ from lkd.cli import main
 from lkd.config import ExportRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_json
-from lkd.export.export import draw_images, export
+from lkd.export.export import draw_images, export, round_down_crop
 from lkd.models import build
 from lkd.models.files import save_network
 from tests.lkd.parts import VIT
@@ -111,3 +111,11 @@ def test_the_size_comes_from_the_file_or_the_recipe() -> None:
     assert draw_images(header, ExportRecipe(image_size=12)).shape == (4, 1, 12, 12)
     with pytest.raises(UserError, match=r"image_size: .* does not say which images"):
         draw_images({"architecture": {"in_chans": 1}, "provenance": {}}, ExportRecipe())
+
+
+@pytest.mark.parametrize("size", [32, 96, 160, 224, 443])
+def test_timm_resizes_as_a_student_of_files_was_trained(size: int) -> None:
+    crop = round_down_crop({"input_size": (3, size, size), "crop_pct": 224 / 256})
+    resize = timm.data.create_transform((3, size, size), crop_pct=crop).transforms[0]
+    assert resize.size == round(size * 256 / 224)
+    assert size != 224 or crop == 0.875
