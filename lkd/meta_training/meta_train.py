@@ -42,6 +42,7 @@ from lkd.meta_training.worlds import (
     OpenedWorld,
     build_loss_networks,
     describe_pool,
+    doubt_learning,
     name_world,
     open_given_pools,
     open_worlds,
@@ -82,6 +83,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     start = recipe.meta.start
     start_learned = start is not None and was_learned(LossFile.read(fetch_named(start)).header)
     worlds = prepare_worlds(opened, loss, run)
+    run.say(*doubt_learning(worlds, loss))
     if recipe.meta.estimator in EXACT and recipe.meta.alternation_start:
         OuterLoop(
             worlds, [], copy.deepcopy(loss), replace(recipe.meta, interleaving="before"), recipe.pool
@@ -212,7 +214,7 @@ def save_results(
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
     kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
     start = loop.settings.start
-    changed = kept > 0 if reuse.rows else loop.guard.counted > 0
+    changed = kept > 0 if reuse.rows else loop.guard.counted > loop.guard.vanished
     learned = changed or start_learned
     provenance = run.provenance() | {
         "split": images.fingerprint,

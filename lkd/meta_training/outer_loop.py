@@ -345,6 +345,7 @@ class OuterGuard:
     Attributes:
         rate: What the outer learning rate is multiplied by.
         counted: Hypergradients that counted.
+        vanished: Those of them that were 0.
         left_out: Those that did not.
         reasons: Why, of the first of them.
     """
@@ -352,7 +353,7 @@ class OuterGuard:
     def __init__(self, factor: float) -> None:
         self.factor = factor
         self.norms: list[float] = []
-        self.lost = self.halvings = self.counted = self.left_out = 0
+        self.lost = self.halvings = self.counted = self.vanished = self.left_out = 0
         self.rate = 1.0
         self.reasons: list[str] = []
 
@@ -377,6 +378,7 @@ class OuterGuard:
         """
         self.norms = [*self.norms, *(norm for norm in norms if norm)][-WINDOW:]  # a median of 0 would bar all others
         self.counted += len(norms)
+        self.vanished += sum(norm == 0 for norm in norms)
         self.left_out += len(left_out)
         short = [reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..." for reason in left_out]
         said = [f"outer step {step}: hypergradient left out: student {reason}" for reason in short]
@@ -396,7 +398,9 @@ class OuterGuard:
         return [*said, f"warning: outer step {step}: {none}: {change}"]
 
     def report(self) -> list[str]:
-        """What became of all hypergradients, if any was left out."""
+        """What became of all hypergradients, if any was left out or all were 0."""
+        if self.counted and self.counted == self.vanished:
+            return ["warning: all hypergradients were 0: nothing was learned, no weight of the loss counts"]
         if not self.left_out:
             return []
         lines = [f"{self.left_out} of {self.left_out + self.counted} hypergradients were left out"]
@@ -410,7 +414,8 @@ class OuterGuard:
 
     def summarize(self) -> dict[str, Any]:
         """For the learned loss's provenance."""
-        counts = {"counted": self.counted, "left_out": self.left_out, "rollouts_halved": self.halvings}
+        counts = {"counted": self.counted, "vanished": self.vanished, "left_out": self.left_out}
+        counts["rollouts_halved"] = self.halvings
         return {**counts, "outer_rate": self.rate, "reasons": self.reasons}
 
     def state_dict(self) -> dict[str, Any]:
@@ -419,5 +424,5 @@ class OuterGuard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({name: type(value)(state[name]) for name, value in vars(self).items()})
         self.norms, self.reasons = [float(norm) for norm in self.norms], [str(reason) for reason in self.reasons]
-        if min(self.lost, self.halvings, self.counted, self.left_out) < 0 or not 0 <= self.rate <= 1:
+        if min(self.lost, self.halvings, self.counted, self.vanished, self.left_out) < 0 or not 0 <= self.rate <= 1:
             raise ValueError("counts are negative, or the outer rate is not in [0, 1]")

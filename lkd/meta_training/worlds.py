@@ -1,5 +1,6 @@
 """From a recipe to the worlds that a loss is learned in."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from lkd.config.parts import StudentRecipe
 from lkd.config.worlds import expand_worlds
 from lkd.core.errors import UserError
 from lkd.core.files import find_differences, read_mapping
+from lkd.losses.learned.forms import WEAK, DecoupledLoss
 from lkd.losses.learned.loss import LearnedLoss
 from lkd.pool.pool import Pool, World, open_pools
 from lkd.tracking.run import MAY_DIFFER_ON_RESUME, Run
@@ -126,6 +128,20 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
                 run.say(f"{name}{trust}")
         prepared.append(replace(world, teacher=answers, trust=trust))
     return prepared
+
+
+def doubt_learning(worlds: Sequence[World], loss: LearnedLoss) -> list[str]:
+    """A warning where the loss's rules let nothing count of what is to be learned, in any world."""
+    told = copy.deepcopy(loss)
+    for world in worlds:
+        told.tell(world.trust.figures)
+        for part in told.parts.values():
+            if not isinstance(part, DecoupledLoss) or part.find_learned_part(part.trust):
+                return []
+    return [
+        f"warning: meta.loss: under a teacher that agrees with {WEAK:.0%} of the held-out labels or less it falls "
+        "back, so nothing that is learned here will count; take the loss as it is"
+    ]
 
 
 TRAINED_BY = ("data", "teacher", "train", "worlds", "draw")  # parts of a recipe

@@ -336,6 +336,17 @@ def test_a_loss_of_no_hypergradient_was_not_learned() -> None:
     assert not provenance["learned"]
 
 
+def test_where_nothing_that_is_learned_counts_it_is_said_before_and_after(capsys) -> None:
+    """The universal loss falls back under a teacher whose answers are random; with trust hidden it does not."""
+    recipe = tiny_recipe(YOUNG, outer_steps=2, estimator="first_order", start="universal", hide_trust=0.0)
+    recipe.teacher.random_answers = 1.0
+    provenance = read_provenance(run_recipe(recipe, quiet=False))
+    said = capsys.readouterr().out
+    assert said.index("nothing that is learned here will count") < said.index("all hypergradients were 0")
+    assert provenance["hypergradients"]["vanished"] == provenance["hypergradients"]["counted"] > 0
+    assert provenance["learned"], "as what it began with"
+
+
 def test_the_cost_of_a_training_that_diverges_is_measured(world) -> None:
     diverging = replace(world, train=replace(world.train, learning_rate=1e20))
     assert measure_training_seconds([diverging], build_loss_networks(tiny_recipe())) > 0

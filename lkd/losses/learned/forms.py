@@ -210,9 +210,14 @@ class DecoupledLoss(LogitForm):
         """
         if not self.architecture["falls_back"]:
             return free
-        learned = ((self.estimate_teacher_accuracy(free) - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
         first = torch.stack([free.new_full((), answer) for answer in self.first_answers()])
-        return torch.lerp(first, free, learned)
+        return torch.lerp(first, free, self.find_learned_part(free))
+
+    def find_learned_part(self, like: Tensor) -> Tensor:
+        """How much of what was learned counts under the teacher that was told of, a scalar in [0, 1]."""
+        if not self.architecture["falls_back"]:
+            return torch.ones_like(like[0])
+        return ((self.estimate_teacher_accuracy(like) - WEAK) / (GOOD - WEAK)).clamp(0, 1).nan_to_num(1.0)
 
     def first_answers(self) -> list[float]:
         """What the network says before it learned, whatever it sees."""
