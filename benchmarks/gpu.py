@@ -105,7 +105,8 @@ class Bench:
     ) -> Training:
         """A training of the pair; in float32 unless `changes` of its recipe say otherwise."""
         torch.manual_seed(0)
-        recipe = TrainRecipe(1000, self.batch_size, learning_rate=0.01, **({"precision": "float32"} | changes))
+        usual = {"epochs": 1000, "batch_size": self.batch_size, "learning_rate": 0.01, "precision": "float32"}
+        recipe = TrainRecipe(**(usual | changes))
         images = images or self.make_images()
         networks = [build(name, images.num_classes).to(self.device) for name in (self.teacher, self.student)]
         batches = Batches(images, self.batch_size, 0, augmentation, self.device, steps=steps)
@@ -278,6 +279,23 @@ def check_resume(bench: Bench) -> Figures:
     return {"resumed_to_the_bit": 1.0}
 
 
+def check_averages(bench: Bench) -> Figures:
+    """The average over the last epochs is the mean of their weights, counts of BatchNorm included."""
+    small = replace(bench, batch_size=min(bench.batch_size, 32), pixels=min(bench.pixels, 64))
+    training = small.start(small.load_universal(), epochs=3, swa_epochs=2)
+    kept = []
+    for _ in range(3):
+        for _ in range(training.batches.steps_per_epoch):
+            training.run_step()
+        kept.append({name: tensor.clone() for name, tensor in training.student.state_dict().items()})
+    off = 0.0
+    for name, tensor in training.result.state_dict().items():
+        mean = torch.stack([each[name].double() for each in kept[1:]]).mean(0)
+        off = max(off, float((tensor - mean).abs().max() / mean.abs().max().clamp_min(1)))
+    require(off < (1e-5 if bench.short else 1e-4), f"the average over epochs is off by {off:.1e}")
+    return {"average_error": off}
+
+
 def check_hypergradients(bench: Bench) -> Figures:
     """`first_order`, `adjoint` and stacked rollouts: as near to float64 as `higher` is, and timed beside it."""
     steps, students = (1, 2) if bench.short else (20, 4)
@@ -350,6 +368,7 @@ CHECKS: list[Callable[[Bench], Figures]] = [
     check_step,
     check_precisions,
     check_resume,
+    check_averages,
     check_memory,
     check_prefetch,
     check_graph,

@@ -34,6 +34,7 @@ from lkd.models.build import GIVEN, load_plain_state_dict
 from lkd.models.files import KIND, VERSION, fit_to_images, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
+from lkd.training.answers import identify_pixels
 from lkd.training.build import build, copy_module
 from lkd.training.distill import distill as distill_student
 
@@ -381,10 +382,11 @@ def read_like(source: Any, train: ImageSet) -> ImageSet:
 
 
 def describe_images(images: ImageSet) -> list[Any]:
-    """All that trains: pixels (of files, their names), labels, normalisation."""
+    """All that trains: pixels (of files their names, or, where these say nothing, some), labels, normalisation."""
     pixels: Any = images.images
     if isinstance(pixels, ImageFiles):
-        pixels = [pixels.name(slot) for slot in range(len(images))]
+        names = [pixels.name(slot) for slot in range(len(images))]
+        pixels = names if pixels.source.names_tell else [names, identify_pixels(images)]
     return [pixels, images.labels, images.mean, images.std, images.num_classes]
 
 

@@ -30,7 +30,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.losses.learned.trust import Trust
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
-from lkd.models.dry_run import check_image_size
+from lkd.models.build import try_black_image
 from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
@@ -78,7 +78,7 @@ def evaluate(recipe: config.EvaluateRecipe) -> None:
     check_network(recipe.checkpoint, header["architecture"], images.train)
     part = images.test if recipe.split == "test" else choose_held_out(recipe, images, header["provenance"])
     network = fit_to_images(recipe.checkpoint, network, header, images.train)
-    check_image_size(recipe.checkpoint, network, images.train.image_shape)
+    try_black_image(network, recipe.checkpoint, images.train.image_shape)
     figures = evaluate_network(network.to(device), part, device)
     name = header["architecture"]["name"]
     said = "" if "input" in header else ", normalised as the data set says, since the file does not say how"
@@ -110,12 +110,12 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
     known = {field.name for field in dataclasses.fields(config.DataRecipe)}
     saved = {key: value for key, value in trained.items() if key in known and value is not None}
     known_here = find_folders(Path(recipe.checkpoint))
-    for folder in ("root", "packed"):  # the file says their last part only: it may go to another machine
-        if folder in saved:
-            whole = known_here.get(folder)
-            saved[folder] = whole if whole and Path(whole).name == Path(saved[folder]).name else saved[folder]
-            if not Path(saved[folder]).is_dir():
-                del saved[folder]
+    for place in ("root", "packed", "class_map"):  # the file says their last part only: it may go to another machine
+        if place in saved:
+            whole = known_here.get(place)
+            saved[place] = whole if whole and Path(whole).name == Path(saved[place]).name else saved[place]
+            if not Path(saved[place]).exists():
+                del saved[place]
     if "name" in recipe.data and recipe.data["name"] != saved.get("name"):
         saved = {key: saved[key] for key in ("image_size",) if key in saved}  # the rest is of other images
     data = make_recipe(config.DataRecipe, saved | recipe.data, "data")

@@ -113,6 +113,11 @@ class Audited:
             return adjoint(problem)
         return first_order(problem, radius=self.radius)
 
+    @property
+    def latest(self) -> Audit | None:
+        """The latest audit; None before the first."""
+        return next(reversed(self.audits.values()), None)
+
     def follow(self, build_problem: Callable[[], Problem]) -> None:
         """Count a call, and audit if it is due, without estimating anything.
 
@@ -134,13 +139,15 @@ class Audited:
         self._calls += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next call depends on, for a checkpoint."""
-        return {"calls": self._calls, "radius": self.radius, "exact": self.exact, "due": self._due}
+        """What the next call and the log depend on, for a checkpoint."""
+        latest = {call: tuple(self.audits[call]) for call in list(self.audits)[-1:]}
+        return {"calls": self._calls, "radius": self.radius, "exact": self.exact, "due": self._due, "latest": latest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; earlier audits are not kept."""
+        """Go on from what `state_dict` returned; audits before the latest are not kept."""
         self._calls, self.radius, self.exact = state["calls"], state["radius"], state["exact"]
         self._due = state["due"]
+        self.audits = {call: Audit(*found) for call, found in state["latest"].items()}
 
     def _middle_radius(self) -> float:
         return sorted(self.radii)[(len(self.radii) - 1) // 2]

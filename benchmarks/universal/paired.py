@@ -1,30 +1,38 @@
 """One arm less another over the worlds of a list of rows: paired by seed, mean ± standard error over worlds.
 
 python benchmarks/universal/paired.py docs/evidence/universal/rows.csv universal 'not learned'
+python benchmarks/universal/paired.py docs/evidence/universal/rows.csv universal tuned --worlds confirmation.yaml
 python benchmarks/universal/paired.py docs/evidence/universal/tried.csv 'half learned, judges' 'not learned, judges'
+
+Of all worlds that have both arms, or of those of a list; by meta-validation where a row has no test accuracy.
 """
 
+import argparse
 import csv
 import sys
-from collections import defaultdict
+from pathlib import Path
 
-from report import compare
+from report import collect, compare, list_worlds
 
 from lkd.core.statistics import mean_and_error
 
 
 def main() -> int:
-    if len(sys.argv) != 4:
-        print(__doc__, file=sys.stderr)
-        return 2
-    path, arm, other = sys.argv[1:]
-    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: {arm: {}, other: {}})
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if row["arm"] in (arm, other):
-                figure = row.get("top1") or row["meta_validation_top1"]
-                found[row["world"]][row["arm"]][int(row["seed"])] = float(figure)
-    gains = {name: compare(world, arm, other)[0] for name, world in found.items() if world[arm].keys() & world[other]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("arm")
+    parser.add_argument("other")
+    parser.add_argument("--worlds", help="a list beside this script, whose worlds alone count")
+    options = parser.parse_args()
+    path, arm, other = options.rows, options.arm, options.other
+    worlds = list_worlds(options.worlds) if options.worlds else None
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] in (arm, other)]
+    rows = [row for row in rows if worlds is None or row["world"] in worlds]
+    figure = "top1" if all(row.get("top1") for row in rows) else "meta_validation_top1"  # of one split alone
+    found = collect(rows, figure)
+    both = {name: world for name, world in found.items() if world[arm].keys() & world[other].keys()}
+    gains = {name: compare(world, arm, other)[0] for name, world in both.items()}
     if not gains:
         print(f"{path}: no world has both {arm!r} and {other!r}", file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
 """From the rows of `run.py` to tables, a picture and result.json.
 
 python benchmarks/universal/report.py RUN_DIR OUT
+
+The worlds of worlds.yaml first; then those of confirmation.yaml, where RUN_DIR has them, in a table of their own.
 """
 
 import argparse
@@ -8,7 +10,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,15 @@ UNTRAINED = "not learned"
 # What was shipped before there was the rule for few images; and before labels were judged.
 FORMER, IN_FULL, UNTRAINED_FADING = "universal, β from 1", "learned in full, fading", "not learned, fading"
 OTHERS = (FORMER, IN_FULL, UNTRAINED_FADING)
+MORE = "Six more worlds, of two data sets that nobody had seen when the rules were made:"
 HAND_MADE = (*ARMS["arms"], TUNED)
-NOISY_VALIDATION = "greek-noisy-validation"
 Worlds = dict[str, dict[str, dict[int, float]]]
 """World → arm → seed → test accuracy, percent."""
+
+
+def list_worlds(name: str) -> list[str]:
+    """The worlds of a list."""
+    return [*yaml.safe_load((HERE / name).read_text())["worlds"]]
 
 
 def choose_by_rule(trust: TrustFigures) -> str:
@@ -53,20 +60,32 @@ def choose_by_rule(trust: TrustFigures) -> str:
 
 def read_rows(folder: Path) -> Worlds:
     """The test accuracies of a run."""
-    found: Worlds = defaultdict(lambda: defaultdict(dict))
     with (folder / "rows.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["top1"]:  # not those that were scored on meta-validation alone
-                found[row["world"]][row["arm"]][int(row["seed"])] = float(row["top1"])
+        return collect([row for row in csv.DictReader(file) if row["top1"]], "top1")  # not what meta-validation scored
+
+
+def collect(rows: Iterable[dict[str, str]], figure: str) -> Worlds:
+    """A figure of each row, by world, arm and seed, of which there may be one of each."""
+    found: Worlds = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        seeds = found[row["world"]][row["arm"]]
+        if int(row["seed"]) in seeds:
+            raise SystemExit(f"{row['world']}: {row['arm']}, seed {row['seed']} has two rows")
+        seeds[int(row["seed"])] = float(row[figure])
     return found
 
 
 def add_rule(found: Worlds, folder: Path) -> None:
     """The rows of the arm that the rule takes in each world."""
     for name, trust in json.loads((folder / "trust.json").read_text()).items():
-        chosen = choose_by_rule(TrustFigures(*trust))
+        chosen = choose_by_rule(TrustFigures.from_json(trust))
         if chosen in found.get(name, {}):
             found[name][RULE] = found[name][chosen]
+
+
+def select(found: Worlds, name: str) -> Worlds:
+    """The worlds of a list, in its order."""
+    return {world: found[world] for world in sorted(list_worlds(name)) if world in found}
 
 
 def compare(world: dict[str, dict[int, float]], arm: str, other: str) -> tuple[float, float]:
@@ -120,7 +139,9 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         "mean_gain_over_rule": gain(RULE),
         "minus_ce_worst": min(each + 2 * error for each, error in over_ce.values()),
         "minus_ce_lowest_mean": min(each for each, _ in over_ce.values()),
-        "minus_ce_noisy_validation": over_ce[NOISY_VALIDATION][0],
+        "minus_ce_noisy_validation": min(
+            each for name, (each, _) in over_ce.items() if name.endswith("noisy-validation")
+        ),
         "cost_to_user_in_trainings": 0,
     }
     for arm in others:
@@ -140,8 +161,8 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
     if adapted := [world for world in found.values() if "adapted" in world]:
         each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
         figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
-        kept = [read_provenance(path) for path in folder.glob("adapted/*/loss.lkd.safetensors")]
-        figures["adapted_cost_in_trainings"] = max(one["cost_in_trainings"] for one in kept)
+        if kept := [read_provenance(path) for path in folder.glob("adapted/*/loss.lkd.safetensors")]:
+            figures["adapted_cost_in_trainings"] = max(one["cost_in_trainings"] for one in kept)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
 
 
@@ -211,8 +232,9 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    found = read_rows(options.run_dir)
-    add_rule(found, options.run_dir)
+    rows = read_rows(options.run_dir)
+    add_rule(rows, options.run_dir)
+    found, more = select(rows, "worlds.yaml"), select(rows, "confirmation.yaml")
     options.out.mkdir(parents=True, exist_ok=True)
     changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN, NOT_HELD_OUT)]
     changed = [arm for arm in changed if any(arm in world for world in found.values())]
@@ -227,10 +249,18 @@ def main() -> int:
     for arms in ([arm for arm in changed if arm not in labels] + files, labels, others):
         if arms:
             tables.append(tabulate_arms(found, arms, UNIVERSAL))
+    figures = summarize(found, options.run_dir)
+    if more:
+        tables += [MORE, tabulate_worlds(more)]
+        if any(FORMER in world for world in more.values()):
+            tables.append(tabulate_arms(more, [FORMER], UNIVERSAL))
+        figures["confirmation"] = {
+            key: value for key, value in summarize(more, options.run_dir).items() if value is not None
+        }
     write_text(options.out / "table.md", "\n\n".join(tables) + "\n")
     draw_regrets(found, options.out / "regrets.png")
     command = "python benchmarks/universal/run.py DATA RUN_DIR && python benchmarks/universal/report.py RUN_DIR OUT"
-    write_json(options.out / "result.json", evidence(command, environment(), summarize(found, options.run_dir)))
+    write_json(options.out / "result.json", evidence(command, environment(), figures))
     print("\n\n".join(tables))
     return 0
 

@@ -136,7 +136,7 @@ def main() -> int:
                 planned.append((recipe, trial, arm))
         record.finish(workers, sorted(planned, key=lambda each: each[1].seed))
         measured = {name: workers.submit(measure, recipe) for name, recipe in recipes.items()}
-        trust = {name: list(job.result()) for name, job in measured.items()}
+        trust = {name: job.result().to_json() for name, job in measured.items()}
     told = options.run_dir / "trust.json"
     write_json(told, (json.loads(told.read_text()) if told.exists() else {}) | trust)
     return 0
@@ -148,7 +148,7 @@ def check_world(name: str, world: StudentRecipe) -> int:
     record, arms = Record(EVIDENCE), read_arms()[0]
     status = 0
     for label in ("KD(0.5, 4)", "universal"):
-        committed = next((row for row in record.rows.values() if describe(row)[:3] == [name, label, "0"]), None)
+        committed = next((row for row in record.rows.values() if describe(row)[:4] == [name, label, "0", True]), None)
         if committed is None:
             print(f"{label}: has no row")
             status = 1
@@ -196,7 +196,7 @@ class Record:
             ends = f"{cell['seconds']:.1f}", json.dumps(trial.loss).replace(str(self.path.parent), "{run}"), name
             row = dict(zip(COLUMNS, (*own, *ends), strict=True))
             self.rows = {cell: kept for cell, kept in self.rows.items() if describe(kept) != describe(row)}
-            self.rows[name] = row  # in the place of one of another file of the same name
+            self.rows[name] = row  # in the place of one of another loss
         self.write()
 
     def write(self) -> None:
@@ -213,9 +213,10 @@ class Record:
         return statistics.fmean(float(self.rows[name_cell(*each)]["meta_validation_top1"]) for each in planned)
 
 
-def describe(row: dict[str, str]) -> list[str]:
-    """What a row is of."""
-    return [row[name] for name in ("world", "arm", "seed", "loss")]
+def describe(row: dict[str, str]) -> list[Any]:
+    """What a row is of: world, arm, seed, whether the test split was read, and, where an arm has several, the loss."""
+    own = [row[name] for name in ("world", "arm", "seed")]
+    return [*own, bool(row["top1"]), row["loss"] if row["arm"] in (RATE, GRID) else ""]
 
 
 def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:

@@ -96,7 +96,7 @@ class MetaSettings:
             the loss learns (`interleaving`) tells it all.
         start: The loss to start from, a file; fresh networks if left out. `loss` then has no say.
         exploding_norm: A hypergradient whose norm is more than so many times the median of the latest ones is left
-            out; 0 leaves out only those that are not finite.
+            out; 0, or `clip_each`, leaves out only those that are not finite.
         kind: What the learned loss reads: logits, features (with plain cross-entropy) or both.
         loss: Options of the loss networks: `form` (decoupled, generic), that form's own (hidden, initial_weight,
             initial_temperature, conditioning, lipschitz, ...), `normalize_gradient`, and under `features` those of the

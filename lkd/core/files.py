@@ -1,5 +1,6 @@
 """Files that are never half written: text and JSON."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def check_free_space(setting: str, folder: Path, needed: int, what: str, advice:
 def find_cache() -> Path:
     """Where what can be made anew is kept: a folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lkd"
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this host is here; where the file system has no locks, go on."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

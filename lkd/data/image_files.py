@@ -40,6 +40,9 @@ class Damage:
 
     Attributes:
         limit: Fraction of damaged images above which the run stops; of at least `LEAST_SEEN` images.
+        seen: Images that were asked for, each as often as it was.
+        damaged: Those of them that could not be decoded.
+        named: Their names, each once: these are held to the limit.
     """
 
     limit: float = 0.001
@@ -63,10 +66,10 @@ class Damage:
                     self.named.add(name)
                     counts = f"{self.damaged} damaged of {self.seen} images seen"
                     logging.getLogger("lkd").warning("%s; skipped (%s)", reason, counts)
-            if self.damaged > self.limit * max(self.seen, LEAST_SEEN):
+            if len(self.named) > self.limit * max(self.seen, LEAST_SEEN):
                 named = ", ".join(sorted(self.named)[:3]) + (", ..." if len(self.named) > 3 else "")
                 raise UserError(
-                    f"data: {self.damaged} of {self.seen} images seen cannot be decoded ({named}), more than "
+                    f"data: {len(self.named)} of {self.seen} images seen cannot be decoded ({named}), more than "
                     f"data.damaged_limit {self.limit:g} allows: replace them, or raise the limit"
                 )
 
@@ -170,9 +173,11 @@ class ImageSource:
 
     Attributes:
         names: What each is called in messages and fingerprints.
+        names_tell: Whether names tell images apart from those of another set, as those of files do.
     """
 
     names: Sequence[str]
+    names_tell = True
 
     def read(self, position: int) -> Tensor:
         """The bytes of an image as they are kept, uint8, [N]."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST
 from torchvision.datasets.folder import default_loader
 
-from lkd.core.errors import UserError, check_choice
-from lkd.core.files import MALFORMED
+from lkd.core.errors import UserError, check_choice, first_line
+from lkd.core.files import MALFORMED, lock_folder
 from lkd.data.embedded import ARCHIVE, ARCHIVE_HASH
 from lkd.data.image_files import DamagedImageError, FileSource, ImageSource, LoadingOptions, to_rgb
 from lkd.data.images import Dataset, ImageSet, measure
@@ -80,11 +80,13 @@ def load_in_memory(name: str, root: str | None) -> Dataset:
     how = f"unpacked from {known.source}" if known.source else "or where to download it"
     if root is None:
         raise UserError(f"data.root: missing; give the folder that holds {known.folder}/ ({how})")
-    is_there = (Path(root) / known.folder).is_dir()
-    if known.source and not is_there:
+    folder = Path(root) / known.folder
+    if known.source and not folder.is_dir():
         raise UserError(f"data.root: {root!r} holds no {known.folder}/; unpack {known.source} there")
     try:
-        parts = [known.read(root, train=train, download=not is_there) for train in (True, False)]
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with lock_folder(Path(root)):  # one process downloads it
+            parts = [known.read(root, train=train, download=not folder.is_dir()) for train in (True, False)]
     except (*MALFORMED, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         again = f"unpack {known.source} anew" if known.source else "remove it, and it is downloaded anew"
@@ -284,6 +286,8 @@ class TorchvisionSource(ImageSource):
         title: The data set's name and the split's.
     """
 
+    names_tell = False
+
     def __init__(self, images: Any, title: str) -> None:
         self.images = images
         self.names = [f"{title}, image {position}" for position in range(len(images))]
@@ -296,8 +300,8 @@ class TorchvisionSource(ImageSource):
         """Take an image; see `ImageSource`."""
         try:
             return to_rgb(self.images[position][0])
-        except ValueError as error:
-            raise DamagedImageError(f"{self.names[position]}: {error}") from error
+        except (OSError, SyntaxError, ValueError) as error:  # it may open files itself
+            raise DamagedImageError(f"{self.names[position]}: cannot be decoded ({first_line(error)})") from error
 
 
 def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Dataset:

@@ -1,12 +1,11 @@
 """Images in tar files, found by their offsets: any of them can be read at any time, as from files of their own."""
 
-import fcntl
 import hashlib
 import os
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lkd.core.errors import UserError
-from lkd.core.files import KEPT_FROM, MALFORMED, find_cache
+from lkd.core.files import KEPT_FROM, MALFORMED, find_cache, lock_folder
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.image_files import ImageSource, is_hidden
 
@@ -144,18 +143,6 @@ def keep_index(folder: Path, part: str, paths: list[Path], build: Callable[[], L
                     write_index(place, built, files)
                     break
     return built
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this host is here; where the file system has no locks, go on."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_index(path: Path, labelled: Labelled, files: Files) -> None:

@@ -115,7 +115,7 @@ def run_draw(recipe: FidelityRecipe, draw: Draw, pool_folder: Path, path: Path, 
     teacher = inputs.answers(device, tuple(stages))
     student = builder.build(recipe.seed, place).train()
     start = open_pool(pool_folder, images, builder.architecture).read(draw.student, student)
-    student.load_state_dict({**start.state.parameters, **start.state.buffers}, strict=False)  # but a normalisation
+    start.restore(student)
     for loss in losses.values():
         if loss.reads_trust:
             loss.set_trust(inputs.measure(device))

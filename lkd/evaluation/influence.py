@@ -20,6 +20,7 @@ from lkd.data.images import ImageSet
 from lkd.evaluation.comparison.tables import format_csv
 from lkd.evaluation.report.page import render
 from lkd.influence.influence import RESIDUAL_LIMIT, Influence, measure_influence
+from lkd.influence.solvers import check_settings
 from lkd.influence.weighted_loss import find_kurtosis, save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.losses.functions import cross_entropies
@@ -85,6 +86,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     started = time.perf_counter()
     parts = images.train, images.meta_validation
     network = fit_to_images(recipe.checkpoint, network, header, images.train).to(run.device)
+    check_settings(network, recipe.influence)
     if loss.reads_trust:
         loss.set_trust(measure_teacher(opened, images, run.device, teacher))
         loss.update_trust(network)

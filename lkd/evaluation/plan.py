@@ -30,7 +30,7 @@ from lkd.losses.loss import DistillationLoss
 from lkd.meta_training.meta_train import check_settings
 from lkd.meta_training.outer_loop import AUDITED
 from lkd.meta_training.rollouts import OBJECTIVES, build_inner_optimizer, compute_inner_loss, compute_outer_logits
-from lkd.meta_training.worlds import name_world
+from lkd.meta_training.worlds import naming_world
 from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, check_stages, largest_top_k
@@ -156,7 +156,7 @@ def count_step(world: PlannedWorld) -> Counted:
             batch, size = world.make_batch(), world.part_of_batch // train.accumulation
             counter.start()
             with autocast():
-                answers = widen_outputs(ask(batch.images))
+                answers = widen_outputs(ask(batch.images)) if fitted.needs_teacher else None
             counter.lap("teacher")
             for number in range(train.accumulation):
                 part = slice(number * size, (number + 1) * size)
@@ -328,10 +328,8 @@ def open_worlds(recipe: PlanRecipe, is_learned: bool) -> list[PlannedWorld]:
     worlds = []
     for name, each in expanded.items():
         own = replace(recipe, data=each.data, teacher=each.teacher, student=each.student, train=each.train)
-        try:
+        with naming_world(name):
             worlds.append(open_world(own, True))
-        except UserError as error:
-            raise name_world(error, name) from error
     return worlds
 
 
@@ -458,7 +456,8 @@ def plan_cache(world: PlannedWorld, hours: float) -> dict[str, Any]:
     Filling it takes N epochs of the teacher, as a training of N epochs would: from the epoch after on it saves the
     teacher's work, of which this training has so many hours.
     """
-    classes, seeds = world.images.train.num_classes, world.recipe.augmentation_seeds
+    recipe = world.recipe
+    classes, seeds = world.images.train.num_classes, recipe.data.augmentation_seeds or recipe.augmentation_seeds
     kept = min(world.recipe.top_k, largest_top_k(classes))
     return {
         "augmentation_seeds": seeds,

@@ -17,8 +17,7 @@ from lkd.core.tensor_files import digest
 from lkd.data.image_files import ImageFiles, LoadingOptions
 from lkd.data.packed import pack
 from lkd.data.readers import load_dataset
-from lkd.models.build import OWN_NETWORKS, plain_state_dict
-from lkd.models.dry_run import check_image_size
+from lkd.models.build import OWN_NETWORKS, plain_state_dict, try_black_image
 from lkd.models.files import load_network
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
         raise UserError(f"out_dir: {folder} is a run directory, with a config.json of its own; give another folder")
     network, header = load_network(Path(recipe.checkpoint), recipe.name, recipe.options)
     images = draw_images(header, recipe)
-    check_image_size(recipe.checkpoint, network, tuple(images.shape[1:]))
+    try_black_image(network, recipe.checkpoint, images.shape[1:])
     model = Logits(network).eval()
     weights = digest(copy_state(model))
     kept = find_kept(folder, recipe.formats, weights)

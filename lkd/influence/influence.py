@@ -67,7 +67,7 @@ def measure_influence(
         device: Where the network is.
         settings: How.
         progress: How far the training is, in [0, 1]; losses may read it.
-        seed: Of the examples that the curvature is taken over.
+        seed: Of the examples that the curvature is taken over, and of the labels that EK-FAC draws.
 
     Raises:
         UserError: If a setting is impossible or does not suit the network.
@@ -75,7 +75,7 @@ def measure_influence(
     with evaluating(network):
         problem = InfluenceProblem(network, loss, teacher, train, meta_validation, device, settings, progress)
         if settings.method == "ekfac":
-            return Influence(*measure_with_ekfac(problem, settings), damping=math.nan)
+            return Influence(*measure_with_ekfac(problem, settings, seed), damping=math.nan)
         found = SOLVERS[settings.method](problem, problem.differentiate_validation(), settings, seed)
         if found.residual > RESIDUAL_LIMIT:
             logging.getLogger("lkd").warning(

@@ -1,6 +1,7 @@
 """(H + damping)⁻¹ v at a network's weights, by several solvers, and the functions that they are made of."""
 
 import copy
+import importlib.util
 import logging
 import math
 import tempfile
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from lkd.config.training import InfluenceSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
-from lkd.core.random import seeded_generator
+from lkd.core.random import draw_seed, seeded_generator
 from lkd.data.images import Batch, ImageSet
 from lkd.losses.functions import cross_entropies, find_best_temperature, widen
 from lkd.losses.loss import DistillationLoss
@@ -27,7 +28,43 @@ from meta.linear_solvers import Vector, solve_conjugate_gradient
 # The functions of a network's parameters that influence is made of: gradients, curvature, and their products.
 
 
+DENSE_LIMIT = 2000  # parameters of the exact method
+LAYERS = (nn.Linear, nn.Conv2d)  # of EK-FAC
 GRADIENT_NUMBERS = 1 << 26  # of the queries' gradients that are in memory at a time
+
+
+def check_settings(network: nn.Module, settings: InfluenceSettings) -> None:
+    """Check that influence can be measured so of this network.
+
+    Raises:
+        UserError: If no parameter begins as asked, the method takes fewer or others, or its package is not installed.
+    """
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    chosen = {name: size for name, size in sizes.items() if name.startswith(settings.parameters)}
+    if not chosen:
+        raise UserError(
+            f"influence.parameters: no parameter's name begins with {settings.parameters!r}; there are {[*sizes]}"
+        )
+    if settings.method == "exact" and sum(chosen.values()) > DENSE_LIMIT:
+        raise UserError(
+            f"influence.method: exact inverts a dense matrix of at most {DENSE_LIMIT:,} parameters, not "
+            f"{sum(chosen.values()):,}; choose some with influence.parameters, or take conjugate_gradient"
+        )
+    if settings.method != "ekfac":
+        return
+    if importlib.util.find_spec("kronfluence") is None:
+        raise UserError(
+            'influence.method: ekfac needs kronfluence, which is not installed: pip install "lkd[influence]", '
+            "or take conjugate_gradient"
+        )
+    if not find_layers(network, settings.parameters):
+        raise UserError(f"influence.parameters: {settings.parameters!r} names no linear or convolutional layer")
+
+
+def find_layers(network: nn.Module, prefix: str) -> list[str]:
+    """The linear and convolutional layers whose weights' names begin so: those that EK-FAC is over."""
+    named = network.named_modules()
+    return [name for name, module in named if isinstance(module, LAYERS) and f"{name}.weight".startswith(prefix)]
 
 
 class InfluenceProblem:
@@ -48,7 +85,7 @@ class InfluenceProblem:
         progress: How far the training is, in [0, 1].
 
     Raises:
-        UserError: If no parameter begins so, the loss reads features, or meta-validation is empty.
+        UserError: If a setting does not suit the network, the loss reads features, or meta-validation is empty.
     """
 
     def __init__(
@@ -68,12 +105,9 @@ class InfluenceProblem:
             raise UserError("influence: the loss reads features or remembers images; take one over logits, such as kd")
         self.network, self.loss, self.teacher, self.progress = network, loss, teacher, progress
         self.train, self.meta_validation, self.device, self.settings = train, meta_validation, device, settings
+        check_settings(network, settings)
         named = {name: tensor.detach() for name, tensor in network.named_parameters()}
         self.point = {name: tensor for name, tensor in named.items() if name.startswith(settings.parameters)}
-        if not self.point:
-            raise UserError(
-                f"influence.parameters: no parameter's name begins with {settings.parameters!r}; there are {[*named]}"
-            )
         self.everything = named | dict(network.named_buffers())
         self.temperature = self.find_temperature()
         self.query_weight = torch.ones(int(meta_validation.index.max()) + 1, device=device)  # by the image's index
@@ -214,14 +248,17 @@ class InfluenceProblem:
 # ----------------------------------------------------------------------------------------------------------------------
 # Influence by EK-FAC (George et al., 2018; Grosse et al., 2023), computed by kronfluence.
 
-LAYERS = (nn.Linear, nn.Conv2d)
-
 
 class Examples(Dataset[tuple[Tensor, ...]]):
-    """An image set as kronfluence's loaders read it: the columns of `Batch`."""
+    """An image set as kronfluence's loaders read it: the columns of `Batch`.
+
+    Attributes:
+        seen: The index of each image that was read, in order; damaged ones are left out.
+    """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
         self.images, self.device = images, device
+        self.seen: list[int] = []
 
     def __len__(self) -> int:
         return len(self.images)
@@ -230,36 +267,24 @@ class Examples(Dataset[tuple[Tensor, ...]]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, ...]]:
-        return list(zip(*self.images.batch(torch.tensor(positions), self.device), strict=True))
+        batch = self.images.batch(torch.tensor(positions), self.device)
+        self.seen += batch.index.tolist()
+        return list(zip(*batch, strict=True))
 
 
-def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -> tuple[Tensor, Tensor]:
+def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings, seed: int) -> tuple[Tensor, Tensor]:
     """Influence over the weights of linear and convolutional layers, those of normalisation held fixed.
 
     The Fisher's labels are drawn from the network. kronfluence's own damping: a tenth of a layer's mean eigenvalue.
 
     Returns:
         Index and influence of each example, [N] each.
-
-    Raises:
-        UserError: If kronfluence is not installed, or no such layer is chosen.
     """
-    try:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.arguments import FactorArguments, ScoreArguments
-        from kronfluence.task import Task
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"influence.method: ekfac needs a package that is not installed ({error.name}); "
-            'pip install "lkd[influence]", or take conjugate_gradient'
-        ) from error
-    layers = [
-        name
-        for name, module in problem.network.named_modules()
-        if isinstance(module, LAYERS) and f"{name}.weight".startswith(settings.parameters)
-    ]
-    if not layers:
-        raise UserError(f"influence.parameters: {settings.parameters!r} names no linear or convolutional layer")
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import ScoreArguments
+    from kronfluence.task import Task
+
+    layers = find_layers(problem.network, settings.parameters)
 
     class Distillation(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
@@ -277,7 +302,9 @@ def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -
 
     task = Distillation()
     logging.getLogger("kronfluence").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+    own_gpu = [problem.device] if problem.device.type == "cuda" else []
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(own_gpu):
+        torch.manual_seed(draw_seed(seed, 15))  # of the labels
         model = prepare_model(copy.deepcopy(problem.network), task)
         analyzer = Analyzer(
             "influence",
@@ -290,10 +317,8 @@ def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -
         )
         train, queries = (Examples(images, problem.device) for images in (problem.train, problem.meta_validation))
         size = min(settings.batch_size, len(train))
-        most = settings.curvature_examples or None
-        analyzer.fit_all_factors(
-            "ekfac", train, size, factor_args=FactorArguments(covariance_max_examples=most, lambda_max_examples=most)
-        )
+        chosen = Examples(problem.train.select(draw_examples(problem, settings, seed)), problem.device)
+        analyzer.fit_all_factors("ekfac", chosen, min(size, len(chosen)))
         analyzer.compute_pairwise_scores(
             "scores",
             "ekfac",
@@ -304,13 +329,12 @@ def measure_with_ekfac(problem: InfluenceProblem, settings: InfluenceSettings) -
             score_args=ScoreArguments(damping_factor=None, aggregate_query_gradients=True),
         )
         scores = analyzer.load_pairwise_scores("scores")
-    return problem.train.index, -scores["all_modules"][0].cpu() / len(queries)
+    return torch.tensor(train.seen), -scores["all_modules"][0].cpu() / len(queries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # (H + damping)⁻¹ v at a network's weights, by several solvers.
 
-DENSE_LIMIT = 2000  # parameters of the exact method
 TOLERANCE = 1e-4  # relative residual at which conjugate gradients are done
 RAISE = 10.0  # factor of the damping where the curvature is negative
 
@@ -326,11 +350,6 @@ class Inverse(NamedTuple):
 
 def solve_dense(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """Invert the dense matrix, in float64."""
-    if problem.size > DENSE_LIMIT:
-        raise UserError(
-            f"influence.method: exact inverts a dense matrix of at most {DENSE_LIMIT:,} parameters, not "
-            f"{problem.size:,}; choose some with influence.parameters, or take conjugate_gradient"
-        )
     batches = list(problem.load(problem.train, draw_examples(problem, settings, seed)))
     columns = []
     for unit in torch.eye(problem.size, dtype=start[0].dtype, device=start[0].device):

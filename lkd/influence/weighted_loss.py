@@ -16,6 +16,7 @@ from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.image_files import ImageFiles
 from lkd.data.images import ImageSet
 from lkd.influence.influence import measure_influence
+from lkd.influence.solvers import check_settings
 from lkd.losses.learned.trust import Trust
 from lkd.losses.loss import DistillationLoss, Progress
 from lkd.models.teacher import TeacherFunction
@@ -210,6 +211,8 @@ class InfluenceWeightedLoss(DistillationLoss):
         """
         if self.known:
             self.check_examples(images, *self.known)
+        if not (epoch or self.settings.weights):  # before it takes an epoch to find out
+            check_settings(student, self.settings.influence)
         first, every = self.settings.first_epoch, self.settings.refresh_epochs
         due = epoch == first or (every > 0 and epoch > first and (epoch - first) % every == 0)
         if self.settings.weights or not due:

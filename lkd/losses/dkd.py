@@ -37,7 +37,9 @@ class DKDLoss(DistillationLoss):
         self, task: float = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup: float = 1 / 12
     ) -> None:
         super().__init__()
-        check_options(temperature, task=task, alpha=alpha, beta=beta, warmup=warmup)
+        check_options(temperature, task=task, alpha=alpha, beta=beta)
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup: {warmup} is not in [0, 1], a part of the training")
         self.task, self.alpha, self.beta, self.temperature, self.warmup = task, alpha, beta, temperature, warmup
 
     def ramp(self, progress: Progress) -> float | Tensor:

@@ -282,5 +282,5 @@ def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int 
     confidence, predicted = probabilities.max(1)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, bin_of.cpu(), (confidence.double() - (predicted == target).double()).cpu())
+    gaps.index_add_(0, bin_of.cpu(), confidence.cpu().double() - (predicted == target).cpu().double())
     return float(gaps.abs().sum() / len(target))

@@ -54,6 +54,12 @@ class DistillationLoss(nn.Module):
     teacher_stages: tuple[str, ...] = ()
     needs_index: bool = False
     reads_logits: bool = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it reads anything of the teacher."""
+        return bool(self.reads_logits or self.teacher_stages)
+
     reads_trust: bool = False
 
     @property
@@ -160,7 +166,7 @@ class WrappedLoss(DistillationLoss):
                 raise UserError(
                     f"loss: the one given returns {name!r} {what}, not a scalar tensor; take the batch's mean"
                 )
-        return terms
+        return {name: term.reshape(()) for name, term in terms.items()}
 
 
 def wrap_loss(loss: Callable[..., Any]) -> DistillationLoss:

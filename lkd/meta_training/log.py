@@ -102,7 +102,7 @@ def measure_balance(
 
 
 def log_row(
-    result: OuterStep, balances: list[dict[str, float]], loss: LearnedLoss, estimator: Estimator
+    result: OuterStep, balances: list[dict[str, float]], loss: LearnedLoss, estimator: Estimator | None
 ) -> dict[str, float]:
     """One row of the log: the mean of the students' `measure_balance`, and the latest audit of an audited estimator."""
     ages = [balance["outer/progress"] for balance in balances]
@@ -121,17 +121,17 @@ def log_row(
     }
     if math.isfinite(result.signal_to_noise):  # there were two students at least
         row["outer/signal_to_noise"] = result.signal_to_noise
-    if isinstance(estimator, Audited) and estimator.audits:
-        latest = list(estimator.audits.values())[-1]
+    if isinstance(estimator, Audited) and estimator.latest:
+        latest = estimator.latest
         row |= {"outer/audit_cosine": latest.cosine, "outer/audit_norm_ratio": latest.norm_ratio}
     return row
 
 
-def describe_audit(estimator: Estimator, step: int, said: str) -> str:
+def describe_audit(estimator: Estimator | None, step: int, said: str) -> str:
     """What the latest audit of an audited estimator says, in words; "" if there is none, or only that again."""
-    if not (isinstance(estimator, Audited) and estimator.audits):
+    if not (isinstance(estimator, Audited) and estimator.latest):
         return ""
-    latest = list(estimator.audits.values())[-1]
+    latest = estimator.latest
     if math.isnan(latest.cosine):
         return ""
     verdict = "adjoint, which is exact, takes over" if estimator.exact else "first_order is kept"

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe
+from lkd.config.worlds import expand_worlds
 from lkd.core.distributed import any_process, gather_objects, is_main, share_from_main, share_out
 from lkd.core.errors import UserError, check_choice
 from lkd.core.files import refusing_malformed
@@ -43,7 +44,7 @@ from lkd.meta_training.worlds import (
     build_loss_networks,
     describe_pool,
     doubt_learning,
-    name_world,
+    naming_world,
     open_given_pools,
     open_worlds,
     prepare_worlds,
@@ -69,7 +70,9 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
         UserError: If the recipe, the data, the teacher or the pool is not good, or the processes' losses differ.
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    check_settings(recipe)
+    for name, own in (expand_worlds(recipe) or {"": recipe}).items():
+        with naming_world(name):
+            check_settings(replace(recipe, data=own.data, train=own.train))
     opened = open_worlds(recipe, run, given)
     share_out(recipe.meta.students_per_step or len(opened), "meta.students_per_step")  # before any long work
     pools = open_given_pools(recipe, opened)
@@ -78,7 +81,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
     for each in opened:
         check_meta_validation(each.images)
     check_schedules(recipe, opened, pools)
-    run.say(*doubt_ages(recipe, pools))
+    run.say(*doubt_ages(recipe, opened, pools))
     loss = build_loss_networks(recipe, opened)
     start = recipe.meta.start
     start_learned = start is not None and was_learned(LossFile.read(fetch_named(start)).header)
@@ -123,13 +126,14 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
     """
     settings, worlds, first_pools = loop.settings, loop.worlds, loop.pools
     checkpoints = Checkpoints(run.path / "checkpoints", worlds[0].train, run.say)
-    training_seconds, warned, audit_said, saved = 0.0, False, "", checkpoints.load()
+    training_seconds, warned, saved = 0.0, False, checkpoints.load()
     if saved is not None:
         with refusing_malformed(checkpoints.folder, "folder of checkpoints of this meta-training"):
             loop.load_state_dict(saved["loop"])
             reuse.load_state_dict(saved["reuse"], loop.loss)
             training_seconds = float(saved["training_seconds"])
             warned = any(describe_saturation(row) for row in loop.history)
+    audit_said = describe_audit(loop.estimator, loop.step, "")
 
     def save() -> None:
         check_identical(loop)
@@ -152,13 +156,14 @@ def learn(loop: OuterLoop, reuse: Reuse, run: Run) -> float:
                     break
                 if loop.draws.sampling == "live" and not loop.alternates:
                     loop.pools = renew_pools(worlds, loop.draws, first_pools, loop.loss, loop.step, run)
-                row = log_row(loop.run_step(), loop.balances, loop.loss, loop.estimator)
+                estimator = None if loop.alternates else loop.estimator
+                row = log_row(loop.run_step(), loop.balances, loop.loss, estimator)
                 if is_logged(loop.step, settings.outer_steps):
                     loop.history.append({"step": loop.step, **row})
                     run.tracker.log(loop.step, **row)
                 for line in loop.warnings:
                     run.say(line)
-                if audit := describe_audit(loop.estimator, loop.step, audit_said):
+                if audit := describe_audit(estimator, loop.step, audit_said):
                     run.say(audit_said := audit)
                 if is_main() and is_pictured(loop.step, settings.outer_steps, settings.picture_every):
                     show_loss(loop.loss, loop.step, run)
@@ -214,8 +219,8 @@ def save_results(
     cost = summarize_cost(pool_trainings, reuse.trainings, loop.work_seconds, training_seconds)
     kept = int(reuse.best_row["step"]) if reuse.rows else loop.step
     start = loop.settings.start
-    changed = kept > 0 if reuse.rows else loop.guard.counted > loop.guard.vanished
-    learned = changed or start_learned
+    moved = loop.guard.counted > loop.guard.vanished
+    learned = (moved and (kept > 0 or not reuse.rows)) or start_learned
     provenance = run.provenance() | {
         "split": images.fingerprint,
         "learned": learned,
@@ -268,8 +273,9 @@ def check_settings(recipe: MetaTrainRecipe) -> None:
         )
     if meta.reuse_every and meta.reuse_epochs:
         check_milestones(shorten(recipe.train, meta.reuse_epochs))
-    if meta.reuse_patience and not meta.reuse_every:
-        raise UserError(f"meta.reuse_patience: {meta.reuse_patience} needs looks at reuse; set meta.reuse_every")
+    for name in ("reuse_patience", "reference"):
+        if getattr(meta, name) and not meta.reuse_every:
+            raise UserError(f"meta.{name}: {getattr(meta, name)} needs looks at reuse; set meta.reuse_every")
     if meta.interleaving != "before" and (recipe.worlds or recipe.draw.worlds):
         raise UserError(f"meta.interleaving: {meta.interleaving} trains in one world; leave out worlds and draw")
     if meta.interleaving != "before" and 0 < meta.students_per_step < len(recipe.students):
@@ -297,21 +303,20 @@ def check_meta_validation(images: Images) -> None:
 def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> None:
     """Check each world's own settings and schedule; see `check_settings` and `check_schedule`."""
     for number, each in enumerate(opened):
-        own = replace(recipe, data=each.recipe.data, train=each.recipe.train)
-        try:
-            check_settings(own)
-            check_schedule(own, each.images, pools[number : number + 1])
-        except UserError as error:
-            raise name_world(error, each.world.name) from error
+        with naming_world(each.world.name):
+            check_schedule(replace(recipe, train=each.recipe.train), each.images, pools[number : number + 1])
 
 
-def doubt_ages(recipe: MetaTrainRecipe, opened: list[Pool]) -> list[str]:
+def doubt_ages(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> list[str]:
     """A warning of students at the end of their training, whose rate is 0: rollouts from them change nothing."""
-    train, planned = recipe.train, torch.linspace(0, recipe.pool.max_age, recipe.pool.snapshots, dtype=torch.float64)
-    ends_at_0 = train.schedule not in ENDLESS and train.min_learning_rate == 0
-    if not (recipe.meta.alternation_start and ends_at_0):
-        return []
-    if max(check_sampling(recipe.pool, ages) for ages in [pool.ages for pool in opened] or [planned]) < 1:
+    planned = torch.linspace(0, recipe.pool.max_age, recipe.pool.snapshots, dtype=torch.float64)
+    trains = [each.recipe.train for each in opened]
+    ending = [train.schedule not in ENDLESS and train.min_learning_rate == 0 for train in trains]
+    ages = [pool.ages for pool in pools] or [planned] * len(opened)
+    old = recipe.meta.alternation_start and any(
+        ends_at_0 and check_sampling(recipe.pool, own) == 1 for ends_at_0, own in zip(ending, ages, strict=True)
+    )
+    if not old:
         return []
     return [
         "warning: pool.max_age: students of age 1 are drawn, at the end of the schedule, where the learning rate is 0: "

@@ -89,7 +89,7 @@ class OuterLoop:
         self.age_weights = build_age_weights(draws)
         self.estimator: Estimator = Audited() if settings.estimator == AUDITED else ESTIMATORS[settings.estimator]
         self.optimizer = torch.optim.Adam(self.loss.parameters(), settings.learning_rate)
-        self.guard = OuterGuard(settings.exploding_norm)
+        self.guard = OuterGuard(0 if settings.clip_each else settings.exploding_norm)
         self.students_per_step = settings.students_per_step or len(worlds)
         self.numbers = share_out(self.students_per_step, "meta.students_per_step")
         self.own: dict[int, OnlineStudent] = {}
@@ -146,7 +146,9 @@ class OuterLoop:
             if number in self.numbers:
                 try:
                     with explained(f"meta.estimator {self.settings.estimator}, outer step {self.step}"):
-                        hypergradients.append(differentiate(number))
+                        found = differentiate(number)
+                    largest = self.settings.clip_each
+                    hypergradients.append(clip(found, largest) if largest else found)
                 except (MemoryError, RuntimeError) as error:
                     refuse_exhaustion(error, f"outer step {self.step}", LESS_MEMORY)
                     raise
@@ -170,7 +172,7 @@ class OuterLoop:
             own |= {"outer_value": float(hypergradient.outer_value), "hypergradient_norm": float(hypergradient.norm)}
             row |= {f"world/{name}/{key}": value for key, value in own.items()}
         self.balances.append(row)
-        return clip(hypergradient, self.settings.clip_each) if self.settings.clip_each else hypergradient
+        return hypergradient
 
     def choose_world(self, number: int) -> tuple[int, int]:
         """How many students were drawn before this one in its world, and which world that is."""
@@ -214,9 +216,8 @@ class OuterLoop:
         )
 
     def try_estimator(self) -> None:
-        """Ask for the hypergradient of one step of each kind of student: what is in its way is said at once."""
-        for place in {world.student.name: place for place, world in enumerate(self.worlds)}.values():
-            network = self.networks[place]
+        """Ask for the hypergradient of one step in each world: what is in its way is said at once."""
+        for place, network in enumerate(self.networks):
             parameters, buffers = split_state(network)
             student = PoolStudent(State({name: p.detach() for name, p in parameters.items()}, buffers, {}), 0.1, 0.0)
             with torch.random.fork_rng(devices=[]), explained(f"meta.estimator {self.settings.estimator}"):
@@ -234,8 +235,7 @@ class OuterLoop:
         hidden = torch.rand(2, generator=generator) < self.settings.hide_trust
         figures = TrustFigures() if hidden[0] else world.trust.figures
         if world.trust.looks and not hidden[1]:
-            whole = {**student.state.parameters, **student.state.buffers}
-            network.load_state_dict(whole, strict=False)  # a normalisation is a buffer that no state dict has
+            student.restore(network)
             figures = figures._replace(own_accuracy=measure_own_accuracy(network, world.trust.looks))
         loss.tell(figures)
 

@@ -174,7 +174,8 @@ class Reuse:
 def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     """A training of fewer epochs whose warm-up, milestones, cooldown and average shrink in proportion.
 
-    None of them vanishes: each milestone has an epoch of its own, and an average has one.
+    None of them vanishes but a cooldown: each milestone has an epoch of its own, an average has one, and a warm-up has
+    one too, where one is left.
 
     Raises:
         UserError: If there are too few epochs for the milestones.
@@ -191,7 +192,7 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     ]
     names = "warmup_epochs", "warmup_steps", "cooldown_epochs", "swa_epochs"
     shorter = {name: round(getattr(train, name) * epochs / train.epochs) for name in names}
-    for name in ("warmup_steps", "swa_epochs"):
+    for name in ("warmup_epochs", "warmup_steps", "swa_epochs"):
         shorter[name] = max(shorter[name], min(1, getattr(train, name)))
     shorter["cooldown_epochs"] = min(shorter["cooldown_epochs"], epochs - 1)
     shorter["warmup_epochs"] = min(shorter["warmup_epochs"], epochs - 1 - shorter["cooldown_epochs"])

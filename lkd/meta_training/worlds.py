@@ -1,7 +1,8 @@
 """From a recipe to the worlds that a loss is learned in."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,6 +48,11 @@ class OpenedWorld:
     def images(self) -> Images:
         return self.world.images
 
+    @property
+    def own_losses(self) -> list[LossBuilder]:
+        """Those beside the learned one that its students are trained with."""
+        return [self.pool_loss, *([self.reference] if self.reference else [])]
+
 
 def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[OpenedWorld]:
     """Read the files of all worlds: of those that the recipe lists and draws, or one for each of its students.
@@ -56,7 +62,7 @@ def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[Opene
     listed = expand_worlds(recipe)
     opened: list[OpenedWorld] = []
     for name, each in (listed or {"": recipe}).items():
-        try:
+        with naming_world(name):
             images = prepare_images(each.data, given)
             teacher = open_teacher(each.teacher, images.train, given)
             teacher.check_classes(images.train)  # every loss network reads its logits
@@ -67,14 +73,16 @@ def open_worlds(recipe: MetaTrainRecipe, run: Run, given: Objects) -> list[Opene
                 answers = ask_anew(teacher, images, run.device)
                 world = World(images, answers, student, each.train, recipe.seed, run.device, name)
                 opened.append(OpenedWorld(each, world, teacher, pool_loss, reference))
-        except UserError as error:
-            raise name_world(error, name) from error
     return opened
 
 
-def name_world(error: UserError, name: str) -> UserError:
-    """The error, which says of which world it is."""
-    return UserError(f"worlds.{name}: {error}" if name else str(error))
+@contextmanager
+def naming_world(name: str) -> Iterator[None]:
+    """Let what is wrong in here say of which world it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"worlds.{name}: {error}" if name else str(error)) from error
 
 
 def build_loss_networks(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld]) -> LearnedLoss:
@@ -116,8 +124,8 @@ def prepare_worlds(opened: Sequence[OpenedWorld], loss: LearnedLoss, run: Run) -
         check_same_images(world.images, run, world.name)
         run.say(name + introduce_network("student", world.student, world.images, run.device, world.train))
         if name or not prepared:  # else only the students differ
-            readers = [loss, each.pool_loss.build(world.student, world.seed)]
-            readers += [each.reference.build(world.student, world.seed)] if each.reference else []
+            builders = [(one.world, loss) for one in ([each] if name else opened) for loss in one.own_losses]
+            readers = [loss, *(builder.build(its.student, its.seed) for its, builder in builders)]
             reads_trust = any(reader.reads_trust for reader in readers)
             if not (name and reads_trust):  # else trust says more, and asks the teacher less
                 run.say(name + introduce_teacher(each.teacher, world.images, run.device))

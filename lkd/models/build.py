@@ -1,7 +1,7 @@
 """From a name, or from a user's own network, to a network that returns `Outputs`."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -362,8 +362,8 @@ def describe(
         `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
         `activations` (class names), `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
     """
-    with running_dry(network) as device, FlopCounterMode(display=False) as counter:
-        outputs = network(torch.zeros(1, *input_shape, device=device))
+    with FlopCounterMode(display=False) as counter:
+        outputs = try_black_image(network, name, input_shape)
     tag = (getattr(unwrap(network), "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
     activations = {type(m).__name__ for m in network.modules() if type(m).__module__ == "torch.nn.modules.activation"}
     return {
@@ -376,10 +376,26 @@ def describe(
     }
 
 
+def try_black_image(network: nn.Module, name: str, input_shape: Sequence[int]) -> Outputs:
+    """What a network says of one black image, in eval mode, and unchanged.
+
+    Raises:
+        UserError: If it takes no such images.
+    """
+    try:
+        with running_dry(network) as device:
+            outputs: Outputs = network(torch.zeros(1, *input_shape, device=device))
+    except MALFORMED as error:
+        size = "×".join(map(str, input_shape[1:]))
+        raise UserError(
+            f"{name}: takes no images of {size} ({first_line(error)}): give another image_size, or another network"
+        ) from error
+    return outputs
+
+
 def find_stages(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them."""
-    with running_dry(network) as device:
-        outputs = network(torch.zeros(1, *input_shape, device=device))
+    outputs = try_black_image(network, type(unwrap(network)).__name__, input_shape)
     return {stage: tuple(feature.shape[1:]) for stage, feature in outputs.features.items()}
 
 

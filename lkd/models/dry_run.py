@@ -1,6 +1,5 @@
 """What images a network takes, and what of it cannot be trained: found by dry runs, before any training."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,16 +93,6 @@ def find_fixed_size(network: nn.Module, options: dict[str, Any] | None = None) -
     if configuration.get("fixed_input_size"):
         size = size or configuration["input_size"][-1]
     return size if isinstance(size, int) else 0
-
-
-def check_image_size(path: str, network: nn.Module, image_shape: Sequence[int]) -> None:
-    """Check by a dry run that a file's network takes such images."""
-    try:
-        with running_dry(network) as device:
-            network(torch.zeros(1, *image_shape, device=device))
-    except MALFORMED as error:
-        size = "×".join(map(str, image_shape[1:]))
-        raise UserError(f"{path}: takes no images of {size} ({first_line(error)}): give another image_size") from error
 
 
 def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:

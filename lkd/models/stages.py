@@ -8,6 +8,7 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.models import group_parameters
 from timm.utils import freeze, unfreeze
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from lkd.core.errors import UserError, check_choice
@@ -56,6 +57,12 @@ def freeze_stages(network: nn.Module, names: list[str]) -> nn.Module:
     modules = {name.rpartition(".")[0] for stage in names for name in stages[stage]} - {""}
     if modules:
         freeze(model, sorted(modules))
+    for name in sorted(modules):
+        if isinstance(norm := model.get_submodule(name), _BatchNorm):
+            raise UserError(
+                f"freeze: {name} is a {type(norm).__name__}, whose statistics would go on moving: those of BatchNorm2d "
+                "alone can be frozen; name other stages"
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"freeze: {', '.join(names)} leaves nothing of this network to train; leave one out")
     return network

@@ -106,12 +106,12 @@ class TabulatedTeacher:
         # The last row is what an image that is not in the table is answered.
         self.logits, *features = (torch.cat([each, torch.full_like(each[:1], torch.nan)]) for each in answers)
         self.features = dict(zip(stages, features, strict=True))
-        self.row = torch.full((int(images.index.max()) + 1,), -1, device=device)
+        self.row = torch.full((int(images.index.max()) + 2,), -1, device=device)  # the last of those beyond
         self.row[index] = torch.arange(len(index), device=device)
 
     def __call__(self, batch: Batch) -> Outputs:
         """Look a batch up by the images' index; the only features are those that were kept."""
-        rows = self.row[batch.index]
+        rows = self.row[batch.index.clamp(max=len(self.row) - 1)]
         return Outputs(self.logits[rows], {stage: feature[rows] for stage, feature in self.features.items()})
 
 

@@ -90,6 +90,12 @@ class PoolStudent(NamedTuple):
     progress: float
     whole_rate: float = math.nan
 
+    def restore(self, network: nn.Module) -> None:
+        """Give a network of its architecture this student's parameters and buffers."""
+        whole = {**self.state.parameters, **self.state.buffers}
+        missing, _ = network.load_state_dict(whole, strict=False)  # a normalisation is a buffer that no state dict has
+        assert not missing, missing
+
     def rate_in(self, train: TrainRecipe) -> float:
         """The learning rate that a training with another one has at this age, by this student's schedule."""
         scaled = self.learning_rate * (scale_learning_rate(train) / self.whole_rate)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lkd.core.errors import UserError, first_line
+from lkd.core.files import find_cache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Names of files that lie elsewhere: `hf://owner/repository/file` and `wandb://entity/project/artifact:version`.
@@ -123,14 +124,13 @@ def explained(reference: HubReference) -> Iterator[None]:
 def download_artifact(reference: WandbReference) -> Path:
     """Download the one safetensors file of an artifact; `latest` is asked for anew each time.
 
-    It is kept by its version in `$LKD_CACHE`, or `~/.cache/lkd`. The Hub's files lie in its own cache.
+    It is kept by its version in the user's cache folder. The Hub's files lie in its own.
     """
     import wandb
 
     try:
         artifact = wandb.Api().artifact(reference.name)
-        cache = Path(os.environ.get("LKD_CACHE") or Path.home() / ".cache" / "lkd")
-        folder = cache / "wandb" / reference.project / str(artifact.name).replace(":", "-")
+        folder = find_cache() / "wandb" / reference.project / str(artifact.name).replace(":", "-")
         artifact.download(root=str(folder))
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UserError(f"wandb://{reference.name}: cannot be had: {first_line(error)}") from error

@@ -28,7 +28,7 @@ OPENED = {"lock", "config.json", "environment.json", "log.jsonl", "output.txt", 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # some of Lustre, NFS, FUSE
 MAY_DIFFER_ON_RESUME = {  # what does not change results; threads change their last digits
     *("run_dir", "resume", "threads", "wandb", "trackio", "workers", "device", "join", "plugins", "report_test"),
-    *("data.root", "data.workers", "data.read_timeout", "data.evaluation_batch_size"),
+    *("data.root", "data.workers", "data.read_timeout", "data.evaluation_batch_size", "data.damaged_limit"),
     *("train.checkpoint_every", "train.checkpoints_kept", "meta.checkpoint_every", "meta.picture_every"),
 }
 
@@ -70,6 +70,8 @@ def open_run(recipe: RunRecipe, command: str, quiet: bool = False) -> Iterator[R
     if job.size > 1 and command not in SHARED_COMMANDS:
         raise UserError(f"torchrun: `lkd {command}` runs in one process; in several run {', '.join(SHARED_COMMANDS)}")
     device = place_of(choose_device(recipe.device))
+    if recipe.threads or read_quotas():  # torch counts the machine's cores, of which a container may be granted few
+        torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), count_cores()))
     with join_processes(device):
         if job.rank == 0:
             with open_run_directory(recipe, command, device, quiet) as run:
@@ -113,8 +115,6 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         new = create_json(path / "config.json", config) if joined else not (path / "config.json").exists()
         if not new:
             check_resumable(path, config, "auto" if joined else recipe.resume)
-        if recipe.threads or read_quotas():  # torch counts the machine's cores, of which a container may be granted few
-            torch.set_num_threads(recipe.threads or min(torch.get_num_threads(), count_cores()))
         surroundings = describe_surroundings(device)
         before: dict[str, Any] = {}
         with suppress(UserError):  # it is not there, or damaged: nothing to compare with

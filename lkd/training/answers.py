@@ -69,10 +69,12 @@ def keep_figures(
     measure: Callable[[], dict[str, Any]],
     shared: bool = False,
 ) -> dict[str, Any]:
-    """Figures of a teacher on these images, measured once; of a network whose code may change they are not kept."""
-    if teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
+    """Figures of a teacher on these images, measured once; where the network's code or ours may change, not kept."""
+    surroundings = describe_surroundings(device)
+    is_changing = str(surroundings["commit"]).endswith("-dirty")
+    if is_changing or teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
         return measure()
-    made_with = json.dumps([identify_answers(teacher, images), describe_surroundings(device)])
+    made_with = json.dumps([identify_answers(teacher, images), surroundings])
     key = [what, made_with, images.settings.evaluation_batch_size, identify_labels(images)]
     return keep_result([*key, *map(identify_pixels, (images.train, images.meta_validation))], measure, shared)
 
@@ -114,11 +116,12 @@ def identify_images(images: Images) -> str:
 
 
 def identify_content(part: ImageSet) -> torch.Tensor | str:
-    """The pixels, or of files a hash of all that lie where these do, by folder and name."""
+    """The pixels, or of files a hash of all that lie where these do, by folder and name, or, without, by the first."""
     if isinstance(part.images, torch.Tensor):
         return part.images
     names = "\n".join("/".join(name.split("/")[-2:]) for name in part.images.source.names)
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    found = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    return found if part.images.source.names_tell else digest([found, identify_pixels(part)])
 
 
 def check_same_images(images: Images, run: Run, world: str = "") -> None:

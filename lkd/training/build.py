@@ -207,6 +207,8 @@ def start_from_file(model: ModelRecipe, architecture: dict[str, Any], images: Im
     plain = build_network(**architecture)
     shapes, head = {key: tensor.shape for key, tensor in plain_state_dict(plain).items()}, find_head(plain)
     others = [key for key in start if model.new_head and is_within(key, head)]
+    if model.new_head and not others:
+        raise UserError(f"student.new_head: {architecture['name']} has no classifier that is known; leave it out")
     anew = [key for key, tensor in start.items() if shapes[key] != tensor.shape or key in others]
     taken = f" ({header['taken']}*)" if header.get("taken") else ""
     said = f", starts from {path}{taken}" + (f", anew: {', '.join(anew)}" if anew else "")

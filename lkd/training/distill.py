@@ -70,16 +70,19 @@ def distill(
             f"warning: loss 'influence_weighted': first_epoch: {loss.settings.first_epoch} never comes in "
             f"train.epochs, {train.epochs}, so that all weights stay 1"
         )
-    teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
+    teacher = None
+    if loss.needs_teacher or labelled_size:
+        teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:
         trust = measure_teacher(parts.teacher, known, run.device, teacher)
         loss.set_trust(trust)
         run.say(str(trust))
         told = {"trust": trust.figures.to_json()}
-    labelled = label_by_teacher(images, labelled_size, teacher, run.device)
+    labelled = label_by_teacher(images, labelled_size, teacher, run.device) if teacher else images
+    asked = teacher if loss.needs_teacher else None
     training = start_training(
-        parts.student, labelled, loss, teacher, train, seed, run.device, shared=True, balance=parts.balance
+        parts.student, labelled, loss, asked, train, seed, run.device, shared=True, balance=parts.balance
     )
     return train_to_the_end(training, labelled, parts.student, run, "student", told, report_test)
 

@@ -52,7 +52,7 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared:
     if not len(logits):
         raise BrokenInputError(f"evaluation: none of the {len(images)} images can be decoded: replace them")
     check_answers(logits, unusable)
-    ranked = logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)
+    ranked = (logits.topk(min(5, logits.shape[1]), 1).indices == target.unsqueeze(1)).cpu()  # MPS has no float64
     temperature = find_best_temperature(logits, target)
     return {
         "top1": 100 * ranked[:, 0].double().mean().item(),

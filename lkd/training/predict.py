@@ -17,8 +17,7 @@ from lkd.data.augment import resize_shorter_side
 from lkd.data.image_files import DamagedImageError, LoadingOptions, decode, is_hidden
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
-from lkd.models.build import unwrap
-from lkd.models.dry_run import check_image_size
+from lkd.models.build import try_black_image, unwrap
 from lkd.models.teacher import load_teacher_network
 from lkd.tracking.run import choose_device
 
@@ -53,7 +52,7 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
     if "input" not in header:
         how = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
         say(f"{recipe.checkpoint}: pictures are normalised by {how}, since the file does not say how")
-    check_image_size(recipe.checkpoint, network, wanted.shape)
+    try_black_image(network, recipe.checkpoint, wanted.shape)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
     network, count = network.to(device), 0
     for first in range(0, len(pictures), recipe.batch_size):

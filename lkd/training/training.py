@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from lkd.balance.balancing import Balancing
 from lkd.config.parts import TrainRecipe
@@ -91,13 +92,15 @@ class Training:
         self.scaler = torch.amp.GradScaler(batches.device.type, enabled=recipe.precision == "float16")
         self.is_clipped, self.norm_before_clipping = False, torch.tensor(torch.nan)
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.epoch_average = AveragedModel(student, use_buffers=True) if recipe.swa_epochs else None
+        by_tensor = get_swa_avg_fn()  # torch's fused averaging, on GPUs, takes no integers, such as BatchNorm's counts
+        averaged = AveragedModel(student, avg_fn=by_tensor, use_buffers=True) if recipe.swa_epochs else None
+        self.epoch_average = averaged
         self.clock = StepClock(batches.device)
         self.computation: Any = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
         self.shared = batches.part[1] > 1
         if self.shared:
             if recipe.sync_batchnorm:
-                self.computation.student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+                self.computation.student = convert_sync_batchnorm(student)
             own_gpu = [batches.device] if batches.device.type == "cuda" else None
             lines = check_trainable(student, "student", batches.images.image_shape, 2)
             unused = any(line.startswith(NO_GRADIENT) for line in lines)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 import lkd
-from lkd.api import name_images, name_loss, name_student
+from lkd.api import describe_images, name_images, name_loss, name_student
 from lkd.cli import main
 from lkd.config import DataRecipe
 from lkd.core.files import read_json
@@ -313,14 +313,16 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8
 class Pictures(Dataset):
     """A data set as torchvision has them."""
 
-    def __init__(self, transform=None, target=lambda position: position % 3) -> None:
-        self.transform, self.target = transform, target
+    def __init__(self, transform=None, target=lambda position: position % 3, turned: int = 0) -> None:
+        self.transform, self.target, self.turned, self.damaged = transform, target, turned, -1
 
     def __len__(self) -> int:
         return len(PIXELS)
 
     def __getitem__(self, position: int):
-        image = Image.fromarray(PIXELS[position])
+        if position == self.damaged:
+            raise OSError("image file is truncated")
+        image = Image.fromarray(PIXELS[position]).rotate(self.turned)
         return (self.transform(image) if self.transform else image), self.target(position)
 
 
@@ -349,6 +351,12 @@ def test_pictures_of_a_torchvision_dataset_stay_where_they_are() -> None:
     assert isinstance(images.images, ImageFiles)
     assert images.class_names == ("a", "b", "c")
     assert images.batch(torch.arange(4), torch.device("cpu")).images.shape == (4, 3, 8, 8)
+    other = Pictures(turned=90)
+    other.targets, other.classes = pictures.targets, pictures.classes
+    known, found = (digest(describe_images(read_images(each, image_size=8))) for each in (pictures, other))
+    assert known != found, "their names, numbers, do not tell them apart"
+    pictures.damaged = 2
+    assert images.batch(torch.arange(4), torch.device("cpu")).index.tolist() == [0, 1, 3]
     with pytest.raises(lkd.UserError, match="has no `targets`"):
         read_images(Pictures(), image_size=8)
     pictures.transform = lambda image: image

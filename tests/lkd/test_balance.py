@@ -168,7 +168,7 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
     wrong = {"name": "kd", "balance": {"name": "dynamic", "grwth": 1.0}}
     recipe = CompareRecipe(methods={"A": wrong}, baseline="A")
     with pytest.raises(UserError, match=r"methods\.A: balance 'dynamic': .*'grwth'"):
-        check_methods(recipe, open_inputs(recipe))
+        check_methods(recipe, open_inputs(recipe), CPU)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,8 @@ def test_a_method_of_a_comparison_has_a_balance_of_its_own(tmp_path) -> None:
         ({"name": "dynamic", "maximum": float("inf")}, "balance 'dynamic': minimum 0.0, maximum inf"),
         ({"name": "dynamic", "direction": -1}, "balance 'dynamic': .*'direction'"),
         ({"name": "dynamic", "normalize": 1}, "balance.normalize: 1 is neither"),
-        ({"name": "dto_kd", "every": "two"}, "balance 'dto_kd': "),
+        ({"name": "dto_kd", "every": "two"}, "balance 'dto_kd': every: two is not a whole number"),
+        ({"name": "variance_optimal", "samples": 3.5}, "samples: 3.5 is not a whole number of at least 2"),
     ],
 )
 def test_a_bad_balance_is_one_line(balance, message: str) -> None:

@@ -122,6 +122,9 @@ def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their
         ({"methods": {"KD": {"name": "kd", "grid": {"train.lr": [0.1]}}}}, r"methods\.KD\.grid\.train\.lr'; nearest"),
         ({"methods": {"KD": {"name": "kd", "train": {"learning_rate": "1e-1"}}}}, r"train\.learning_rate: '1e-1'"),
         ({"methods": {"KD": {"name": "kd", "grid": {"train.epochs": [1, 0]}}}}, r"methods\.KD\.grid\.train\.epochs: 0"),
+        ({"methods": {"KD": {"name": "kd", "train": {"batch_size": 5000}}}}, r"methods\.KD: train\.batch_size"),
+        ({"methods": {"KD": {"name": "kd", "train": {"accumulation": 7}}}}, r"methods\.KD: train\.accumulation: 7"),
+        ({"methods": {"KD": {"name": "kd", "train": {"warmup_epochs": 50}}}}, r"methods\.KD: train\.warmup_epochs"),
         ({"methods": {"KD": "missing.lkd.safetensors"}}, r"methods\.KD: missing\.lkd\.safetensors"),
         ({"baseline": "DKD"}, "baseline: 'DKD' .* CE, KD"),
         ({"students": []}, "students: none"),
@@ -132,7 +135,7 @@ def test_seeds_share_the_budget_and_the_pick_is_best_on_meta_validation_in_their
 def test_a_mistake_is_one_line_before_any_training(changes: dict, named: str) -> None:
     recipe = tiny_recipe(**changes)
     with pytest.raises(UserError, match=named):
-        check_methods(recipe, trials.open_inputs(recipe))
+        check_methods(recipe, trials.open_inputs(recipe), torch.device("cpu"))
 
 
 # Statistics and tables.
@@ -253,6 +256,25 @@ def test_trainings_of_two_devices_are_called_so(monkeypatch) -> None:
         next(run.path.glob("cells/*.json")).unlink()
         monkeypatch.setattr("lkd.evaluation.comparison.trials.describe_device", lambda _: "cuda (Tesla T4)")
     assert ", cuda (Tesla T4)." in notes
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_grid_over_losses_and_a_test_image_that_makes_no_sense(monkeypatch) -> None:
+    """The grid picks the loss; where the test split alone gives logits that are not finite, that counts as guessing."""
+    methods = {"CE": "cross_entropy", "any": {"grid": {"name": ["kd", "cross_entropy"]}}}
+    recipe = tiny_recipe(methods=methods, baseline="CE", seeds=1, train=TrainRecipe(epochs=1))
+    score = trials.evaluate
+
+    def evaluate(network, images, device):
+        if len(images) > 200:  # the test split
+            raise DivergedError("evaluation: logits are not finite")
+        return score(network, images, device)
+
+    monkeypatch.setattr(trials, "evaluate", evaluate)
+    with open_run(recipe, "compare") as run:
+        rows = compare(recipe, run)
+    assert {row["last"][0] for row in rows} == {10.0}
+    assert "Diverged, and counted as guessing" in (run.path / "table.txt").read_text()
 
 
 def test_any_change_of_the_recipe_is_another_trial(tmp_path) -> None:

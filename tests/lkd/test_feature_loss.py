@@ -13,7 +13,13 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import FeatureLoss, LearnedLoss
 from lkd.losses.build import build_loss
-from lkd.losses.learned.features import attend_places, draw_projection, project_channels, relate_images
+from lkd.losses.learned.features import (
+    attend_places,
+    draw_orthonormal,
+    draw_projection,
+    project_channels,
+    relate_images,
+)
 from lkd.losses.learned.file import save_loss
 from lkd.losses.learned.loss import build_learned_loss
 from lkd.training.build import prepare_images
@@ -99,8 +105,11 @@ def test_projections_keep_lengths_and_do_not_depend_on_any_seed() -> None:
         gram = projection @ projection.T if size <= channels else projection.T @ projection
         torch.testing.assert_close(gram, torch.eye(min(size, channels)))
     assert not torch.equal(draw_projection(16, 16, "student"), draw_projection(16, 16, "teacher"))
+    with torch.inference_mode():
+        assert draw_projection(24, 16, "student").is_inference()
+    assert not draw_projection(24, 16, "student").is_inference(), "else a training after an evaluation has no gradient"
     drawn = draw_projection(8, 16, "student")
-    draw_projection.cache_clear()
+    draw_orthonormal.cache_clear()
     torch.manual_seed(17)
     assert torch.equal(draw_projection(8, 16, "student"), drawn)
 

@@ -246,7 +246,10 @@ def test_evaluation_takes_as_many_images_as_it_is_told(images) -> None:
 @pytest.mark.outside(29)
 def test_a_teacher_out_of_memory_is_one_line(images) -> None:
     teacher = Teacher(Greedy())
-    assert len(TabulatedTeacher(teacher, images.train, CPU).logits) == 100 + 1
+    table = TabulatedTeacher(teacher, images.train, CPU)
+    assert len(table.logits) == 100 + 1
+    stranger = images.train.batch(torch.tensor([0]), CPU)._replace(index=torch.tensor([10**6]))
+    assert table(stranger).logits.isnan().all(), "an image of another set stops a training"
     assert len(label_by_teacher(images, 10, teacher, CPU).train) == 100
     with pytest.raises(UserError, match=r"data\.evaluation_batch_size"):
         TabulatedTeacher(teacher, replace(images.train, at_once=31), CPU)

@@ -273,6 +273,17 @@ def test_a_vision_transformer_learns_and_teaches_at_other_sizes(capsys) -> None:
 
 
 @pytest.mark.outside(20)
+def test_a_start_of_another_image_size_is_one_line_and_leaves_the_folder_free(capsys) -> None:
+    architecture = {"name": "vit_tiny_patch16_224", "options": {"embed_dim": 12, "depth": 1, "num_heads": 2}}
+    torch.save(build(**architecture, num_classes=10, in_chans=1).model.state_dict(), "vit.pth")
+    student = f"{{name: vit_tiny_patch16_224, path: vit.pth, options: {architecture['options']}}}".replace("'", "")
+    for words in (["--student", student], ["--student.name", "torchvision/alexnet"]):
+        assert main(["distill", *S, "--loss", "kd", *words, "--run_dir", "r"]) == 2
+        assert "takes no images of" in capsys.readouterr().err
+    assert main(["distill", *S, "--loss", "cross_entropy", "--run_dir", "r"]) == 0
+
+
+@pytest.mark.outside(20)
 def test_a_network_that_takes_one_size_only_is_one_line() -> None:
     with pytest.raises(UserError, match=r"crossvit_9_240.*28×28"):
         fit_image_size("crossvit_9_240", {"nonsense": 1}, (3, 28, 28))

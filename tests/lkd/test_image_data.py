@@ -197,7 +197,10 @@ def test_damaged_images_are_skipped_counted_and_named(tmp_path, caplog) -> None:
 def test_too_many_damaged_images_end_the_run(tmp_path, capsys) -> None:
     root = write_image_folder(tmp_path)
     images = load_dataset("image_folder", root, LoadingOptions(24, damaged_limit=0.0)).train
+    again = load_dataset("image_folder", root, LoadingOptions(24, damaged_limit=0.0001)).train
     [name] = damage(images, [0])
+    for _ in range(3):  # the same picture again is no other one
+        again.batch(torch.arange(2), torch.device("cpu"))
     with pytest.raises(UserError, match=rf"1 of \d+ images seen cannot be decoded \({name}\), more than data\.damaged"):
         images.batch(torch.arange(2), torch.device("cpu"))
     words = ["--data.root", root, "--data.train_size", "24", "--data.meta_validation_size", "8", "--student.name"]

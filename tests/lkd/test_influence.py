@@ -22,7 +22,7 @@ from lkd.core.statistics import area_under_curve, spearman
 from lkd.core.tensor_files import digest
 from lkd.data import ImageSet
 from lkd.data.label_noise import add_label_noise
-from lkd.influence.influence import measure_influence
+from lkd.influence.influence import Influence, measure_influence
 from lkd.influence.solvers import InfluenceProblem
 from lkd.influence.weighted_loss import load_weights, save_weights, weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
@@ -304,6 +304,23 @@ def test_a_system_that_is_not_solved_is_warned_of(caplog) -> None:
     assert "raise influence.iterations" in caplog.text
 
 
+def test_ekfac_leaves_damaged_images_out_and_draws_by_the_seed(monkeypatch) -> None:
+    pytest.importorskip("kronfluence")
+    torch.manual_seed(0)
+    train, network = draw_images(60, 4), Network(precision=torch.float32)
+    read = ImageSet.batch
+    monkeypatch.setattr(ImageSet, "batch", lambda images, at, device: read(images, at[images.index[at] != 7], device))
+
+    def ask(seed: int) -> Influence:
+        settings = InfluenceSettings(method="ekfac", curvature_examples=20, batch_size=16)
+        return measure_influence(network, CrossEntropyLoss(), None, train, draw_images(20, 5), CPU, settings, seed=seed)
+
+    first, again, other = ask(0), ask(0), ask(1)
+    assert first.index.tolist() == [index for index in train.index.tolist() if index != 7]
+    assert torch.equal(first.scores, again.scores)
+    assert not torch.equal(first.scores, other.scores)
+
+
 # A loss with a weight for every example: its gradient, its training, its file, its command.
 
 TEACHER = TeacherRecipe(path="random", name="small_cnn")
@@ -447,6 +464,14 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path, favour: str) -
 def test_bad_options_of_a_weighted_loss_are_one_line(images, loss, message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare_loss({"name": "influence_weighted", **loss}, ModelRecipe(), TEACHER, images, 0)
+
+
+def test_what_cannot_be_measured_is_said_before_the_first_epoch(images) -> None:
+    wrong = {"parameters": "clasifier"}, {"method": "exact"}
+    for settings, message in zip(wrong, ("no parameter's name begins with 'clasifier'", "exact inverts"), strict=True):
+        loss = prepare_loss(WEIGHTED | {"first_epoch": 30, "influence": settings}, ModelRecipe(), TEACHER, images, 0)
+        with pytest.raises(UserError, match=message):
+            loss.begin_epoch(0, build("small_cnn", 10, 1), images.train, None, 0.0)
 
 
 def test_weights_of_other_images_are_refused(images, tmp_path) -> None:

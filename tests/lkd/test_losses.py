@@ -110,6 +110,8 @@ def test_dkd_is_two_divergences_between_explicit_distributions(classes: int) -> 
 
 def test_dkd_ramps_the_teacher_up() -> None:
     student, teacher, target = draw()
+    with pytest.raises(UserError, match=r"warmup: 20 is not in \[0, 1\]"):
+        build_loss({"name": "dkd", "warmup": 20})
     loss = build_loss({"name": "dkd", "warmup": 0.2})
     full, half = loss(student, teacher, target, 0.9), loss(student, teacher, target, 0.1)
     torch.testing.assert_close(half["other_classes"], full["other_classes"] / 2)
@@ -237,6 +239,8 @@ def test_a_user_s_function_or_module_becomes_a_loss() -> None:
     assert loss(outputs, outputs, target, 0.5, index=torch.arange(4)) == {"a": 1.0}
     with pytest.raises(UserError, match="float"):
         wrap_loss(lambda s, t, y: 1.0)(outputs, outputs, target)
+    ones = wrap_loss(lambda s, t, y: {"task": s.logits.mean(), "other": s.logits.mean().view(1)})
+    assert {term.shape for term in ones(outputs, outputs, target).values()} == {torch.Size([])}, "so they are added up"
     with pytest.raises(UserError, match="'a' as float"):
         wrap_loss(lambda s, t, y: {"a": 1.0})(outputs, outputs, target)
     for each in (F.cross_entropy, lambda *inputs, **options: {"task": F.cross_entropy(*inputs, **options)}):

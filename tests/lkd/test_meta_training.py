@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,7 @@ def test_meta_training_leaves_a_bad_balance() -> None:
         ("meta.reuse_epochs: 3 .* train.epochs, 2", {}, {"reuse_every": 1, "reuse_epochs": 3}),
         ("train.schedule: step", {}, {"reuse_every": 1, "train": TrainRecipe(epochs=200, schedule="step")}),
         ("meta.reuse_patience: 2", {}, {"reuse_patience": 2}),
+        ("meta.reference: .* needs looks", {}, {"reference": {"name": "cross_entropy"}}),
         ("pool.sampling: latest", {"sampling": "latest"}, {"interleaving": "alternate"}),
         ("pool_dir: pool", {}, {"interleaving": "alternate", "pool_dir": "pool"}),
         ("students_per_step: 2 .* 3 students", {}, {"interleaving": "alternate", "students": [ModelRecipe()] * 3}),
@@ -284,8 +286,9 @@ def test_students_at_the_end_of_a_schedule_are_doubted(pool) -> None:
     ):
         recipe = tiny_recipe({"max_age": max_age})
         recipe.train = replace(recipe.train, **train)
-        assert bool(doubt_ages(recipe, [])) == warned
-    assert not doubt_ages(tiny_recipe({"max_age": 1.0}), [pool]), "whose students are younger"
+        assert bool(doubt_ages(recipe, [SimpleNamespace(recipe=recipe)], [])) == warned
+    old = tiny_recipe({"max_age": 1.0})
+    assert not doubt_ages(old, [SimpleNamespace(recipe=old)], [pool]), "whose students are younger"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,6 +337,18 @@ def test_a_loss_of_no_hypergradient_was_not_learned() -> None:
     provenance = read_provenance(run_recipe(recipe))
     assert provenance["hypergradients"]["counted"] == 0
     assert not provenance["learned"]
+
+
+def test_clipped_hypergradients_are_so_while_the_loss_alternates_too() -> None:
+    recipe = tiny_recipe(YOUNG, outer_steps=4, interleaving="both", clip_each=1e-4)
+    curve = read_provenance(run_recipe(recipe))["curve"]
+    assert all(0 < row["outer/hypergradient_norm"] < 1.001e-4 for row in curve)
+
+
+def test_students_that_read_other_stages_share_a_teacher() -> None:
+    recipe = tiny_recipe({**SMALL, "loss": "at"}, outer_steps=1, estimator="first_order")
+    recipe.students = [ModelRecipe("small_cnn"), ModelRecipe("resnet8")]
+    assert run_recipe(recipe).exists()
 
 
 def test_where_nothing_that_is_learned_counts_it_is_said_before_and_after(capsys) -> None:

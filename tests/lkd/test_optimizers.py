@@ -208,7 +208,10 @@ def test_the_head_has_a_rate_of_its_own(name: str) -> None:
     assert {len(parameter) for parameter, rate in rates.items() if rate > 0.1} == {10}
 
 
-def test_the_average_over_epochs_is_the_mean_of_their_weights(images) -> None:
+@pytest.mark.parametrize("as_on_gpus", [False, True])
+def test_the_average_over_epochs_is_the_mean_of_their_weights(images, as_on_gpus: bool, monkeypatch) -> None:
+    if as_on_gpus:  # where torch would average all tensors at once
+        monkeypatch.setattr("torch.optim.swa_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"])
     training = start(images, ModelRecipe("tiny_cnn"), epochs=4, swa_epochs=3)
     kept = []
     for epoch in range(4):
@@ -273,6 +276,8 @@ def test_stages_that_a_network_lacks_are_refused(images) -> None:
     everything = [name for name, _ in network.named_children()]
     with pytest.raises(UserError, match="leaves nothing"):
         freeze_stages(network, everything)
+    with pytest.raises(UserError, match=r"freeze: 0\.1 is a BatchNorm1d, whose statistics would go on moving"):
+        freeze_stages(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)), ["0"])
 
 
 def test_a_head_is_kept_or_starts_anew(images) -> None:
@@ -287,6 +292,10 @@ def test_a_head_is_kept_or_starts_anew(images) -> None:
     for name, tensor in saved.state_dict().items():
         assert torch.equal(kept[name], tensor)
         assert torch.equal(anew[name], tensor) != name.startswith(find_head(saved)[0])
+    plain = choose_student(ModelRecipe("torchvision/squeezenet1_1"), images.train)
+    save_network(path, plain.build(0, CPU), plain.architecture, {}, images.train)
+    with pytest.raises(UserError, match=r"student.new_head: torchvision/squeezenet1_1 has no classifier"):
+        choose_student(ModelRecipe("torchvision/squeezenet1_1", path=str(path), new_head=True), images.train)
     with pytest.raises(UserError, match=r"student.new_head: is of the classifier in student.path"):
         choose_student(ModelRecipe("tiny_cnn", new_head=True), images.train)
 

@@ -284,6 +284,10 @@ def test_class_folders_of_numbers_and_a_class_map(tmp_path) -> None:
     files = [images.train.images.name(slot) for slot in range(12)]
     assert [int(name.split("/")[0]) for name in files] == images.train.labels.tolist()
     assert images.test.class_names[2] == "2"
+    words = ["--data.name", "image_folder", "--data.root", str(tmp_path), "--data.class_map", recipe.class_map]
+    words += ["--data.image_size", "24", "--data.meta_validation_size", "0", "--train.epochs", "1"]
+    assert main(["teacher", *words, "--train.batch_size", "4", "--model.name", "tiny_cnn", "--run_dir", "t"]) == 0
+    assert main(["evaluate", "t/teacher.safetensors", "--device", "cpu"]) == 0, "the file says its last part only"
     (tmp_path / "classes.txt").write_text("0\n1\n")
     with pytest.raises(UserError, match=r"data\.class_map"):
         prepare_images(recipe, scored=False)

@@ -193,6 +193,12 @@ def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
     assert cached["hours"]["training"] == pytest.approx(one["hours"]["training"] - saved, rel=0.02)
 
 
+def test_cross_entropy_asks_no_teacher_and_a_cache_is_of_the_recipes_augmentations() -> None:
+    assert "teacher" not in plan("--train.batch_size", "512", "--loss", "cross_entropy")["step"]
+    own = plan("--train.batch_size", "512", "--loss", "kd", "--data.augmentation_seeds", "4")
+    assert own["cache"]["augmentation_seeds"] == 4
+
+
 def test_a_teacher_that_is_asked_about_each_image_once_works_in_no_step(capsys) -> None:
     plain, words = ("--data.augmentation", "none", "--train.batch_size", "512"), ("--teacher.cache", "answers")
     cached = plan("--train.batch_size", "512", "--loss", "kd", *words)

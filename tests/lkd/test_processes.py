@@ -17,9 +17,11 @@ from lkd.core import distributed
 from lkd.core.distributed import read_job
 from lkd.core.errors import UserError
 from lkd.data import Batches
+from lkd.models.build import build
 from lkd.models.files import load_network
 from lkd.tracking.run import open_run
 from lkd.training.build import prepare_images
+from lkd.training.training import convert_sync_batchnorm
 from tests.processes import VIT, Command, start_job
 
 TINY = ["--data.train_size", "200", "--data.meta_validation_size", "101", "--train.batch_size", "40", "--device", "cpu"]
@@ -115,6 +117,14 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch) -> None:
         open_run(CompareRecipe(run_dir="c"), "compare"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18"])
+def test_synchronised_batch_norm_keeps_activations(name: str) -> None:
+    network, images = build(name, 10, 3).eval(), torch.randn(4, 3, 32, 32)
+    before = network(images).logits
+    torch.testing.assert_close(convert_sync_batchnorm(network)(images).logits, before, rtol=1e-4, atol=1e-6)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
 
 
 def test_synchronised_batch_norm_needs_gpus(capsys) -> None:

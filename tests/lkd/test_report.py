@@ -19,7 +19,7 @@ from lkd.config import CompareRecipe
 from lkd.config.parse import parse_recipe
 from lkd.core.files import read_json, write_json
 from lkd.core.tensor_files import write_tensors
-from lkd.evaluation.report.charts import MOST_SURFACES, describe_curve
+from lkd.evaluation.report.charts import MOST_SURFACES, describe_curve, draw_loss
 from lkd.evaluation.report.page import build_page, command_line
 from lkd.evaluation.report.runs import Point, describe_header, name_apart, read_curves, read_runs, thin
 from lkd.losses.learned.loss import build_learned_loss
@@ -423,3 +423,11 @@ def test_a_browser_draws_it_and_runs_nothing_that_was_planted(copies: Path) -> N
     assert "data-planted" not in dict(page.elements)["html"]
     Path("broken.html").write_text(text.replace('"use strict";', '"use strict"; nowhere();'))
     assert render(Path("broken.html"), copies)[1], "a mistake, or a script that the policy refuses, is seen"
+
+
+def test_the_loss_that_ships_is_drawn_whatever_folder_has_its_name() -> None:
+    Path("universal").mkdir()
+    record = draw_loss("universal", "universal", Path.cwd(), Trust(TrustFigures(0.9, 0.8)))
+    assert record["note"] is None
+    assert len(record["panels"]) == 3
+    assert "of its batch it is told" in record["trust"]

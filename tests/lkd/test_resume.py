@@ -220,4 +220,4 @@ def test_a_meta_training_that_is_stopped_and_killed_goes_on_to_the_same_bits(mon
     expected, found = read_provenance(whole), read_provenance(resumed)
     assert expected["reuse"] == found["reuse"]
     for a, b in zip(expected["curve"], found["curve"], strict=True):
-        assert all(b[key] == value for key, value in a.items() if "audit" not in key)
+        assert a == b

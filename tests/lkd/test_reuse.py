@@ -149,6 +149,9 @@ def test_a_shorter_training_keeps_its_shape() -> None:
     with pytest.raises(UserError, match="3 epochs have no room for the 3 milestones"):
         shorten(whole, 3)
     assert shorten(TrainRecipe(epochs=100, swa_epochs=5), 10).swa_epochs == 1
+    assert shorten(TrainRecipe(epochs=30, warmup_epochs=1), 10).warmup_epochs == 1, (
+        "else it would start at the full rate"
+    )
     assert shorten(TrainRecipe(epochs=5, warmup_epochs=3), 1).warmup_epochs == 0, "else it would be all of it"
     cool = TrainRecipe(epochs=10, cooldown_epochs=9)
     assert (shorten(cool, 5).cooldown_epochs, shorten(cool, 1).cooldown_epochs) == (4, 0)

@@ -113,9 +113,8 @@ def test_an_artifact_of_wandb_is_fetched_by_version(loss: Path, monkeypatch, tmp
             return types.SimpleNamespace(name="loss-a:v3", download=download)
 
     monkeypatch.setattr(wandb, "Api", Api)
-    monkeypatch.setenv("LKD_CACHE", str(tmp_path / "cache"))
     assert isinstance(lkd.load_loss("wandb://me/lkd/loss-a:latest"), torch.nn.Module)
     assert set(asked) == {"me/lkd/loss-a:latest"}
-    assert (tmp_path / "cache/wandb/me/lkd/loss-a-v3/loss.lkd.safetensors").is_file()
+    assert (tmp_path / "cache/lkd/wandb/me/lkd/loss-a-v3/loss.lkd.safetensors").is_file()
     with pytest.raises(UserError, match="wandb://me/lkd/missing:latest: cannot be had: artifact not found"):
         lkd.load_loss("wandb://me/lkd/missing")

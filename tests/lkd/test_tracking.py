@@ -28,7 +28,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import flatten, hash_file, read_json
 from lkd.core.tensor_files import digest
 from lkd.tracking import tracker as service
-from lkd.tracking.lineage import Entry, find_used, hash_folder, record
+from lkd.tracking.lineage import Entry, find_used, hash_folder, list_sources, record
 from lkd.tracking.run import open_run
 from lkd.tracking.tracker import Tracker, read_log
 from lkd.training.training import Training
@@ -337,3 +337,9 @@ def test_every_draw_of_a_sweep_is_a_run_of_its_own_that_logs_what_is_optimised(p
     run = next(record["run"] for record in read_wandb(folder) if record["type"] == "run")
     assert (run["run_id"], run["sweep_id"]) == ("abc123", "sweep123")
     assert (folder / "wandb_run_id").read_text() == "abc123"
+
+
+def test_how_influence_weighs_is_no_file() -> None:
+    assert list_sources({"influence": {"weights": "sigmoid"}, "loss": {"weights": "w"}}) == {
+        "loss.weights": ("weights", "w")
+    }

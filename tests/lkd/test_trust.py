@@ -141,6 +141,8 @@ def test_of_a_teacher_that_answers_at_random_what_the_training_gets_is_measured(
 def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensor_files, "KEPT_FROM", 0.0)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)  # an earlier test's own code: nothing would be kept
+    surroundings = {"commit": "abc1234"}
+    monkeypatch.setattr("lkd.training.answers.describe_surroundings", lambda _: surroundings)
     asked: list[int] = []
 
     def start(data: DataRecipe, teacher: TeacherRecipe) -> tuple[bool, str, TrustFigures]:
@@ -170,6 +172,9 @@ def test_what_a_teacher_reached_is_measured_once(monkeypatch: pytest.MonkeyPatch
     for path in Path(root).glob("train/*/*"):
         Image.new("RGB", (40, 40)).save(path)
     assert start(*files)[0], "other images of the same names"
+    surroundings["commit"] = "abc1234-dirty"
+    assert start(*files)[0], "by code that is not committed"
+    assert start(*files)[0], "which may change again"
 
 
 @pytest.mark.parametrize(

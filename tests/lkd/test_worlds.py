@@ -164,6 +164,18 @@ def test_the_recipe_of_the_universal_loss_runs() -> None:
     assert load_loss(path).reads_trust
 
 
+def test_settings_are_those_of_the_worlds() -> None:
+    """The recipe's own training is nobody's; an estimator is tried in each world before any pool is built."""
+    recipe = tiny_recipe(SMALL, outer_steps=1, estimator="first_order", reuse_every=1, reuse_epochs=2)
+    recipe.train.epochs, recipe.worlds = 1, {"a": {"train": {"epochs": 3}}, "b": {"train": {"epochs": 2}}}
+    assert run_recipe(recipe).exists()
+    recipe.run_dir, recipe.meta.estimator = "early", "higher"
+    recipe.worlds["a"] = {"train": {"epochs": 3, "optimizer": "adamw", "learning_rate": 0.001}}
+    with pytest.raises(UserError, match=r"meta\.estimator higher: .* SGD"):
+        run_recipe(recipe)
+    assert not Path("early/pool").exists()
+
+
 def test_a_start_is_gone_on_from_and_kept_where_nothing_is_better() -> None:
     recipe = tiny_recipe(SMALL, outer_steps=1, learning_rate=0.0, loss={"hidden": 3})
     first = run_recipe(recipe)

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lkd.balance.balancing import build_balance
 from lkd.config.evaluation import CompareRecipe
 from lkd.core.errors import UserError
@@ -33,9 +35,10 @@ from lkd.evaluation.comparison.trials import (
 )
 from lkd.tracking.run import Run, evidence
 from lkd.training.answers import check_same_images
-from lkd.training.build import LossBuilder, choose_student
+from lkd.training.build import LossBuilder, build_batches, choose_student
 from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher
 from lkd.training.optimizer import build_optimizer, build_scheduler, check_names
+from lkd.training.training import check_settings
 
 
 def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
@@ -43,13 +46,14 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     check_names(recipe.train)
     inputs = open_inputs(recipe)
     check_same_images(inputs.images, run)
-    check_methods(recipe, inputs)
+    check_methods(recipe, inputs, run.device)
     students = [choose_student(student, inputs.images.train) for student in recipe.students]
     run.say(introduce_images(inputs.images))
     run.say(*(introduce_network("student", student, inputs.images, run.device, recipe.train) for student in students))
     run.say(introduce_teacher(inputs.teacher, inputs.images, run.device))
-    unlearned = [label for label, method in recipe.methods.items() if was_method_learned(method) is False]
-    run.say(*(f"methods.{label}: {UNLEARNED}" for label in unlearned))
+    for label, method in recipe.methods.items():
+        if any(was_method_learned(point) is False for point in expand_grid(method)):
+            run.say(f"methods.{label}: {UNLEARNED}")
     with start_workers(recipe.workers, run.device, recipe.threads, recipe.plugins) as workers:
         finish_trials(recipe, plan_tuning(recipe), run, workers, "tune")
         picks = pick_options(recipe, run.path)
@@ -63,7 +67,7 @@ def compare(recipe: CompareRecipe, run: Run) -> list[Row]:
     return table
 
 
-def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
+def check_methods(recipe: CompareRecipe, inputs: TrialInputs, device: torch.device) -> None:
     """Build every loss once for every student, and every optimiser, so that a mistake shows before any training."""
     if recipe.baseline not in recipe.methods:
         raise UserError(f"baseline: {recipe.baseline!r} is not one of the methods {', '.join(recipe.methods)}")
@@ -83,7 +87,9 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs) -> None:
                 losses = LossBuilder(loss, inputs.teacher, inputs.images)
                 for student in recipe.students:
                     built = losses.build(choose_student(student, inputs.images.train), recipe.seed)
-                build_balance(balance_of(point), built)
+                balance = build_balance(balance_of(point), built)
+                batches = build_batches(inputs.images.train, train, inputs.images.settings, recipe.seed, device)
+                check_settings(train, batches, built, balance)
                 for network in networks:
                     build_scheduler(build_optimizer(network, train), train, 1)
             except UserError as error:

@@ -391,15 +391,17 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
     specification, train = split_method(trial.loss, recipe.train)
     student = choose_student(trial.student, images.train)
     loss = LossBuilder(specification, inputs.teacher, images).build(student, trial.seed)
-    teacher = inputs.answers(device, loss.teacher_stages)
+    asked = loss.needs_teacher or recipe.labelled_size
+    teacher = inputs.answers(device, loss.teacher_stages) if asked else None
     started = time.perf_counter()
     cost = Cost(place)
     balance = build_balance(balance_of(trial.loss), loss)
     trust = inputs.measure(device, recipe.labelled_size) if loss.reads_trust else None
     if trust:
         loss.set_trust(trust)
-    labelled = label_by_teacher(images, recipe.labelled_size, teacher, place)
-    training = start_training(student, labelled, loss, teacher, train, trial.seed, place, balance=balance)
+    labelled = label_by_teacher(images, recipe.labelled_size, teacher, place) if teacher else images
+    taught = teacher if loss.needs_teacher else None
+    training = start_training(student, labelled, loss, taught, train, trial.seed, place, balance=balance)
     weights: list[float] = []
     best: dict[str, Any] = {"top1": -1.0}
     best_weights: dict[str, torch.Tensor] = {}
@@ -442,12 +444,15 @@ def run_trial(recipe: CompareRecipe, trial: Trial, path: Path, device: str = "cp
         row["diverged_at"] = diverged_at
     if trial.reported:
         row["last"] = row["best"] = guess(images.test)
-        if diverged_at is None:
-            row["last"] = evaluate(training.result, images.test, place)
-        if diverged_at is None and best["step"] == training.step:
-            row["best"] = row["last"]
-        elif best_weights:
-            training.result.load_state_dict(best_weights)
-            row["best"] = evaluate(training.result, images.test, place)
+        try:
+            if diverged_at is None:
+                row["last"] = evaluate(training.result, images.test, place)
+            if diverged_at is None and best["step"] == training.step:
+                row["best"] = row["last"]
+            elif best_weights:
+                training.result.load_state_dict(best_weights)
+                row["best"] = evaluate(training.result, images.test, place)
+        except DivergedError:  # of test images alone: what is left counts as guessing
+            row["diverged_at"] = training.step
     write_result(path, row)
     return row

@@ -188,7 +188,9 @@ def draw_loss(name: str, specification: Any, folder: Path, trust: Trust | None =
         coarse = gradient_surface(loss, 0.5, points=1 + (SURFACE_POINTS - 1) // STRIDE)
     except UserError as error:
         return record | {"note": str(error)}
-    if not torch.allclose(frames[2][::STRIDE, ::STRIDE], coarse, rtol=1e-2, atol=1e-5):
+    if isinstance(loss, LearnedLoss | ReplayedLoss) and any("context" in p.conditioning for p in loss.at(0.0).forms()):
+        record["trust"] += "; of its batch it is told what one as broad as this plane has"
+    elif not torch.allclose(frames[2][::STRIDE, ::STRIDE], coarse, rtol=1e-2, atol=1e-5):
         return record | {"note": "compares images of a batch with each other: no function of one image's confidence"}
     panels["gradient at the target logit"] = to_frames(frames)
     if isinstance(loss, LearnedLoss | ReplayedLoss) and "logits" in loss.at(0.0).parts:

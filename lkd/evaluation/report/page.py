@@ -24,6 +24,7 @@ from lkd.core.files import write_text
 from lkd.evaluation.report.charts import PROGRESS, SURFACE_POINTS, draw_losses, find_trust, list_charts
 from lkd.evaluation.report.runs import (
     ABSENT,
+    RESULTS,
     TRAINED,
     Curve,
     Point,
@@ -37,11 +38,12 @@ from lkd.evaluation.report.runs import (
     list_dicts,
     list_settings,
     read_dict,
+    read_header,
     read_part,
     read_runs,
     trace_recipe,
 )
-from lkd.losses.learned.file import NOT_LEARNED
+from lkd.losses.learned.file import NOT_LEARNED, was_learned
 
 SCRIPTS = ("charts.js", "surfaces.js", "report.js")
 COLORS = 8  # of the style sheet
@@ -167,7 +169,8 @@ def tabulate_learned(runs: Sequence[RunRecord]) -> Table:
         first = f"{reuse[0].value:.4f}" if reuse else ABSENT
         at_best = show(value_at(run.log.curves.get("reuse/top1"), kept), "{:.2f}")
         initial = "the start" if run.settings.get("meta.start") else f"the initial one: {NOT_LEARNED}"
-        whose = {None: initial if reuse else "the last", 0: initial}.get(kept, f"after step {kept}")
+        taught = bool(run.settings.get("meta.start")) or was_learned(read_header(run.path / RESULTS["meta-train"]))
+        whose = {None: initial if reuse or not taught else "the last", 0: initial}.get(kept, f"after step {kept}")
         done = f"{outer[-1].step} of {run.settings.get('meta.outer_steps', ABSENT)}" if outer else ABSENT
         rows.append([run.label, run.network, first, best, last, at_best, whose, done, run.duration, run.state])
     return [[*header, "outer steps", "time", "state"], *rows]

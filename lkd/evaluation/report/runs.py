@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lkd.config.parse import COMMANDS
 from lkd.core.errors import UserError
-from lkd.core.files import flatten, read_json
+from lkd.core.files import find_pretrained, flatten, read_json
 from lkd.core.tensor_files import HEADER_KEY
 from lkd.evaluation.comparison.trials import format_options
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned, was_learned
@@ -354,7 +354,9 @@ def trace_recipe(
 
 
 def find_near(name: str, folder: Path) -> Path | None:
-    """Where a name leads: from the working directory, or from the folders above a run, from where it was started."""
+    """Where a name leads: into the package, from the working directory, or from the folders above a run."""
+    if own := find_pretrained(name):
+        return own
     for place in (Path.cwd(), *folder.parents):
         if (place / name).exists():
             return (place / name).resolve()

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -64,16 +65,21 @@ def scale_rows(rows: Tensor, squares: int) -> Tensor:
     return rows * (rows.square().sum(2, keepdim=True) / squares + EPSILON).rsqrt()
 
 
-@lru_cache
 def draw_projection(channels: int, size: int, role: str) -> Tensor:
     """A random matrix [size, channels] with orthonormal rows, or columns if channels < size; the same on every call.
 
     Student and teacher, the roles, have each its own.
     """
+    return torch.from_numpy(draw_orthonormal(channels, size, role))  # of the mode that asks, such as inference
+
+
+@lru_cache
+def draw_orthonormal(channels: int, size: int, role: str) -> NDArray[np.float32]:
+    """The entries of `draw_projection`."""
     generator = np.random.default_rng([channels, size, role == "teacher"])
     q, r = np.linalg.qr(generator.standard_normal((max(channels, size), min(channels, size))))
     orthonormal = q * np.sign(np.diag(r))  # the one factor that every LAPACK agrees on
-    return torch.from_numpy(orthonormal.T if size < channels else orthonormal).float()
+    return np.ascontiguousarray(orthonormal.T if size < channels else orthonormal, np.float32)
 
 
 SEEN = ("progress", "state", "answer", "context")  # kinds of conditioning

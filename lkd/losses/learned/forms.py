@@ -149,6 +149,9 @@ class DecoupledLoss(LogitForm):
         falls_back: bool = False,
     ) -> None:
         super().__init__(locals())
+        for name in ("linear", "fades", "judges_labels", "falls_back"):
+            if not isinstance(self.architecture[name], bool):
+                raise ValueError(f"{name}: {self.architecture[name]!r} is neither true nor false")
         if fades and not {"agreement", "own_accuracy"} <= set(self.conditioning):
             raise ValueError("fades: true needs agreement and own_accuracy in conditioning, to be told who is ahead")
         if judges_labels and not {"agreement", "calibration"} <= set(self.conditioning):

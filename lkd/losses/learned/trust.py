@@ -293,7 +293,7 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
 
 def agree(logits: Tensor, target: Tensor) -> float:
     """Part of the rows whose largest logit is the target's."""
-    return (logits.argmax(1) == target).double().mean().item()
+    return (logits.argmax(1) == target).cpu().double().mean().item()
 
 
 def copy_for(parameter: Tensor, images: Tensor) -> Tensor:
