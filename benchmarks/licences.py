@@ -1,4 +1,4 @@
-"""The licences of everything that `pip install lkd` brings, as the packages themselves state them.
+"""The licences of everything that `pip install .` brings, as the packages themselves state them.
 
 python benchmarks/licences.py [OUT]
 
@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 HEADER = """# Licences of the dependencies
 
-Made by `python benchmarks/licences.py` from the metadata of the installed packages: what `pip install lkd` brings on
+Made by `python benchmarks/licences.py` from the metadata of the installed packages: what `pip install .` brings on
 Linux with Python {python}, without extras. **Bold**: named in pyproject.toml; the others come with these. LKD itself is
 under the MIT licence; Fashion-MNIST, of which it carries a part, too (Zalando SE; the text is beside the images in
 `lkd/data/embedded`). The `universal` loss was learned on it and on glyphs of free fonts (benchmarks/universal); the

@@ -412,7 +412,7 @@ def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> D
     try:
         import datasets
     except ImportError as error:
-        raise UserError('data.name: hfds needs the package `datasets`; pip install "lkd[huggingface]"') from error
+        raise UserError("data.name: hfds needs the package `datasets`: pip install datasets") from error
     title = f"data.name: hfds/{name}"
     try:
         tables = datasets.load_dataset(name, cache_dir=root)

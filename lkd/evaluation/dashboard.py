@@ -121,7 +121,7 @@ def build_report(folder: Path, entity: str, project: str, known: bool) -> Any:
 def make_dashboard(recipe: DashboardRecipe, say: Callable[[str], None] = print) -> str:
     """Make what the recipe asks for; the file of a dry run, else the address."""
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise UserError("dashboard: wandb-workspaces is not installed: pip install 'lkd[dashboard]'")
+        raise UserError("dashboard: wandb-workspaces is not installed: pip install wandb-workspaces")
     names = [read_names(Path(run)) for run in recipe.runs]
     if recipe.report:
         check_comparison(Path(recipe.report))

@@ -118,7 +118,7 @@ def import_extra(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"formats: onnx needs {package}; pip install 'lkd[export]'") from error
+        raise UserError(f"formats: onnx needs {package}: pip install onnx onnxscript onnxruntime") from error
 
 
 FORMATS: dict[str, Callable[[nn.Module, dict[str, Any], Tensor, Path], Written]] = {

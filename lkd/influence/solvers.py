@@ -54,7 +54,7 @@ def check_settings(network: nn.Module, settings: InfluenceSettings) -> None:
         return
     if importlib.util.find_spec("kronfluence") is None:
         raise UserError(
-            'influence.method: ekfac needs kronfluence, which is not installed: pip install "lkd[influence]", '
+            "influence.method: ekfac needs kronfluence, which is not installed: pip install kronfluence, "
             "or take conjugate_gradient"
         )
     if not find_layers(network, settings.parameters):

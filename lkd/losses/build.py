@@ -139,6 +139,6 @@ def import_torchdistill(name: str) -> Callable[..., DistillationLoss]:
         from lkd.losses.torchdistill import TorchdistillLoss
     except ModuleNotFoundError as error:
         raise UserError(
-            f'loss: {name} needs a package that is not installed ({error.name}); pip install "lkd[torchdistill]"'
+            f"loss: {name} needs a package that is not installed ({error.name}): pip install torchdistill"
         ) from error
     return partial(TorchdistillLoss, name.removeprefix(TORCHDISTILL))

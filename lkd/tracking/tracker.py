@@ -188,7 +188,7 @@ def start_trackio(project: str, path: Path, config: dict[str, Any]) -> Service:
     try:
         import trackio
     except ImportError as error:
-        raise UserError("trackio: is not installed: pip install 'lkd[trackio]'") from error
+        raise UserError("trackio: is not installed: pip install trackio") from error
     try:
         run = trackio.init(project=project, name=f"{path.name}-{read_run_id(path)}", config=config, resume="allow")
     except Exception as error:

@@ -199,4 +199,4 @@ def test_without_wandb_workspaces_the_line_says_what_to_install(monkeypatch, cap
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     assert main(["dashboard", "--dry_run"]) == 2
-    assert "pip install 'lkd[dashboard]'" in capsys.readouterr().err
+    assert "pip install wandb-workspaces" in capsys.readouterr().err

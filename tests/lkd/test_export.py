@@ -95,7 +95,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch) -> None
         ({"formats": ["tflite"]}, "formats: unknown name .tflite"),
         ({"formats": []}, "formats: empty"),
         ({"formats": ["timm"]}, "formats: timm has no small_cnn"),
-        ({"formats": ["safetensors", "onnx"]}, r"onnxruntime; pip install 'lkd\[export\]'"),
+        ({"formats": ["safetensors", "onnx"]}, "onnx needs onnxruntime: pip install onnx"),
         ({"checkpoint": "missing.safetensors"}, "missing.safetensors"),
         ({"checkpoint": str(tmp_path / "vit.safetensors")}, r"vit.safetensors: takes no images of 32×32 .* image_size"),
         ({"tolerance": -1.0}, "student.safetensors: its logits differ"),
