@@ -8,6 +8,7 @@ are compared.
 
 import argparse
 import math
+import os
 import sys
 import time
 import traceback
@@ -18,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # earlier torch wants it for deterministic kernels
 
 import torch
 from torch import Tensor

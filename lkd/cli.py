@@ -34,6 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lkd {__version__}")
         return 0
+    code = run(words)
+    return end_at_once(code) if code else code
+
+
+def end_at_once(code: int) -> int:
+    """Leave where NCCL still stands after an error: taking it down would wait for the others; else the code."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    return code
+
+
+def run(words: list[str]) -> int:
+    """Run a command, and say what is wrong in one line; the exit code of `main`."""
     try:
         code = run_command(words[0], words[1:])
         sys.stdout.flush()

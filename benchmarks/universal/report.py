@@ -252,8 +252,10 @@ def main() -> int:
     figures = summarize(found, options.run_dir)
     if more:
         tables += [MORE, tabulate_worlds(more)]
-        if any(FORMER in world for world in more.values()):
-            tables.append(tabulate_arms(more, [FORMER], UNIVERSAL))
+        own = [
+            arm for arm in (*ARMS["changed"], FORMER) if arm != UNIVERSAL and any(arm in each for each in more.values())
+        ]
+        tables.append(tabulate_arms(more, own, UNIVERSAL))
         figures["confirmation"] = {
             key: value for key, value in summarize(more, options.run_dir).items() if value is not None
         }

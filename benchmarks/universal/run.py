@@ -77,6 +77,8 @@ class Arm:
         added: Whether those are trained on too.
         told: Whether the loss is told what was measured of the teacher.
         held_out: Whether that is measured on images that are held out; else on the training images.
+        seen: Whether the teacher was taught the held-out images too; what it would say of them is taken from the
+            training images, which it was taught in the worlds of this arm.
         recipe: Of the meta-training that makes the loss in each world, if one does.
     """
 
@@ -86,6 +88,7 @@ class Arm:
     added: bool = False
     told: bool = True
     held_out: bool = True
+    seen: bool = False
     recipe: str = ""
 
 
@@ -232,7 +235,7 @@ def name_cell(recipe: CompareRecipe, trial: Trial, arm: Arm) -> str:
     loss = hash_content(learned) or trial.loss
     network = {name: value for name, value in asdict(trial.student).items() if asdict(ModelRecipe())[name] != value}
     identity = [own, network, loss, trial.seed, trial.reported, arm.known, arm.added, arm.told]
-    identity += [] if arm.held_out else ["not held out"]
+    identity += ([] if arm.held_out else ["not held out"]) + (["seen"] if arm.seen else [])
     label = "".join(letter if letter.isalnum() else "-" for letter in trial.method)
     return f"{Path(recipe.run_dir).name}/{label}-{trial.seed}-{hash_identity({'all': identity})}"
 
@@ -269,6 +272,10 @@ def train(recipe: CompareRecipe, trial: Trial, arm: Arm, path: Path) -> dict[str
     if not arm.held_out:
         none = replace(inputs.images, meta_validation=inputs.images.meta_validation.select(torch.arange(0)))
         changed = replace(changed, measured={("cpu", 0): measure_teacher(inputs.teacher, none, torch.device("cpu"))})
+    if arm.seen:
+        cpu = torch.device("cpu")
+        told = measure_teacher(inputs.teacher, replace(images, meta_validation=images.train), cpu)
+        changed = replace(changed, measured={("cpu", 0): Trust(told.figures, inputs.measure("cpu").looks)})
     if not arm.told:
         changed = replace(changed, measured={("cpu", 0): Trust()})
     with mock.patch.object(trials, "open_inputs", return_value=changed):

@@ -19,6 +19,8 @@ except ImportError:  # its name in earlier versions of torch
 
 MEETING = timedelta(minutes=5)  # within which all processes of a job are there
 TIMEOUT = timedelta(minutes=30)  # afterwards: the main process writes while others wait
+PATIENCE = timedelta(days=7)  # where each has work of its own; torchrun ends a job whose processes end
+patient: Any = None  # the group that waits so long
 LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says; gloo's errors are plain RuntimeErrors
 
 
@@ -39,30 +41,41 @@ def read_job() -> Job:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo."""
+    """Meet the other processes of the job, if there are any: by NCCL on GPUs, else by gloo.
+
+    After an error NCCL's communicators are left standing: to take them down is to wait for the others, which may wait
+    for this process. Whoever reports the error then ends the process at once (`lkd.cli.main`).
+    """
+    global patient
     if read_job().size == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    own_gpu = device if device.type == "cuda" else None  # told of it, NCCL says here what is wrong with it
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=MEETING, device_id=own_gpu)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # the latter: torchrun's other variables are not there
         raise UserError(
             f"torchrun: process {read_job().rank} has lost another process of the job, or not met it within "
             f"{MEETING.total_seconds() / 60:g} minutes ({first_line(error)[:200]}); start again, with --resume auto"
         ) from error
     set_timeout(TIMEOUT)
+    rank = own_rank()
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error) for word in LOST):
+    except BaseException as error:
+        if not own_gpu:
+            dist.destroy_process_group()
+        is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
+        if isinstance(error, RuntimeError) and is_lost:
             raise UserError(
-                f"torchrun: process {own_rank()} has lost another process of the job; go on with --resume auto"
+                f"torchrun: process {rank} has lost another process of the job ({first_line(error)[:200]}); go on with "
+                "--resume auto"
             ) from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def place_of(device: torch.device) -> torch.device:
@@ -93,11 +106,11 @@ def is_main() -> bool:
     return own_rank() == 0
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether any process says yes; all must ask."""
+def any_process(flag: bool | Tensor, device: torch.device) -> bool:
+    """Whether any process says yes; all must ask. A tensor is asked on its device, where nobody waits for it before."""
     if count_processes() == 1:
-        return flag
-    flags = torch.tensor([int(flag)], device=device)
+        return bool(flag)
+    flags = torch.as_tensor(flag, device=device).int().reshape(1)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
 
@@ -106,6 +119,12 @@ def wait_for_all() -> None:
     """Go on when every process has come here: what the main process wrote before is there for all."""
     if count_processes() > 1:
         dist.barrier()
+
+
+def wait_for_slowest() -> None:
+    """Go on when every process has come here, however long its own work takes."""
+    if count_processes() > 1:
+        dist.barrier(patient)
 
 
 def share_out(count: int, name: str) -> range:

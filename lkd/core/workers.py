@@ -157,12 +157,12 @@ def start_workers(
     """Start worker processes; unfinished work is dropped on leaving by an exception.
 
     Args:
-        count: How many; 0 means one for every CPU core, or for every GPU.
+        count: How many; 0 means one for every CPU core, or for every GPU; one for a GPU that is named.
         device: Where they will work: `cuda` without a number for all GPUs.
         threads: CPU threads of each; see `count_threads`.
         plugins: File of Python that each runs first.
     """
-    count = count or count_gpus(str(device)) or count_cores()
+    count = count or count_gpus(str(device)) or (count_cores() if str(device) in ("cpu", "None") else 1)
     own = (count_threads(threads), CONTEXT.Value("i", 0), plugins)
     executor = ProcessPoolExecutor(count, CONTEXT, initializer=prepare_worker, initargs=own)
     try:

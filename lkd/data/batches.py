@@ -16,7 +16,7 @@ from lkd.core.errors import UserError, check_choice
 from lkd.core.random import draw_uniform, mix_words, seeded_generator
 from lkd.data.augment import AUGMENTATIONS, FILE_AUGMENTATIONS, NUMBERS, augmentations_of
 from lkd.data.image_files import ImageFiles
-from lkd.data.images import Batch, ImageSet
+from lkd.data.images import Batch, ImageSet, send
 from lkd.data.loader import Loading, Prefetcher
 
 CPU = torch.device("cpu")
@@ -101,9 +101,9 @@ class Batches:
         positions = self.order(epoch)[slots]
         batch = Batch(
             self.images.normalize(pixels.to(self.device, non_blocking=True)),
-            self.images.labels[positions].to(self.device),
-            self.images.index[positions].to(self.device),
-            self.augmentation_of(epoch, slots).to(self.device),
+            send(self.images.labels[positions], self.device),
+            send(self.images.index[positions], self.device),
+            send(self.augmentation_of(epoch, slots), self.device),
         )
         if self.random_erasing:
             batch = self.erase(step, batch)

@@ -12,6 +12,13 @@ from lkd.data.image_files import ImageFiles
 from lkd.data.loader import Loading, Prefetcher
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU's on a device; to a GPU through pinned memory, so that this process need not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Batch(NamedTuple):
     """What a training step sees.
 
@@ -88,7 +95,7 @@ class ImageSet:
         """Turn uint8 images [B, C, H, W] into float32 of zero mean and unit variance per channel."""
         if images.is_floating_point():
             return images
-        mean, std = (255 * torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        mean, std = (send(255 * torch.tensor(values), images.device) for values in (self.mean, self.std))
         if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
             return images.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
         # A row of pixels at a time: on CPUs three channels at a time take twice as long.
@@ -105,8 +112,8 @@ class ImageSet:
         for pixels, positions in self.load(parts, device):
             yield Batch(
                 self.normalize(pixels.to(device, non_blocking=True)),
-                self.labels[positions].to(device),
-                self.index[positions].to(device),
+                send(self.labels[positions], device),
+                send(self.index[positions], device),
                 torch.zeros_like(positions, device=device),
             )
 

@@ -22,7 +22,7 @@ from lkd.core.errors import UserError
 from lkd.data.image_files import DamagedImageError, ImageFiles
 
 AT_EXIT = 2.0  # seconds that threads have to finish what they are at when the process ends
-CHUNK = 8  # images that a thread takes at a time
+CHUNK = 8  # images that a thread takes at a time; fewer where a batch would leave threads idle
 AHEAD = 2  # batches that are decoded before they are asked for
 GO_ON = "go on with --resume auto"
 
@@ -101,7 +101,8 @@ class Loading:
         self.reading: set[int] = set()
         rows = range(len(slots))
         pool = start_threads(files.loading.workers, os.getpid())
-        self.tasks = [pool.submit(self.fill, rows[first : first + CHUNK]) for first in rows[::CHUNK]]
+        chunk = max(1, min(CHUNK, len(slots) // files.loading.workers))
+        self.tasks = [pool.submit(self.fill, rows[first : first + chunk]) for first in rows[::chunk]]
 
     def fill(self, rows: Iterable[int]) -> None:
         """Decode some rows; the slot of a row that is left out becomes -1."""

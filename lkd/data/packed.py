@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.data.augment import resize_shorter_side
 from lkd.data.image_files import MOST_PIXELS, DamagedImageError, ImageFiles, ImageSource, LoadingOptions
 from lkd.data.loader import start_threads
+
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # nobody writes into it
 
 KIND, VERSION = "packed images", 1
 SAMPLE = 64  # images from which the size of all is estimated
@@ -34,7 +37,7 @@ class PackedSource(ImageSource):
         self.source, self.names = source, source.names
         self.shapes = shapes
         self.ends = (3 * shapes.prod(1)).cumsum(0)
-        self.pixels = np.memmap(path, np.uint8, "c", shape=int(self.ends[-1]))  # torch warns of "r"
+        self.pixels = np.memmap(path, np.uint8, "r", shape=int(self.ends[-1]))  # "c" would have to fit into memory
 
     def read(self, position: int) -> Tensor:
         """The pixels of an image, one after another."""

@@ -10,7 +10,15 @@ from typing import Any
 
 from lkd.config.meta_training import MetaSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import any_process, count_processes, gather_objects, is_main, own_rank, share_from_main
+from lkd.core.distributed import (
+    any_process,
+    count_processes,
+    gather_objects,
+    is_main,
+    own_rank,
+    share_from_main,
+    wait_for_slowest,
+)
 from lkd.core.errors import UserError
 from lkd.core.interrupt import Interrupted, StopRequest
 from lkd.core.random import draw_seed
@@ -132,6 +140,8 @@ class Reuse:
                 stopped = error
                 break
             own[place] = average_rows(rows)
+        if not shared:
+            wait_for_slowest()
         if any_process(bool(stopped), self.run.device):  # those whose students are done would wait for the others
             raise stopped or Interrupted(f"stopped in {look}")
         if shared:

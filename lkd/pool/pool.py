@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lkd.config.meta_training import PoolContents, PoolSettings
 from lkd.config.parts import TrainRecipe
-from lkd.core.distributed import any_process, count_processes, own_rank, wait_for_all
+from lkd.core.distributed import any_process, count_processes, own_rank, wait_for_all, wait_for_slowest
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import Interrupted, deferred_interrupts
@@ -260,7 +260,7 @@ def build_pool(
                     for _ in run_steps(training, step, stop, checkpoints):
                         pass
                     if training.step == step:
-                        check_finite(training)
+                        check_finite(training, shared)
                 except DivergedError as error:
                     run.say(f"warning: student {number} of the pool has no ages after this: {error}")
                     break
@@ -276,15 +276,19 @@ def build_pool(
     return Pool(folder, index)
 
 
-def check_finite(training: Training) -> None:
+def check_finite(training: Training, shared: bool = False) -> None:
     """Check a student after a step: the loss before it says nothing of the weights after it.
+
+    `shared`: whether processes train it together, whose BatchNorm has statistics of its own: all of them say the same.
 
     Raises:
         DivergedError: If a weight or a buffer is not finite.
     """
-    for name, tensor in training.student.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise DivergedError(f"step {training.step}: {name} is not finite; lower train.learning_rate")
+    state = training.student.state_dict()
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if any_process(bool(broken), training.batches.device) if shared else broken:
+        name = broken[0] if broken else "a buffer of another process"
+        raise DivergedError(f"step {training.step}: {name} is not finite; lower train.learning_rate")
 
 
 def list_snapshots(settings: PoolContents, total_steps: int) -> list[int]:
@@ -338,6 +342,8 @@ def build_pools(
                 build_pool(worlds[number], settings, build_losses[number], places[number], run, first, shared)
     except Interrupted as error:
         stopped = error
+    if not shared:
+        wait_for_slowest()
     if any_process(bool(stopped), run.device):  # those whose pools are done would wait for the others
         raise stopped or Interrupted("stopped while pools are built")
     return open_pools(worlds, folder)

@@ -75,7 +75,8 @@ def distill(
         teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:
-        trust = measure_teacher(parts.teacher, known, run.device, teacher)
+        own = None if train.compile else teacher  # else it would be compiled for batches of an evaluation
+        trust = measure_teacher(parts.teacher, known, run.device, own)
         loss.set_trust(trust)
         run.say(str(trust))
         told = {"trust": trust.figures.to_json()}

@@ -1,17 +1,23 @@
 """Meta-training by several processes (gloo): the loss that one process learns, stopped and gone on with by one."""
 
+import os
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from lkd.core import distributed
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import digest, load_checkpoint
 from lkd.losses.learned.file import read_provenance
 from lkd.meta_training import meta_train as meta_training
 from lkd.meta_training.meta_train import check_identical
+from lkd.pool import pool
 from tests.lkd.test_resume import run
 from tests.processes import RUNS, VIT, Command, read_results, start_job
 
@@ -66,6 +72,32 @@ def test_students_of_the_pool_and_of_looks_are_those_of_one_process(unused_tcp_p
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
     one, two = (read_provenance(Path(folder, "loss.lkd.safetensors"))["reuse"] for folder in ("one", "two"))
     assert two[0] == pytest.approx(one[0], rel=1e-4)
+
+
+def wait_for_seconds_only() -> None:
+    """Collectives time out soon, and the second process is slow with its pools."""
+    distributed.TIMEOUT = timedelta(seconds=2)
+    build = pool.build_pool
+
+    def build_slowly(*arguments: Any) -> pool.Pool:
+        time.sleep(5 * int(os.environ["RANK"]))
+        return build(*arguments)
+
+    pool.build_pool = build_slowly
+
+
+def test_who_is_done_with_its_worlds_waits_for_who_is_not(unused_tcp_port: int) -> None:
+    worlds = ["--worlds", "{one: {}, other: {data: {label_noise: 0.2}}}", "--meta.reuse_every", "0"]
+    words = [*WORDS, *worlds, "--meta.outer_steps", "1", "--pool.snapshots", "1", "--pool.max_age", "0"]
+    places = [
+        {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(unused_tcp_port)}
+        for rank in ("0", "1")
+    ]
+    job = [
+        Command([*words, "--run_dir", "r"], f"{place['RANK']}.txt", environment=place, prepare=wait_for_seconds_only)
+        for place in places
+    ]
+    assert finish(job) == [0, 0], job[0].text + job[1].text
 
 
 def test_students_that_do_not_divide_are_refused(unused_tcp_port: int) -> None:

@@ -85,6 +85,16 @@ def test_a_process_that_the_others_never_meet_ends_with_one_line(unused_tcp_port
         assert "Traceback" not in alone.text
 
 
+def test_after_an_error_nobody_waits_for_nccl(monkeypatch, capsys) -> None:
+    """Its communicators are not taken down, and the process ends once it has said what is wrong."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert main(["distil"]) == 2
+    assert codes == [2]
+    assert "unknown command" in capsys.readouterr().err
+
+
 def test_a_job_that_does_not_say_where_it_meets_is_refused(monkeypatch, capsys) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -76,6 +76,7 @@ class Cost:
     def _reset(self) -> float | None:
         """Start a new peak; the memory in use, MiB."""
         if self.device.type == "cuda":
+            torch.cuda.init()  # nothing of this process may have used it yet
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device) / 2**20
         try:
