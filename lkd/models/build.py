@@ -413,18 +413,23 @@ def format_description(role: str, description: dict[str, Any]) -> str:
 
 
 def build_forward(
-    network: nn.Module, compiled: bool = False, channels_last: bool = False
+    network: nn.Module, compiled: bool = False, channels_last: bool = False, features: bool = True
 ) -> Callable[[Tensor], Outputs]:
     """The forward pass as a training asks for it: the network's own, or a compiled one.
 
     The compiled code is beside the network: its state dict, copies of it and its evaluation know nothing of it. With
-    `channels_last` its weights are laid out anew, in place.
+    `channels_last` its weights are laid out anew, in place. Without `features` a compiled one gives the logits alone:
+    its backward pass would take a gradient of zeros for each feature that nobody reads.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)
     if not compiled:
         return network.__call__
-    run = torch.compile(network.forward)
+
+    def give_logits(images: Tensor) -> Outputs:
+        return Outputs(network.forward(images).logits, {})
+
+    run = torch.compile(network.forward if features else give_logits)
 
     def forward(images: Tensor) -> Outputs:
         try:

@@ -91,12 +91,13 @@ class Training:
         self.autocast = build_autocast(recipe, batches.device)
         self.scaler = torch.amp.GradScaler(batches.device.type, enabled=recipe.precision == "float16")
         self.is_clipped, self.norm_before_clipping = False, torch.tensor(torch.nan)
+        self.clock = StepClock(batches.device)
+        self.computation: Any = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
+        # Copies of the student, whose layout in memory is settled now.
         self.average = ModelEmaV3(student, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         by_tensor = get_swa_avg_fn()  # torch's fused averaging, on GPUs, takes no integers, such as BatchNorm's counts
         averaged = AveragedModel(student, avg_fn=by_tensor, use_buffers=True) if recipe.swa_epochs else None
         self.epoch_average = averaged
-        self.clock = StepClock(batches.device)
-        self.computation: Any = StudentLoss(student, self.loss, self.autocast, recipe, self.clock)
         self.shared = batches.part[1] > 1
         if self.shared:
             if recipe.sync_batchnorm:
@@ -277,8 +278,8 @@ class StudentLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.loss, self.autocast, self.clock = student, loss, autocast, clock
-        self.run_student = build_forward(student, recipe.compile, recipe.channels_last)
         self.reads_features = bool(loss.teacher_stages)
+        self.run_student = build_forward(student, recipe.compile, recipe.channels_last, self.reads_features)
 
     def forward(
         self, images: Tensor, teacher: Outputs | None, target: Tensor, progress: float, identity: dict[str, Tensor]
