@@ -39,9 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def end_at_once(code: int) -> int:
-    """Leave where NCCL still stands after an error: taking it down would wait for the others; else the code."""
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Leave where NCCL still stands after an error (`join_processes`): to take it down is to wait; else the code."""
+    distributed = sys.modules.get("lkd.core.distributed")
+    if distributed and distributed.patient is not None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)

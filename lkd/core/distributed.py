@@ -20,7 +20,7 @@ except ImportError:  # its name in earlier versions of torch
 MEETING = timedelta(minutes=5)  # within which all processes of a job are there
 TIMEOUT = timedelta(minutes=30)  # afterwards: the main process writes while others wait
 PATIENCE = timedelta(days=7)  # where each has work of its own; torchrun ends a job whose processes end
-patient: Any = None  # the group that waits so long
+patient: Any = None  # the group that waits so long, from the meeting until it is taken down
 LOST = ("gloo", "NCCL", "closed by peer", "reset by peer")  # in what torch says; gloo's errors are plain RuntimeErrors
 
 
@@ -67,7 +67,7 @@ def join_processes(device: torch.device) -> Iterator[None]:
         yield
     except BaseException as error:
         if not own_gpu:
-            dist.destroy_process_group()
+            take_down()
         is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
         if isinstance(error, RuntimeError) and is_lost:
             raise UserError(
@@ -75,6 +75,13 @@ def join_processes(device: torch.device) -> Iterator[None]:
                 "--resume auto"
             ) from error
         raise
+    take_down()
+
+
+def take_down() -> None:
+    """Take leave of the others."""
+    global patient
+    patient = None
     dist.destroy_process_group()
 
 
