@@ -84,7 +84,7 @@ def add_rule(found: Worlds, folder: Path) -> None:
 
 
 def select(found: Worlds, name: str) -> Worlds:
-    """The worlds of a list, in its order."""
+    """Those of a list, by name."""
     return {world: found[world] for world in sorted(list_worlds(name)) if world in found}
 
 

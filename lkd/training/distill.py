@@ -75,8 +75,8 @@ def distill(
         teacher = prepare_teacher(parts.teacher, images, run.device, loss.teacher_stages, train)
     told = {}
     if loss.reads_trust:
-        own = None if train.compile else teacher  # else it would be compiled for batches of an evaluation
-        trust = measure_teacher(parts.teacher, known, run.device, own)
+        eager = None if train.compile else teacher  # else it would be compiled for batches of an evaluation
+        trust = measure_teacher(parts.teacher, known, run.device, eager)
         loss.set_trust(trust)
         run.say(str(trust))
         told = {"trust": trust.figures.to_json()}
