@@ -25,7 +25,7 @@ from lkd.core.plugins import import_plugins
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.arrays import read_images
 from lkd.data.image_files import ImageFiles
-from lkd.data.images import ImageSet
+from lkd.data.images import ImageSet, identify_pixels
 from lkd.data.splits import choose_meta_validation_size
 from lkd.losses.learned.file import load_loss, read_provenance
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
@@ -34,7 +34,6 @@ from lkd.models.build import GIVEN, load_plain_state_dict
 from lkd.models.files import KIND, VERSION, fit_to_images, load_network
 from lkd.tracking.run import Run, open_run
 from lkd.tracking.tracker import read_log
-from lkd.training.answers import identify_pixels
 from lkd.training.build import build, copy_module
 from lkd.training.distill import distill as distill_student
 

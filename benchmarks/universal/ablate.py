@@ -62,6 +62,7 @@ def build_recipe(
     changes = {"run_dir": str(folder), "resume": "auto", "device": "cpu", "threads": 1, "data": {"root": str(data)}}
     pool = {"pool_dir": str(pool_dir.resolve())} if pool_dir else {}
     own = merge({"meta": content["meta"]}, {"meta": variant.get("meta", {})})
+    own["seed"] = variant.get("seed", 0)
     return make_recipe(MetaTrainRecipe, merge(whole, changes | pool | own))
 
 

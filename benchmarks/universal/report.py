@@ -29,12 +29,18 @@ from lkd.tracking.run import evidence
 
 HERE = Path(__file__).parent
 ARMS = yaml.safe_load((HERE / "arms.yaml").read_text())
+ABLATIONS = [*yaml.safe_load((HERE / "ablations.yaml").read_text())["variants"]]
 CE, TUNED, UNIVERSAL, UNKNOWN, RULE = "cross-entropy", "tuned", "universal", "trust unknown", "rule"
 NOT_HELD_OUT, OWN = "no labels held out", "learned for the world"
 UNTRAINED = "not learned"
 # What was shipped before there was the rule for few images; and before labels were judged.
 FORMER, IN_FULL, UNTRAINED_FADING = "universal, β from 1", "learned in full, fading", "not learned, fading"
 OTHERS = (FORMER, IN_FULL, UNTRAINED_FADING)
+EVERYTHING, NOTHING = "everything", "nothing learned"
+ABLATED = (
+    "Learned in six worlds with 40 steps and without the rules, less what it sees, how it acts, or where it learns "
+    "(`nothing learned`: the same form, before):"
+)
 MORE = "Six more worlds, of two data sets that nobody had seen when the rules were made:"
 HAND_MADE = (*ARMS["arms"], TUNED)
 Worlds = dict[str, dict[str, dict[int, float]]]
@@ -197,13 +203,16 @@ def tabulate_worlds(found: Worlds) -> str:
 
 
 def tabulate_arms(found: Worlds, arms: Sequence[str], other: str) -> str:
-    """A row for each world that has any of these arms: each less another."""
+    """A row for each world that has any of these arms: each less another; and their means over the worlds."""
+    shown = {name: world for name, world in found.items() if any(arm in world for arm in arms)}
     rows = [
         [name, f"{mean(world, other):.1f}"]
         + [format_gain(*compare(world, arm, other)) if arm in world else "" for arm in arms]
-        for name, world in found.items()
-        if any(arm in world for arm in arms)
+        for name, world in shown.items()
     ]
+    over = [mean_and_error([compare(w, arm, other)[0] for w in shown.values() if arm in w]) for arm in arms]
+    average = statistics.fmean(mean(world, other) for world in shown.values())
+    rows.append(["mean", f"{average:.1f}", *(format_gain(*each) for each in over)])
     return tabulate(rows, ["world", other, *(f"{arm} −" for arm in arms)], tablefmt="github", disable_numparse=True)
 
 
@@ -249,6 +258,9 @@ def main() -> int:
     for arms in ([arm for arm in changed if arm not in labels] + files, labels, others):
         if arms:
             tables.append(tabulate_arms(found, arms, UNIVERSAL))
+    if ablated := [arm for arm in (NOTHING, *ABLATIONS) if any(arm in world for world in found.values())]:
+        learned = {name: world for name, world in found.items() if EVERYTHING in world}
+        tables += [ABLATED, tabulate_arms(learned, [arm for arm in ablated if arm != EVERYTHING], EVERYTHING)]
     figures = summarize(found, options.run_dir)
     if more:
         tables += [MORE, tabulate_worlds(more)]

@@ -61,7 +61,10 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     if path.resolve() in {file.resolve() for file in above}:
         raise UserError(f"base: {trail} is a cycle: remove one of these")
     try:
-        text = read_bounded(path)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
         check_plain(text)
         content = get_loader("yaml")(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -102,19 +105,6 @@ def fill_in_pair(value: Any, pair: str | None, place: str) -> Any:
     if pair is None:
         raise UserError(f"{place}: {value!r} is for a pair; name the pair's recipe too, which says `pair: NAME`")
     return value.replace("{pair}", pair)
-
-
-def read_bounded(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: If it is over `MOST_BYTES` long.
-    """
-    with path.open(encoding="utf-8") as file:
-        text = file.read(MOST_BYTES + 1)
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
-    return text
 
 
 def check_plain(text: str) -> None:

@@ -83,7 +83,11 @@ class Description:
     def of_function(self, function: FunctionType) -> list[Any]:
         """Its code, defaults, and what it refers to of the function and the module around it."""
         module = function.__module__
-        named = sorted({each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"})
+        codes = [function.__code__]
+        for code in codes:  # with those of lambdas and comprehensions in it
+            codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        steps = [each for code in codes for each in dis.get_instructions(code)]
+        named = sorted({each.argval for each in steps if each.opname == "LOAD_GLOBAL"})
         read = [function.__globals__.get(name) for name in named]
         cells = [read_cell(cell) for cell in function.__closure__ or ()]
         options = sorted((function.__kwdefaults__ or {}).items())

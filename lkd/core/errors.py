@@ -61,13 +61,20 @@ def check_choice(kind: str, name: str, choices: Iterable[str]) -> None:
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names it
 
 
-def refuse_exhaustion(error: BaseException, place: str, less: str) -> None:
-    """Turn an error that says that memory ran out into a line for the user; do nothing for another one.
+@contextmanager
+def explaining_exhaustion(place: str, less: str) -> Iterator[None]:
+    """Turn an error that says that memory ran out into a line for the user.
 
-    `place`: where it happened, say `"step 12"`.
+    Args:
+        place: Where it may happen, say `"step 12"`.
+        less: What would take less memory.
     """
-    import torch  # here: `lkd --help` reads this file, and must not wait for it
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        import torch  # here: `lkd --help` reads this file, and must not wait for it
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
-        advice = f"go on with --resume auto where there is more, or anew with {less}"
-        raise UserError(f"{place}: out of memory; {advice}") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error):
+            advice = f"go on with --resume auto where there is more, or anew with {less}"
+            raise UserError(f"{place}: out of memory; {advice}") from error
+        raise

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from lkd.core.errors import UserError, first_line
-from lkd.core.files import hash_file
 
 MODULE = "lkd_plugins"
 
@@ -28,8 +27,3 @@ def import_plugins(plugins: str | None) -> None:
         raise
     except Exception as error:
         raise UserError(f"plugins: {plugins} fails: {type(error).__name__}: {first_line(error)}") from error
-
-
-def hash_plugins(plugins: str | None) -> str | None:
-    """The hash of the file, which is in a run's record."""
-    return hash_file(Path(plugins).expanduser()) if plugins else None

@@ -27,8 +27,6 @@ def confidence_interval(values: list[float], level: float = 0.95) -> tuple[float
     from scipy.special import stdtrit
 
     mean, error = mean_and_error(values)
-    if math.isnan(error):
-        return math.nan, math.nan
     half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
     return mean - half, mean + half
 

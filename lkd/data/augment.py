@@ -144,11 +144,6 @@ def flip_and_crop(images: Tensor, numbers: Tensor, padding: int = 2) -> Tensor:
     return padded.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def cut_and_augment(image: Tensor, size: int, numbers: Tensor) -> Tensor:
-    """A random crop, and RandAugment of it."""
-    return augment_randomly(cut_random(image, size, numbers), numbers[CROP_NUMBERS:])
-
-
 AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda images, numbers: images,
     "flip_and_crop": flip_and_crop,
@@ -159,7 +154,9 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 FILE_AUGMENTATIONS: dict[str, Callable[[Tensor, ImageFiles, Tensor], Tensor]] = {
     "none": lambda image, files, numbers: cut_center(image, files.size, files.shorter_side),
     "random_resized_crop": lambda image, files, numbers: cut_random(image, files.size, numbers),
-    "rand_augment": lambda image, files, numbers: cut_and_augment(image, files.size, numbers),
+    "rand_augment": lambda image, files, numbers: augment_randomly(
+        cut_random(image, files.size, numbers), numbers[CROP_NUMBERS:]
+    ),
 }
 """Of images in files: from one image [3, H, W], what it is one of and numbers [NUMBERS] to a crop [3, size, size]."""
 

@@ -1,14 +1,15 @@
 """Image sets, and the batches drawn from them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lkd.data.augment import cut_center
-from lkd.data.image_files import ImageFiles
+from lkd.data.image_files import DamagedImageError, ImageFiles
 from lkd.data.loader import Loading, Prefetcher
 
 
@@ -156,3 +157,20 @@ def measure(images: Tensor) -> tuple[list[float], list[float]]:
     mean = (shares * values).sum(1)
     std = (shares * (values - mean.unsqueeze(1)).square()).sum(1).sqrt()
     return mean.tolist(), std.tolist()
+
+
+SAMPLED = 20  # images in files by which they are told from others of the same names
+
+
+def identify_pixels(part: ImageSet) -> Any:
+    """The images, for a hash; of those in files, whose names may be those of others, the bytes of some."""
+    files = part.images
+    if isinstance(files, Tensor):
+        return files
+
+    def read(position: int) -> Tensor | None:
+        with suppress(OSError, DamagedImageError):
+            return files.source.read(position)
+        return None
+
+    return [read(position) for position in files.positions[:SAMPLED].tolist()]

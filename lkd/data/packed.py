@@ -34,7 +34,7 @@ class PackedSource(ImageSource):
     """
 
     def __init__(self, source: ImageSource, path: Path, shapes: Tensor) -> None:
-        self.source, self.names = source, source.names
+        self.source, self.names, self.names_tell = source, source.names, source.names_tell
         self.shapes = shapes
         self.ends = (3 * shapes.prod(1)).cumsum(0)
         self.pixels = np.memmap(path, np.uint8, "r", shape=int(self.ends[-1]))  # "c" would have to fit into memory

@@ -391,6 +391,8 @@ def is_class_name(text: str) -> bool:
 class HuggingFaceSource(ImageSource):
     """Images, not decoded, in a column of an Arrow table; `title`: the names of data set and split."""
 
+    names_tell = False
+
     def __init__(self, table: Any, column: str, title: str) -> None:
         self.table = table.select_columns([column])
         self.column = column

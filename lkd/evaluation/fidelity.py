@@ -40,7 +40,7 @@ from lkd.tracking.run import Run
 from lkd.training.answers import check_same_images
 from lkd.training.build import LossBuilder, StudentBuilder, choose_student
 from lkd.training.introduce import introduce_network, introduce_teacher
-from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable
+from lkd.training.optimizer import MANY_STEPS, build_optimizer, build_scheduler, check_differentiable
 from meta import Problem, rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,8 @@ def check_recipe(recipe: FidelityRecipe, inputs: TrialInputs, student: StudentBu
     for objective in list_objectives(recipe):
         check_choice("objectives", objective, OBJECTIVES)
     check_differentiable(recipe.train)
-    build_scheduler(build_optimizer(student.build(recipe.seed, torch.device("cpu")), recipe.train), recipe.train, 1)
+    network = student.build(recipe.seed, torch.device("cpu"))
+    build_scheduler(build_optimizer(network, recipe.train), recipe.train, MANY_STEPS)
     check_losses(recipe, inputs, student)
     for steps in recipe.rollout_lengths:
         longest = math.floor((1 - max(recipe.ages)) * total_steps + 0.5)

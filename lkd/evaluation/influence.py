@@ -37,9 +37,9 @@ CURVE_POINTS = 100
 
 
 def restore_pixels(images: ImageSet, normalized: Tensor) -> Tensor:
-    """Pixels in [0, 1], [H, W, 3] or [H, W], of a normalised image, [C, H, W]."""
-    pixels = normalized.permute(1, 2, 0) * torch.tensor(images.std) + torch.tensor(images.mean)
-    return pixels.clamp(0, 1).squeeze(2)
+    """Pixels in [0, 1], [H, W, 3] or [H, W], of a normalised image, [C, H, W]; of other channels than 3 their mean."""
+    pixels = (normalized.permute(1, 2, 0) * torch.tensor(images.std) + torch.tensor(images.mean)).clamp(0, 1)
+    return pixels if pixels.shape[2] == 3 else pixels.mean(2)
 
 
 def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> None:
@@ -70,7 +70,9 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     Raises:
         UserError: If the network, the loss or a setting is not good.
     """
-    specification = fetch_named(recipe.loss) if isinstance(recipe.loss, str) else recipe.loss
+    specification = {"name": recipe.loss} if isinstance(recipe.loss, str) else dict(recipe.loss)
+    if isinstance(specification.get("name"), str):
+        specification["name"] = fetch_named(specification["name"])
     if reads_features(specification):
         raise UserError(f"loss: {recipe.loss!r} reads features; influence takes losses over logits, such as kd")
     loss = build_loss(specification).to(run.device)
@@ -121,7 +123,7 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
         "kurtosis": find_kurtosis(found.scores),
     }
     figures["labels_to_check"] = int(issues.sum())
-    if wrong is not None and bool(wrong.any()) and not bool(wrong.all()):
+    if wrong is not None:
         figures["auroc_of_wrong_labels"] = area_under_curve(found.scores.numpy(), wrong.numpy())
         figures["auroc_of_wrong_labels_by_loss"] = area_under_curve(asked["network"][1].numpy(), wrong.numpy())
     solved = {"damping": found.damping, "least_curvature": found.least_curvature, "residual": found.residual}
@@ -218,11 +220,12 @@ def list_issues(
 
 
 def find_wrong(recipe: InfluenceRecipe, judged: Judged, positions: Tensor) -> Tensor | None:
-    """Which labels were flipped on purpose, [N]; None where none were."""
+    """Which labels were flipped on purpose, [N]; None where none were, or all."""
     if not recipe.data.label_noise:
         return None
     true = prepare_images(replace(recipe.data, label_noise=0.0)).train.labels
-    return true[positions] != judged.images.labels
+    wrong = true[positions] != judged.images.labels
+    return wrong if len(wrong.unique()) == 2 else None
 
 
 def draw_page(
@@ -237,7 +240,6 @@ def draw_page(
     order, names = judged.influence.argsort(descending=True), judged.images.class_names
     halves = ("The most harmful images", order), ("The most helpful images", order.flip(0))
     scores = judged.influence, asked["network"][1]
-    known = wrong is not None and bool(wrong.any()) and not bool(wrong.all())
     of = [(name, judged.images.labels == label) for label, name in enumerate(names)]
     return render(
         "influence.html",
@@ -252,8 +254,8 @@ def draw_page(
         ]
         if found.residual > RESIDUAL_LIMIT
         else [],
-        curves=[draw_precision(each, wrong) for each in scores] if known and wrong is not None else [],
-        areas=[area_under_curve(each.numpy(), wrong.numpy()) for each in scores] if known and wrong is not None else [],
+        curves=[draw_precision(each, wrong) for each in scores] if wrong is not None else [],
+        areas=[area_under_curve(each.numpy(), wrong.numpy()) for each in scores] if wrong is not None else [],
         wrong=f"{int(wrong.sum()):,}" if wrong is not None else "",
         parts=[
             (title, [draw_card(judged, row, asked, wrong) for row in rows[: recipe.shown].tolist()])

@@ -35,6 +35,7 @@ from lkd.models.build import OWN_NETWORKS
 from lkd.models.teacher import load_teacher_network
 from lkd.models.teacher_cache import bytes_of_answer, check_stages, largest_top_k
 from lkd.pool.pool import find_oldest, split_state
+from lkd.tracking.remote import is_remote
 from lkd.training.answers import is_tabulated
 from lkd.training.build import Images, LossBuilder, choose_student, open_teacher, prepare_images, prepare_learned_loss
 from lkd.training.optimizer import build_optimizer, choose_optimizer
@@ -230,7 +231,7 @@ def build_loss_networks(world: PlannedWorld) -> DistillationLoss:
 
 def is_missing(loss: dict[str, Any] | str) -> bool:
     """Whether a loss is a file that is yet to be learned."""
-    return isinstance(loss, str) and loss.endswith(".safetensors") and not Path(loss).exists()
+    return isinstance(loss, str) and loss.endswith(".safetensors") and not is_remote(loss) and not Path(loss).exists()
 
 
 def choose_precision(recipe: PlanRecipe) -> str:

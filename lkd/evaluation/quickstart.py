@@ -283,7 +283,7 @@ def run_phases(recipe: QuickstartRecipe, run: Run, begin: Callable[[str], dict[s
     networks = [
         introduce_teacher(open_teacher(first.teacher, images.train), images, run.device),
         *(
-            introduce_network("student", choose_student(student, images.train), images, run.device)
+            introduce_network("student", choose_student(student, images.train), images, run.device, first.train)
             for student in (SEEN, UNSEEN)
         ),
     ]

@@ -13,7 +13,7 @@ from lkd.config.training import CacheRecipe
 from lkd.core.distributed import place_of, read_job
 from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import check_free_space
-from lkd.core.tensor_files import read_tensors, write_tensors
+from lkd.core.tensor_files import write_tensors
 from lkd.data.batches import OrderedBatches
 from lkd.models.teacher import TeacherFunction
 from lkd.models.teacher_cache import (
@@ -96,16 +96,6 @@ def is_kept(cache: CacheFolder, path: Path) -> bool:
     return True
 
 
-def drop_damaged_index(path: Path) -> None:
-    """Delete a damaged index: it can be made anew, and is then the same."""
-    try:
-        if path.is_file():
-            read_tensors(path, INDEX_KIND, VERSION)
-    except DamagedFileError as error:
-        print(f"warning: {error}; it is made anew")
-        path.unlink(missing_ok=True)
-
-
 def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images, device: torch.device) -> CacheFolder:
     """The cache, begun or to be begun."""
     folder = Path(str(recipe.teacher.cache))
@@ -118,22 +108,22 @@ def prepare_cache(recipe: CacheRecipe, opened: OpenedTeacher, images: Images, de
         "surroundings": describe_surroundings(device) | {"precision": recipe.train.precision},
     }
     index = images.train.index.sort().values
-    drop_damaged_index(folder / INDEX)
-    if (folder / INDEX).is_file():
-        cache = read_cache(folder)
-        check_made_with(cache, made_with)
-        for key in ("top_k", "shard_size"):
-            if cache.header[key] != header[key]:
-                raise UserError(
-                    f"{key}: {header[key]}, but the cache in {folder} has {cache.header[key]}: take the same"
-                )
-        if not torch.equal(cache.index, index):
-            raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
-        before = cache.header.get("surroundings")
-        for line in describe_changes(folder, before if isinstance(before, dict) else {}, header["surroundings"]):
-            print(line)
-    else:
-        cache = CacheFolder(folder, index, header)
+    try:
+        cache = read_cache(folder) if (folder / INDEX).is_file() else None
+    except DamagedFileError as error:  # it can be made anew, and is then the same
+        print(f"warning: {error}; it is made anew")
+        cache = None
+    if cache is None:
+        return CacheFolder(folder, index, header)
+    check_made_with(cache, made_with)
+    for key in ("top_k", "shard_size"):
+        if cache.header[key] != header[key]:
+            raise UserError(f"{key}: {header[key]}, but the cache in {folder} has {cache.header[key]}: take the same")
+    if not torch.equal(cache.index, index):
+        raise UserError(f"teacher.cache: {folder} holds answers to other images: take another folder, or its split")
+    before = cache.header.get("surroundings")
+    for line in describe_changes(folder, before if isinstance(before, dict) else {}, header["surroundings"]):
+        print(line)
     return cache
 
 

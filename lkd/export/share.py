@@ -46,10 +46,14 @@ def write_card(path: Path, reference: str) -> str:
 def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
     """What the header says of the meta-training; what it does not say is left out."""
     recipe, environment = provenance.get("recipe", {}), provenance.get("environment", {})
-    data, teacher, meta = (recipe.get(name, {}) for name in ("data", "teacher", "meta"))
-    students = recipe.get("students") or [recipe.get("student", {})]
+    worlds, drawn = recipe.get("worlds") or {}, (recipe.get("draw") or {}).get("worlds", 0)
+    own = {} if worlds or drawn else recipe  # else it says only what worlds have in common
+    data, teacher = (own.get(name, {}) for name in ("data", "teacher"))
+    meta = recipe.get("meta", {})
+    students = own.get("students") or [own.get("student", {})]
     facts = {
         "learned": None if was_learned({"provenance": provenance}) else f"{NOT_LEARNED}: it is the initial one",
+        "worlds": f"{len(worlds)} listed, {drawn} drawn" if worlds or drawn else None,
         "data": data.get("name"),
         "training images": data.get("train_size") or ("all" if data else None),
         "meta-validation images": data.get("meta_validation_size"),
@@ -57,19 +61,19 @@ def describe_training(provenance: dict[str, Any]) -> dict[str, Any]:
         "kind of label noise": data.get("label_noise_kind") if data.get("label_noise") else None,
         "label noise of meta-validation": data.get("meta_validation_noise") or None,
         "imbalance": data.get("imbalance"),
-        "split": provenance.get("split"),
+        "split": provenance.get("split") if own else None,
         "augmentation": data.get("augmentation"),
-        "teacher": teacher.get("name") or Path(str(teacher.get("path"))).name,
+        "teacher": teacher.get("name") or (Path(str(teacher["path"])).name if teacher else None),
         "teacher's random answers": teacher.get("random_answers") or None,
         "factor of the teacher's logits": teacher.get("logit_scale"),
-        "students": ", ".join(str(student.get("name")) for student in students),
+        "students": ", ".join(student["name"] for student in students if "name" in student) or None,
         "outer steps": meta.get("outer_steps"),
         "rollout steps": meta.get("rollout_steps"),
         "estimator": meta.get("estimator"),
         "objective": meta.get("objective"),
         "seed": recipe.get("seed"),
         "cost, in student trainings": provenance.get("cost_in_trainings"),
-        "versions": json.dumps(environment.get("versions")),
+        "versions": json.dumps(environment["versions"]) if "versions" in environment else None,
         "commit": environment.get("commit"),
     }
     return {name: value for name, value in facts.items() if value is not None}

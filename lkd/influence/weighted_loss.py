@@ -252,7 +252,7 @@ class InfluenceWeightedLoss(DistillationLoss):
         assert index is not None, "this loss needs_index"
         weight = self.weight[self.row[index]]
         weighted = {stage: weigh_rows(feature, weight) for stage, feature in student.features.items()}
-        teacher_as_told = detach(teacher)
+        teacher_as_told = teacher and detach(teacher)  # a loss of labels alone is told of none
         terms = self.loss(Outputs(weigh_rows(student.logits, weight), weighted), teacher_as_told, target, progress)
         if self.settings.weigh == "task":
             terms = self.unweigh_others(terms, student, teacher_as_told, target, progress)

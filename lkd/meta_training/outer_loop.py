@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lkd.config.meta_training import MetaSettings, PoolSettings
 from lkd.core.distributed import count_processes, gather_objects, share_out
-from lkd.core.errors import explained, refuse_exhaustion
+from lkd.core.errors import explained, explaining_exhaustion
 from lkd.core.random import draw_positions, draw_seed, seeded_generator
 from lkd.data.images import Batch
 from lkd.losses.learned.loss import LearnedLoss
@@ -144,14 +144,12 @@ class OuterLoop:
         hypergradients = []
         for number in range(self.students_per_step):
             if number in self.numbers:
-                try:
-                    with explained(f"meta.estimator {self.settings.estimator}, outer step {self.step}"):
+                step = f"outer step {self.step}"
+                with explaining_exhaustion(step, LESS_MEMORY):
+                    with explained(f"meta.estimator {self.settings.estimator}, {step}"):
                         found = differentiate(number)
                     largest = self.settings.clip_each
                     hypergradients.append(clip(found, largest) if largest else found)
-                except (MemoryError, RuntimeError) as error:
-                    refuse_exhaustion(error, f"outer step {self.step}", LESS_MEMORY)
-                    raise
             elif isinstance(self.estimator, Audited) and not self.alternates:
                 self.estimator.follow(partial(self.build_problem, number))
         return hypergradients

@@ -170,14 +170,6 @@ def is_timm(network: nn.Module) -> bool:
     return all(hasattr(network, part) for part in ("forward_intermediates", "forward_head", "feature_info"))
 
 
-def adapt_teacher(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
-    """Make a teacher return `Outputs`, whatever its classes; and how many it has. See `adapt_given`."""
-    adapted = adapt_given(network, "teacher", None, image_shape)
-    with running_dry(adapted) as device:
-        outputs: Outputs = adapted(torch.zeros(2, *image_shape, device=device))
-    return adapted, outputs.logits.shape[1]
-
-
 @contextmanager
 def running_dry(network: nn.Module) -> Iterator[torch.device]:
     """Within, a network is in eval mode and makes no graph; its mode and the random state stay. Gives its device."""
@@ -348,32 +340,30 @@ def load_plain_state_dict(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def describe(
-    network: nn.Module, name: str, input_shape: tuple[int, int, int], pretrained: bool = False
-) -> dict[str, Any]:
-    """Describe a network by one dry run: papers mix up MobileNets, so a run says what it trains.
+    role: str, network: nn.Module, name: str, input_shape: tuple[int, int, int], pretrained: bool = False
+) -> str:
+    """Describe a network in one line, by a dry run: papers mix up MobileNets, so a run says what it trains.
 
     Args:
+        role: What it is here, say `"student"`.
         network: The network, returning `Outputs`.
         name: The name that it was built from.
         input_shape: Channels, height and width of one image.
         pretrained: Whether it started from timm's weights.
 
     Returns:
-        `architecture`, `parameters`, `flops` (of one forward pass of one image, a multiply-add counted as two),
-        `activations` (class names), `pretrained_tag` (or "none"), and `stages` (stage name → shape for one image).
+        Role, name, parameters, FLOPs of one forward pass of one image (a multiply-add counted as two), classes of
+        activations, and the tag of timm's weights.
     """
     with FlopCounterMode(display=False) as counter:
-        outputs = try_black_image(network, name, input_shape)
+        try_black_image(network, name, input_shape)
+    parameters, flops = sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
     tag = (getattr(unwrap(network), "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""
     activations = {type(m).__name__ for m in network.modules() if type(m).__module__ == "torch.nn.modules.activation"}
-    return {
-        "architecture": name,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "flops": counter.get_total_flops(),
-        "activations": sorted(activations) or ["none"],
-        "pretrained_tag": tag or "none",
-        "stages": {stage: list(feature.shape[1:]) for stage, feature in outputs.features.items()},
-    }
+    return (
+        f"{role}: {name}, {parameters:,} parameters, {flops / 1e6:,.1f} MFLOPs an image, "
+        f"{'/'.join(sorted(activations)) or 'none'}, pretrained tag {tag or 'none'}"
+    )
 
 
 def try_black_image(network: nn.Module, name: str, input_shape: Sequence[int]) -> Outputs:
@@ -397,15 +387,6 @@ def find_stages(network: nn.Module, input_shape: tuple[int, int, int]) -> dict[s
     """Shape of each stage's feature for one image, by one dry run; stage names as `Outputs.features` has them."""
     outputs = try_black_image(network, type(unwrap(network)).__name__, input_shape)
     return {stage: tuple(feature.shape[1:]) for stage, feature in outputs.features.items()}
-
-
-def format_description(role: str, description: dict[str, Any]) -> str:
-    """One line for the terminal: role, architecture, size, activation, tag."""
-    return (
-        f"{role}: {description['architecture']}, {description['parameters']:,} parameters, "
-        f"{description['flops'] / 1e6:,.1f} MFLOPs an image, {'/'.join(description['activations'])}, "
-        f"pretrained tag {description['pretrained_tag']}"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

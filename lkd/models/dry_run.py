@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.core.errors import UserError, first_line, refuse_exhaustion
+from lkd.core.errors import UserError, explaining_exhaustion, first_line
 from lkd.core.files import MALFORMED
 from lkd.core.outputs import Outputs
 from lkd.models.build import OWN_NETWORKS, REGISTERED, TORCHVISION, build, check_name, running_dry, unwrap
@@ -30,11 +30,13 @@ def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, 
     modes = [(module, module.training) for module in network.modules()]
     device = next(network.parameters()).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with explaining_exhaustion(role, "a smaller network"), forked, torch.enable_grad():
             network.train()
             images = torch.zeros(min(size, 2), *image_shape, device=device)
             outputs: Outputs = call_aside(network, images)
-            several = count_outputs(network, images)
+            answer = call_aside(unwrap(network), images)
+            several = len(answer) if isinstance(answer, tuple | list) and not isinstance(answer, Outputs) else 1
             for parameter in trained.values():
                 parameter.grad = None
             if trained:
@@ -49,7 +51,6 @@ def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, 
             "processes, or larger images"
         ) from error
     except (*MALFORMED, NotImplementedError) as error:
-        refuse_exhaustion(error, role, "a smaller network")
         raise UserError(f"{role}: this {name} cannot be trained on such images: {first_line(error)}") from error
     finally:
         for module, training in modes:
@@ -64,13 +65,6 @@ def check_trainable(network: nn.Module, role: str, image_shape: tuple[int, int, 
     lines = [f"{role}: of {several} outputs in train mode the logits are trained, the others not"] * (several > 1)
     more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
     return [*lines, *([f"{NO_GRADIENT}{', '.join(unused[:5])}{more}"] if unused else [])]
-
-
-def count_outputs(network: nn.Module, images: Tensor) -> int:
-    """How many outputs a network gives in the mode that it is in, of which the logits are one."""
-    model = unwrap(network)
-    answer = call_aside(model, images)
-    return len(answer) if isinstance(answer, tuple | list) and not isinstance(answer, Outputs) else 1
 
 
 def call_aside(network: nn.Module, images: Tensor) -> Any:
@@ -105,7 +99,8 @@ def fit_image_size(name: str, options: dict[str, Any], image_shape: tuple[int, i
     configuration, size = timm.get_pretrained_cfg(name, allow_unregistered=True), image_shape[1:]
     if not configuration or not configuration.fixed_input_size or configuration.input_size[1:] == size:
         return options
-    patch = options.get("patch_size") or next((int(part[5:]) for part in name.split("_") if part[:5] == "patch"), 1)
+    parts = name.partition(".")[0].split("_")  # without the tag of its weights
+    patch = options.get("patch_size") or next((int(part[5:]) for part in parts if part[:5] == "patch"), 1)
     whole = tuple(patch * -(-side // patch) for side in size)
     fitted: dict[str, Any] = options | {"img_size": size[0] if size[0] == size[1] else list(size)}
     if whole != size:  # its patches would leave out a part of the image, unless it is padded

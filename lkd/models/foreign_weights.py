@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -82,7 +83,7 @@ def load_foreign_network(
             unwrap(network).load_state_dict(found.tensors, strict=False)  # only what is in BESIDE can differ
         shifting = candidate.removeprefix(TORCHVISION)
         if shifting in SHIFTING and "transform_input" not in architecture["options"]:
-            print(
+            logging.getLogger("lkd").warning(
                 f"warning: {path}: a {shifting} that starts from torchvision's own weights shifts its input: then give "
                 f"the name {TORCHVISION}{shifting} and the option transform_input: true (teacher.options, "
                 "student.options); one trained from nothing does not"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkd.core.errors import UserError, check_choice, refuse_exhaustion
+from lkd.core.errors import UserError, check_choice, explaining_exhaustion
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.data.embedded import TEACHER
@@ -95,13 +95,10 @@ class TabulatedTeacher:
         stages: tuple[str, ...] = (),
     ) -> None:
         rows = []
-        try:
+        with explaining_exhaustion("teacher", SMALLER_PARTS):
             for batch in images.batches(torch.arange(len(images)).split(images.at_once), device):
                 outputs = teacher(batch)
                 rows.append((batch.index, outputs.logits, *(outputs.features[stage] for stage in stages)))
-        except (MemoryError, RuntimeError) as error:
-            refuse_exhaustion(error, "teacher", SMALLER_PARTS)
-            raise
         index, *answers = (torch.cat(column) for column in zip(*rows, strict=True))
         # The last row is what an image that is not in the table is answered.
         self.logits, *features = (torch.cat([each, torch.full_like(each[:1], torch.nan)]) for each in answers)

@@ -15,7 +15,7 @@ from lkd.core.files import find_differences, hash_file, refusing_malformed
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest, read_tensors
 from lkd.data.image_files import ImageFiles, LoadingOptions
-from lkd.data.images import Batch, ImageSet
+from lkd.data.images import Batch, ImageSet, identify_pixels
 from lkd.data.packed import PackedSource, hash_names, hash_sizes
 from lkd.data.readers import find_npz
 
@@ -233,6 +233,8 @@ def identify(
         source = images.images.source
         look |= {"files": hash_names(source)}
         look |= {"sizes": hash_sizes(source)} if teacher["cache"] else {}  # to ask for them takes seconds
+        if not source.names_tell:
+            look |= {"pixels": digest(identify_pixels(images))}
         look |= {"packed": digest(source.shapes) if isinstance(source, PackedSource) else None}
     return json.loads(json.dumps({"teacher": taught_by, "data": look}))
 
@@ -240,31 +242,12 @@ def identify(
 def check_made_with(cache: CacheFolder, made_with: dict[str, Any]) -> None:
     """Check that a cache holds the answers of this teacher to these images."""
     for key, before, now in find_differences(cache.header["made_with"], made_with):
-        if key in ("data.sizes", "data.file") and before is None:  # made before they were kept
+        if key in ("data.sizes", "data.file", "data.pixels") and before is None:  # made before they were kept
             continue
         raise UserError(
             f"teacher.cache: {cache.folder} was made with {key} {before!r}, not with {now!r}: take the same, or make "
             "another cache in another folder"
         )
-
-
-def choose_seeds(
-    augmentation: str, augmentation_seeds: int, mixup: float, cutmix: float, random_erasing: float = 0.0
-) -> range:
-    """The augmentation seeds that batches have."""
-    if mixup or cutmix or random_erasing:
-        raise UserError(
-            f"data.mixup, data.cutmix, data.random_erasing: {mixup}, {cutmix}, {random_erasing}; a teacher cache holds "
-            "no answers to mixed or erased images: set them to 0, or leave teacher.cache out"
-        )
-    if augmentation == "none":
-        return range(1)
-    if augmentation_seeds < 1:
-        raise UserError(
-            f"data.augmentation_seeds: {augmentation_seeds} takes a new augmentation in every epoch, which no "
-            "cache holds: give N, at least 1, for epochs that cycle over N augmentations"
-        )
-    return range(1, augmentation_seeds + 1)
 
 
 def check_stages(stages: tuple[str, ...]) -> None:

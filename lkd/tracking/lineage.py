@@ -65,7 +65,7 @@ def list_sources(recipe: dict[str, Any]) -> dict[str, tuple[str, str]]:
         is_file = str(name).endswith(".safetensors") or is_remote(str(name)) or find_pretrained(str(name))
         above, last = field.split(".")[-2:] if "." in field else ("", field)
         kind = FIELDS.get(f"{above}.{last}") or FIELDS.get(last, "loss" if is_file else None)
-        if field == "influence.weights":  # says how
+        if (above, last) == ("influence", "weights"):  # says how
             continue
         is_unused = kind == "teacher" and flat.get(field.removesuffix("path") + "pretrained")
         is_span = kind == "classes" and re.fullmatch(r"\d+-\d+", str(name))

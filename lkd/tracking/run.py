@@ -16,8 +16,16 @@ from lkd.config.evaluation import CompareRecipe
 from lkd.config.parts import RunRecipe
 from lkd.core.distributed import any_process, is_main, join_processes, place_of, read_job, wait_for_all
 from lkd.core.errors import UserError
-from lkd.core.files import create_json, environment, find_differences, flatten, read_json, read_mapping, write_json
-from lkd.core.plugins import hash_plugins
+from lkd.core.files import (
+    create_json,
+    environment,
+    find_differences,
+    flatten,
+    hash_file,
+    read_json,
+    read_mapping,
+    write_json,
+)
 from lkd.core.workers import count_cores, read_quotas
 from lkd.tracking.lineage import find_replaced, is_same_content
 from lkd.tracking.tracker import Tracker
@@ -104,7 +112,7 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
     joined = isinstance(recipe, CompareRecipe) and recipe.join
     config: dict[str, Any] = {"command": command, "recipe": dataclasses.asdict(recipe)}
     if recipe.plugins:
-        config["plugins"] = hash_plugins(recipe.plugins)
+        config["plugins"] = hash_file(Path(recipe.plugins))
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")

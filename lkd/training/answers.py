@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.plugins import MODULE
 from lkd.core.tensor_files import digest, keep_result
-from lkd.data.image_files import DamagedImageError
-from lkd.data.images import ImageSet
+from lkd.data.images import ImageSet, identify_pixels
 from lkd.losses.learned.trust import Trust, TrustFigures, measure_agreement, measure_trust
 from lkd.models.build import GIVEN
 from lkd.models.teacher import TabulatedTeacher, Teacher, TeacherFunction, UnreliableTeacher
-from lkd.models.teacher_cache import check_stages, choose_seeds, identify, open_cache, read_cache
+from lkd.models.teacher_cache import check_stages, identify, open_cache, read_cache
 from lkd.tracking.lineage import Entry, read_lineage, record
 from lkd.tracking.run import Run, describe_surroundings
 from lkd.training.build import Images, OpenedTeacher
@@ -79,20 +77,6 @@ def keep_figures(
     return keep_result([*key, *map(identify_pixels, (images.train, images.meta_validation))], measure, shared)
 
 
-def identify_pixels(part: ImageSet) -> Any:
-    """The images, for a hash; of those in files, whose names may be those of others, the bytes of some."""
-    files = part.images
-    if isinstance(files, torch.Tensor):
-        return files
-
-    def read(position: int) -> torch.Tensor | None:
-        with suppress(OSError, DamagedImageError):
-            return files.source.read(position)
-        return None
-
-    return [read(position) for position in files.positions[:SAMPLED].tolist()]
-
-
 def read_trust(cache: Path, images: Images, device: torch.device) -> Trust:
     """What a cache knows of its teacher and these images' labels; unknown if it was measured of others, or never."""
     looks = Trust.choose_looks(images.meta_validation if len(images.meta_validation) else images.train, device)
@@ -144,11 +128,22 @@ def identify_answers(teacher: OpenedTeacher, images: Images) -> dict[str, Any]:
 
 
 def choose_cached_seeds(data: DataRecipe) -> range:
-    """The augmentation seeds whose answers a cache of these images holds; see `choose_seeds`."""
-    return choose_seeds(data.augmentation, data.augmentation_seeds, data.mixup, data.cutmix, data.random_erasing)
+    """The augmentation seeds that batches of these images have, whose answers a cache of them holds."""
+    if data.mixup or data.cutmix or data.random_erasing:
+        raise UserError(
+            f"data.mixup, data.cutmix, data.random_erasing: {data.mixup}, {data.cutmix}, {data.random_erasing}; a "
+            "teacher cache holds no answers to mixed or erased images: set them to 0, or leave teacher.cache out"
+        )
+    if data.augmentation == "none":
+        return range(1)
+    if data.augmentation_seeds < 1:
+        raise UserError(
+            f"data.augmentation_seeds: {data.augmentation_seeds} takes a new augmentation in every epoch, which no "
+            "cache holds: give N, at least 1, for epochs that cycle over N augmentations"
+        )
+    return range(1, data.augmentation_seeds + 1)
 
 
-SAMPLED = 20  # images in files by which they are told from others of the same names
 TABLE_BYTES = 2**28  # features of a teacher that are kept in memory; larger ones are computed anew for every batch
 
 

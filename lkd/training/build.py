@@ -36,9 +36,9 @@ from lkd.models.build import (
     adapt_given,
     adapt_input,
     adapt_pretrained,
-    adapt_teacher,
     find_stages,
     plain_state_dict,
+    try_black_image,
     unwrap,
 )
 from lkd.models.build import build as build_network
@@ -255,7 +255,8 @@ def open_teacher(settings: TeacherRecipe, images: ImageSet, given: Objects = NOT
     Its classes are another matter: losses over features alone do not read them (see `OpenedTeacher.check_classes`).
     """
     if settings.path in given:
-        network, num_classes = adapt_teacher(given[settings.path], images.image_shape)
+        network = adapt_given(given[settings.path], "teacher", None, images.image_shape)
+        num_classes = try_black_image(network, "teacher", images.image_shape).logits.shape[1]
         architecture: dict[str, Any] = {
             "name": settings.path,
             "num_classes": num_classes,

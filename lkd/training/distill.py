@@ -209,13 +209,14 @@ def describe_batch(training: Training, seen: Seen) -> dict[str, float]:
     `seen`: what `Training.run_step` told its `watch` in the latest step.
 
     Returns:
-        `gradient_norm`: of the step, over all parameters, before clipping; `train/agreement`: percent of the images
+        `gradient_norm`: of the step, of all that is trained, before clipping; `train/agreement`: percent of the images
         that student and teacher give the same class, where they have as many; `share/TERM`: each term's share of the
         gradient at the student's outputs (`gradient_shares`), weighed as the balance does. A loss that remembers images
         is not asked for shares: asking would change its memory.
     """
     batch, teacher, progress = seen
-    gradients = [p.grad for p in training.student.parameters() if p.grad is not None]
+    trained = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = training.norm_before_clipping if training.is_clipped else torch.nn.utils.get_total_norm(gradients)
     figures = {"gradient_norm": float(norm)}
     with running_dry(training.student):

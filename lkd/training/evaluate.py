@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lkd.core.distributed import copy_buffers_from_main, count_processes, gather_rows, own_rank
-from lkd.core.errors import refuse_exhaustion
+from lkd.core.errors import explaining_exhaustion
 from lkd.core.outputs import evaluating
 from lkd.data.images import ImageSet
 from lkd.losses.functions import expected_calibration_error, find_best_temperature
@@ -34,16 +34,12 @@ def evaluate(network: nn.Module, images: ImageSet, device: torch.device, shared:
         copy_buffers_from_main(network)
         own = own[own_rank() :: count_processes()]
     rows, broken = [], [own[:0].to(device)]
-    try:
-        with evaluating(network):
-            for batch in images.batches(own.split(images.at_once), device):
-                logits = network(batch.images).logits
-                rows.append((logits, batch.target))
-                if not bool(logits.isfinite().all()):
-                    broken.append(batch.index[~batch.images.flatten(1).isfinite().all(1)])
-    except (MemoryError, RuntimeError) as error:
-        refuse_exhaustion(error, "evaluation", SMALLER_PARTS)
-        raise
+    with explaining_exhaustion("evaluation", SMALLER_PARTS), evaluating(network):
+        for batch in images.batches(own.split(images.at_once), device):
+            logits = network(batch.images).logits
+            rows.append((logits, batch.target))
+            if not bool(logits.isfinite().all()):
+                broken.append(batch.index[~batch.images.flatten(1).isfinite().all(1)])
     logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True))
     unusable = torch.cat(broken)
     if shared:

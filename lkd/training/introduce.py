@@ -11,7 +11,7 @@ from lkd.config.parts import TeacherRecipe, TrainRecipe
 from lkd.data.image_files import DamagedImageError, ImageFiles
 from lkd.data.images import ImageSet
 from lkd.data.readers import sort_as_timm
-from lkd.models.build import describe, format_description
+from lkd.models.build import describe
 from lkd.models.dry_run import check_trainable
 from lkd.models.teacher_cache import read_cache
 from lkd.training.answers import keep_figures
@@ -48,15 +48,13 @@ def introduce_network(
     student: StudentBuilder,
     images: Images,
     device: torch.device,
-    train: TrainRecipe | None = None,
+    train: TrainRecipe,
     processes: int = 1,
 ) -> str:
     """Say which network this is that will be trained, after a dry run of a step of this training."""
     network, pretrained = student.build(0, device), student.architecture["pretrained"]
     shape = images.train.image_shape
-    line = format_description(role, describe(network, student.name, shape, pretrained)) + student.started
-    if train is None:
-        return line
+    line = describe(role, network, student.name, shape, pretrained) + student.started
     check_optimization(network, train, device)
     size = max(1, train.batch_size // (processes * train.accumulation))
     lines = [line, *check_trainable(network, role, shape, size), *doubt_learning_rate(train)]
@@ -79,7 +77,7 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     if settings.cache:
         return f"{read_cache(Path(settings.cache)).header['teacher']} when its answers were cached in {settings.cache}"
     name, shape = teacher.architecture["name"], images.train.image_shape
-    described = format_description("teacher", describe(teacher.network, name, shape, settings.pretrained))
+    described = describe("teacher", teacher.network, name, shape, settings.pretrained)
     reached, top1, knows = "", None, teacher.architecture["num_classes"] == images.train.num_classes
     if len(images.meta_validation) and knows:
         measure = partial(evaluate, teacher.network.to(device), images.meta_validation, device, shared=True)

@@ -16,6 +16,7 @@ from timm.optim import (
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lkd.config.parts import TrainRecipe
 from lkd.core.errors import UserError, check_choice, first_line
@@ -183,7 +184,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         parameters = [parameter for group in own for parameter in group["params"]]
         for number, slots in state["state"].items():
             kept = optimizer.state[parameters[number]]
-            kept |= {name: copy_tensors(value, kept[name]) for name, value in slots.items()}
+            # Its tensors are copied to where those like them lie: a file's lie as they come, which decides digits.
+            kept |= {name: tree_map(copy_like, value, kept[name]) for name, value in slots.items()}
         return
     for parameter, slots in optimizer.state.items():
         if slots.keys() != next(iter(optimizer.state.values())).keys():
@@ -198,13 +200,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 raise ValueError(f"the optimiser's {name} does not fit a parameter of shape {tuple(parameter.shape)}")
 
 
-def copy_tensors(value: Any, like: Any) -> Any:
-    """A value, its tensors copied to where those like it lie: a file's lie as they come, which decides digits."""
-    if isinstance(value, Tensor):
-        return value.to(like.device, copy=True)
-    if isinstance(value, list | tuple):
-        return type(value)(copy_tensors(*each) for each in zip(value, like, strict=True))
-    return value
+def copy_like(value: Any, like: Any) -> Any:
+    """A tensor's copy where another one lies; what is none stays."""
+    return value.to(like.device, copy=True) if isinstance(value, Tensor) else value
 
 
 def list_kinds(optimizer: torch.optim.Optimizer) -> list[dict[str, type]]:
@@ -246,16 +244,19 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, steps
             updates_per_epoch=steps_per_epoch,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's ({error})") from error
+        raise UserError(f"train.schedule: {recipe.schedule!r} is none that timm can make so ({error})") from error
     if scheduler is None:
         raise UserError(f"train.schedule: {recipe.schedule!r} is not one of timm's; cosine, step, multistep, poly, ...")
     return scheduler
 
 
+MANY_STEPS = 10**6  # an epoch, where their number is not known yet: no warm-up of some steps is then too long
+
+
 def check_names(recipe: TrainRecipe) -> None:
     """Check all of optimiser and schedule that needs no network, before the images are looked for."""
     choose_optimizer(recipe)
-    build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), recipe, 1)
+    build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), recipe, MANY_STEPS)
 
 
 def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.device) -> None:
@@ -271,7 +272,7 @@ def check_optimization(network: nn.Module, recipe: TrainRecipe, device: torch.de
         raise UserError(
             f"train.swa_epochs: {recipe.swa_epochs} are more than train.epochs, {recipe.epochs}; take fewer"
         )
-    build_scheduler(build_optimizer(network, recipe), recipe, 1)
+    build_scheduler(build_optimizer(network, recipe), recipe, MANY_STEPS)
 
 
 def check_milestones(recipe: TrainRecipe) -> None:

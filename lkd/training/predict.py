@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.functional import center_crop
 
 from lkd.config.training import PredictRecipe
-from lkd.core.errors import UserError, refuse_exhaustion
-from lkd.data.augment import resize_shorter_side
+from lkd.core.errors import UserError, explaining_exhaustion
+from lkd.data.augment import cut_center
 from lkd.data.image_files import DamagedImageError, LoadingOptions, decode, is_hidden
 from lkd.data.readers import IN_MEMORY, FashionMNIST
 from lkd.data.sources import MEAN, STD, SUFFIXES
@@ -65,11 +64,8 @@ def predict(recipe: PredictRecipe, say: Any) -> Iterator[Prediction]:
                 say(f"warning: {error}; left out")
         if not names:
             continue
-        try:
+        with explaining_exhaustion("predict", "a smaller batch_size"):
             logits = network((torch.stack(pixels).to(device).float() / 255 - mean) / std).logits.float()
-        except (MemoryError, RuntimeError) as error:
-            refuse_exhaustion(error, "predict", "a smaller batch_size")
-            raise
         if not bool(logits.isfinite().all()):
             raise UserError(f"{recipe.checkpoint}: its answers are not finite: the training has diverged")
         best = logits.softmax(1).topk(min(recipe.top_k, logits.shape[1]))
@@ -142,7 +138,7 @@ def prepare_picture(path: Path, wanted: Input) -> Tensor:
         image = (torch.tensor(LUMA).view(3, 1, 1) * image).sum(0, keepdim=True).round().to(torch.uint8)
     if height != width:
         return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
-    return center_crop(resize_shorter_side(image, round(height / wanted.crop)), [height, width])
+    return cut_center(image, height, round(height / wanted.crop))
 
 
 def format_prediction(prediction: Prediction) -> str:

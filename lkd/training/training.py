@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 from lkd.balance.balancing import Balancing
 from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import any_process, copy_buffers_from_main, gather_objects
-from lkd.core.errors import UserError, refuse_exhaustion
+from lkd.core.errors import UserError, explaining_exhaustion
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
 from lkd.core.tensor_files import random_state, set_random_state
@@ -147,12 +147,8 @@ class Training:
         if self.recipe.channels_last:
             batch = batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
         self.clock.lap("data")
-        try:
-            with self.autocast():
-                teacher = self.teacher(batch) if self.teacher else None
-        except (MemoryError, RuntimeError) as error:
-            refuse_exhaustion(error, f"step {self.step}: teacher", LESS_MEMORY)
-            raise
+        with explaining_exhaustion(f"step {self.step}: teacher", LESS_MEMORY), self.autocast():
+            teacher = self.teacher(batch) if self.teacher else None
         teacher = widen_outputs(keep_stages(teacher, self.loss.teacher_stages)) if teacher else None
         self.clock.lap("teacher")
         if watch:
@@ -161,15 +157,12 @@ class Training:
         parts = self.recipe.accumulation
         size = len(batch.target) // parts
         rows = []
-        try:
+        with explaining_exhaustion(f"step {self.step}", LESS_MEMORY):
             for number in range(parts):
                 part = slice(number * size, (number + 1) * size)
                 own, answers = Batch(*(column[part] for column in batch)), cut(teacher, part)
                 with self.computation.no_sync() if self.shared and number < parts - 1 else nullcontext():
                     rows.append(self.compute_gradients(own, answers, first=number == 0))
-        except (MemoryError, RuntimeError) as error:
-            refuse_exhaustion(error, f"step {self.step}", LESS_MEMORY)
-            raise
         if self.recipe.clip_norm and not self.is_clipped:  # only now, so that a tape sees the gradient before it
             self.optimizer.register_step_pre_hook(lambda *_: self.clip_gradient())
             self.is_clipped = True

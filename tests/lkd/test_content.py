@@ -29,6 +29,27 @@ class Callable:
         return self.scale * (student.logits - teacher.logits).square().mean()
 
 
+def scale_by(scale: float):
+    """A function of this module under a name that another function refers to."""
+
+    def helper(difference):
+        return scale * difference
+
+    return helper
+
+
+HELPER = scale_by(1.0)
+
+
+def test_a_loss_is_known_by_what_a_comprehension_in_it_calls(monkeypatch) -> None:
+    def loss(student, teacher, target):
+        return sum(HELPER(s - t).square().mean() for s, t in zip(student.logits, teacher.logits, strict=True))
+
+    first = name_loss(loss, {})
+    monkeypatch.setitem(globals(), "HELPER", scale_by(2.0))
+    assert name_loss(loss, {}) != first
+
+
 HOLDERS = {
     "a module": Scaled,
     "an object": Callable,

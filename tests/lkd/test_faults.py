@@ -9,7 +9,7 @@ import torch
 
 from lkd.cli import main
 from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
-from lkd.core.errors import DamagedFileError, UserError, refuse_exhaustion
+from lkd.core.errors import DamagedFileError, UserError, explaining_exhaustion
 from lkd.core.tensor_files import drop_damaged, read_result, read_tensors, write_result, write_tensors
 from lkd.data import Batches
 from lkd.meta_training.outer_loop import OuterLoop
@@ -117,9 +117,12 @@ def test_inputs_that_are_not_finite_stop_a_training_and_are_named(value: float, 
 def test_no_memory_left_is_one_line(monkeypatch) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    with pytest.raises(UserError, match=r"step 3: out of memory; .* anew with less"):
-        refuse_exhaustion(caught.value, "step 3", "less")
-    refuse_exhaustion(RuntimeError("sizes differ"), "step 3", "less")
+    for error, kind, said in (
+        (caught.value, UserError, r"step 3: out of memory; .* anew with less"),
+        (RuntimeError("sizes differ"), RuntimeError, "sizes differ"),
+    ):
+        with pytest.raises(kind, match=said), explaining_exhaustion("step 3", "less"):
+            raise error
 
     def exhaust(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -53,6 +53,7 @@ def test_rows_with_a_path_and_no_bytes(tmp_path: Path) -> None:
     )
     source = HuggingFaceSource(rows, "image", "mine/train")
     assert [int(source.load(place).float().mean()) for place in (0, 1)] == [7, 7]
+    assert not source.names_tell, "rows of a newer revision have the same names"
 
 
 @pytest.mark.outside(25)

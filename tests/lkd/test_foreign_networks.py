@@ -107,14 +107,16 @@ def test_torchvisions_networks(tmp_path: Path) -> None:
 
 @pytest.mark.outside(18)
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_torchvisions_networks_that_shift_their_input_are_named(name: str, tmp_path: Path, capsys) -> None:
+def test_torchvisions_networks_that_shift_their_input_are_named(name: str, tmp_path: Path, capsys, caplog) -> None:
     network = torchvision.models.get_model(name, weights=None, num_classes=3, aux_logits=False, init_weights=False)
     torch.save(network.state_dict(), tmp_path / "x.pth")
     load_foreign_network(tmp_path / "x.pth", name)  # inception_v3 is timm's too, with weights of the same names
-    assert f"torchvision/{name} and the option transform_input" in capsys.readouterr().out
+    assert f"torchvision/{name} and the option transform_input" in caplog.text
+    assert not capsys.readouterr().out  # `lkd predict` writes its table there
+    caplog.clear()
     options = {"aux_logits": False, "transform_input": True}
     loaded = load_foreign_network(tmp_path / "x.pth", f"torchvision/{name}", options)[0]
-    assert not capsys.readouterr().out
+    assert not caplog.text
     assert unwrap(loaded).transform_input
 
 
@@ -260,6 +262,8 @@ def test_a_network_of_fixed_size_takes_the_images_size(name: str, side: int) -> 
     with torch.no_grad():
         assert not torch.equal(network(corner).logits, network(0 * corner).logits), "the last pixel is seen"
     assert fit_image_size("resnet18", {}, (1, side, side)) == {}
+    with pytest.raises(UserError, match="takes images of 1024×1024"):  # the tag of its weights is no part of 16
+        fit_image_size("samvit_base_patch16.sa1b", {}, (3, 28, 28))
     assert fit_image_size(name, {}, (3, 224, 224)) == {}
 
 

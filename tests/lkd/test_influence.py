@@ -334,6 +334,18 @@ def images():
 
 
 @pytest.mark.parametrize("weigh", ["task", "loss"])
+def test_a_loss_of_labels_alone_needs_no_teacher(images, weigh: str) -> None:
+    loss = prepare_loss(
+        {"name": "influence_weighted", "loss": "cross_entropy", "weigh": weigh}, ModelRecipe(), TEACHER, images, 0
+    )
+    assert not loss.needs_teacher
+    loss.enroll(images.train.index, images.train.labels)
+    logits, index, labels = torch.randn(6, 10), images.train.index[:6], images.train.labels[:6]
+    terms = loss(Outputs(logits, {}), None, labels, 0.5, index)
+    torch.testing.assert_close(sum(terms.values()), torch.nn.functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("weigh", ["task", "loss"])
 @pytest.mark.parametrize("name", ["cross_entropy", "kd", "dkd", "logit_mse", "logit_standardization"])
 def test_the_gradient_is_that_of_the_weighted_mean(images, name: str, weigh: str) -> None:
     settings = {"name": "influence_weighted", "loss": name, "weigh": weigh}

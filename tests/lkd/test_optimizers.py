@@ -23,7 +23,13 @@ from lkd.models.files import load_network, save_network
 from lkd.models.stages import find_head, freeze_stages
 from lkd.training.build import choose_student, prepare_images
 from lkd.training.introduce import introduce_network
-from lkd.training.optimizer import build_optimizer, build_scheduler, check_differentiable, doubt_learning_rate
+from lkd.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_differentiable,
+    check_names,
+    doubt_learning_rate,
+)
 from lkd.training.training import Training
 from tests.lkd.parts import VIT, prepare_student, start_training
 
@@ -70,6 +76,13 @@ def test_groups_are_those_of_timm() -> None:
 
     assert len(build_optimizer(network, TrainRecipe()).param_groups) == 1, "sgd decays everything"
     assert len(build_optimizer(network, TrainRecipe(decay_norms_and_biases=False)).param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "wsd", "epochs": 13, "warmup_steps": 500}, {"schedule": "rsqrt", "warmup_steps": 40}]
+)
+def test_schedules_are_not_judged_by_one_step_an_epoch(schedule) -> None:
+    check_names(TrainRecipe(**schedule))
 
 
 def test_a_training_equals_a_plain_loop(images) -> None:

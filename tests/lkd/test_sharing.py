@@ -13,9 +13,11 @@ from huggingface_hub import ModelCard, constants
 import lkd
 from lkd.cli import main
 from lkd.core.errors import UserError
-from lkd.core.files import hash_file
-from lkd.export.share import write_card
-from lkd.losses.learned.file import save_loss
+from lkd.core.files import PACKAGE, hash_file
+from lkd.evaluation.comparison.trials import was_method_learned
+from lkd.evaluation.plan import is_missing
+from lkd.export.share import describe_training, write_card
+from lkd.losses.learned.file import read_provenance, save_loss
 from lkd.tracking.remote import HubReference, WandbReference, parse_reference
 from tests.lkd.hub_server import StandIn
 from tests.lkd.meta_recipes import build_loss_networks, tiny_recipe
@@ -59,6 +61,9 @@ def test_a_loss_goes_to_the_hub_and_comes_back_the_same(loss: Path, hub: StandIn
     card = ModelCard(hub.files["me/losses"]["README.md"].decode())
     assert card.data.library_name == "lkd"
     assert hash_file(loss) in card.text
+    assert main(["push", str(loss), "--to", "hf://me/losses"]) == 0
+    assert not is_missing("hf://me/losses/noisy.lkd.safetensors"), "a plan is of the loss that lies there"
+    assert was_method_learned("hf://me/losses"), "it is no hand-made loss"
     assert main(["pull", "hf://me/losses/noisy.lkd.safetensors", "--out", "back.lkd.safetensors"]) == 0
     assert Path("back.lkd.safetensors").read_bytes() == loss.read_bytes()
     words = ["--run_dir", "r", *TINY, "--train.epochs", "1", "--loss", "hf://me/losses/noisy.lkd.safetensors"]
@@ -66,6 +71,13 @@ def test_a_loss_goes_to_the_hub_and_comes_back_the_same(loss: Path, hub: StandIn
     lineage = Path("r/lineage.json").read_text()
     assert hash_file(loss) in lineage
     assert "hf://me/losses" in lineage
+
+
+def test_a_loss_that_was_learned_in_worlds_names_none_as_its_data() -> None:
+    facts = describe_training(read_provenance(PACKAGE / "losses/pretrained/universal.lkd.safetensors"))
+    assert facts["worlds"] == "35 listed, 8 drawn"
+    assert not facts.keys() & {"data", "teacher", "students", "split", "imbalance"}
+    assert not describe_training({})
 
 
 def test_what_cannot_be_had_or_sent_is_one_line(loss: Path, hub: StandIn, monkeypatch, capsys) -> None:

@@ -37,7 +37,7 @@ from lkd.tracking.run import Run, evidence
 from lkd.training.answers import check_same_images
 from lkd.training.build import LossBuilder, build_batches, choose_student
 from lkd.training.introduce import introduce_images, introduce_network, introduce_teacher
-from lkd.training.optimizer import build_optimizer, build_scheduler, check_names
+from lkd.training.optimizer import MANY_STEPS, build_optimizer, build_scheduler, check_names
 from lkd.training.training import check_settings
 
 
@@ -91,7 +91,7 @@ def check_methods(recipe: CompareRecipe, inputs: TrialInputs, device: torch.devi
                 batches = build_batches(inputs.images.train, train, inputs.images.settings, recipe.seed, device)
                 check_settings(train, batches, built, balance)
                 for network in networks:
-                    build_scheduler(build_optimizer(network, train), train, 1)
+                    build_scheduler(build_optimizer(network, train), train, MANY_STEPS)
             except UserError as error:
                 raise UserError(f"methods.{label}: {error}") from error
 

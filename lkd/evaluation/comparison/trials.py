@@ -285,7 +285,8 @@ def hash_identity(identity: dict[str, Any]) -> str:
 def was_method_learned(method: Method) -> bool | None:
     """Whether a method's learned loss is another than its meta-training began with; None of a hand-made loss."""
     name = method["name"] if isinstance(method, dict) else method
-    return was_learned(LossFile.read(fetch_named(name)).header) if is_learned(name) else None
+    path = fetch_named(name)
+    return was_learned(LossFile.read(path).header) if is_learned(path) else None
 
 
 def hash_content(path: str) -> str | None:

@@ -189,7 +189,8 @@ def draw_loss(name: str, specification: Any, folder: Path, trust: Trust | None =
     except UserError as error:
         return record | {"note": str(error)}
     if isinstance(loss, LearnedLoss | ReplayedLoss) and any("context" in p.conditioning for p in loss.at(0.0).forms()):
-        record["trust"] += "; of its batch it is told what one as broad as this plane has"
+        told = "of its batch it is told what one as broad as this plane has"
+        record["trust"] = "; ".join(filter(None, [record["trust"], told]))
     elif not torch.allclose(frames[2][::STRIDE, ::STRIDE], coarse, rtol=1e-2, atol=1e-5):
         return record | {"note": "compares images of a batch with each other: no function of one image's confidence"}
     panels["gradient at the target logit"] = to_frames(frames)
