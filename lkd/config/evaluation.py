@@ -205,7 +205,7 @@ class QuickstartRecipe(RunRecipe):
     """Train with the universal loss in three settings, beside CE and a grid of KD, and adapt it (RUN_DIR/report.html).
 
     Args:
-        short: A small form of everything, under 90 seconds, that claims nothing.
+        short: A small form of everything, about a minute, that claims nothing.
         workers: Processes that train side by side; 0 means one for every CPU core.
         seeds: Paired seeds of the comparison.
     """

@@ -20,7 +20,7 @@ from lkd.losses.functions import find_best_temperature, label_of
 MEASURED = 10_000  # images of each part that the teacher is asked about, at most
 LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at most
 COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
-NOTICED = 0.05  # honest teachers of every kind stay under 0.03 (docs/evidence/universal/tried.md)
+NOTICED = 0.05  # honest teachers of every kind stay under it (docs/evidence/universal/tried.md)
 MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
 TINY = 1e-30
 UNKNOWN = float("nan")
