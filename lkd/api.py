@@ -366,7 +366,10 @@ def name_images(
 def read_like(source: Any, train: ImageSet) -> ImageSet:
     """Images for meta-validation, numbered apart from the training images."""
     if not isinstance(source, ImageSet):
-        source = read_images(source, num_classes=train.num_classes, mean=train.mean, std=train.std)
+        try:
+            source = read_images(source, num_classes=train.num_classes, mean=train.mean, std=train.std)
+        except UserError as error:
+            raise UserError(f"meta_validation_set: {error}") from error
     for name in ("image_shape", "num_classes", "mean", "std"):
         found, wanted = getattr(source, name), getattr(train, name)
         if found != wanted:

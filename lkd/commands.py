@@ -30,7 +30,7 @@ from lkd.export.share import pull_loss, push_loss
 from lkd.losses.learned.trust import Trust
 from lkd.meta_training.meta_train import keep_pool
 from lkd.meta_training.meta_train import meta_train as learn_loss
-from lkd.models.build import try_black_image
+from lkd.models.build import GIVEN, try_black_image
 from lkd.models.files import fit_to_images
 from lkd.models.teacher import load_teacher_network
 from lkd.pool.pool import World, build_pool
@@ -107,6 +107,11 @@ def choose_held_out(recipe: config.EvaluateRecipe, images: Images, provenance: d
 def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> config.DataRecipe:
     """The images to evaluate on: those that the file was trained with, but for what the recipe says."""
     trained = {} if recipe.checkpoint == "embedded" else (provenance.get("recipe") or {}).get("data") or {}
+    if str(trained.get("name")).startswith(GIVEN) and "name" not in recipe.data:
+        raise UserError(
+            f"data.name: {recipe.checkpoint} was trained on images that Python gave, which no file keeps: give the "
+            "name and root of images"
+        )
     known = {field.name for field in dataclasses.fields(config.DataRecipe)}
     saved = {key: value for key, value in trained.items() if key in known and value is not None}
     known_here = find_folders(Path(recipe.checkpoint))

@@ -11,6 +11,7 @@ from lkd.config.training import DistillRecipe, VarianceRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_mapping, write_json
 from lkd.meta_training.log import plt, save_figure
+from lkd.models.build import GIVEN
 from lkd.models.files import fit_to_images, load_network
 from lkd.models.stages import freeze_stages
 from lkd.tracking.run import choose_device
@@ -54,6 +55,8 @@ def collect_moments(recipe: VarianceRecipe) -> list[GradientMoments]:
     if saved.get("command") != "distill":
         raise UserError(f"run_dir: {folder} holds a run of `lkd {saved.get('command')}`, not of `lkd distill`")
     distilled = make_recipe(DistillRecipe, saved["recipe"])
+    if GIVEN in (distilled.data.name[: len(GIVEN)], distilled.teacher.path[: len(GIVEN)]):
+        raise UserError(f"run_dir: {folder} was trained with objects that Python gave, which no file keeps")
     parts = build(distilled)
     student, header = load_network(folder / "student.safetensors")
     check_network(str(folder / "student.safetensors"), header["architecture"], parts.images.train)

@@ -21,6 +21,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
+        self.created: dict[str, dict[str, Any]] = {}  # what was asked for, by a repository's name
         self.tokens: set[str | None] = set()
         stand_in = self
 
@@ -32,6 +33,7 @@ class StandIn:
                 if self.path == "/api/repos/create":
                     name = f"{contents[0].get('organization') or 'me'}/{contents[0]['name']}"
                     stand_in.files.setdefault(name, {})
+                    stand_in.created[contents[0]["name"]] = contents[0]
                     self.answer({"url": f"{stand_in.address}/{name}"})
                 elif self.path == "/api/validate-yaml":
                     self.answer({"errors": [], "warnings": []})

@@ -58,6 +58,9 @@ def teacher() -> nn.Module:
     return load_teacher_network("embedded")[0]
 
 
+COLOURED = (torch.zeros(20, 3, 28, 28, dtype=torch.uint8), torch.arange(20) % 10)
+
+
 class Plain(nn.Module):
     """A user's own network: logits alone."""
 
@@ -121,6 +124,17 @@ def test_what_is_given_stays_as_it_is(images, teacher) -> None:
     assert_same_bits(fresh, result.student)
     with pytest.raises(lkd.UserError, match=r"holds the weights of a Plain of the caller's own.*load_state_dict"):
         load_network(result.path)
+
+
+def test_what_was_trained_on_given_images_is_used_by_commands_that_are_told_of_others(images, teacher, capsys) -> None:
+    lkd.distill("tiny_cnn", teacher, images.train, run_dir="r", **TINY)
+    student, pixels, labels = "r/student.safetensors", images.train.images[:20, 0].numpy(), np.arange(20) % 10
+    np.savez("mine.npz", train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels)
+    for words, code in ((["--data.name", "npz/mine", "--data.root", "."], 0), ([], 2)):
+        assert main(["evaluate", student, *words]) == code
+    assert "data.name: r/student.safetensors was trained on images that Python gave" in capsys.readouterr().err
+    assert main(["variance", "--run_dir", "r"]) == 2
+    assert "run_dir: r was trained with objects that Python gave" in capsys.readouterr().err
 
 
 def test_a_broken_off_run_of_objects_goes_on_to_the_same_bits(images, teacher, monkeypatch) -> None:
@@ -253,6 +267,10 @@ def test_teacher_and_loss_are_opened_once_a_run(monkeypatch) -> None:
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(784, 9))}, "teacher: "),
         ({"teacher": "resnet34"}, "teacher.name"),
         ({"train_set": torch.zeros(3)}, "read_images: "),
+        ({"teacher": 3}, "teacher: 3"),
+        ({"report_test": True}, "report_test"),
+        ({"meta_validation_set": "embedded"}, "meta_validation_set"),
+        ({"meta_validation_set": COLOURED}, "meta_validation_set: "),
         ({"student": Plain, "loss": "at"}, "the student gives no features"),
     ],
 )

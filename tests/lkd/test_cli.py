@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_the_line_wins_over_files_and_later_files_over_earlier(tmp_path) -> None
         (["pool", "--pool.loss", "kdd"], "loss: unknown name 'kdd'; nearest: kd"),
         (["meta-train", "--pool_dir", "nowhere"], "pool_dir: nowhere holds no pool"),
         (["evaluate", "nowhere"], "nowhere: no such file"),
+        (["cache"], "teacher.cache: missing"),
+        (["influence", "--loss", "fitnet"], "reads features; influence takes losses over logits"),
+        (["distill", "--loss", "{weight: 1}"], "loss"),
+        (["distill", "--teacher.path", "random"], "teacher.name"),
+        (["distill", "--student.name", "tiny_cnn", "--student.pretrained", "true"], "no `pretrained` weights"),
+        (["meta-train", "--worlds", "{a: {}}", "--students", "[{name: tiny_cnn}]"], "students"),
+        (["meta-train", "--worlds", "{a: {}}", "--meta.interleaving", "alternate"], "meta.interleaving"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
@@ -96,6 +104,12 @@ def test_a_mistake_is_one_line_and_code_2(words, message: str, capsys) -> None:
     assert message in error
     assert error.startswith("lkd: error: ")
     assert "\n" not in error
+
+
+def test_an_interrupt_outside_of_a_training_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("lkd.commands.evaluate", Mock(side_effect=KeyboardInterrupt))
+    assert main(["evaluate", "embedded"]) == 130
+    assert capsys.readouterr().err == "lkd: interrupted\n"
 
 
 def test_a_run_directory_is_free_until_a_step_is_taken_and_not_overwritten_then(capsys) -> None:

@@ -54,8 +54,9 @@ def test_every_command_of_a_page_is_one_that_the_parser_takes(page: Path) -> Non
     for line in "\n".join(find_blocks(page, "sh", "bash", "")).replace("\\\n", " ").splitlines():
         for part in line.split("#")[0].split("&&"):
             match = re.search(r"(?:^|\s)(?:lkd|-m lkd\.cli) (.*)", part.strip())
-            if not match or match[1].split()[0] not in COMMANDS:
+            if not match:
                 continue
+            assert match[1].split()[0] in COMMANDS, line
             inner = match[1].rstrip("'") if match[1].count("'") % 2 else match[1]  # of a command within quotes
             words = [word for word in shlex.split(inner) if word not in ("...", "RECIPE.yaml", "RECIPE")]
             recipe = parse_recipe(words[0], words[1:])

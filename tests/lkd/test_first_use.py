@@ -81,6 +81,22 @@ def test_a_folder_becomes_csv_and_damaged_pictures_are_left_out(shoe: Path, caps
 
 
 @pytest.mark.outside(41)
+def test_pictures_that_cannot_be_read_and_answers_that_are_none(shoe: Path, capsys) -> None:
+    Path("p").mkdir()
+    shoe.rename("p/shoe.png")
+    Path("p/torn.png").write_bytes(b"no picture")
+    assert main(["predict", "embedded", "p", "--batch_size", "1"]) == 0
+    assert len(list(csv.DictReader(io.StringIO(capsys.readouterr().out)))) == 1
+    assert main(["predict", "embedded", "p/torn.png", "--out", "o.csv"]) == 2
+    assert "pictures: none of 1 can be read" in capsys.readouterr().err
+    network, header = load_network(TEACHER)
+    torch.nn.init.constant_(list(network.parameters())[-1], float("inf"))
+    shown = prepare_images(DataRecipe(train_size=100, meta_validation_size=100)).train
+    save_network(Path("x.safetensors"), network, header["architecture"], {}, shown)
+    assert main(["predict", "x.safetensors", "p/shoe.png"]) == 2
+    assert "its answers are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["nowhere.png"], ["empty"]])
 def test_predict_without_pictures_is_one_line(words: list[str], capsys) -> None:
     Path("empty").mkdir()

@@ -23,7 +23,7 @@ from lkd.models.teacher import take_classes
 from lkd.training.answers import identify_answers, prepare_teacher
 from lkd.training.build import build, choose_student, open_teacher, prepare_images
 from lkd.training.distill import describe_batch, start_training
-from tests.lkd.meta_recipes import YOUNG, run_recipe, tiny_recipe
+from tests.lkd.meta_recipes import YOUNG, build_loss_networks, run_recipe, tiny_recipe
 
 WEIGHTED = {"name": "influence_weighted", "loss": "cross_entropy"}
 OVER_LOGITS = ["kd", "dkd", "dist", "logit_standardization", "universal", "torchdistill/KDLoss", "torchdistill/SRDLoss"]
@@ -266,5 +266,8 @@ def test_what_the_engine_says_within_a_step_is_the_user_s_line(monkeypatch) -> N
 def test_the_least_meta_training_learns(estimator: str) -> None:
     """One outer step, one step a rollout, one student in the pool and in the step."""
     meta = {"outer_steps": 1, "students_per_step": 1, "rollout_steps": 1, "estimator": estimator}
-    loss = lkd.load_loss(run_recipe(tiny_recipe(pool=YOUNG, **meta)))
+    recipe = tiny_recipe(pool=YOUNG, **meta)
+    before = build_loss_networks(recipe).state_dict()
+    loss = lkd.load_loss(run_recipe(recipe))
     assert all(torch.isfinite(parameter).all() for parameter in loss.parameters())
+    assert any(not torch.equal(before[name], value) for name, value in loss.state_dict().items())

@@ -10,7 +10,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,7 +61,7 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path, monkeypatch) -> 
         counts = worker.fuzz(name, range(files), tmp_path / "files")
     finally:
         signal.signal(signal.SIGPROF, before)
-    bad = [row for row in findings if row["outcome"] not in ("read", "refused")]
+    bad = [row for row in findings if row["outcome"] not in ("read", "refused") or row["mib"] >= 512]
     assert not bad, bad[0]
     assert counts["refused"] > 0
     assert sum(counts.values()) == files
@@ -391,14 +390,12 @@ def test_an_image_that_claims_to_be_huge_is_refused_unread(format: str, width: i
         decode(as_bytes(mutators.claim_size(readers.draw_picture(0, format), width, height)), "bomb")
 
 
-def test_an_animation_and_sixteen_bits_give_one_image_of_eight() -> None:
+def test_an_animation_gives_one_image() -> None:
     frames = [Image.open(io.BytesIO(readers.draw_picture(number))).resize((20, 20)) for number in range(3)]
-    moving, deep = io.BytesIO(), io.BytesIO()
+    moving = io.BytesIO()
     frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
-    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(deep, "PNG")
-    for file in (moving, deep):
-        pixels = decode(as_bytes(file.getvalue()), "x")
-        assert (pixels.shape, pixels.dtype) == ((3, 20, 20), torch.uint8)
+    pixels = decode(as_bytes(moving.getvalue()), "x")
+    assert (pixels.shape, pixels.dtype) == ((3, 20, 20), torch.uint8)
 
 
 def test_no_shell_no_pickle_and_no_unpacking() -> None:

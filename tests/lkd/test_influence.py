@@ -373,6 +373,25 @@ def start(images):
     return start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
 
 
+@pytest.mark.parametrize(("first", "every", "due"), [(1, 2, [1, 3, 5]), (1, 0, [1]), (0, 3, [0, 3, 6])])
+def test_influence_is_measured_every_so_many_epochs(
+    images, first: int, every: int, due: list[int], monkeypatch
+) -> None:
+    settings = {**WEIGHTED, "first_epoch": first, "refresh_epochs": every}
+    loss, measured = prepare_loss(settings, ModelRecipe(), TEACHER, images, 0), []
+    loss.enroll(images.train.index, images.train.labels)
+
+    def measure(*_, **__):
+        measured.append(epoch)
+        return Influence(images.train.index, torch.randn(len(images.train)), 0.1, 1.0, 0.0)
+
+    monkeypatch.setattr("lkd.influence.weighted_loss.measure_influence", measure)
+    student = build("small_cnn", 10, 1)
+    for epoch in range(7):
+        loss.begin_epoch(epoch, student, images.train, Teacher(student), epoch / 7)
+    assert measured == due
+
+
 def test_weights_come_when_they_are_due(images) -> None:
     training = start(images)
     for step in range(6):

@@ -181,6 +181,14 @@ def test_a_named_loss_is_inspected_to_compare(capsys) -> None:
     assert Path("kd-inspection/inspection.png").exists()
 
 
+def test_the_kd_that_a_loss_is_drawn_beside_can_be_chosen() -> None:
+    drawn = []
+    for words in ([], ["--kd_weight", "1", "--kd_temperature", "1"]):
+        assert main(["inspect", "--loss", "kd", "--num_classes", "5", "--out", "o", *words]) == 0
+        drawn.append(json.loads(Path("o/inspection.json").read_text())["field"]["kd"]["rest"])
+    assert drawn[0] != drawn[1]
+
+
 def test_a_file_over_features_that_says_nothing_of_itself_is_drawn(learned_file: Path) -> None:
     text, folder = inspect_recipe(InspectRecipe(str(learned_file), out="here"))
     assert "does not say what it was trained with" in text

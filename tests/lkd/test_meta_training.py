@@ -250,9 +250,10 @@ def test_meta_training_leaves_a_bad_balance() -> None:
     ],
 )
 def test_impossible_settings_are_refused(field: str, pool, meta) -> None:
-    others = {name: meta.pop(name) for name in ("pool_dir", "students", "train") if name in meta}
+    others = {name: value for name, value in meta.items() if name in ("pool_dir", "students", "train")}
+    own = {name: value for name, value in meta.items() if name not in others}
     with pytest.raises(UserError, match=field):
-        check_settings(replace(tiny_recipe(pool, **meta), **others))
+        check_settings(replace(tiny_recipe(pool, **own), **others))
 
 
 def test_missing_classes_of_meta_validation_are_refused() -> None:

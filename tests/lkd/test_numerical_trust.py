@@ -12,18 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lkd.cli import main
-from lkd.config import DataRecipe
 from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.core.tensor_files import digest
-from lkd.data import Batches
 from lkd.losses import LearnedLoss
 from lkd.losses.build import LOSSES, build_loss
 from lkd.losses.learned.features import FeatureLoss
 from lkd.losses.learned.forms import FORMS
-from lkd.training.build import prepare_images
-from tests.lkd.tiny_images import write_image_folder
-from tests.processes import Command
 
 STAGES = {"a": (4, 6, 6), "b": (6, 3, 3)}
 WITH_TEMPERATURE = ("kd", "dkd", "dist")
@@ -102,8 +97,9 @@ def test_float32_is_float64_but_for_its_roundings(name, scale, temperature, clas
     for term, value in wide.items():
         assert bool(value.isfinite()), term
         assert abs(narrow[term] - value) <= rounding + 1e-4 * abs(value), term
-    assert bool(narrow_gradient.isfinite().all())
     assert bool(wide_gradient.isfinite().all())
+    largest = wide_gradient.abs().max()
+    assert (narrow_gradient - wide_gradient).abs().max() <= rounding + 1e-3 * largest
 
 
 @pytest.mark.parametrize("name", [*LOSSES, *LEARNED])
@@ -118,14 +114,12 @@ TINY = ["--data.train_size", "200", "--data.meta_validation_size", "100", "--dev
 TINY += ["--train.epochs", "1", "--train.batch_size", "20"]
 
 
-def test_the_same_seed_gives_the_same_bits_in_another_process() -> None:
+def test_another_seed_gives_another_student() -> None:
     words = ["distill", *TINY, "--data.augmentation", "flip_and_crop"]
-    command = Command([*words, "--seed", "3", "--run_dir", "apart"])
     for seed in ("3", "4"):
         assert main([*words, "--seed", seed, "--run_dir", seed]) == 0
-    assert command.wait() == 0, command.text
-    apart, same, other = (digest(load_file(Path(name, "student.safetensors"))) for name in ("apart", "3", "4"))
-    assert apart == same != other
+    one, other = (digest(load_file(Path(seed, "student.safetensors"))) for seed in ("3", "4"))
+    assert one != other
 
 
 def test_one_and_two_workers_fill_the_same_cells() -> None:
@@ -139,13 +133,3 @@ def test_one_and_two_workers_fill_the_same_cells() -> None:
         assert {k: v for k, v in one.items() if k not in MEASURED} == {
             k: v for k, v in two.items() if k not in MEASURED
         }
-
-
-def test_one_and_two_loading_threads_give_the_same_batches(tmp_path) -> None:
-    root, hashes = write_image_folder(tmp_path / "images"), []
-    for workers in (1, 2):
-        recipe = DataRecipe("image_folder", root, 0, 8, image_size=24, workers=workers)
-        batches = Batches(prepare_images(recipe).train, 6, 0, "random_resized_crop")
-        hashes.append([digest(batches.at(step)) for step in range(5)])
-    assert hashes[0] == hashes[1]
-    assert hashes[0][0] != hashes[0][1]

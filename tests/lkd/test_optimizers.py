@@ -2,7 +2,6 @@
 
 import copy
 import random
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -120,11 +119,11 @@ def test_a_training_equals_a_plain_loop(images) -> None:
     ],
     ids=str,
 )
-def test_a_resumed_training_has_the_same_bits(images, changes: dict) -> None:
+def test_a_resumed_training_has_the_same_bits(images, changes: dict, tmp_path: Path) -> None:
     changes = {"learning_rate": 1e-3, "clip_norm": 1.0, "epochs": 3, **changes}
     data = DataRecipe(random_erasing=0.5)
     whole = run(start(images, data=data, **changes), 6)
-    path = Path(tempfile.mkdtemp()) / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, whole.state_dict())
     run(whole)
     resumed = start(images, data=data, **changes)
@@ -265,7 +264,9 @@ def test_smoothed_and_mixed_labels_add_up(images) -> None:
         ("small_cnn", ["stages.stage1"], ("stages.stage1",)),
     ],
 )
-def test_frozen_stages_stay_as_they_are(images, name: str, stages: list[str], frozen: tuple[str, ...]) -> None:
+def test_frozen_stages_stay_as_they_are(
+    images, name: str, stages: list[str], frozen: tuple[str, ...], tmp_path: Path
+) -> None:
     options = {"vit": VIT.options, "con": CONVNEXT}.get(name[:3], {})
     model = ModelRecipe(name, options=options, freeze=stages)
     training = start(images, model, epochs=1)
@@ -275,7 +276,7 @@ def test_frozen_stages_stay_as_they_are(images, name: str, stages: list[str], fr
         if not key.endswith("num_batches_tracked"):
             still = torch.equal(tensor, before[key])
             assert still == key.startswith(frozen) or key.endswith("k.bias"), key
-    path = Path(tempfile.mkdtemp()) / "student.safetensors"
+    path = tmp_path / "student.safetensors"
     save_network(path, training.result, choose_student(model, images.train).architecture, {}, images.train)
     again, _ = load_network(path)
     batch = images.train.batch(torch.arange(20), CPU).images
@@ -293,8 +294,8 @@ def test_stages_that_a_network_lacks_are_refused(images) -> None:
         freeze_stages(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)), ["0"])
 
 
-def test_a_head_is_kept_or_starts_anew(images) -> None:
-    path = Path(tempfile.mkdtemp()) / "student.safetensors"
+def test_a_head_is_kept_or_starts_anew(images, tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
     plain = choose_student(ModelRecipe("tiny_cnn"), images.train)
     saved = plain.build(0, CPU)
     save_network(path, saved, plain.architecture, {}, images.train)

@@ -182,6 +182,11 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
     assert [warning[:6] for warning in packed["warnings"]] == ["memory"], "what is packed is not decoded"
 
 
+def test_hours_are_of_the_part_of_the_datasheet_s_rates_that_is_reached() -> None:
+    half, all_of_it = (plan("--loss", "kd", "--efficiency", part)["hours"]["training"] for part in ("0.5", "1"))
+    assert all_of_it == pytest.approx(half / 2)
+
+
 def test_gpus_share_batch_and_hours_and_a_cache_saves_the_teacher() -> None:
     one, four = (plan("--train.batch_size", "32768", "--loss", "kd", "--gpus", gpus) for gpus in ("1", "4"))
     assert four["hours"]["training"] == pytest.approx(one["hours"]["training"] / 4, rel=0.3)

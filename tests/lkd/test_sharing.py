@@ -41,6 +41,11 @@ def hub(monkeypatch, tmp_path) -> StandIn:
     return server
 
 
+def is_private(asked: dict[str, Any]) -> bool:
+    """What the Hub was asked to make of a new repository."""
+    return asked.get("private") is True or asked.get("visibility") == "private"
+
+
 def test_names_are_taken_apart() -> None:
     assert parse_reference("hf://me/losses") == HubReference("me/losses", None, "loss.lkd.safetensors")
     assert parse_reference("hf://me/losses@v1/sub/a.lkd.safetensors") == HubReference(
@@ -62,6 +67,9 @@ def test_a_loss_goes_to_the_hub_and_comes_back_the_same(loss: Path, hub: StandIn
     assert card.data.library_name == "lkd"
     assert hash_file(loss) in card.text
     assert main(["push", str(loss), "--to", "hf://me/losses"]) == 0
+    assert not is_private(hub.created["losses"])
+    assert main(["push", str(loss), "--to", "hf://me/hidden", "--private"]) == 0
+    assert is_private(hub.created["hidden"])
     assert not is_missing("hf://me/losses/noisy.lkd.safetensors"), "a plan is of the loss that lies there"
     assert was_method_learned("hf://me/losses"), "it is no hand-made loss"
     assert main(["pull", "hf://me/losses/noisy.lkd.safetensors", "--out", "back.lkd.safetensors"]) == 0

@@ -241,7 +241,8 @@ def test_looking_at_a_batch_changes_nothing_nor_does_trackio_which_is_told_the_s
     for row in rows:
         shares = [value for name, value in row.items() if name.startswith("share/")]
         assert len(shares) == 2
-        assert 0.99 < sum(shares) < 1.01 or sum(shares) < 1
+        assert min(shares) > 0
+        assert sum(shares) < 1.01
         assert 0 <= row["train/agreement"] <= 100
         assert 0.1 < row["gradient_norm"] < math.inf, "the norm before clipping was asked for"
     monkeypatch.setattr("lkd.training.distill.describe_batch", lambda *arguments: {})

@@ -13,7 +13,7 @@ import torch
 from lkd.config import MetaTrainRecipe
 from lkd.config.meta_training import DrawRecipe
 from lkd.config.parse import merge, parse_recipe
-from lkd.config.worlds import expand_worlds
+from lkd.config.worlds import draw_worlds, expand_worlds
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import digest, load_checkpoint
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
@@ -70,8 +70,8 @@ def test_worlds_are_drawn_within_their_ranges_and_of_the_seed_alone() -> None:
     assert sum(world.teacher.logit_scale < 1 for world in drawn) in range(3, 14), "not even in the logarithm"
     assert {world.student.name for world in drawn} == {"tiny_cnn", "small_cnn"}
     assert all(isinstance(world.train.batch_size, int) for world in drawn)
-    drawn = expand({}, worlds=300, values={"train.epochs": {"low": 1, "high": 3}}).values()
-    counts = Counter(world.train.epochs for world in drawn)
+    draw = DrawRecipe(worlds=300, values={"train.epochs": {"low": 1, "high": 3}})
+    counts = Counter(world["train"]["epochs"] for world in draw_worlds(draw, {}).values())
     assert all(75 < counts[epochs] < 125 for epochs in (1, 2, 3)), "whole numbers are not even"
 
 
@@ -144,6 +144,11 @@ def test_the_recipe_of_the_universal_loss_runs() -> None:
     images = torch.randint(256, (600, 32, 32), dtype=torch.uint8).numpy()
     parts = {"train_images": images, "train_labels": labels, "test_images": images[:100], "test_labels": labels[:100]}
     np.savez(Path(recipe.data.root, "glyphs.npz"), **parts)
+    assert len(expand_worlds(recipe)) == 43
+    kinds = [*("clean", "mobile", "residual", "few-500", "augmented", "much", "long-tail", "by-student", "own")]
+    kinds += ["glyphs", "glyphs-hard", "glyphs-weak", "glyphs-weak-hard"]
+    recipe.worlds = {name: recipe.worlds[name] for name in kinds}
+    recipe.draw.of = [name for name in recipe.draw.of if name in kinds]
     for path in {world.get("teacher", {}).get("path", "embedded") for world in recipe.worlds.values()} - {"embedded"}:
         architecture = {"name": "tiny_cnn", "num_classes": 100 if "glyphs" in path else 10, "in_chans": 1}
         Path(path).parent.mkdir(parents=True)

@@ -151,7 +151,14 @@ def test_the_final_state_is_the_rollouts_and_nothing_is_written_to(name):
 def test_the_walk_logs_the_adjoint():
     problem = learned_loss_problem(steps=5)
     for estimator in (adjoint, first_order):
-        assert estimator(problem).adjoint_norms.shape == (5,)
+        norms = estimator(problem).adjoint_norms
+        assert norms.shape == (5,)
+        end = rollout(problem).detach()
+        at_the_end = {name: value.requires_grad_() for name, value in end.parameters.items()}
+        gradient = torch.autograd.grad(
+            problem.outer_loss(at_the_end, end.buffers, problem.outer_batch), [*at_the_end.values()]
+        )
+        torch.testing.assert_close(norms[0], torch.cat([part.flatten() for part in gradient]).norm())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

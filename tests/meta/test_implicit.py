@@ -35,10 +35,17 @@ def test_a_converged_quadratic_has_its_closed_form(solver, decay):
     torch.testing.assert_close(result.grads["centre"], expected, rtol=1e-8, atol=1e-10)
 
 
-def test_few_neumann_terms_fall_short():
-    full, _ = solve(SGD(0.2), terms=400)
-    short, _ = solve(SGD(0.2), terms=1)
-    assert short.norm < full.norm
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_few_neumann_terms_fall_short_as_a_geometric_sum_does(terms):
+    result, centre = solve(SGD(0.2), terms=terms)
+    part = 1 - (1 - 0.2 * CURVATURES) ** (terms + 1)
+    torch.testing.assert_close(result.grads["centre"], (centre**2 - TARGETS) * 2 * centre * part)
+
+
+def test_damping_is_added_to_the_curvature():
+    result, centre = solve(SGD(0.2), solver="conjugate_gradient", terms=3, damping=0.5)
+    part = CURVATURES / (CURVATURES + 0.5)
+    torch.testing.assert_close(result.grads["centre"], (centre**2 - TARGETS) * 2 * centre * part, rtol=1e-6, atol=1e-8)
 
 
 def test_adam_is_taken_at_its_stationary_point():
