@@ -56,6 +56,8 @@ def solve_conjugate_gradient(
         product = apply_hessian(direction)
         bend = dot(direction, product)
         curvatures.append(bend / dot(direction, direction))
+        if not bend.abs() > 0:  # none to go along, or not a number
+            break
         length = energy / bend
         solution = [entry + length * step for entry, step in zip(solution, direction, strict=True)]
         residual = [entry - length * change for entry, change in zip(residual, product, strict=True)]
@@ -63,7 +65,7 @@ def solve_conjugate_gradient(
         if energy <= tolerance**2 * first:
             break
         direction = [entry + energy / previous * step for entry, step in zip(residual, direction, strict=True)]
-    least = float(torch.stack(curvatures).min()) if curvatures else float("nan")
+    least = float(torch.stack(curvatures).min()) if curvatures else float("nan")  # min of a NaN is NaN
     return Solution(solution, len(curvatures), float((energy / first).sqrt()), least)
 
 

@@ -230,8 +230,8 @@ class InfluenceWeightedLossSettings:
         refresh_epochs: Epochs after which it is measured anew; 0 for never.
         weigh: task, the terms of the labels alone, as a wrong label does not make a teacher's answer wrong; or loss,
             all of its terms. They are the same for cross_entropy.
-        teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, with its
-            gradient times this; 0 leaves it as it is.
+        teacher_rate: The teacher is trained along by the student's optimiser, on the labels weighted alike, at the
+            learning rate times this; 0 leaves it as it is. `train.clip_norm` is of both networks then.
         influence: How it is measured, and how weights are made of it.
     """
 

@@ -99,15 +99,23 @@ def split_halves(count: int) -> list[tuple[list[int], list[int]]]:
 
 
 def noise_ceiling(values: Values, generator: Generator, replicates: int = REPLICATES) -> tuple[float, float, float]:
-    """How well repeated measurements, [repetitions, N], rank as they themselves do: ρ of the means of two halves.
+    """How well as many repeated measurements again as these, [repetitions, N], would rank as these do.
+
+    By ρ of the means of two halves, which are noisier than the means of all, and the Spearman-Brown formula.
 
     Returns:
         The mean over the ways to split, and its 95 % percentile interval. A bootstrap draw takes a split at random and
         resamples within each half, so that no repetition is ever on both sides.
     """
     splits = np.array(split_halves(len(values)))
-    mean = float(spearman(*(values[splits[:, side]].mean(1) for side in (0, 1))).mean())
+    longer = len(values) / splits.shape[-1]
+    mean = float(lengthen(spearman(*(values[splits[:, side]].mean(1) for side in (0, 1))), longer).mean())
     drawn = splits[generator.integers(len(splits), size=replicates)]
     places = generator.integers(drawn.shape[-1], size=drawn.shape)
     rows = np.take_along_axis(drawn, places, -1)
-    return mean, *percentile_interval(spearman(*(values[rows[:, side]].mean(1) for side in (0, 1))))
+    return mean, *percentile_interval(lengthen(spearman(*(values[rows[:, side]].mean(1) for side in (0, 1))), longer))
+
+
+def lengthen(rho: Values, longer: float) -> Values:
+    """The correlation of means over `longer` times as many measurements (Spearman, Brown, 1910); odd in ρ."""
+    return longer * rho / (1 + (longer - 1) * np.abs(rho))

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lkd.config.training import InfluenceSettings
+from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
 from lkd.data.images import ImageSet
 from lkd.influence.solvers import SOLVERS, InfluenceProblem, measure_with_ekfac
@@ -72,7 +74,8 @@ def measure_influence(
     Raises:
         UserError: If a setting is impossible or does not suit the network.
     """
-    with evaluating(network):
+    # Fused attention has no derivatives of derivatives.
+    with evaluating(network), sdpa_kernel(SDPBackend.MATH):
         problem = InfluenceProblem(network, loss, teacher, train, meta_validation, device, settings, progress)
         if settings.method == "ekfac":
             return Influence(*measure_with_ekfac(problem, settings, seed), damping=math.nan)
@@ -84,6 +87,8 @@ def measure_influence(
                 *(found.residual, settings.iterations),
             )
         index, products = problem.project_gradients(found.vector)
+        if not bool(products.isfinite().all()):
+            raise UserError("influence: it is not finite: check the images, the network and the loss")
         return Influence(index, -products, *found[1:])
 
 

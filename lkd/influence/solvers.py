@@ -373,8 +373,10 @@ def solve_iteratively(problem: InfluenceProblem, start: Vector, settings: Influe
     while True:
         product = damp(lambda vector: problem.multiply_mean(vector, batches, settings.curvature), damping)
         found = solve_conjugate_gradient(product, start, settings.iterations, TOLERANCE)
+        if found.iterations and math.isnan(found.least_curvature):
+            raise UserError("influence: the curvature is not a number: check the images, the network and the loss")
         least = min(least, found.least_curvature - damping)
-        if not found.least_curvature <= 0:
+        if found.least_curvature > 0 or not found.iterations:
             return Inverse(found.vector, damping, least, found.residual)
         damping = RAISE * max(damping, 1e-6)
 

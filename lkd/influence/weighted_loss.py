@@ -162,6 +162,11 @@ class InfluenceWeightedLoss(DistillationLoss):
         network = self.teacher
         return None if network is None else lambda batch: network.eval()(batch.images.clone())
 
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        """The teacher's; its gradient is whole, as optimisers such as Adam take a smaller one for the same."""
+        return dict.fromkeys(self.teacher.parameters(), self.settings.teacher_rate) if self.teacher else {}
+
     def set_trust(self, trust: Trust) -> None:
         """Let the loss be told what was measured."""
         self.loss.set_trust(trust)
@@ -258,7 +263,7 @@ class InfluenceWeightedLoss(DistillationLoss):
             terms = self.unweigh_others(terms, student, teacher_as_told, target, progress)
         if self.teacher is None:
             return terms
-        own = weigh_rows(teacher.logits, weight * self.settings.teacher_rate)
+        own = weigh_rows(teacher.logits, weight)
         return terms | {"teacher/task": cross_entropy(own, target)}
 
     def unweigh_others(

@@ -86,12 +86,12 @@ class DecoupledDivergences(torch.autograd.Function):
             TCKD and NCKD; the log-odds of the target class against the rest, student's and teacher's; all [B]. And the
             log-softmaxes over the other classes, `MASKED` at the target, student's and teacher's, [B, C].
         """
-        place, another = label.unsqueeze(1), ((label + 1) % student.shape[1]).unsqueeze(1)
-        found = []
+        place, found = label.unsqueeze(1), []
         for logits, temperature in ((student, temperature_s), (teacher, temperature_t)):
             scaled = logits / temperature.unsqueeze(1)
-            others = scaled.scatter(1, place, MASKED).log_softmax(1)
-            # What log_softmax took off any other logit is their logsumexp: no second pass for it.
+            cut = scaled.scatter(1, place, MASKED)
+            others, another = cut.log_softmax(1), cut.argmax(1, keepdim=True)
+            # What log_softmax took off the largest other logit is their logsumexp: no second pass for it.
             odds = scaled.gather(1, place) - scaled.gather(1, another) + others.gather(1, another)
             found.append((odds.squeeze(1), others))
         (odds_s, others_s), (odds_t, others_t) = found

@@ -144,7 +144,7 @@ class RKDLoss(PairedLoss):
         super().__init__(student, teacher, stages, functions.pair_last, task, distance=distance, angle=angle)
 
     def measure(self, maps: Maps) -> Terms:
-        functions.check_several("rkd", len(maps[0][0]))
+        functions.check_several("rkd", len(maps[0][0]), 3)  # the distance of two images is its own mean
         pooled = [(functions.pool(ours), functions.pool(theirs)) for ours, theirs in maps]
         distance = torch.stack([smooth_l1_loss(distances(ours), distances(theirs)) for ours, theirs in pooled])
         angle = torch.stack([smooth_l1_loss(angles(ours), angles(theirs)) for ours, theirs in pooled])

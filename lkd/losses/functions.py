@@ -94,10 +94,13 @@ def check_target(logits: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def check_several(name: str, count: int) -> None:
-    """Check that there are images to compare with each other: of one alone the distance is 0, whatever it shows."""
-    if count == 1:
-        raise UserError(f"loss {name!r} compares images with each other: a batch of 1 has none; raise train.batch_size")
+def check_several(name: str, count: int, least: int = 2) -> None:
+    """Check that there are images enough to compare: of fewer than `least` the loss is the same, whatever they show."""
+    if 0 < count < least:  # one of none is refused alike by all losses
+        raise UserError(
+            f"loss {name!r} compares images with each other: a batch of {count} has too few, {least} are needed; raise "
+            "train.batch_size"
+        )
 
 
 def check_batch(student: Outputs, teacher: Outputs | None, target: Tensor) -> Tensor:
@@ -242,14 +245,21 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 @torch.no_grad()
-def find_best_temperature(logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0) -> float:
+def find_best_temperature(
+    logits: Tensor, target: Tensor, lowest: float = 0.05, highest: float = 20.0, prior: bool = False
+) -> float:
     """The temperature between two bounds at which cross-entropy is least.
 
     By golden-section search over log τ, where the function has one minimum.
+
+    `prior`: whether log τ is taken for standard normal before: without an error among a few images the least
+    cross-entropy is at τ = 0, which says nothing; over a thousand the prior changes nothing.
     """
+    weight = 0.5 / len(logits) if prior else 0.0
 
     def value(log_temperature: float) -> float:
-        return float(cross_entropy(logits / torch.tensor(log_temperature).exp(), target))
+        found = float(cross_entropy(logits / torch.tensor(log_temperature).exp(), target))
+        return found + weight * log_temperature**2
 
     left, right = float(torch.tensor(lowest).log()), float(torch.tensor(highest).log())
     a, b = right - GOLDEN * (right - left), left + GOLDEN * (right - left)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses.functions import (
     centre,
@@ -58,7 +59,7 @@ class DISTLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms `task`, `inter_class` and `intra_class`."""
         target = check_batch(student, teacher, target)
-        check_several("dist", len(target))
+        check_several("dist", len(target), 3)  # the correlation of two points is 1 or −1
         p, q = ((widen(logits) / self.temperature).softmax(1) for logits in (student.logits, teacher.logits))
         scale = self.temperature**2
         return {
@@ -153,6 +154,11 @@ class LogitStandardizationLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms of the loss."""
         target = check_batch(student, teacher, target)
+        if student.logits.shape[1] == 2:
+            raise UserError(
+                "loss 'logit_standardization': of two classes standardised logits are the same whatever a network "
+                "says; take kd"
+            )
         standard = (Outputs(standardize(outputs.logits), {}) for outputs in (student, teacher))
         terms = self.loss(*standard, target, progress)
         task = self.loss(student, teacher, target, progress)["task"]

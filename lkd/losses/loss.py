@@ -67,6 +67,11 @@ class DistillationLoss(nn.Module):
         """From a batch to the outputs of a teacher that is asked in the place of the training's, if there is one."""
         return None
 
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        """Factors of the learning rate of those of its own parameters that do not have the whole of it."""
+        return {}
+
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:
         """Compute the terms, in float32 or wider whatever the autocast state, in log space.
 

@@ -105,7 +105,7 @@ def group_parameters(
 
     By timm's rules: no weight decay of norms, biases and what a network names in `no_weight_decay`, if the recipe says
     so; learning rates that fall from the head to the stem (BEiT's layer-wise decay). A loss's own parameters are
-    decayed alike, and have the whole rate.
+    decayed alike, and have the whole rate, or what it says of them (`DistillationLoss.rates`).
     """
     everywhere = recipe.decay_norms_and_biases
     if everywhere is None:
@@ -134,6 +134,7 @@ def group_parameters(
         if not head or not recipe.learning_rate:
             what = "this network has no classifier" if not head else "it is relative to train.learning_rate, which is 0"
             raise UserError(f"train.head_learning_rate: {recipe.head_learning_rate}: {what}; leave it out")
+    rates = getattr(loss, "rates", {})
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
         settings = {name: value for name, value in group.items() if name != "params"}
@@ -141,6 +142,8 @@ def group_parameters(
             own = dict(settings)
             if parameter in head:
                 own["lr_scale"] = float(recipe.head_learning_rate or 0.0) / recipe.learning_rate
+            if parameter in rates:
+                own["lr_scale"] = rates[parameter]
             if own.get("lr_scale") == 1:
                 del own["lr_scale"]
             merged.setdefault(tuple(sorted(own.items())), {"params": [], **own})["params"].append(parameter)

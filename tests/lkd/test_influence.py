@@ -400,6 +400,42 @@ def test_weights_come_when_they_are_due(images) -> None:
     assert float(training.loss.weight.mean()) == pytest.approx(1, rel=1e-5)
 
 
+def test_a_teacher_s_rate_counts_under_adam_too(images) -> None:
+    loss = prepare_loss({**WEIGHTED, "teacher_rate": 0.1}, ModelRecipe(), TEACHER, images, 0)
+    teacher = prepare_teacher(TEACHER, DataRecipe(), images, CPU)
+    train = TrainRecipe(1, 50, learning_rate=0.01, optimizer="adam", weight_decay=0.0)
+    training = start_training(ModelRecipe(), images.train, loss, teacher, train, DataRecipe(), 3, CPU)
+    before = copy.deepcopy(training.loss.teacher)
+    training.run_step()
+    moved = [
+        float((new - old).abs().max()) for old, new in zip(before.parameters(), loss.teacher.parameters(), strict=True)
+    ]
+    assert max(moved) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_a_transformer_has_influence_too(images, curvature: str) -> None:
+    network = build("vit_tiny_patch16_224", 10, 1, options={"img_size": 28, "patch_size": 7, "depth": 1})
+    settings = InfluenceSettings(curvature=curvature, iterations=2, curvature_examples=20)
+    few = images.train.select(torch.arange(20))
+    found = measure_influence(network, build_loss("cross_entropy"), None, few, few, CPU, settings)
+    assert bool(found.scores.isfinite().all())
+    assert float(found.scores.std()) > 0
+
+
+def test_no_curvature_is_damped_and_what_is_no_number_is_said(images) -> None:
+    network = build("small_cnn", 10, 1)
+    few = images.train.select(torch.arange(20))
+    bright = replace(few, images=1e6 * few.images.float())  # saturated: no second derivative is left
+    settings = InfluenceSettings(damping=0.0, iterations=2)
+    found = measure_influence(network, build_loss("cross_entropy"), None, bright, few, CPU, settings)
+    assert found.damping > 0
+    assert bool(found.scores.isfinite().all())
+    list(network.parameters())[-1].data[3] = float("nan")
+    with pytest.raises(UserError, match=r"influence: .* not"):
+        measure_influence(network, build_loss("cross_entropy"), None, few, few, CPU, settings)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_teacher_is_trained_along_on_the_weighted_labels_and_the_student_as_if_it_were_not(images, parts) -> None:
     def start_together(rate: float):

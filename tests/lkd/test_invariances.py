@@ -8,6 +8,7 @@ from lkd.core.outputs import Outputs
 from lkd.losses import CrossEntropyLoss, FeatureLoss, KDLoss, LearnedLoss
 from lkd.losses.build import build_loss
 from lkd.losses.learned.loss import build_learned_loss
+from lkd.losses.logits import LogitStandardizationLoss
 
 BATCH, CLASSES, PROGRESS = 12, 7, (0.1, 1.0)
 STAGES = {"stage1": (8, 6, 6), "stage2": (12, 3, 3)}
@@ -99,6 +100,8 @@ def test_a_batch_twice_over_teaches_the_same(name: str) -> None:
 def test_value_and_gradient_are_finite_and_float32_is_enough(loss, classes: int) -> None:
     """At any number of classes, and at logits of ±10,000, in agreement and against each other."""
     student, teacher, target = draw(classes)
+    if classes == 2 and isinstance(loss, LogitStandardizationLoss):
+        pytest.skip("two standardised logits say nothing, which is refused")
     exact = ask(loss, student, teacher, target)
     loss = loss.float()
     narrow = [

@@ -9,6 +9,7 @@ from lkd.core.errors import UserError
 from lkd.core.outputs import Outputs
 from lkd.losses import DistillationLoss, wrap_loss
 from lkd.losses.build import FEATURE_LOSSES, build_loss
+from lkd.losses.dkd import DKDLoss
 
 STUDENT = {"shallow": (6, 8, 8), "middle": (8, 4, 4), "deep": (12, 2, 2)}
 TEACHER = {"low": (10, 16, 16), "half": (9, 8, 8), "high": (7, 4, 4), "top": (20, 2, 2)}
@@ -106,6 +107,22 @@ def test_dkd_is_two_divergences_between_explicit_distributions(classes: int) -> 
         expected["other_classes"] += 3 * 2.5**2 * (o_q * (o_q / o_p).log()).sum() / len(target)
     check_equal(sum(terms.values()), sum(expected.values()), student)
     torch.testing.assert_close(terms, expected)
+
+
+@pytest.mark.parametrize("mask", [-65504.0, -1e6, -1e9, torch.finfo(torch.float32).min])
+def test_dkd_of_masked_classes_is_that_of_the_others(mask: float) -> None:
+    student, teacher, target = torch.randn(4, 6), torch.randn(4, 6), torch.full((4,), 5)
+    padded = [torch.cat([logits, torch.full((4, 4), mask)], 1).requires_grad_() for logits in (student, teacher)]
+    whole = DKDLoss(temperature=1.0, warmup=0.0)(*(Outputs(logits, {}) for logits in padded), target)
+    part = DKDLoss(temperature=1.0, warmup=0.0)(Outputs(student, {}), Outputs(teacher, {}), target)
+    for name, value in part.items():
+        torch.testing.assert_close(whole[name], value)
+
+
+def test_two_classes_cannot_be_standardised() -> None:
+    outputs = Outputs(torch.randn(4, 2), {})
+    with pytest.raises(UserError, match="of two classes standardised logits are the same"):
+        build_loss("logit_standardization")(outputs, outputs, torch.tensor([0, 1, 0, 1]))
 
 
 def test_dkd_ramps_the_teacher_up() -> None:

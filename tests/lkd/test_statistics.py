@@ -72,3 +72,13 @@ def test_halves_are_disjoint_and_noise_alone_has_no_ceiling() -> None:
     ceilings = [noise_ceiling(noise.normal(size=(4, 8)), draw(n), 300) for n in range(20)]
     assert abs(sum(mean for mean, _, _ in ceilings) / 20) < 0.15
     assert all(low < 0.2 and high - low > 0.3 for _, low, high in ceilings)
+
+
+def test_the_ceiling_is_that_of_as_many_measurements_again() -> None:
+    noise, ceilings, others = draw(), [], []
+    for number in range(60):
+        effects = noise.normal(size=8)
+        first, second = effects + noise.normal(size=(2, 4, 8))
+        ceilings.append(noise_ceiling(first, draw(number), 10)[0])
+        others.append(float(spearman(first.mean(0), second.mean(0))))
+    assert np.mean(ceilings) == pytest.approx(np.mean(others), abs=0.06)

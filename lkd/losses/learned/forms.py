@@ -21,6 +21,7 @@ NOISE = 0.02  # of the part of wrong labels, as it is estimated
 UNCALIBRATED = -2.0  # where κ starts, before its sigmoid
 WEAK, GOOD = 0.75, 0.85  # agreement with held-out labels of a teacher under which nothing learned counts, and all
 FEW, BEST = 50, 0.93  # images a class up to which β starts at `initial_factor`, under a teacher that agrees as much
+NOTHING_LEFT = 1e-3  # of the held-out labels, where all contradict the teacher
 FLOOR = 1e-30  # of a probability whose logarithm is taken: q log q is nothing there, and 1 / q is still a float32
 
 
@@ -202,7 +203,7 @@ class DecoupledLoss(LogitForm):
     def estimate_teacher_accuracy(self, like: Tensor) -> Tensor:
         """Its agreement with the held-out labels that do not contradict it however sure it is; NaN if not known."""
         validation, *_, contradicted = self.trust.to(like).unbind()
-        return validation / (1 - contradicted.nan_to_num(0.0))
+        return validation / (1 - contradicted.nan_to_num(0.0)).clamp_min(NOTHING_LEFT)
 
     def fall_back(self, free: Tensor) -> Tensor:
         """The network's answers, [B, outputs]; under a teacher that agrees little with held-out labels, its first ones.

@@ -23,6 +23,7 @@ COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
 NOTICED = 0.05  # honest teachers of every kind stay under it (docs/evidence/universal/tried.md)
 MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
 TINY = 1e-30
+FITTED_IMAGES, FITTED_NUMBERS = 1000, 4_000_000  # images and logits that are enough to see which part is contradicted
 UNKNOWN = float("nan")
 
 OF_MODE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # what train mode changes
@@ -146,7 +147,7 @@ def measure_trust(
         return Trust()
     logits, target = ask(name, teacher, part, place)
     check_order(name, part, target, LOOKED_AT + 1)
-    temperature = find_best_temperature(logits, target, COLDEST, HOTTEST)
+    temperature = find_best_temperature(logits, target, COLDEST, HOTTEST, prior=True)
     agreement = agree(logits, target)
     if held_out:
         both = agreement, UNKNOWN if train is None else measure_agreement(teacher, train, place)
@@ -265,14 +266,34 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
 
     The c of largest likelihood, together with τ, where a label is drawn from softmax(logits / τ) but in a part c of the
     images, where it is any other. A teacher that is merely weak, or too sure, is wrong where it is less sure than
-    elsewhere, which τ explains.
+    elsewhere, which τ explains. The likelihood may have several maxima, of which the highest is taken: wrong labels
+    make the best τ hot, and hot answers leave nothing to contradict.
 
     Args:
         logits: The teacher's, [N, C].
         target: Labels, [N].
-        temperature: Where the search for τ starts.
+        temperature: The best one, where a search for τ starts; others start colder.
+
+    Returns:
+        The part, at most (C − 1) / C, which is that of labels that know nothing of the teacher's answers.
     """
+    classes = logits.shape[1]
+    kept = max(FITTED_IMAGES, FITTED_NUMBERS // classes)
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, target = logits[:kept].clone(), target[:kept].clone()  # made in inference mode it has no derivative
+        few = slice(None, None, max(1, len(target) // FITTED_IMAGES))
+        starts = [(math.log(max(temperature / colder, COLDEST)), part) for colder in (1, 8, 64) for part in (-3.0, 0.0)]
+        tried = [fit_contradiction(logits[few], target[few], start) for start in starts]
+        ends = [fit_contradiction(logits, target, start) for start in (starts[0], min(tried)[1])]
+    part = min(1 / (1 + math.exp(-min(ends)[1][1])), (classes - 1) / classes)
+    return part if part >= NOTICED else 0.0
+
+
+def fit_contradiction(logits: Tensor, target: Tensor, start: tuple[float, float]) -> tuple[float, tuple[float, float]]:
+    """Minimise the negative log-likelihood of `find_contradicted` from a log τ and a logit of c: it, and where."""
     others = logits.shape[1] - 1
+    free = torch.tensor(start, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -282,13 +303,9 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         loss.backward()
         return loss
 
-    with torch.inference_mode(False), torch.enable_grad():
-        logits, target = logits.clone(), target.clone()  # what was made in inference mode has no derivative
-        free = torch.tensor([math.log(temperature), -3.0], device=logits.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
-        optimizer.step(closure)
-    part = float(free[1].detach().sigmoid())
-    return part if part >= NOTICED else 0.0
+    optimizer.step(closure)
+    temperature, part = free.tolist()
+    return float(closure().detach()), (temperature, part)
 
 
 def agree(logits: Tensor, target: Tensor) -> float:
