@@ -80,7 +80,7 @@ def count_cases(cases: list[dict[str, Any]]) -> dict[str, float]:
 
 def main(paths: list[str]) -> int:
     only_check = "--check" in paths
-    paths = [str(ROOT / "tests" / "lkd" / "test_outside_silent.py")] if only_check else paths
+    paths = [str(path) for path in (ROOT / "tests" / "lkd").glob("test_outside_*.py")] if only_check else paths
     recorder = Recorder()
     words = ["-m", "outside", "-q", "-n", "0", "-p", "no:cacheprovider", *(paths or [str(ROOT / "tests")])]
     status = pytest.main(words, plugins=[recorder])
