@@ -87,10 +87,8 @@ def process_exists(pid: int) -> bool:
     """Whether a process of this host is there."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -218,8 +218,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                     with archive.open(member) as file:
                         arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # of zipfile, zlib and numpy, which let out what their parsers raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"data.root: {path}: cannot be read as .npz ({reason}); expected {NPZ_LAYOUT}") from error
+        raise UserError(
+            f"data.root: {path}: cannot be read as .npz ({first_line(error)}); expected {NPZ_LAYOUT}"
+        ) from error
     return arrays
 
 
@@ -326,8 +327,7 @@ def load_torchvision(name: str, root: str | None, loading: LoadingOptions) -> Da
             images = create_dataset(title, folder, split)
             parts.append(label_images(images, f"{title}/{split}"))
         except (AssertionError, RuntimeError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"data.root: {title} cannot be read from {folder!r} ({reason})") from error
+            raise UserError(f"data.root: {title} cannot be read from {folder!r} ({first_line(error)})") from error
         names.append(tuple(map(str, getattr(images, "classes", range(1 + max(parts[0].labels, default=-1))))))
     if names[0] != names[1]:  # each part numbers the folders that it has
         other = min(set(names[0]) ^ set(names[1]), default="their order")

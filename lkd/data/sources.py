@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkd.core.errors import UserError
+from lkd.core.errors import UserError, first_line
 from lkd.core.files import parse_json, read_mapping, refusing_malformed
 from lkd.data.image_files import FileSource, ImageSource, LoadingOptions, as_bytes, is_hidden, open_source
 from lkd.data.images import Dataset, ImageSet
@@ -419,8 +419,7 @@ def load_hugging_face(name: str, root: str | None, loading: LoadingOptions) -> D
     try:
         tables = datasets.load_dataset(name, cache_dir=root)
     except Exception as error:  # of any of the package's readers
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{title} cannot be loaded ({reason})") from error
+        raise UserError(f"{title} cannot be loaded ({first_line(error)})") from error
     test = next((split for split in TEST_SPLITS if split in tables), None)
     if "train" not in tables or test is None:
         raise UserError(

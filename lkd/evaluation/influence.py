@@ -79,9 +79,8 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     images = prepare_images(recipe.data)
     network, header = load_teacher_network(recipe.checkpoint)
     check_network(recipe.checkpoint, header["architecture"], images.train)
-    is_taught = recipe.loss not in ("cross_entropy", {"name": "cross_entropy"})
     teacher = None
-    if is_taught:
+    if loss.needs_teacher:
         opened = open_teacher(recipe.teacher, images.train)
         opened.check_classes(images.train)
         teacher = prepare_teacher(opened, images, run.device)

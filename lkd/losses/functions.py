@@ -241,8 +241,6 @@ def pool(feature: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Temperature scaling and calibration (Guo et al., 2017).
 
-GOLDEN = (5**0.5 - 1) / 2
-
 
 @torch.no_grad()
 def find_best_temperature(
@@ -250,30 +248,18 @@ def find_best_temperature(
 ) -> float:
     """The temperature between two bounds at which cross-entropy is least.
 
-    By golden-section search over log τ, where the function has one minimum.
-
     `prior`: whether log τ is taken for standard normal before: without an error among a few images the least
     cross-entropy is at τ = 0, which says nothing; over a thousand the prior changes nothing.
     """
+    from scipy.optimize import minimize_scalar  # slow to import
+
     weight = 0.5 / len(logits) if prior else 0.0
 
     def value(log_temperature: float) -> float:
-        found = float(cross_entropy(logits / torch.tensor(log_temperature).exp(), target))
-        return found + weight * log_temperature**2
+        return float(cross_entropy(logits / math.exp(log_temperature), target)) + weight * log_temperature**2
 
-    left, right = float(torch.tensor(lowest).log()), float(torch.tensor(highest).log())
-    a, b = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
-    value_a, value_b = value(a), value(b)
-    for _ in range(30):
-        if value_a < value_b:
-            right, b, value_b = b, a, value_a
-            a = right - GOLDEN * (right - left)
-            value_a = value(a)
-        else:
-            left, a, value_a = a, b, value_b
-            b = left + GOLDEN * (right - left)
-            value_b = value(b)
-    return float(torch.tensor((left + right) / 2).exp())
+    bounds = math.log(lowest), math.log(highest)
+    return math.exp(minimize_scalar(value, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
 def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

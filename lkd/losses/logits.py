@@ -85,8 +85,7 @@ class KDLoss(DistillationLoss):
         super().__init__()
         if not 0 <= weight <= 1:
             raise ValueError(f"weight: {weight} is not in [0, 1]")
-        if not temperature > 0:
-            raise ValueError(f"temperature: {temperature} is not positive")
+        check_options(temperature)
         self.weight, self.temperature = weight, temperature
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor, progress: Progress = None) -> Terms:

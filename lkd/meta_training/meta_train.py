@@ -80,8 +80,7 @@ def meta_train(recipe: MetaTrainRecipe, run: Run, given: Objects = NOTHING) -> P
         run.say(line)
     for each in opened:
         check_meta_validation(each.images)
-    check_schedules(recipe, opened, pools)
-    run.say(*doubt_ages(recipe, opened, pools))
+    run.say(*check_schedules(recipe, opened, pools))
     loss = build_loss_networks(recipe, opened)
     start = recipe.meta.start
     start_learned = start is not None and was_learned(LossFile.read(fetch_named(start)).header)
@@ -300,46 +299,37 @@ def check_meta_validation(images: Images) -> None:
         raise UserError(f"data.meta_validation_size: {len(part)} images have none of {classes}; take more")
 
 
-def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> None:
-    """Check each world's own settings and schedule; see `check_settings` and `check_schedule`."""
+def check_schedules(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> list[str]:
+    """Check each world's own schedule, by `check_schedule`; a warning of students whose learning rate is 0."""
+    at_the_end = False
     for number, each in enumerate(opened):
+        train = each.recipe.train
         with naming_world(each.world.name):
-            check_schedule(replace(recipe, train=each.recipe.train), each.images, pools[number : number + 1])
-
-
-def doubt_ages(recipe: MetaTrainRecipe, opened: Sequence[OpenedWorld], pools: list[Pool]) -> list[str]:
-    """A warning of students at the end of their training, whose rate is 0: rollouts from them change nothing."""
-    planned = torch.linspace(0, recipe.pool.max_age, recipe.pool.snapshots, dtype=torch.float64)
-    trains = [each.recipe.train for each in opened]
-    ending = [train.schedule not in ENDLESS and train.min_learning_rate == 0 for train in trains]
-    ages = [pool.ages for pool in pools] or [planned] * len(opened)
-    old = recipe.meta.alternation_start and any(
-        ends_at_0 and check_sampling(recipe.pool, own) == 1 for ends_at_0, own in zip(ending, ages, strict=True)
-    )
-    if not old:
-        return []
+            oldest = check_schedule(replace(recipe, train=train), each.images, pools[number : number + 1])
+        at_the_end |= oldest == 1 and train.schedule not in ENDLESS and train.min_learning_rate == 0
     return [
         "warning: pool.max_age: students of age 1 are drawn, at the end of the schedule, where the learning rate is 0: "
         "outer steps from them learn nothing; take at most 0.9"
-    ]
+    ] * at_the_end
 
 
-def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> None:
+def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) -> float:
     """Check that pools can be drawn from, and that rollouts and outer steps fit into a student's training.
 
-    `opened`: the pools that are there already; without any, the recipe's is yet to be built.
+    `opened`: the pools that are there already; without any, the recipe's is yet to be built. Returns the oldest age
+    that rollouts start at; 0 without a pool.
     """
-    meta = recipe.meta
+    meta, oldest = recipe.meta, 0.0
     batches = build_batches(images.train, recipe.train, images.settings, recipe.seed, torch.device("cpu"))
     total_steps = recipe.train.epochs * batches.steps_per_epoch
     if meta.interleaving != "before":
         check_alternation(meta, total_steps)
     if not meta.alternation_start:
-        return
+        return oldest
     planned = torch.tensor(list_snapshots(recipe.pool, total_steps), dtype=torch.float64) / total_steps
     renewed = [planned] if not opened or recipe.pool.sampling == "live" else []
     for ages in [*(pool.ages for pool in opened), *renewed]:
-        oldest = check_sampling(recipe.pool, ages)
+        oldest = max(oldest, check_sampling(recipe.pool, ages))
         left = round((1 - oldest) * total_steps)
         if meta.annealing == "constant" and meta.rollout_steps > left:
             raise UserError(
@@ -347,6 +337,7 @@ def check_schedule(recipe: MetaTrainRecipe, images: Images, opened: list[Pool]) 
                 f"of age {oldest:g}, which has {left} of {total_steps} steps left; lower it or pool.max_age, or take "
                 "meta.annealing cosine"
             )
+    return oldest
 
 
 def check_alternation(meta: MetaSettings, total_steps: int) -> None:

@@ -18,7 +18,7 @@ from lkd.data import Batches
 from lkd.losses.build import build_loss, find_feature_parts, reads_features
 from lkd.losses.learned.file import load_loss, read_provenance, save_loss
 from lkd.meta_training.log import describe_reuse, describe_saturation, is_logged, is_pictured, measure_training_seconds
-from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_settings, doubt_ages
+from lkd.meta_training.meta_train import check_meta_validation, check_schedule, check_schedules, check_settings
 from lkd.meta_training.online_student import assemble_loss, copy_state
 from lkd.meta_training.outer_loop import OuterGuard, OuterLoop
 from lkd.meta_training.rollouts import build_inner_optimizer, compute_inner_loss
@@ -278,7 +278,11 @@ def test_rollouts_that_do_not_fit_into_the_training_are_refused(world, pool) -> 
         check_schedule(recipe, world.images, [pool])
 
 
-def test_students_at_the_end_of_a_schedule_are_doubted(pool) -> None:
+def test_students_at_the_end_of_a_schedule_are_doubted(world, pool) -> None:
+    def doubt(recipe, pools):
+        opened = SimpleNamespace(recipe=recipe, world=SimpleNamespace(name=""), images=world.images)
+        return check_schedules(recipe, [opened], pools)
+
     for max_age, train, warned in (
         (1.0, {}, True),
         (0.9, {}, False),
@@ -287,9 +291,8 @@ def test_students_at_the_end_of_a_schedule_are_doubted(pool) -> None:
     ):
         recipe = tiny_recipe({"max_age": max_age})
         recipe.train = replace(recipe.train, **train)
-        assert bool(doubt_ages(recipe, [SimpleNamespace(recipe=recipe)], [])) == warned
-    old = tiny_recipe({"max_age": 1.0})
-    assert not doubt_ages(old, [SimpleNamespace(recipe=old)], [pool]), "whose students are younger"
+        assert bool(doubt(recipe, [])) == warned
+    assert not doubt(tiny_recipe({"max_age": 1.0}), [pool]), "whose students are younger"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ LOOKED_AT = 1000  # meta-validation images of the student's own accuracy, at mos
 COLDEST, HOTTEST = 1 / 64, 64.0  # bounds of the teacher's best temperature
 NOTICED = 0.05  # honest teachers of every kind stay under it (docs/evidence/universal/tried.md)
 MIXED = 0.01  # what a second class has more than the others, where a label is not merely smoothed
+TOLD_APART = 0.85  # of the part that labels without any relation to the answers contradict
 TINY = 1e-30
 FITTED_IMAGES, FITTED_NUMBERS = 1000, 4_000_000  # images and logits that are enough to see which part is contradicted
 UNKNOWN = float("nan")
@@ -275,7 +276,8 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         temperature: The best one, where a search for τ starts; others start colder.
 
     Returns:
-        The part, at most (C − 1) / C, which is that of labels that know nothing of the teacher's answers.
+        The part; 0 too if it is nearly (C − 1) / C, that of labels that know nothing of the teacher's answers: who
+        knows nothing is not contradicted, and what is left of the labels says too little.
     """
     classes = logits.shape[1]
     kept = max(FITTED_IMAGES, FITTED_NUMBERS // classes)
@@ -285,8 +287,8 @@ def find_contradicted(logits: Tensor, target: Tensor, temperature: float) -> flo
         starts = [(math.log(max(temperature / colder, COLDEST)), part) for colder in (1, 8, 64) for part in (-3.0, 0.0)]
         tried = [fit_contradiction(logits[few], target[few], start) for start in starts]
         ends = [fit_contradiction(logits, target, start) for start in (starts[0], min(tried)[1])]
-    part = min(1 / (1 + math.exp(-min(ends)[1][1])), (classes - 1) / classes)
-    return part if part >= NOTICED else 0.0
+    part = 1 / (1 + math.exp(-min(ends)[1][1]))
+    return part if NOTICED <= part <= TOLD_APART * (classes - 1) / classes else 0.0
 
 
 def fit_contradiction(logits: Tensor, target: Tensor, start: tuple[float, float]) -> tuple[float, tuple[float, float]]:
