@@ -124,13 +124,6 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "variance": (f"distill {TRAIN} --balance constant", "variance --run_dir @SELF --samples 10 --device cpu"),
     "influence": (f"influence {TINY} --checkpoint @distill-kd/student.safetensors --influence '{INFLUENCE}'",),
-    **{
-        f"influence-{name}": (
-            f"influence {TINY} --checkpoint @distill-kd/student.safetensors --influence.method {name}"
-            " --influence.parameters classifier --influence.iterations 3",
-        )
-        for name in ("exact",)
-    },
     "inspect": ("inspect @meta-over-both/loss.lkd.safetensors --out @SELF",),
     "export": ("export --checkpoint @distill-kd/student.safetensors --out_dir @SELF --formats [safetensors]",),
     "compare": (f"compare {TRAIN} --seeds 2 --workers 1 --methods '{METHODS}'",),

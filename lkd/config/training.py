@@ -180,7 +180,7 @@ class InfluenceSettings:
     """How the influence of training images is measured, and how it becomes weights.
 
     Args:
-        method: How the inverse curvature is applied: conjugate_gradient; exact (a dense matrix, for few parameters);
+        method: How the inverse curvature is applied: conjugate_gradient;
             or ekfac (kronfluence's EK-FAC, needs the `influence` extra).
         objective: What is to fall on meta-validation: expected_error, 1 - p of the label at the best temperature, 1 at
             least; bounded, it finds wrong labels however confident the network is. cross_entropy: its sign follows the
@@ -204,7 +204,7 @@ class InfluenceSettings:
         favour: Which images get more weight: helpful; or harmful, as the official code's exponential does (a defect).
     """
 
-    method: Literal["conjugate_gradient", "exact", "ekfac"] = "conjugate_gradient"
+    method: Literal["conjugate_gradient", "ekfac"] = "conjugate_gradient"
     objective: Literal["expected_error", "calibrated_cross_entropy", "cross_entropy"] = "expected_error"
     queries: Literal["mean", "unit"] = "mean"
     gradient: Literal["label", "loss"] = "label"

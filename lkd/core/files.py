@@ -6,12 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,16 @@ def find_cache() -> Path:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this host is here; where the file system has no locks, go on."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    """Wait until no other process of this host is here; where the file system has no locks, go on.
+
+    The lock is a file in the user's cache folder: on a network's disk a folder has none.
+    """
+    place = find_cache() / "locks" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    with ExitStack() as opened:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(opened.enter_context(place.open("a")), fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,7 +103,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def create_json(path: Path, content: Any) -> bool:
     """Write a JSON file if there is none of that name, atomically; whether it was written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     write_json(temporary, content)
     try:
         os.link(temporary, path)
@@ -114,7 +116,7 @@ def create_json(path: Path, content: Any) -> bool:
         except FileExistsError:
             return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 

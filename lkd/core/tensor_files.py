@@ -80,6 +80,8 @@ def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tup
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
         header = parse_json(metadata.get(HEADER_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk: nothing is known of the file
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         raise DamagedFileError(f"{path}: is damaged or not a safetensors file: {first_line(error)}") from error
     written = header.pop(DIGEST_KEY, None) if isinstance(header, dict) else None
     if check and written is not None and written != hash_content(json.dumps(header), tensors):
@@ -239,6 +241,6 @@ def drop_damaged(paths: Iterable[Path], say: Callable[[str], None]) -> None:
         try:
             if path.exists():
                 read_result(path)
-        except UserError as error:
+        except DamagedFileError as error:
             say(f"warning: {error}; it is done again")
             path.unlink(missing_ok=True)

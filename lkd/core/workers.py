@@ -60,7 +60,7 @@ class LeaseWatch:
         try:
             changed = lease.stat().st_mtime_ns
             owner = json.loads(lease.read_text())
-        except (FileNotFoundError, ValueError):  # released just now; or empty yet, on a disk without links
+        except (OSError, ValueError):  # released just now; or empty yet, on a disk without links
             changed, owner = 0, {}
         if owner.get("host") == host_name() and not process_exists(owner["pid"]):
             return True
@@ -76,9 +76,10 @@ def lease_path(result: Path, number: int) -> Path:
 
 
 def host_name() -> str:
-    """This host, and on Linux its process namespace: containers may share a host name, not process numbers."""
+    """This host, and on Linux its start and process namespace: hosts and containers may share a name, not processes."""
     try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {start} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 
@@ -108,7 +109,7 @@ def hold_lease(result: Path, lease: Path, renew_every: float = RENEW_EVERY) -> I
 
     def renew() -> None:
         while not over.wait(renew_every):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # a disk of a network may fail once
                 os.utime(lease)
 
     renewal = threading.Thread(target=renew, daemon=True)

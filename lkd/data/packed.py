@@ -4,6 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,17 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
     """Pack all images of a source into `PART.pixels` and `PART.index.safetensors`; the latter, which is written last.
 
     Their shorter side becomes `shorter_side` pixels; smaller ones keep their size. `watch` is told of every some images
-    that are done how many they are.
+    that are done how many they are. What is there already, of the same files, stays.
     """
     source = files.source
+    count, pixels, index = len(source.names), folder / f"{part}.pixels", folder / f"{part}.index.safetensors"
+    header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source), "sizes": hash_sizes(source)}
+    with suppress(UserError, OSError):
+        tensors, kept = read_tensors(index, KIND, VERSION)
+        whole = pixels.stat().st_size == 3 * int(tensors["shapes"].prod(1).sum())
+        if whole and header["sizes"] and header.items() <= kept.items():
+            watch(count)
+            return index
 
     def scale(position: int) -> Tensor | str:
         try:
@@ -70,15 +79,14 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
         small = resize_shorter_side(image, shorter_side) if min(image.shape[1:]) > shorter_side else image
         return small.permute(1, 2, 0).contiguous()
 
-    threads, count = start_threads(files.loading.workers, os.getpid()), len(source.names)
+    threads = start_threads(files.loading.workers, os.getpid())
     sample = torch.linspace(0, count - 1, SAMPLE).long().unique().tolist()
     sizes = [image.numel() for image in threads.map(scale, sample) if not isinstance(image, str)]
     needed = int(1.05 * count * sum(sizes) / max(len(sizes), 1))
     advice = "take another disk, or a smaller shorter_side"
     check_free_space("data.packed", folder, needed, f"{count:,} images", advice)
     shapes = torch.zeros(count, 2, dtype=torch.int64)
-    index = folder / f"{part}.index.safetensors"
-    with replaced_atomically(folder / f"{part}.pixels") as temporary:
+    with replaced_atomically(pixels) as temporary:
         with temporary.open("wb") as file:
             for first in range(0, count, AT_ONCE):
                 positions = range(first, min(first + AT_ONCE, count))
@@ -92,7 +100,6 @@ def pack(files: ImageFiles, folder: Path, part: str, shorter_side: int, watch: C
                 files.damage.record(len(positions), failures)
                 watch(len(positions))
         index.unlink(missing_ok=True)  # of pixels that are replaced now
-    header = {"shorter_side": shorter_side, "images": count, "names": hash_names(source), "sizes": hash_sizes(source)}
     write_tensors(index, {"shapes": shapes}, KIND, VERSION, header)
     return index
 

@@ -261,7 +261,7 @@ def keep_times(path: Path) -> Iterator[Callable[[str], dict[str, float]]]:
 
     def begin(name: str) -> dict[str, float]:
         nonlocal phase, started
-        now = time.time()
+        now = time.monotonic()
         if phase:
             seconds[phase] = seconds.get(phase, 0.0) + now - started
             write_json(path, seconds)

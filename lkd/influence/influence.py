@@ -12,7 +12,7 @@ from lkd.config.training import InfluenceSettings
 from lkd.core.errors import UserError
 from lkd.core.outputs import evaluating
 from lkd.data.images import ImageSet
-from lkd.influence.solvers import SOLVERS, InfluenceProblem, measure_with_ekfac
+from lkd.influence.solvers import InfluenceProblem, measure_with_ekfac, solve_iteratively
 from lkd.losses.loss import DistillationLoss
 from lkd.models.teacher import TeacherFunction
 
@@ -79,7 +79,7 @@ def measure_influence(
         problem = InfluenceProblem(network, loss, teacher, train, meta_validation, device, settings, progress)
         if settings.method == "ekfac":
             return Influence(*measure_with_ekfac(problem, settings, seed), damping=math.nan)
-        found = SOLVERS[settings.method](problem, problem.differentiate_validation(), settings, seed)
+        found = solve_iteratively(problem, problem.differentiate_validation(), settings, seed)
         if found.residual > RESIDUAL_LIMIT:
             logging.getLogger("lkd").warning(
                 "warning: influence: relative residual %.2g after %d iterations of conjugate gradients: the system is "

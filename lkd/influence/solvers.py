@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ from meta.linear_solvers import Vector, solve_conjugate_gradient
 # The functions of a network's parameters that influence is made of: gradients, curvature, and their products.
 
 
-DENSE_LIMIT = 2000  # parameters of the exact method
 LAYERS = (nn.Linear, nn.Conv2d)  # of EK-FAC
 GRADIENT_NUMBERS = 1 << 26  # of the queries' gradients that are in memory at a time
 
@@ -44,11 +43,6 @@ def check_settings(network: nn.Module, settings: InfluenceSettings) -> None:
     if not chosen:
         raise UserError(
             f"influence.parameters: no parameter's name begins with {settings.parameters!r}; there are {[*sizes]}"
-        )
-    if settings.method == "exact" and sum(chosen.values()) > DENSE_LIMIT:
-        raise UserError(
-            f"influence.method: exact inverts a dense matrix of at most {DENSE_LIMIT:,} parameters, not "
-            f"{sum(chosen.values()):,}; choose some with influence.parameters, or take conjugate_gradient"
         )
     if settings.method != "ekfac":
         return
@@ -348,31 +342,17 @@ class Inverse(NamedTuple):
     residual: float = math.nan
 
 
-def solve_dense(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
-    """Invert the dense matrix, in float64."""
-    batches = list(problem.load(problem.train, draw_examples(problem, settings, seed)))
-    columns = []
-    for unit in torch.eye(problem.size, dtype=start[0].dtype, device=start[0].device):
-        product = problem.multiply_mean(split_like(unit, start), batches, settings.curvature)
-        columns.append(join(product))
-    matrix = torch.stack(columns).double()
-    matrix = (matrix + matrix.T) / 2
-    least = float(torch.linalg.eigvalsh(matrix)[0])
-    damping = settings.damping
-    while least + damping <= 0:
-        damping = RAISE * max(damping, 1e-6)
-    damped = matrix + damping * torch.eye(problem.size, dtype=torch.float64, device=matrix.device)
-    solution = torch.linalg.solve(damped, join(start).double())
-    return Inverse(split_like(solution.to(start[0].dtype), start), damping, least)
-
-
 def solve_iteratively(problem: InfluenceProblem, start: Vector, settings: InfluenceSettings, seed: int) -> Inverse:
     """Conjugate gradients; the damping is raised until no negative curvature is met."""
     batches = list(problem.load(problem.train, draw_examples(problem, settings, seed)))
     damping, least = settings.damping, math.inf
     while True:
-        product = damp(lambda vector: problem.multiply_mean(vector, batches, settings.curvature), damping)
-        found = solve_conjugate_gradient(product, start, settings.iterations, TOLERANCE)
+
+        def multiply(vector: Vector, damping: float = damping) -> Vector:
+            product = problem.multiply_mean(vector, batches, settings.curvature)
+            return [new + damping * old for new, old in zip(product, vector, strict=True)]
+
+        found = solve_conjugate_gradient(multiply, start, settings.iterations, TOLERANCE)
         if found.iterations and math.isnan(found.least_curvature):
             raise UserError("influence: the curvature is not a number: check the images, the network and the loss")
         least = min(least, found.least_curvature - damping)
@@ -381,29 +361,7 @@ def solve_iteratively(problem: InfluenceProblem, start: Vector, settings: Influe
         damping = RAISE * max(damping, 1e-6)
 
 
-SOLVERS: dict[str, Callable[[InfluenceProblem, Vector, InfluenceSettings, int], Inverse]] = {
-    "conjugate_gradient": solve_iteratively,
-    "exact": solve_dense,
-}
-
-
-def damp(product: Callable[[Vector], Vector], damping: float) -> Callable[[Vector], Vector]:
-    """The product with H + damping."""
-    return lambda vector: [new + damping * old for new, old in zip(product(vector), vector, strict=True)]
-
-
 def draw_examples(problem: InfluenceProblem, settings: InfluenceSettings, seed: int) -> Tensor:
     """Positions of the training images that the curvature is taken over."""
     order = torch.randperm(len(problem.train), generator=seeded_generator(seed, 11))
     return order[: settings.curvature_examples] if settings.curvature_examples else order
-
-
-def join(vector: Vector) -> Tensor:
-    """A vector as one tensor, [P]."""
-    return torch.cat([entry.flatten() for entry in vector])
-
-
-def split_like(flat: Tensor, vector: Vector) -> Vector:
-    """The inverse of `join`."""
-    parts = flat.split([entry.numel() for entry in vector])
-    return [part.view_as(entry) for part, entry in zip(parts, vector, strict=True)]

@@ -20,7 +20,7 @@ from lkd.config.meta_training import PoolContents, PoolSettings
 from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import any_process, count_processes, own_rank, wait_for_all, wait_for_slowest
 from lkd.core.errors import DamagedFileError, UserError
-from lkd.core.files import read_mapping, refusing_malformed, write_json
+from lkd.core.files import hash_file, read_mapping, refusing_malformed, write_json
 from lkd.core.interrupt import Interrupted, deferred_interrupts
 from lkd.core.tensor_files import read_tensors, write_tensors
 from lkd.losses.learned.loss import LearnedLoss
@@ -249,11 +249,12 @@ def build_pool(
     numbers = range(first, first + settings.students)
     with deferred_interrupts() as stop:
         for number in tqdm(numbers, desc="pool", unit="student", disable=run.hide_bars):
+            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", world.train, run.say, shared)
             if number in done:
+                checkpoints.remove()  # of one that was killed just before
                 continue
             seed = world.seed + 1000 * (number + 1)
             training = world.start(build_loss(world.student, seed), seed, shared)
-            checkpoints = Checkpoints(folder / f"checkpoints-{number:03d}", world.train, run.say, shared)
             checkpoints.resume_training(training)
             for step in list_snapshots(settings, training.total_steps):
                 try:
@@ -269,6 +270,8 @@ def build_pool(
                     write_student(folder / name, training)
                 index["students"].append({"file": name, "training": number, "progress": step / training.total_steps})
             if checkpoints.writes:
+                for entry in index["students"]:  # by which the pool is known
+                    entry.setdefault("sha256", hash_file(folder / entry["file"]))
                 write_json(folder / INDEX, index)
                 checkpoints.remove()
     if shared:

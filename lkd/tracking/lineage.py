@@ -110,22 +110,26 @@ def is_same_content(run: Path, before: dict[str, Any], now: dict[str, Any], fiel
 def find_replaced(run: Path, recipe: dict[str, Any]) -> tuple[str, str] | None:
     """A dotted field and the file that it names, which is not of the content that a run has used; None if all are.
 
-    Folders are another matter: a cache grows, and who reads one checks what is in it.
+    Folders but pools are another matter: a cache grows, and who reads one checks what is in it.
     """
     sources = list_sources(recipe)
     for field, (kind, name) in sources.items():
-        known = set() if Path(name).is_dir() else find_known(run, sources, field)
-        if len(known) == 1 and {identify_source(kind, name).sha256} != known:
+        known = set() if Path(name).is_dir() and kind != "pool" else find_known(run, sources, field, several=True)
+        if known and identify_source(kind, name).sha256 not in known:
             return field, name
     return None
 
 
-def find_known(run: Path, sources: dict[str, tuple[str, str]], field: str) -> set[str]:
-    """The recorded hash of the file that a field of a run's sources names; none if several are called the same."""
+def find_known(run: Path, sources: dict[str, tuple[str, str]], field: str, several: bool = False) -> set[str]:
+    """The recorded hash of the file that a field of a run's sources names.
+
+    `several`: if more are called the same, the hashes of all of them, and not none; none too if they are not all there.
+    """
     kind, name = sources[field]
     alike = {other for each, other in sources.values() if each == kind and Path(other).name == Path(name).name}
-    used = read_lineage(run)["used"] if len(alike) == 1 else []
-    return {row["sha256"] for row in used if row["kind"] == kind and row["name"] in (name, Path(name).name)}
+    used = [row for row in read_lineage(run)["used"] if row["kind"] == kind]
+    known = {row["sha256"] for row in used if row["name"] in (name, Path(name).name)}
+    return known if len(alike) == 1 or (several and len(known) == len(alike)) else set()
 
 
 def hash_folder(path: Path) -> str:
@@ -138,9 +142,13 @@ def hash_folder(path: Path) -> str:
 
 
 def record(path: Path, part: str, entry: Entry) -> None:
-    """Add an entry to the part, used or made, of a run's lineage; one of the same kind and name is replaced."""
+    """Add an entry to the part, used or made, of a run's lineage.
+
+    One of the same kind and name is replaced, but for files that are used, which may lie in several folders.
+    """
     saved = read_lineage(path)
-    rest = [row for row in saved[part] if (row["kind"], row["name"]) != (entry.kind, entry.name)]
+    whole = entry.describe() if part == "used" and entry.kind != "images" else {"kind": entry.kind, "name": entry.name}
+    rest = [row for row in saved[part] if any(row[key] != value for key, value in whole.items())]
     write_result(path / LINEAGE, saved | {part: [*rest, entry.describe()]})
 
 

@@ -27,7 +27,7 @@ from lkd.core.files import (
     write_json,
 )
 from lkd.core.workers import count_cores, read_quotas
-from lkd.tracking.lineage import find_replaced, is_same_content
+from lkd.tracking.lineage import LINEAGE, find_replaced, is_same_content
 from lkd.tracking.tracker import Tracker
 
 SHARED_COMMANDS = ("distill", "teacher", "pool", "meta-train")  # which torchrun may start
@@ -115,7 +115,7 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         config["plugins"] = hash_file(Path(recipe.plugins))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
+        lock = (path / "lock").open("a+")  # a shared lock of NFS asks for reading
     except OSError as error:
         raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from error
     with lock:
@@ -130,6 +130,7 @@ def open_run_directory(recipe: RunRecipe, command: str, device: torch.device, qu
         notes = describe_precision(recipe, device) + describe_changes(path, before, surroundings)
         if new or not joined:
             write_json(path / "config.json", config)
+        if new or not joined or not (path / "environment.json").exists():
             write_json(path / "environment.json", surroundings)
         handlers: list[logging.Handler] = [] if quiet else [logging.StreamHandler()]
         with ExitStack() as opened:
@@ -223,6 +224,7 @@ def forget_unstarted(path: Path) -> None:
     begun = (log.exists() and log.stat().st_size) or {entry.name for entry in path.iterdir()} - OPENED
     if not begun:
         (path / "config.json").unlink()
+        (path / LINEAGE).unlink(missing_ok=True)
 
 
 def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
@@ -237,6 +239,8 @@ def take_lock(lock: TextIO, path: Path, joined: bool, command: str) -> None:
             line = "warning: run_dir: %s is on a disk without file locks (%s): let no other process use it"
             logging.getLogger("lkd").warning(line, path, error.strerror)
             return
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"run_dir: {path} cannot be locked: {error.strerror}") from error
         hint = "; to share its work use --join" if command == "compare" and not joined else ""
         raise UserError(f"run_dir: {path} is in use by another process{hint}") from error
     if command == "compare":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lkd.config.parts import DataRecipe, TrainRecipe
-from lkd.core.distributed import is_main
+from lkd.core.distributed import gather_objects, is_main, share_from_main
 from lkd.core.errors import UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.plugins import MODULE
@@ -70,7 +70,8 @@ def keep_figures(
     """Figures of a teacher on these images, measured once; where the network's code or ours may change, not kept."""
     surroundings = describe_surroundings(device)
     is_changing = str(surroundings["commit"]).endswith("-dirty")
-    if is_changing or teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules:
+    is_changing |= teacher.settings.path.startswith(GIVEN) or MODULE in sys.modules
+    if share_from_main(is_changing) if shared else is_changing:
         return measure()
     made_with = json.dumps([identify_answers(teacher, images), surroundings])
     key = [what, made_with, images.settings.evaluation_batch_size, identify_labels(images)]
@@ -111,6 +112,8 @@ def identify_content(part: ImageSet) -> torch.Tensor | str:
 def check_same_images(images: Images, run: Run, world: str = "") -> None:
     """Check that a run that is gone on with has the images that it was begun with; of one that begins, keep a hash."""
     entry = Entry("images", world or images.name, identify_images(images), None)
+    if len(set(gather_objects(entry.sha256))) > 1:
+        raise UserError("data.root: the processes of this job have other images, labels or classes; give all the same")
     kept = {(row["kind"], row["name"]): row["sha256"] for row in read_lineage(run.path)["used"]}
     if kept.get((entry.kind, entry.name), entry.sha256) != entry.sha256:
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lkd.config.parts import TrainRecipe
 from lkd.core.distributed import any_process, is_main, share_from_main
-from lkd.core.errors import UserError
+from lkd.core.errors import DamagedFileError, UserError
 from lkd.core.files import refusing_malformed
 from lkd.core.interrupt import Interrupted, StopRequest
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
@@ -44,6 +44,8 @@ class Checkpoints:
         if not self.writes:
             return
         save_checkpoint(self.folder / f"{step:09d}.safetensors", tree)
+        for left in self.folder.glob(".[0-9]*.safetensors.*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         files = self.list()
         earlier = [number for number in files if number <= step]
         for number in files.keys() - earlier[-self.kept :]:
@@ -63,8 +65,8 @@ class Checkpoints:
                 tree = load_checkpoint(path)
                 if isinstance(tree, dict):
                     return tree
-                raise UserError(f"{path}: holds a {type(tree).__name__}, not what a training saves")
-            except UserError as error:
+                raise DamagedFileError(f"{path}: holds a {type(tree).__name__}, not what a training saves")
+            except DamagedFileError as error:  # one of a newer format, or that cannot be read now, is good
                 instead = (
                     "it was the first: begun anew"
                     if only_first

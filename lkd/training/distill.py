@@ -56,6 +56,7 @@ def distill(
     images, loss = parts.images, parts.loss
     if report_test and not len(images.test):
         raise UserError("report_test: images that are given from Python have no test split; evaluate the student there")
+    check_same_images(images, run)
     run.say(introduce_images(images))
     batches = build_batches(images.train, train, images.settings, seed, run.device, (0, count_processes()))
     check_settings(train, batches, loss, parts.balance)  # before the teacher is asked about all images
@@ -92,6 +93,7 @@ def train_teacher(
     student: StudentBuilder, images: Images, train: TrainRecipe, seed: int, run: Run, report_test: bool = False
 ) -> Path:
     """Train a teacher, a student of cross-entropy; its file."""
+    check_same_images(images, run)
     run.say(introduce_images(images))
     run.say(introduce_network("teacher", student, images, run.device, train, count_processes()))
     training = start_training(student, images, CrossEntropyLoss(), None, train, seed, run.device, shared=True)
@@ -138,7 +140,6 @@ def train_to_the_end(
         Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", training.recipe, run.say)
-    check_same_images(images, run)
     history: list[dict[str, Any]] = checkpoints.resume_training(training).get("history", [])
     kept: dict[str, Any] = {"history": history}
     steps, scored = training.batches.steps_per_epoch, len(images.meta_validation) > 0

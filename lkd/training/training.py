@@ -105,6 +105,7 @@ class Training:
             own_gpu = [batches.device] if batches.device.type == "cuda" else None
             lines = check_trainable(student, "student", batches.images.image_shape, 2)
             unused = any(line.startswith(NO_GRADIENT) for line in lines)
+            unused |= own_gpu is None  # else buckets are laid out anew after a step: digits of three processes and more
             self.computation = DistributedDataParallel(self.computation, own_gpu, find_unused_parameters=unused)
 
     @property

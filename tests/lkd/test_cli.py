@@ -124,6 +124,8 @@ def test_a_run_directory_is_free_until_a_step_is_taken_and_not_overwritten_then(
     assert "already holds a run of `lkd distill`; go on with it by --resume auto" in capsys.readouterr().err
     assert main([*words, "--resume", "auto", "--seed", "4"]) == 2
     assert "seed: is 4, but the run in r has 0" in capsys.readouterr().err
+    assert main(["distill", "--run_dir", "early", *TINY, "--train.learning_rate", "1e30"]) == 2
+    assert main(["distill", "--run_dir", "early", *TINY, "--data.train_size", "80"]) == 0, "nothing was trained before"
     assert main(["evaluate", "--run_dir", "r"]) == 2
     assert main(["pool", "--run_dir", "r", "--resume", "auto", *TINY]) == 2
     assert "holds a run of `lkd distill`, not of `lkd pool`" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """What faults do: the fault bench in its short form, and each mend on its own."""
 
+import errno
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lkd.data import Batches
 from lkd.meta_training.outer_loop import OuterLoop
 from lkd.models.teacher_cache import KIND, VERSION
 from lkd.training.build import prepare_images
+from lkd.training.checkpoints import Checkpoints
 from lkd.training.training import BrokenInputError, Training
 from tests.faults.run import play_faults
 from tests.lkd.meta_recipes import SMALL as SMALL_POOL
@@ -68,6 +71,30 @@ def test_a_damaged_result_is_trained_again(tmp_path) -> None:
     drop_damaged([path], said.append)
     assert not path.exists()
     assert "it is done again" in said[0]
+
+
+def test_what_cannot_be_read_now_or_by_this_version_is_no_damage(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", TrainRecipe(), print)
+    checkpoints.save(10, {"a": 1})
+    assert checkpoints.load() == {"a": 1}
+    (tmp_path / "c/.000000010.safetensors.killed").touch()
+    checkpoints.save(20, {"a": 2})
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "000000010.safetensors",
+        "000000020.safetensors",
+    ]
+    write_tensors(tmp_path / "c/000000030.safetensors", {}, "checkpoint", 99, {"tree": {"dict": []}})
+    with pytest.raises(UserError, match="update lkd"):
+        checkpoints.load()
+    write_result(tmp_path / "row.json", {"a": 1})
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr("lkd.core.tensor_files.safe_open", Mock(side_effect=stale))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=stale))
+    with pytest.raises(UserError, match="cannot be read: Stale"):
+        checkpoints.load()
+    with pytest.raises(UserError, match="cannot be read: Stale"):
+        drop_damaged([tmp_path / "row.json"], print)
+    assert (tmp_path / "row.json").exists()
 
 
 def test_damage_in_a_teacher_cache_is_found_and_mended(capsys) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lkd.core.statistics import area_under_curve, spearman
 from lkd.data import ImageSet
 from lkd.data.label_noise import add_label_noise
 from lkd.influence.influence import Influence, measure_influence
-from lkd.influence.solvers import InfluenceProblem
+from lkd.influence.solvers import RAISE, InfluenceProblem, Inverse, draw_examples
 from lkd.influence.weighted_loss import weigh_examples
 from lkd.losses import CrossEntropyLoss, KDLoss
 from lkd.losses.functions import calibrated_cross_entropy, find_best_temperature
@@ -88,9 +89,41 @@ def train(weights=None, decay: float = DAMPING, images=IMAGES, start=None) -> Ne
 
 
 def measure(network, loss=None, teacher=None, train_images=IMAGES, meta_validation=META_VALIDATION, **settings):
-    return measure_influence(
-        network, loss or CrossEntropyLoss(), teacher, train_images, meta_validation, CPU, InfluenceSettings(**settings)
-    )
+    parts = loss or CrossEntropyLoss(), teacher, train_images, meta_validation, CPU
+    if settings.get("method") != "exact":
+        return measure_influence(network, *parts, InfluenceSettings(**settings))
+    del settings["method"]
+    with mock.patch("lkd.influence.influence.solve_iteratively", solve_dense):
+        return measure_influence(network, *parts, InfluenceSettings(**settings))
+
+
+def solve_dense(problem: InfluenceProblem, start: list, settings: InfluenceSettings, seed: int) -> Inverse:
+    """Invert the dense matrix, in float64."""
+    batches = list(problem.load(problem.train, draw_examples(problem, settings, seed)))
+    columns = []
+    for unit in torch.eye(problem.size, dtype=start[0].dtype, device=start[0].device):
+        product = problem.multiply_mean(split_like(unit, start), batches, settings.curvature)
+        columns.append(join(product))
+    matrix = torch.stack(columns).double()
+    matrix = (matrix + matrix.T) / 2
+    least = float(torch.linalg.eigvalsh(matrix)[0])
+    damping = settings.damping
+    while least + damping <= 0:
+        damping = RAISE * max(damping, 1e-6)
+    damped = matrix + damping * torch.eye(problem.size, dtype=torch.float64, device=matrix.device)
+    solution = torch.linalg.solve(damped, join(start).double())
+    return Inverse(split_like(solution.to(start[0].dtype), start), damping, least)
+
+
+def join(vector: list) -> torch.Tensor:
+    """A vector as one tensor, [P]."""
+    return torch.cat([entry.flatten() for entry in vector])
+
+
+def split_like(flat: torch.Tensor, vector: list) -> list:
+    """The inverse of `join`."""
+    parts = flat.split([entry.numel() for entry in vector])
+    return [part.view_as(entry) for part, entry in zip(parts, vector, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +312,6 @@ def test_what_cannot_be_is_said() -> None:
         measure(Network(), parameters="tail")
     with pytest.raises(UserError, match="there are no meta-validation images"):
         measure(Network(), meta_validation=META_VALIDATION.select(torch.tensor([], dtype=torch.int64)))
-    images = draw_images(6, 2, 8)
-    with pytest.raises(UserError, match="at most 2,000 parameters, not 6,"):
-        measure(build("small_cnn", 3, 1), train_images=images, meta_validation=images, method="exact")
 
 
 def test_a_system_that_is_not_solved_is_warned_of(caplog) -> None:

@@ -1,5 +1,7 @@
 """Several processes share one comparison: real processes, one killed; the leases by which one gets a piece of work."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -173,6 +175,32 @@ def test_a_dead_process_of_this_host_loses_its_lease_at_once_to_one_heir(tmp_pat
         assert LeaseWatch().find_free(result) is None
         result.write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["trial.json"], "finished: the dead one's lease goes too"
+
+
+def test_a_disk_that_fails_once_loses_no_lease(tmp_path: Path, monkeypatch) -> None:
+    result, stale = tmp_path / "a.json", OSError(errno.ESTALE, "Stale file handle")
+    watch, lease = LeaseWatch(), LeaseWatch().find_free(result)
+    with hold_lease(result, lease, renew_every=0.01) as ours, monkeypatch.context() as patch:
+        assert ours
+        before, once = lease.stat().st_mtime_ns, [stale]
+        touch = os.utime
+        patch.setattr("os.utime", lambda path: touch(path) if not once else raise_error(once.pop()))
+        while once or lease.stat().st_mtime_ns == before:
+            time.sleep(0.01)
+        patch.setattr(Path, "read_text", Mock(side_effect=stale))
+        assert watch.find_free(result) is None
+
+
+def raise_error(error: OSError) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_locks_are_taken_as_a_disk_of_the_network_asks(joined: bool, monkeypatch) -> None:
+    """As Linux does on NFS: shared by who reads, alone by who writes."""
+    monkeypatch.setattr("fcntl.flock", fcntl.lockf)
+    with open_run(CompareRecipe(run_dir="s", join=joined), "compare") as run:
+        assert (run.path / "environment.json").exists()
 
 
 def test_another_hosts_lease_is_stale_only_if_its_time_stands_still(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from lkd.config import DataRecipe, ModelRecipe, PoolSettings, TrainRecipe
 from lkd.core.errors import UserError
+from lkd.core.files import hash_file
 from lkd.core.interrupt import Interrupted
 from lkd.core.outputs import Outputs
 from lkd.core.random import seeded_generator
@@ -55,6 +56,8 @@ def test_a_pool_keeps_whole_students_and_goes_on_where_it_stopped() -> None:
         recipe.pool.students = 2
         pool = make_pool(recipe, world, pool.folder, run)
     assert [entry["progress"] for entry in pool.index["students"]] == [0, 0.5, 1] * 2
+    hashes = [hash_file(pool.folder / entry["file"]) for entry in pool.index["students"]]
+    assert [entry["sha256"] for entry in pool.index["students"]] == hashes, "by which another pool is noticed"
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "index.json")
     fresh, half, old = (pool.read(position, network) for position in range(3))
     assert fresh.state.optimizer == {}

@@ -112,7 +112,7 @@ def test_going_on_with_a_finished_quickstart_trains_nothing(quickstart: Path) ->
 
 def test_the_time_of_an_interrupted_run_counts(tmp_path: Path, monkeypatch) -> None:
     now = iter([100.0, 107.0, 200.0, 203.0, 213.0, 214.0])
-    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with suppress(Interrupted), keep_times(tmp_path / "phases.json") as begin:
         begin("tune")
         raise Interrupted

@@ -319,6 +319,17 @@ def read_with(root: Path, packed: Path | None, size: int = SIDE):
     return prepare_images(DataRecipe("image_folder", str(root), 0, 8, image_size=size, packed=packed and str(packed)))
 
 
+def test_a_part_that_is_packed_stays(folders, tmp_path: Path) -> None:
+    packed = shutil.copytree(folders[1], tmp_path / "packed")
+    words = ["--data.name", "image_folder", "--data.root", str(folders[0]), "--data.packed", str(packed)]
+    for lost, same in (("val.pixels", True), ("train.pixels", False)):
+        (packed / lost).unlink()
+        before = (packed / "train.index.safetensors").stat().st_ino
+        assert main(["pack", *words, "--shorter_side", "32"]) == 0
+        assert (packed / lost).read_bytes() == (folders[1] / lost).read_bytes()
+        assert ((packed / "train.index.safetensors").stat().st_ino == before) == same
+
+
 def test_centres_are_those_of_the_files_and_crops_nearly(folders) -> None:
     files, packed = read_with(folders[0], None), read_with(*folders)
     for part in ("train", "meta_validation", "test"):

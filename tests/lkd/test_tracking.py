@@ -28,7 +28,7 @@ from lkd.core.errors import UserError
 from lkd.core.files import flatten, hash_file, read_json
 from lkd.core.tensor_files import digest
 from lkd.tracking import tracker as service
-from lkd.tracking.lineage import Entry, find_used, hash_folder, list_sources, record
+from lkd.tracking.lineage import Entry, find_replaced, find_used, hash_folder, list_sources, record
 from lkd.tracking.run import open_run
 from lkd.tracking.tracker import Tracker, read_log
 from lkd.training.training import Training
@@ -206,6 +206,19 @@ def test_lineage_links_a_student_to_its_loss_and_the_loss_to_its_teacher(gallery
     assert made["pool"]["sha256"] == hash_folder(gallery / "learned/pool")
     assert {entry["kind"] for entry in learned["used"]} == {"images", "teacher"}
     assert [entry["name"] for entry in student["made"]] == ["student.safetensors"]
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    worlds = {}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "teacher.safetensors").write_text(name)
+        worlds[name] = {"teacher": {"path": str(tmp_path / name / "teacher.safetensors")}}
+    for entry in find_used({"worlds": worlds}):
+        record(tmp_path, "used", entry)
+    assert find_replaced(tmp_path, {"worlds": worlds}) is None
+    (tmp_path / "b/teacher.safetensors").write_text("c")
+    assert find_replaced(tmp_path, {"worlds": worlds}) == ("worlds.b.teacher.path", worlds["b"]["teacher"]["path"])
 
 
 def test_files_are_found_wherever_a_recipe_names_them(tmp_path) -> None:

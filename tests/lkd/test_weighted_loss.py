@@ -242,11 +242,10 @@ def test_bad_options_of_a_weighted_loss_are_one_line(images, loss, message: str)
 
 
 def test_what_cannot_be_measured_is_said_before_the_first_epoch(images) -> None:
-    wrong = {"parameters": "clasifier"}, {"method": "exact"}
-    for settings, message in zip(wrong, ("no parameter's name begins with 'clasifier'", "exact inverts"), strict=True):
-        loss = prepare_loss(WEIGHTED | {"first_epoch": 30, "influence": settings}, ModelRecipe(), TEACHER, images, 0)
-        with pytest.raises(UserError, match=message):
-            loss.begin_epoch(0, build("small_cnn", 10, 1), images.train, None, 0.0)
+    settings = {"first_epoch": 30, "influence": {"parameters": "clasifier"}}
+    loss = prepare_loss(WEIGHTED | settings, ModelRecipe(), TEACHER, images, 0)
+    with pytest.raises(UserError, match="no parameter's name begins with 'clasifier'"):
+        loss.begin_epoch(0, build("small_cnn", 10, 1), images.train, None, 0.0)
 
 
 def test_weights_of_other_images_are_refused(images, tmp_path) -> None:
