@@ -122,7 +122,7 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
             if not Path(saved[place]).exists():
                 del saved[place]
     if "name" in recipe.data and recipe.data["name"] != saved.get("name"):
-        saved = {key: saved[key] for key in ("image_size",) if key in saved}  # the rest is of other images
+        saved = {key: saved[key] for key in ("image_size", "crop_pct") if key in saved}  # the rest is of other images
     data = make_recipe(config.DataRecipe, saved | recipe.data, "data")
     if recipe.split != "test":
         return data

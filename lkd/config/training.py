@@ -249,7 +249,7 @@ class InfluenceRecipe(RunRecipe):
     """Measure the influence of every training image on the meta-validation loss of a network (RUN_DIR/influence.csv).
 
     Also written: influence.html, a page of it with pictures; label_issues.csv, labels to check, as cleanlab has them;
-    weights.safetensors (for the loss influence_weighted), influence.png, result.json. The test split is not read.
+    weights.safetensors (for the loss influence_weighted), result.json. The test split is not read.
 
     Args:
         data: The images.
@@ -257,7 +257,7 @@ class InfluenceRecipe(RunRecipe):
         loss: What the images teach: a loss over logits, by name or as {name: ..., ...}.
         teacher: The teacher, of losses that need one.
         influence: How it is measured.
-        shown: Images in each half of the page and of the picture.
+        shown: Images in each half of the page.
     """
 
     run_dir: str = "runs/influence"

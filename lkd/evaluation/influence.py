@@ -24,7 +24,6 @@ from lkd.influence.solvers import check_settings
 from lkd.influence.weighted_loss import find_kurtosis, save_weights, weigh_examples
 from lkd.losses.build import build_loss, reads_features
 from lkd.losses.functions import cross_entropies
-from lkd.meta_training.log import plt, save_figure
 from lkd.models.files import fit_to_images
 from lkd.models.teacher import TeacherFunction, load_teacher_network
 from lkd.tracking.remote import fetch_named
@@ -32,7 +31,6 @@ from lkd.tracking.run import Run, evidence
 from lkd.training.answers import measure_teacher, prepare_teacher
 from lkd.training.build import Images, check_network, open_teacher, prepare_images
 
-SHEET_COLUMNS = 8
 CURVE_POINTS = 100
 
 
@@ -40,25 +38,6 @@ def restore_pixels(images: ImageSet, normalized: Tensor) -> Tensor:
     """Pixels in [0, 1], [H, W, 3] or [H, W], of a normalised image, [C, H, W]; of other channels than 3 their mean."""
     pixels = (normalized.permute(1, 2, 0) * torch.tensor(images.std) + torch.tensor(images.mean)).clamp(0, 1)
     return pixels if pixels.shape[2] == 3 else pixels.mean(2)
-
-
-def plot_sheet(images: ImageSet, influence: Tensor, shown: int, path: Path) -> None:
-    """Draw the N images that help a network most and those that harm it most; negative influence, [N], is helpful."""
-    order = influence.argsort()
-    shown = min(shown, len(order))
-    rows = -(-shown // SHEET_COLUMNS)
-    figure = plt.figure(figsize=(1.1 * 2 * SHEET_COLUMNS, 1.45 * rows + 0.5), layout="constrained")
-    halves: Any = figure.subfigures(1, 2)
-    for half, title, chosen in zip(halves, ("most helpful", "most harmful"), (order, order.flip(0)), strict=True):
-        half.suptitle(title, fontsize=11)
-        axes = half.subplots(rows, SHEET_COLUMNS, squeeze=False).flatten()
-        for axis in axes:
-            axis.axis("off")
-        for axis, position in zip(axes, chosen[:shown].tolist(), strict=False):
-            batch = images.batch(torch.tensor([position]), torch.device("cpu"))
-            axis.imshow(restore_pixels(images, batch.images[0]).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(f"{images.class_names[int(batch.target)]}\n{influence[position]:.2g}", fontsize=7)
-    save_figure(figure, path)
 
 
 def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
@@ -112,7 +91,6 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     write_text(run.path / "label_issues.csv", format_csv(labels))
     wrong = find_wrong(recipe, judged, positions)
     write_text(run.path / "influence.html", draw_page(recipe, found, judged, asked, issues, wrong))
-    plot_sheet(images.train.select(positions), found.scores, recipe.shown, run.path / "influence.png")
     figures = {
         "examples": len(found.scores),
         "seconds": seconds,
@@ -130,7 +108,6 @@ def measure_run(recipe: InfluenceRecipe, run: Run) -> Path:
     write_json(run.path / "result.json", evidence("lkd influence", run.provenance()["environment"], figures))
     run.tracker.log(0, **figures)
     run.tracker.keep("weights", run.path / "weights.safetensors")
-    run.tracker.show(0, "influence", run.path / "influence.png")
     return path
 
 
@@ -242,7 +219,6 @@ def draw_page(
     of = [(name, judged.images.labels == label) for label, name in enumerate(names)]
     return render(
         "influence.html",
-        style=(Path(__file__).parent / "report" / "report.css").read_text(encoding="utf-8"),
         count=f"{len(order):,}",
         objective=recipe.influence.objective.replace("_", "-" if "cross" in recipe.influence.objective else " "),
         suggested=f"{int(issues.sum()):,}",

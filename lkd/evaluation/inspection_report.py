@@ -17,13 +17,14 @@ from lkd.losses.build import build_loss, is_learned
 from lkd.losses.learned.file import SUFFIX, LossFile, mark_unlearned, was_learned
 from lkd.losses.logits import KDLoss
 from lkd.meta_training.log import EXTENT, find_kept_row, plt, save_figure
-from lkd.tracking.remote import fetch_named
+from lkd.tracking.remote import fetch_named, is_remote
 
 
 def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     """Inspect a loss; write inspection.json and inspection.png. Returns the report for the terminal, and the folder."""
     kd = KDLoss(recipe.kd_weight, recipe.kd_temperature)
     options = {"name": recipe.loss} if isinstance(recipe.loss, str) else dict(recipe.loss)
+    asked = str(options.get("name"))
     if isinstance(options.get("name"), str):
         options["name"] = fetch_named(options["name"])
     loss = build_loss(options, STAGES, STAGES)  # losses over features are built for made-up stages
@@ -34,7 +35,8 @@ def inspect_recipe(recipe: InspectRecipe) -> tuple[str, Path]:
     described = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
     title = mark_unlearned(Path(name).name, file["learned"]) if file else name + described
     plain = Path(name).name.removesuffix(SUFFIX)
-    folder = Path(recipe.out) if recipe.out else (Path(name).parent if file else Path()) / f"{plain}-inspection"
+    beside = Path(name).parent if file and not is_remote(asked) else Path()  # not in the Hub's cache
+    folder = Path(recipe.out) if recipe.out else beside / f"{plain}-inspection"
     report = inspect_loss(loss, kd, recipe.num_classes, recipe.seed)
     write_json(folder / "inspection.json", {"loss": recipe.loss, "file": file, **report})
     draw_inspection(report, title, folder / "inspection.png")

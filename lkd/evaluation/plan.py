@@ -52,30 +52,30 @@ KNOWN |= {"fashion_mnist_rest": (48_000, 10, 1, 28)}
 
 
 class Gpu(NamedTuple):
-    """A datasheet: dense TFLOP/s of matrix units (half of those with sparsity); GB/s and GB of memory.
+    """A datasheet: dense TFLOP/s of matrix units (half of those with sparsity), and without; GB/s and GB of memory.
 
-    Convolutions of float32 tensors take TensorFloat-32 by default.
+    By torch's defaults convolutions of float32 tensors take TensorFloat-32, matrix products do not.
     """
 
     name: str
     bfloat16: float
     tensorfloat32: float
+    float32: float
     bandwidth: float
     memory: float
 
     def build_counter(self, precision: str) -> OperationCounter:
         """What counts operations on this GPU."""
-        return OperationCounter(
-            1e12 * (self.tensorfloat32 if precision == "float32" else self.bfloat16), 1e9 * self.bandwidth
-        )
+        rate = self.tensorfloat32 if precision == "float32" else self.bfloat16
+        return OperationCounter(1e12 * rate, 1e9 * self.bandwidth, 1e12 * self.float32)
 
 
 GPUS = {
-    "h200_sxm": Gpu("H200 SXM 141 GB", 989.4, 494.7, 4800, 141),
-    "h100_sxm": Gpu("H100 SXM 80 GB", 989.4, 494.7, 3350, 80),
-    "a100_sxm_80gb": Gpu("A100 SXM 80 GB", 312, 156, 2039, 80),
-    "l40s": Gpu("L40S", 362, 183, 864, 48),
-    "rtx_4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 1008, 24),
+    "h200_sxm": Gpu("H200 SXM 141 GB", 989.4, 494.7, 66.9, 4800, 141),
+    "h100_sxm": Gpu("H100 SXM 80 GB", 989.4, 494.7, 66.9, 3350, 80),
+    "a100_sxm_80gb": Gpu("A100 SXM 80 GB", 312, 156, 19.5, 2039, 80),
+    "l40s": Gpu("L40S", 362, 183, 91.6, 864, 48),
+    "rtx_4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 82.6, 1008, 24),
 }
 
 
@@ -273,9 +273,10 @@ def plan(recipe: PlanRecipe) -> dict[str, Any]:
     }
     if any(world.decoded for world in worlds):
         result["decoded_images_per_second"] = recipe.cores * recipe.decode_rate
+    data = first.recipe.data
     if is_learned:
         add_outer_loop(result, worlds, hours)
-    elif "teacher" in result["step"]:
+    elif "teacher" in result["step"] and not (data.mixup or data.cutmix or data.random_erasing):
         result["cache"] = plan_cache(first, result["step"]["teacher"]["share"] * sum(hours))
     result["gpu_hours"] = sum(result["hours"].values()) * first.recipe.gpus
     result["warnings"] = find_warnings(result)

@@ -293,7 +293,7 @@ def run_phases(recipe: QuickstartRecipe, run: Run, begin: Callable[[str], dict[s
         f"{len(images.test):,} test images; three settings, {recipe.seeds} paired seeds"
     )
     adapted = adapted_path(run.path)
-    with start_workers(recipe.workers, threads=recipe.threads) as workers:
+    with start_workers(recipe.workers, run.device, recipe.threads, recipe.plugins) as workers:
 
         def start(trials: dict[str, list[Trial]]) -> dict[Future[Any], str]:
             """Give the workers what has no result yet."""
@@ -413,7 +413,7 @@ def plot_settings(
                 place + 0.2 * (methods.index(row["method"]) - (len(methods) - 1) / 2),
                 mean,
                 0 if error != error else error,
-                fmt="o",
+                fmt="osD^"[methods.index(row["method"])],
                 capsize=3,
                 color=colors[row["method"]],
                 label=None if row["method"] in labelled else row["method"],

@@ -32,7 +32,8 @@ def measure_variance(recipe: VarianceRecipe) -> dict[str, Any]:
         What `variance.json` holds.
     """
     halves = collect_moments(recipe)
-    share, ratio = optimal_share(halves[0], recipe.horizon)
+    share = min(max(optimal_share(halves[0], recipe.horizon)[0], 0.0), 1.0)  # the parabola's least in [0, 1]
+    ratio = measure_noise(halves[0], share, recipe.horizon)
     result = {
         "optimal_share": share,
         "predicted_ratio": ratio,

@@ -169,8 +169,13 @@ def export(recipe: ExportRecipe) -> dict[str, Exported]:
                 f"tolerance {recipe.tolerance:g}; do not use this file"
             )
         written[name] = Exported(path, difference)
-    rows = {name: {"file": each.path.name, "difference": each.difference} for name, each in written.items()}
-    said = {"exported": kept | rows, "weights": weights, "shape": list(images.shape[1:])}
+    shape = list(images.shape[1:])
+    rows = {
+        name: {"file": each.path.name, "difference": each.difference, "shape": shape} for name, each in written.items()
+    }
+    said = {"exported": kept | rows, "weights": weights}
+    if recipe.image_size and "input" in header:
+        header["input"] = header["input"] | {"input_size": shape}
     if (folder / "export.json").is_file():  # what lies beside it is of the network before
         (folder / "config.json").unlink(missing_ok=True)
     write_json(folder / "export.json", {**said, **header})
@@ -226,7 +231,7 @@ def round_down_crop(prepared: dict[str, Any]) -> float:
 def draw_images(header: dict[str, Any], recipe: ExportRecipe) -> Tensor:
     """Random images of the size that the network was trained on, [BATCH, C, H, W]."""
     channels = header["architecture"]["in_chans"]
-    known = header["provenance"].get("image_shape", [channels, 0, 0])
+    known = header["provenance"].get("image_shape") or header.get("input", {}).get("input_size", [channels, 0, 0])
     height, width = [recipe.image_size] * 2 if recipe.image_size else known[1:]
     if min(height, width) < 1:
         raise UserError(

@@ -35,6 +35,7 @@ def write_card(path: Path, reference: str) -> str:
         size=f"{path.stat().st_size:,}",
         features="features" in parts,
         reference=reference,
+        reads_trust=load_loss(path).reads_trust,
         table=list_facts({"loss networks": networks} | describe_training(provenance)),
         reached=describe_reuse(provenance),
         version=header["format_version"],

@@ -26,6 +26,7 @@ from lkd.training.training import DivergedError
 from meta import Audited, Estimator, OuterStep, Tensors, call_module
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names of methods and classes are no formulas
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What meta-training cost, in units of one student training.

@@ -211,7 +211,8 @@ def save_results(
     if loop.own:
         student, place = loop.own[0].training.result, run.path / "student.safetensors"
         figures = evaluate(student, images.meta_validation, run.device)
-        provenance = run.provenance() | {"meta_validation": {"last": figures}}
+        provenance = run.provenance() | {"meta_validation": {"last": figures}, "split": images.fingerprint}
+        provenance |= {"image_shape": list(images.train.image_shape)}
         save_network(place, student, loop.worlds[0].student.architecture, provenance, images.train)
         run.say(f"{place}: {figures['top1']:.2f} % on meta-validation")
     pool_trainings = count_pool_trainings(loop.draws, pools, min(loop.step, loop.settings.alternation_start))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -355,7 +356,7 @@ def describe(
         Role, name, parameters, FLOPs of one forward pass of one image (a multiply-add counted as two), classes of
         activations, and the tag of timm's weights.
     """
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         try_black_image(network, name, input_shape)
     parameters, flops = sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
     tag = (getattr(unwrap(network), "pretrained_cfg", None) or {}).get("tag", "") if pretrained else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
@@ -93,13 +93,13 @@ class OperationCounter(TorchDispatchMode):
 
     An operation takes the longest of computing, at so many FLOP/s, moving, at so many bytes/s, and launching. FLOPs are
     those of convolutions and matrix products, a multiply-add counted as two. Numbers that the code asks of tensors are
-    1, so that checks for finite values pass.
+    1, so that checks for finite values pass; of what is looked for nothing is found.
     """
 
-    def __init__(self, flop_rate: float = math.inf, bandwidth: float = math.inf) -> None:
+    def __init__(self, flop_rate: float = math.inf, bandwidth: float = math.inf, matmul_rate: float = math.inf) -> None:
         super().__init__()
-        self.flop_rate, self.bandwidth = flop_rate, bandwidth
-        self.alive, self.bytes = WeakIdKeyDictionary(), 0
+        self.flop_rate, self.bandwidth, self.matmul_rate = flop_rate, bandwidth, matmul_rate
+        self.alive, self.bytes, self.found = WeakIdKeyDictionary(), 0, WeakIdKeyDictionary()
         self.start()
 
     def start(self) -> None:
@@ -120,8 +120,12 @@ class OperationCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         self.operations += not func.is_view
         if func is aten._local_scalar_dense.default:
+            if args[0] in self.found:
+                return False
             return args[0].dtype.is_floating_point or args[0].dtype is torch.bool or 1
         out = func(*args, **kwargs)
+        if func.overloadpacket is aten.any:
+            self.found[out] = True
         if func is aten.empty_like.default and kwargs.get("device") == torch.device("meta"):
             return out  # of a trajectory that is stored without its values
         inputs, outputs = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
@@ -129,7 +133,9 @@ class OperationCounter(TorchDispatchMode):
             flops, moved = count_flops(func, args, kwargs, out), count_bytes(func, inputs, outputs)
             if flops or moved:
                 before, seconds = self.since_lap
-                taken = max(flops / self.flop_rate, moved / self.bandwidth, LAUNCH_SECONDS)
+                plain = outputs and outputs[0].dtype is torch.float32 and "convolution" not in func.name()
+                rate = self.matmul_rate if plain else self.flop_rate
+                taken = max(flops / rate, moved / self.bandwidth, LAUNCH_SECONDS)
                 self.since_lap = before + flops, seconds + taken
         for storage in (tensor.untyped_storage() for tensor in outputs):
             if storage not in self.alive:
@@ -145,11 +151,15 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """FLOPs of a convolution or matrix product; torch's own count but for the gradients of grouped convolutions."""
+    """FLOPs of a convolution or matrix product; torch's count lacks grouped gradients, and attention on CPUs."""
     if func is aten.convolution_backward.default:
         gradient, images, weight, transposed, mask = args[0], args[1], args[2], args[7], args[10]
         once = conv_flop_count(images.shape, weight.shape, gradient.shape, transposed)
         return once * (bool(mask[0]) + bool(mask[1]))
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
     packet = func.overloadpacket
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 

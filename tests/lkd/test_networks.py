@@ -192,6 +192,11 @@ def test_the_literatures_mobilenet_is_timms_with_relu() -> None:
     assert network.training
 
 
+def test_attention_is_counted() -> None:
+    network = build("vit_tiny_patch16_224", 1000)
+    assert "2,507.4 MFLOPs" in describe("student", network, "vit_tiny_patch16_224", (3, 224, 224))
+
+
 def test_features_come_without_hooks_under_functional_call() -> None:
     network = build("resnet18", 4)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lkd.cli import main
 from lkd.config import (
@@ -26,6 +27,7 @@ from lkd.data import Batches, ImageSet
 from lkd.data.readers import load_embedded
 from lkd.evaluation.comparison.trials import Cost
 from lkd.evaluation.plan import (
+    GPUS,
     LENGTHS,
     Counted,
     count_hypergradient,
@@ -35,8 +37,9 @@ from lkd.evaluation.plan import (
     open_world,
 )
 from lkd.losses import KDLoss
-from lkd.models import build
+from lkd.models.build import build
 from lkd.models.teacher import Teacher
+from lkd.training.throughput import OperationCounter
 from lkd.training.training import Training
 from tests.processes import FORK_SERVER
 
@@ -180,6 +183,25 @@ def test_slow_loading_and_little_memory_are_warned_of(capsys) -> None:
     assert "WARNING" in capsys.readouterr().out
     packed = plan(*words, "--data.packed", "there")
     assert [warning[:6] for warning in packed["warnings"]] == ["memory"], "what is packed is not decoded"
+
+
+def test_networks_that_redraw_weights_are_planned() -> None:
+    """As torch's truncated normal does, while any of them is out of bounds."""
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationCounter():
+        build("googlenet", 10)
+
+
+def test_products_of_float32_take_no_tensor_cores() -> None:
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        with FakeTensorMode(), GPUS["h100_sxm"].build_counter("float32") as counter:
+            torch.nn.functional.linear(*(torch.empty(8192, 4096, dtype=dtype) for _ in range(2)))
+        seconds[dtype] = counter.since_lap[1]
+    assert seconds[torch.float32] / seconds[torch.bfloat16] == pytest.approx(494.7 / 66.9, rel=1e-3)
+
+
+def test_mixed_images_are_planned_without_a_cache() -> None:
+    assert "cache" not in plan("--loss", "kd", "--data.mixup", "0.8")
 
 
 def test_hours_are_of_the_part_of_the_datasheet_s_rates_that_is_reached() -> None:

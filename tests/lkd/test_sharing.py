@@ -86,6 +86,8 @@ def test_a_loss_that_was_learned_in_worlds_names_none_as_its_data() -> None:
     assert facts["worlds"] == "35 listed, 8 drawn"
     assert not facts.keys() & {"data", "teacher", "students", "split", "imbalance"}
     assert not describe_training({})
+    card = write_card(PACKAGE / "losses/pretrained/universal.lkd.safetensors", "hf://me/losses")
+    assert 'load_loss("hf://me/losses", trust=lkd.measure_trust(' in card
 
 
 def test_what_cannot_be_had_or_sent_is_one_line(loss: Path, hub: StandIn, monkeypatch, capsys) -> None:

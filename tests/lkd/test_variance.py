@@ -83,6 +83,8 @@ def test_the_command_predicts_what_it_measures(gallery: Path, capsys) -> None:
     result = read_json(Path("r/variance/variance.json"))
     assert result["predicted"][0] == result["measured"][0] == 1
     np.testing.assert_allclose(result["predicted"], result["measured"], rtol=0.25, atol=0.05)
+    assert 0 <= result["optimal_share"] <= 1
+    assert result["predicted_ratio"] <= min(result["predicted"]) + 1e-9
     assert Path("r/variance/variance.png").stat().st_size > 1000
     for words, field in ((["r", "--samples", "3"], "samples"), (["nowhere"], "nowhere/config.json")):
         assert main(["variance", "--run_dir", *words]) == 2

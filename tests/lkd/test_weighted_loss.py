@@ -200,7 +200,6 @@ def test_the_command_writes_what_the_loss_reads(images, tmp_path, favour: str) -
     for row in rows:
         assert float(row["weight"]) == pytest.approx(by_index[int(row["index"])], rel=1e-4)
         assert int(images.train.labels[int(row["position"])]) == int(row["label"])
-    assert Path("r/influence.png").stat().st_size > 5000
     issues = list(csv.DictReader(Path("r/label_issues.csv").read_text().splitlines()))
     assert {"is_label_issue", "label_quality", "given_label", "predicted_label"} < issues[0].keys()
     flags = [row["is_label_issue"] for row in issues]

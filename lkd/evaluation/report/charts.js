@@ -15,6 +15,7 @@ function make(tag, attributes = {}, ...children) {
 function format(value) {
   if (value === null || value === undefined) return "not finite";
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e9) return String(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
   return String(Number(value.toPrecision(5)));
 }

@@ -47,7 +47,7 @@ from lkd.losses.learned.file import NOT_LEARNED, was_learned
 
 SCRIPTS = ("charts.js", "surfaces.js", "report.js")
 COLORS = 8  # of the style sheet
-PICTURES = ("comparison.png", "fidelity.png", "influence.png", "quickstart.png")
+PICTURES = ("comparison.png", "fidelity.png", "quickstart.png")
 PICTURE_BYTES = 2_000_000  # of a page, before encoding
 MOST_TRAININGS = 40  # of a pool that are drawn
 EXTREMES = 5  # most helpful and most harmful images

@@ -1,5 +1,6 @@
 """Run directories, as far as they can be read: logs, figures, settings, lineage."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -308,6 +309,9 @@ def identify_data(run: RunRecord) -> dict[str, str]:
     found |= {key: value for key, value in unusual.items() if value != DATA_UNLESS[key]}
     if found["name"] in BUNDLED:
         del found["root"]
+    worlds = {key: run.recipe.get(key) for key in ("worlds", "draw")}
+    if worlds["worlds"] or read_part(worlds, "draw").get("worlds"):
+        found["worlds"] = hashlib.sha256(json.dumps(worlds, sort_keys=True).encode()).hexdigest()[:8]
     return {key: str(value) for key, value in found.items() if value is not None}
 
 
@@ -354,10 +358,10 @@ def trace_recipe(
 
 
 def find_near(name: str, folder: Path) -> Path | None:
-    """Where a name leads: into the package, from the working directory, or from the folders above a run."""
+    """Where a name leads: into the package, from the folders above a run, or from the working directory."""
     if own := find_pretrained(name):
         return own
-    for place in (Path.cwd(), *folder.parents):
+    for place in (*folder.absolute().parents, Path.cwd()):
         if (place / name).exists():
             return (place / name).resolve()
     return None
