@@ -80,9 +80,10 @@ def find_cache() -> Path:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Wait until no other process of this host is here; where the file system has no locks, go on.
 
-    The lock is a file in the user's cache folder: on a network's disk a folder has none.
+    The lock is a file of this host's: on a network's disk a folder has none.
     """
-    place = find_cache() / "locks" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    place = Path(tempfile.gettempdir(), f"lkd-locks-{os.getuid()}", name)
     with ExitStack() as opened:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +127,8 @@ def refusing_malformed(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        reason = " ".join(str(error).split())[:500]
-        raise UserError(f"{path}: is not a good {kind} ({type(error).__name__}: {reason}): replace it") from error
+        said = " ".join(str(error).split())[:500]
+        raise DamagedFileError(f"{path}: is not a good {kind} ({type(error).__name__}: {said}): replace it") from error
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_files_of_the_same_content_elsewhere(case: str, tmp_p
         open_with("third", "auto")
     for name in NAMES:
         (tmp_path / "second" / name).write_bytes(b"another")
-    if case in ("cache", "packed", "pool"):  # folders: a cache grows
+    if case in ("cache", "packed"):  # folders: a cache grows
         open_with("second", "auto")
     else:
         with pytest.raises(UserError, match=r"\w+: .*second/.* is not the file that the run in run was begun with"):
