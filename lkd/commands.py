@@ -108,9 +108,7 @@ def choose_data(recipe: config.EvaluateRecipe, provenance: dict[str, Any]) -> co
     """The images to evaluate on: those that the file was trained with, but for what the recipe says."""
     trained = {} if recipe.checkpoint == "embedded" else (provenance.get("recipe") or {}).get("data") or {}
     if str(trained.get("name")).startswith(GIVEN) and "name" not in recipe.data:
-        raise UserError(
-            f"data.name: {recipe.checkpoint} was trained on images that Python gave: give the name and root of others"
-        )
+        raise UserError(f"data.name: {recipe.checkpoint} was trained on images that Python gave: name others")
     known = {field.name for field in dataclasses.fields(config.DataRecipe)}
     saved = {key: value for key, value in trained.items() if key in known and value is not None}
     known_here = find_folders(Path(recipe.checkpoint))

@@ -206,7 +206,7 @@ class QuickstartRecipe(RunRecipe):
 
     Args:
         short: A small form of everything, about a minute, that claims nothing.
-        workers: Processes that train side by side; 0 means one for every CPU core.
+        workers: Processes that train side by side; 0 means one for every CPU core, or for every GPU.
         seeds: Paired seeds of the comparison.
     """
 

@@ -180,8 +180,8 @@ class InfluenceSettings:
     """How the influence of training images is measured, and how it becomes weights.
 
     Args:
-        method: How the inverse curvature is applied: conjugate_gradient;
-            or ekfac (kronfluence's EK-FAC, needs the `influence` extra).
+        method: How the inverse curvature is applied: conjugate_gradient; or ekfac (kronfluence's EK-FAC, needs the
+            `influence` extra).
         objective: What is to fall on meta-validation: expected_error, 1 - p of the label at the best temperature, 1 at
             least; bounded, it finds wrong labels however confident the network is. cross_entropy: its sign follows the
             network's confidence, not the labels. calibrated_cross_entropy, at its best temperature: confidence is no

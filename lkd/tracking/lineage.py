@@ -147,7 +147,8 @@ def record(path: Path, part: str, entry: Entry) -> None:
     One of the same kind and name is replaced, but for files that are used, which may lie in several folders.
     """
     saved = read_lineage(path)
-    whole = entry.describe() if part == "used" and entry.kind != "images" else {"kind": entry.kind, "name": entry.name}
+    is_one_of_several = part == "used" and entry.path is not None and entry.path.is_file()
+    whole = entry.describe() if is_one_of_several else {"kind": entry.kind, "name": entry.name}
     rest = [row for row in saved[part] if any(row[key] != value for key, value in whole.items())]
     write_result(path / LINEAGE, saved | {part: [*rest, entry.describe()]})
 

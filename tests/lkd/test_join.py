@@ -185,7 +185,9 @@ def test_a_disk_that_fails_once_loses_no_lease(tmp_path: Path, monkeypatch) -> N
         before, once = lease.stat().st_mtime_ns, [stale]
         touch = os.utime
         patch.setattr("os.utime", lambda path: touch(path) if not once else raise_error(once.pop()))
+        end = time.monotonic() + 30
         while once or lease.stat().st_mtime_ns == before:
+            assert time.monotonic() < end, "it is renewed no more"
             time.sleep(0.01)
         patch.setattr(Path, "read_text", Mock(side_effect=stale))
         assert watch.find_free(result) is None

@@ -28,7 +28,16 @@ from lkd.core.errors import UserError
 from lkd.core.files import flatten, hash_file, read_json
 from lkd.core.tensor_files import digest
 from lkd.tracking import tracker as service
-from lkd.tracking.lineage import Entry, find_replaced, find_used, hash_folder, list_sources, record
+from lkd.tracking.lineage import (
+    Entry,
+    find_replaced,
+    find_used,
+    hash_folder,
+    identify,
+    list_sources,
+    read_lineage,
+    record,
+)
 from lkd.tracking.run import open_run
 from lkd.tracking.tracker import Tracker, read_log
 from lkd.training.training import Training
@@ -219,6 +228,11 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert find_replaced(tmp_path, {"worlds": worlds}) is None
     (tmp_path / "b/teacher.safetensors").write_text("c")
     assert find_replaced(tmp_path, {"worlds": worlds}) == ("worlds.b.teacher.path", worlds["b"]["teacher"]["path"])
+    for size in (1, 2):  # a cache grows, and is one
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / str(size)).write_text("answers")
+        record(tmp_path, "used", identify("cache", tmp_path / "cache"))
+    assert sum(row["kind"] == "cache" for row in read_lineage(tmp_path)["used"]) == 1
 
 
 def test_files_are_found_wherever_a_recipe_names_them(tmp_path) -> None:
