@@ -3,11 +3,12 @@
 python benchmarks/universal/screen.py DATA RUN_DIR START.lkd.safetensors [--pairs 150] [--workers 2]
 
 In each pair of trainings, of one learning world and one seed, every factor of `FACTORS` is turned up or down at random
-in the first and the other way in the second. Half of their difference in accuracy on meta-validation is regressed on
-the signs, and on their products with what is told of the world's teacher and labels (response surfaces: Box, Wilson,
-1951). Coefficients have a normal prior, and the loss takes a step along them: RUN_DIR/screened.lkd.safetensors, with
-the factors' table in its provenance. Worlds whose teacher is so weak that nothing learned counts are left out. Goes on
-with what an earlier call left; the test split is not read.
+in the first and the other way in the second; one is the part of START's learned network that counts, around half. Half
+of their difference in accuracy on meta-validation is regressed on the signs, and on their products with what is told of
+the world's teacher and labels (response surfaces: Box, Wilson, 1951). Coefficients have a normal prior, and the loss
+takes a step along them: RUN_DIR/screened.lkd.safetensors, with the factors' table in its provenance. Worlds whose
+teacher is so weak that nothing learned counts are left out. Goes on with what an earlier call left; the test split is
+not read.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from run import HERE, Arm, Planned, Record, build_recipe, measure, read_worlds
+from ship import shrink
 from tabulate import tabulate
 
 from lkd.config.evaluation import CompareRecipe
 from lkd.core.workers import start_workers
 from lkd.evaluation.comparison.trials import Trial
-from lkd.losses.learned.file import LossFile, read_provenance, save_loss
+from lkd.losses.learned.file import LossFile, build_loss_from, read_provenance, save_loss
 from lkd.losses.learned.networks import name_sample_inputs, trust_inputs
 
 WORTH = 0.3  # points that a factor must be worth for the whole step
@@ -34,8 +36,9 @@ class Factor(NamedTuple):
     """What is turned up or down by `size`.
 
     Attributes:
-        answer: Of the network: 0 for α, 1 for τ, 2 for β, 3 for κ; None for the length of the ramp.
-        size: How far, before the sigmoid or tanh; of the ramp, a part of the training.
+        answer: Of the network: 0 for α, 1 for τ, 2 for β, 3 for κ; None for the length of the ramp and for the part
+            of what was learned that counts.
+        size: How far, before the sigmoid or tanh; of the ramp, a part of the training; of what was learned, a part.
         column: What of a sample or of the training it is proportional to; "" for nothing.
         centre: The value of that at which it does nothing.
     """
@@ -52,10 +55,13 @@ FACTORS = {
     "β": Factor(2, 0.35),
     "κ": Factor(3, 1.5),
     "ramp": Factor(None, 0.25),
+    "what was learned": Factor(None, 0.5),
     "α by progress": Factor(0, 0.8, "progress", 0.5),
+    "τ by progress": Factor(1, 0.8, "progress", 0.5),
     "β by progress": Factor(2, 0.5, "progress", 0.5),
+    "α by teacher's lead": Factor(0, 1.5, "teacher's lead", 0.2),
+    "β by teacher's lead": Factor(2, 0.9, "teacher's lead", 0.2),
     "α by calibrated target probability": Factor(0, 0.5, "calibrated target probability"),
-    "α by student target probability": Factor(0, 0.5, "student target probability"),
 }
 
 
@@ -129,14 +135,17 @@ def plan_pair(folder: Path, start: Path, recipe: CompareRecipe, number: int, sig
 def save_moved(start: Path, path: Path, moves: Any, provenance: dict[str, Any]) -> None:
     """Write a loss whose factors are moved: by a constant, and in proportion to `TOLD`; [factors, 1 + told] sizes.
 
-    The ramp is moved by its constant alone: nothing in the form makes it depend on what is told.
+    The ramp, and the part of what was learned that counts, are moved by their constants alone: nothing in the form
+    makes them depend on what is told.
     """
     file = LossFile.read(start)
     arguments = file.header["architecture"]["parts"]["logits"]["arguments"]
-    ramp = list(FACTORS).index("ramp")
-    length = arguments["warmup"] + FACTORS["ramp"].size * float(moves[ramp, 0])
+    constants = dict(zip(FACTORS, moves[:, 0].tolist(), strict=True))
+    length = arguments["warmup"] + FACTORS["ramp"].size * constants["ramp"]
     arguments["warmup"] = min(max(length, 0.02), 1.0)
     loss = file.build()
+    part = 0.5 + FACTORS["what was learned"].size * constants["what was learned"]
+    shrink(loss, build_loss_from(file.header["architecture"]), part)
     body = loss.parts["logits"].body
     names = name_sample_inputs(loss.parts["logits"].conditioning)
     with torch.no_grad():
