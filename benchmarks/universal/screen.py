@@ -3,7 +3,7 @@
 python benchmarks/universal/screen.py DATA RUN_DIR START.lkd.safetensors [--pairs 150] [--workers 2]
 
 In each pair of trainings, of one learning world and one seed, every factor of `FACTORS` is turned up or down at random
-in the first and the other way in the second; one is the part of START's learned network that counts, around half. Half
+in the first and the other way in the second; so is the part of what START learned that counts, around half. Half
 of their difference in accuracy on meta-validation is regressed on the signs, and on their products with what is told of
 the world's teacher and labels (response surfaces: Box, Wilson, 1951). Coefficients have a normal prior, and the loss
 takes a step along them: RUN_DIR/screened.lkd.safetensors, with the factors' table in its provenance. Worlds whose
@@ -36,10 +36,10 @@ class Factor(NamedTuple):
     """What is turned up or down by `size`.
 
     Attributes:
-        answer: Of the network: 0 for α, 1 for τ, 2 for β, 3 for κ; None for the length of the ramp and for the part
-            of what was learned that counts.
+        answer: Of the network: 0 for α, 1 for τ, 2 for β, 3 for κ; None for the length of the ramp.
         size: How far, before the sigmoid or tanh; of the ramp, a part of the training; of what was learned, a part.
-        column: What of a sample or of the training it is proportional to; "" for nothing.
+        column: What of a sample or of the training it is proportional to; "" for nothing, `LEARNED` for what the
+            network adds to its first answer.
         centre: The value of that at which it does nothing.
     """
 
@@ -49,13 +49,17 @@ class Factor(NamedTuple):
     centre: float = 0.0
 
 
+LEARNED = "what was learned"
 FACTORS = {
     "α": Factor(0, 0.6),
     "τ": Factor(1, 0.8),
     "β": Factor(2, 0.35),
     "κ": Factor(3, 1.5),
     "ramp": Factor(None, 0.25),
-    "what was learned": Factor(None, 0.5),
+    "α as learned": Factor(0, 0.5, LEARNED),
+    "τ as learned": Factor(1, 0.5, LEARNED),
+    "β as learned": Factor(2, 0.5, LEARNED),
+    "κ as learned": Factor(3, 0.5, LEARNED),
     "α by progress": Factor(0, 0.8, "progress", 0.5),
     "τ by progress": Factor(1, 0.8, "progress", 0.5),
     "β by progress": Factor(2, 0.5, "progress", 0.5),
@@ -135,8 +139,7 @@ def plan_pair(folder: Path, start: Path, recipe: CompareRecipe, number: int, sig
 def save_moved(start: Path, path: Path, moves: Any, provenance: dict[str, Any]) -> None:
     """Write a loss whose factors are moved: by a constant, and in proportion to `TOLD`; [factors, 1 + told] sizes.
 
-    The ramp, and the part of what was learned that counts, are moved by their constants alone: nothing in the form
-    makes them depend on what is told.
+    But for an answer's own constant, factors do not depend on what is told: nothing in the form would make them.
     """
     file = LossFile.read(start)
     arguments = file.header["architecture"]["parts"]["logits"]["arguments"]
@@ -144,13 +147,13 @@ def save_moved(start: Path, path: Path, moves: Any, provenance: dict[str, Any]) 
     length = arguments["warmup"] + FACTORS["ramp"].size * constants["ramp"]
     arguments["warmup"] = min(max(length, 0.02), 1.0)
     loss = file.build()
-    part = 0.5 + FACTORS["what was learned"].size * constants["what was learned"]
-    shrink(loss, build_loss_from(file.header["architecture"]), part)
+    of_learned = [(each.size, constants[name]) for name, each in FACTORS.items() if each.column == LEARNED]
+    shrink(loss, build_loss_from(file.header["architecture"]), [0.5 + size * move for size, move in of_learned])
     body = loss.parts["logits"].body
     names = name_sample_inputs(loss.parts["logits"].conditioning)
     with torch.no_grad():
         for factor, (constant, *by_told) in zip(FACTORS.values(), moves.tolist(), strict=True):
-            if factor.answer is None:
+            if factor.answer is None or factor.column == LEARNED:
                 continue
             if factor.column:
                 body.linear.weight[factor.answer, names.index(factor.column)] += factor.size * constant

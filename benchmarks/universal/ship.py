@@ -11,6 +11,7 @@ Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def main() -> int:
 
 
 @torch.no_grad()
-def shrink(loss: Any, start: Any, part: float) -> None:
-    """Multiply what a loss's network adds to its first answers; those do not depend on what it sees."""
+def shrink(loss: Any, start: Any, part: float | Sequence[float]) -> None:
+    """Multiply what a loss's network adds to its first answers, or each; those do not depend on what it sees."""
     body, first = loss.parts["logits"].body, start.parts["logits"].body
-    body.head.weight *= part
-    body.linear.weight *= part
-    body.head.bias.copy_(torch.lerp(first.head.bias, body.head.bias, part))
+    parts = torch.as_tensor(part).expand_as(first.head.bias)
+    body.head.weight *= parts.unsqueeze(1)
+    body.linear.weight *= parts.unsqueeze(1)
+    body.head.bias.copy_(torch.lerp(first.head.bias, body.head.bias, parts))
 
 
 if __name__ == "__main__":
