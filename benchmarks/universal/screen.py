@@ -102,6 +102,7 @@ def main() -> int:
     worth, errors = regress(signs, features, halves)
     print(format_worth(worth, errors))
     step = np.clip(worth / WORTH, -1, 1)
+    step[list(FACTORS).index("ramp")] = 0  # it would stay moved under the weak teachers that were left out
     by_told = step[:, 1:] / spread  # of what is told, as it is
     moves = np.column_stack([step[:, 0] - by_told @ centre, by_told])
     provenance = read_provenance(options.start) | {
