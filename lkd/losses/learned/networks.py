@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, one_hot
 
-from lkd.losses.functions import cross_entropies, widen
+from lkd.losses.functions import widen
 from lkd.losses.loss import Progress, read_progress
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,6 @@ class LogProbabilities(NamedTuple):
     target: Tensor  # class indices [B], or distributions [B, C]
     seen: Tensor  # of the samples themselves: see `see_samples`
     task: Tensor  # cross-entropy of the student with the target, [B]
-    places: Tensor  # of the target, or else of the answer, and of the teacher's answer, [B, 2]
 
     @property
     def dense_target(self) -> Tensor:
@@ -72,15 +71,11 @@ def read_logits(
 ) -> LogProbabilities:
     """Bring logits [B, C] to log space, and see what is asked for of samples; no gradient reaches the teacher's."""
     student, teacher = widen(student_logits).log_softmax(1), widen(teacher_logits.detach()).log_softmax(1)
-    answer, is_dense = teacher.max(1).indices, target.is_floating_point()
-    places = torch.stack([answer if is_dense else target, answer], 1)
-    seen = see_samples(student, teacher, target, places, conditioning)
-    return LogProbabilities(student, teacher, target, seen, cross_entropies(student, target), places)
+    seen = see_samples(student, teacher, target, conditioning)
+    return LogProbabilities(student, teacher, target, seen, -pick_target(student, target))
 
 
-def see_samples(
-    student: Tensor, teacher: Tensor, target: Tensor, places: Tensor, conditioning: Sequence[str]
-) -> Tensor:
+def see_samples(student: Tensor, teacher: Tensor, target: Tensor, conditioning: Sequence[str]) -> Tensor:
     """Those of `SAMPLE_INPUTS` that `conditioning` asks for, but for the calibrated ones, in [−1, 1], [B, inputs]."""
     theirs, log_classes = teacher.exp(), math.log(student.shape[1])
     entropy = -(theirs * teacher).sum(1)
@@ -93,17 +88,18 @@ def see_samples(
         seen["student entropy"] = -(own * student).sum(1) / log_classes
         seen["KL"] = divergence / (1 + divergence)
     if "answer" in conditioning:
-        seen["student answer probability"] = pick_target(own, places[:, 1])
-        seen["teacher answer probability"] = pick_target(theirs, places[:, 1])
+        answer = teacher.argmax(1)
+        seen["student answer probability"] = pick_target(own, answer)
+        seen["teacher answer probability"] = pick_target(theirs, answer)
         seen["inner product"] = (own * theirs).sum(1)
     return 2 * torch.stack([seen[name] for name in SAMPLE_INPUTS if name in seen], 1) - 1
 
 
-def pick_target(probabilities: Tensor, target: Tensor) -> Tensor:
-    """The probability of each sample's target, [B], of [B, C]; of dense targets the expected one."""
+def pick_target(values: Tensor, target: Tensor) -> Tensor:
+    """The value of each sample's target, [B], of [B, C]; of a dense target the mean over it."""
     if target.is_floating_point():
-        return (target * probabilities).sum(1)
-    return probabilities.gather(1, target.unsqueeze(1)).squeeze(1)
+        return (target.to(values.dtype) * values).sum(1)
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
 def check_conditioning(conditioning: Sequence[str], known: Sequence[str] = KNOWN_CONDITIONING) -> list[str]:
@@ -142,11 +138,11 @@ def sample_inputs(
     own = logs.seen
     if "calibration" in conditioning:
         calibrated = log_softmax(logs.teacher if told is None else logs.teacher / told[2].nan_to_num(1.0), 1)
-        probabilities = calibrated.gather(1, logs.places).exp()
         if logs.target.is_floating_point():
-            of_target = pick_target(calibrated.exp(), logs.target).unsqueeze(1)
-            probabilities = torch.cat([of_target, probabilities[:, 1:]], 1)
-        own = torch.cat([own, 2 * probabilities - 1], 1)
+            of_target = pick_target(calibrated.exp(), logs.target)
+        else:  # an exponential of one class, not of all
+            of_target = pick_target(calibrated, logs.target).exp()
+        own = torch.cat([own, 2 * torch.stack([of_target, calibrated.amax(1).exp()], 1) - 1], 1)
     shared = []
     if "progress" in conditioning:
         shared.append((2 * as_progress(progress, own) - 1).unsqueeze(0))
