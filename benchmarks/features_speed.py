@@ -98,7 +98,7 @@ def measure_parts(path: Path) -> None:
         entries = loss.compare(loss.take_stages(0, leaves())[0], features)
         sum(ours.sum() for ours, _ in entries).backward()
 
-    logs = read_logits(given.logits.detach(), theirs.logits, batch.target)
+    logs = read_logits(given.logits.detach(), theirs.logits, batch.target, loss.conditioning)
     samples = sample_inputs(logs, 0.3, loss.conditioning)
     entries = loss.compare(loss.take_stages(0, leaves())[0], features)
 

@@ -16,7 +16,7 @@ from lkd.losses.functions import Stages
 from lkd.losses.learned.features import COMPARISONS, FeatureLoss, relative_depths
 from lkd.losses.learned.forms import DecoupledLoss, LogitForm
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
-from lkd.losses.learned.networks import TRUST_CONDITIONING, read_logits
+from lkd.losses.learned.networks import TRUST_CONDITIONING
 from lkd.losses.learned.shares import confidence_grid, gradient_shares, gradient_surface
 from lkd.losses.learned.trust import Trust, TrustFigures, agree
 from lkd.losses.logits import CrossEntropyLoss, KDLoss
@@ -275,7 +275,7 @@ def set_own(part: LogitForm, states: "States | MadeUpBatch", progress: float) ->
 
     κ only where the teacher's best temperature is known.
     """
-    logs = read_logits(states.student, states.teacher, states.target)
+    logs = part.read(states.student, states.teacher, states.target)
     weight, temperature, *rest = part.set_balance(logs, progress)
     own = {"weight": weight, "temperature": temperature} | dict(zip(("factor",), rest, strict=False))
     best = part.trust[2].log()

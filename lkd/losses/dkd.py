@@ -90,10 +90,9 @@ class DecoupledDivergences(torch.autograd.Function):
         for logits, temperature in ((student, temperature_s), (teacher, temperature_t)):
             scaled = logits / temperature.unsqueeze(1)
             cut = scaled.scatter(1, place, MASKED)
-            others, another = cut.log_softmax(1), cut.argmax(1, keepdim=True)
-            # What log_softmax took off the largest other logit is their logsumexp: no second pass for it.
-            odds = scaled.gather(1, place) - scaled.gather(1, another) + others.gather(1, another)
-            found.append((odds.squeeze(1), others))
+            others = cut.log_softmax(1)
+            # What log_softmax took off the largest other logit is their logsumexp: no exponentials for it again.
+            found.append((scaled.gather(1, place).squeeze(1) - cut.amax(1) + others.amax(1), others))
         (odds_s, others_s), (odds_t, others_t) = found
         target_class = odds_t.sigmoid() * (odds_t - odds_s) + softplus(odds_s) - softplus(odds_t)
         other_classes = (others_t - others_s).mul_(others_t.exp()).sum(1)

@@ -14,7 +14,6 @@ from lkd.losses.build import build_loss
 from lkd.losses.learned.file import save_loss
 from lkd.losses.learned.forms import FORMS
 from lkd.losses.learned.loss import build_learned_loss
-from lkd.losses.learned.networks import read_logits
 from lkd.losses.learned.shares import find_saturated, gradient_shares
 from tests.lkd.test_invariances import wander
 
@@ -124,7 +123,8 @@ def test_a_saturated_network_is_found() -> None:
     assert find_saturated(shares) == []
     assert student.logits.grad is None
     assert find_saturated(gradient_shares(loss, student, teacher, target)) == ["features"]
-    optimum = loss.parts["logits"].mix_target(read_logits(student.logits, teacher.logits, target)).log().detach()
+    form = loss.parts["logits"]
+    optimum = form.mix_target(form.read(student.logits, teacher.logits, target)).log().detach()
     at_rest = gradient_shares(loss, Outputs(optimum, student.features), teacher, target)
     assert set(find_saturated(at_rest)) == {"logits", "features"}, "both are nothing beside cross-entropy"
 

@@ -8,10 +8,14 @@ from torch.nn.functional import cross_entropy
 
 from lkd.core.errors import UserError
 from lkd.losses.learned.forms import NOISE
-from lkd.losses.learned.loss import build_learned_loss
-from lkd.losses.learned.networks import read_logits
+from lkd.losses.learned.loss import LearnedLoss, build_learned_loss
 from lkd.losses.learned.trust import TrustFigures
 from tests.lkd.test_trust import SEEN, TRUST, total
+
+
+def set_balance(loss: LearnedLoss, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    form = loss.parts["logits"]
+    return form.set_balance(form.read(*batch), 0.5)
 
 
 def test_a_loss_that_fades_is_cross_entropy_once_the_student_is_ahead() -> None:
@@ -57,7 +61,7 @@ def test_what_was_learned_does_not_count_under_a_weak_teacher() -> None:
     def compare(figures: TrustFigures) -> list[tuple[torch.Tensor, ...]]:
         for loss in (fresh, learned, plain):
             loss.tell(figures)
-        return [loss.parts["logits"].set_balance(read_logits(*batch), 0.5) for loss in (fresh, learned, plain)]
+        return [set_balance(loss, batch) for loss in (fresh, learned, plain)]
 
     for figures in (TrustFigures(), TrustFigures(0.9, 0.5), TrustFigures(0.5, 0.5, contradicted=0.45)):
         before, found, after = compare(figures)
@@ -83,9 +87,9 @@ def test_other_classes_count_more_where_images_are_few() -> None:
     cases += [({"validation_agreement": 0.5, "contradicted": 0.47}, 4)]
     for changed, factor in cases:
         loss.tell(told._replace(**changed))
-        weight, temperature, found, own = loss.parts["logits"].set_balance(read_logits(*batch), 0.5)
+        weight, temperature, found, own = set_balance(loss, batch)
         torch.testing.assert_close(found, torch.full((8,), float(factor)))
-        expected = plain.parts["logits"].set_balance(read_logits(*batch), 0.5)
+        expected = set_balance(plain, batch)
         torch.testing.assert_close((weight, temperature, own), (expected[0], expected[1], expected[3]))
     for wrong in ({"initial_factor": 0.5}, {"initial_factor": 8.0}, {"initial_factor": 4.0, "conditioning": ["state"]}):
         with pytest.raises(UserError, match="initial_factor"):
@@ -101,7 +105,7 @@ def test_a_label_counts_by_how_often_such_a_label_is_right() -> None:
     true = (torch.rand(len(first)) > first).long()
     label = torch.where(torch.rand(len(first)) < 0.3, 1 - true, true)
     teacher = 2 * torch.stack([first, 1 - first], 1).log()  # calibrated at temperature 2
-    logs = read_logits(torch.zeros_like(teacher), teacher, label)
+    logs = form.read(torch.zeros_like(teacher), teacher, label)
 
     def judge(figures: TrustFigures) -> torch.Tensor:
         loss.tell(figures)

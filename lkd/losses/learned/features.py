@@ -237,7 +237,7 @@ class FeatureLoss(DistillationLoss):
         ours, student_depths = self.take_stages(0, student)
         theirs, teacher_depths = self.take_stages(1, teacher)
         with full_precision(student.logits):
-            logs = networks.read_logits(student.logits, teacher.logits, target)
+            logs = networks.read_logits(student.logits, teacher.logits, target, self.conditioning)
             samples = networks.sample_inputs(logs, progress, self.conditioning)
             weights = self.weigh_stages(student_depths, networks.as_progress(progress, logs.student))
             pairing = self.assign_stages(student_depths, teacher_depths)

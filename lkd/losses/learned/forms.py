@@ -48,6 +48,10 @@ class LogitForm(DistillationLoss):
         """Whether the form sees any of the figures of `TrustFigures`."""
         return not set(TRUST_CONDITIONING).isdisjoint(self.conditioning)
 
+    def read(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
+        """Logits [B, C] in log space, with what the networks see of the samples themselves."""
+        return networks.read_logits(student_logits, teacher_logits, target, self.conditioning)
+
     def see(self, logs: LogProbabilities, progress: Progress) -> Tensor:
         """What the networks see of each sample, [B, inputs]."""
         return networks.sample_inputs(logs, progress, self.conditioning, self.trust)
@@ -87,9 +91,7 @@ class LogitForm(DistillationLoss):
     ) -> tuple[Tensor, Tensor]:
         """The α in (0, 1) and τ in (1, `maximal_temperature`) of each sample, both [B], at a progress, or else at 1."""
         target = check_batch(Outputs(student_logits, {}), Outputs(teacher_logits, {}), target)
-        weight, temperature, *_ = self.set_balance(
-            networks.read_logits(student_logits, teacher_logits, target), progress
-        )
+        weight, temperature, *_ = self.set_balance(self.read(student_logits, teacher_logits, target), progress)
         return weight, temperature
 
 
@@ -275,7 +277,7 @@ class DecoupledLoss(LogitForm):
         """Compute the terms `task`, `target_class` (TCKD) and `other_classes` (NCKD)."""
         target = check_batch(student, teacher, target)
         with full_precision(student.logits):
-            logs = networks.read_logits(student.logits, teacher.logits, target)
+            logs = self.read(student.logits, teacher.logits, target)
             weight, temperature, factor, own = self.set_balance(logs, progress)
             divergences = decoupled_divergences(
                 widen(student.logits), logs.teacher, temperature, temperature * own, label_of(target)
@@ -347,7 +349,7 @@ class GenericLoss(LogitForm):
         """Compute the term `divergence`."""
         target = check_batch(student, teacher, target)
         with full_precision(student.logits):
-            logs = networks.read_logits(student.logits, teacher.logits, target)
+            logs = self.read(student.logits, teacher.logits, target)
             factor = self.weigh_classes(logs, progress)
             mixed = self.mix_target(logs, progress)
             entropy = torch.special.entr(mixed.clamp_min(FLOOR))  # derivatives are finite in float32, at q = 0 too

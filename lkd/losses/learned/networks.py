@@ -56,9 +56,8 @@ class LogProbabilities(NamedTuple):
     student: Tensor
     teacher: Tensor
     target: Tensor  # class indices [B], or distributions [B, C]
-    seen: Tensor  # [B, 8]: the `SAMPLE_INPUTS` but for the calibrated ones, in [−1, 1]
+    seen: Tensor  # of the samples themselves: see `see_samples`
     task: Tensor  # cross-entropy of the student with the target, [B]
-    places: Tensor  # of the target, or else of the answer, and of the teacher's answer, [B, 2]
 
     @property
     def dense_target(self) -> Tensor:
@@ -67,86 +66,40 @@ class LogProbabilities(NamedTuple):
         return dense.to(self.student.dtype)
 
 
-class SampleStatistics(torch.autograd.Function):
-    """What is seen of a student beside its teacher, with its derivatives in closed form, as `DecoupledDivergences`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, places: Tensor) -> Any:
-        """Compute them from the student's logits and the teacher's log-probabilities, [B, C], and two classes, [B, 2].
-
-        Returns:
-            The student's log-probabilities, [B, C]; those of the two classes, [B, 2]; what is seen, [B, 8]; and the
-            teacher's probabilities, [B, C].
-        """
-        logs, log_classes = student.log_softmax(1), math.log(student.shape[1])
-        own, theirs = logs.exp(), teacher.exp()
-        of_places = logs.gather(1, places)
-        (first, second), (first_t, second_t) = (x.exp().unbind(1) for x in (of_places, teacher.gather(1, places)))
-        entropy, entropy_t, cross = (-(p * log).sum(1) for p, log in ((own, logs), (theirs, teacher), (theirs, logs)))
-        divergence = cross - entropy_t
-        squashed, product = divergence / (1 + divergence), (own * theirs).sum(1)
-        entropies = entropy / log_classes, entropy_t / log_classes
-        columns = [first, first_t, *entropies, squashed, second, second_t, product]
-        return logs, of_places, torch.stack(columns, 1).mul_(2).sub_(1), theirs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep outputs and places; the teacher's probabilities are no function of the student."""
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[3])
-        ctx.save_for_backward(inputs[2], *output)
-        ctx.save_for_forward(inputs[2], *output)
-
-    @staticmethod
-    def backward(ctx: Any, of_logs: Any, of_places: Any, of_seen: Any, _: Any) -> Any:
-        """From slopes of the outputs to those of the student's logits; the teacher has none."""
-        places, logs, _, seen, theirs = ctx.saved_tensors
-        of_seen = torch.zeros_like(seen) if of_seen is None else of_seen
-        first, _, entropy, _, squashed, second, _, product = (seen + 1).split(1, 1)
-        of_first, _, of_entropy, _, of_squashed, of_second, _, of_product = of_seen.split(1, 1)
-        of_cross = 2 * of_squashed * (1 - squashed / 2).square()
-        of_entropy = of_entropy * (2 / math.log(logs.shape[1]))
-        of_chosen = torch.cat([of_first * first, of_second * second], 1)
-        of_chosen = of_chosen if of_places is None else of_chosen + of_places
-        scale = math.log(logs.shape[1]) / 2
-        level = of_cross - of_entropy * entropy * scale - of_product * product - of_chosen.sum(1, keepdim=True)
-        if of_logs is not None:
-            level = level - of_logs.sum(1, keepdim=True)
-        slope = (theirs * (2 * of_product) - logs * of_entropy + level) * logs.exp()
-        slope = (slope - theirs * of_cross).scatter_add(1, places, of_chosen)
-        return slope if of_logs is None else slope + of_logs, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, along: Any, *rest: Any) -> Any:
-        """From a tangent of the student's logits to tangents of the outputs."""
-        places, logs, chosen, seen, theirs = ctx.saved_tensors
-        own = logs.exp()
-        moved = along - (own * along).sum(1, keepdim=True)
-        of_places = moved.gather(1, places)
-        first, second = (2 * of_places * chosen.exp()).unbind(1)
-        entropy = (own * logs * moved).sum(1) * (-2 / math.log(logs.shape[1]))
-        squashed = (theirs * moved).sum(1) * (-2 * (1 - (seen[:, 4] + 1) / 2).square())
-        product, none = 2 * (own * theirs * moved).sum(1), torch.zeros_like(first)
-        columns = [first, none, entropy, none, squashed, second, none, product]
-        return moved, of_places, torch.stack(columns, 1), None
+def read_logits(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, conditioning: Sequence[str]
+) -> LogProbabilities:
+    """Bring logits [B, C] to log space, and see what is asked for of samples; no gradient reaches the teacher's."""
+    student, teacher = widen(student_logits).log_softmax(1), widen(teacher_logits.detach()).log_softmax(1)
+    seen = see_samples(student, teacher, target, conditioning)
+    return LogProbabilities(student, teacher, target, seen, -pick_target(student, target))
 
 
-def read_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> LogProbabilities:
-    """Bring logits [B, C] to log space, and see what there is to be seen; no gradient reaches the teacher's."""
-    student, teacher = widen(student_logits), log_softmax(widen(teacher_logits.detach()), 1)
-    answer, is_dense = teacher.max(1).indices, target.is_floating_point()
-    places = torch.stack([answer if is_dense else target, answer], 1)
-    apply = SampleStatistics.forward if torch.compiler.is_compiling() else SampleStatistics.apply
-    logs, of_places, seen, theirs = apply(student, teacher, places)
-    if not is_dense:
-        return LogProbabilities(logs, teacher, target, seen, -of_places.unbind(1)[0], places)
-    dense = target.to(logs.dtype)
-    of_target = 2 * torch.stack([(dense * logs.exp()).sum(1), (dense * theirs).sum(1)], 1) - 1
-    return LogProbabilities(
-        logs, teacher, target, torch.cat([of_target, seen[:, 2:]], 1), -(dense * logs).sum(1), places
-    )
+def see_samples(student: Tensor, teacher: Tensor, target: Tensor, conditioning: Sequence[str]) -> Tensor:
+    """Those of `SAMPLE_INPUTS` that `conditioning` asks for, but for the calibrated ones, in [−1, 1], [B, inputs]."""
+    theirs, log_classes = teacher.exp(), math.log(student.shape[1])
+    entropy = -(theirs * teacher).sum(1)
+    seen = {"teacher target probability": pick_target(theirs, target), "teacher entropy": entropy / log_classes}
+    if not {"state", "answer"}.isdisjoint(conditioning):  # else no gradient comes this way, and no time is spent
+        own = student.exp()
+    if "state" in conditioning:
+        divergence = -(theirs * student).sum(1) - entropy
+        seen["student target probability"] = pick_target(own, target)
+        seen["student entropy"] = -(own * student).sum(1) / log_classes
+        seen["KL"] = divergence / (1 + divergence)
+    if "answer" in conditioning:
+        answer = teacher.argmax(1)
+        seen["student answer probability"] = pick_target(own, answer)
+        seen["teacher answer probability"] = pick_target(theirs, answer)
+        seen["inner product"] = (own * theirs).sum(1)
+    return 2 * torch.stack([seen[name] for name in SAMPLE_INPUTS if name in seen], 1) - 1
+
+
+def pick_target(values: Tensor, target: Tensor) -> Tensor:
+    """The value of each sample's target, [B], of [B, C]; of a dense target the mean over it."""
+    if target.is_floating_point():
+        return (target.to(values.dtype) * values).sum(1)
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
 def check_conditioning(conditioning: Sequence[str], known: Sequence[str] = KNOWN_CONDITIONING) -> list[str]:
@@ -182,17 +135,14 @@ def sample_inputs(
         trust: `TrustFigures` as a tensor, [6]; all unknown if left out.
     """
     told = None if trust is None else trust.to(logs.seen)
-    wanted = [kind is None or kind in conditioning for kind in SAMPLE_INPUTS.values()][:8]
     own = logs.seen
-    if not all(wanted):
-        own = torch.stack([column for column, is_wanted in zip(own.unbind(1), wanted, strict=True) if is_wanted], 1)
     if "calibration" in conditioning:
         calibrated = log_softmax(logs.teacher if told is None else logs.teacher / told[2].nan_to_num(1.0), 1)
-        probabilities = calibrated.gather(1, logs.places).exp()
         if logs.target.is_floating_point():
-            of_target = (logs.target * calibrated.exp()).sum(1, keepdim=True)
-            probabilities = torch.cat([of_target, probabilities[:, 1:]], 1)
-        own = torch.cat([own, 2 * probabilities - 1], 1)
+            of_target = pick_target(calibrated.exp(), logs.target)
+        else:  # an exponential of one class, not of all
+            of_target = pick_target(calibrated, logs.target).exp()
+        own = torch.cat([own, 2 * torch.stack([of_target, calibrated.amax(1).exp()], 1) - 1], 1)
     shared = []
     if "progress" in conditioning:
         shared.append((2 * as_progress(progress, own) - 1).unsqueeze(0))
