@@ -19,7 +19,7 @@ from lkd.losses.loss import DistillationLoss
 KIND, VERSION = "learned loss", 2
 SUFFIX = ".lkd.safetensors"
 PRETRAINED = {  # name → sha256 of the file in lkd/losses/pretrained
-    "universal": "25dc8e14fa0ac89a9e2968b62752526683d74afe9f385966ea527a941d04108d",
+    "universal": "8bfee05efdd01b0a9063f549553b9f4ce116c45a2bdede8317a141f51d820a95",
 }
 NETWORKS: tuple[type[DistillationLoss], ...] = (*FORMS.values(), FeatureLoss, CrossEntropyLoss)
 PARTS = {network.__name__: network for network in NETWORKS}
