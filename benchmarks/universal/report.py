@@ -33,9 +33,10 @@ ABLATIONS = [*yaml.safe_load((HERE / "ablations.yaml").read_text())["variants"]]
 CE, TUNED, UNIVERSAL, UNKNOWN, RULE = "cross-entropy", "tuned", "universal", "trust unknown", "rule"
 NOT_HELD_OUT, OWN = "no labels held out", "learned for the world"
 UNTRAINED = "not learned"
-# What was shipped before there was the rule for few images; and before labels were judged.
-FORMER, IN_FULL, UNTRAINED_FADING = "universal, β from 1", "learned in full, fading", "not learned, fading"
-OTHERS = (FORMER, IN_FULL, UNTRAINED_FADING)
+FORMER = "universal, β from 1"
+# What was shipped before it was learned anew; and before labels were judged.
+SEEING, IN_FULL, UNTRAINED_FADING = "seeing the student's answers", "learned in full, fading", "not learned, fading"
+OTHERS = (FORMER, SEEING, IN_FULL, UNTRAINED_FADING)
 EVERYTHING, NOTHING = "everything", "nothing learned"
 ABLATED = (
     "Learned in six worlds with 40 steps and without the rules, less what it sees, how it acts, or where it learns "
@@ -160,7 +161,7 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         each = [compare(world, UNIVERSAL, TUNED)[0] for world in found.values()]
         _, figures["mean_gain_over_tuned_se"] = mean_and_error(each)
     changed = [arm for arm in ARMS["changed"] if arm.endswith(" labels")]
-    for arm in (*changed, OWN, FORMER):  # the mean over worlds, with its error
+    for arm in (*changed, OWN, FORMER, SEEING):  # the mean over worlds, with its error
         if over := [compare(world, arm, UNIVERSAL)[0] for world in found.values() if arm in world]:
             key = f"{arm} minus universal"
             figures[key], figures[f"{key} se"] = mean_and_error(over)
@@ -265,7 +266,9 @@ def main() -> int:
     if more:
         tables += [MORE, tabulate_worlds(more)]
         own = [
-            arm for arm in (*ARMS["changed"], FORMER) if arm != UNIVERSAL and any(arm in each for each in more.values())
+            arm
+            for arm in (*ARMS["changed"], FORMER, SEEING)
+            if arm != UNIVERSAL and any(arm in each for each in more.values())
         ]
         tables.append(tabulate_arms(more, own, UNIVERSAL))
         figures["confirmation"] = {
