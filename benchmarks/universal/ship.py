@@ -1,12 +1,12 @@
 """Put a learned loss into the package: its weights, and how it came about without the curves that its run keeps.
 
-python benchmarks/universal/ship.py LOSS.lkd.safetensors [--name universal] [--part 0.5] [--rules RULE ...] [--out FILE]
+python benchmarks/universal/ship.py LOSS.lkd.safetensors [--name universal] [--part 1] [--rules RULE ...] [--out FILE]
 
 Rollouts are too short to learn some things, which are chosen over whole trainings (docs/evidence/universal/tried.md):
 the shipped loss fades, judges labels, falls back, and starts from β = 4 with few images under a good teacher
-(`DecoupledLoss`), and what was learned is kept in part: what the network adds to its first answers is multiplied by
-`--part`. With 0 it is the loss as it was before it learned anything: the control. `--rules` leaves out some, to see
-what they are worth.
+(`DecoupledLoss`), and took a step of screen.py, which starts from what this script makes of rollouts. What the network
+adds to its first answers is multiplied by `--part`. With 0 it is the loss as it was before it learned anything: the
+control. `--rules` leaves out some, to see what they are worth.
 Prints the line that `PRETRAINED` in lkd/losses/learned/file.py is to hold.
 """
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loss", type=Path)
     parser.add_argument("--name", default="universal")
-    parser.add_argument("--part", type=float, default=0.5)
+    parser.add_argument("--part", type=float, default=1.0)
     parser.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES))
     parser.add_argument("--out", type=Path, help="somewhere else than in the package")
     options = parser.parse_args()
