@@ -139,7 +139,10 @@ def test_closed_forms_have_all_derivatives(classes: int) -> None:
     temperatures = [(1 + torch.rand(3, dtype=torch.float64)).requires_grad_() for _ in range(2)]
     label = torch.randint(classes, (3,))
     inputs = student, teacher, *temperatures
-    decoupled = lambda *x: DecoupledDivergences.apply(*x, label)  # noqa: E731
+
+    def decoupled(*x: Tensor) -> tuple[Tensor, ...]:
+        return DecoupledDivergences.apply(*x, label)
+
     assert torch.autograd.gradcheck(decoupled, inputs, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(decoupled, inputs)
     for alone in (0, 2, 3):  # and where not all inputs have a slope
