@@ -1,25 +1,25 @@
 """Tables, pictures, `result.json` and the text of docs/evidence/learned_loss."""
 
-import shutil
+import csv
 from pathlib import Path
 
-from figures import HAND_MADE, LEARNED, NOT_LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
+from figures import FORMER, HAND_MADE, LEARNED, NOT_LEARNED, Accuracies, find_best_hand_made, gain, read_accuracies
 from pictures import draw_gains, draw_learned, draw_settings
 from settings import (
-    ABLATION,
-    ABLATIONS,
+    BOTH,
+    BOTH_NOT_LEARNED,
     BUDGET,
     CLEAN,
-    DEFAULTS,
     FEWER_SEEDS,
-    KINDS,
     SEEDS,
     SETTINGS,
     SIGN_CHANGES,
     STUDENT,
     UNSEEN,
 )
-from text import NO_AXES, README, tabulate_goals
+from speed_report import OUT as SPEED
+from speed_report import record
+from text import README, tabulate_goals
 
 from lkd.config import CompareRecipe, MetaTrainRecipe
 from lkd.core.files import read_json, write_json, write_text
@@ -38,19 +38,15 @@ FIXED = "KD(0.5, 4)"
 def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: dict[str, MetaTrainRecipe]) -> None:
     """Write everything; only what the comparisons left is read."""
     EVIDENCE.mkdir(parents=True, exist_ok=True)
-    accuracies = {
-        name: read_accuracies(Path(recipe.run_dir), recipe.students[0].name) for name, recipe in comparisons.items()
-    }
-    unseen = read_accuracies(Path(comparisons[CLEAN].run_dir), UNSEEN)
+    for name, recipe in comparisons.items():
+        merge_rows(Path(recipe.run_dir) / "cells.csv", EVIDENCE / name / "cells.csv")
+    accuracies = {name: read_accuracies(EVIDENCE / name, comparisons[name].students[0].name) for name in comparisons}
+    unseen = read_accuracies(EVIDENCE / CLEAN, UNSEEN)
     provenance = {name: read_provenance(Path(recipe.run_dir) / f"loss{SUFFIX}") for name, recipe in learned.items()}
     figures = list_figures(accuracies, unseen, provenance[CLEAN]["cost_in_trainings"])
     environment = read_json(Path(learned[CLEAN].run_dir) / "environment.json")
     write_json(EVIDENCE / "result.json", evidence(COMMAND, environment, figures))
-    for name, recipe in comparisons.items():
-        for file in ("cells.csv", "table.txt"):
-            place = EVIDENCE / name / file
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(recipe.run_dir) / file, place)
+    record(SPEED, "evidence/run.py DATA_ROOT", figures_of_speed(accuracies))
     draw_settings({name: accuracies[name] for name in (CLEAN, *SIGN_CHANGES)}, FIXED, EVIDENCE / "settings.png")
     draw_gains(accuracies | {"unseen_student": unseen}, EVIDENCE / "gains.png")
     for name in (CLEAN, *SIGN_CHANGES):
@@ -58,7 +54,7 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
     tables = {
         "settings": tabulate_settings(accuracies),
         "transfer": tabulate_transfer(accuracies, unseen),
-        "ablations": tabulate_ablations(accuracies),
+        "both": tabulate_both(accuracies),
         "costs": tabulate_costs(provenance),
     }
     text = README.format(
@@ -73,6 +69,21 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
     )
     write_text(EVIDENCE / "README.md", text)
     print(text)
+
+
+def merge_rows(made: Path, kept: Path) -> None:
+    """Put a comparison's rows in the place of those of the same methods; others stay as they are."""
+    rows: list[dict[str, str]] = []
+    for path in (kept, made):
+        if path.exists():
+            with path.open(newline="") as file:
+                new = list(csv.DictReader(file))
+            rows = [row for row in rows if row["method"] not in {each["method"] for each in new}] + new
+    kept.parent.mkdir(exist_ok=True)
+    with kept.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: float) -> dict[str, float]:
@@ -101,9 +112,24 @@ def list_figures(accuracies: dict[str, Accuracies], unseen: Accuracies, cost: fl
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def figures_of_speed(accuracies: dict[str, Accuracies]) -> dict[str, float]:
+    """What the cheaper defaults lose, in the five settings, and what the loss over features too gains."""
+    both = accuracies["both"] | {LEARNED: accuracies[CLEAN][LEARNED]}
+    gain_of_both, error = gain(both, BOTH, LEARNED)
+    losses = [gain(accuracies[name], LEARNED, FORMER) for name in (CLEAN, *SIGN_CHANGES)]
+    return {
+        "both_gain": gain_of_both,
+        "both_gain_se": error,
+        "both_gain_of_learning": gain(both, BOTH, BOTH_NOT_LEARNED)[0],
+        "reuse_minus_today_worst": min(mean for mean, _ in losses),
+        "reuse_minus_today_worst_plus_2_se": min(mean + 2 * each for mean, each in losses),
+        "reuse_minus_today_mean": sum(mean for mean, _ in losses) / len(losses),
+    }
+
+
 def tabulate_settings(accuracies: dict[str, Accuracies]) -> str:
     """Every setting against every loss; the gain is over the best hand-made loss there."""
-    methods = [*(m for m in HAND_MADE if m != "DIST"), NOT_LEARNED, LEARNED]
+    methods = [*(m for m in HAND_MADE if m != "DIST"), NOT_LEARNED, FORMER, LEARNED]
     lines = [f"| setting | {' | '.join(methods)} | learned − best | best |", "|---" * (len(methods) + 3) + "|"]
     for name, setting in SETTINGS.items():
         found = accuracies[name]
@@ -125,8 +151,7 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
         "another teacher": accuracies["other_teacher"],
         "digits": accuracies["digits"],
     }
-    methods = [*HAND_MADE, NOT_LEARNED, LEARNED, *(f"learned {kind}" for kind in KINDS), "learned on other data"]
-    columns[f"{STUDENT} (seen)"] |= {m: found for m, found in accuracies["kinds"].items() if m != "learned logits"}
+    methods = [*HAND_MADE, NOT_LEARNED, LEARNED, FORMER, "learned on other data"]
     lines = [f"| loss | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:
         cells = [
@@ -140,25 +165,14 @@ def tabulate_transfer(accuracies: dict[str, Accuracies], unseen: Accuracies) -> 
     return "\n".join([*lines, f"| learned − best hand-made | {' | '.join(gains)} |"]) + "\n"
 
 
-def tabulate_ablations(accuracies: dict[str, Accuracies]) -> str:
-    """One table for each axis; the kinds come from the comparison on clean labels."""
-    tables = [] if ABLATION in accuracies else [NO_AXES]
-    for axis, rows in ABLATIONS.items() if ABLATION in accuracies else ():
-        found = accuracies[ABLATION]
-        shown = {row: found["default" if row == DEFAULTS[axis] else f"{axis}: {row}"] for row in rows}
-        tables.append(tabulate_axis(axis, shown, DEFAULTS[axis]))
-    kinds = {f"{kind}": f"learned {kind}" for kind in KINDS}
-    found = {"logits (default)": accuracies["kinds"]["learned logits"]}
-    found |= {row: accuracies["kinds"][method] for row, method in kinds.items()}
-    return "\n".join([*tables, tabulate_axis("kind", found, "logits (default)")])
-
-
-def tabulate_axis(axis: str, found: Accuracies, default: str) -> str:
-    """Accuracy of every row of an axis, and its paired difference to the default."""
-    lines = [f"| {axis} | accuracy % | − default | seeds |", "|---|---|---|---|"]
-    for row, seeds in found.items():
-        difference = "" if row == default else format_figure(gain(found, row, default), True)
-        lines.append(f"| {row} | {format_figure(mean_and_error(list(seeds.values())))} | {difference} | {len(seeds)} |")
+def tabulate_both(accuracies: dict[str, Accuracies]) -> str:
+    """The loss over features too, beside itself before learning and the one over logits alone; same student, clean."""
+    found = {LEARNED: accuracies[CLEAN][LEARNED]} | accuracies["both"]
+    lines = ["| loss | accuracy % | − learned over logits | seeds |", "|---|---|---|---|"]
+    for method, seeds in found.items():
+        difference = "" if method == LEARNED else format_figure(gain(found, method, LEARNED), True)
+        figure = format_figure(mean_and_error(list(seeds.values())))
+        lines.append(f"| {method} | {figure} | {difference} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -83,35 +83,11 @@ ROBUSTNESS = ("some_noise", "small_meta_validation")
 # Within the meta-validation images of `clean`, so that no image of its students is seen.
 OTHER_HALF = Setting("another data half", {"train_size": 4000, "meta_validation_size": 4000})
 
-KINDS = ("features", "both")
-WINDOWS = {"outer_steps": 20, "rollout_steps": 40, "estimator": "first_order"}
-"""Updates that alternate with a training of 806 steps lie 40 apart."""
-ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
-    "sampling": {
-        "uniform (default)": ({}, {}),
-        "young students": ({}, {"max_age": 0.1, "snapshots": 6}),
-        "gaussian around 0.4": ({}, {"sampling": "gaussian", "gaussian_age": 0.4, "gaussian_spread": 0.15}),
-        "fixed step": ({}, {"sampling": "fixed_step"}),
-        "latest": ({}, {"sampling": "latest"}),
-        "live": ({}, {"sampling": "live"}),
-    },
-    "form": {"decoupled (default)": ({}, {}), "generic": ({"loss": {"form": "generic"}}, {})},
-    "batches": {"different (default)": ({}, {}), "same": ({"batches": "same"}, {})},
-    "interleaving": {
-        "before (default)": ({}, {}),
-        "alternate": ({"interleaving": "alternate"} | WINDOWS, {}),
-        "both": ({"interleaving": "both"} | WINDOWS, {}),
-    },
-}
-"""Axis → row → what differs from the default recipe, of `meta` and of `pool`; the kind's axis is in `KINDS`."""
-ABLATION = "ablations"
-DEFAULTS = {axis: next(iter(rows)) for axis, rows in ABLATIONS.items()}
+BOTH, BOTH_NOT_LEARNED = "learned both", "both, not learned"
 
 
-def learn_recipe(
-    name: str, setting: Setting, root: str, folder: Path, meta: dict[str, Any], pool: dict[str, Any] | None = None
-) -> MetaTrainRecipe:
-    """The recipe that learns one loss: the default, but for what is given."""
+def learn_recipe(name: str, setting: Setting, root: str, folder: Path, kind: str = "logits") -> MetaTrainRecipe:
+    """The recipe that learns one loss: the default."""
     recipe = MetaTrainRecipe(
         run_dir=str(folder / "learn" / name),
         resume="auto",
@@ -121,38 +97,30 @@ def learn_recipe(
         student=ModelRecipe(setting.student),
         train=setting.training(),
     )
-    recipe.meta = replace(recipe.meta, **{"estimator": "unrolled"} | meta)
-    recipe.pool = replace(recipe.pool, **(pool or {}))
+    recipe.meta.kind = kind
     return recipe
 
 
 def list_learned(root: str, folder: Path) -> dict[str, MetaTrainRecipe]:
     """Every loss that is learned, by name."""
-    clean = SETTINGS[CLEAN]
-    recipes = {name: learn_recipe(name, setting, root, folder, {}) for name, setting in SETTINGS.items()}
-    recipes["other_half"] = learn_recipe("other_half", OTHER_HALF, root, folder, {})
-    recipes |= {f"kind-{kind}": learn_recipe(f"kind-{kind}", clean, root, folder, {"kind": kind}) for kind in KINDS}
-    for rows in ABLATIONS.values():
-        for row, (meta, pool) in rows.items():
-            if meta or pool:
-                name = file_name(row)
-                recipes[name] = learn_recipe(name, clean, root, folder, meta, pool)
-    return recipes
+    recipes = {name: learn_recipe(name, setting, root, folder) for name, setting in SETTINGS.items()}
+    recipes["other_half"] = learn_recipe("other_half", OTHER_HALF, root, folder)
+    return recipes | {"both": learn_recipe("both", SETTINGS[CLEAN], root, folder, "both")}
 
 
-def is_of_axes(name: str) -> bool:
-    """Whether a learned loss is a row of an ablation only."""
-    return name in {file_name(row) for rows in ABLATIONS.values() for row in rows}
+def locate_loss(name: str, folder: Path) -> Path:
+    """Where a learned loss is."""
+    return folder / "learn" / name / f"loss{SUFFIX}"
 
 
-def learned_method(name: str, folder: Path) -> dict[str, Any]:
+def locate_unlearned(folder: Path) -> Path:
+    """Where the loss over both is, as it was before it learned anything."""
+    return folder / "learn" / f"both-not-learned{SUFFIX}"
+
+
+def tune_rate(path: Path) -> dict[str, Any]:
     """A learned loss in a comparison: tuned by its learning rate alone."""
-    return {"name": str(folder / "learn" / name / f"loss{SUFFIX}"), "grid": {"train.learning_rate": RATES}}
-
-
-def file_name(row: str) -> str:
-    """The folder of an ablation's row."""
-    return "-".join(word for word in row.replace("(default)", "").replace(".", "").split())
+    return {"name": str(path), "grid": {"train.learning_rate": RATES}}
 
 
 def compare_recipe(name: str, setting: Setting, root: str, folder: Path, methods: dict[str, Any]) -> CompareRecipe:
@@ -178,15 +146,14 @@ def list_comparisons(
 ) -> dict[str, CompareRecipe]:
     """Every comparison, by name, in the order in which they are run."""
     hand_made = {"CE": CE, "KD(0.5, 4)": FIXED_KD, "KD": KD, "DKD": DKD, "not learned": INITIAL}
-    learned = {"learned": learned_method(CLEAN, folder)}
-    kinds = {f"learned {kind}": learned_method(f"kind-{kind}", folder) for kind in KINDS}
-    half = {"learned on other data": learned_method("other_half", folder)}
+    learned = {"learned": tune_rate(locate_loss(CLEAN, folder))}
+    half = {"learned on other data": tune_rate(locate_loss("other_half", folder))}
     clean = SETTINGS[CLEAN]
     comparisons = {CLEAN: compare_recipe(CLEAN, clean, root, folder, hand_made | {"DIST": DIST} | learned | half)}
     comparisons[CLEAN].students = [ModelRecipe(STUDENT), ModelRecipe(UNSEEN)]
 
     def add_setting(name: str, rivals: dict[str, Any]) -> None:
-        methods = rivals | {"learned": learned_method(name, folder)}
+        methods = rivals | {"learned": tune_rate(locate_loss(name, folder))}
         comparisons[name] = compare_recipe(name, SETTINGS[name], root, folder, methods)
 
     for name in SIGN_CHANGES:
@@ -202,18 +169,13 @@ def list_comparisons(
         {"epochs": 60, "batch_size": 32},
     )
     comparisons["digits"] = compare_recipe("digits", read, root, folder, hand_made | learned)
-    comparisons["kinds"] = compare_recipe("kinds", clean, root, folder, {"learned logits": learned["learned"]} | kinds)
-    comparisons["kinds"].baseline = "learned logits"
-    rows = {
-        f"{axis}: {row}": learned_method(file_name(row), folder)
-        for axis, table in ABLATIONS.items()
-        for row in table
-        if row != DEFAULTS[axis]
+    both = {
+        BOTH: tune_rate(locate_loss("both", folder)),
+        BOTH_NOT_LEARNED: tune_rate(locate_unlearned(folder)),
     }
-    comparisons[ABLATION] = compare_recipe(ABLATION, clean, root, folder, {"default": learned["learned"]} | rows)
-    comparisons[ABLATION].baseline = "default"
+    comparisons["both"] = compare_recipe("both", clean, root, folder, both)
+    comparisons["both"].baseline = BOTH_NOT_LEARNED
     for name in ROBUSTNESS:
         add_setting(name, {"CE": CE, "KD": KD})
-    for name in ("kinds", ABLATION, *ROBUSTNESS):
         comparisons[name].seeds = FEWER_SEEDS
     return comparisons

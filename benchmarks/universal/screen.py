@@ -1,6 +1,6 @@
 """Learn over whole trainings what rollouts are too short to show: a designed experiment.
 
-python benchmarks/universal/screen.py DATA RUN_DIR START.lkd.safetensors [--pairs 150] [--workers 2]
+python benchmarks/universal/screen.py DATA RUN_DIR START.lkd.safetensors [--pairs 150] [--workers 2] [--worth SCREENED]
 
 In each pair of trainings, of one learning world and one seed, every factor of `FACTORS` is turned up or down at random
 in the first and the other way in the second; so is the part of what START learned that counts, around half. Half
@@ -8,7 +8,7 @@ of their difference in accuracy on meta-validation is regressed on the signs, an
 the world's teacher and labels (response surfaces: Box, Wilson, 1951). Coefficients have a normal prior, and the loss
 takes a step along them: RUN_DIR/screened.lkd.safetensors, with the factors' table in its provenance. Worlds whose
 teacher is so weak that nothing learned counts are left out. Goes on with what an earlier call left; the test split is
-not read.
+not read. With --worth nothing is trained: what the factors are worth is that of SCREENED, a loss that was made so.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("start", type=Path)
     parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--worth", type=Path, metavar="SCREENED", help="take the step of this loss, without trainings")
     options = parser.parse_args()
     folder = options.run_dir.resolve()
     worlds, (rate,) = read_worlds(HERE / "learning_worlds.yaml", options.data)
@@ -89,17 +90,19 @@ def main() -> int:
     chance = np.random.default_rng(0)
     signs = chance.choice([-1, 1], size=(options.pairs, len(FACTORS)))
     places = [str(chance.choice(list(told))) for _ in range(options.pairs)]
-    plans = [
-        plan_pair(folder, options.start, recipes[place], number, row)
-        for number, (place, row) in enumerate(zip(places, signs, strict=True))
-    ]
-    record = Record(folder)
-    with start_workers(options.workers) as workers:
-        record.finish(workers, [each for pair in plans for each in pair])
-    scores = np.array([[record.score([each]) for each in pair] for pair in plans])
-    halves = (scores[:, 0] - scores[:, 1]) / 2
     features, centre, spread = standardize([told[place] for place in places])
-    worth, errors = regress(signs, features, halves)
+    if options.worth:
+        worth, errors = read_worth(options.worth)
+    else:
+        plans = [
+            plan_pair(folder, options.start, recipes[place], number, row)
+            for number, (place, row) in enumerate(zip(places, signs, strict=True))
+        ]
+        record = Record(folder)
+        with start_workers(options.workers) as workers:
+            record.finish(workers, [each for pair in plans for each in pair])
+        scores = np.array([[record.score([each]) for each in pair] for pair in plans])
+        worth, errors = regress(signs, features, (scores[:, 0] - scores[:, 1]) / 2)
     print(format_worth(worth, errors))
     step = np.clip(worth / WORTH, -1, 1)
     step[list(FACTORS).index("ramp")] = 0  # it would stay moved under the weak teachers that were left out
@@ -165,6 +168,13 @@ def save_moved(start: Path, path: Path, moves: Any, provenance: dict[str, Any]) 
                 body.linear.weight[factor.answer, names.index(name)] += factor.size * move
     path.parent.mkdir(parents=True, exist_ok=True)
     save_loss(path, loss, provenance)
+
+
+def read_worth(path: Path) -> tuple[Any, Any]:
+    """What the factors of a screened loss were worth, and deviations; as `regress` returns them."""
+    screened = read_provenance(path)["screened"]
+    worth, errors = (np.array([screened[part][name] for name in FACTORS]) for part in ("worth", "errors"))
+    return worth, errors
 
 
 def standardize(rows: list[list[float]]) -> tuple[Any, Any, Any]:
