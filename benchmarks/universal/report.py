@@ -36,11 +36,26 @@ UNTRAINED = "not learned"
 FORMER = "universal, β from 1"
 # What was shipped before it was learned anew; and before labels were judged.
 SEEING, IN_FULL, UNTRAINED_FADING = "seeing the student's answers", "learned in full, fading", "not learned, fading"
-OTHERS = (FORMER, SEEING, IN_FULL, UNTRAINED_FADING)
+OTHERS = (SEEING, IN_FULL, UNTRAINED_FADING)
+# The shipped loss once more, with teachers of another CPU; and what was measured with these.
+ANOTHER_CPU = "universal, on another CPU"
+WITH_THESE = (
+    FORMER,
+    f"{UNIVERSAL}, meta seed",
+    "features",
+    "held-out images seen",
+    "universal, 100",
+    "universal, 400",
+    "adapted",
+)
 EVERYTHING, NOTHING = "everything", "nothing learned"
 ABLATED = (
     "Learned in six worlds with 40 steps and without the rules, less what it sees, how it acts, or where it learns "
     "(`nothing learned`: the same form, before):"
+)
+AGAIN = (
+    "The shipped loss once more, on another CPU and under teachers that were trained there, and what was measured with "
+    "these; the first column of differences is what CPU and teachers alone change:"
 )
 MORE = "Six more worlds, of two data sets that nobody had seen when the rules were made:"
 HAND_MADE = (*ARMS["arms"], TUNED)
@@ -118,6 +133,16 @@ def find_best_fixed(found: Worlds) -> str:
     return max(everywhere, key=lambda arm: statistics.fmean(mean(world, arm) for world in found.values()))
 
 
+def find_same(arm: str) -> str:
+    """The arm of the shipped loss under the same teachers, to the bit."""
+    return ANOTHER_CPU if arm.startswith(WITH_THESE) else UNIVERSAL
+
+
+def list_with_same_teachers(found: Worlds) -> list[str]:
+    """What is compared with the loss on another CPU."""
+    return sorted({arm for world in found.values() for arm in world if arm.startswith(WITH_THESE)})
+
+
 def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
     """The figures of result.json."""
     gains = [compare(world, UNIVERSAL, find_best(world))[0] for world in found.values()]
@@ -161,12 +186,12 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         each = [compare(world, UNIVERSAL, TUNED)[0] for world in found.values()]
         _, figures["mean_gain_over_tuned_se"] = mean_and_error(each)
     changed = [arm for arm in ARMS["changed"] if arm.endswith(" labels")]
-    for arm in (*changed, OWN, FORMER, SEEING):  # the mean over worlds, with its error
-        if over := [compare(world, arm, UNIVERSAL)[0] for world in found.values() if arm in world]:
+    for arm in (*changed, *others, OWN, FORMER, SEEING):  # the mean over worlds, with its error
+        if over := [compare(world, arm, find_same(arm))[0] for world in found.values() if arm in world]:
             key = f"{arm} minus universal"
             figures[key], figures[f"{key} se"] = mean_and_error(over)
     if adapted := [world for world in found.values() if "adapted" in world]:
-        each = [compare(world, "adapted", UNIVERSAL)[0] for world in adapted]
+        each = [compare(world, "adapted", ANOTHER_CPU)[0] for world in adapted]
         figures["adapted_gain"], figures["adapted_gain_se"] = mean_and_error(each)
         if kept := [read_provenance(path) for path in folder.glob("adapted/*/loss.lkd.safetensors")]:
             figures["adapted_cost_in_trainings"] = max(one["cost_in_trainings"] for one in kept)
@@ -247,9 +272,8 @@ def main() -> int:
     found, more = select(rows, "worlds.yaml"), select(rows, "confirmation.yaml")
     options.out.mkdir(parents=True, exist_ok=True)
     changed = [arm for arm in ARMS["changed"] if arm not in (UNIVERSAL, UNKNOWN, NOT_HELD_OUT)]
-    changed = [arm for arm in changed if any(arm in world for world in found.values())]
-    kinds = (f"{UNIVERSAL}, meta seed", "without ")
-    files = sorted({arm for world in found.values() for arm in world if arm.startswith(kinds)})
+    changed = [arm for arm in changed if any(arm in world for world in found.values()) and find_same(arm) == UNIVERSAL]
+    files = sorted({arm for world in found.values() for arm in world if arm.startswith("without ")})
     tables = [tabulate_worlds(found)]
     without = [arm for arm in (UNKNOWN, NOT_HELD_OUT) if any(arm in world for world in found.values())]
     if without:
@@ -259,18 +283,19 @@ def main() -> int:
     for arms in ([arm for arm in changed if arm not in labels] + files, labels, others):
         if arms:
             tables.append(tabulate_arms(found, arms, UNIVERSAL))
+    if there := list_with_same_teachers(found):
+        tables += [AGAIN, tabulate_arms(found, [UNIVERSAL, *there], ANOTHER_CPU)]
     if ablated := [arm for arm in (NOTHING, *ABLATIONS) if any(arm in world for world in found.values())]:
         learned = {name: world for name, world in found.items() if EVERYTHING in world}
         tables += [ABLATED, tabulate_arms(learned, [arm for arm in ablated if arm != EVERYTHING], EVERYTHING)]
     figures = summarize(found, options.run_dir)
     if more:
         tables += [MORE, tabulate_worlds(more)]
-        own = [
-            arm
-            for arm in (*ARMS["changed"], FORMER, SEEING)
-            if arm != UNIVERSAL and any(arm in each for each in more.values())
-        ]
-        tables.append(tabulate_arms(more, own, UNIVERSAL))
+        tables.append(
+            tabulate_arms(more, [arm for arm in OTHERS if any(arm in each for each in more.values())], UNIVERSAL)
+        )
+        if there := list_with_same_teachers(more):
+            tables += [AGAIN, tabulate_arms(more, [UNIVERSAL, *there], ANOTHER_CPU)]
         figures["confirmation"] = {
             key: value for key, value in summarize(more, options.run_dir).items() if value is not None
         }
