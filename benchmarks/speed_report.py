@@ -28,6 +28,13 @@ ROWS: list[tuple[str, str, str, str]] = [  # what is measured, its goal, the fig
     ("the same + 2 standard errors", "≥ 0", "reuse_minus_today_worst_plus_2_se", "evidence/run"),
     ("`both` learned − logits learned, clean labels, points", "≥ 0.3", "both_gain", "evidence/run"),
     ("its standard error, 10 seeds", "–", "both_gain_se", "evidence/run"),
+    (
+        "universal loss over features too − over logits, six worlds, points",
+        "≥ 0.2",
+        "universal_features_gain",
+        "features",
+    ),
+    ("the same before the features' part learned", "–", "universal_features_not_learned_gain", "features"),
     ("its processor seconds", "–", "meta_train_processor_seconds", "meta_train_speed"),
 ]
 PAGE = """# Speed, measured
@@ -57,7 +64,10 @@ of stages; the step with logits alone takes {logits_step_ms:.0f} ms), the compar
 {features_operators:.0f} operators (`features_parts.csv`). The comparisons were 334 operators, they are 178: what two
 of them share is computed once, and stages are normalised together. At 1.5 all of the features would have to fit into
 half a step of small_cnn, {logits_step_ms:.0f} ms / 2; the network over entries alone, with 8 hidden units over 55,000
-entries, takes more than that. Where the networks are larger (4 images of 224 pixels at a time), the goal is met.
+entries, takes more than that. Where the networks are larger (4 images of 224 pixels at a time), the goal is met. One
+loss for many worlds does not gain by them: learned over six worlds beside the universal loss over logits, they cost
+{universal_features_cost:.1f} ± {universal_features_gain_se:.1f} points in six held-out worlds
+([table](../universal/table.md), [how](../universal/tried.md)); so none ships.
 
 **Exact hypergradients.** A convolution has a forward pass and two backward passes; their double backward takes six.
 So a step costs higher nine, and an adjoint that keeps no activations twelve, since it takes the gradient twice:
@@ -87,7 +97,11 @@ def record(out: Path, command: str, figures: dict[str, float]) -> None:
     known |= {key: round(value, 4) for key, value in figures.items()}
     write_json(path, evidence(f"python benchmarks/{command}", environment(), known))
     timm, decode = known.get("timm_ms_an_image", math.nan), known.get("loader_decode_ms", math.nan)
-    more = {"loader_goal_ms": timm / 2, "loader_left_ms": timm / 2 - decode}
+    more = {
+        "universal_features_cost": -known.get("universal_features_gain", math.nan),
+        "loader_goal_ms": timm / 2,
+        "loader_left_ms": timm / 2 - decode,
+    }
     table = [f"| {what} | {goal} | {known[key]:.4g} | `{script}` |" for what, goal, key, script in ROWS if key in known]
     write_text(out / "README.md", PAGE.format_map(Known(known, table="\n".join(table), **more)))
 
