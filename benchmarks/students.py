@@ -1,6 +1,7 @@
-"""Does the universal loss hold for students and optimisers that it never met? A ViT, a ConvNeXt and a CNN.
+r"""Does the universal loss hold for students and optimisers that it never met? A ViT, a ConvNeXt and a CNN.
 
-python -m benchmarks.students DATA RUN_DIR [--only STUDENTS] [--seeds 4] [--workers 2] [--out docs/evidence/students]
+python -m benchmarks.students DATA RUN_DIR [--only STUDENTS] [--seeds 4] [--workers 2] [--loss NAME=FILE ...] \
+    [--out docs/evidence/students]
 python -m benchmarks.students DATA --check
 
 DATA is that of benchmarks/universal/README.md. Every training is a row of RUN_DIR/rows.csv, and none is done twice: a
@@ -25,6 +26,8 @@ from tabulate import tabulate
 
 from benchmarks.checking import SEED_NOISE, check
 from benchmarks.universal.run import (
+    GRID,
+    RATE,
     Arm,
     Planned,
     Record,
@@ -65,9 +68,11 @@ def main() -> int:
     parser.add_argument("--only", default=".*", help="IMAGES-STUDENT whose whole names match")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--loss", action="append", default=[], metavar="NAME=FILE", help="a learned loss, as an arm")
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     options = parser.parse_args()
     content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    content["arms"] |= dict(each.split("=", 1) for each in options.loss)
     worlds = read_worlds(content, options.data.resolve())
     if options.check or not options.run_dir:
         return check_student("fashion-cnn", worlds["fashion-cnn"][0], content["arms"])
@@ -190,7 +195,11 @@ def report(folder: Path, out: Path, resumed: float) -> None:
             figures[key] = round(statistics.fmean(mean for mean, _ in parts), 3)
             figures[f"{key}_se"] = round(sum(error**2 for _, error in parts) ** 0.5 / len(parts), 3)
     arms = [CE, "KD(0.5, 4)", TUNED, UNIVERSAL]
-    table = [[world, rates[world], *(format_mean(own[arm]) for arm in arms)] for world, own in sorted(found.items())]
+    arms += sorted({arm for own in found.values() for arm in own} - {*arms, RATE, GRID})
+    table = [
+        [world, rates[world], *(format_mean(own[arm]) if arm in own else "" for arm in arms)]
+        for world, own in sorted(found.items())
+    ]
     head = ["images-student", "learning rate", *arms]
     write_text(out / "table.md", tabulate(table, head, tablefmt="github", disable_numparse=True) + "\n")
     write_text(out / "rows.csv", text)
