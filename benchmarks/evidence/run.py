@@ -41,6 +41,7 @@ from lkd.evaluation.comparison.compare import compare
 from lkd.losses.learned.file import LossFile, build_loss_from, save_loss
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, open_run
+from lkd.training.build import choose_student, prepare_images
 from lkd.training.distill import train_teacher
 
 
@@ -59,7 +60,7 @@ def main() -> int:
     learned, teachers = list_learned(root, folder), list_teachers(root, folder, digits[0])
     files = {name: Path(recipe.run_dir) / "teacher.safetensors" for name, recipe in teachers.items()}
     comparisons = list_comparisons(root, folder, files["other"], (digits[1], files["digits"]))
-    finish_jobs({name: partial(finish, recipe, train_teacher, "teacher") for name, recipe in teachers.items()})
+    finish_jobs({name: partial(finish, recipe, learn_teacher, "teacher") for name, recipe in teachers.items()})
     finish_jobs({name: partial(finish, recipe, meta_train, "meta-train") for name, recipe in learned.items()})
     torch.manual_seed(0)
     unlearned = build_loss_from(LossFile.read(locate_loss("both", folder)).header["architecture"])
@@ -103,6 +104,12 @@ def list_teachers(root: str, folder: Path, digits: Path) -> dict[str, TrainTeach
         train=TrainRecipe(epochs=30, batch_size=32),
     )
     return {"other": other, "digits": taught}
+
+
+def learn_teacher(recipe: TrainTeacherRecipe, run: Run) -> Path:
+    """Train a teacher, as `lkd teacher` does."""
+    images = prepare_images(recipe.data, scored=False)
+    return train_teacher(choose_student(recipe.model, images.train), images, recipe.train, recipe.seed, run)
 
 
 def finish(recipe: RunRecipe, command: Callable[[Any, Run], Path], name: str) -> Path:
