@@ -81,7 +81,8 @@ def merge_rows(made: Path, kept: Path) -> None:
             rows = [row for row in rows if row["method"] not in {each["method"] for each in new}] + new
     kept.parent.mkdir(exist_ok=True)
     with kept.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        names = list(dict.fromkeys(name for row in rows for name in row))  # older rows have fewer
+        writer = csv.DictWriter(file, names, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
 
