@@ -80,7 +80,7 @@ class Commands:
     def kill(self, name: str, words: list[str], processes: int, output: Path) -> None:
         """Start a command and kill it once it has written a checkpoint."""
         job = start_job(words, processes, output)
-        while all(process.is_alive() for process in job) and not list(self.place(name).glob("checkpoints/[0-9]*")):
+        while all(process.poll() is None for process in job) and not list(self.place(name).glob("checkpoints/[0-9]*")):
             time.sleep(0.005)
         for process in job:
             process.send_signal(signal.SIGKILL)
