@@ -185,7 +185,7 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
     """A training of fewer epochs whose warm-up, milestones, cooldown and average shrink in proportion.
 
     None of them vanishes but a cooldown: each milestone has an epoch of its own, an average has one, and a warm-up has
-    one too, where one is left.
+    one too, where one is left. Milestones that the whole training does not reach are out of reach here, too.
 
     Raises:
         UserError: If there are too few epochs for the milestones.
@@ -206,4 +206,4 @@ def shorten(train: TrainRecipe, epochs: int) -> TrainRecipe:
         shorter[name] = max(shorter[name], min(1, getattr(train, name)))
     shorter["cooldown_epochs"] = min(shorter["cooldown_epochs"], epochs - 1)
     shorter["warmup_epochs"] = min(shorter["warmup_epochs"], epochs - 1 - shorter["cooldown_epochs"])
-    return replace(train, epochs=epochs, milestones=milestones, **shorter)
+    return replace(train, epochs=epochs, milestones=milestones or train.milestones, **shorter)

@@ -146,6 +146,8 @@ def test_a_shorter_training_keeps_its_shape() -> None:
     short = shorten(whole, 24)
     assert (short.epochs, short.milestones, short.warmup_epochs) == (24, [15, 18, 21], 2)
     assert (shorten(whole, 5).milestones, shorten(whole, 4).milestones) == ([2, 3, 4], [1, 2, 3]), "no decay is lost"
+    unreached = TrainRecipe(epochs=2, schedule="multistep", milestones=[30, 60])
+    assert shorten(unreached, 1).milestones == [30, 60], "none is reached, so none is to be either"
     with pytest.raises(UserError, match="3 epochs have no room for the 3 milestones"):
         shorten(whole, 3)
     assert shorten(TrainRecipe(epochs=100, swa_epochs=5), 10).swa_epochs == 1
