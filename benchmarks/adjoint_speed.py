@@ -150,7 +150,7 @@ def report(out: Path) -> None:
     figures["convolutions_compiled_vs_higher"] = (
         known["convolution_share_compiled"] * figures["compiled_first_order_vs_higher"]
     )
-    record(out, "adjoint_speed.py", {key: value for key, value in figures.items() if not math.isnan(value)})
+    record(out, {key: value for key, value in figures.items() if not math.isnan(value)})
 
 
 def main() -> None:

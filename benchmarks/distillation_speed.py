@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -61,7 +62,7 @@ CASES = {
     "resnet50-mobilenetv1": Case("resnet50", "mobilenetv1_100", 128, 16),
 }
 REAL = Case("resnet50", "mobilenetv1_100", 224, 8)
-SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
+SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def make_batches(case: Case) -> Batches:
@@ -179,7 +180,7 @@ def measure_times(path: Path, case: str, engines: dict[str, Callable[[Case], Cal
     runs = {engine: start(CASES[case]) for engine, start in engines.items()}
     for repeat in range(-WARM_UP, REPEATS):
         for engine, run_step in runs.items():
-            seconds = time_call(lambda run_step=run_step, step=repeat + WARM_UP: run_step(step))
+            seconds = time_call(partial(run_step, repeat + WARM_UP))
             if repeat >= 0 and not matching(path, case=case, repeat=repeat, engine=engine):
                 write_row(path, TIME_COLUMNS, [case, engine, repeat, seconds])
 
@@ -193,13 +194,13 @@ def measure_losses(path: Path) -> None:
     }
     if matching(path, repeat=REPEATS - 1, loss="cross_entropy"):
         return
-    logits = torch.randn(2, REAL.batch_size, CLASSES, generator=torch.Generator().manual_seed(0))
+    student, teacher = torch.randn(2, REAL.batch_size, CLASSES, generator=torch.Generator().manual_seed(0))
     target = torch.arange(REAL.batch_size)
     steps = {name: start_lkd(REAL, loss, build_teacher(REAL)) for name, loss in losses.items()}
     for repeat in range(-WARM_UP, REPEATS):
         for name, loss in losses.items():
-            alone = time_call(lambda loss=loss: differentiate(loss, *logits, target), calls=20)
-            whole = time_call(lambda name=name, step=repeat + WARM_UP: steps[name](step))
+            alone = time_call(partial(differentiate, loss, student, teacher, target), calls=20)
+            whole = time_call(partial(steps[name], repeat + WARM_UP))
             if repeat >= 0 and not matching(path, loss=name, repeat=repeat):
                 write_row(path, LOSS_COLUMNS, [name, repeat, alone, whole])
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_speed import OperatorCount
 from rows import matching, median, write_row
 from speed_report import OUT, record
 
@@ -27,6 +26,7 @@ from lkd.losses.learned.networks import read_logits, sample_inputs
 from lkd.models import build
 from lkd.models.build import find_stages
 from lkd.models.teacher import TabulatedTeacher, Teacher
+from lkd.training.throughput import OperationCounter
 from lkd.training.training import Training
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def measure_parts(path: Path) -> None:
         return
     training = start("small_cnn", "both")
     batch, loss = training.batches.at(0), training.loss.parts["features"]
-    theirs, given = training.teacher(batch), training.student(batch.images)  # type: ignore[misc]
+    theirs, given = training.teacher(batch), training.student(batch.images)
     (_, depths), (features, teacher_depths) = (
         loss.take_stages(number, each) for number, each in enumerate((given, theirs))
     )
@@ -118,10 +118,10 @@ def measure_parts(path: Path) -> None:
         "network over entries": weigh_all,
     }
     for name, part in parts.items():
-        with OperatorCount() as count:
+        with OperationCounter() as count:
             part()
         seconds = sorted(take_time(part) for _ in range(11))[5]
-        write_row(path, ["part", "milliseconds", "operators"], [name, round(1e3 * seconds, 3), count.operators])
+        write_row(path, ["part", "milliseconds", "operators"], [name, round(1e3 * seconds, 3), count.operations])
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def main() -> None:
                 figures[f"features_{what}_ms"] = named("milliseconds", part=part)
             figures["features_operators"] = named("operators", part="the whole loss")
             figures["logits_step_ms"] = 1e3 * alone
-        record(out, "features_speed.py", figures)
+        record(out, figures)
 
 
 if __name__ == "__main__":

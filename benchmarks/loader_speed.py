@@ -41,7 +41,7 @@ def measure_parts(path: Path, root: Path) -> None:
     if path.exists():
         return
     files = prepare_images(DataRecipe("image_folder", str(root), 0, CLASSES, workers=1)).train.images
-    source, count = files.source, BATCH_SIZE  # type: ignore[union-attr]
+    source, count = files.source, BATCH_SIZE
     read = [source.read(position) for position in range(count)]
     decoded = [decode(content, "") for content in read]
     numbers = draw_uniform(torch.ones(count, dtype=torch.int64), torch.arange(count), NUMBERS)
@@ -81,7 +81,7 @@ def main() -> None:
     }
     figures = {"loader_vs_timm": ours / timm, "timm_ms_an_image": 1e3 / timm, "loader_ms_an_image": 1e3 / ours}
     figures |= {"loader_decode_ms": part["decode"], "loader_cut_ms": part["cut, scale, flip"]}
-    record(out, "loader_speed.py", figures | {"loader_libjpeg_ms": part["of it libjpeg-turbo"]})
+    record(out, figures | {"loader_libjpeg_ms": part["of it libjpeg-turbo"]})
 
 
 if __name__ == "__main__":

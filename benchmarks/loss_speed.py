@@ -116,7 +116,7 @@ def report(out: Path) -> None:
     }
     figures["loss_operator_us"] = 1e6 * seconds(10, "universal", "eager") / figures["logit_loss_operators"]
     figures["kd_operator_us"] = 1e6 * seconds(10, "kd", "eager") / count("operators", "kd")
-    record(out, "loss_speed.py", figures)
+    record(out, figures)
 
 
 def main() -> int:

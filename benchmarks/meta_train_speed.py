@@ -34,11 +34,11 @@ def main() -> None:
         whole = found["cost_in_trainings"] * found["training_seconds"]
         first, last = (each.stat().st_mtime for each in (options.run_dir / "config.json", path))
         parts = [found["parts_in_trainings"][part] for part in PARTS]
-        figures = [found["cost_in_trainings"], *parts, round(whole, 1), round(last - first, 1)]
-        write_row(rows, ["trainings", *PARTS, "processor_seconds", "seconds"], figures)
+        row = [found["cost_in_trainings"], *parts, round(whole, 1), round(last - first, 1)]
+        write_row(rows, ["trainings", *PARTS, "processor_seconds", "seconds"], row)
     figures = {f"meta_train_{name}": median(rows, name) for name in ("trainings", "seconds", "processor_seconds")}
     figures |= {f"meta_train_{part}_trainings": median(rows, part) for part in PARTS}
-    record(options.out, "meta_train_speed.py RUN_DIR", figures)
+    record(options.out, figures)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from PIL import Image, ImageDraw
 from benchmarks.checking import check_trial
 from lkd.cli import main as run_command
 from lkd.config.parse import parse_recipe
+from lkd.core.files import read_json, write_json
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "students" / "shapes"
 SHAPES = ("cross", "disc", "ring", "square", "star", "triangle")
 SIZE, FINER = 32, 4  # pixels of a picture; drawn so many times as large
 COUNTS = {"students/train": 1500, "students/val": 2000, "teacher/train": 6000}
 NOISE = 25.0  # points: three standard deviations over seeds of these short trainings
-KEPT = ("table.txt", "cells.csv", "result.json", "comparison.png")
+KEPT = ("table.txt", "cells.csv", "comparison.png")
 
 
 def main() -> int:
@@ -53,6 +54,10 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copy(folder / "run" / name, options.out / name)
+    result = read_json(folder / "run" / "result.json")
+    write_json(
+        options.out / "result.json", result | {"command": "python -m benchmarks.shapes RUN_DIR --not_learned FILE"}
+    )
     return 0
 
 
@@ -118,8 +123,8 @@ def draw_shape(shape: str, generator: np.random.Generator) -> Image.Image:
         pen.ellipse(box, outline=ink, width=max(6, int(radius / 4)))
     elif shape == "cross":
         ends = corners(4)
-        for pair in (ends[::2], ends[1::2]):
-            pen.line(pair, fill=ink, width=max(6, int(radius / 3)))
+        for bar in (ends[::2], ends[1::2]):
+            pen.line(bar, fill=ink, width=max(6, int(radius / 3)))
     else:
         pen.polygon({"square": corners(4), "triangle": corners(3), "star": corners(10, 0.4)}[shape], fill=ink)
     small = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS), float)

@@ -60,7 +60,6 @@ def main() -> None:
             write_row(rows, COLUMNS, values)
     record(
         arguments.out,
-        "start_speed.py FOLDER",
         {
             "index_seconds_1m": median(rows, "cpu_seconds", index="kept"),
             "index_made_seconds_1m": median(rows, "cpu_seconds", index="made"),

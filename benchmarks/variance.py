@@ -79,9 +79,9 @@ def main() -> int:
     images = torch.cat([images, torch.ones(len(images), 1)], 1)  # the bias
     data = images, flat_labels(train.labels)
     if check_only:
-        squares = {"least_squares_prediction_error": check_least_squares()}
+        predicted = {"least_squares_prediction_error": check_least_squares()}
         exact = max(check_identity(data), check_svrg(data)) < 1e-14
-        return check(read_json(EVIDENCE / "result.json")["figures"], squares, tolerance=1e-3) or not exact
+        return check(read_json(EVIDENCE / "result.json")["figures"], predicted, tolerance=1e-3) or not exact
     losses, optimum = train_students(data, epochs)
     net_epochs = max(1, epochs // 20)
     cosines = measure_cosines(data, net_epochs)

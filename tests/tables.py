@@ -1,10 +1,11 @@
-"""Tables of the documentation whose names, options and defaults are the code's: `python -m tests.tables` writes them.
+"""Tables of the documentation that follow from code and evidence: `python -m tests.tables` writes them.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Some columns are written; the other cells are
 prose, kept as they are. A new row has `?` there, which the test of the documentation finds.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,16 @@ def list_balances() -> Rows:
     return found
 
 
+def list_evidence() -> Rows:
+    """What made each folder of docs/evidence, and when."""
+    found = {}
+    for path in sorted((DOCS / "evidence").rglob("result.json")):
+        folder, result = path.parent.relative_to(DOCS), json.loads(path.read_text())
+        made = {"command": f"`{result['command']}`", "commit": result["commit"], "date": result["date"]}
+        found[f"[{folder.relative_to('evidence')}]({folder})"] = made
+    return found
+
+
 def format_options(options: dict[str, Any]) -> str:
     return f"`{'; '.join(format_option(*option) for option in options.items())}`" if options else "none"
 
@@ -120,6 +131,7 @@ TABLES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, table, its rows
     ("losses.md", "torchdistill", list_torchdistill),
     ("losses.md", "learned", list_learned),
     ("balance.md", "balances", list_balances),
+    ("results.md", "evidence", list_evidence),
 ]
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The rooms and their arrows are as CONTRIBUTING draws them."""
 
+import ast
+import importlib
+from pathlib import Path
+
 from tests.house import find_circles, find_wrong_arrows, list_files_of_a_step
 
 
@@ -13,3 +17,32 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 def test_a_step_of_distill_passes_through_at_most_ten_files() -> None:
     assert len(list_files_of_a_step()) <= 10, list_files_of_a_step()
+
+
+def test_what_the_benchmarks_import_is_there() -> None:
+    """They run for minutes to hours, so that no test runs them all."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    missing = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            beside = [each / f"{node.module.removeprefix('benchmarks.')}.py" for each in (path.parent, folder)]
+            own = next((each for each in beside if each.exists()), None)
+            if own:
+                known = list_names(own)
+            elif node.module.split(".")[0] in ("lkd", "meta", "tests"):
+                module = importlib.import_module(node.module)
+                known = {each.name for each in node.names if hasattr(module, each.name)}
+            else:
+                continue
+            missing += [f"{path.name}: {node.module}.{each.name}" for each in node.names if each.name not in known]
+    assert not missing
+
+
+def list_names(path: Path) -> set[str]:
+    """The names that a file defines or imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    imported = {each.asname or each.name for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names}
+    return defined | imported | {node.id for node in nodes if isinstance(node, ast.Name)}

@@ -46,7 +46,7 @@ def write_report(folder: Path, comparisons: dict[str, CompareRecipe], learned: d
     figures = list_figures(accuracies, unseen, provenance[CLEAN]["cost_in_trainings"])
     environment = read_json(Path(learned[CLEAN].run_dir) / "environment.json")
     write_json(EVIDENCE / "result.json", evidence(COMMAND, environment, figures))
-    record(SPEED, "evidence/run.py DATA_ROOT", figures_of_speed(accuracies))
+    record(SPEED, figures_of_speed(accuracies))
     draw_settings({name: accuracies[name] for name in (CLEAN, *SIGN_CHANGES)}, FIXED, EVIDENCE / "settings.png")
     draw_gains(accuracies | {"unseen_student": unseen}, EVIDENCE / "gains.png")
     for name in (CLEAN, *SIGN_CHANGES):

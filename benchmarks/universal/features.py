@@ -59,7 +59,7 @@ def record_gains(run_dir: Path) -> None:
         worlds = [world for world in read_rows(run_dir).values() if arm in world]
         key = f"universal_features{name}_gain"
         figures[key], figures[f"{key}_se"] = mean_and_error([compare(world, arm, ANOTHER_CPU)[0] for world in worlds])
-    record(OUT, "universal/features.py", figures)
+    record(OUT, figures)
 
 
 if __name__ == "__main__":

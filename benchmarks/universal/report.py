@@ -183,8 +183,8 @@ def summarize(found: Worlds, folder: Path) -> dict[str, Any]:
         if over := [compare(world, arm, CE) for world in found.values() if arm in world]:
             figures[f"minus_ce_worst_{key}"] = min(each + 2 * error for each, error in over)
     if all(TUNED in world for world in found.values()):
-        each = [compare(world, UNIVERSAL, TUNED)[0] for world in found.values()]
-        _, figures["mean_gain_over_tuned_se"] = mean_and_error(each)
+        gains = [compare(world, UNIVERSAL, TUNED)[0] for world in found.values()]
+        _, figures["mean_gain_over_tuned_se"] = mean_and_error(gains)
     changed = [arm for arm in ARMS["changed"] if arm.endswith(" labels")]
     for arm in (*changed, *others, OWN, FORMER, SEEING):  # the mean over worlds, with its error
         if over := [compare(world, arm, find_same(arm))[0] for world in found.values() if arm in world]:

@@ -18,6 +18,7 @@ from lkd.core.distributed import is_main, share_from_main
 from lkd.core.errors import DamagedFileError, UserError, first_line
 from lkd.core.files import (
     KEPT_FROM,
+    MALFORMED,
     expand_home,
     find_cache,
     parse_json,
@@ -35,11 +36,19 @@ OLDER_KINDS = ("learned loss", "network")  # which people keep: files of them ar
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: int, header: dict[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, atomically.
 
+    A file that says the same already, but for the versions and the machine of its provenance, stays as it is: a run
+    that was through when it was called again did nothing by these, and what used its file knows it by its hash.
+
     `kind`: what the file is, say `"learned loss"`; checked on reading, as its format version is.
     """
     path = Path(expand_home(str(path)))
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"kind": kind, "format_version": version, **header}
+    if path.exists():
+        with suppress(UserError, *MALFORMED):
+            known, said = read_tensors(path, kind, version)
+            if hash_results(said, known) == hash_results(content, plain):
+                return
     content[DIGEST_KEY] = hash_content(json.dumps(content), plain)
     metadata = {HEADER_KEY: json.dumps(content)}  # one entry: several are written in an order that changes
     with replaced_atomically(path) as temporary:
@@ -53,6 +62,12 @@ def hash_content(header: str, tensors: dict[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def hash_results(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash of a file's content without the environment that it was made in."""
+    provenance = {name: value for name, value in header.get("provenance", {}).items() if name != "environment"}
+    return hash_content(json.dumps(header | {"provenance": provenance}, sort_keys=True), tensors)
 
 
 def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

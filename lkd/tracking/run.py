@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -287,6 +288,7 @@ def evidence(command: str, environment: dict[str, Any], figures: dict[str, float
     return {
         "command": command,
         "commit": environment["commit"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": environment["versions"],
         "machine": environment["platform"],
         "figures": {name: value for name, value in figures.items() if value == value},

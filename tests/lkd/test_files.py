@@ -39,6 +39,22 @@ def test_a_learned_loss_survives_its_file(tmp_path) -> None:
     assert read_provenance(path) == {"seed": 3}
 
 
+def test_a_file_that_is_written_again_by_another_version_stays_as_it_is(tmp_path: Path) -> None:
+    """What used it knows it by its hash, and the other version did none of its steps."""
+    path, loss = tmp_path / "loss.safetensors", make_loss()
+
+    def write(**provenance: object) -> bytes:
+        save_loss(path, loss, provenance)
+        return path.read_bytes()
+
+    first = write(seed=3, environment={"commit": "a"})
+    assert write(seed=3, environment={"commit": "b"}) == first
+    assert write(seed=4, environment={"commit": "b"}) != first
+    torch.nn.init.zeros_(next(loss.parameters()))
+    assert write(seed=3, environment={"commit": "b"}) != first
+    assert read_provenance(path)["environment"] == {"commit": "b"}
+
+
 def write_header(path: Path, version: int = VERSION, network: str = "DecoupledLoss", hidden: int = 8) -> None:
     parts = {"logits": {"class": network, "arguments": {"hidden": hidden}}}
     header = {"architecture": {"parts": parts}, "provenance": {}}

@@ -55,7 +55,7 @@ def quickstart(tmp_path_factory) -> Path:
 
 def test_the_figures_file_is_complete(quickstart: Path) -> None:
     result = read_json(quickstart / "result.json")
-    assert {"command", "commit", "versions", "machine", "figures"} == set(result)
+    assert {"command", "commit", "date", "versions", "machine", "figures"} == set(result)
     names = ["ce_clean", "universal_clean", "ce_bad_teacher", "universal_bad_teacher"]
     names += [f"{loss}_noisy{end}" for loss in ("ce", "universal", "adapted") for end in ("", "_unseen")]
     others = {"adapted_gain", "seeds", "threads", "seconds_total"}
