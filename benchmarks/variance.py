@@ -328,6 +328,8 @@ def plot(losses: dict[str, Tensor], optimum: float, path: Path) -> None:
     axis.set_xlabel("λ")
     axis.set_ylabel("training loss")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 

@@ -2,9 +2,12 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 from tests.house import find_circles, find_wrong_arrows, list_files_of_a_step
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_arrow_is_one_that_the_house_allows() -> None:
@@ -19,9 +22,16 @@ def test_a_step_of_distill_passes_through_at_most_ten_files() -> None:
     assert len(list_files_of_a_step()) <= 10, list_files_of_a_step()
 
 
+def test_the_package_leaves_the_callers_matplotlib_as_it_is() -> None:
+    """In a notebook another backend would show no picture any more."""
+    global_words = re.compile(r"pyplot|matplotlib\.use|rcParams")
+    files = [*(ROOT / "lkd").rglob("*.py"), *(ROOT / "meta").rglob("*.py")]
+    assert not [path for path in files if global_words.search(path.read_text().replace("without pyplot", ""))]
+
+
 def test_what_the_benchmarks_import_is_there() -> None:
     """They run for minutes to hours, so that no test runs them all."""
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder = ROOT / "benchmarks"
     missing = []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lkd.config.evaluation import FidelityRecipe
 from lkd.core.files import write_json, write_text
@@ -22,7 +24,7 @@ from lkd.core.statistics import (
 )
 from lkd.evaluation.comparison.tables import format_csv, format_figure, format_table
 from lkd.evaluation.report.page import render
-from lkd.meta_training.log import plt, save_figure
+from lkd.meta_training.log import save_figure
 from lkd.meta_training.rollouts import OBJECTIVES
 from lkd.tracking.run import Run, evidence
 
@@ -271,8 +273,8 @@ def plot_fidelity(found: Fidelity, path: Path) -> None:
         list(dict.fromkeys(row[key] for row in rows)) for key in ("annealing", "objective", "age", "rollout_steps")
     )
     size = 1.2 + 3.9 * len(objectives), 0.9 + 2.7 * len(annealings)
-    shape = len(annealings), len(objectives)
-    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(annealings), len(objectives), sharex=True, sharey=True, squeeze=False)
     for line, annealing in zip(axes, annealings, strict=True):
         for axis, objective in zip(line, objectives, strict=True):
             mine = [row for row in rows if (row["annealing"], row["objective"]) == (annealing, objective)]
@@ -303,7 +305,7 @@ def draw_panel(axis: Axes, rows: list[Row], ages: list[float], lengths: list[int
     axis.axhspan(ceiling["low"], ceiling["high"], color="0.92", lw=0)
     axis.axhline(ceiling["rho"], color="0.55", lw=1, ls="--", label="full trainings among themselves (band: 95 %)")
     axis.axhline(0, color="0.3", lw=0.8)
-    colors = plt.get_cmap("viridis")
+    colors = matplotlib.colormaps["viridis"]
     for number, steps in enumerate(lengths):
         mine = [row for row in rows if row["rollout_steps"] == steps]
         shift = 0.16 * (number - (len(lengths) - 1) / 2)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from lkd.config.evaluation import InspectRecipe
@@ -16,7 +18,7 @@ from lkd.export.share import describe_training
 from lkd.losses.build import build_loss, is_learned
 from lkd.losses.learned.file import SUFFIX, LossFile, mark_unlearned, was_learned
 from lkd.losses.logits import KDLoss
-from lkd.meta_training.log import EXTENT, find_kept_row, plt, save_figure
+from lkd.meta_training.log import EXTENT, find_kept_row, save_figure
 from lkd.tracking.remote import fetch_named, is_remote
 
 
@@ -63,7 +65,7 @@ def describe_file(name: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture: the gradient field, the balance that is implied, what is set in made-up worlds, how stages are paired.
 
-COLORS = plt.get_cmap("viridis")
+COLORS = matplotlib.colormaps["viridis"]
 STYLE: Any = {
     "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "legend.fontsize": 8, "figure.titlesize": 10.5, "lines.linewidth": 1.2, "lines.markersize": 4,
@@ -76,8 +78,8 @@ def draw_inspection(report: dict[str, Any], name: str, path: Path) -> None:
     tables = {title: choices[key] for key, title in CHOICES.items() if choices}
     trust = choices.get("trust")
     rows = 2 * (report["field"] is not None) + len(tables) + (trust is not None) + (learned is not None)
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(14.5, 0.5 + 3.5 * rows), layout="constrained")
         figure.suptitle(f"What {name} does to a student, found out without a training", fontsize=13)
         bands: Any = list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
         if report["field"] is not None:

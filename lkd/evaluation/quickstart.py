@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from lkd.config.evaluation import CompareRecipe, QuickstartRecipe
 from lkd.config.meta_training import MetaSettings, MetaTrainRecipe, PoolSettings
 from lkd.config.parts import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
@@ -29,7 +31,7 @@ from lkd.evaluation.report.page import render
 from lkd.losses.build import build_loss
 from lkd.losses.learned.file import SUFFIX, load_loss, read_provenance
 from lkd.losses.learned.trust import Trust, TrustFigures
-from lkd.meta_training.log import plot_learned_loss, plt, save_figure
+from lkd.meta_training.log import plot_learned_loss, save_figure
 from lkd.meta_training.meta_train import meta_train
 from lkd.tracking.run import Run, evidence, open_run
 from lkd.training.build import choose_student, open_teacher, prepare_images
@@ -392,7 +394,8 @@ def plot_settings(
     """
     settings = list(tables)
     names = [setting.replace("_", " ") for setting in settings]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=[1, 1.25])
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     for number, values in enumerate(grid.values()):
         label = f"KD, each of {len(grid)} fixed (weight, temperature)" if number == 0 else None
         left.plot(names, [values[s] for s in settings], color="0.7", lw=1, marker=".", label=label)

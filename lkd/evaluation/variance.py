@@ -4,13 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from lkd.balance.balancing import split_terms, take_gradient
 from lkd.balance.rules import GradientMoments, optimal_share
 from lkd.config.parse import make_recipe
 from lkd.config.training import DistillRecipe, VarianceRecipe
 from lkd.core.errors import UserError
 from lkd.core.files import read_mapping, write_json
-from lkd.meta_training.log import plt, save_figure
+from lkd.meta_training.log import save_figure
 from lkd.models.build import GIVEN
 from lkd.models.files import fit_to_images, load_network
 from lkd.models.stages import freeze_stages
@@ -95,7 +97,8 @@ def measure_noise(moments: GradientMoments, share: float, horizon: float) -> flo
 
 def plot_variance(result: dict[str, Any], path: Path) -> None:
     """Draw predicted and measured noise against λ."""
-    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axis = figure.subplots()
     axis.plot(result["shares"], result["predicted"], label="predicted from one half of the mini-batches")
     axis.plot(result["shares"], result["measured"], "o", ms=4, label="measured on the other half")
     axis.axvline(min(max(result["optimal_share"], 0), 1), color="0.6", ls=":", label="λ*")

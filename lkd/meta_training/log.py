@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import nn
 
 from lkd.core.files import replaced_atomically
@@ -24,9 +24,6 @@ from lkd.pool.pool import World
 from lkd.tracking.run import Run
 from lkd.training.training import DivergedError
 from meta import Audited, Estimator, OuterStep, Tensors, call_module
-
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # names of methods and classes are no formulas
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What meta-training cost, in units of one student training.
@@ -239,10 +236,14 @@ EXTENT = (0.0, 1.0, 0.0, 1.0)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and close it."""
-    with replaced_atomically(path) as temporary:
+    """Write a figure as PNG; no text in it is a formula: names of methods and classes may have a dollar sign.
+
+    Figures are made without pyplot, whose backend and settings are those of whoever called.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"text.parse_math": False}), replaced_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
 
 
 def plot_learned_loss(
@@ -258,7 +259,8 @@ def plot_learned_loss(
         (f"{name}: weight of the teacher, α", weight, {"cmap": "viridis", "vmin": 0, "vmax": 1}),
         (f"{name}: temperature, τ", temperature, {"cmap": "viridis", "vmin": 1}),
     ]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    figure = Figure(figsize=(15, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4)
     for axis, (title, surface, style) in zip(axes, panels, strict=True):
         picture = axis.imshow(surface.numpy(), origin="lower", extent=EXTENT, aspect="auto", **style)
         figure.colorbar(picture, ax=axis)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tabulate import SEPARATING_LINE, tabulate
 
 from lkd.config.evaluation import CompareRecipe
@@ -30,7 +31,7 @@ from lkd.evaluation.comparison.trials import (
 )
 from lkd.evaluation.report.page import render
 from lkd.losses.learned.file import NOT_LEARNED, mark_unlearned
-from lkd.meta_training.log import plt, save_figure
+from lkd.meta_training.log import save_figure
 from lkd.tracking.run import shorten_paths
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,8 @@ def plot_table(table: list[Row], baseline: str, path: Path) -> None:
     """Draw, for each student, test accuracy and the paired difference to the baseline, one line for each method."""
     students, methods = (list(dict.fromkeys(row[key] for row in table)) for key in ("student", "method"))
     size = 9, (1.1 + 0.32 * len(methods)) * len(students)
-    figure, axes = plt.subplots(len(students), 2, figsize=size, sharey="row", squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(students), 2, sharey="row", squeeze=False)
     for (left, right), student in zip(axes, students, strict=True):
         rows = [row for row in table if row["student"] == student]
         draw_accuracies(left, rows, baseline)
