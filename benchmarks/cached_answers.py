@@ -21,4 +21,6 @@ def make_cached_teacher(classes: int, top_k: int, images: int = SHARD) -> Cached
             logits = torch.randn(min(SHARD, images - shard * SHARD), classes, generator=generator)
             kept = compress_logits(logits, top_k)
             write_tensors(cache.path(0, shard), kept, KIND, VERSION, {"cache": cache.fingerprint})
-        return CachedTeacher(cache, range(1), torch.device("cpu"))
+        teacher = CachedTeacher(cache, range(1), torch.device("cpu"))
+        teacher.checked.update(range(cache.shards))  # just written; their names are gone when they are first read
+        return teacher

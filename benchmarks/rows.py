@@ -26,6 +26,7 @@ def median(path: Path, column: str, **wanted: object) -> float:
 def write_row(path: Path, columns: list[str], values: Iterable[object]) -> None:
     """Append a row, after the header where the file is new."""
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
