@@ -133,7 +133,7 @@ def draw_balance(band: Any, report: dict[str, Any]) -> None:
     draw_over_progress(temperature, rows, "temperature", "effective temperature, τ")
     draw_over_progress(explained, rows, "explained", "explained part of the gradient, R²")
     if own:
-        dashed = {"color": "tab:red", "ls": "--", "label": "its own α, with its ramp, and τ; means"}
+        dashed = {"color": "tab:red", "ls": "--", "label": "its own α (ramped) and τ, means"}
         progress = [row["progress"] for row in own]
         taught = [row["weight"] * row.get("ramp", 1.0) for row in own]
         share.plot(progress, [w / (1 - row["weight"] + w) for w, row in zip(taught, own, strict=True)], **dashed)
