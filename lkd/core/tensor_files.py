@@ -44,11 +44,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: in
     path = Path(expand_home(str(path)))
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"kind": kind, "format_version": version, **header}
-    if path.exists():
-        with suppress(UserError, *MALFORMED):
-            known, said = read_tensors(path, kind, version)
-            if hash_results(said, known) == hash_results(content, plain):
-                return
+    with suppress(UserError, *MALFORMED):
+        known, said = read_tensors(path, kind, version)
+        if hash_results(said, known) == hash_results(content, plain):
+            return
     content[DIGEST_KEY] = hash_content(json.dumps(content), plain)
     metadata = {HEADER_KEY: json.dumps(content)}  # one entry: several are written in an order that changes
     with replaced_atomically(path) as temporary:
@@ -154,7 +153,7 @@ def digest(tree: Any) -> str:
     found = hashlib.blake2b(json.dumps(encode(tree, tensors)).encode(), digest_size=16)
     for tensor in tensors.values():
         found.update(str((tensor.dtype, tensor.shape)).encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

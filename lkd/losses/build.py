@@ -49,8 +49,8 @@ def build_loss(
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(
-            f"loss: {specification!r} has no `name` (one of {', '.join([*PRETRAINED, *sorted(LOSSES)])}, "
-            f"or a *{SUFFIX} path)"
+            f"loss: {specification!r} has no `name`: --loss.name, one of {', '.join([*PRETRAINED, *sorted(LOSSES)])}, "
+            f"or a *{SUFFIX} path"
         )
     if is_learned(name):
         return attach_features(load_loss(name), name, options, student_stages, teacher_stages)

@@ -178,7 +178,8 @@ def load_teacher(
             network = build(**architecture)
     else:
         network, header = load_teacher_network(path, name, options)
-        architecture = header["architecture"] | {"taken": header.get("taken", ""), "is_input_said": "input" in header}
+        said = {"taken": header.get("taken", ""), "provenance": header.get("provenance")}
+        architecture = header["architecture"] | said | {"is_input_said": "input" in header}
     size = image_size or find_fixed_size(network, architecture.get("options"))
     size = 0 if images.image_shape[1:] == (size, size) else size
     if pretrained:

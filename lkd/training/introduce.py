@@ -4,13 +4,16 @@ import math
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lkd.config.parts import TeacherRecipe, TrainRecipe
+from lkd.core.files import MALFORMED
 from lkd.data.image_files import DamagedImageError, ImageFiles
 from lkd.data.images import ImageSet
 from lkd.data.readers import sort_as_timm
+from lkd.data.splits import choose_meta_validation_size
 from lkd.models.build import describe
 from lkd.models.dry_run import check_trainable
 from lkd.models.teacher_cache import read_cache
@@ -25,7 +28,9 @@ MEASURED = 5  # pictures whose size is looked at
 def introduce_images(images: Images) -> str:
     """Say how many images a training sees."""
     counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
-    return f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{describe_crops(images.train)}"
+    line = f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{describe_crops(images.train)}"
+    missing = sorted({*range(images.train.num_classes)} - {*images.test.labels.tolist()}) if len(images.test) else []
+    return line + (f"; warning: no test image of {images.train.class_names[missing[0]]!r}" if missing else "")
 
 
 def describe_crops(images: ImageSet) -> str:
@@ -92,6 +97,8 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
     if not teacher.architecture.get("is_input_said", True):
         seen += ", normalised as the student does, since its file does not say how"
     doubts = explain_doubts(top1, images, settings) if knows else ""
+    if may_have_seen(teacher.architecture.get("provenance"), images):
+        doubts += "; warning: it has seen held-out images: take its data.split_seed and data.meta_validation_size"
     return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
 
 
@@ -103,6 +110,16 @@ CHANCE = (
 def is_no_better_than(top1: float, share: float, count: int) -> bool:
     """Whether an accuracy in percent, of so many images, may be one of this share, within twice its standard error."""
     return top1 / 100 <= share + 2 * math.sqrt(share * (1 - share) / count)
+
+
+def may_have_seen(provenance: Any, images: Images) -> bool:
+    """Whether a teacher was trained on images that are held out here, by what its file says of its training."""
+    with suppress(*MALFORMED):
+        theirs, data, count = provenance["recipe"]["data"], images.settings, len(images.meta_validation)
+        if count and (theirs["name"], Path(theirs["root"] or "").name) == (data.name, Path(data.root or "").name):
+            known, default = theirs["meta_validation_size"], choose_meta_validation_size(len(images.train) + count)
+            return bool(theirs["split_seed"] != data.split_seed or (default if known is None else known) < count)
+    return False
 
 
 def explain_doubts(top1: float | None, images: Images, settings: TeacherRecipe) -> str:

@@ -3,9 +3,10 @@
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ from lkd.models.teacher import TabulatedTeacher, Teacher
 from lkd.training.build import build_batches, prepare_images
 from lkd.training.distill import label_by_teacher
 from lkd.training.evaluate import evaluate
+from lkd.training.introduce import introduce_images, may_have_seen
 from lkd.training.training import BrokenInputError, DivergedError, Training
+from tests.lkd.tiny_images import write_image_folder
 
 S = ["--data.train_size=100", "--data.meta_validation_size=100", "--train.epochs=1", "--train.batch_size=50"]
 CPU = torch.device("cpu")
@@ -283,3 +286,32 @@ def test_a_comparison_takes_a_network_that_diverged_at_the_last_step_as_guessing
     row = run_trial(recipe, Trial("A", "cross_entropy", ModelRecipe("tiny_cnn"), 0, False), tmp_path / "row.json")
     assert row["diverged_at"] == 1
     assert row["meta_validation"]["top1"] == 10
+
+
+@pytest.mark.parametrize(
+    ("seed", "size", "doubted"), [(0, 200, False), (0, 100, False), (0, 300, True), (1, 200, True), (1, 0, False)]
+)
+def test_a_teacher_whose_file_says_that_it_was_trained_on_held_out_images_is_doubted(
+    seed: int, size: int, doubted: bool
+) -> None:
+    images = prepare_images(DataRecipe("embedded", None, 400, size, split_seed=seed), scored=size > 0)
+    provenance = {"recipe": {"data": asdict(DataRecipe("embedded", None, 400, 200))}}
+    assert may_have_seen(provenance, images) is doubted
+    assert not may_have_seen({"recipe": {"data": provenance["recipe"]["data"] | {"name": "cifar10"}}}, images)
+    assert not may_have_seen("hostile", images)
+
+
+def test_a_class_without_a_test_image_is_named(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, classes=3)
+    recipe = DataRecipe("image_folder", str(tmp_path), meta_validation_size=0, image_size=8)
+    assert "no test image" not in introduce_images(prepare_images(recipe, scored=False))
+    missing = sorted((tmp_path / "val").iterdir())[1]
+    shutil.rmtree(missing)
+    assert f"no test image of {missing.name!r}" in introduce_images(prepare_images(recipe, scored=False))
+
+
+def test_a_root_without_a_data_set_and_a_loss_that_is_none_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"data\.root"):
+        prepare_images(DataRecipe(root="pictures"))
+    with pytest.raises(UserError, match="universal"):
+        lkd.load_loss("kd")
