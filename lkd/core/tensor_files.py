@@ -36,18 +36,16 @@ OLDER_KINDS = ("learned loss", "network")  # which people keep: files of them ar
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, version: int, header: dict[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, atomically.
 
-    A file that says the same already, but for the versions and the machine of its provenance, stays as it is: a run
-    that was through when it was called again did nothing by these, and what used its file knows it by its hash.
+    A file that says all of it already (`is_said`) stays as it is: a run that was through when it was called again did
+    nothing by its new version, and what used the file knows it by its hash.
 
     `kind`: what the file is, say `"learned loss"`; checked on reading, as its format version is.
     """
     path = Path(expand_home(str(path)))
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"kind": kind, "format_version": version, **header}
-    with suppress(UserError, *MALFORMED):
-        known, said = read_tensors(path, kind, version)
-        if hash_results(said, known) == hash_results(content, plain):
-            return
+    if is_said(path, kind, version, plain, content):
+        return
     content[DIGEST_KEY] = hash_content(json.dumps(content), plain)
     metadata = {HEADER_KEY: json.dumps(content)}  # one entry: several are written in an order that changes
     with replaced_atomically(path) as temporary:
@@ -63,10 +61,17 @@ def hash_content(header: str, tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def hash_results(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """A hash of a file's content without the environment that it was made in."""
-    provenance = {name: value for name, value in header.get("provenance", {}).items() if name != "environment"}
-    return hash_content(json.dumps(header | {"provenance": provenance}, sort_keys=True), tensors)
+def is_said(path: Path, kind: str, version: int, tensors: dict[str, Tensor], content: dict[str, Any]) -> bool:
+    """Whether a file has these tensors and says all this, but for the environment and the recipe that it had.
+
+    A run that goes on may have another folder, device or number of threads; in all else its recipe is the same.
+    """
+    with suppress(UserError, *MALFORMED):
+        (known, said), now = read_tensors(path, kind, version), json.loads(json.dumps(content))
+        before, after = (each.pop("provenance", {}) for each in (said, now))
+        if said == now and hash_content("", known) == hash_content("", tensors):
+            return all(before[name] == value for name, value in after.items() if name not in ("environment", "recipe"))
+    return False
 
 
 def read_tensors(path: Path, kind: str, version: int, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from lkd.config import DataRecipe, ModelRecipe, TeacherRecipe, TrainRecipe
 from lkd.core.errors import UserError
 from lkd.core.tensor_files import load_checkpoint, save_checkpoint
 from lkd.losses import KDLoss
+from lkd.losses.learned.trust import measure_own_accuracy
 from lkd.models.build import build_forward
 from lkd.models.files import load_network, save_network
 from lkd.training.build import prepare_images
@@ -106,3 +107,20 @@ def test_what_does_not_hold_on_a_gpu_is_written_and_the_other_checks_run(tmp_pat
     wrong = gpu.run_checks(gpu.Bench(CPU, True), tmp_path, checks)
     assert wrong == {"fail": "AssertionError: a kernel is wrong"}
     assert json.loads((tmp_path / "result.json").read_text())["figures"] == {"x": 1.0}
+
+
+def test_looks_at_a_compiled_student_leave_its_graph_as_it_is() -> None:
+    """They have batches of other sizes, at which torch.compile would make the training's graph a dynamic one."""
+    shapes = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        shapes.append([tuple(each.shape) for each in inputs if isinstance(each, torch.Tensor)])
+        return graph
+
+    student = torch.compile(torch.nn.Linear(4, 3), backend=count)
+    for size in (7, 5, 9):
+        looks = [(torch.randn(size, 4), torch.zeros(size, dtype=torch.int64))]
+        assert 0 <= measure_own_accuracy(student, looks) <= 1
+        student(torch.randn(6, 4)).sum().backward()
+    assert len(shapes) == 1
+    assert (6, 4) in shapes[0]

@@ -325,7 +325,7 @@ def copy_for(parameter: Tensor, images: Tensor) -> Tensor:
 def measure_own_accuracy(student: nn.Module, looks: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Part of these images to which a student gives their label, in eval mode."""
     right = count = 0
-    with evaluating(student):
+    with evaluating(student), torch.compiler.set_stance("force_eager"):  # else sizes of looks make its steps dynamic
         for images, labels in looks:
             logits = take_logits(student(copy_for(next(student.parameters()), images)))
             right += int((logits.argmax(1) == labels.to(logits.device)).sum())
