@@ -29,6 +29,8 @@ def introduce_images(images: Images) -> str:
     """Say how many images a training sees."""
     counts = f"{len(images.train):,} to train on, {len(images.meta_validation):,} for meta-validation"
     line = f"images: {images.name}, {counts}, {images.train.num_classes:,} classes{describe_crops(images.train)}"
+    if images.settings.name == "embedded" and images.settings.root:
+        line += f"; warning: data.root: {images.settings.root} is not read: name its images by data.name"
     missing = sorted({*range(images.train.num_classes)} - {*images.test.labels.tolist()}) if len(images.test) else []
     return line + (f"; warning: no test image of {images.train.class_names[missing[0]]!r}" if missing else "")
 
