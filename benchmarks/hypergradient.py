@@ -75,8 +75,7 @@ def check_accuracy(committed: Path) -> int:
         measure_accuracy(made := Path(folder) / "accuracy.csv", ACCURACY_CASES[:1], seeds=1)
         rows = {row["engine"]: row for row in read_rows(made)}
     before = {engine: matching(committed, engine=engine, distill=False, steps=5, seed=0)[0] for engine in rows}
-    then, now = ({name: row["cosine"] for name, row in each.items()} for each in (before, rows))
-    return check(then, now, tolerance=2e-5)
+    return check(*({name: row["cosine"] for name, row in each.items()} for each in (before, rows)), tolerance=2e-5)
 
 
 def measure_times(path: Path, depth: int, steps: int) -> None:

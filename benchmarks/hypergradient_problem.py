@@ -65,7 +65,7 @@ class Benchmark:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        self.net: nn.Module = build_resnet(depth).to(dtype)
+        self.net = build_resnet(depth).to(dtype)
         self.distill = distill
 
         def draw(*shape: int) -> Tensor:

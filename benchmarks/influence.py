@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +140,6 @@ def measure(data: Path, name: str, kind: str, noise: float, loss: str, seed: int
         images = label_by_teacher(images, 4000, teacher, CPU)
     wrong = true != images.train.labels
     network, *plain = train(images, teacher, LOSSES[loss](), seed)
-    reached: Sequence[float]
     rows = []
     found: dict[str, Influence] = {}
     for arm in arms:

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from lkd.core.files import environment, write_json, write_text
 from lkd.tracking.run import evidence
@@ -59,8 +58,7 @@ def watch(name: str, folder: Path) -> list[tuple[float | str, ...]]:
     shutil.rmtree(place, ignore_errors=True)
     words = [*RUNS[name], "--run_dir", str(place)]
     command = Command(words, folder / f"{name}.txt")
-    samples: list[tuple[float | str, ...]] = []
-    started = time.monotonic()
+    started, samples = time.monotonic(), []
     while command.poll() is None:
         time.sleep(1.0)
         if command.poll() is None and (place / "log.jsonl").exists():
@@ -94,8 +92,7 @@ def report(samples: list[tuple[float | str, ...]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([f"{value:.1f}" if isinstance(value, float) else value for value in row] for row in samples)
-    rows: list[Any] = []
-    figures: dict[str, float] = {}
+    rows, figures = [], {}
     for name in RUNS:
         own = [row for row in samples if row[0] == name]
         warm = own[round(WARM_UP * len(own)) :]

@@ -272,8 +272,7 @@ def plot_fidelity(found: Fidelity, path: Path) -> None:
     annealings, objectives, ages, lengths = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("annealing", "objective", "age", "rollout_steps")
     )
-    size = 1.2 + 3.9 * len(objectives), 0.9 + 2.7 * len(annealings)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.9 * len(objectives), 0.9 + 2.7 * len(annealings)), layout="constrained")
     axes = figure.subplots(len(annealings), len(objectives), sharex=True, sharey=True, squeeze=False)
     for line, annealing in zip(axes, annealings, strict=True):
         for axis, objective in zip(line, objectives, strict=True):

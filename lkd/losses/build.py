@@ -11,7 +11,7 @@ from lkd.losses.dkd import DKDLoss
 from lkd.losses.features import AttentionTransferLoss, FitNetLoss, PairedLoss, RKDLoss, SimilarityPreservingLoss
 from lkd.losses.functions import Stages
 from lkd.losses.learned.features import FeatureLoss
-from lkd.losses.learned.file import PRETRAINED, SUFFIX, load_loss
+from lkd.losses.learned.file import PRETRAINED, load_loss
 from lkd.losses.learned.loss import LearnedLoss, ReplayedLoss
 from lkd.losses.logits import CrossEntropyLoss, DISTLoss, KDLoss, LogitMSELoss, LogitStandardizationLoss
 from lkd.losses.loss import DistillationLoss
@@ -49,8 +49,7 @@ def build_loss(
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(
-            f"loss: {specification!r} has no `name`: --loss.name, one of {', '.join([*PRETRAINED, *sorted(LOSSES)])}, "
-            f"or a *{SUFFIX} path"
+            f"loss: {specification!r} has no `name`: --loss.name, a file or {', '.join([*PRETRAINED, *sorted(LOSSES)])}"
         )
     if is_learned(name):
         return attach_features(load_loss(name), name, options, student_stages, teacher_stages)

@@ -100,7 +100,7 @@ def introduce_teacher(teacher: OpenedTeacher, images: Images, device: torch.devi
         seen += ", normalised as the student does, since its file does not say how"
     doubts = explain_doubts(top1, images, settings) if knows else ""
     if may_have_seen(teacher.architecture.get("provenance"), images):
-        doubts += "; warning: it has seen held-out images: take its data.split_seed and data.meta_validation_size"
+        doubts += "; warning: it may have seen held-out images: take its data.split_seed, data.meta_validation_size"
     return f"{described}{taken}{reached}{wrong}{scale}{seen}{doubts}"
 
 
@@ -119,8 +119,9 @@ def may_have_seen(provenance: Any, images: Images) -> bool:
     with suppress(*MALFORMED):
         theirs, data, count = provenance["recipe"]["data"], images.settings, len(images.meta_validation)
         if count and (theirs["name"], Path(theirs["root"] or "").name) == (data.name, Path(data.root or "").name):
-            known, default = theirs["meta_validation_size"], choose_meta_validation_size(len(images.train) + count)
-            return bool(theirs["split_seed"] != data.split_seed or (default if known is None else known) < count)
+            default = count if data.train_size else choose_meta_validation_size(len(images.train) + count)
+            held_out = default if theirs["meta_validation_size"] is None else theirs["meta_validation_size"]
+            return bool(theirs["split_seed"] != data.split_seed or held_out < count)
     return False
 
 

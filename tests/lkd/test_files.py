@@ -50,6 +50,7 @@ def test_a_file_that_is_written_again_by_another_version_stays_as_it_is(tmp_path
     first = write(seed=3, test=90.0, environment={"commit": "a"}, recipe={"resume": "never"})
     assert write(seed=3, test=90.0, environment={"commit": "b"}, recipe={"resume": "auto"}) == first
     assert write(seed=3, environment={"commit": "b"}, recipe={"resume": "auto"}) == first, "what was read once is kept"
+    assert write(environment={"commit": "b"}, recipe={"resume": "auto"}) != first
     assert write(seed=4, environment={"commit": "b"}) != first
     torch.nn.init.zeros_(next(loss.parameters()))
     assert write(seed=3, environment={"commit": "b"}) != first

@@ -297,6 +297,10 @@ def test_a_teacher_whose_file_says_that_it_was_trained_on_held_out_images_is_dou
     images = prepare_images(DataRecipe("embedded", None, 400, size, split_seed=seed), scored=size > 0)
     provenance = {"recipe": {"data": asdict(DataRecipe("embedded", None, 400, 200))}}
     assert may_have_seen(provenance, images) is doubted
+    provenance["recipe"]["data"]["meta_validation_size"] = None  # a tenth of images of which these are a part
+    assert may_have_seen(provenance, images) is (doubted and seed == 1)
+    provenance["recipe"]["data"]["meta_validation_size"] = 0
+    assert may_have_seen(provenance, images) is (size > 0)
     assert not may_have_seen({"recipe": {"data": provenance["recipe"]["data"] | {"name": "cifar10"}}}, images)
     assert not may_have_seen("hostile", images)
 
